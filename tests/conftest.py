@@ -1,0 +1,75 @@
+"""Small models and micro-batches that many tests share."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import Wav2Vec2Config  # noqa: E402
+
+from w2v2.batching import Crops, Cursor, MicroBatchPlan  # noqa: E402
+from w2v2.collate import PretrainBatch  # noqa: E402
+from w2v2.hashing import derive  # noqa: E402
+from w2v2.masking import latent_lengths, mask_spans  # noqa: E402
+
+NO_DROPOUT = dict(
+    hidden_dropout=0.0,
+    activation_dropout=0.0,
+    attention_dropout=0.0,
+    feat_proj_dropout=0.0,
+    feat_quantizer_dropout=0.0,
+    layerdrop=0.0,
+)
+
+
+def tiny_config(large: bool = False, **changes) -> Wav2Vec2Config:
+    """BASE's or LARGE's architecture in miniature: all seven convs, two layers."""
+    family = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True) if large else {}
+    values = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        conv_dim=[16] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        num_codevectors_per_group=12,
+        codevector_dim=16,
+        proj_codevector_dim=16,
+        num_negatives=20,
+        mask_time_prob=0.65,
+    )
+    return Wav2Vec2Config(**(values | NO_DROPOUT | family | changes))
+
+
+def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, dtype=torch.float32) -> PretrainBatch:
+    """A micro-batch of noise; utterance i has the same samples, mask and distractors in whichever batch it stands."""
+    utterances = np.arange(first, first + len(lengths))
+    waveforms = torch.zeros(len(lengths), max(lengths), dtype=dtype)
+    for row, (utterance, length) in enumerate(zip(utterances, lengths, strict=True)):
+        noise = np.random.default_rng([seed, int(utterance)]).standard_normal(length)
+        waveforms[row, :length] = torch.from_numpy(noise * 0.3)
+    num_samples = torch.tensor(lengths)
+    frames = latent_lengths(num_samples, config.conv_kernel, config.conv_stride)
+    keys = derive(seed, torch.full((len(lengths),), epoch), torch.from_numpy(utterances))
+    crops = Crops(utterances, np.full_like(utterances, epoch), np.zeros_like(utterances), np.asarray(lengths))
+    return PretrainBatch(
+        waveforms=waveforms,
+        num_samples=num_samples,
+        frames=frames,
+        keys=keys,
+        mask=mask_spans(keys, frames, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks),
+        uniform=len(set(lengths)) == 1,
+        weight=weight,
+        plan=MicroBatchPlan(crops, 0, piece, 1, sum(lengths), weight == 0.0, Cursor()),
+        original_samples=sum(lengths),
+        skipped=[],
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,219 @@
+"""The flags: dataclasses with help texts, read from a YAML file and the command line.
+
+`pretrain.py CONFIG.yaml --flag value` — the YAML's values are put in front of the command line's, so the command line wins
+and both go through the same checks.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from w2v2.errors import UserError
+from w2v2.schedule import SCHEDULES
+
+
+def _flag(default: Any, help: str, **metadata) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DataArguments:
+    """What is heard, and how an effective batch is drawn, cropped and cut."""
+
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Kaldi or audio folders)."},
+    )
+    validation_data: list[str] = _flag([], "Validation manifests; none: no validation.")
+    data_root: str | None = _flag(None, "What `$data_root` and relative paths in the manifests stand for.")
+    min_seconds: float = _flag(2.0, "Shorter utterances are left out.")
+    max_seconds: float | None = _flag(None, "Longer utterances are left out (none: they are cropped, never dropped).")
+    crop_seconds: float = _flag(15.6, "Longest crop that is taken of an utterance, drawn anew each epoch.")
+    length_grid_seconds: float = _flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few distinct lengths.")
+    batch_hours: float = _flag(1.6, "Effective batch: hours of speech, after cropping, in one update over all devices.")
+    micro_batch_seconds: float = _flag(200.0, "Most seconds of padded audio that a device holds at a time.")
+    max_skipped_fraction: float = _flag(
+        0.01, "Largest fraction of unreadable files that is skipped; beyond it the run stops."
+    )
+    dataloader_num_workers: int = _flag(2, "Processes that decode audio; 0 decodes in the main process.")
+    dataloader_prefetch_factor: int = _flag(4, "Micro-batches that each worker decodes ahead.")
+
+
+@dataclass
+class ModelArguments:
+    """The model and its objective."""
+
+    model_name_or_path: str | None = _flag(
+        None, "Start from the weights of this pretrained folder or Hub id (with a fresh optimizer)."
+    )
+    config_name: str | None = _flag(
+        None,
+        "Start from random weights of this configuration: a folder, a Hub id or a name in configs/models (default: base).",
+    )
+    config_overrides: str | None = _flag(None, "Changes to the configuration, as `num_hidden_layers=6,layerdrop=0.0`.")
+    mask_time_prob: float = _flag(
+        0.65, "Mask spans: expected number of masked frames over frames, overlaps counted twice."
+    )
+    mask_time_length: int = _flag(10, "Latent frames in a mask span.")
+    mask_time_min_masks: int = _flag(2, "Fewest mask spans in an utterance that has room for them.")
+    diversity_loss_weight: float | None = _flag(
+        None, "Weight of the diversity loss (default: the configuration's, 0.1)."
+    )
+    diversity_warmup_steps: int = _flag(0, "Updates over which the diversity loss is brought in linearly from zero.")
+    diversity_scope: str = _flag(
+        "micro_batch",
+        "Code statistics of the diversity loss: `micro_batch` (as fairseq per device) or `effective_batch` (exact, costs a "
+        "second pass through the convs).",
+        choices=["micro_batch", "effective_batch"],
+    )
+    feature_grad_mult: float = _flag(0.1, "Scale of the gradient that reaches the convs.")
+    feature_penalty_weight: float = _flag(10.0, "Weight of the mean square of the convs' output.")
+    max_gumbel_temperature: float = _flag(2.0, "Gumbel temperature at the first update.")
+    min_gumbel_temperature: float = _flag(0.5, "Gumbel temperature below which it does not fall.")
+    gumbel_temperature_decay: float = _flag(0.999995, "Factor of the Gumbel temperature at each update.")
+
+
+@dataclass
+class OptimizationArguments:
+    """The update."""
+
+    max_steps: int = _flag(400_000, "Updates in the run.")
+    learning_rate: float = _flag(5e-4, "Peak learning rate.")
+    lr_scheduler_type: str = _flag("linear", "What follows the warm-up.", choices=list(SCHEDULES))
+    warmup_steps: float = _flag(32_000, "Updates of warm-up; under 1: a fraction of the run.")
+    adam_beta1: float = _flag(0.9, "Adam's first decay.")
+    adam_beta2: float = _flag(0.98, "Adam's second decay.")
+    adam_epsilon: float = _flag(1e-6, "Adam's epsilon.")
+    weight_decay: float = _flag(0.01, "Decoupled weight decay.")
+    decay_norms_and_biases: bool = _flag(True, "Apply weight decay to norms and biases too, as fairseq does.")
+    max_grad_norm: float = _flag(0.0, "Clip the gradient's norm (per masked frame) to this; 0 does not clip.")
+    gradient_checkpointing: bool = _flag(False, "Recompute the transformer's activations in the backward pass.")
+    seed: int = _flag(42, "Seed of everything random.")
+
+
+@dataclass
+class RunArguments:
+    """Where the run lives, and when it logs, validates and saves."""
+
+    output_dir: str | None = _flag(None, "Folder of the run.")
+    overwrite_output_dir: bool = _flag(False, "Delete the run that `output_dir` holds and start anew.")
+    resume_from_checkpoint: str | None = _flag(
+        None, "`auto` (newest whole checkpoint, or a fresh start) or a checkpoint's path."
+    )
+    logging_steps: int = _flag(10, "Updates between two lines of metrics.jsonl.")
+    eval_steps: int = _flag(1_000, "Updates between two validations.")
+    save_steps: int = _flag(1_000, "Updates between two checkpoints.")
+    save_total_limit: int = _flag(3, "Checkpoints that are kept; 0 keeps all.")
+    report_to: list[str] = _flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
+    disable_tqdm: bool = _flag(False, "No progress bar.")
+    log_level: str = _flag(
+        "warning", "Python's logging level.", choices=["debug", "info", "warning", "error", "critical"]
+    )
+    dry_run: bool = _flag(False, "Print what the run would do, write plan.json, and stop.")
+    use_cpu: bool = _flag(False, "Stay on the CPU even where there is an accelerator.")
+    push_to_hub: bool = _flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.")
+    hub_model_id: str | None = _flag(None, "Repository on the Hub (default: the name of output_dir).")
+    hub_private_repo: bool = _flag(False, "Create the repository as a private one.")
+    hub_strategy: str = _flag("end", "When to push: at the `end`, or at `every_save`.", choices=["end", "every_save"])
+
+
+@dataclass
+class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, DataArguments):
+    """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0 paper, section 4; fairseq's wav2vec2_base_librispeech)."""
+
+    def __post_init__(self):
+        for name in ("train_data", "output_dir"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
+        for name in ("batch_hours", "micro_batch_seconds", "crop_seconds", "learning_rate", "max_steps", "logging_steps",
+                     "save_steps", "eval_steps", "min_gumbel_temperature", "max_gumbel_temperature"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} is {getattr(self, name)}: it has to be greater than 0")
+        if self.max_seconds is not None and self.max_seconds < self.min_seconds:
+            raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
+        if self.model_name_or_path and self.config_name:
+            raise UserError("--model_name_or_path and --config_name exclude one another: weights come from one place")
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else "; --help lists what there is"
+
+
+def _as_flags(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [f"--{name}", *map(str, value)] if value else []
+    if isinstance(value, dict):
+        raise UserError(f"key {name!r} holds a mapping: a flag takes a value or a list")
+    return [f"--{name}={value}"]
+
+
+def _yaml_as_flags(path: str, known: Sequence[str]) -> list[str]:
+    """Command-line form of a flat YAML file; keys are checked here, values by the parser."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `flag: value` lines, found a {type(values).__name__}")
+    flags = []
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{path}: unknown key {name!r}{_nearest(str(name), known)}")
+        flags += _as_flags(name, value)
+    return flags
+
+
+def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
+    """Instances of `dataclass_types` from `[CONFIG.yaml] --flag value …` (default: the process's own arguments).
+
+    Raises `UserError` for an unknown flag or key (with the nearest name), a value of the wrong kind, a missing required one.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        list(dataclass_types),
+        allow_abbrev=False,
+        usage="%(prog)s [CONFIG.yaml] [--flag value …]",
+        conflict_handler="resolve",
+    )
+    known = [f.name for types in dataclass_types for f in fields(types) if f.init]
+    if argv and not argv[0].startswith("-"):
+        argv = _yaml_as_flags(argv[0], known) + argv[1:]
+    rest = parser.parse_known_args(argv)[1]
+    if rest:
+        if not rest[0].startswith("-"):
+            raise UserError(f"unexpected argument {rest[0]!r}: flags are given as --flag value")
+        name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
+        raise UserError(f"unknown flag {rest[0].split('=')[0]}{_nearest(name, known)}")
+    instances = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return tuple(instances)
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error."""
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,133 @@
+"""The convolutional feature encoder as matrix products on flat, channels-last memory.
+
+Every layer after the first halves the frame rate, so with rows of 320·n samples all rows and layers tile one matrix without gaps:
+a layer is the matrix of its input's frame *pairs* times its weight, plus, for kernels of three, the next pair's first frame.
+One frame a row comes out wrong (it looks into the next row); it is the frame past the row's end and feeds only such frames.
+
+BASE's group norm over time is folded into the first convolution: mean and variance of a linear map's output are exact functions of
+the mean μ and covariance C of its input windows, var = wᵀCw. Taken over each row's own windows they are at the same time the masked
+group norm, which padding does not reach.
+
+Shapes: B utterances, S samples (a multiple of the stride), T frames, C channels, k taps. Only the stock modules' parameters are used.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from w2v2.masking import latent_lengths
+
+
+def is_flat(config) -> bool:
+    """Whether the flat layout holds: group norm, strides of two after the first, kernels of two or three, no conv biases."""
+    first_kernel, first_stride = config.conv_kernel[0], config.conv_stride[0]
+    return (
+        config.feat_extract_norm == "group"
+        and not config.conv_bias
+        and first_stride < first_kernel <= 2 * first_stride
+        and all(s == 2 for s in config.conv_stride[1:])
+        and all(k in (2, 3) for k in config.conv_kernel[1:])
+    )
+
+
+class _PairsWithNext(torch.autograd.Function):
+    """Convolution of kernel 3 and stride 2 on a flat (N, C) matrix, N even, as two products without copies: (N/2, O).
+
+    Written by hand because the two products read overlapping views, whose gradients autograd would materialise apart.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):  # weight (O, C, 3)
+        pairs = x.view(len(x) // 2, -1)
+        first_two = weight[:, :, :2].transpose(1, 2).flatten(1)  # (O, 2·C)
+        third = weight[:, :, 2].contiguous()  # (O, C)
+        out = pairs @ first_two.T
+        out[:-1].addmm_(pairs[1:, : x.shape[1]], third.T)
+        ctx.save_for_backward(x, first_two, third)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, first_two, third = ctx.saved_tensors
+        channels = x.shape[1]
+        pairs = x.view(len(x) // 2, -1)
+        weight = torch.empty(len(third), channels, 3, dtype=x.dtype, device=x.device)
+        weight[:, :, :2] = (gradient.T @ pairs).unflatten(1, (2, channels)).transpose(1, 2)
+        weight[:, :, 2] = gradient[:-1].T @ pairs[1:, :channels]
+        back = gradient @ first_two
+        back[1:, :channels].addmm_(gradient[:-1], third)
+        return back.view(-1, channels), weight
+
+
+def _halve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One convolution of stride 2 and kernel 2 or 3 on a flat (N, C) matrix → (N/2, O)."""
+    if weight.shape[-1] == 3:
+        return _PairsWithNext.apply(x, weight)
+    return x.view(len(x) // 2, -1) @ weight.transpose(1, 2).flatten(1).T
+
+
+def _first_layer(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """First convolution and group norm as one affine map a row: (B, S / stride, C), before the activation."""
+    k, s = layer.conv.kernel_size[0], layer.conv.stride[0]
+    B, S = waveforms_BS.shape
+    padded = F.pad(waveforms_BS, (0, s))
+    windows = padded.as_strided((B, S // s, k), (S + s, s, 1))
+    with torch.no_grad():
+        count = latent_lengths(num_samples_B, [k], [s])
+        inside = torch.arange(S // s, device=count.device) < count[:, None]
+        u = torch.where(inside[..., None], windows.double(), 0.0)
+        mean = u.sum(1) / count[:, None]  # (B, k)
+        centred = torch.where(inside[..., None], u - mean[:, None], 0.0)
+        covariance = centred.transpose(1, 2) @ centred / count[:, None, None]  # (B, k, k)
+    weight = layer.conv.weight[:, 0].double()  # (C, k)
+    variance = torch.einsum("ck,bkl,cl->bc", weight, covariance, weight)
+    gain = torch.rsqrt(variance + layer.layer_norm.eps) * layer.layer_norm.weight.double()  # (B, C)
+    folded = gain[:, :, None] * weight  # (B, C, k)
+    offset = layer.layer_norm.bias.double() - (folded * mean[:, None]).sum(-1)  # (B, C)
+    dtype = waveforms_BS.dtype
+    return torch.baddbmm(offset[:, None].to(dtype), windows, folded.transpose(1, 2).to(dtype))
+
+
+def flat_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
+    """Latent frames (B, T, C) of a group-norm feature encoder; each row as if it were alone.
+
+    Frames past a row's end are garbage. Under autocast the first layer stays in float32 and the products run in the lower type.
+    """
+    layers, device = extractor.conv_layers, waveforms_BS.device.type
+    stride = layers[0].conv.stride[0] * 2 ** (len(layers) - 1)
+    lower = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if lower else waveforms_BS.dtype
+    with torch.autocast(device, enabled=False):
+        waveforms_BS = F.pad(waveforms_BS, (0, -waveforms_BS.shape[1] % stride))
+        x = layers[0].activation(_first_layer(waveforms_BS, num_samples_B, layers[0]))
+        B, frames, channels = x.shape
+        x = x.reshape(B * frames, channels).to(dtype)
+        for layer in layers[1:]:
+            x = layer.activation(_halve(x, layer.conv.weight.to(dtype)))
+    return x.view(B, -1, x.shape[-1])
+
+
+def stock_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
+    """Latent frames (B, T, C) through the stock layers, for configurations that are not flat (LARGE's layer norms among them).
+
+    A group norm takes its statistics over each row's own frames.
+    """
+    x = waveforms_BS[:, None]
+    first = extractor.conv_layers[0]
+    uniform = bool((num_samples_B == waveforms_BS.shape[1]).all())
+    if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm) and not uniform:
+        x = first.conv(x)  # (B, C, T)
+        count = latent_lengths(num_samples_B, first.conv.kernel_size, first.conv.stride)[:, None, None]
+        inside = torch.arange(x.shape[-1], device=x.device) < count
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean = torch.where(inside, x, 0.0).sum(-1, keepdim=True) / count
+        variance = torch.where(inside, x - mean, 0.0).pow(2).sum(-1, keepdim=True) / count
+        norm = first.layer_norm
+        x = (x - mean) * torch.rsqrt(variance + norm.eps) * norm.weight[:, None] + norm.bias[:, None]
+        x = first.activation(torch.where(inside, x, 0.0))
+        rest = extractor.conv_layers[1:]
+    else:
+        rest = extractor.conv_layers
+    for layer in rest:
+        x = layer(x)
+    return x.transpose(1, 2)

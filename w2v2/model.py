@@ -1,0 +1,171 @@
+"""`Wav2Vec2ForPreTraining` with a forward pass of its own: same parameters, same keys, stock weights in and out.
+
+What the stock forward computes for all frames and then ignores is computed for masked frames only, and nothing sees padding, so the
+loss of a micro-batch is the sum of the stock model's losses on each of its utterances alone.
+
+Shapes: B utterances, S samples, T latent frames, M masked frames of the row that has most, C conv channels, D width, G codebook
+groups, V entries of a group.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import Wav2Vec2ForPreTraining
+
+from w2v2 import objective
+from w2v2.collate import PretrainBatch
+from w2v2.convs import flat_features, is_flat, stock_features
+from w2v2.hashing import LAYERDROP, derive, uniform
+from w2v2.masking import distractors, masked_positions
+
+
+class PretrainSums(NamedTuple):
+    """What a micro-batch adds to its effective batch: sums over masked frames, all zero for a dummy."""
+
+    loss: torch.Tensor  # () weighted total: what is differentiated
+    contrastive: torch.Tensor  # ()
+    diversity: torch.Tensor  # ()
+    penalty: torch.Tensor  # ()
+    correct: torch.Tensor  # ()
+    distractors_left: torch.Tensor  # ()
+    code_entropy: torch.Tensor  # ()
+    num_masked: torch.Tensor  # ()
+    codes_soft: torch.Tensor  # (G, V)
+    codes_hard: torch.Tensor  # (G, V)
+
+
+class PretrainingModel(Wav2Vec2ForPreTraining):
+    """The stock model; `forward` takes a `PretrainBatch` and gives `PretrainSums`."""
+
+    feature_grad_mult: float = 0.1
+    feature_penalty_weight: float = 10.0
+
+    def get_input_embeddings(self):
+        return None  # there are none, and sharding asks
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(
+        self,
+        batch: PretrainBatch,
+        gumbel_temperature: float = 2.0,
+        diversity_weight: float | None = None,
+        mean_codes: torch.Tensor | None = None,
+    ) -> PretrainSums:
+        """Loss sums of one micro-batch (paper, sections 2 and 3).
+
+        Args:
+            gumbel_temperature: used in train mode; in eval mode codes are the most likely ones, without noise.
+            diversity_weight: default the configuration's `diversity_loss_weight`.
+            mean_codes: (G, V) mean code distribution of the whole effective batch; without it the micro-batch's own is used.
+        """
+        positions, valid = masked_positions(batch.mask)  # (B, M)
+        masked = valid.sum(1)
+        num_masked = masked.sum() * batch.weight
+
+        features = self._features(batch)  # (B, T, C)
+        normed = self.wav2vec2.feature_projection.layer_norm(features)
+        logits = self._code_logits(normed, positions)  # (B, M, G, V)
+        context = self._context(normed, batch)  # (B, T, D)
+
+        with torch.autocast(features.device.type, enabled=False):
+            one_hot, codes = objective.choose_codes(logits, gumbel_temperature if self.training else None)
+            statistics = objective.code_statistics(logits, valid)
+            quantized = self.project_q(objective.look_up(one_hot, self.quantizer.codevectors))
+            contrast = objective.contrastive_loss(
+                context_BMD=self.project_hid(_full(_gather(context, positions))),
+                quantized_BMD=quantized,
+                codes_BMG=codes,
+                distractors_BMK=distractors(batch.keys, masked, self.config.num_negatives),
+                valid_BM=valid,
+                temperature=self.config.contrastive_logits_temperature,
+            )
+            if mean_codes is None:
+                diversity = objective.diversity_loss(statistics, masked.sum())
+            else:
+                diversity = objective.shared_diversity_loss(statistics, mean_codes, masked.sum())
+            penalty = objective.feature_penalty(features, batch.frames, masked)
+            weight = self.config.diversity_loss_weight if diversity_weight is None else diversity_weight
+            loss = contrast.loss + weight * diversity + self.feature_penalty_weight * penalty
+        sums = (
+            loss,
+            contrast.loss,
+            diversity,
+            penalty,
+            contrast.correct,
+            contrast.distractors_left,
+            statistics.entropy,
+        )
+        return PretrainSums(
+            *(batch.weight * x for x in sums),
+            num_masked,
+            batch.weight * statistics.soft,
+            batch.weight * statistics.hard,
+        )
+
+    @torch.no_grad()
+    def code_sums(self, batch: PretrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the code distributions over masked frames (G, V) and their number (): the first pass of `diversity_scope:
+        effective_batch`, convs and `weight_proj` alone. Draws the same dropout as `forward` from the same generator state."""
+        positions, valid = masked_positions(batch.mask)
+        normed = self.wav2vec2.feature_projection.layer_norm(self._features(batch))
+        logits = self._code_logits(normed, positions)
+        with torch.autocast(logits.device.type, enabled=False):
+            soft = objective.code_statistics(logits, valid).soft
+        return batch.weight * soft, batch.weight * valid.sum()
+
+    def _features(self, batch: PretrainBatch) -> torch.Tensor:
+        """Output of the convs (B, T, C), its gradient scaled. Frames past a row's end are zero."""
+        encode = flat_features if is_flat(self.config) else stock_features
+        features = encode(batch.waveforms, batch.num_samples, self.wav2vec2.feature_extractor)
+        features = features[:, : batch.mask.shape[1]]
+        if not batch.uniform:
+            features = torch.where(_inside(batch)[..., None], features, 0.0)
+        return objective.scale_gradient(features, self.feature_grad_mult)
+
+    def _code_logits(self, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Quantizer logits of the masked frames (B, M, G, V), in float32 at least. Its dropout is the forward's first random draw."""
+        quantizer = self.quantizer
+        logits = quantizer.weight_proj(self.dropout_features(_gather(normed, positions)))
+        return _full(logits).unflatten(-1, (quantizer.num_groups, quantizer.num_vars))
+
+    def _context(self, normed: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
+        """Transformer over the masked sequence, (B, T, D)."""
+        encoder, projection = self.wav2vec2.encoder, self.wav2vec2.feature_projection
+        hidden = projection.dropout(projection.projection(normed))
+        hidden = torch.where(batch.mask[..., None], self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
+        attention_mask = None
+        if not batch.uniform:
+            inside = _inside(batch)
+            hidden = torch.where(inside[..., None], hidden, 0.0)
+            attention_mask = inside[:, None, None].expand(-1, 1, inside.shape[1], -1)  # (B, 1, T, T)
+        hidden = hidden + encoder.pos_conv_embed(hidden)
+        if not self.config.do_stable_layer_norm:
+            hidden = encoder.layer_norm(hidden)
+        hidden = encoder.dropout(hidden)
+        for index, layer in enumerate(encoder.layers):
+            out = layer(hidden, attention_mask=attention_mask)
+            hidden = self._drop_layer(hidden, out, batch.keys, index)
+        return encoder.layer_norm(hidden) if self.config.do_stable_layer_norm else hidden
+
+    def _drop_layer(self, hidden, out, keys, index):
+        """Layerdrop decided by each utterance's key: a choice between two tensors, so no parameter is ever without a gradient."""
+        if not self.training or self.config.layerdrop == 0.0:
+            return out
+        dropped = uniform(derive(keys, LAYERDROP, index)) < self.config.layerdrop
+        return torch.where(dropped[:, None, None], hidden, out)
+
+
+def _inside(batch: PretrainBatch) -> torch.Tensor:
+    """(B, T) bool: frames that belong to their row."""
+    return torch.arange(batch.mask.shape[1], device=batch.mask.device) < batch.frames[:, None]
+
+
+def _gather(x_BTD: torch.Tensor, positions_BM: torch.Tensor) -> torch.Tensor:
+    return x_BTD.gather(1, positions_BM[..., None].expand(-1, -1, x_BTD.shape[-1]))
+
+
+def _full(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: the loss head is an island of full precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

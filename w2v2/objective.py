@@ -1,0 +1,159 @@
+"""The loss terms as sums over masked frames, with the counts that later divide them: pure tensors, no modules.
+
+Sums, because an effective batch is cut into micro-batches at will: only sums add up to the same whole (wav2vec 2.0 paper,
+equations 2 to 4; the feature penalty is fairseq's).
+
+Shapes: B utterances, T latent frames, M masked frames of the row that has most, K distractors, G codebook groups,
+V entries of a group, D width. `valid_BM` says which of the M slots hold a masked frame.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Contrast(NamedTuple):
+    """Sums over masked frames."""
+
+    loss: torch.Tensor  # () cross-entropy, equation 3
+    correct: torch.Tensor  # () frames whose positive beats every distractor
+    distractors_left: torch.Tensor  # () distractors that are not the positive's own code
+
+
+class CodeStatistics(NamedTuple):
+    """Sums over masked frames of what the quantizer chose."""
+
+    soft: torch.Tensor  # (G, V) softmax of the logits, without noise; carries the gradient
+    hard: torch.Tensor  # (G, V) how often each entry is the most likely one
+    entropy: torch.Tensor  # () entropy of the softmax in nats, averaged over groups
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.scale, None
+
+
+def scale_gradient(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """`x` itself, whose gradient is scaled on the way back (fairseq's `feature_grad_mult`)."""
+    return x if scale == 1.0 else _ScaleGradient.apply(x, scale)
+
+
+def gumbel_noise(logits: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise of the same shape and type, from the default generator."""
+    return -torch.empty_like(logits).exponential_().log()
+
+
+def choose_codes(logits_BMGV: torch.Tensor, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hard codes with a straight-through gradient.
+
+    With a temperature (training) the choice is the Gumbel softmax's (equation 1): value one-hot, gradient of the softmax.
+    Without (evaluation) it is the most likely entry, without gradient.
+
+    Returns: one-hot weights (B, M, G, V), and codes (B, M, G) int64.
+    """
+    if temperature is None:
+        codes = logits_BMGV.argmax(-1)
+        return F.one_hot(codes, logits_BMGV.shape[-1]).to(logits_BMGV.dtype), codes
+    soft = ((logits_BMGV + gumbel_noise(logits_BMGV)) / temperature).softmax(-1)
+    codes = soft.argmax(-1)
+    one_hot = F.one_hot(codes, logits_BMGV.shape[-1]).to(soft.dtype)
+    return one_hot + (soft - soft.detach()), codes
+
+
+def look_up(weights_BMGV: torch.Tensor, codevectors: torch.Tensor) -> torch.Tensor:
+    """Codevectors of the chosen entries, groups side by side: one small product a group, (B, M, G · d).
+
+    `codevectors` is the module's (1, G · V, d).
+    """
+    G, V = weights_BMGV.shape[-2:]
+    return torch.einsum("bmgv,gvd->bmgd", weights_BMGV, codevectors.view(G, V, -1)).flatten(2)
+
+
+def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeStatistics:
+    """Use of the codebook over the valid frames."""
+    weight = valid_BM.to(logits_BMGV.dtype)
+    log_p = logits_BMGV.log_softmax(-1)
+    p = log_p.exp()
+    hard = torch.zeros(logits_BMGV.shape[-2:], dtype=weight.dtype, device=weight.device)
+    entry = logits_BMGV.argmax(-1).flatten(0, 1).T  # (G, B·M)
+    hard.scatter_add_(1, entry, weight.flatten().expand_as(entry))
+    entropy = -(p * log_p).detach().sum(-1).mean(-1)  # (B, M)
+    return CodeStatistics(torch.einsum("bmgv,bm->gv", p, weight), hard, (entropy * weight).sum())
+
+
+def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
+    """Perplexity of the mean code distribution, summed over groups: from G (collapsed) to G · V (every entry alike)."""
+    return torch.exp(-torch.xlogy(mean_GV, mean_GV).sum(-1)).sum()
+
+
+def diversity_loss(statistics: CodeStatistics, num_masked: torch.Tensor) -> torch.Tensor:
+    """(G·V − perplexity) / (G·V), times the masked frames (equation 4 in the form of fairseq and `transformers`)."""
+    size = statistics.soft.numel()
+    return (size - perplexity(statistics.soft / num_masked.clamp_min(1))) / size * num_masked
+
+
+def shared_diversity_loss(statistics: CodeStatistics, mean_GV: torch.Tensor, num_masked: torch.Tensor) -> torch.Tensor:
+    """A micro-batch's share in the diversity loss of the whole effective batch, whose mean code distribution is `mean_GV`.
+
+    The shares' gradients add up to the gradient of `diversity_loss` on the whole: it is linearised at the known mean. The value is
+    the whole's loss times this micro-batch's masked frames.
+    """
+    size = mean_GV.numel()
+    with torch.enable_grad():
+        mean = mean_GV.detach().requires_grad_(True)
+        loss = (size - perplexity(mean)) / size
+        slope = torch.autograd.grad(loss, mean)[0]  # (G, V)
+    share = (slope * statistics.soft).sum()
+    return loss.detach() * num_masked + share - share.detach()
+
+
+def contrastive_loss(
+    context_BMD: torch.Tensor,
+    quantized_BMD: torch.Tensor,
+    codes_BMG: torch.Tensor,
+    distractors_BMK: torch.Tensor,
+    valid_BM: torch.Tensor,
+    temperature: float,
+) -> Contrast:
+    """Tell the true quantized frame from its distractors by cosine similarity (equation 3).
+
+    All candidates are masked frames of the same utterance, so their similarities are one M × M product a row, and the K draws
+    of a frame are counts on its columns. A distractor with the positive's own codes is no distractor: it is left out
+    (as fairseq and `transformers` do). With S ≤ 1/τ the sum of exponentials is taken relative to 1/τ and cannot overflow.
+    """
+    context, quantized = F.normalize(context_BMD, dim=-1, eps=1e-8), F.normalize(quantized_BMD, dim=-1, eps=1e-8)
+    similarity = context @ quantized.transpose(1, 2) / temperature  # (B, M, M)
+    positive = similarity.diagonal(dim1=1, dim2=2)  # (B, M)
+
+    draws = torch.zeros_like(similarity)
+    draws.scatter_add_(2, distractors_BMK, torch.ones_like(distractors_BMK, dtype=draws.dtype))
+    other_code = (codes_BMG[:, :, None] != codes_BMG[:, None]).any(-1)  # (B, M, M)
+    draws = draws * other_code
+
+    candidates = draws + torch.eye(draws.shape[-1], dtype=draws.dtype, device=draws.device)
+    ceiling = 1.0 / temperature
+    log_sum = ((similarity - ceiling).exp() * candidates).sum(-1).log() + ceiling
+    best_distractor = similarity.detach().masked_fill(draws == 0, -torch.inf).amax(-1)
+    correct = (positive.detach() > best_distractor) & best_distractor.isfinite()
+
+    weight = valid_BM.to(similarity.dtype)
+    return Contrast(
+        torch.where(valid_BM, log_sum - positive, 0.0).sum(),
+        (correct & valid_BM).sum().to(similarity.dtype),
+        (draws.sum(-1) * weight).sum(),
+    )
+
+
+def feature_penalty(features_BTD: torch.Tensor, frames_B: torch.Tensor, masked_B: torch.Tensor) -> torch.Tensor:
+    """Mean square of the convs' output over each utterance's own frames, times its masked frames, summed."""
+    inside = torch.arange(features_BTD.shape[1], device=frames_B.device) < frames_B[:, None]
+    square = features_BTD.to(torch.promote_types(features_BTD.dtype, torch.float32)).pow(2).mean(-1)  # (B, T)
+    mean = torch.where(inside, square, 0.0).sum(1) / frames_B.clamp_min(1)
+    return (mean * masked_B).sum()

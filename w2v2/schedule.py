@@ -1,0 +1,50 @@
+"""Learning rate and Gumbel temperature as pure functions of the update: nothing to save, nothing to restore."""
+
+import math
+
+from w2v2.errors import UserError
+
+SCHEDULES = ("linear", "cosine", "constant", "tri_stage")
+
+
+def num_warmup_steps(warmup_steps: float, total_steps: int) -> int:
+    """Updates of warm-up: a number of updates, or a fraction of the run when under 1 (as `TrainingArguments` has it)."""
+    if warmup_steps < 0:
+        raise UserError(f"--warmup_steps {warmup_steps} is negative: give a number of updates, or a fraction under 1")
+    return int(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
+
+
+def lr_factor(
+    step: int,
+    total_steps: int,
+    warmup_steps: float,
+    kind: str = "linear",
+    hold: float = 0.4,
+    final_scale: float = 0.05,
+) -> float:
+    """Multiplier of the peak learning rate for the update that follows `step` finished ones.
+
+    All kinds warm up linearly. Then `linear` and `cosine` decay to zero at `total_steps`, `constant` stays, and `tri_stage`
+    (fairseq's schedule for fine-tuning) holds the peak for the fraction `hold` of the run and decays exponentially
+    to `final_scale`.
+    """
+    if kind not in SCHEDULES:
+        raise UserError(f"lr_scheduler_type {kind!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+    warmup = num_warmup_steps(warmup_steps, total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    if kind == "tri_stage":
+        hold_until = warmup + int(hold * total_steps)
+        if step < hold_until:
+            return 1.0
+        progress = min(1.0, (step - hold_until) / max(1, total_steps - hold_until))
+        return final_scale**progress
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    return 1.0 - progress if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def gumbel_temperature(step: int, maximum: float, minimum: float, decay: float) -> float:
+    """Temperature of the Gumbel softmax, annealed geometrically once an update: max(maximum · decay^step, minimum)."""
+    return max(maximum * decay**step, minimum)
