@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from w2v2.audio import SAMPLING_RATE, AudioError, read_crop
+from w2v2.audio import AudioError, read_crop
 from w2v2.batching import MicroBatchPlan
 from w2v2.hashing import derive
 from w2v2.masking import latent_lengths, mask_spans
@@ -48,6 +49,7 @@ class Framing:
     mask_prob: float
     mask_length: int
     min_masks: int
+    sampling_rate: int
     normalize: bool  # zero mean and unit variance a crop, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
 
     @property
@@ -59,7 +61,7 @@ class Framing:
         return samples
 
 
-class CropDataset(torch.utils.data.Dataset):
+class CropDataset(Dataset):
     """Maps a `MicroBatchPlan` to its `PretrainBatch`. `table` has the columns of `load_manifest`."""
 
     def __init__(self, table, framing: Framing, seed: int):
@@ -72,7 +74,7 @@ class CropDataset(torch.utils.data.Dataset):
         for row, (utterance, _, start, num_samples) in enumerate(zip(*plan.crops, strict=True)):
             entry = self.table[int(utterance)]
             try:
-                offset = round(entry["start"] * SAMPLING_RATE) + int(start)
+                offset = round(entry["start"] * self.framing.sampling_rate) + int(start)
                 waveforms.append(read_crop(entry["audio"], offset, int(num_samples)))
                 rows.append(row)
                 original_samples += entry["num_samples"]
@@ -108,3 +110,15 @@ class CropDataset(torch.utils.data.Dataset):
 
 def _normalized(waveform: np.ndarray) -> np.ndarray:
     return (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+
+
+def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor: int, pin_memory: bool) -> DataLoader:
+    """Decodes the micro-batches of `plans` (any iterable of them) ahead of time and in order."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=plans,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers > 0 else None,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,238 @@
+"""Make a small corpus of synthesized speech: something to pretrain and fine-tune on within minutes, without a download.
+
+The espeak-ng library inside the PyPI package `espeakng-loader` speaks sentences of a small grammar in many voices
+(accent x timbre x speed x pitch x intonation). Train, dev and test share no voice, no timbre and no sentence. A
+random gain, faint noise and random pauses at both ends keep loudness and digital silence from giving anything away.
+
+The library carries flutter and noise states from one utterance to the next, so every voice is spoken in order in a
+process of its own, with the noise seeded: the corpus depends on its arguments alone, not on the number of workers.
+
+Cost: about half a minute on two cores for 45 minutes of speech, 50 MB.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from corpus_files import Parser, exit_status, write_manifest
+from demo_speech import ACCENTS, SAMPLING_RATE, TIMBRES, Espeak, Voice, record, sentences
+from tqdm import tqdm
+
+from w2v2.errors import UserError
+
+FORMAT = 1  # raise it when the same arguments would give another corpus
+MIN_SECONDS, MAX_SECONDS = 1.5, 8.0
+SPLITS = ("train", "dev", "test")
+SHARES = {"dev": 0.1, "test": 0.15}
+MIN_TEST_MINUTES = 5.0
+
+
+def plan_voices(num_voices: int, minutes: float, seed: int) -> list[Voice]:
+    """Deal timbres to the splits, then draw each split's voices; UserError where there is too little to deal."""
+    if not 3 <= num_voices <= 240:
+        raise UserError(f"--num_voices {num_voices}: give 3 to 240 (train, dev and test share no voice)")
+    if not 0 < minutes <= 600:
+        raise UserError(f"--minutes {minutes}: give a positive number, at most 600")
+    rng = random.Random(f"plan {seed}")
+    budget = {"dev": SHARES["dev"] * minutes, "test": max(SHARES["test"] * minutes, min(MIN_TEST_MINUTES, minutes / 3))}
+    budget["train"] = minutes - budget["dev"] - budget["test"]
+    count = {split: max(1, round(share * num_voices)) for split, share in SHARES.items()}
+    count["train"] = num_voices - count["dev"] - count["test"]
+    timbres = rng.sample(TIMBRES, len(TIMBRES))
+    num_dev, num_test = (round(SHARES[split] * len(timbres)) for split in ("dev", "test"))
+    hands = {"dev": timbres[:num_dev], "test": timbres[-num_test:], "train": timbres[num_dev:-num_test]}
+    voices = []
+    for split in SPLITS:
+        accents = rng.sample(ACCENTS, len(ACCENTS))
+        for i in range(count[split]):
+            lap, place = divmod(i, len(hands[split]))
+            accent = accents[(lap + place) % len(accents)]  # a new accent in each lap over the timbres
+            speaker = f"voice-{len(voices):03d}"
+            voices.append(
+                Voice(
+                    speaker=speaker,
+                    split=split,
+                    espeak_name=f"{accent}+{hands[split][place]}",
+                    words_per_minute=rng.randint(130, 200),
+                    pitch=rng.randint(30, 70),
+                    pitch_range=rng.randint(25, 80),
+                    seconds=60 * budget[split] / count[split],
+                    seed=f"{seed} {speaker}",
+                )
+            )
+    return voices
+
+
+def speak_voice(voice: Voice, output_dir: Path, library_path: str, data_path: str) -> list[dict]:
+    """Write one voice's files and return their rows; to be run in a fresh process, in which nothing was said yet."""
+    espeak = Espeak(library_path, data_path)
+    espeak.use(voice)
+    rng = np.random.default_rng(list(voice.seed.encode()))
+    folder = output_dir / "audio" / voice.speaker
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows, seconds = [], 0.0
+    for sentence in sentences(voice.split, random.Random(voice.seed)):
+        audio = record(espeak.say(sentence), espeak.sampling_rate, rng)
+        duration = len(audio) / SAMPLING_RATE
+        if not MIN_SECONDS <= duration <= MAX_SECONDS:
+            continue
+        name = f"{voice.speaker}-{len(rows):04d}"
+        path = folder / f"{name}.flac"
+        soundfile.write(path, audio, SAMPLING_RATE, subtype="PCM_16")
+        path = path.relative_to(output_dir).as_posix()
+        rows.append(dict(id=name, audio=path, duration=duration, text=sentence, speaker=voice.speaker))
+        seconds += duration
+        if seconds >= voice.seconds:
+            return rows
+
+
+def _child(connection, *arguments):
+    connection.send(speak_voice(*arguments))
+
+
+def speak_all(voices: list[Voice], output_dir: Path, num_workers: int) -> list[list[dict]]:
+    """Rows of every voice; each in a process of its own, `num_workers` at a time."""
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise UserError("the package espeakng-loader is missing: pip install espeakng-loader") from None
+
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["__main__", "numpy", "soundfile", "soxr"])
+
+    with tempfile.TemporaryDirectory() as short:
+        data_path = espeakng_loader.get_data_path()
+        if len(os.fsencode(data_path)) > 120:  # the library cuts its data path off at about 160 bytes
+            os.symlink(data_path, os.path.join(short, "espeak-ng-data"))
+            data_path = os.path.join(short, "espeak-ng-data")
+
+        def speak(voice: Voice) -> list[dict]:
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (sender, voice, output_dir, espeakng_loader.get_library_path(), data_path)
+            process = context.Process(target=_child, args=arguments, daemon=True)
+            process.start()
+            sender.close()  # so that the child's death ends recv
+            try:
+                rows = receiver.recv()
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"synthesis of {voice.speaker} died (exit code {process.exitcode})") from None
+            process.join()
+            return rows
+
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            return list(tqdm(pool.map(speak, voices), total=len(voices), desc="Speaking", unit="voice", disable=None))
+
+
+def labelled_subset(voices_rows: list[list[dict]], minutes: float) -> list[dict]:
+    """The first utterances of every voice in turn until they hold `minutes`: all voices, about evenly."""
+    rows, seconds = [], 0.0
+    for turn in range(max(map(len, voices_rows))):
+        for voice_rows in voices_rows:
+            if turn < len(voice_rows) and seconds < 60 * minutes:
+                rows.append(voice_rows[turn])
+                seconds += rows[-1]["duration"]
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def summarize(rows: list[dict]) -> dict:
+    durations = [row["duration"] for row in rows]
+    words = [len(row["text"].split()) for row in rows]
+    return {
+        "utterances": len(rows),
+        "voices": len({row["speaker"] for row in rows}),
+        "minutes": round(sum(durations) / 60, 2),
+        "shortest_seconds": round(min(durations), 2),
+        "longest_seconds": round(max(durations), 2),
+        "words_per_utterance": round(sum(words) / len(words), 1),
+        "different_words": len({word for row in rows for word in row["text"].split()}),
+    }
+
+
+def report(corpus: dict):
+    for name, summary in corpus["manifests"].items():
+        print(f"{name}.csv: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+
+
+def already_made(output_dir: Path, arguments: dict) -> dict | None:
+    """The record of a whole corpus with these arguments, or None; UserError where another corpus is in the way."""
+    try:
+        found = json.loads((output_dir / "corpus.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{output_dir}/corpus.json is not readable ({error}); choose another output_dir") from None
+    if found.get("arguments") != arguments:
+        raise UserError(
+            f"{output_dir} holds another corpus (made with {found.get('arguments')}, not {arguments}); "
+            "choose another output_dir or delete that one"
+        )
+    whole = all((output_dir / f"{name}.csv").is_file() for name in found["manifests"])
+    whole = whole and sum(1 for _ in output_dir.glob("audio/*/*.flac")) == found["files"]
+    return found if whole else None
+
+
+def make_corpus(output_dir: Path, num_workers: int, **asked):
+    """Make or find the corpus and say what it holds; corpus.json, written last, is the sign that it is whole."""
+    arguments = {"format": FORMAT, **asked}
+    found = already_made(output_dir, arguments)
+    if found is not None:
+        print(f"{output_dir} holds this corpus already: nothing to do")
+        return report(found)
+    voices = plan_voices(asked["num_voices"], asked["minutes"], asked["seed"])
+    labelled_minutes = asked["labelled_minutes"]
+    train_minutes = sum(voice.seconds for voice in voices if voice.split == "train") / 60
+    if not 0 < labelled_minutes <= train_minutes:
+        raise UserError(
+            f"--labelled_minutes {labelled_minutes}: train holds {train_minutes:.1f} minutes; give up to that"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    voices_rows = speak_all(voices, output_dir, num_workers)
+    by_split = {s: [rows for v, rows in zip(voices, voices_rows, strict=True) if v.split == s] for s in SPLITS}
+    manifests = {split: [row for rows in by_split[split] for row in rows] for split in SPLITS}
+    manifests["train_labelled"] = labelled_subset(by_split["train"], labelled_minutes)
+    for name, rows in manifests.items():
+        write_manifest(output_dir / f"{name}.csv", rows)
+    result = {
+        "arguments": arguments,
+        "files": sum(map(len, voices_rows)),
+        "manifests": {name: summarize(rows) for name, rows in manifests.items()},
+        "voices": [dataclasses.asdict(voice) for voice in voices],
+    }
+    unfinished = output_dir / "corpus.json.tmp"
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, output_dir / "corpus.json")
+    report(result)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("output_dir", type=Path, help="folder for the manifests and for audio/<speaker>/<id>.flac")
+    parser.add_argument("--minutes", type=float, default=45.0, help="speech in all (default: %(default)s)")
+    parser.add_argument(
+        "--labelled_minutes",
+        type=float,
+        help="speech in train_labelled.csv (default: 10, at most a third of --minutes)",
+    )
+    parser.add_argument("--num_voices", type=int, default=60, help="synthetic speakers (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    args = parser.parse_args(argv)
+    if args.labelled_minutes is None:
+        args.labelled_minutes = min(10.0, args.minutes / 3)
+    return exit_status(parser.prog, lambda: make_corpus(**vars(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

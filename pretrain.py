@@ -1,0 +1,180 @@
+"""Pretrain wav2vec 2.0 (Baevski et al., 2020) from audio alone.
+
+    accelerate launch pretrain.py configs/pretrain/small.yaml --output_dir runs/small
+
+Reads as the method: the utterances and the effective batches drawn from them, the model, the optimizer, then updates, with validation
+and checkpoints in between. Everything random is a function of (seed, epoch, utterance), so a run resumes exactly, on any number of
+devices.
+"""
+
+import logging
+from pathlib import Path
+
+import yaml
+from accelerate.utils import gather_object, set_seed
+
+from w2v2.arguments import PretrainArguments, parse_command_line, run_script
+from w2v2.batching import PlanStream, plan_validation
+from w2v2.checkpoint import claim_output_dir, find_checkpoint, load_optimizer, save_checkpoint, save_model
+from w2v2.collate import CropDataset, build_loader
+from w2v2.hub import HubPusher, draw_plots, write_model_card
+from w2v2.launch import start_accelerator, start_trackers
+from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
+from w2v2.metrics import RunLog, read_metrics
+from w2v2.plan import SkippedAudio, build_batches, describe, load_utterances, make_plan, probe_some, write_json
+from w2v2.schedule import gumbel_temperature, lr_factor
+from w2v2.state import RunState
+from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
+
+
+def main() -> None:
+    (args,) = parse_command_line([PretrainArguments])
+    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    accelerator = start_accelerator(args)
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        claim_output_dir(output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, args.dry_run)
+    accelerator.wait_for_everyone()
+
+    # The model's configuration says how many frames a waveform makes, and what is masked.
+    config = build_config(args)
+    feature_extractor = build_feature_extractor(args, config)
+    framing = build_framing(config, feature_extractor)
+
+    # The utterances, and the effective batches that are drawn from them.
+    with accelerator.main_process_first():
+        training, unreadable = load_utterances(args.train_data, args, framing)
+        validation = load_utterances(args.validation_data, args, framing)[0] if args.validation_data else None
+    batches = build_batches(training, args)
+    plan = make_plan(training, batches, args, accelerator.num_processes)
+    accelerator.print(describe(plan))
+    if accelerator.is_main_process:
+        write_json(output_dir / "plan.json", plan)
+    if args.dry_run:
+        return
+    skipped = SkippedAudio(
+        output_dir, len(training.table) + len(unreadable), args.max_skipped_fraction, accelerator.is_main_process
+    )
+    skipped.add(unreadable + probe_some(training))
+
+    # Model and optimizer: fresh, from given weights, or as the checkpoint has them.
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    state = RunState.start(args, training, config, checkpoint)
+    set_seed(args.seed)
+    model = build_model(args, config, checkpoint)
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    if checkpoint:
+        load_optimizer(checkpoint, accelerator, model, optimizer)
+        accelerator.print(f"resuming      {checkpoint}, after {state.step:,} updates")
+
+    feed, validation_loader = build_feeds(args, accelerator, framing, batches, training, validation, state)
+    train(args, accelerator, model, optimizer, feature_extractor, feed, validation_loader, state, skipped)
+    finish(args, accelerator, model, feature_extractor, training, validation)
+
+
+def build_feeds(args, accelerator, framing, batches, training, validation, state):
+    """This process's micro-batches, decoded ahead of time, and its part of the validation set, the same every time."""
+    cut = dict(
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        micro_batch_samples=round(args.micro_batch_seconds * framing.sampling_rate),
+    )
+    loading = dict(
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    plans = PlanStream(batches, state.cursor, range(state.step, args.max_steps), **cut)
+    feed = Feed(build_loader(CropDataset(training.table, framing, args.seed), plans, **loading))
+    if validation is None:
+        return feed, None
+    plans = plan_validation(build_batches(validation, args), **cut)
+    return feed, build_loader(CropDataset(validation.table, framing, args.seed), plans, **loading)
+
+
+def train(args, accelerator, model, optimizer, feature_extractor, feed, validation_loader, state, skipped) -> None:
+    """Updates until `max_steps`; what is due after an update is logged, validated and saved in this order."""
+    start_trackers(accelerator, args, state.step)
+    log = RunLog(
+        args.output_dir,
+        total_steps=args.max_steps,
+        first_step=state.step,
+        trackers=accelerator,
+        is_main=accelerator.is_main_process,
+        disable_tqdm=args.disable_tqdm,
+    )
+    pusher = start_pusher(args, accelerator)
+    clock = Clock(feed)
+    while state.step < args.max_steps:
+        settings = update_settings(args, model, state.step)
+        metrics, totals, unreadable = train_update(accelerator, model, optimizer, feed.update(), settings)
+        if totals.num_skipped:
+            skipped.add(gather_object(unreadable))
+        state.advance(feed.cursor, totals.heard_samples)
+        clock.heard_samples += totals.heard_samples
+        record = state.progress() | metrics | {"skipped_audio": len(skipped.ids)}
+        log.update(record | clock.rates())
+        if state.is_due(args.logging_steps):
+            log.write(record | clock.lap())
+        if validation_loader and state.is_due(args.eval_steps):
+            log.write(state.progress() | validate(accelerator, model, validation_loader, settings))
+            clock.lap()
+        if state.is_due(args.save_steps):
+            folder = save_checkpoint(
+                args.output_dir, accelerator, model, optimizer, feature_extractor, state, args.save_total_limit
+            )
+            if pusher:
+                pusher.push(folder, f"Weights after {state.step} updates")
+            clock.lap()
+    log.close()
+    accelerator.end_training()
+    if pusher:
+        pusher.finish()
+
+
+def update_settings(args, model, step: int) -> UpdateSettings:
+    """What the schedules say for the update that follows `step` finished ones."""
+    weight = getattr(model, "module", model).config.diversity_loss_weight
+    ramp = min(1.0, step / args.diversity_warmup_steps) if args.diversity_warmup_steps else 1.0
+    return UpdateSettings(
+        step=step,
+        seed=args.seed,
+        learning_rate=args.learning_rate * lr_factor(step, args.max_steps, args.warmup_steps, args.lr_scheduler_type),
+        gumbel_temperature=gumbel_temperature(
+            step, args.max_gumbel_temperature, args.min_gumbel_temperature, args.gumbel_temperature_decay
+        ),
+        diversity_weight=weight * ramp,
+        shared_diversity=args.diversity_scope == "effective_batch",
+        max_grad_norm=args.max_grad_norm,
+    )
+
+
+def start_pusher(args, accelerator) -> HubPusher | None:
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return None
+    return HubPusher(
+        args.output_dir,
+        repo_id=args.hub_model_id,
+        private=args.hub_private_repo,
+        every_save=args.hub_strategy == "every_save",
+    )
+
+
+def finish(args, accelerator, model, feature_extractor, training, validation) -> None:
+    """The folder that users load, with its card, curves and resolved configuration."""
+    output_dir = Path(args.output_dir)
+    save_model(output_dir, accelerator, model, feature_extractor)
+    if not accelerator.is_main_process:
+        return
+    (output_dir / "pretrain_config.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=False), encoding="utf-8")
+    metrics = read_metrics(output_dir / "metrics.jsonl")
+    draw_plots(output_dir, metrics)
+    summary = dict(utterances=len(training.table), hours=training.hours)
+    summary["num_parameters"] = accelerator.unwrap_model(model).num_parameters()
+    if validation:
+        summary |= dict(validation_utterances=len(validation.table), validation_hours=validation.hours)
+    write_model_card(output_dir, config=vars(args), summary=summary, metrics=metrics)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,145 @@
+"""A Hugging Face Hub on loopback: just enough of it to create a repository, push to it and download from it."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class HubStandIn(ThreadingHTTPServer):
+    """`with HubStandIn() as hub:` serves at `hub.url`; `hub.files` maps a path to its bytes at the newest commit.
+
+    Attributes:
+        commits: the messages, oldest first.
+        tokens: the authorization headers seen.
+        large: suffixes that have to come by LFS, the rest being sent within the commit.
+        failures: a part of the path to the answer that it gets: a status, or 0 for a connection cut.
+        created: what was asked of `create_repo`.
+        gate: cleared, it holds commits back until it is set.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, user="speech-lab"):
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.user, self.url = user, f"http://127.0.0.1:{self.server_address[1]}"
+        self.files, self.blobs, self.failures = {}, {}, {}
+        self.commits, self.tokens, self.large, self.created = [], set(), (), []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    @property
+    def sha(self):
+        return hashlib.sha1(f"{self.commits}".encode()).hexdigest()
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.gate.set()
+        self.shutdown()
+        self.server_close()
+
+
+class _Answers(BaseHTTPRequestHandler):
+    def do_POST(self):
+        hub, body = self.server, self._read()
+        if self._fails():
+            return
+        if self.path == "/api/repos/create":
+            wanted = json.loads(body)
+            hub.created.append(wanted)
+            name = f"{wanted.get('organization') or hub.user}/{wanted['name']}"
+            self._answer({"url": f"{hub.url}/{name}"}, 200 if len(hub.created) == 1 else 409)
+        elif self.path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if hub.large and path.endswith(hub.large) else "regular" for path in paths}
+            answer = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+            self._answer({"files": answer})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            upload = [
+                {**wanted, "actions": {"upload": {"href": f"{hub.url}/put/{wanted['oid']}"}}} for wanted in objects
+            ]
+            self._answer({"transfer": "basic", "objects": upload})
+        elif "/commit/" in self.path:
+            hub.gate.wait()
+            self._commit([json.loads(line) for line in body.splitlines()])
+            repository = "/".join(self.path.split("/")[3:5])
+            self._answer(
+                {"commitUrl": f"{hub.url}/{repository}/commit/{hub.sha}", "commitOid": hub.sha, "hookOutput": ""}
+            )
+        else:
+            self._answer({"error": "Not Found"}, 404)
+
+    def do_PUT(self):
+        body = self._read()
+        self.server.blobs[hashlib.sha256(body).hexdigest()] = body
+        self._answer({})
+
+    def do_GET(self):
+        hub = self.server
+        if self._fails():
+            return
+        resolved = re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", self.path)
+        if resolved and resolved[1] in hub.files:
+            self._answer(hub.files[resolved[1]])
+        elif re.match(r"/api/models/[^/]+/[^/]+/tree/", self.path):
+            contents = hub.files.items()
+            self._answer([{"type": "file", "path": path, "size": len(body), "oid": "0"} for path, body in contents])
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+(/revision/[^/]+)?(\?.*)?", self.path):
+            siblings = [{"rfilename": path} for path in hub.files]
+            self._answer({"id": "/".join(self.path.split("/")[3:5]), "sha": hub.sha, "siblings": siblings})
+        elif resolved:
+            self._answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        else:
+            self._answer({"error": "Not Found"}, 404)
+
+    do_HEAD = do_GET
+
+    def _read(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = iter(lambda: self.rfile.read(int(self.rfile.readline(), 16) + 2)[:-2], b"")
+        return b"".join(chunks)
+
+    def _fails(self):
+        self.server.tokens.add(self.headers.get("Authorization"))
+        status = next((status for part, status in self.server.failures.items() if part in self.path), None)
+        if status == 0:
+            self.close_connection = True
+            self.connection.close()
+        elif status is not None:
+            self._answer({"error": f"refused, {self.headers.get('Authorization')}"}, status)
+        return status is not None
+
+    def _commit(self, lines):
+        hub = self.server
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                hub.commits.append(value["summary"])
+            elif line["key"] == "file":
+                hub.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                hub.files[value["path"]] = hub.blobs[value["oid"]]
+
+    def _answer(self, body, status=200, headers=None):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.server.sha)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass

@@ -1,0 +1,169 @@
+"""A pretrained wav2vec 2.0 under a new head: load it, check it, and keep padding out of its sight.
+
+Shapes: B utterances, S samples, T latent frames, C channels.
+"""
+
+import logging
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
+
+from w2v2.audio import SAMPLING_RATE
+from w2v2.convs import flat_features, is_flat, stock_features
+from w2v2.errors import UserError
+from w2v2.masking import latent_lengths
+
+logger = logging.getLogger(__name__)
+
+MODELS_FOLDER = Path(__file__).parents[1] / "configs" / "models"
+
+
+def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
+    """Latent frames of so many samples."""
+    return int(latent_lengths(torch.tensor(num_samples), config.conv_kernel, config.conv_stride))
+
+
+def min_samples(config: Wav2Vec2Config) -> int:
+    """Samples of a single latent frame: less than that is no input."""
+    samples = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def load_config(model_name_or_path: str | None, config_name: str | None, **changes) -> Wav2Vec2Config:
+    """Configuration of the pretrained model, or of the random one, with `changes`; it has to be a wav2vec 2.0's."""
+    flag, source = ("model_name_or_path", model_name_or_path) if model_name_or_path else ("config_name", config_name)
+    if config_name and not os.path.exists(source) and (MODELS_FOLDER / source / "config.json").exists():
+        source = MODELS_FOLDER / source
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise UserError(f"--{flag} {source}: this folder holds no config.json: give the folder of a pretrained model")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--{flag} {source}: no configuration there: {_first_line(error)}") from None
+    if not isinstance(config, Wav2Vec2Config):
+        raise UserError(f"--{flag} {source}: this is a {config.model_type} model; a wav2vec2 one is needed")
+    config.update(changes)
+    if config.mask_feature_prob > 0 and config.mask_feature_length > config.hidden_size:
+        raise UserError(
+            f"--mask_feature_length {config.mask_feature_length} is more than the model's width, {config.hidden_size}: "
+            "lower it, or set --mask_feature_prob 0"
+        )
+    return config
+
+
+def load_feature_extractor(source: str | None, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
+    """The folder's own feature extractor (whether to normalise the waveform), else the one that `config` implies."""
+    try:
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(source)
+    except (OSError, ValueError, TypeError, AttributeError):
+        norm = config.feat_extract_norm == "layer"
+        return Wav2Vec2FeatureExtractor(sampling_rate=SAMPLING_RATE, do_normalize=norm, return_attention_mask=norm)
+    if extractor.sampling_rate != SAMPLING_RATE:
+        raise UserError(f"{source}: made for {extractor.sampling_rate} Hz; this program feeds {SAMPLING_RATE} Hz")
+    return extractor
+
+
+def load_with_head(
+    model_class: type[PreTrainedModel], model_name_or_path: str | None, config: Wav2Vec2Config, head: tuple[str, ...]
+) -> PreTrainedModel:
+    """`model_class` with pretrained weights below and a new, random head (modules named in `head`), or all random.
+
+    The quantizer and projections of pretraining are left behind. Any other key that is missing, left over or of another
+    shape means a folder that does not fit its own configuration, and raises UserError.
+    """
+    if model_name_or_path is None:
+        return model_class(config)
+    with _quiet():
+        try:
+            model, report = model_class.from_pretrained(
+                model_name_or_path, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"--model_name_or_path {model_name_or_path}: cannot be loaded: {_first_line(error)}"
+            ) from None
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
+    for problem, keys in (("lacks", report["missing_keys"]), ("has another shape for", mismatched)):
+        keys = sorted(key for key in keys if not key.startswith(head))
+        if keys:
+            raise UserError(
+                f"--model_name_or_path {model_name_or_path}: {problem} {len(keys)} weights, such as {keys[0]}"
+            )
+    left = sorted(key for key in report["unexpected_keys"] if key.startswith("wav2vec2."))
+    if left:
+        raise UserError(f"--model_name_or_path {model_name_or_path}: holds {len(left)} weights that its config.json "
+                        f"has no place for, such as {left[0]}")  # fmt: skip
+    for module in map(model.get_submodule, head):  # new even where the folder was fine-tuned before
+        nn.init.normal_(module.weight, std=config.initializer_range)
+        nn.init.zeros_(module.bias)
+    return model
+
+
+@contextmanager
+def _quiet():
+    """No report of the keys that are expected to differ: `load_with_head` looks at them itself."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
+    """The stock convs and their parameters, but each row comes out as if it were alone in the batch.
+
+    BASE's first conv is group-normed over time, so in the stock encoder padding changes every frame: word error rates would move
+    with the batch size, and training would differ from inference.
+    """
+
+    num_samples: torch.Tensor | None = None  # (B,) of the batch at hand; None: no padding
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__(config)
+        self._features = flat_features if is_flat(config) else stock_features
+        self._kernels, self._strides = config.conv_kernel, config.conv_stride
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        B, S = input_values.shape
+        whole = torch.full((B,), S, device=input_values.device)
+        num_frames = int(latent_lengths(whole[:1].cpu(), self._kernels, self._strides))
+        features = self._features(input_values, whole if self.num_samples is None else self.num_samples, self)
+        return features[:, :num_frames].transpose(1, 2)  # (B, C, T)
+
+
+def hide_padding(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model's output for an utterance independent of its neighbours in the batch, in training and evaluation.
+
+    Weights, keys and class stay stock. Besides the convs, a batch too short for one mask span goes unmasked, where the stock
+    model raises.
+    """
+    base = model.wav2vec2
+    encoder = LoneRowsFeatureEncoder(model.config)
+    encoder.load_state_dict(base.feature_extractor.state_dict())
+    base.feature_extractor = encoder.to(base.device, base.dtype)
+    base.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    return model
+
+
+def _before_forward(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    input_values = args[0] if args else kwargs["input_values"]
+    attention_mask = kwargs.get("attention_mask")
+    base.feature_extractor.num_samples = None if attention_mask is None else attention_mask.sum(-1)
+    num_frames = int(base._get_feat_extract_output_lengths(input_values.shape[1]))
+    if base.training and num_frames < base.config.mask_time_length:
+        shape = (len(input_values), num_frames)
+        kwargs["mask_time_indices"] = torch.zeros(shape, dtype=torch.bool, device=input_values.device)
+    return args, kwargs

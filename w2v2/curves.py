@@ -1,0 +1,79 @@
+"""Curves of a run over the hours of audio it heard: what predicts the worth of a model far better than updates do."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_BASE_DISTRACTORS = 100
+
+# Picture: its title, and its panels as (axis label, measures).
+PICTURES = {
+    "loss": ("Loss", [("contrastive loss", ["contrastive_loss"]), ("diversity loss", ["diversity_loss"])]),
+    "accuracy": ("Contrastive accuracy", [("accuracy", ["accuracy"])]),
+    "codebook_perplexity": (
+        "Codebook perplexity",
+        [("perplexity", ["codebook_perplexity", "codebook_perplexity_hard"])],
+    ),
+    "schedule": (
+        "Schedule",
+        [("learning rate", ["learning_rate"]), ("Gumbel temperature", ["gumbel_temperature"])],
+    ),
+}
+
+
+def draw_plots(output_dir: str | os.PathLike, metrics: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Draw the curves over hours of audio heard into `output_dir/plots`; a measure never logged gets no picture.
+
+    Training and validation share a picture, and the accuracy is shown beside chance. Returns the pictures' paths.
+    """
+    from matplotlib.figure import Figure  # slow to import; and no global backend is touched
+
+    folder = Path(output_dir) / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, (title, panels) in PICTURES.items():
+        panels = [(label, curves) for label, measures in panels if (curves := _curves(metrics, measures))]
+        if not panels:
+            continue
+        figure = Figure(figsize=(7, 3.2 * len(panels)), layout="constrained")
+        for axes, (label, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+            for curve, (hours, values) in curves.items():
+                axes.plot(hours, values, label=curve, marker="o" if len(hours) < 30 else None, markersize=3)
+            if name == "accuracy":
+                axes.axhline(chance_accuracy(output_dir), color="grey", linestyle="--", label="chance")
+            axes.set(xlabel="hours of audio heard", ylabel=label)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.suptitle(title)
+        drawn.append(folder / f"{name}.png")
+        figure.savefig(drawn[-1], dpi=120)
+    return drawn
+
+
+def model_config(output_dir: str | os.PathLike) -> dict[str, Any]:
+    """The folder's `config.json`; empty where there is none."""
+    path = Path(output_dir) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def chance_accuracy(output_dir: str | os.PathLike) -> float:
+    """1 / (1 + num_negatives), from the folder's `config.json` (else BASE's 100 distractors)."""
+    return 1 / (1 + model_config(output_dir).get("num_negatives", _BASE_DISTRACTORS))
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, tuple[list, list]]:
+    """Label to (hours, values), in training and validation; what was null in the file leaves a gap."""
+    curves = {}
+    for measure in measures:
+        for prefix, where in (("", "training"), ("eval_", "validation")):
+            points = [
+                (record["audio_hours"], float("nan") if record[prefix + measure] is None else record[prefix + measure])
+                for record in metrics
+                if prefix + measure in record and record.get("audio_hours") is not None
+            ]
+            if points:
+                kind = " (hard)" if measure.endswith("_hard") else " (soft)" if len(measures) > 1 else ""
+                curves[where + kind] = tuple(map(list, zip(*points, strict=True)))
+    return curves

@@ -1,0 +1,52 @@
+"""The `Accelerator`, checked: a launch that would not do what it looks like ends here."""
+
+import os
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+
+from w2v2.errors import UserError
+
+
+def start_accelerator(args) -> Accelerator:
+    """Device, precision and processes as `accelerate launch` (or torchrun) set them; the CPU where there is no accelerator.
+
+    Raises `UserError` for DeepSpeed, for a launcher whose processes would not know of one another, and for an absent tracker.
+    """
+    cpu = args.use_cpu or not torch.accelerator.is_available()
+    trackers = [name for name in args.report_to if name != "none"]
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            log_with=trackers or None,
+            project_dir=args.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise UserError(f"--report_to {' '.join(trackers)}: {error}") from None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError(
+            "DeepSpeed steps at every micro-batch, so an effective batch cannot be accumulated under it: launch with DDP or FSDP "
+            "(configs/accelerate); models of this size do not need it"
+        )
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:
+        raise UserError(
+            f"{expected} processes were launched but each believes to be one of {accelerator.num_processes}: launch with one of "
+            "configs/accelerate"
+        )
+    installed = {getattr(tracker, "value", None) or tracker.name for tracker in accelerator.log_with}
+    if missing := set(trackers) - {"all"} - installed:
+        name = sorted(missing)[0]
+        raise UserError(f"--report_to {name}: its package is not installed; install it, or use --report_to none")
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
+    """Trackers write to `output_dir/runs`; on resume TensorBoard forgets what came after the checkpoint."""
+    if not accelerator.log_with:
+        return
+    flags = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
+    tensorboard = {"purge_step": first_step + 1} if first_step else {}
+    accelerator.init_trackers("runs", config=flags, init_kwargs={"tensorboard": tensorboard})

@@ -1,0 +1,155 @@
+"""Configuration, model and feature extractor from a name: a folder, a Hub id, or one of `configs/models`."""
+
+from pathlib import Path
+
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
+from transformers.utils import logging as transformers_logging
+
+from w2v2.audio import SAMPLING_RATE
+from w2v2.collate import Framing
+from w2v2.errors import UserError
+from w2v2.model import PretrainingModel
+
+MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
+
+# Whatever differs here cannot take over weights.
+ARCHITECTURE = (
+    "conv_dim", "conv_kernel", "conv_stride", "conv_bias", "feat_extract_norm", "feat_extract_activation", "hidden_size",
+    "hidden_act", "num_hidden_layers", "num_attention_heads", "intermediate_size", "do_stable_layer_norm",
+    "num_conv_pos_embeddings", "num_conv_pos_embedding_groups", "num_codevector_groups", "num_codevectors_per_group",
+    "codevector_dim", "proj_codevector_dim",
+)  # fmt: skip
+
+
+def locate(name: str) -> str:
+    """A folder as it is, a name in `configs/models` (with or without that prefix) as its folder, anything else as a Hub id."""
+    for folder in (Path(name), MODELS / name, MODELS.parents[1] / name):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if Path(name).exists():
+        raise UserError(f"{name} holds no config.json: give a folder that `save_pretrained` wrote")
+    return name
+
+
+def read_config(name: str) -> Wav2Vec2Config:
+    """Raises `UserError` when there is none, or when it is not a wav2vec 2.0's."""
+    name = locate(name)
+    try:
+        values, _ = Wav2Vec2Config.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no model configuration found ({str(error).splitlines()[0]})") from None
+    if values.get("model_type") != "wav2vec2":
+        raise UserError(
+            f"{name} is a {values.get('model_type', 'nameless')!r} model: only wav2vec2 can be pretrained here"
+        )
+    return Wav2Vec2Config.from_dict(values)
+
+
+def override(config: Wav2Vec2Config, overrides: str) -> None:
+    """Apply `key=value,…` in place. Raises `UserError` for an unknown key or a value of another kind."""
+    for pair in overrides.split(","):
+        key, separator, text = pair.partition("=")
+        key, text = key.strip(), text.strip()
+        if not separator or key not in Wav2Vec2Config().to_dict():
+            raise UserError(
+                f"--config_overrides {pair!r}: {key!r} is no key of Wav2Vec2Config (write key=value,key=value)"
+            )
+        old = getattr(config, key)
+        try:
+            if isinstance(old, bool):
+                value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            else:
+                value = text if old is None else type(old)(text)
+        except (KeyError, ValueError, TypeError):
+            raise UserError(f"--config_overrides {pair!r}: {key} takes a {type(old).__name__}") from None
+        setattr(config, key, value)
+
+
+def build_config(args) -> Wav2Vec2Config:
+    """The run's configuration: its source, the overrides, and the flags that concern the objective, all of which end up in config.json."""
+    config = read_config(args.model_name_or_path or args.config_name or "base")
+    if args.config_overrides:
+        override(config, args.config_overrides)
+    for name in ("mask_time_prob", "mask_time_length", "mask_time_min_masks"):
+        setattr(config, name, getattr(args, name))
+    if args.diversity_loss_weight is not None:
+        config.diversity_loss_weight = args.diversity_loss_weight
+    return config
+
+
+def check_same_architecture(config: Wav2Vec2Config, checkpoint: Path) -> None:
+    """Raises `UserError` naming the first difference."""
+    saved = read_config(str(checkpoint))
+    for key in ARCHITECTURE:
+        ours, theirs = getattr(config, key), getattr(saved, key)
+        if (list(ours) if isinstance(ours, list | tuple) else ours) != (
+            list(theirs) if isinstance(theirs, list | tuple) else theirs
+        ):
+            raise UserError(
+                f"checkpoint {checkpoint} is of another architecture: its {key} is {theirs}, this run's is {ours}; resume with the "
+                "run's own configuration"
+            )
+
+
+def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) -> PretrainingModel:
+    """Model from a checkpoint, from `model_name_or_path`, or with random weights.
+
+    Raises `UserError` when weights are missing or have another shape.
+    """
+    source = str(checkpoint) if checkpoint else args.model_name_or_path
+    if source is None:
+        model = PretrainingModel._from_config(config, attn_implementation="sdpa")
+    else:
+        model = _load_weights(locate(source), config)
+    model.feature_grad_mult = args.feature_grad_mult
+    model.feature_penalty_weight = args.feature_penalty_weight
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _load_weights(source: str, config: Wav2Vec2Config) -> PretrainingModel:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what matters of its report becomes our error below
+    try:
+        model, report = PretrainingModel.from_pretrained(
+            source, config=config, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
+            use_safetensors=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    for problem in ("mismatched_keys", "missing_keys"):
+        if report[problem]:
+            key = sorted(map(str, report[problem]))[0]
+            raise UserError(
+                f"{source} is of another architecture: {len(report[problem])} {problem.replace('_', ' ')}, the first is {key}; it has "
+                "to be a Wav2Vec2ForPreTraining folder, quantizer included, that fits the configuration"
+            )
+    return model.float()
+
+
+def build_feature_extractor(args, config: Wav2Vec2Config) -> Wav2Vec2FeatureExtractor:
+    """That of the source where it has one; otherwise the family's: LARGE normalises the waveform, BASE does not."""
+    name = locate(args.model_name_or_path or args.config_name or "base")
+    try:
+        return Wav2Vec2FeatureExtractor.from_pretrained(name)
+    except (OSError, ValueError):
+        layer_norm = config.feat_extract_norm == "layer"
+        return Wav2Vec2FeatureExtractor(
+            sampling_rate=SAMPLING_RATE, do_normalize=layer_norm, return_attention_mask=layer_norm
+        )
+
+
+def build_framing(config: Wav2Vec2Config, feature_extractor: Wav2Vec2FeatureExtractor) -> Framing:
+    """What the data has to know of the model."""
+    return Framing(
+        kernels=tuple(config.conv_kernel),
+        strides=tuple(config.conv_stride),
+        mask_prob=config.mask_time_prob,
+        mask_length=config.mask_time_length,
+        min_masks=config.mask_time_min_masks,
+        sampling_rate=SAMPLING_RATE,
+        normalize=bool(feature_extractor.do_normalize),
+    )

@@ -1,0 +1,203 @@
+"""Which utterances a run hears, and what it will do with them: everything that is known before the first update."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from w2v2.audio import SAMPLING_RATE, AudioError, probe
+from w2v2.batching import Cursor, EffectiveBatches, plan_update
+from w2v2.collate import Framing
+from w2v2.errors import UserError
+from w2v2.manifest import load_manifest
+
+NUM_PROBED = 64  # files whose headers are read before a run begins
+RECOMMENDED_BATCH_HOURS = 1.6
+
+
+@dataclass
+class Utterances:
+    """The eligible utterances of some manifests."""
+
+    table: datasets.Dataset  # id, audio, start, num_samples, …
+    num_samples: np.ndarray  # (n,) at 16 kHz
+    dropped: dict[str, int]  # how many were left out, by reason
+
+    @property
+    def hours(self) -> float:
+        return float(self.num_samples.sum()) / SAMPLING_RATE / 3600
+
+
+class SkippedAudio:
+    """Unreadable files: listed once each in `skipped_audio.jsonl`, and too many of them end the run."""
+
+    def __init__(self, output_dir: str | Path, num_utterances: int, max_fraction: float, is_main: bool = True):
+        self.path = Path(output_dir) / "skipped_audio.jsonl"
+        self.num_utterances, self.max_fraction, self.is_main = num_utterances, max_fraction, is_main
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.ids: set[str] = {json.loads(line)["id"] for line in lines if line.strip()}
+
+    def add(self, skipped: Sequence[dict[str, Any]]) -> None:
+        """Note utterances that could not be read. Raises `UserError` beyond the tolerated fraction."""
+        new = {entry["id"]: entry for entry in skipped if entry["id"] not in self.ids}
+        if not new:
+            return
+        self.ids |= new.keys()
+        if self.is_main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new.values())
+        if len(self.ids) > self.max_fraction * self.num_utterances:
+            first = next(iter(new.values()))
+            raise UserError(
+                f"{first['audio']}: {first['reason']}; {len(self.ids)} of {self.num_utterances} files cannot be read, more than "
+                f"--max_skipped_fraction {self.max_fraction:g} allows: mend or remove them (listed in {self.path})"
+            )
+
+
+def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[Utterances, list[dict]]:
+    """Read manifests and leave out what is too short or too long.
+
+    Returns: the utterances, and the files whose length had to be measured and could not. Raises `UserError` when nothing is left.
+    """
+    table, unmeasured = load_manifest(
+        list(manifests), data_root=args.data_root, cache_dir=Path(args.output_dir) / "cache", probe=probe
+    )
+    num_samples = np.asarray(table.with_format("numpy")["num_samples"], dtype=np.int64)
+    least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
+    most = args.max_seconds * SAMPLING_RATE if args.max_seconds is not None else np.inf
+    short, long = num_samples < least, num_samples > most
+    kept = np.flatnonzero(~short & ~long)
+    if not len(kept):
+        raise UserError(
+            f"{', '.join(manifests)}: no utterance is left of {len(table) + len(unmeasured)} ({int(short.sum())} shorter than "
+            f"{least / SAMPLING_RATE:g} s, {int(long.sum())} longer than --max_seconds, {len(unmeasured)} unreadable"
+            + (f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else "")
+            + "); lower --min_seconds or give other audio"
+        )
+    dropped = {"too_short": int(short.sum()), "too_long": int(long.sum()), "unreadable": len(unmeasured)}
+    return Utterances(table.select(kept) if len(kept) < len(table) else table, num_samples[kept], dropped), unmeasured
+
+
+def probe_some(utterances: Utterances) -> list[dict]:
+    """Read the headers of a few files, evenly spread: a wrong root or format is found before the first update."""
+    rows = np.unique(np.linspace(0, len(utterances.num_samples) - 1, NUM_PROBED).astype(int))
+    unreadable = []
+    for row in rows:
+        entry = utterances.table[int(row)]
+        try:
+            probe(entry["audio"])
+        except AudioError as error:
+            unreadable.append({"id": entry["id"], "audio": entry["audio"], "reason": error.reason})
+    return unreadable
+
+
+def identity(args, utterances: Utterances) -> dict[str, Any]:
+    """What the effective batches depend on: a resumed run has to agree in all of it."""
+    lengths = hashlib.sha256(utterances.num_samples.astype("<i8").tobytes()).hexdigest()[:16]
+    names = ("seed", "batch_hours", "crop_seconds", "length_grid_seconds")
+    masks = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
+    values = {name: getattr(args, name) for name in names + masks}
+    return values | {"utterances": len(utterances.num_samples), "lengths_sha256": lengths}
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises `UserError` with the two values where a resumed run would draw other batches than the checkpoint's run."""
+    for name, value in current.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"{name} is {value}, but the checkpoint's run had {saved.get(name)}: its batches would change; use the old value, or "
+                "start a new run from the weights with --model_name_or_path"
+            )
+
+
+def build_batches(utterances: Utterances, args) -> EffectiveBatches:
+    """The flags in hours and seconds, as samples."""
+    return EffectiveBatches(
+        utterances.num_samples,
+        batch_samples=round(args.batch_hours * 3600 * SAMPLING_RATE),
+        crop_samples=round(args.crop_seconds * SAMPLING_RATE),
+        grid_samples=round(args.length_grid_seconds * SAMPLING_RATE),
+        seed=args.seed,
+    )
+
+
+def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks: int) -> dict[str, Any]:
+    """What the run would do, as in plan.json; the figures of a batch are means over the first few."""
+    all_crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0).num_samples
+    micro_batch_samples = round(args.micro_batch_seconds * SAMPLING_RATE)
+    if micro_batch_samples < batches.longest:
+        raise UserError(
+            f"--micro_batch_seconds {args.micro_batch_seconds:g} is less than the longest crop "
+            f"({batches.longest / SAMPLING_RATE:.2f} s): raise it or lower --crop_seconds"
+        )
+    cursor, rounds, samples, padded = Cursor(), [], [], []
+    for _ in range(min(8, args.max_steps)):
+        crops, cursor = batches.draw(cursor)
+        arguments = dict(num_ranks=num_ranks, micro_batch_samples=micro_batch_samples)
+        plans = [plan for rank in range(num_ranks) for plan in plan_update(crops, 0, cursor, rank=rank, **arguments)]
+        rounds.append(plans[0].num_rounds)
+        samples.append(plans[0].batch_samples)
+        padded.append(sum(len(p.crops.utterance) * p.crops.num_samples.max() for p in plans if not p.dummy))
+    updates_per_epoch = float(all_crops.sum()) / np.mean(samples)
+    plan = {
+        "utterances": len(utterances.num_samples),
+        "hours": utterances.hours,
+        "dropped": {reason: count for reason, count in utterances.dropped.items() if count},
+        "batch_hours": float(np.mean(samples)) / SAMPLING_RATE / 3600,
+        "micro_batches_per_update": float(np.mean(rounds)),
+        "updates_per_epoch": updates_per_epoch,
+        "epochs": args.max_steps / updates_per_epoch,
+        "cropped_fraction": 1.0 - float(all_crops.sum()) / float(utterances.num_samples.sum()),
+        "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
+        "num_processes": num_ranks,
+    }
+    return plan | {"warnings": _warnings(plan, utterances, args)}
+
+
+def _warnings(plan: dict[str, Any], utterances: Utterances, args) -> list[dict[str, str]]:
+    found = {}
+    if args.batch_hours < RECOMMENDED_BATCH_HOURS:
+        found["small_effective_batch"] = (
+            f"batch_hours is {args.batch_hours:g}: BASE needs about {RECOMMENDED_BATCH_HOURS} hours of speech an update; word error "
+            "rates rise steadily below it"
+        )
+    if plan["updates_per_epoch"] < 1:
+        found["batch_exceeds_epoch"] = (
+            f"an effective batch is {1 / plan['updates_per_epoch']:.1f} times the data: it holds utterances more than once"
+        )
+    if args.crop_seconds > 20:
+        found["long_crops"] = f"crop_seconds is {args.crop_seconds:g}: beyond 20 s memory grows and nothing is gained"
+    total = len(utterances.num_samples) + sum(utterances.dropped.values())
+    if sum(utterances.dropped.values()) > 0.1 * total:
+        found["many_dropped"] = (
+            f"{total - len(utterances.num_samples)} of {total} utterances are left out: {plan['dropped']}"
+        )
+    if not args.validation_data:
+        found["no_validation"] = (
+            "no validation_data: a run that learns nothing would show in the training figures alone"
+        )
+    return [{"code": code, "message": message} for code, message in found.items()]
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    rows = [
+        f"data          {plan['hours']:.2f} h in {plan['utterances']:,} utterances"
+        + (f" (left out: {', '.join(f'{n:,} {r}' for r, n in plan['dropped'].items())})" if plan["dropped"] else ""),
+        f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches on each of "
+        f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
+        f"run           {plan['updates_per_epoch']:.1f} updates an epoch, {plan['epochs']:.1f} epochs",
+    ]
+    return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"]])
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` for people and programs alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

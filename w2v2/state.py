@@ -1,0 +1,63 @@
+"""Where a run stands: five numbers, from which everything else follows."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from w2v2.audio import SAMPLING_RATE
+from w2v2.batching import Cursor
+from w2v2.checkpoint import read_state
+from w2v2.loading import check_same_architecture
+from w2v2.plan import Utterances, check_identity, identity
+
+
+@dataclass
+class RunState:
+    """What `training_state/state.json` holds."""
+
+    max_steps: int
+    num_utterances: int
+    step: int = 0  # updates done
+    epoch: int = 0
+    position: int = 0  # in the epoch's order
+    heard_samples: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
+
+    @classmethod
+    def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
+        """The beginning of a run, or where `checkpoint` left it.
+
+        Raises `UserError` where the checkpoint is of another architecture or its run had other batches.
+        """
+        state = cls(args.max_steps, len(training.table), identity=identity(args, training))
+        if checkpoint:
+            check_same_architecture(config, checkpoint)
+            saved = read_state(checkpoint)
+            check_identity(saved["identity"], state.identity)
+            for name in ("step", "epoch", "position", "heard_samples"):
+                setattr(state, name, saved[name])
+        return state
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(self.epoch, self.position)
+
+    def advance(self, cursor: Cursor, heard_samples: int) -> None:
+        self.step += 1
+        self.epoch, self.position = cursor
+        self.heard_samples += heard_samples
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many updates, and after the last one, is due."""
+        return self.step % every == 0 or self.step == self.max_steps
+
+    def progress(self) -> dict[str, float]:
+        """The first columns of every record."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch + self.position / self.num_utterances,
+            "audio_hours": self.heard_samples / SAMPLING_RATE / 3600,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,270 @@
+"""One update of the effective batch, and validation.
+
+The gradient of an update is that of one sum over the whole effective batch, whichever way it was cut:
+
+    fetch the micro-batches one by one           losses are sums over masked frames
+    backward each, scaled by a constant          the same on every rank; communication only at the last
+    sum counts and metrics over all ranks        one small all-reduce
+    divide the gradient by the masked frames     once, together with the clipping
+    step, if the gradient is finite
+
+Nothing here has a random state: dropout and Gumbel noise of a micro-batch are seeded by (seed, update, piece).
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from w2v2 import objective
+from w2v2.audio import SAMPLING_RATE
+from w2v2.batching import LATENT_STRIDE, Cursor
+from w2v2.collate import PretrainBatch
+from w2v2.hashing import NOISE, derive, positive
+from w2v2.model import PretrainingModel, PretrainSums
+
+
+@dataclass
+class UpdateSettings:
+    """What one update depends on, beside its batch."""
+
+    step: int  # updates finished before this one
+    seed: int
+    learning_rate: float
+    gumbel_temperature: float
+    diversity_weight: float
+    shared_diversity: bool  # diversity_scope: effective_batch
+    max_grad_norm: float  # 0: no clipping
+
+
+class Totals:
+    """Sums over micro-batches, then over ranks: everything that is reported of an effective batch."""
+
+    COUNTS = ("heard_samples", "original_samples", "padded_samples", "skipped")
+
+    def __init__(self, sums: PretrainSums | None = None, counts: torch.Tensor | None = None):
+        self.sums, self.counts = sums, counts
+
+    def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:
+        real = batch.weight > 0
+        heard = int(batch.num_samples.sum()) if real else 0
+        padded = batch.waveforms.numel() if real else 0
+        counts = torch.tensor([heard, batch.original_samples, padded, len(batch.skipped)], dtype=torch.float64)
+        sums = PretrainSums(*(x.detach() for x in sums))
+        self.sums = sums if self.sums is None else PretrainSums(*(a + b for a, b in zip(self.sums, sums, strict=True)))
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def reduced(self, accelerator: Accelerator) -> "Totals":
+        """Summed over all ranks, on the CPU, in one message."""
+        flat = torch.cat([x.reshape(-1).double() for x in self.sums] + [self.counts.to(self.sums.loss.device)])
+        flat = accelerator.reduce(flat, reduction="sum").cpu()
+        shapes = [x.shape for x in self.sums]
+        parts = flat.split([shape.numel() for shape in shapes] + [len(self.COUNTS)])
+        return Totals(PretrainSums(*(p.view(s) for p, s in zip(parts, shapes, strict=False))), parts[-1])
+
+    @property
+    def heard_samples(self) -> int:
+        return int(self.counts[0])
+
+    @property
+    def num_skipped(self) -> int:
+        return int(self.counts[3])
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """Means over masked frames, and the batch's composition."""
+        sums, masked = self.sums, max(float(self.sums.num_masked), 1.0)
+        heard, original, padded, _ = self.counts.tolist()
+        soft, hard = (objective.perplexity(x / masked).item() for x in (sums.codes_soft, sums.codes_hard))
+        values = {
+            "loss": float(sums.loss) / masked,
+            "contrastive_loss": float(sums.contrastive) / masked,
+            "diversity_loss": float(sums.diversity) / masked,
+            "feature_penalty": float(sums.penalty) / masked,
+            "accuracy": float(sums.correct) / masked,
+            "codebook_perplexity": soft,
+            "codebook_perplexity_hard": hard,
+            "code_entropy": float(sums.code_entropy) / masked,
+            "distractors_left": float(sums.distractors_left) / masked,
+            "masked_frames": int(sums.num_masked),
+            "batch_hours": heard / SAMPLING_RATE / 3600,
+            "cropped_fraction": 1.0 - heard / max(original, 1.0),
+            "padded_fraction": 1.0 - heard / max(padded, 1.0),
+        }
+        return {prefix + name: value for name, value in values.items()}
+
+
+class Feed:
+    """Hands out a loader's micro-batches update by update, and counts the seconds spent waiting for them."""
+
+    def __init__(self, loader: Iterable[PretrainBatch]):
+        self.iterator = iter(loader)
+        self.waited_seconds = 0.0
+        self.cursor: Cursor | None = None  # where the data stands after the update handed out last
+
+    def update(self) -> Iterator[PretrainBatch]:
+        """The micro-batches of the next update."""
+        batch = self._next()
+        self.cursor = batch.plan.following
+        yield batch
+        for _ in range(batch.plan.num_rounds - 1):
+            yield self._next()
+
+    def _next(self) -> PretrainBatch:
+        asked = time.perf_counter()
+        batch = next(self.iterator)
+        self.waited_seconds += time.perf_counter() - asked
+        return batch
+
+
+class Clock:
+    """Throughput since the last look, over all ranks."""
+
+    def __init__(self, feed: Feed):
+        self.feed, self.heard_samples = feed, 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.started, self.heard_samples, self.waited_before = time.perf_counter(), 0, self.feed.waited_seconds
+
+    def rates(self) -> dict[str, float]:
+        """Audio-seconds per second, and the share of the time that went into waiting for data."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return {
+            "audio_seconds_per_second": self.heard_samples / SAMPLING_RATE / seconds,
+            "data_wait_fraction": (self.feed.waited_seconds - self.waited_before) / seconds,
+        }
+
+    def lap(self) -> dict[str, float]:
+        """The rates, and the next lap begins."""
+        rates = self.rates()
+        self._restart()
+        return rates
+
+
+def build_optimizer(model: torch.nn.Module, args) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay, on norms and biases too unless told otherwise."""
+    decayed = [p for p in model.parameters() if args.decay_norms_and_biases or p.ndim > 1]
+    others = [p for p in model.parameters() if not (args.decay_norms_and_biases or p.ndim > 1)]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
+
+
+def seed_noise(seed: int, step: int, piece: int) -> None:
+    """Seed dropout and Gumbel noise of one micro-batch, alike on whichever rank it runs."""
+    torch.manual_seed(int(positive(derive(seed, NOISE, step, piece))))
+
+
+def accumulate(
+    accelerator: Accelerator, model: torch.nn.Module, micro_batches: Iterable[PretrainBatch], settings: UpdateSettings
+) -> tuple[Totals, float, list[dict]]:
+    """Backward passes over this rank's micro-batches of one update.
+
+    Returns: the totals over all ranks, the constant that the summed gradient was divided by, and this rank's skipped utterances.
+    """
+    mean_codes = None
+    if settings.shared_diversity:
+        micro_batches = list(micro_batches)
+        mean_codes = _mean_codes(accelerator, model, micro_batches, settings)
+    totals, skipped, scale = Totals(), [], 1.0
+    for batch, is_last in _with_last(micro_batches):
+        # Any constant will do here, since the exact division comes with the clipping; this one keeps fp16 in range.
+        scale = batch.plan.batch_samples / LATENT_STRIDE
+        batch = batch.to(accelerator.device)
+        seed_noise(settings.seed, settings.step, batch.plan.piece)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            sums = model(batch, settings.gumbel_temperature, settings.diversity_weight, mean_codes)
+            # Ranks' gradients are averaged when they meet: times their number they are summed.
+            accelerator.backward(sums.loss * (accelerator.num_processes / scale))
+        totals.add(sums, batch)
+        skipped += batch.skipped
+    return totals.reduced(accelerator), scale, skipped
+
+
+def _mean_codes(accelerator, model, micro_batches, settings) -> torch.Tensor:
+    """(G, V) mean code distribution over the masked frames of the whole effective batch: a first pass without gradient."""
+    bare: PretrainingModel = accelerator.unwrap_model(model)
+    soft, num_masked = 0.0, 0.0
+    for batch in micro_batches:
+        seed_noise(settings.seed, settings.step, batch.plan.piece)
+        with accelerator.autocast():
+            sums, masked = bare.code_sums(batch.to(accelerator.device))
+        soft, num_masked = soft + sums, num_masked + masked
+    soft = accelerator.reduce(soft, reduction="sum")
+    return soft / accelerator.reduce(num_masked.to(soft.dtype), reduction="sum").clamp_min(1)
+
+
+def _with_last(items: Iterable) -> Iterator[tuple]:
+    """Each item with whether it is the last."""
+    iterator = iter(items)
+    item = next(iterator)
+    for following in iterator:
+        yield item, False
+        item = following
+    yield item, True
+
+
+def step(
+    accelerator: Accelerator, optimizer, gradient_factor: float, learning_rate: float, max_grad_norm: float
+) -> float:
+    """Scale the gradient once, clip it, and take the optimizer's step if it is finite.
+
+    Returns: the gradient's norm before clipping; not finite means that the step was not taken.
+    """
+    accelerator.unscale_gradients(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * gradient_factor
+    clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
+    if math.isfinite(norm):
+        torch._foreach_mul_(gradients, gradient_factor * clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if (
+        math.isfinite(norm) or accelerator.scaler is not None
+    ):  # a loss scaler skips by itself, and must see the overflow
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def train_update(
+    accelerator: Accelerator, model, optimizer, micro_batches: Iterable[PretrainBatch], settings: UpdateSettings
+) -> tuple[dict[str, float], Totals, list[dict]]:
+    """One update from one effective batch. Returns its metrics, its totals over all ranks, and this rank's skipped utterances."""
+    totals, scale, skipped = accumulate(accelerator, model, micro_batches, settings)
+    masked = float(totals.sums.num_masked)
+    norm = step(
+        accelerator, optimizer, scale / masked if masked else 0.0, settings.learning_rate, settings.max_grad_norm
+    )
+    metrics = totals.metrics() | {
+        "gumbel_temperature": settings.gumbel_temperature,
+        "learning_rate": settings.learning_rate,
+        "grad_norm": norm,
+    }
+    return metrics, totals, skipped
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator, model, micro_batches: Iterable[PretrainBatch], settings: UpdateSettings
+) -> dict[str, float]:
+    """Metrics of a validation set under `eval_`: fixed crops, masks and distractors, the most likely codes, no dropout."""
+    model.eval()
+    totals = Totals()
+    for batch in micro_batches:
+        batch = batch.to(accelerator.device)
+        totals.add(model(batch, diversity_weight=settings.diversity_weight), batch)
+    model.train()
+    metrics = totals.reduced(accelerator).metrics(prefix="eval_")
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name not in ("eval_batch_hours", "eval_cropped_fraction", "eval_padded_fraction")
+    }
