@@ -22,7 +22,7 @@ from w2v2.launch import start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.metrics import RunLog, read_metrics
 from w2v2.plan import SkippedAudio, build_batches, describe, load_utterances, make_plan, probe_some, write_json
-from w2v2.schedule import gumbel_temperature, lr_factor
+from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
 
@@ -68,8 +68,9 @@ def main() -> None:
         accelerator.print(f"resuming      {checkpoint}, after {state.step:,} updates")
 
     feed, validation_loader = build_feeds(args, accelerator, framing, batches, training, validation, state)
-    train(args, accelerator, model, optimizer, feature_extractor, feed, validation_loader, state, skipped)
-    finish(args, accelerator, model, feature_extractor, training, validation)
+    pusher = start_pusher(args, accelerator)
+    train(args, accelerator, model, optimizer, feature_extractor, feed, validation_loader, state, skipped, pusher)
+    finish(args, accelerator, model, feature_extractor, training, validation, pusher)
 
 
 def build_feeds(args, accelerator, framing, batches, training, validation, state):
@@ -92,7 +93,9 @@ def build_feeds(args, accelerator, framing, batches, training, validation, state
     return feed, build_loader(CropDataset(validation.table, framing, args.seed), plans, **loading)
 
 
-def train(args, accelerator, model, optimizer, feature_extractor, feed, validation_loader, state, skipped) -> None:
+def train(
+    args, accelerator, model, optimizer, feature_extractor, feed, validation_loader, state, skipped, pusher
+) -> None:
     """Updates until `max_steps`; what is due after an update is logged, validated and saved in this order."""
     start_trackers(accelerator, args, state.step)
     log = RunLog(
@@ -103,7 +106,6 @@ def train(args, accelerator, model, optimizer, feature_extractor, feed, validati
         is_main=accelerator.is_main_process,
         disable_tqdm=args.disable_tqdm,
     )
-    pusher = start_pusher(args, accelerator)
     clock = Clock(feed)
     while state.step < args.max_steps:
         settings = update_settings(args, model, state.step)
@@ -128,14 +130,11 @@ def train(args, accelerator, model, optimizer, feature_extractor, feed, validati
             clock.lap()
     log.close()
     accelerator.end_training()
-    if pusher:
-        pusher.finish()
 
 
 def update_settings(args, model, step: int) -> UpdateSettings:
     """What the schedules say for the update that follows `step` finished ones."""
     weight = getattr(model, "module", model).config.diversity_loss_weight
-    ramp = min(1.0, step / args.diversity_warmup_steps) if args.diversity_warmup_steps else 1.0
     return UpdateSettings(
         step=step,
         seed=args.seed,
@@ -143,7 +142,7 @@ def update_settings(args, model, step: int) -> UpdateSettings:
         gumbel_temperature=gumbel_temperature(
             step, args.max_gumbel_temperature, args.min_gumbel_temperature, args.gumbel_temperature_decay
         ),
-        diversity_weight=weight * ramp,
+        diversity_weight=weight * ramp(step, args.diversity_delay_steps, args.diversity_warmup_steps),
         shared_diversity=args.diversity_scope == "effective_batch",
         max_grad_norm=args.max_grad_norm,
     )
@@ -160,8 +159,8 @@ def start_pusher(args, accelerator) -> HubPusher | None:
     )
 
 
-def finish(args, accelerator, model, feature_extractor, training, validation) -> None:
-    """The folder that users load, with its card, curves and resolved configuration."""
+def finish(args, accelerator, model, feature_extractor, training, validation, pusher) -> None:
+    """The folder that users load, with its card, curves and resolved configuration; then the last push."""
     output_dir = Path(args.output_dir)
     save_model(output_dir, accelerator, model, feature_extractor)
     if not accelerator.is_main_process:
@@ -174,6 +173,9 @@ def finish(args, accelerator, model, feature_extractor, training, validation) ->
     if validation:
         summary |= dict(validation_utterances=len(validation.table), validation_hours=validation.hours)
     write_model_card(output_dir, config=vars(args), summary=summary, metrics=metrics)
+    if pusher:
+        pusher.push(output_dir, f"Model after {args.max_steps} updates")
+        print(f"pushed to     {pusher.finish() or 'nowhere: see the warnings above'}")
 
 
 if __name__ == "__main__":

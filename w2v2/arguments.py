@@ -68,7 +68,8 @@ class ModelArguments:
     diversity_loss_weight: float | None = _flag(
         None, "Weight of the diversity loss (default: the configuration's, 0.1)."
     )
-    diversity_warmup_steps: int = _flag(0, "Updates over which the diversity loss is brought in linearly from zero.")
+    diversity_delay_steps: int = _flag(0, "Updates before the diversity loss is brought in (small models: see docs/results.md).")
+    diversity_warmup_steps: int = _flag(0, "Updates over which the diversity loss then grows linearly to its weight.")
     diversity_scope: str = _flag(
         "micro_batch",
         "Code statistics of the diversity loss: `micro_batch` (as fairseq per device) or `effective_batch` (exact, costs a "

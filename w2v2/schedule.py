@@ -48,3 +48,8 @@ def lr_factor(
 def gumbel_temperature(step: int, maximum: float, minimum: float, decay: float) -> float:
     """Temperature of the Gumbel softmax, annealed geometrically once an update: max(maximum · decay^step, minimum)."""
     return max(maximum * decay**step, minimum)
+
+
+def ramp(step: int, delay_steps: int, warmup_steps: int) -> float:
+    """0 before `delay_steps` updates, then linearly up to 1 over `warmup_steps`."""
+    return min(1.0, max(0.0, (step - delay_steps + 1) / max(1, warmup_steps)))
