@@ -1,13 +1,17 @@
 """Small models and micro-batches that many tests share."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import soundfile  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from transformers import Wav2Vec2Config  # noqa: E402
 
 from w2v2.batching import Crops, Cursor, MicroBatchPlan  # noqa: E402
@@ -73,3 +77,38 @@ def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, d
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+def write_tones(folder: Path, seconds, first=0) -> list[Path]:
+    """One WAV file of bursts of tones and noise for each length; the same files whenever it is called."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, length in enumerate(seconds, start=first):
+        t = np.arange(round(length * 16_000)) / 16_000
+        bursts = 0.3 * np.sin(2 * np.pi * (200 + 60 * number) * t) * (np.sin(2 * np.pi * 3 * t) > 0)
+        paths.append(folder / f"tone{number}.wav")
+        soundfile.write(paths[-1], bursts + 0.05 * np.random.default_rng(number).standard_normal(len(t)), 16_000)
+    return paths
+
+
+def write_csv(path: Path, audio, seconds=None) -> Path:
+    """A manifest of these files, with durations where they are given."""
+    rows = [f"{name},{length}" for name, length in zip(audio, seconds, strict=True)] if seconds else list(map(str, audio))
+    path.write_text("\n".join(["audio,duration" if seconds else "audio", *rows]) + "\n")
+    return path
+
+
+def run_here(main, *argv) -> int:
+    """Exit status of an entry point run in this process with these arguments (Accelerate's singletons are forgotten first)."""
+    from w2v2.arguments import run_script
+
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    before, sys.argv = sys.argv, ["pretrain.py", *map(str, argv)]
+    try:
+        run_script(main)
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0

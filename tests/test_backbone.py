@@ -99,6 +99,15 @@ def test_pretrained_weights_are_taken_and_the_quantizer_left(pretrained):
     assert all(torch.equal(loaded[key], saved[key]) for key in loaded if key.startswith("wav2vec2."))
 
 
+def test_a_model_that_masks_nothing_has_no_mask_embedding_and_that_is_no_error(pretrained, tmp_path):
+    plain = ctc_config(mask_time_prob=0.0, mask_feature_prob=0.0)
+    model = backbone.load_with_head(Wav2Vec2ForCTC, str(pretrained), plain, ("lm_head",))
+    assert not hasattr(model.wav2vec2, "masked_spec_embed")
+    model.save_pretrained(tmp_path / "plain")
+    again = backbone.load_with_head(Wav2Vec2ForCTC, str(tmp_path / "plain"), ctc_config(), ("lm_head",))
+    assert again.wav2vec2.masked_spec_embed.isfinite().all()
+
+
 def test_the_head_is_new_even_from_a_fine_tuned_folder(tmp_path):
     torch.manual_seed(2)
     stock = Wav2Vec2ForCTC(ctc_config())
@@ -145,3 +154,9 @@ def test_waveforms_are_normalised_as_the_folder_says_or_the_architecture_implies
     assert backbone.load_feature_extractor(str(tmp_path), tiny_config()).do_normalize
     assert not backbone.load_feature_extractor(str(tmp_path / "absent"), tiny_config()).do_normalize
     assert backbone.load_feature_extractor(str(tmp_path / "absent"), tiny_config(large=True)).do_normalize
+
+
+def test_shipped_configurations_are_known_by_name():
+    config = backbone.load_config(None, "large")
+    assert config.hidden_size == 1024
+    assert backbone.load_feature_extractor(config.name_or_path, config).do_normalize

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -157,31 +157,37 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f": did you mean {close[0]}?" if close else "; --help lists what there is"
 
 
-def _as_flags(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, (list, tuple)):
-        return [f"--{name}", *map(str, value)] if value else []
-    if isinstance(value, dict):
-        raise UserError(f"key {name!r} holds a mapping: a flag takes a value or a list")
-    return [f"--{name}={value}"]
-
-
-def _yaml_as_flags(path: str, known: Sequence[str]) -> list[str]:
-    """Command-line form of a flat YAML file; keys are checked here, values by the parser."""
+def _read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `flag: value` lines, found a {type(values).__name__}")
+    return values
+
+
+def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -> list[str]:
+    """Command-line form of a flat YAML file; keys are checked here, values by the parser.
+
+    An empty value (`null`, `[]`) has no such form: it becomes the parser's default where the flag can be empty.
+    """
     flags = []
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"{path}: unknown key {name!r}{_nearest(str(name), known)}")
-        flags += _as_flags(name, value)
+    for name, value in _read_yaml(path).items():
+        if name not in types:
+            raise UserError(f"{path}: unknown key {name!r}{_nearest(str(name), list(types))}")
+        if isinstance(value, dict):
+            raise UserError(f"{path}: key {name!r} holds a mapping: a flag takes a value or a list")
+        if value is None or value == []:
+            if not (type(None) in get_args(types[name]) if value is None else get_origin(types[name]) is list):
+                raise UserError(f"{path}: key {name!r} has no value: give it one, or leave the key out")
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={value}")
     return flags
 
 
@@ -197,13 +203,14 @@ def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | No
         usage="%(prog)s [CONFIG.yaml] [--flag value …]",
         conflict_handler="resolve",
     )
+    hints = {name: hint for types in dataclass_types for name, hint in get_type_hints(types).items()}
     known = [f.name for types in dataclass_types for f in fields(types) if f.init]
     if argv and not argv[0].startswith("-"):
-        argv = _yaml_as_flags(argv[0], known) + argv[1:]
+        argv = _yaml_as_flags(argv[0], parser, {name: hints[name] for name in known}) + argv[1:]
     rest = parser.parse_known_args(argv)[1]
     if rest:
         if not rest[0].startswith("-"):
-            raise UserError(f"unexpected argument {rest[0]!r}: flags are given as --flag value")
+            raise UserError(f"unexpected argument {rest[0]!r}: write [CONFIG.yaml] --flag value …, the file first")
         name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"unknown flag {rest[0].split('=')[0]}{_nearest(name, known)}")
     instances = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

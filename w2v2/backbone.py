@@ -21,6 +21,7 @@ from w2v2.masking import latent_lengths
 
 logger = logging.getLogger(__name__)
 
+MASK_EMBEDDING = "wav2vec2.masked_spec_embed"  # a model that masks nothing has none
 MODELS_FOLDER = Path(__file__).parents[1] / "configs" / "models"
 
 
@@ -38,10 +39,13 @@ def min_samples(config: Wav2Vec2Config) -> int:
 
 
 def load_config(model_name_or_path: str | None, config_name: str | None, **changes) -> Wav2Vec2Config:
-    """Configuration of the pretrained model, or of the random one, with `changes`; it has to be a wav2vec 2.0's."""
+    """Configuration of the pretrained model, or of the random one, with `changes`; it has to be a wav2vec 2.0's.
+
+    `config_name` may be a folder, a Hub id or a name in configs/models; where it was found is `config.name_or_path`.
+    """
     flag, source = ("model_name_or_path", model_name_or_path) if model_name_or_path else ("config_name", config_name)
     if config_name and not os.path.exists(source) and (MODELS_FOLDER / source / "config.json").exists():
-        source = MODELS_FOLDER / source
+        source = str(MODELS_FOLDER / source)
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         raise UserError(f"--{flag} {source}: this folder holds no config.json: give the folder of a pretrained model")
     try:
@@ -92,12 +96,12 @@ def load_with_head(
             ) from None
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
     for problem, keys in (("lacks", report["missing_keys"]), ("has another shape for", mismatched)):
-        keys = sorted(key for key in keys if not key.startswith(head))
+        keys = sorted(key for key in keys if not key.startswith(head) and key != MASK_EMBEDDING)
         if keys:
             raise UserError(
                 f"--model_name_or_path {model_name_or_path}: {problem} {len(keys)} weights, such as {keys[0]}"
             )
-    left = sorted(key for key in report["unexpected_keys"] if key.startswith("wav2vec2."))
+    left = sorted(key for key in report["unexpected_keys"] if key.startswith("wav2vec2.") and key != MASK_EMBEDDING)
     if left:
         raise UserError(f"--model_name_or_path {model_name_or_path}: holds {len(left)} weights that its config.json "
                         f"has no place for, such as {left[0]}")  # fmt: skip
@@ -109,13 +113,16 @@ def load_with_head(
 
 @contextmanager
 def _quiet():
-    """No report of the keys that are expected to differ: `load_with_head` looks at them itself."""
-    level = transformers.logging.get_verbosity()
+    """No report of the keys that are expected to differ, which `load_with_head` looks at itself, and no bar."""
+    level, bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -115,6 +115,14 @@ class EffectiveBatches:
                 f"({self.longest / 16_000:.1f} s after cropping): the method needs hours, 1.6 for BASE"
             )
 
+    def check_budget(self, micro_batch_samples: int) -> None:
+        """Raises `UserError` when a micro-batch cannot hold the longest crop."""
+        if micro_batch_samples < self.longest:
+            raise UserError(
+                f"--micro_batch_seconds {micro_batch_samples / 16_000:g} is less than the longest crop "
+                f"({self.longest / 16_000:.2f} s): raise it or lower --crop_seconds"
+            )
+
     def crops(self, utterance: np.ndarray, epoch: int) -> Crops:
         """What is heard of these utterances in this epoch."""
         length = self.num_samples[utterance].astype(np.int64)
@@ -203,6 +211,10 @@ class PlanStream:
 def plan_validation(
     batches: EffectiveBatches, *, rank: int, num_ranks: int, micro_batch_samples: int
 ) -> list[MicroBatchPlan]:
-    """This rank's micro-batches of a whole validation set, with the same crops every time."""
+    """This rank's micro-batches of a whole validation set, with the same crops every time.
+
+    Raises `UserError` when a micro-batch cannot hold the longest of them.
+    """
+    batches.check_budget(micro_batch_samples)
     crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0)
     return plan_update(crops, 0, Cursor(), rank=rank, num_ranks=num_ranks, micro_batch_samples=micro_batch_samples)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -66,16 +67,34 @@ def save_checkpoint(
             remove(final)
         os.replace(folder, final)
         _sync(final.parent)
-        for old in checkpoints(output_dir)[:-keep] if keep > 0 else []:
-            remove(old)
+        if keep > 0:
+            _rotate(output_dir, state.step, keep)
     accelerator.wait_for_everyone()
     return final
 
 
+def _rotate(output_dir: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` up to this step; a run that went back to an older one leaves the newer ones alone."""
+    upto = [folder for folder in checkpoints(output_dir) if int(folder.name.rpartition("-")[2]) <= step]
+    for old in upto[:-keep]:
+        remove(old)
+
+
 def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
-    """Restore the optimizer's (and the loss scaler's) state; the hyperparameters are the run's own."""
+    """Restore the optimizer's (and the loss scaler's) state; the hyperparameters are the run's own.
+
+    Raises `UserError` when the file is missing or torn.
+    """
+    path = Path(folder) / "training_state/optimizer.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is missing or torn ({error}): resume from another checkpoint, or start from the weights alone with "
+            "--model_name_or_path"
+        ) from None
     state: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(Path(folder) / "training_state/optimizer.safetensors").items():
+    for key, tensor in tensors.items():
         name, _, what = key.rpartition("/")
         state.setdefault(name, {})[what] = tensor
     groups = get_optimizer_state_dict(model, optimizer.optimizer, options=_gathered())["param_groups"]
@@ -132,17 +151,21 @@ def claim_output_dir(output_dir: Path, overwrite: bool, resume_from: str | None,
     Raises `UserError` if `output_dir` holds a run that is neither resumed nor to be overwritten, or is a file.
     """
     output_dir = Path(output_dir)
+    # A checkpoint of another folder does not make the run in this one ours.
+    resumes = resume_from is not None and (
+        resume_from == "auto" or Path(resume_from).resolve().parent == output_dir.resolve()
+    )
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: give a folder")
     if dry_run:
         return
     remains = [p for name in _RUN_FILES if (p := output_dir / name).exists()] + sorted(output_dir.glob("checkpoint-*"))
-    if remains and resume_from is None and not overwrite:
+    if remains and not resumes and not overwrite:
         raise UserError(
             f"--output_dir {output_dir} already holds a run ({remains[0].name}): go on with --resume_from_checkpoint auto, "
             "start anew with --overwrite_output_dir, or give another folder"
         )
-    if overwrite and resume_from is None:
+    if overwrite and not resumes:
         for path in [*remains, output_dir / "skipped_audio.jsonl", output_dir / "plots", output_dir / "runs"]:
             remove(path)
     for folder in output_dir.glob(_TEMPORARY + "*"):

@@ -122,10 +122,11 @@ class CTCTrainer(FineTuner):
             greedy_decode(path, self.vocabulary) if readable else None
             for path, readable in zip(output.predictions, (output.label_ids >= 0).any(1), strict=True)
         ]
-        references = dataloader.dataset.table["text"]
-        scored = [pair for pair in zip(references, texts, strict=True) if pair[1] is not None]
-        if not scored:
-            raise UserError("none of the utterances to be scored can be decoded: see skipped_audio.jsonl")
+        data = dataloader.dataset
+        unread = {audio for audio, text in zip(data.table["audio"], texts, strict=True) if text is None}
+        skipped = [entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in unread]
+        _check_skipped(skipped, len(set(data.table["audio"])), self.args.max_skipped_fraction)
+        scored = [pair for pair in zip(data.table["text"], texts, strict=True) if pair[1] is not None]
         for name, value in error_rates(*zip(*scored, strict=True)).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         output.metrics[f"{metric_key_prefix}_utterances"] = len(scored)
@@ -166,17 +167,20 @@ class _WatchSkippedAudio(TrainerCallback):
     """Stops the run where decoding meets more unreadable files than allowed; headers were looked at before it began."""
 
     def __init__(self, train_dataset: SpeechDataset, max_fraction: float):
-        self.path, self.most = train_dataset.skip_log, max_fraction * len(train_dataset)
-        self.max_fraction = max_fraction
+        self.path, self.max_fraction = train_dataset.skip_log, max_fraction
+        self.train_audio = set(train_dataset.table["audio"])
 
     def on_log(self, args, state, control, **kwargs):
-        skipped = read_skipped(self.path)
-        if len(skipped) > self.most:
-            first = next(iter(skipped.values()))
-            raise UserError(
-                f"{len(skipped)} audio files cannot be decoded, more than --max_skipped_fraction {self.max_fraction} of the "
-                f"training utterances, such as {first['audio']}: {first['reason']}; all are listed in {self.path}"
-            )
+        skipped = [entry for entry in read_skipped(self.path).values() if entry["audio"] in self.train_audio]
+        _check_skipped(skipped, len(self.train_audio), self.max_fraction)
+
+
+def _check_skipped(skipped: Sequence[dict[str, str]], num_files: int, max_fraction: float) -> None:
+    if len(skipped) > max_fraction * num_files:
+        raise UserError(
+            f"{len(skipped)} of {num_files} audio files cannot be decoded, such as {skipped[0]['audio']}: "
+            f"{skipped[0]['reason']}; mend or leave out what skipped_audio.jsonl lists, or raise --max_skipped_fraction"
+        )
 
 
 class _RunLog(ProgressCallback):
@@ -194,7 +198,7 @@ class _RunLog(ProgressCallback):
             disable=args.disable_tqdm,
         )
         with open(self._path(args), "w", encoding="utf-8") as file:  # resumed: what the checkpoint knows, no more
-            file.writelines(json.dumps(entry) + "\n" for entry in state.log_history)
+            file.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in state.log_history)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not args.disable_tqdm:
@@ -205,7 +209,7 @@ class _RunLog(ProgressCallback):
             return
         entry = state.log_history[-1]
         with open(self._path(args), "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(entry, sort_keys=True) + "\n")
         tqdm.write(f"update {state.global_step}/{state.max_steps} · " + _line(entry))
 
     @staticmethod

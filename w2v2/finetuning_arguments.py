@@ -190,6 +190,7 @@ def write_config(path: Path, *arguments: Any) -> None:
     for instance in arguments:
         for f in fields(instance):
             value = getattr(instance, f.name)
+            value = ["none"] if f.name == "report_to" and not value else value  # an empty list is no flag
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             plain = isinstance(value, (bool, int, float, str, list)) and not isinstance(value, Enum)
             if f.init and plain and (value or 0) != (default or 0) and f.name not in _NOT_IN_CONFIG:

@@ -15,8 +15,9 @@ def _signed(constant: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
-# Streams: what a hash is drawn for. Two purposes never share a stream.
-ORDER, CROP, MASK, DISTRACTOR, LAYERDROP, NOISE = range(1, 7)
+# Streams: what a hash is drawn for. Negative, so that none is ever an epoch, an utterance or a counter: two purposes never
+# share a hash.
+ORDER, CROP, MASK, DISTRACTOR, LAYERDROP, NOISE = range(-7, -1)
 
 
 def _shift_right(x: torch.Tensor, n: int) -> torch.Tensor:

@@ -72,6 +72,11 @@ def load_manifest(
     tables = [_utterances(_read(Path(name).expanduser(), wanted), data_root, sampling_rate) for name in names]
     table = _concatenated(tables, names)
     table, skipped = _measured(table, cache_dir, num_workers, probe, sampling_rate)
+    if skipped and not len(table):
+        raise UserError(
+            f"{', '.join(names)}: no audio file could be measured, beginning with {skipped[0]['audio']}, which"
+            f" {skipped[0]['reason']}: check the paths, and --data_root if they are relative"
+        )
     return datasets.Dataset(table, fingerprint=_fingerprint(table)), skipped
 
 
@@ -105,7 +110,7 @@ def _utterances(raw: RawTable, data_root: str | None, sampling_rate: int) -> pa.
             f" name one of them {' or '.join(COLUMNS['audio'])}"
         )
     written = _strings(raw, "audio", columns["audio"])
-    if (empty := pc.index(pc.equal(written, ""), True).as_py()) >= 0:
+    if (empty := pc.index(pc.equal(pc.utf8_trim_whitespace(written), ""), True).as_py()) >= 0:
         raise UserError(f"{raw.row(empty)} has no audio path: fill it in or remove the row")
     start, num_samples = _extent(raw, columns, sampling_rate)
     table = {"id": _ids(raw, columns.get("id"), written, start, sampling_rate)}
@@ -121,7 +126,8 @@ def _strings(raw: RawTable, name: str, column: pa.ChunkedArray) -> pa.ChunkedArr
         raise UserError(
             f"manifest {raw.path}: the column for {name} holds {column.type}, where text is expected: write it as text"
         ) from None
-    return pc.utf8_trim_whitespace(pc.fill_null(column, ""))
+    column = pc.fill_null(column, "")
+    return column if name == "audio" else pc.utf8_trim_whitespace(column)  # a file's name may begin with a space
 
 
 def _numbers(raw: RawTable, name: str, column: pa.ChunkedArray, above: float) -> pa.ChunkedArray:
@@ -246,11 +252,6 @@ def _measured(table: pa.Table, cache_dir, num_workers: int, probe, sampling_rate
         if isinstance(length, str):
             skipped.append({"id": row["id"], "audio": row["audio"], "reason": length})
         lengths.append(length if isinstance(length, int) else None)
-    if len(skipped) == len(table):
-        raise UserError(
-            f"no audio file could be measured, beginning with {skipped[0]['audio']}: {skipped[0]['reason']};"
-            " check the paths, and --data_root if they are relative"
-        )
     filled = pc.replace_with_mask(
         table["num_samples"].combine_chunks(), unknown.combine_chunks(), pa.array(lengths, pa.int64())
     )

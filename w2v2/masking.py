@@ -64,8 +64,8 @@ def distractors(keys: torch.Tensor, counts: torch.Tensor, num_negatives: int) ->
 
     Args:
         keys: (B,) int64.
-        counts: (B,) int64, masked frames of each row; a row with fewer than two has no distractors to offer and must be
-            given no weight.
+        counts: (B,) int64, masked frames of each row; the only masked frame of a row draws itself, which is a collision and
+            no distractor.
 
     Returns: (B, M, K) int64 indices into the compacted masked frames of the row.
     """
@@ -73,4 +73,4 @@ def distractors(keys: torch.Tensor, counts: torch.Tensor, num_negatives: int) ->
     draw = torch.arange(num_negatives, device=keys.device)
     h = derive(keys[:, None, None], DISTRACTOR, frame * num_negatives + draw)
     j = below(h, (counts - 1).clamp_min(1)[:, None, None])
-    return j + (j >= frame)
+    return (j + (j >= frame)) % counts.clamp_min(1)[:, None, None]

@@ -89,8 +89,12 @@ def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeSt
 
 
 def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
-    """Perplexity of the mean code distribution, summed over groups: from G (collapsed) to G · V (every entry alike)."""
-    return torch.exp(-torch.xlogy(mean_GV, mean_GV).sum(-1)).sum()
+    """Perplexity of the mean code distribution, summed over groups: from G (collapsed) to G · V (every entry alike).
+
+    The floor keeps the slope finite at an entry that nobody uses, where that of p log p is infinite and its gradient not a number.
+    """
+    floored = mean_GV.clamp_min(torch.finfo(mean_GV.dtype).tiny)
+    return torch.exp(-torch.xlogy(mean_GV, floored).sum(-1)).sum()
 
 
 def diversity_loss(statistics: CodeStatistics, num_masked: torch.Tensor) -> torch.Tensor:

@@ -131,11 +131,7 @@ def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks
     """What the run would do, as in plan.json; the figures of a batch are means over the first few."""
     all_crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0).num_samples
     micro_batch_samples = round(args.micro_batch_seconds * SAMPLING_RATE)
-    if micro_batch_samples < batches.longest:
-        raise UserError(
-            f"--micro_batch_seconds {args.micro_batch_seconds:g} is less than the longest crop "
-            f"({batches.longest / SAMPLING_RATE:.2f} s): raise it or lower --crop_seconds"
-        )
+    batches.check_budget(micro_batch_samples)
     cursor, rounds, samples, padded = Cursor(), [], [], []
     for _ in range(min(8, args.max_steps)):
         crops, cursor = batches.draw(cursor)

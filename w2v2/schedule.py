@@ -11,7 +11,7 @@ def num_warmup_steps(warmup_steps: float, total_steps: int) -> int:
     """Updates of warm-up: a number of updates, or a fraction of the run when under 1 (as `TrainingArguments` has it)."""
     if warmup_steps < 0:
         raise UserError(f"--warmup_steps {warmup_steps} is negative: give a number of updates, or a fraction under 1")
-    return int(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
+    return round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
 
 
 def lr_factor(

@@ -65,7 +65,7 @@ def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
             raw = _read_json(path, wanted)
         else:
             raw = _read_fairseq(path) or _read_delimited(path, wanted)
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise UserError(f"manifest {path} is not UTF-8 text: save it again with that encoding") from None
     except OSError as error:
         raise UserError(f"manifest {path} cannot be read: {error.strerror or error}") from None
@@ -98,24 +98,25 @@ def _read_delimited(path: Path, wanted: frozenset[str]) -> RawTable:
     found = [name.strip() for name in names]
     raw = RawTable(path, pa.table({}), path.parent, found, line_of=partial(_line_of, path, delimiter, 1))
     keep = [name for name in found if name.lower() in wanted]
-    if not keep:
+    if not _lower_names(keep, path):
         return raw
     spaced = any(name.startswith(" ") for name in names)  # SpeechBrain's older "ID, duration, wav"
     try:
         if spaced:
             raise pa.ArrowInvalid("Arrow cannot skip the space before a quote")
-        table = _arrow_csv(path, delimiter, found, keep)
+        table = _arrow_csv(path, delimiter, keep)
     except (pa.ArrowInvalid, pa.ArrowKeyError):
         table = _columns(_named_rows(path, delimiter, found), keep)
     raw.table = _lower(table, path)
     return raw
 
 
-def _arrow_csv(path: Path, delimiter: str, found: list[str], keep: list[str]) -> pa.Table:
+def _arrow_csv(path: Path, delimiter: str, keep: list[str], names: list[str] | None = None) -> pa.Table:
+    """The columns to `keep`, as text; `names` where the first line is no header."""
     comma = delimiter == ","
     table = pyarrow.csv.read_csv(
         path,
-        read_options=pyarrow.csv.ReadOptions(),
+        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=1 if names else 0),
         # Sentences in TSV files (Common Voice) begin with lone quotes that would swallow the rows after them.
         parse_options=pyarrow.csv.ParseOptions(
             delimiter=delimiter, quote_char='"' if comma else False, newlines_in_values=comma
@@ -124,7 +125,8 @@ def _arrow_csv(path: Path, delimiter: str, found: list[str], keep: list[str]) ->
             column_types={name: pa.string() for name in keep}, include_columns=keep, strings_can_be_null=False
         ),
     )
-    return table if comma else pa.table({name: _unquoted(table[name]) for name in keep})
+    tidy = pc.utf8_ltrim_whitespace if comma else _unquoted  # a space after a comma belongs to no cell
+    return pa.table({name: tidy(table[name]) for name in keep})
 
 
 def _unquoted(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -165,25 +167,16 @@ def _named_rows(path: Path, delimiter: str, found: list[str]) -> Iterator[dict]:
 def _read_fairseq(path: Path) -> RawTable | None:
     """fairseq's manifest (a root line, then `path⇥samples`), or None where the file is not one."""
     with open(path, encoding="utf-8-sig") as file:
-        root, second = file.readline().strip("\r\n"), file.readline().rstrip("\r\n")
-    name, _, samples = second.rpartition("\t")
-    if "\t" in root or not name or "\t" in name or not samples.strip().isdigit():
+        root, second = file.readline().strip(), file.readline()
+    if "\t" in root or second.count("\t") != 1:
         return None
+    names = ["audio", "num_samples"]
     try:
-        table = pyarrow.csv.read_csv(
-            path,
-            read_options=pyarrow.csv.ReadOptions(column_names=["audio", "num_samples"], skip_rows=1),
-            parse_options=pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types={"audio": pa.string(), "num_samples": pa.string()}, strings_can_be_null=False
-            ),
-        )
+        table = _arrow_csv(path, "\t", names, names)
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: every line after the first must be path, tab, samples: {_one_line(error)}") from None
     prefix = "" if root in ("", ".") else root
-    return RawTable(
-        path, table, path.parent, table.column_names, prefix, partial(_line_of, path, "\t", 1 if root else 0)
-    )
+    return RawTable(path, table, path.parent, names, prefix, partial(_line_of, path, "\t", 1 if root else 0))
 
 
 def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
@@ -275,10 +268,14 @@ def _columns(rows: Iterable[dict], names: Iterable[str]) -> pa.Table:
 
 
 def _lower(table: pa.Table, path: Path) -> pa.Table:
-    names = [name.strip().lower() for name in table.column_names]
+    return table.rename_columns(_lower_names(table.column_names, path))
+
+
+def _lower_names(names: list[str], path: Path) -> list[str]:
+    names = [name.lower() for name in names]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"manifest {path} has more than one column {sorted(twice)[0]!r}: rename or remove one")
-    return table.rename_columns(names)
+    return names
 
 
 def _one_line(error: Exception) -> str:

@@ -66,6 +66,13 @@ class Totals:
         parts = flat.split([shape.numel() for shape in shapes] + [len(self.COUNTS)])
         return Totals(PretrainSums(*(p.view(s) for p, s in zip(parts, shapes, strict=False))), parts[-1])
 
+    def with_diversity(self, weight: float) -> "Totals":
+        """With the diversity loss of the whole in place of its pieces', added to the loss: no longer a matter of the cut."""
+        sums = self.sums
+        statistics = objective.CodeStatistics(sums.codes_soft, sums.codes_hard, sums.code_entropy)
+        diversity = objective.diversity_loss(statistics, sums.num_masked)
+        return Totals(sums._replace(diversity=diversity, loss=sums.loss + weight * diversity), self.counts)
+
     @property
     def heard_samples(self) -> int:
         return int(self.counts[0])
@@ -240,9 +247,8 @@ def train_update(
     """One update from one effective batch. Returns its metrics, its totals over all ranks, and this rank's skipped utterances."""
     totals, scale, skipped = accumulate(accelerator, model, micro_batches, settings)
     masked = float(totals.sums.num_masked)
-    norm = step(
-        accelerator, optimizer, scale / masked if masked else 0.0, settings.learning_rate, settings.max_grad_norm
-    )
+    factor = scale / masked if masked else math.nan  # nothing could be read: no step
+    norm = step(accelerator, optimizer, factor, settings.learning_rate, settings.max_grad_norm)
     metrics = totals.metrics() | {
         "gumbel_temperature": settings.gumbel_temperature,
         "learning_rate": settings.learning_rate,
@@ -260,9 +266,9 @@ def validate(
     totals = Totals()
     for batch in micro_batches:
         batch = batch.to(accelerator.device)
-        totals.add(model(batch, diversity_weight=settings.diversity_weight), batch)
+        totals.add(model(batch, diversity_weight=0.0), batch)
     model.train()
-    metrics = totals.reduced(accelerator).metrics(prefix="eval_")
+    metrics = totals.reduced(accelerator).with_diversity(settings.diversity_weight).metrics(prefix="eval_")
     return {
         name: value
         for name, value in metrics.items()

@@ -1,0 +1,242 @@
+"""The command line: a YAML file's values, overridden by flags; each slip is one line that names the flag or key."""
+
+import sys
+from dataclasses import asdict, dataclass, field, fields
+
+import pytest
+import yaml
+
+from w2v2.arguments import PretrainArguments, parse_command_line, run_script
+from w2v2.errors import UserError
+
+GIVEN = ["--train_data", "train.csv", "--output_dir", "run"]
+
+
+def parse(*argv, given=GIVEN):
+    return parse_command_line([PretrainArguments], [*argv, *given])[0]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a YAML file and returns its path."""
+
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def refusal(*argv, given=GIVEN):
+    with pytest.raises(UserError) as caught:
+        parse(*argv, given=given)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# -- values
+
+
+def test_without_a_file_or_flags_the_defaults_hold():
+    args = parse()
+    defaults = asdict(PretrainArguments(train_data=["train.csv"], output_dir="run"))
+    assert asdict(args) == defaults
+
+
+def test_the_defaults_are_base():
+    """fairseq's wav2vec2_base_librispeech, in the project's units."""
+    args = parse()
+    assert (args.max_steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type) == (
+        400_000,
+        5e-4,
+        32_000,
+        "linear",
+    )
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.weight_decay) == (0.9, 0.98, 1e-6, 0.01)
+    assert (args.max_grad_norm, args.batch_hours, args.crop_seconds, args.min_seconds) == (0.0, 1.6, 15.6, 2.0)
+    assert (args.mask_time_prob, args.mask_time_length, args.mask_time_min_masks) == (0.65, 10, 2)
+    assert (args.feature_grad_mult, args.feature_penalty_weight) == (0.1, 10.0)
+    temperatures = (args.max_gumbel_temperature, args.min_gumbel_temperature, args.gumbel_temperature_decay)
+    assert temperatures == (2.0, 0.5, 0.999995)
+
+
+def test_the_file_gives_values_and_the_command_line_overrides_them(config):
+    path = config("learning_rate: 5e-4\nmax_steps: 100\nseed: 7\ntrain_data: [a.csv, b.csv]\noutput_dir: from_file\n")
+    args = parse(path, "--max_steps", "200", "--seed=8", given=[])
+    assert (args.learning_rate, args.max_steps, args.seed) == (5e-4, 200, 8)
+    assert (args.train_data, args.output_dir) == (["a.csv", "b.csv"], "from_file")
+
+
+def test_lists_are_replaced_as_a_whole_and_one_value_is_a_list_of_one(config):
+    path = config("train_data: [a.csv, b.csv]\nvalidation_data: dev.csv\noutput_dir: run\n")
+    assert parse(path, given=[]).validation_data == ["dev.csv"]
+    assert parse(path, "--train_data", "c.csv", given=[]).train_data == ["c.csv"]
+    assert parse(path, "--train_data", "c.csv", "d.csv", "--seed", "1", given=[]).train_data == ["c.csv", "d.csv"]
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("yes", True), ("false", False), ("no", False)])
+def test_booleans_of_the_file_and_of_the_command_line(config, text, value):
+    path = config(f"gradient_checkpointing: {text}\ndecay_norms_and_biases: {text}\n")
+    args = parse(path)
+    assert (args.gradient_checkpointing, args.decay_norms_and_biases) == (value, value)
+    assert parse(path, "--gradient_checkpointing", str(not value)).gradient_checkpointing is not value
+    assert parse("--gradient_checkpointing").gradient_checkpointing is True
+
+
+def test_values_keep_the_type_of_their_flag(config):
+    args = parse(config("batch_hours: 2\nmax_seconds: 30\nwarmup_steps: 10\nseed: 3\n"))
+    assert [type(v) for v in (args.batch_hours, args.max_seconds, args.warmup_steps, args.seed)] == [
+        float,
+        float,
+        float,
+        int,
+    ]
+
+
+def test_an_empty_value_empties_a_flag_that_can_be_empty(config):
+    @dataclass
+    class Optional:
+        limit: float | None = field(default=35.0)
+        names: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    path = config("limit: null\nnames: []\n")
+    (args,) = parse_command_line([Optional], [path])
+    assert args.limit is None and args.names == []
+    (args,) = parse_command_line([Optional], [path, "--limit", "2", "--names", "x"])
+    assert args.limit == 2.0 and args.names == ["x"]
+
+
+def test_values_that_begin_with_a_minus_or_hold_spaces_survive(config):
+    args = parse(config({"output_dir": "my runs/-a", "config_overrides": "-x=1 2"}), given=["--train_data", "a b.csv"])
+    assert (args.output_dir, args.config_overrides, args.train_data) == ("my runs/-a", "-x=1 2", ["a b.csv"])
+
+
+def test_the_resolved_flags_written_as_yaml_parse_to_the_same_run(config):
+    args = parse("--max_seconds", "20", "--validation_data", "a", "b", "--adam_epsilon", "1e-7", "--dry_run")
+    assert parse(config(yaml.safe_dump(vars(args), sort_keys=False)), given=[]) == args
+
+
+def test_several_dataclasses_share_one_command_line(config):
+    @dataclass
+    class Extra:
+        colour: str = field(default="red")
+
+    extra, args = parse_command_line([Extra, PretrainArguments], [config("colour: blue\nseed: 4\n"), *GIVEN])
+    assert (extra.colour, args.seed) == ("blue", 4)
+
+
+# -- slips
+
+
+@pytest.mark.parametrize(
+    "wrong, nearest",
+    [
+        ("lerning_rate", "learning_rate"),
+        ("batch_hour", "batch_hours"),
+        ("train_dat", "train_data"),
+        ("max_step", "max_steps"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(config, wrong, nearest):
+    path = config(f"{wrong}: 1\n")
+    assert refusal(path) == f"{path}: unknown key '{wrong}': did you mean {nearest}?"
+    for flag in ([f"--{wrong}", "1"], [f"--{wrong}=1"], [f"--{wrong.replace('_', '-')}", "1"]):
+        assert (
+            f"did you mean {nearest}?" in (message := refusal(*flag))
+            and f"unknown flag {flag[0].split('=')[0]}" in message
+        )
+
+
+def test_an_unknown_name_that_is_near_to_none_points_to_the_help(config):
+    assert refusal("--zzqx", "1") == "unknown flag --zzqx; --help lists what there is"
+    assert "--help" in refusal(config("zzqx: 1\n"))
+
+
+@pytest.mark.parametrize("name", ["train_data", "output_dir"])
+def test_a_missing_required_flag_is_named(name):
+    given = {"train_data": ["--output_dir", "run"], "output_dir": ["--train_data", "a.csv"]}[name]
+    assert refusal(given=given) == f"--{name} is required: give it on the command line or in the YAML file"
+
+
+@pytest.mark.parametrize("text, name", [("max_steps: many\n", "max_steps"), ("learning_rate: fast\n", "learning_rate"),
+                                        ("max_steps: 1.5\n", "max_steps"), ("dry_run: perhaps\n", "dry_run"),
+                                        ("lr_scheduler_type: linaer\n", "lr_scheduler_type")])  # fmt: skip
+def test_a_value_of_the_wrong_kind_names_its_flag_and_the_value(config, text, name):
+    value = text.split()[1]
+    for message in (refusal(config(text)), refusal(f"--{name}", value)):
+        assert f"--{name}" in message and value in message.replace("dry_run", "")
+
+
+def test_a_wrong_choice_lists_the_right_ones():
+    message = refusal("--lr_scheduler_type", "polynomial")
+    assert all(kind in message for kind in ("linear", "cosine", "constant", "tri_stage"))
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [(["--batch_hours", "0"], "--batch_hours is 0"), (["--max_steps", "-1"], "--max_steps is -1"),
+     (["--learning_rate", "nan"], "--learning_rate is nan"), (["--max_seconds", "1"], "--max_seconds 1.0"),
+     (["--model_name_or_path", "a", "--config_name", "b"], "--config_name")],
+)  # fmt: skip
+def test_values_that_make_no_run_are_refused(flags, named):
+    assert named in refusal(*flags)
+
+
+def test_a_flag_without_its_value_is_named():
+    assert "--max_steps" in refusal("--max_steps", given=[])
+
+
+@pytest.mark.parametrize("text, found", [("- a\n- b\n", "a list"), ("just words\n", "a str"), ("a: [1\n", "not valid YAML"),
+                                         ("batch_hours: {a: 1}\n", "'batch_hours' holds a mapping"),
+                                         ("learning_rate:\n", "'learning_rate' has no value"),
+                                         ("learning_rate: []\n", "'learning_rate' has no value")])  # fmt: skip
+def test_a_file_that_is_no_list_of_flags_is_refused_by_name(config, text, found):
+    path = config(text)
+    message = refusal(path)
+    assert message.startswith(path) and found in message
+
+
+def test_a_missing_or_binary_file_is_refused_by_name(tmp_path):
+    assert refusal("none.yaml") == "none.yaml: no such configuration file"
+    (tmp_path / "a.wav").write_bytes(bytes(range(256)))
+    assert refusal(str(tmp_path / "a.wav")).startswith(f"{tmp_path / 'a.wav'}: not valid YAML")
+
+
+def test_a_file_behind_the_flags_is_pointed_out():
+    assert "the file first" in refusal("--seed", "1", "config.yaml")
+
+
+# -- the script
+
+
+def test_help_lists_every_flag_with_a_help_text(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for f in fields(PretrainArguments):
+        assert f"--{f.name} " in shown, f.name
+        assert len(f.metadata.get("help", "")) > 10, f"{f.name} has no help text"
+        assert " ".join(f.metadata["help"].split())[:25] in shown, f.name
+
+
+def test_a_users_slip_ends_a_script_with_status_2_and_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["somewhere/pretrain.py"])
+
+    def main():
+        raise UserError("--seed: no")
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2 and capsys.readouterr().err == "pretrain.py: error: --seed: no\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert capsys.readouterr().err == "", "one line, not one a process"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: 1 / 0)

@@ -1,0 +1,102 @@
+"""Every configuration that is shipped can be used as it is, and a YAML holds only what differs from the defaults."""
+
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
+
+from w2v2.arguments import PretrainArguments, parse_command_line
+from w2v2.finetuning_arguments import CTCArguments, FineTuningArguments
+from w2v2.loading import build_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SCRIPTS = {"pretrain": [PretrainArguments], "finetune": [CTCArguments, FineTuningArguments]}
+REQUIRED = {
+    "pretrain": {"train_data": "a.csv", "output_dir": "run"},
+    "finetune": {"train_data": "a.csv", "validation_data": "b.csv", "output_dir": "run"},
+}
+
+
+def shipped(*patterns):
+    """One parameter a file; a folder without any is an error."""
+    paths = []
+    for pattern in patterns:
+        found = sorted(CONFIGS.glob(pattern))
+        assert found, f"configs/{pattern}: nothing found"
+        paths += found
+    return pytest.mark.parametrize("path", paths, ids=[str(path.relative_to(CONFIGS)) for path in paths])
+
+
+def read(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def parse(path):
+    """The run of a shipped YAML; what a user has to add is added."""
+    script, values = path.parent.name, read(path)
+    missing = REQUIRED[script] | (
+        {} if values.keys() & {"model_name_or_path", "config_name"} else {"config_name": "base"}
+    )
+    flags = [f"--{name}={value}" for name, value in missing.items() if name not in values]
+    if script == "finetune":  # else bf16 of a GPU's configuration is refused where there is none
+        flags += ["--use_cpu"] * ("use_cpu" not in values)
+    instances = parse_command_line(SCRIPTS[script], [str(path), *flags])
+    return {f.name: (f, getattr(instance, f.name)) for instance in instances for f in fields(instance)}
+
+
+@shipped("pretrain/*.yaml")
+def test_every_pretraining_yaml_parses_and_finds_its_model(path):
+    (args,) = parse_command_line(
+        [PretrainArguments], [str(path), *(f"--{k}={v}" for k, v in REQUIRED["pretrain"].items())]
+    )
+    config = build_config(args)
+    assert config.mask_time_prob == args.mask_time_prob and config.hidden_size % config.num_attention_heads == 0
+
+
+@shipped("finetune/*.yaml")
+def test_every_fine_tuning_yaml_parses(path):
+    assert parse(path)["max_steps"][1] > 0
+
+
+@shipped("pretrain/*.yaml", "finetune/*.yaml")
+def test_a_yaml_holds_only_what_differs_from_the_defaults(path):
+    resolved = parse(path)
+    for name in read(path):
+        f, value = resolved[name]
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        assert value != default, f"{name} is the default: leave it out"
+
+
+@shipped("models/*/config.json")
+def test_every_model_configuration_holds_only_keys_of_wav2vec2_and_loads(path):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    unknown = values.keys() - Wav2Vec2Config().to_dict().keys() - {"architectures"}
+    assert not unknown
+    config = Wav2Vec2Config.from_pretrained(path.parent)
+    assert values["model_type"] == "wav2vec2"
+    assert {name: config.to_dict()[name] for name in values} == values
+    assert config.codevector_dim % config.num_codevector_groups == 0
+    assert config.hidden_size % config.num_attention_heads == 0
+    assert config.hidden_size % config.num_conv_pos_embedding_groups == 0
+
+
+@shipped("models/*")
+def test_a_model_that_is_given_an_attention_mask_gets_normalised_waveforms_and_no_other(path):
+    """LARGE's layer-norm convs go with normalised waveforms, BASE's group norm with waveforms as they are."""
+    if (path / "preprocessor_config.json").exists():
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(path)
+        assert extractor.sampling_rate == 16_000
+        assert extractor.do_normalize == (Wav2Vec2Config.from_pretrained(path).feat_extract_norm == "layer")
+    else:
+        assert Wav2Vec2Config.from_pretrained(path).feat_extract_norm == "group"
+
+
+@shipped("accelerate/*.yaml")
+def test_every_accelerate_configuration_loads(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1 and config.mixed_precision in ("no", "bf16", "fp16")
+    assert config.use_cpu == path.name.startswith("cpu")

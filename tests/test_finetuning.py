@@ -1,0 +1,208 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tiny_config
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+
+from w2v2 import backbone, ctc
+from w2v2.errors import UserError
+from w2v2.finetuning import CTCTrainer, LengthGroupedSampler
+from w2v2.finetuning_arguments import FineTuningArguments
+from w2v2.schedule import lr_factor
+
+LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
+VOCABULARY = ctc.build_vocabulary(WORDS)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audio")
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        path, length = str(folder / f"{i}.wav"), 8_000 + 2_347 * i
+        soundfile.write(path, random.uniform(-0.3, 0.3, length), 16_000)
+        rows.append({"id": str(i), "audio": path, "start": 0.0, "num_samples": length, "text": WORDS[i % len(WORDS)]})
+    return Dataset.from_list(rows)
+
+
+def make_trainer(table, output_dir, model_changes=None, **flags):
+    """A trainer without anything random but the order of utterances, unless `model_changes` says so."""
+    quiet = dict(train_data=["t"], validation_data=["v"], config_name="c", report_to=["none"], use_cpu=True,
+                 dataloader_num_workers=0, max_steps=4, eval_steps=2, save_steps=2, logging_steps=1,
+                 per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3)  # fmt: skip
+    args = FineTuningArguments(output_dir=str(output_dir), **(quiet | flags))
+    output_dir.mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(0)
+    head = dict(vocab_size=len(VOCABULARY), pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True)
+    off = dict(mask_time_prob=0.0, mask_feature_prob=0.0, final_dropout=0.0, bos_token_id=None, eos_token_id=None)
+    model = backbone.hide_padding(Wav2Vec2ForCTC(tiny_config(**(head | off | (model_changes or {})))))
+    model.freeze_feature_encoder()
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
+    kwargs = dict(vocabulary=VOCABULARY, feature_extractor=extractor, min_samples=400)
+    kwargs["skip_log"] = output_dir / "skipped_audio.jsonl"
+    return CTCTrainer(
+        model,
+        args,
+        data_collator=ctc.collate_ctc,
+        train_dataset=ctc.SpeechDataset(table, substitute=True, **kwargs),
+        eval_dataset=ctc.SpeechDataset(ctc.longest_first(table), substitute=False, **kwargs),
+        processing_class=ctc.make_processor(VOCABULARY, extractor),
+        vocabulary=VOCABULARY,
+    )
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def batches(sampler, size):
+    order = list(sampler)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def test_an_epoch_holds_every_utterance_once():
+    for n in (1, 5, 64, 203):
+        assert sorted(LengthGroupedSampler(list(range(n)), 8, seed=1)) == list(range(n))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    sampler = LengthGroupedSampler(list(range(100)), 8, seed=1)
+    first = list(sampler)
+    assert list(sampler) == first
+    assert list(LengthGroupedSampler(list(range(100)), 8, seed=2)) != first
+    sampler.epoch = 1
+    assert list(sampler) != first
+
+
+def test_batches_are_of_like_length_and_in_random_order():
+    lengths = np.random.default_rng(0).integers(1, 1_000, 800).tolist()
+    drawn = batches(LengthGroupedSampler(lengths, 8, seed=0), 8)
+    spread = np.mean([np.ptp([lengths[i] for i in batch]) for batch in drawn])
+    means = [np.mean([lengths[i] for i in batch]) for batch in drawn]
+    assert spread < 50  # a random batch of eight spreads over about 780
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.35  # sorted batches: above 0.9
+
+
+def test_accumulating_four_batches_of_one_equals_one_batch_of_four(table, tmp_path):
+    flags = dict(max_steps=1, eval_steps=1, save_steps=1, optim="sgd", warmup_steps=0.0)
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
+        trainer = make_trainer(
+            table.select(range(4)), tmp_path / f"{batch}", **flags,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        before = weights(trainer)
+        trainer.train()
+        after = weights(trainer)
+        results.append(({k: after[k] - before[k] for k in after}, trainer.state.log_history[0]["loss"]))
+    for change, loss in results[1:]:
+        assert loss == pytest.approx(results[0][1], rel=1e-4)
+        for name, expected in results[0][0].items():
+            torch.testing.assert_close(change[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_learning_rate_follows_the_tri_stage_schedule(table, tmp_path):
+    trainer = make_trainer(table, tmp_path, max_steps=10, eval_steps=10, save_steps=10)
+    trainer.train()
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [entry["learning_rate"] for entry in logged if "loss" in entry]
+    expected = [1e-3 * lr_factor(step, 10, 0.1, "tri_stage", 0.4, 0.05) for step in range(10)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert rates[:5] == [1e-3] * 5 and rates[-1] < 2e-4
+
+
+def test_at_first_only_the_head_learns_and_the_convs_never_do(table, tmp_path):
+    changed = []
+    for steps in (2, 3):
+        trainer = make_trainer(
+            table, tmp_path / str(steps), max_steps=steps, eval_steps=steps, save_steps=steps, freeze_encoder_steps=2
+        )
+        before = weights(trainer)
+        trainer.train()
+        changed.append({name for name, value in weights(trainer).items() if not torch.equal(value, before[name])})
+    assert changed[0] == {"lm_head.weight", "lm_head.bias"}
+    assert "wav2vec2.encoder.layers.0.attention.q_proj.weight" in changed[1]
+    assert "wav2vec2.feature_projection.projection.weight" in changed[1]
+    assert not any(name.startswith("wav2vec2.feature_extractor") for name in changed[1])
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_predictions_and_error_rates_do_not_move_with_the_batch_size(table, tmp_path, large):
+    outputs = []
+    for batch in (1, 3, 8):
+        trainer = make_trainer(
+            table, tmp_path / str(batch), LARGE if large else None,
+            per_device_eval_batch_size=batch,
+        )  # fmt: skip
+        outputs.append(trainer.predict(trainer.eval_dataset))
+    assert any(outputs[0].predictions)
+    for output in outputs[1:]:
+        assert output.predictions == outputs[0].predictions
+        for rate in ("test_wer", "test_cer"):
+            assert output.metrics[rate] == outputs[0].metrics[rate]
+
+
+def test_error_rates_are_those_of_the_predictions_and_the_written_references(table, tmp_path):
+    written = table.map(lambda row: {"text": row["text"] + " ÉTÉ"})  # É and T are unknown to the vocabulary
+    trainer = make_trainer(table, tmp_path)
+    trainer.eval_dataset.table = ctc.longest_first(written)
+    output = trainer.predict(trainer.eval_dataset)
+    rates = ctc.error_rates(trainer.eval_dataset.table["text"], output.predictions)
+    assert (output.metrics["test_wer"], output.metrics["test_cer"]) == (rates["wer"], rates["cer"])
+
+
+def test_unreadable_utterances_are_neither_scored_nor_predicted(table, tmp_path):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no audio")
+    rows = table.to_list()
+    rows[3]["audio"] = str(broken)
+    trainer = make_trainer(Dataset.from_list(rows), tmp_path / "run", max_skipped_fraction=0.2)
+    output = trainer.predict(trainer.eval_dataset)
+    missing = [
+        row["id"] for row, text in zip(trainer.eval_dataset.table, output.predictions, strict=True) if text is None
+    ]
+    assert (missing, output.metrics["test_utterances"]) == (["3"], 7)
+
+
+def test_too_many_undecodable_files_stop_the_run(table, tmp_path):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no audio")
+    rows = table.to_list()
+    rows[3]["audio"] = str(broken)
+    trainer = make_trainer(Dataset.from_list(rows), tmp_path / "run", per_device_train_batch_size=8)
+    for act in (trainer.train, lambda: trainer.predict(trainer.eval_dataset)):
+        with pytest.raises(UserError, match="1 of 8 .*broken.wav.*--max_skipped_fraction"):
+            act()
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 5])  # in the middle of the first epoch of 4 updates, and of the second
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(table, tmp_path, interrupted_at):
+    random = dict(mask_time_prob=0.3, mask_time_length=4, layerdrop=0.3, activation_dropout=0.1)
+    flags = dict(max_steps=7, eval_steps=1, save_steps=1, save_total_limit=9, load_best_model_at_end=False)
+    whole = make_trainer(table, tmp_path / "run", random, **flags)
+    whole.train()
+    again = make_trainer(table, tmp_path / "again", random, **flags)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{interrupted_at}"))
+    expected = weights(whole)
+    for name, value in weights(again).items():
+        assert torch.equal(value, expected[name]), name
+    losses = [[e.get("loss") for e in trainer.state.log_history if "loss" in e] for trainer in (whole, again)]
+    assert losses[0] == losses[1]
+    assert len((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()) == 14
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(table, tmp_path):
+    trainer = make_trainer(table, tmp_path, max_steps=6, save_total_limit=1, learning_rate=1e-2)
+    trainer.train()
+    rates = {e["step"]: e["eval_wer"] for e in trainer.state.log_history if "eval_wer" in e}
+    best = min(rates, key=lambda step: (rates[step], step))
+    assert trainer.state.best_global_step == best
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in weights(trainer).items())

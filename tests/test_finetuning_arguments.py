@@ -1,0 +1,104 @@
+import pytest
+import yaml
+
+from w2v2.arguments import parse_command_line
+from w2v2.errors import UserError
+from w2v2.finetuning_arguments import CTCArguments, FineTuningArguments, prepare_output_dir, write_config
+
+CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "config.json")
+
+
+def arguments(tmp_path, **flags):
+    flags = dict(model_name_or_path=str(tmp_path / "model"), use_cpu=True) | flags
+    return FineTuningArguments(output_dir=str(tmp_path / "run"), train_data=["t"], validation_data=["v"], **flags)
+
+
+def make_checkpoint(folder, leave_out=None):
+    folder.mkdir(parents=True)
+    for name in CHECKPOINT:
+        if name != leave_out:
+            (folder / name).touch()
+    return folder
+
+
+def test_defaults_are_the_recipe_for_100_hours(tmp_path):
+    args = arguments(tmp_path)
+    assert (args.learning_rate, args.max_steps, args.lr_scheduler_type) == (3e-5, 80_000, "tri_stage")
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.weight_decay) == (0.9, 0.98, 1e-8, 0.0)
+    assert (args.warmup_steps, args.hold_fraction, args.final_lr_scale) == (0.1, 0.4, 0.05)
+    changes = args.model_changes()
+    assert {k: changes[k] for k in changes if k.startswith("mask")} == {
+        "mask_time_prob": 0.65, "mask_time_length": 10, "mask_feature_prob": 0.5, "mask_feature_length": 64,
+    }  # fmt: skip
+    assert {k: v for k, v in changes.items() if "drop" in k and v} == {"layerdrop": 0.1, "activation_dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(train_data=[]), "--train_data is required"),
+        (dict(config_name="c"), "one of --model_name_or_path .* --config_name"),
+        (dict(model_name_or_path=None), "one of --model_name_or_path .* --config_name"),
+        (dict(min_seconds=5.0, max_seconds=2.0), "--max_seconds 2.0"),
+        (dict(eval_steps=3, save_steps=4), "saving steps"),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        FineTuningArguments(**(dict(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"],
+                                    model_name_or_path="m", use_cpu=True) | flags))  # fmt: skip
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_told(tmp_path):
+    assert prepare_output_dir(arguments(tmp_path)) is None
+    (tmp_path / "run" / "notes.txt").touch()
+    assert prepare_output_dir(arguments(tmp_path)) is None  # a note is no run
+    make_checkpoint(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(UserError, match="already holds a run"):
+        prepare_output_dir(arguments(tmp_path))
+    assert prepare_output_dir(arguments(tmp_path, overwrite_output_dir=True)) is None
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_auto_takes_the_newest_whole_checkpoint(tmp_path):
+    auto = arguments(tmp_path, resume_from_checkpoint="auto")
+    assert prepare_output_dir(auto) is None
+    make_checkpoint(tmp_path / "run" / "checkpoint-9")
+    newest = make_checkpoint(tmp_path / "run" / "checkpoint-10")
+    make_checkpoint(tmp_path / "run" / "checkpoint-11", leave_out="trainer_state.json")
+    assert prepare_output_dir(auto) == str(newest)
+
+
+def test_auto_does_not_overwrite_a_finished_model_without_checkpoints(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+    with pytest.raises(UserError, match="already holds a run"):
+        prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="auto"))
+
+
+def test_a_pretrained_model_is_never_taken_for_a_checkpoint(tmp_path):
+    pretrained = make_checkpoint(tmp_path / "model", leave_out="optimizer.pt")
+    assert prepare_output_dir(arguments(tmp_path)) is None
+    with pytest.raises(UserError, match="--resume_from_checkpoint .*model"):
+        prepare_output_dir(arguments(tmp_path, resume_from_checkpoint=str(pretrained)))
+
+
+def test_overwriting_does_not_delete_the_model_to_start_from(tmp_path):
+    inside = make_checkpoint(tmp_path / "run" / "checkpoint-1")
+    for source in (inside, tmp_path / "run"):
+        with pytest.raises(UserError, match="holds the model to start from"):
+            prepare_output_dir(arguments(tmp_path, model_name_or_path=str(source), overwrite_output_dir=True))
+    assert inside.exists()
+
+
+def test_the_written_configuration_starts_the_same_run(tmp_path):
+    given = ["--output_dir", str(tmp_path), "--train_data", "a.csv", "b.csv", "--validation_data", "v", "--use_cpu",
+             "--model_name_or_path", "m", "--text_case", "lower", "--eval_steps", "7", "--save_steps", "7", "--bf16",
+             "--lr_scheduler_type", "cosine", "--report_to", "none", "--freeze_feature_encoder", "false"]  # fmt: skip
+    before = parse_command_line((CTCArguments, FineTuningArguments), given)
+    write_config(tmp_path / "c.yaml", *before)
+    assert set(yaml.safe_load((tmp_path / "c.yaml").read_text())) <= {name[2:] for name in given if name[:2] == "--"}
+    after = parse_command_line((CTCArguments, FineTuningArguments), [str(tmp_path / "c.yaml")])
+    for a, b in zip(before, after, strict=True):
+        different = {k for k, v in vars(a).items() if v != vars(b)[k]}
+        assert different <= {"distributed_state", "accelerator_config"}, different

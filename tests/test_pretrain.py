@@ -1,0 +1,249 @@
+"""The real script, end to end, on a few seconds of tones: its files, its numbers, and that a run can be killed and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pretrain
+import pytest
+import torch
+import yaml
+from conftest import run_here, tiny_config, write_csv, write_tones
+from safetensors.torch import load_file
+from transformers import Wav2Vec2ForPreTraining
+
+from w2v2.batching import Cursor, EffectiveBatches, cut
+from w2v2.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[1]
+STEPS, SAVE_STEPS = 16, 4
+BATCH_HOURS, GRID_SECONDS, SEED = 0.004, 0.32, 42
+NOISY = dict(hidden_dropout=0.1, attention_dropout=0.1, feat_quantizer_dropout=0.1, layerdrop=0.3)
+TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
+TRAINING_KEYS = set(
+    "step epoch audio_hours loss contrastive_loss diversity_loss feature_penalty accuracy codebook_perplexity "
+    "codebook_perplexity_hard gumbel_temperature learning_rate grad_norm masked_frames batch_hours audio_seconds_per_second "
+    "data_wait_fraction cropped_fraction padded_fraction distractors_left code_entropy skipped_audio".split()
+)
+PLAN_KEYS = set(
+    "utterances hours dropped batch_hours micro_batches_per_update updates_per_epoch epochs warnings".split()
+)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A corpus, a tiny model with every kind of noise on, and the flags of a run over them, as a YAML file."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    seconds = np.random.default_rng(0).uniform(1.0, 3.0, 24).round(2).tolist()
+    paths = write_tones(folder / "audio", seconds)
+    tiny_config(**NOISY).save_pretrained(folder / "model")
+    values = dict(
+        train_data=[str(write_csv(folder / "train.csv", paths[:20], seconds[:20]))],
+        validation_data=[str(write_csv(folder / "dev.csv", paths[20:], seconds[20:]))],
+        config_name=str(folder / "model"),
+        min_seconds=0.5,
+        batch_hours=BATCH_HOURS,
+        micro_batch_seconds=even_budget(seconds[:20]),
+        length_grid_seconds=GRID_SECONDS,
+        max_steps=STEPS,
+        warmup_steps=4,
+        learning_rate=0.001,
+        logging_steps=1,
+        eval_steps=6,
+        save_steps=SAVE_STEPS,
+        save_total_limit=0,
+        dataloader_num_workers=0,
+        seed=SEED,
+        report_to=["tensorboard"],
+        use_cpu=True,
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder / "config.yaml"
+
+
+def even_budget(seconds) -> float:
+    """Seconds in a micro-batch at which one process cuts every update into an even number of pieces: two processes then cut alike."""
+    batches = EffectiveBatches(
+        np.round(np.asarray(seconds) * 16_000).astype(int),
+        batch_samples=round(BATCH_HOURS * 3600 * 16_000),
+        crop_samples=round(15.6 * 16_000),
+        grid_samples=round(GRID_SECONDS * 16_000),
+        seed=SEED,
+    )
+    drawn, cursor = [], Cursor()
+    for _ in range(STEPS):
+        crops, cursor = batches.draw(cursor)
+        drawn.append(np.sort(crops.num_samples)[::-1])
+    for budget in np.arange(3.0, 12.0, 0.05).round(2).tolist():
+        found = [[cut(lengths, ranks, round(budget * 16_000)) for lengths in drawn] for ranks in (1, 2)]
+        if all(one[1] == two[1] and len(one[1]) == one[0] == 2 * two[0] for one, two in zip(*found, strict=True)):
+            return budget
+    raise AssertionError("no budget cuts every update into an even number of pieces: take other lengths")
+
+
+def start(flags, output_dir, *more, launcher=()):
+    command = [sys.executable, *launcher, "pretrain.py", flags, "--output_dir", output_dir, *more]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
+    log = open(f"{output_dir}.log", "w")
+    return subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+
+
+def finish(process, output_dir):
+    assert process.wait(timeout=300) == 0, Path(f"{output_dir}.log").read_text()
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def whole_run(flags, tmp_path_factory):
+    """An uninterrupted run."""
+    output_dir = tmp_path_factory.mktemp("runs") / "whole"
+    return finish(start(flags, output_dir), output_dir)
+
+
+def without_timings(output_dir):
+    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_metrics(output_dir / "metrics.jsonl")]
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_leaves_the_files_that_users_touch(whole_run):
+    model = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    due = {f"checkpoint-{step}" for step in range(SAVE_STEPS, STEPS + 1, SAVE_STEPS)}
+    assert names(whole_run) >= model | due | {"README.md", "pretrain_config.yaml", "metrics.jsonl", "plan.json"}
+    assert not list(whole_run.glob(".unfinished-*")) and "skipped_audio.jsonl" not in names(whole_run)
+    assert list((whole_run / "plots").glob("*.png")) and list((whole_run / "runs").rglob("events.*"))
+    for checkpoint in due:
+        assert names(whole_run / checkpoint) == model | {"training_state"}
+    last, final = (load_file(f / "model.safetensors") for f in (whole_run / f"checkpoint-{STEPS}", whole_run))
+    assert all(torch.equal(last[name], final[name]) for name in final)
+    _, report = Wav2Vec2ForPreTraining.from_pretrained(whole_run, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    resolved = yaml.safe_load((whole_run / "pretrain_config.yaml").read_text())
+    assert resolved["batch_hours"] == BATCH_HOURS and resolved["adam_beta2"] == 0.98
+
+
+def test_metrics_have_every_name_and_add_up(whole_run):
+    records = read_metrics(whole_run / "metrics.jsonl")
+    training = [r for r in records if "loss" in r]
+    assert [r["step"] for r in training] == list(range(1, STEPS + 1))
+    assert all(set(r) == TRAINING_KEYS for r in training)
+    heard = np.cumsum([r["batch_hours"] for r in training])
+    assert [r["audio_hours"] for r in training] == pytest.approx(heard.tolist())
+    assert all(r["batch_hours"] >= BATCH_HOURS for r in training)
+    for r in training:
+        total = r["contrastive_loss"] + 0.1 * r["diversity_loss"] + 10 * r["feature_penalty"]
+        assert r["loss"] == pytest.approx(total, rel=1e-5)
+    validation = [r for r in records if "eval_loss" in r]
+    assert [r["step"] for r in validation] == [6, 12, 16]
+    measures = {"loss", "contrastive_loss", "diversity_loss", "feature_penalty", "accuracy", "codebook_perplexity"}
+    assert all(set(r) >= {"step", "epoch", "audio_hours"} | {f"eval_{name}" for name in measures} for r in validation)
+    assert len({r["eval_masked_frames"] for r in validation}) == 1
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(flags, whole_run):
+    """Dropout, layerdrop and Gumbel noise are on; the second part even decodes in other processes."""
+    output_dir = whole_run.with_name("killed")
+    process = start(flags, output_dir)
+    metrics = output_dir / "metrics.jsonl"
+    try:
+        while process.poll() is None:
+            if (output_dir / "checkpoint-4").exists() and metrics.read_bytes().count(b"\n") > 6:
+                break
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, Path(f"{output_dir}.log").read_text()
+    assert not (output_dir / f"checkpoint-{STEPS}").exists() and metrics.read_bytes().count(b"\n") > 6
+
+    more = ("--resume_from_checkpoint", "auto", "--dataloader_num_workers", 1)
+    finish(start(flags, output_dir, *more), output_dir)
+    assert "resuming" in Path(f"{output_dir}.log").read_text()
+    assert without_timings(output_dir) == without_timings(whole_run)
+    for name in ("model.safetensors", f"checkpoint-{STEPS}/training_state/optimizer.safetensors"):
+        found, expected = load_file(output_dir / name), load_file(whole_run / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+def test_two_processes_give_the_curve_of_one(flags, whole_run):
+    """At the same cut even dropout and Gumbel noise are the same wherever a micro-batch runs, so only rounding differs."""
+    output_dir = whole_run.with_name("two_processes")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2_processes.yaml"]
+    finish(start(flags, output_dir, launcher=launcher), output_dir)
+    assert json.loads((output_dir / "plan.json").read_text())["num_processes"] == 2
+    found, expected = without_timings(output_dir), without_timings(whole_run)
+    assert [set(r) for r in found] == [set(r) for r in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert {k: ours[k] for k in ("step", "epoch", "audio_hours")} == {k: theirs[k] for k in ("step", "epoch", "audio_hours")}
+        for name in theirs.keys() - {"eval_padded_fraction"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (name, theirs["step"])
+
+
+def test_a_dry_run_plans_and_trains_nothing(flags, tmp_path, capsys):
+    assert run_here(pretrain.main, flags, "--output_dir", tmp_path / "run", "--dry_run") == 0
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert set(plan) >= PLAN_KEYS
+    assert names(tmp_path / "run") == {"plan.json"}
+    assert plan["utterances"] == 20 and plan["dropped"] == {} and plan["batch_hours"] >= BATCH_HOURS
+    assert plan["micro_batches_per_update"] % 2 == 0
+    assert {w["code"] for w in plan["warnings"]} == {"small_effective_batch"} and all(w["message"] for w in plan["warnings"])
+    assert f"{plan['hours']:.2f} h in 20 utterances" in capsys.readouterr().out
+
+
+def here(flags, output_dir, *more):
+    return run_here(pretrain.main, flags, "--output_dir", output_dir, "--report_to", "none", *more)
+
+
+def test_a_run_is_not_resumed_with_other_batches(flags, whole_run, capsys):
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    for name, value, old in [("seed", 43, SEED), ("batch_hours", 0.005, BATCH_HOURS), ("mask_time_prob", 0.5, 0.65)]:
+        capsys.readouterr()
+        assert here(flags, whole_run, "--resume_from_checkpoint", "auto", f"--{name}", value) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert name in line and str(value) in line and str(old) in line
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_is_refused_resumed_to_no_effect_and_overwritten_when_asked(flags, tmp_path, capsys):
+    short = ("--max_steps", 2, "--batch_hours", 0.001)
+    output_dir = tmp_path / "run"
+    assert here(flags, output_dir, *short) == 0
+    (output_dir / "notes.txt").write_text("mine")
+    first = (output_dir / "model.safetensors").read_bytes()
+    assert here(flags, output_dir, *short) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert here(flags, output_dir, *short, "--resume_from_checkpoint", "auto") == 0
+    assert (output_dir / "model.safetensors").read_bytes() == first
+    assert here(flags, output_dir, *short, "--overwrite_output_dir", "--seed", 43) == 0
+    assert (output_dir / "model.safetensors").read_bytes() != first
+    assert [r["step"] for r in read_metrics(output_dir / "metrics.jsonl") if "loss" in r] == [1, 2]
+    assert (output_dir / "notes.txt").read_text() == "mine"
+
+
+def test_given_weights_start_a_run_of_their_own(flags, whole_run, tmp_path):
+    values = yaml.safe_load(flags.read_text()) | dict(learning_rate=1e-9, batch_hours=0.001)
+    del values["config_name"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    arguments = ("--model_name_or_path", whole_run, "--max_steps", 1)
+    assert here(tmp_path / "config.yaml", tmp_path / "run", *arguments) == 0
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 1] and records[0]["epoch"] < 1
+    assert records[0]["audio_hours"] == records[0]["batch_hours"]
+    found, given = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole_run))
+    assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given)
+    last = [r for r in read_metrics(whole_run / "metrics.jsonl") if "eval_loss" in r][-1]
+    assert records[1]["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+
+
+def test_help_lists_every_flag(capsys):
+    assert run_here(pretrain.main, "--help") == 0
+    text = capsys.readouterr().out
+    for name in ("train_data", "diversity_scope", "resume_from_checkpoint", "max_skipped_fraction", "batch_hours"):
+        assert f"--{name}" in text
