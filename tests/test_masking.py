@@ -195,6 +195,13 @@ def test_distractors_are_drawn_with_replacement_and_anew_for_every_frame():
     assert len({tuple(frame.tolist()) for frame in drawn}) == 40
 
 
+def test_the_draws_of_neighbouring_frames_are_unrelated():
+    drawn = distractors(keys_of(1), torch.tensor([200]), 100)[0]
+    for shift in (0, 1, 2):
+        alike = (drawn[1:, : 100 - shift] == drawn[:-1, shift:]).double().mean()
+        assert float(alike) < 2 / 199
+
+
 @pytest.mark.parametrize("counts", [[1], [0], [1, 0], [1, 5], [0, 2]])
 def test_a_row_without_other_frames_gives_indices_that_can_be_gathered(counts):
     drawn = distractors(keys_of(len(counts)), torch.tensor(counts), 4)

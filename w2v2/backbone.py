@@ -22,7 +22,7 @@ from w2v2.masking import latent_lengths
 logger = logging.getLogger(__name__)
 
 MASK_EMBEDDING = "wav2vec2.masked_spec_embed"  # a model that masks nothing has none
-MODELS_FOLDER = Path(__file__).parents[1] / "configs" / "models"
+MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
 
 def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
@@ -38,18 +38,21 @@ def min_samples(config: Wav2Vec2Config) -> int:
     return samples
 
 
-def load_config(model_name_or_path: str | None, config_name: str | None, **changes) -> Wav2Vec2Config:
-    """Configuration of the pretrained model, or of the random one, with `changes`; it has to be a wav2vec 2.0's.
+def locate(name: str) -> str:
+    """A folder as it is, a name in `configs/models` (with or without that prefix) as its folder, anything else as a Hub id."""
+    for folder in (Path(name), MODELS / name, MODELS.parents[1] / name):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    return name
 
-    `config_name` may be a folder, a Hub id or a name in configs/models; where it was found is `config.name_or_path`.
-    """
+
+def load_config(model_name_or_path: str | None, config_name: str | None, **changes) -> Wav2Vec2Config:
+    """Configuration of the pretrained model, or of the random one, with `changes`; it has to be a wav2vec 2.0's."""
     flag, source = ("model_name_or_path", model_name_or_path) if model_name_or_path else ("config_name", config_name)
-    if config_name and not os.path.exists(source) and (MODELS_FOLDER / source / "config.json").exists():
-        source = str(MODELS_FOLDER / source)
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         raise UserError(f"--{flag} {source}: this folder holds no config.json: give the folder of a pretrained model")
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(locate(source))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--{flag} {source}: no configuration there: {_first_line(error)}") from None
     if not isinstance(config, Wav2Vec2Config):
@@ -66,7 +69,7 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
 def load_feature_extractor(source: str | None, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
     """The folder's own feature extractor (whether to normalise the waveform), else the one that `config` implies."""
     try:
-        extractor = Wav2Vec2FeatureExtractor.from_pretrained(source)
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(locate(source))
     except (OSError, ValueError, TypeError, AttributeError):
         norm = config.feat_extract_norm == "layer"
         return Wav2Vec2FeatureExtractor(sampling_rate=SAMPLING_RATE, do_normalize=norm, return_attention_mask=norm)

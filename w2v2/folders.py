@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from .errors import UserError
+from w2v2.errors import UserError
 
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .sph .nist .w64 .caf".split())
 

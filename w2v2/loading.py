@@ -1,4 +1,4 @@
-"""Configuration, model and feature extractor from a name: a folder, a Hub id, or one of `configs/models`."""
+"""The model to pretrain, and what belongs to it: fresh, from given weights, or from a checkpoint."""
 
 from pathlib import Path
 
@@ -6,11 +6,10 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 
 from w2v2.audio import SAMPLING_RATE
+from w2v2.backbone import load_config, load_feature_extractor, locate
 from w2v2.collate import Framing
 from w2v2.errors import UserError
 from w2v2.model import PretrainingModel
-
-MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
 # Whatever differs here cannot take over weights.
 ARCHITECTURE = (
@@ -19,30 +18,6 @@ ARCHITECTURE = (
     "num_conv_pos_embeddings", "num_conv_pos_embedding_groups", "num_codevector_groups", "num_codevectors_per_group",
     "codevector_dim", "proj_codevector_dim",
 )  # fmt: skip
-
-
-def locate(name: str) -> str:
-    """A folder as it is, a name in `configs/models` (with or without that prefix) as its folder, anything else as a Hub id."""
-    for folder in (Path(name), MODELS / name, MODELS.parents[1] / name):
-        if (folder / "config.json").is_file():
-            return str(folder)
-    if Path(name).exists():
-        raise UserError(f"{name} holds no config.json: give a folder that `save_pretrained` wrote")
-    return name
-
-
-def read_config(name: str) -> Wav2Vec2Config:
-    """Raises `UserError` when there is none, or when it is not a wav2vec 2.0's."""
-    name = locate(name)
-    try:
-        values, _ = Wav2Vec2Config.get_config_dict(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no model configuration found ({str(error).splitlines()[0]})") from None
-    if values.get("model_type") != "wav2vec2":
-        raise UserError(
-            f"{name} is a {values.get('model_type', 'nameless')!r} model: only wav2vec2 can be pretrained here"
-        )
-    return Wav2Vec2Config.from_dict(values)
 
 
 def override(config: Wav2Vec2Config, overrides: str) -> None:
@@ -67,7 +42,7 @@ def override(config: Wav2Vec2Config, overrides: str) -> None:
 
 def build_config(args) -> Wav2Vec2Config:
     """The run's configuration: its source, the overrides, and the flags that concern the objective, all of which end up in config.json."""
-    config = read_config(args.model_name_or_path or args.config_name or "base")
+    config = load_config(args.model_name_or_path, args.config_name or "base")
     if args.config_overrides:
         override(config, args.config_overrides)
     for name in ("mask_time_prob", "mask_time_length", "mask_time_min_masks"):
@@ -79,7 +54,7 @@ def build_config(args) -> Wav2Vec2Config:
 
 def check_same_architecture(config: Wav2Vec2Config, checkpoint: Path) -> None:
     """Raises `UserError` naming the first difference."""
-    saved = read_config(str(checkpoint))
+    saved = load_config(str(checkpoint), None)
     for key in ARCHITECTURE:
         ours, theirs = getattr(config, key), getattr(saved, key)
         if (list(ours) if isinstance(ours, list | tuple) else ours) != (
@@ -131,15 +106,8 @@ def _load_weights(source: str, config: Wav2Vec2Config) -> PretrainingModel:
 
 
 def build_feature_extractor(args, config: Wav2Vec2Config) -> Wav2Vec2FeatureExtractor:
-    """That of the source where it has one; otherwise the family's: LARGE normalises the waveform, BASE does not."""
-    name = locate(args.model_name_or_path or args.config_name or "base")
-    try:
-        return Wav2Vec2FeatureExtractor.from_pretrained(name)
-    except (OSError, ValueError):
-        layer_norm = config.feat_extract_norm == "layer"
-        return Wav2Vec2FeatureExtractor(
-            sampling_rate=SAMPLING_RATE, do_normalize=layer_norm, return_attention_mask=layer_norm
-        )
+    """That of the run's source, or the one that `config` implies: LARGE normalises the waveform, BASE does not."""
+    return load_feature_extractor(args.model_name_or_path or args.config_name or "base", config)
 
 
 def build_framing(config: Wav2Vec2Config, feature_extractor: Wav2Vec2FeatureExtractor) -> Framing:

@@ -21,10 +21,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .durations import measure_lengths
-from .errors import UserError
-from .folders import read_folder
-from .tables import RawTable, read_table
+from w2v2.durations import measure_lengths
+from w2v2.errors import UserError
+from w2v2.folders import read_folder
+from w2v2.tables import RawTable, read_table
 
 COLUMNS = {
     "audio": ("audio", "wav", "audio_filepath", "audio_path", "audio_file", "file_name", "filename", "file", "path"),

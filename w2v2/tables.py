@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from .errors import UserError
+from w2v2.errors import UserError
 
 NUMERIC = frozenset("duration duration_seconds length num_samples frames num_frames start offset stop end".split())
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
