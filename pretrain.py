@@ -52,14 +52,13 @@ def main() -> None:
         write_json(output_dir / "plan.json", plan)
     if args.dry_run:
         return
-    skipped = SkippedAudio(
-        output_dir, len(training.table) + len(unreadable), args.max_skipped_fraction, accelerator.is_main_process
-    )
-    skipped.add(unreadable + probe_some(training))
 
     # Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     state = RunState.start(args, training, config, checkpoint)
+    num_files, is_main = len(training.table) + len(unreadable), accelerator.is_main_process
+    skipped = SkippedAudio(output_dir, num_files, args.max_skipped_fraction, state.step, is_main)
+    skipped.add(unreadable + probe_some(training))
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
@@ -111,7 +110,7 @@ def train(
         settings = update_settings(args, model, state.step)
         metrics, totals, unreadable = train_update(accelerator, model, optimizer, feed.update(), settings)
         if totals.num_skipped:
-            skipped.add(gather_object(unreadable))
+            skipped.add(gather_object(unreadable), state.step + 1)
         state.advance(feed.cursor, totals.heard_samples)
         clock.heard_samples += totals.heard_samples
         record = state.progress() | metrics | {"skipped_audio": len(skipped.ids)}

@@ -7,17 +7,17 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import soundfile  # noqa: E402
-import torch  # noqa: E402
-from accelerate.state import AcceleratorState, PartialState  # noqa: E402
-from transformers import Wav2Vec2Config  # noqa: E402
+import numpy as np
+import pytest
+import soundfile
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from transformers import Wav2Vec2Config
 
-from w2v2.batching import Crops, Cursor, MicroBatchPlan  # noqa: E402
-from w2v2.collate import PretrainBatch  # noqa: E402
-from w2v2.hashing import derive  # noqa: E402
-from w2v2.masking import latent_lengths, mask_spans  # noqa: E402
+from w2v2.batching import Crops, Cursor, MicroBatchPlan
+from w2v2.collate import PretrainBatch
+from w2v2.hashing import derive
+from w2v2.masking import latent_lengths, mask_spans
 
 NO_DROPOUT = dict(
     hidden_dropout=0.0,
@@ -93,7 +93,9 @@ def write_tones(folder: Path, seconds, first=0) -> list[Path]:
 
 def write_csv(path: Path, audio, seconds=None) -> Path:
     """A manifest of these files, with durations where they are given."""
-    rows = [f"{name},{length}" for name, length in zip(audio, seconds, strict=True)] if seconds else list(map(str, audio))
+    rows = (
+        [f"{name},{length}" for name, length in zip(audio, seconds, strict=True)] if seconds else list(map(str, audio))
+    )
     path.write_text("\n".join(["audio,duration" if seconds else "audio", *rows]) + "\n")
     return path
 

@@ -85,7 +85,9 @@ def test_a_checkpoint_loads_in_stock_classes_with_nothing_missing_or_left_over(r
     folder = run.save(tmp_path, 2)
     model, report = stock.from_pretrained(folder, output_loading_info=True)
     unused = PRETRAINING_HEADS if stock is not Wav2Vec2ForPreTraining else ()
-    assert all(key.startswith(unused) for key in report["unexpected_keys"]) and bool(report["unexpected_keys"]) == bool(unused)
+    assert all(key.startswith(unused) for key in report["unexpected_keys"]) and bool(report["unexpected_keys"]) == bool(
+        unused
+    )
     assert all(key.startswith(head) for key in report["missing_keys"]) and bool(report["missing_keys"]) == bool(head)
     assert not report["mismatched_keys"]
     ours = dict(run.model.named_parameters())
@@ -229,7 +231,14 @@ def test_nothing_in_a_checkpoint_is_executed(run, tmp_path):
             return Path.touch, (witness,)
 
     bomb = pickle.dumps(Planted())
-    for name in ("optimizer.bin", "optimizer.pt", "random_states_0.pkl", "scheduler.bin", "state.json.pkl", "scaler.pt"):
+    for name in (
+        "optimizer.bin",
+        "optimizer.pt",
+        "random_states_0.pkl",
+        "scheduler.bin",
+        "state.json.pkl",
+        "scaler.pt",
+    ):
         (folder / "training_state" / name).write_bytes(bomb)
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (folder / name).write_bytes(bomb)

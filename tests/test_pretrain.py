@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pretrain
 import pytest
 import torch
 import yaml
@@ -17,6 +16,7 @@ from conftest import run_here, tiny_config, write_csv, write_tones
 from safetensors.torch import load_file
 from transformers import Wav2Vec2ForPreTraining
 
+import pretrain
 from w2v2.batching import Cursor, EffectiveBatches, cut
 from w2v2.metrics import read_metrics
 
@@ -181,7 +181,9 @@ def test_two_processes_give_the_curve_of_one(flags, whole_run):
     found, expected = without_timings(output_dir), without_timings(whole_run)
     assert [set(r) for r in found] == [set(r) for r in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        assert {k: ours[k] for k in ("step", "epoch", "audio_hours")} == {k: theirs[k] for k in ("step", "epoch", "audio_hours")}
+        assert {k: ours[k] for k in ("step", "epoch", "audio_hours")} == {
+            k: theirs[k] for k in ("step", "epoch", "audio_hours")
+        }
         for name in theirs.keys() - {"eval_padded_fraction"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (name, theirs["step"])
 
@@ -193,7 +195,9 @@ def test_a_dry_run_plans_and_trains_nothing(flags, tmp_path, capsys):
     assert names(tmp_path / "run") == {"plan.json"}
     assert plan["utterances"] == 20 and plan["dropped"] == {} and plan["batch_hours"] >= BATCH_HOURS
     assert plan["micro_batches_per_update"] % 2 == 0
-    assert {w["code"] for w in plan["warnings"]} == {"small_effective_batch"} and all(w["message"] for w in plan["warnings"])
+    assert {w["code"] for w in plan["warnings"]} == {"small_effective_batch"} and all(
+        w["message"] for w in plan["warnings"]
+    )
     assert f"{plan['hours']:.2f} h in 20 utterances" in capsys.readouterr().out
 
 

@@ -46,9 +46,9 @@ def assert_same_gradient(found, expected, tolerance):
     assert found.keys() == expected.keys()
     whole = math.sqrt(sum(float(g.double().pow(2).sum()) for g in expected.values()))
     assert whole > 1e-3
-    for name, gradient in expected.items():
-        error = float((found[name].double() - gradient.double()).norm())
-        assert error <= tolerance * (float(gradient.double().norm()) + 1e-2 * whole), name
+    for name, wanted in expected.items():
+        error = float((found[name].double() - wanted.double()).norm())
+        assert error <= tolerance * (float(wanted.double().norm()) + 1e-2 * whole), name
 
 
 def assert_same_metrics(found, expected, tolerance, but=()):
@@ -198,7 +198,9 @@ def test_validation_loss_is_the_weighted_sum_of_its_terms(accelerator):
     found = validate(accelerator, model, pieces(model.config, FIVE), settings(diversity_weight=0.7))
     size = model.quantizer.num_groups * model.quantizer.num_vars
     assert found["eval_diversity_loss"] == pytest.approx(1.0 - found["eval_codebook_perplexity"] / size, rel=1e-9)
-    expected = found["eval_contrastive_loss"] + 0.7 * found["eval_diversity_loss"] + 10.0 * found["eval_feature_penalty"]
+    expected = (
+        found["eval_contrastive_loss"] + 0.7 * found["eval_diversity_loss"] + 10.0 * found["eval_feature_penalty"]
+    )
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-9)
 
 

@@ -68,7 +68,9 @@ class ModelArguments:
     diversity_loss_weight: float | None = _flag(
         None, "Weight of the diversity loss (default: the configuration's, 0.1)."
     )
-    diversity_delay_steps: int = _flag(0, "Updates before the diversity loss is brought in (small models: see docs/results.md).")
+    diversity_delay_steps: int = _flag(
+        0, "Updates before the diversity loss is brought in (small models: see docs/results.md)."
+    )
     diversity_warmup_steps: int = _flag(0, "Updates over which the diversity loss then grows linearly to its weight.")
     diversity_scope: str = _flag(
         "micro_batch",
@@ -139,6 +141,12 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
                      "save_steps", "eval_steps", "min_gumbel_temperature", "max_gumbel_temperature"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be greater than 0")
+        for name, least in (("seed", 0), ("dataloader_num_workers", 0), ("dataloader_prefetch_factor", 1), ("save_total_limit", 0),
+                            ("mask_time_length", 1), ("mask_time_min_masks", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} is {getattr(self, name)}: it has to be {least} or more")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed is {self.seed}: it has to be below 2**32")
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
             raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
         if self.model_name_or_path and self.config_name:

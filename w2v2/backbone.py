@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
@@ -54,7 +55,8 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
     try:
         config = AutoConfig.from_pretrained(locate(source))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--{flag} {source}: no configuration there: {_first_line(error)}") from None
+        absent = "no such folder or Hub id, or its configuration cannot be read"
+        raise UserError(f"--{flag} {source}: {absent} ({_first_line(error)})") from None
     if not isinstance(config, Wav2Vec2Config):
         raise UserError(f"--{flag} {source}: this is a {config.model_type} model; a wav2vec2 one is needed")
     config.update(changes)
@@ -93,7 +95,7 @@ def load_with_head(
             model, report = model_class.from_pretrained(
                 model_name_or_path, config=config, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"--model_name_or_path {model_name_or_path}: cannot be loaded: {_first_line(error)}"
             ) from None

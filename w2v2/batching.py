@@ -112,7 +112,7 @@ class EffectiveBatches:
         if batch_samples < self.longest:
             raise UserError(
                 f"--batch_hours {batch_samples / 16_000 / 3600:g} is smaller than one utterance "
-                f"({self.longest / 16_000:.1f} s after cropping): the method needs hours, 1.6 for BASE"
+                f"({self.longest / 16_000:.1f} s after cropping): raise it (the method needs hours, 1.6 for BASE)"
             )
 
     def check_budget(self, micro_batch_samples: int) -> None:

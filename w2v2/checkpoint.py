@@ -155,8 +155,9 @@ def claim_output_dir(output_dir: Path, overwrite: bool, resume_from: str | None,
     resumes = resume_from is not None and (
         resume_from == "auto" or Path(resume_from).resolve().parent == output_dir.resolve()
     )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file: give a folder")
+    for folder in (output_dir, *output_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output_dir {output_dir}: {folder} is a file; give a folder")
     if dry_run:
         return
     remains = [p for name in _RUN_FILES if (p := output_dir / name).exists()] + sorted(output_dir.glob("checkpoint-*"))

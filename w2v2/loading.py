@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 
@@ -91,8 +92,9 @@ def _load_weights(source: str, config: Wav2Vec2Config) -> PretrainingModel:
             source, config=config, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
             use_safetensors=True,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{source}: weights cannot be loaded ({reason}): give a folder that holds them whole") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     for problem in ("mismatched_keys", "missing_keys"):

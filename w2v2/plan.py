@@ -35,25 +35,34 @@ class Utterances:
 
 
 class SkippedAudio:
-    """Unreadable files: listed once each in `skipped_audio.jsonl`, and too many of them end the run."""
+    """Unreadable files: listed once each in `skipped_audio.jsonl`, and too many of them end the run.
 
-    def __init__(self, output_dir: str | Path, num_utterances: int, max_fraction: float, is_main: bool = True):
+    A line's `step` is the update that met the file, 0 where it was met before the first one. A resumed run forgets what came after
+    its checkpoint (and meets it again), so its counts are those of an uninterrupted one.
+    """
+
+    def __init__(self, output_dir, num_utterances: int, max_fraction: float, first_step: int = 0, is_main: bool = True):
         self.path = Path(output_dir) / "skipped_audio.jsonl"
         self.num_utterances, self.max_fraction, self.is_main = num_utterances, max_fraction, is_main
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.ids: set[str] = {json.loads(line)["id"] for line in lines if line.strip()}
+        kept = [line for line in lines if 0 < json.loads(line)["step"] <= first_step]
+        self.ids: set[str] = {json.loads(line)["id"] for line in kept}
+        if is_main and len(kept) < len(lines):
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(self.path)
 
-    def add(self, skipped: Sequence[dict[str, Any]]) -> None:
+    def add(self, skipped: Sequence[dict[str, Any]], step: int = 0) -> None:
         """Note utterances that could not be read. Raises `UserError` beyond the tolerated fraction."""
-        new = {entry["id"]: entry for entry in skipped if entry["id"] not in self.ids}
-        if not new:
+        if not skipped:
             return
+        new = {entry["id"]: entry | {"step": step} for entry in skipped if entry["id"] not in self.ids}
         self.ids |= new.keys()
         if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new.values())
         if len(self.ids) > self.max_fraction * self.num_utterances:
-            first = next(iter(new.values()))
+            first = skipped[0]
             raise UserError(
                 f"{first['audio']}: {first['reason']}; {len(self.ids)} of {self.num_utterances} files cannot be read, more than "
                 f"--max_skipped_fraction {self.max_fraction:g} allows: mend or remove them (listed in {self.path})"
