@@ -8,20 +8,35 @@ devices.
 """
 
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch.utils.data import DataLoader
+from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments, parse_command_line, run_script
-from w2v2.batching import PlanStream, plan_validation
+from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.checkpoint import claim_output_dir, find_checkpoint, load_optimizer, save_checkpoint, save_model
-from w2v2.collate import CropDataset, build_loader
+from w2v2.collate import CropDataset, Framing, build_loader
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.launch import start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.metrics import RunLog, read_metrics
-from w2v2.plan import SkippedAudio, build_batches, describe, load_utterances, make_plan, probe_some, write_json
+from w2v2.plan import (
+    SkippedAudio,
+    Utterances,
+    build_batches,
+    describe,
+    load_utterances,
+    make_plan,
+    probe_some,
+    write_json,
+)
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
@@ -56,8 +71,10 @@ def main() -> None:
     # Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     state = RunState.start(args, training, config, checkpoint)
-    num_files, is_main = len(training.table) + len(unreadable), accelerator.is_main_process
-    skipped = SkippedAudio(output_dir, num_files, args.max_skipped_fraction, state.step, is_main)
+    num_files = len(training.table) + len(unreadable)
+    skipped = SkippedAudio(
+        output_dir, num_files, args.max_skipped_fraction, state.step, is_main=accelerator.is_main_process
+    )
     skipped.add(unreadable + probe_some(training))
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
@@ -66,36 +83,59 @@ def main() -> None:
         load_optimizer(checkpoint, accelerator, model, optimizer)
         accelerator.print(f"resuming      {checkpoint}, after {state.step:,} updates")
 
-    feed, validation_loader = build_feeds(args, accelerator, framing, batches, training, validation, state)
+    run = Run(args, accelerator, model, optimizer, feature_extractor, framing, state)
     pusher = start_pusher(args, accelerator)
-    train(args, accelerator, model, optimizer, feature_extractor, feed, validation_loader, state, skipped, pusher)
-    finish(args, accelerator, model, feature_extractor, training, validation, pusher)
+    feed = Feed(training_loader(run, training, batches))
+    train(run, feed, validation_loader(run, validation), skipped, pusher)
+    finish(run, training, validation, pusher)
 
 
-def build_feeds(args, accelerator, framing, batches, training, validation, state):
-    """This process's micro-batches, decoded ahead of time, and its part of the validation set, the same every time."""
-    cut = dict(
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        micro_batch_samples=round(args.micro_batch_seconds * framing.sampling_rate),
-    )
-    loading = dict(
-        num_workers=args.dataloader_num_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    plans = PlanStream(batches, state.cursor, range(state.step, args.max_steps), **cut)
-    feed = Feed(build_loader(CropDataset(training.table, framing, args.seed), plans, **loading))
-    if validation is None:
-        return feed, None
-    plans = plan_validation(build_batches(validation, args), **cut)
-    return feed, build_loader(CropDataset(validation.table, framing, args.seed), plans, **loading)
+@dataclass
+class Run:
+    """What the stages of a run share."""
+
+    args: PretrainArguments
+    accelerator: Accelerator
+    model: torch.nn.Module  # prepared: wrapped for several devices
+    optimizer: torch.optim.Optimizer  # likewise
+    feature_extractor: Wav2Vec2FeatureExtractor
+    framing: Framing
+    state: RunState
+
+    def load(self, utterances: Utterances, plans: Iterable[MicroBatchPlan]) -> DataLoader:
+        """The micro-batches of `plans`, decoded ahead of time."""
+        return build_loader(
+            CropDataset(utterances.table, self.framing, self.args.seed),
+            plans,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """How this process's part of an effective batch is cut out of it."""
+        return dict(
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            micro_batch_samples=round(self.args.micro_batch_seconds * self.framing.sampling_rate),
+        )
 
 
-def train(
-    args, accelerator, model, optimizer, feature_extractor, feed, validation_loader, state, skipped, pusher
-) -> None:
+def training_loader(run: Run, training: Utterances, batches: EffectiveBatches) -> DataLoader:
+    """This process's micro-batches of all updates to come."""
+    updates = range(run.state.step, run.args.max_steps)
+    return run.load(training, PlanStream(batches, run.state.cursor, updates, **run.cut))
+
+
+def validation_loader(run: Run, validation: Utterances | None) -> DataLoader | None:
+    """This process's part of the validation set, the same every time."""
+    return run.load(validation, plan_validation(build_batches(validation, run.args), **run.cut)) if validation else None
+
+
+def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedAudio, pusher: HubPusher | None) -> None:
     """Updates until `max_steps`; what is due after an update is logged, validated and saved in this order."""
+    args, accelerator, state = run.args, run.accelerator, run.state
     start_trackers(accelerator, args, state.step)
     log = RunLog(
         args.output_dir,
@@ -107,8 +147,8 @@ def train(
     )
     clock = Clock(feed)
     while state.step < args.max_steps:
-        settings = update_settings(args, model, state.step)
-        metrics, totals, unreadable = train_update(accelerator, model, optimizer, feed.update(), settings)
+        settings = update_settings(args, run.model, state.step)
+        metrics, totals, unreadable = train_update(accelerator, run.model, run.optimizer, feed.update(), settings)
         if totals.num_skipped:
             skipped.add(gather_object(unreadable), state.step + 1)
         state.advance(feed.cursor, totals.heard_samples)
@@ -117,12 +157,18 @@ def train(
         log.update(record | clock.rates())
         if state.is_due(args.logging_steps):
             log.write(record | clock.lap())
-        if validation_loader and state.is_due(args.eval_steps):
-            log.write(state.progress() | validate(accelerator, model, validation_loader, settings))
+        if validation and state.is_due(args.eval_steps):
+            log.write(state.progress() | validate(accelerator, run.model, validation, settings))
             clock.lap()
         if state.is_due(args.save_steps):
             folder = save_checkpoint(
-                args.output_dir, accelerator, model, optimizer, feature_extractor, state, args.save_total_limit
+                args.output_dir,
+                accelerator,
+                run.model,
+                run.optimizer,
+                run.feature_extractor,
+                state,
+                args.save_total_limit,
             )
             if pusher:
                 pusher.push(folder, f"Weights after {state.step} updates")
@@ -158,17 +204,17 @@ def start_pusher(args, accelerator) -> HubPusher | None:
     )
 
 
-def finish(args, accelerator, model, feature_extractor, training, validation, pusher) -> None:
+def finish(run: Run, training: Utterances, validation: Utterances | None, pusher: HubPusher | None) -> None:
     """The folder that users load, with its card, curves and resolved configuration; then the last push."""
-    output_dir = Path(args.output_dir)
-    save_model(output_dir, accelerator, model, feature_extractor)
+    args, accelerator, output_dir = run.args, run.accelerator, Path(run.args.output_dir)
+    save_model(output_dir, accelerator, run.model, run.feature_extractor)
     if not accelerator.is_main_process:
         return
     (output_dir / "pretrain_config.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=False), encoding="utf-8")
     metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_plots(output_dir, metrics)
     summary = dict(utterances=len(training.table), hours=training.hours)
-    summary["num_parameters"] = accelerator.unwrap_model(model).num_parameters()
+    summary["num_parameters"] = accelerator.unwrap_model(run.model).num_parameters()
     if validation:
         summary |= dict(validation_utterances=len(validation.table), validation_hours=validation.hours)
     write_model_card(output_dir, config=vars(args), summary=summary, metrics=metrics)

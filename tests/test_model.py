@@ -90,7 +90,9 @@ def test_equal_lengths_give_the_stock_loss_and_gradient(monkeypatch, large, tria
     sums = ours(batch, TEMPERATURE)
     sums.loss.backward()
     expected = stock(
-        batch.waveforms, mask_time_indices=batch.mask, sampled_negative_indices=stock_negatives(batch, config.num_negatives)
+        batch.waveforms,
+        mask_time_indices=batch.mask,
+        sampled_negative_indices=stock_negatives(batch, config.num_negatives),
     )
     expected.loss.backward()
 
@@ -125,7 +127,9 @@ def test_mixed_lengths_give_the_sum_of_stock_losses_of_each_utterance_alone(monk
         own = noise[row, :frames].reshape(-1, noise.shape[-1])
         monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", _with_noise(own))
         out = stock(
-            alone.waveforms, mask_time_indices=alone.mask, sampled_negative_indices=stock_negatives(alone, config.num_negatives)
+            alone.waveforms,
+            mask_time_indices=alone.mask,
+            sampled_negative_indices=stock_negatives(alone, config.num_negatives),
         )
         out.loss.backward()
         total += out.loss.item()
@@ -170,7 +174,10 @@ def test_padding_and_neighbours_change_nothing():
     model, _ = pair(config, torch.float64)
     model.eval()
     together = model(make_batch(config, [20_000, 9_000], dtype=torch.float64), diversity_weight=0.0)
-    apart = [model(make_batch(config, [n], first=i, dtype=torch.float64), diversity_weight=0.0) for i, n in enumerate([20_000, 9_000])]
+    apart = [
+        model(make_batch(config, [n], first=i, dtype=torch.float64), diversity_weight=0.0)
+        for i, n in enumerate([20_000, 9_000])
+    ]
     assert together.loss.item() == pytest.approx(sum(x.loss.item() for x in apart), rel=1e-12)
 
 
