@@ -41,7 +41,9 @@ def main() -> None:
     ours = finetune(
         "fine-tuning the pretrained model", RUNS / "ctc_pretrained", "--model_name_or_path", str(pretrained)
     )
-    theirs = finetune("fine-tuning random weights", RUNS / "ctc_random", "--config_name", str(pretrained))
+    theirs = finetune(
+        "fine-tuning random weights", RUNS / "ctc_random", "--model_name_or_path=", "--config_name", str(pretrained)
+    )
     report(ours, theirs, ROOT / pretrained)
 
 
@@ -76,9 +78,9 @@ def meaning(times_chance: float, perplexity: float, gain: float) -> str:
         f"chance, with the equivalent of {perplexity:.0f} codes in even use"
     )
     if gain > 0:
-        use = f"fine-tuned on the same ten minutes of transcribed speech it makes {gain:.0%} fewer word errors than random weights"
+        use = f"fine-tuned on the same twenty minutes of transcribed speech it makes {gain:.0%} fewer word errors than random weights"
     else:
-        use = "fine-tuned on the same ten minutes of transcribed speech it is no better than random weights"
+        use = "fine-tuned on the same twenty minutes of transcribed speech it is no better than random weights"
     return (
         f"{learned}; {use}. One run of minutes on synthesized speech shows that the machinery works, not how good wav2vec 2.0 "
         "can be: docs/results.md has longer runs, several seeds and real speech."

@@ -223,14 +223,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--labelled_minutes",
         type=float,
-        help="speech in train_labelled.csv (default: 10, at most a third of --minutes)",
+        help="speech in train_labelled.csv (default: 20, at most half of --minutes)",
     )
     parser.add_argument("--num_voices", type=int, default=60, help="synthetic speakers (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     args = parser.parse_args(argv)
     if args.labelled_minutes is None:
-        args.labelled_minutes = min(10.0, args.minutes / 3)
+        args.labelled_minutes = min(20.0, args.minutes / 2)
     return exit_status(parser.prog, lambda: make_corpus(**vars(args)))
 
 
