@@ -30,7 +30,8 @@ def run(title: str, *command: str) -> None:
 def finetune(title: str, output_dir: Path, *weights: str) -> dict[str, float]:
     """Test scores of one fine-tuning run."""
     if not (ROOT / output_dir / "results.json").exists():
-        run(title, "finetune_ctc.py", "configs/finetune/demo.yaml", *weights, "--output_dir", str(output_dir))
+        command = ["finetune_ctc.py", "configs/finetune/demo.yaml", *weights, "--output_dir", str(output_dir)]
+        run(title, *command, "--resume_from_checkpoint", "auto")
     return json.loads((ROOT / output_dir / "results.json").read_text())["test"]
 
 

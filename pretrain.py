@@ -8,6 +8,7 @@ devices.
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from w2v2.arguments import PretrainArguments, parse_command_line, run_script
 from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.checkpoint import claim_output_dir, find_checkpoint, load_optimizer, save_checkpoint, save_model
 from w2v2.collate import CropDataset, Framing, build_loader
+from w2v2.errors import UserError
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.launch import start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
@@ -31,6 +33,7 @@ from w2v2.plan import (
     SkippedAudio,
     Utterances,
     build_batches,
+    check_validation,
     describe,
     load_utterances,
     make_plan,
@@ -40,6 +43,8 @@ from w2v2.plan import (
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
+
+MOST_NON_FINITE_UPDATES = 100
 
 
 def main() -> None:
@@ -59,7 +64,7 @@ def main() -> None:
     # The utterances, and the effective batches that are drawn from them.
     with accelerator.main_process_first():
         training, unreadable = load_utterances(args.train_data, args, framing)
-        validation = load_utterances(args.validation_data, args, framing)[0] if args.validation_data else None
+        validation, lost = load_utterances(args.validation_data, args, framing) if args.validation_data else (None, [])
     batches = build_batches(training, args)
     plan = make_plan(training, batches, args, accelerator.num_processes)
     accelerator.print(describe(plan))
@@ -67,6 +72,9 @@ def main() -> None:
         write_json(output_dir / "plan.json", plan)
     if args.dry_run:
         return
+
+    if validation:
+        check_validation(validation, lost, args.max_skipped_fraction)
 
     # Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
@@ -85,9 +93,11 @@ def main() -> None:
 
     run = Run(args, accelerator, model, optimizer, feature_extractor, framing, state)
     pusher = start_pusher(args, accelerator)
+    write_config(args, accelerator)
     feed = Feed(training_loader(run, training, batches))
     train(run, feed, validation_loader(run, validation), skipped, pusher)
     finish(run, training, validation, pusher)
+    accelerator.end_training()
 
 
 @dataclass
@@ -145,7 +155,7 @@ def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedA
         is_main=accelerator.is_main_process,
         disable_tqdm=args.disable_tqdm,
     )
-    clock = Clock(feed)
+    clock, bad = Clock(feed), 0
     while state.step < args.max_steps:
         settings = update_settings(args, run.model, state.step)
         metrics, totals, unreadable = train_update(accelerator, run.model, run.optimizer, feed.update(), settings)
@@ -155,7 +165,13 @@ def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedA
         clock.heard_samples += totals.heard_samples
         record = state.progress() | metrics | {"skipped_audio": len(skipped.ids)}
         log.update(record | clock.rates())
-        if state.is_due(args.logging_steps):
+        bad = 0 if math.isfinite(metrics["grad_norm"]) else bad + 1
+        if bad == MOST_NON_FINITE_UPDATES:
+            raise UserError(
+                f"{bad} updates in a row had no finite gradient and were not taken, up to update {state.step}: lower --learning_rate, or "
+                "use bf16 or fp32 in place of fp16"
+            )
+        if state.is_due(args.logging_steps) or state.step == 1:
             log.write(record | clock.lap())
         if validation and state.is_due(args.eval_steps):
             log.write(state.progress() | validate(accelerator, run.model, validation, settings))
@@ -174,7 +190,6 @@ def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedA
                 pusher.push(folder, f"Weights after {state.step} updates")
             clock.lap()
     log.close()
-    accelerator.end_training()
 
 
 def update_settings(args, model, step: int) -> UpdateSettings:
@@ -191,6 +206,15 @@ def update_settings(args, model, step: int) -> UpdateSettings:
         shared_diversity=args.diversity_scope == "effective_batch",
         max_grad_norm=args.max_grad_norm,
     )
+
+
+def write_config(args, accelerator) -> None:
+    """The resolved flags, for a run to be repeated with; what concerned the output folder's past is left out."""
+    once = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
+    flags = {name: value for name, value in vars(args).items() if name not in once}
+    if accelerator.is_main_process:
+        text = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
+        (Path(args.output_dir) / "pretrain_config.yaml").write_text(text, encoding="utf-8")
 
 
 def start_pusher(args, accelerator) -> HubPusher | None:
@@ -210,7 +234,6 @@ def finish(run: Run, training: Utterances, validation: Utterances | None, pusher
     save_model(output_dir, accelerator, run.model, run.feature_extractor)
     if not accelerator.is_main_process:
         return
-    (output_dir / "pretrain_config.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=False), encoding="utf-8")
     metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_plots(output_dir, metrics)
     summary = dict(utterances=len(training.table), hours=training.hours)

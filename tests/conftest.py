@@ -69,6 +69,7 @@ def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, d
         uniform=len(set(lengths)) == 1,
         weight=weight,
         plan=MicroBatchPlan(crops, 0, piece, 1, sum(lengths), weight == 0.0, Cursor()),
+        heard_samples=sum(lengths),
         original_samples=sum(lengths),
         skipped=[],
     )

@@ -267,10 +267,21 @@ def test_a_run_is_overwritten_only_when_asked(run, tmp_path):
             claim_output_dir(mine, False, resume_from)
     for resume_from in ("auto", str(mine / "checkpoint-4")):
         claim_output_dir(mine, False, resume_from)
-        claim_output_dir(mine, True, resume_from)
+    claim_output_dir(mine, True, str(mine / "checkpoint-4"))
     assert {path: path.stat().st_mtime_ns for path in mine.rglob("*")} == before
     claim_output_dir(mine, True, None)
     assert names(mine) == []
+    run.save(mine, 4)
+    claim_output_dir(mine, True, "auto")  # `auto` may stand in a YAML file: whoever asks for both starts anew
+    assert names(mine) == []
+
+
+def test_a_run_does_not_go_back_behind_a_newer_checkpoint_in_its_folder(run, tmp_path):
+    older = run.save(tmp_path, 2)
+    run.save(tmp_path, 4)
+    with pytest.raises(UserError, match="checkpoint-4 is newer"):
+        claim_output_dir(tmp_path, False, str(older))
+    claim_output_dir(tmp_path / "elsewhere", False, str(older))
 
 
 def test_a_dry_run_claims_nothing(run, tmp_path):

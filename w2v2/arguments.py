@@ -125,6 +125,7 @@ class RunArguments:
     use_cpu: bool = _flag(False, "Stay on the CPU even where there is an accelerator.")
     push_to_hub: bool = _flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.")
     hub_model_id: str | None = _flag(None, "Repository on the Hub (default: the name of output_dir).")
+    hub_license: str | None = _flag(None, "Licence of the weights, stated in the model card.")
     hub_private_repo: bool = _flag(False, "Create the repository as a private one.")
     hub_strategy: str = _flag("end", "When to push: at the `end`, or at `every_save`.", choices=["end", "every_save"])
 
@@ -134,16 +135,20 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
     """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0 paper, section 4; fairseq's wav2vec2_base_librispeech)."""
 
     def __post_init__(self):
+        for name in ("model_name_or_path", "config_name", "resume_from_checkpoint", "hub_model_id"):
+            if getattr(self, name) in ("", "none"):  # how a command line takes back what a YAML file says
+                setattr(self, name, None)
         for name in ("train_data", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
         for name in ("batch_hours", "micro_batch_seconds", "crop_seconds", "learning_rate", "max_steps", "logging_steps",
-                     "save_steps", "eval_steps", "min_gumbel_temperature", "max_gumbel_temperature"):  # fmt: skip
+                     "save_steps", "eval_steps", "min_gumbel_temperature", "max_gumbel_temperature", "mask_time_prob"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be greater than 0")
         for name, least in (("seed", 0), ("dataloader_num_workers", 0), ("dataloader_prefetch_factor", 1), ("save_total_limit", 0),
-                            ("mask_time_length", 1), ("mask_time_min_masks", 0)):  # fmt: skip
-            if getattr(self, name) < least:
+                            ("mask_time_length", 1), ("mask_time_min_masks", 1), ("warmup_steps", 0), ("length_grid_seconds", 0), ("min_seconds", 0),
+                            ("diversity_delay_steps", 0), ("diversity_warmup_steps", 0), ("feature_penalty_weight", 0)):  # fmt: skip
+            if not getattr(self, name) >= least:
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be {least} or more")
         if self.seed >= 2**32:
             raise UserError(f"--seed is {self.seed}: it has to be below 2**32")
@@ -230,6 +235,9 @@ def run_script(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
+        message = (
+            str(error).rpartition("UserError: ")[2].strip()
+        )  # one raised in a loader's worker brings its traceback along
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,8 @@
 Shapes: B utterances, S samples, T latent frames, C channels.
 """
 
+import difflib
+import json
 import logging
 import os
 from contextlib import contextmanager
@@ -56,7 +58,8 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
         config = AutoConfig.from_pretrained(locate(source))
     except (OSError, ValueError, KeyError) as error:
         absent = "no such folder or Hub id, or its configuration cannot be read"
-        raise UserError(f"--{flag} {source}: {absent} ({_first_line(error)})") from None
+        raise UserError(f"--{flag} {source}: {absent} ({first_line(error)})") from None
+    _refuse_misspelt(source, locate(source))
     if not isinstance(config, Wav2Vec2Config):
         raise UserError(f"--{flag} {source}: this is a {config.model_type} model; a wav2vec2 one is needed")
     config.update(changes)
@@ -66,6 +69,18 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
             "lower it, or set --mask_feature_prob 0"
         )
     return config
+
+
+def _refuse_misspelt(source: str, folder: str) -> None:
+    """Configurations accept any key in silence: one that is nearly a known key is a slip, others may be another program's."""
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        return
+    known = Wav2Vec2Config().to_dict()
+    for key in json.loads(path.read_text(encoding="utf-8")):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if key not in known and near:
+            raise UserError(f"{source}: config.json has the unknown key {key!r}: did you mean {near[0]}?")
 
 
 def load_feature_extractor(source: str | None, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
@@ -93,11 +108,15 @@ def load_with_head(
     with _quiet():
         try:
             model, report = model_class.from_pretrained(
-                model_name_or_path, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+                locate(model_name_or_path),
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(
-                f"--model_name_or_path {model_name_or_path}: cannot be loaded: {_first_line(error)}"
+                f"--model_name_or_path {model_name_or_path}: cannot be loaded: {first_line(error)}"
             ) from None
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
     for problem, keys in (("lacks", report["missing_keys"]), ("has another shape for", mismatched)):
@@ -130,7 +149,7 @@ def _quiet():
             transformers.utils.logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

@@ -148,7 +148,7 @@ def write_model_card(
         curves="\n\n".join(f"![{PICTURES[name][0]}](plots/{name}.png)" for name in pictures),
         source=source,
     )
-    stated = config.get("hub_license") or config.get("license")
+    stated = config.get("hub_license")
     data = ModelCardData(library_name="transformers", tags=["wav2vec2", "pretraining"], license=stated)
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(output_dir / "README.md")
 

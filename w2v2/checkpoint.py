@@ -148,7 +148,9 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
 def claim_output_dir(output_dir: Path, overwrite: bool, resume_from: str | None, dry_run: bool = False) -> None:
     """Make sure that no run is overwritten unasked; a dry run overwrites none. Call on the main process.
 
-    Raises `UserError` if `output_dir` holds a run that is neither resumed nor to be overwritten, or is a file.
+    `overwrite` wins over `auto`: whoever asks for both, the one perhaps in a YAML file, starts anew.
+    Raises `UserError` if `output_dir` holds a run that is neither resumed nor to be overwritten, holds checkpoints newer than the one
+    to resume from, or is a file.
     """
     output_dir = Path(output_dir)
     # A checkpoint of another folder does not make the run in this one ours.
@@ -166,12 +168,24 @@ def claim_output_dir(output_dir: Path, overwrite: bool, resume_from: str | None,
             f"--output_dir {output_dir} already holds a run ({remains[0].name}): go on with --resume_from_checkpoint auto, "
             "start anew with --overwrite_output_dir, or give another folder"
         )
-    if overwrite and not resumes:
+    if resumes and resume_from != "auto" and not dry_run:
+        _refuse_newer(output_dir, Path(resume_from))
+    if overwrite and (not resumes or resume_from == "auto"):
         for path in [*remains, output_dir / "skipped_audio.jsonl", output_dir / "plots", output_dir / "runs"]:
             remove(path)
     for folder in output_dir.glob(_TEMPORARY + "*"):
         remove(folder)
     output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_newer(output_dir: Path, checkpoint: Path) -> None:
+    """A run that goes back leaves later checkpoints of another past behind, which `auto` would take for its own."""
+    whole = [folder.resolve() for folder in checkpoints(output_dir)]
+    if checkpoint.resolve() in whole[:-1]:
+        newer = whole[whole.index(checkpoint.resolve()) + 1]
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {newer.name} is newer; remove what is newer, or resume into another --output_dir"
+        )
 
 
 def remove(path: Path) -> None:

@@ -28,6 +28,7 @@ class PretrainBatch:
     uniform: bool  # every row has the same length: no padding, no attention mask
     weight: float  # 0.0 for a dummy
     plan: MicroBatchPlan
+    heard_samples: int  # samples of the rows, without padding
     original_samples: int  # samples of the utterances before cropping
     skipped: list[dict[str, Any]]  # utterances that could not be read, with the reason
 
@@ -103,6 +104,7 @@ class CropDataset(Dataset):
             uniform=bool((num_samples == num_samples[0]).all()),
             weight=weight,
             plan=plan,
+            heard_samples=int(crops.num_samples.sum()),
             original_samples=0,
             skipped=[],
         )

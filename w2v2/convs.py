@@ -114,8 +114,8 @@ def stock_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extr
     """
     x = waveforms_BS[:, None]
     first = extractor.conv_layers[0]
-    uniform = bool((num_samples_B == waveforms_BS.shape[1]).all())
-    if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm) and not uniform:
+    grouped = isinstance(getattr(first, "layer_norm", None), nn.GroupNorm)
+    if grouped and not bool((num_samples_B == waveforms_BS.shape[1]).all()):
         x = first.conv(x)  # (B, C, T)
         count = latent_lengths(num_samples_B, first.conv.kernel_size, first.conv.stride)[:, None, None]
         inside = torch.arange(x.shape[-1], device=x.device) < count

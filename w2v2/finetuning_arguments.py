@@ -110,6 +110,14 @@ class FineTuningArguments(TrainingArguments):
     remove_unused_columns: bool = flag(False, "Not used: the data set holds nothing else.")
 
     def __post_init__(self):
+        for name in ("model_name_or_path", "config_name", "resume_from_checkpoint"):
+            if getattr(self, name) in ("", "none"):  # how a command line takes back what a YAML file says
+                setattr(self, name, None)
+        if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = (
+                True  # as without it: layers dropped, or frozen for a while, have no gradient
+            )
+        self.use_cpu = self.use_cpu or torch.backends.mps.is_available()  # MPS has no float64
         for name in ("train_data", "validation_data", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
@@ -143,6 +151,8 @@ def prepare_output_dir(args: FineTuningArguments) -> str | None:
     with args.main_process_first():  # the others then find the folder ready
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output_dir {folder}: is a file; give a folder")
+        if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
+            args.resume_from_checkpoint = None
         checkpoint = _checkpoint_to_resume(args.resume_from_checkpoint, folder)
         if checkpoint is None:
             _clear(folder, args)

@@ -1,6 +1,7 @@
 """The `Accelerator`, checked: a launch that would not do what it looks like ends here."""
 
 import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -14,20 +15,21 @@ def start_accelerator(args) -> Accelerator:
 
     Raises `UserError` for DeepSpeed, for a launcher whose processes would not know of one another, and for an absent tracker.
     """
-    cpu = args.use_cpu or not torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator()
+    cpu = args.use_cpu or device is None or device.type == "mps"  # MPS has no float64, which norms and sums need
     trackers = [name for name in args.report_to if name != "none"]
     try:
         accelerator = Accelerator(
             cpu=cpu,
             log_with=trackers or None,
-            project_dir=args.output_dir,
+            project_dir=str(Path(args.output_dir) / "runs"),
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
     except ValueError as error:
         raise UserError(f"--report_to {' '.join(trackers)}: {error}") from None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
-            "DeepSpeed steps at every micro-batch, so an effective batch cannot be accumulated under it: launch with DDP or FSDP "
+            "DeepSpeed steps at every micro-batch, so an effective batch cannot be accumulated under it: launch with DDP "
             "(configs/accelerate); models of this size do not need it"
         )
     expected = int(os.environ.get("WORLD_SIZE", 1))
@@ -49,4 +51,6 @@ def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
         return
     flags = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
     tensorboard = {"purge_step": first_step + 1} if first_step else {}
-    accelerator.init_trackers("runs", config=flags, init_kwargs={"tensorboard": tensorboard})
+    accelerator.init_trackers(
+        Path(args.output_dir).resolve().name, config=flags, init_kwargs={"tensorboard": tensorboard}
+    )

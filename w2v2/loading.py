@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 
 from w2v2.audio import SAMPLING_RATE
-from w2v2.backbone import load_config, load_feature_extractor, locate
+from w2v2.backbone import first_line, load_config, load_feature_extractor, locate
 from w2v2.collate import Framing
 from w2v2.errors import UserError
 from w2v2.model import PretrainingModel
@@ -21,16 +22,28 @@ ARCHITECTURE = (
 )  # fmt: skip
 
 
+FLAGS = (
+    "mask_time_prob",
+    "mask_time_length",
+    "mask_time_min_masks",
+    "diversity_loss_weight",
+)  # keys that are flags here
+
+
 def override(config: Wav2Vec2Config, overrides: str) -> None:
     """Apply `key=value,…` in place. Raises `UserError` for an unknown key or a value of another kind."""
     for pair in overrides.split(","):
         key, separator, text = pair.partition("=")
         key, text = key.strip(), text.strip()
+        if key in FLAGS:
+            raise UserError(f"--config_overrides {pair!r}: use the flag --{key}, which would overrule it")
         if not separator or key not in Wav2Vec2Config().to_dict():
             raise UserError(
                 f"--config_overrides {pair!r}: {key!r} is no key of Wav2Vec2Config (write key=value,key=value)"
             )
         old = getattr(config, key)
+        if not isinstance(old, bool | int | float | str | None):
+            raise UserError(f"--config_overrides {pair!r}: {key} is a {type(old).__name__}: change it in a config.json")
         try:
             if isinstance(old, bool):
                 value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -38,7 +51,10 @@ def override(config: Wav2Vec2Config, overrides: str) -> None:
                 value = text if old is None else type(old)(text)
         except (KeyError, ValueError, TypeError):
             raise UserError(f"--config_overrides {pair!r}: {key} takes a {type(old).__name__}") from None
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--config_overrides {pair!r}: {first_line(error)}") from None
 
 
 def build_config(args) -> Wav2Vec2Config:
@@ -46,7 +62,7 @@ def build_config(args) -> Wav2Vec2Config:
     config = load_config(args.model_name_or_path, args.config_name or "base")
     if args.config_overrides:
         override(config, args.config_overrides)
-    for name in ("mask_time_prob", "mask_time_length", "mask_time_min_masks"):
+    for name in FLAGS[:3]:
         setattr(config, name, getattr(args, name))
     if args.diversity_loss_weight is not None:
         config.diversity_loss_weight = args.diversity_loss_weight
@@ -89,11 +105,11 @@ def _load_weights(source: str, config: Wav2Vec2Config) -> PretrainingModel:
     transformers_logging.set_verbosity_error()  # what matters of its report becomes our error below
     try:
         model, report = PretrainingModel.from_pretrained(
-            source, config=config, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
-            use_safetensors=True,
+            source, config=config, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = first_line(error)
         raise UserError(f"{source}: weights cannot be loaded ({reason}): give a folder that holds them whole") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -104,7 +120,7 @@ def _load_weights(source: str, config: Wav2Vec2Config) -> PretrainingModel:
                 f"{source} is of another architecture: {len(report[problem])} {problem.replace('_', ' ')}, the first is {key}; it has "
                 "to be a Wav2Vec2ForPreTraining folder, quantizer included, that fits the configuration"
             )
-    return model.float()
+    return model
 
 
 def build_feature_extractor(args, config: Wav2Vec2Config) -> Wav2Vec2FeatureExtractor:

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from w2v2.audio import SAMPLING_RATE, AudioError, probe
-from w2v2.batching import Cursor, EffectiveBatches, plan_update
+from w2v2.batching import Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.collate import Framing
 from w2v2.errors import UserError
 from w2v2.manifest import load_manifest
@@ -45,11 +45,11 @@ class SkippedAudio:
         self.path = Path(output_dir) / "skipped_audio.jsonl"
         self.num_utterances, self.max_fraction, self.is_main = num_utterances, max_fraction, is_main
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if 0 < json.loads(line)["step"] <= first_step]
-        self.ids: set[str] = {json.loads(line)["id"] for line in kept}
-        if is_main and len(kept) < len(lines):
+        entries = [entry for line in lines if (entry := _parse(line)) and 0 < entry["step"] <= first_step]
+        self.ids: set[str] = {entry["id"] for entry in entries}
+        if is_main and len(entries) < len(lines):
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(_line(entry) for entry in entries), encoding="utf-8")
             temporary.replace(self.path)
 
     def add(self, skipped: Sequence[dict[str, Any]], step: int = 0) -> None:
@@ -60,13 +60,25 @@ class SkippedAudio:
         self.ids |= new.keys()
         if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new.values())
+                file.writelines(map(_line, new.values()))
         if len(self.ids) > self.max_fraction * self.num_utterances:
             first = skipped[0]
             raise UserError(
                 f"{first['audio']}: {first['reason']}; {len(self.ids)} of {self.num_utterances} files cannot be read, more than "
                 f"--max_skipped_fraction {self.max_fraction:g} allows: mend or remove them (listed in {self.path})"
             )
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """None for a line that a kill cut short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[Utterances, list[dict]]:
@@ -80,14 +92,18 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     num_samples = np.asarray(table.with_format("numpy")["num_samples"], dtype=np.int64)
     least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
     most = args.max_seconds * SAMPLING_RATE if args.max_seconds is not None else np.inf
-    short, long = num_samples < least, num_samples > most
+    heard = crop_length(
+        num_samples, round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
+    )
+    short, long = (num_samples < least) | (heard < framing.min_samples), num_samples > most
     kept = np.flatnonzero(~short & ~long)
     if not len(kept):
         raise UserError(
             f"{', '.join(manifests)}: no utterance is left of {len(table) + len(unmeasured)} ({int(short.sum())} shorter than "
             f"{least / SAMPLING_RATE:g} s, {int(long.sum())} longer than --max_seconds, {len(unmeasured)} unreadable"
             + (f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else "")
-            + "); lower --min_seconds or give other audio"
+            + f"); lower --min_seconds, raise --crop_seconds (a mask span needs {framing.min_samples / SAMPLING_RATE:.2f} s), or "
+            "give other audio"
         )
     dropped = {"too_short": int(short.sum()), "too_long": int(long.sum()), "unreadable": len(unmeasured)}
     return Utterances(table.select(kept) if len(kept) < len(table) else table, num_samples[kept], dropped), unmeasured
@@ -104,6 +120,18 @@ def probe_some(utterances: Utterances) -> list[dict]:
         except AudioError as error:
             unreadable.append({"id": entry["id"], "audio": entry["audio"], "reason": error.reason})
     return unreadable
+
+
+def check_validation(utterances: Utterances, unmeasured: list[dict], max_fraction: float) -> None:
+    """Raises `UserError` where more of the validation set is unreadable than tolerated: its figures would mislead."""
+    unreadable = unmeasured + probe_some(utterances)
+    num_files = len(utterances.num_samples) + len(unmeasured)
+    if len(unreadable) > max_fraction * num_files:
+        first = unreadable[0]
+        raise UserError(
+            f"--validation_data: {first['audio']}: {first['reason']}; {len(unreadable)} of {num_files} files cannot be read, more "
+            f"than --max_skipped_fraction {max_fraction:g} allows: mend or remove them"
+        )
 
 
 def identity(args, utterances: Utterances) -> dict[str, Any]:
@@ -175,6 +203,11 @@ def _warnings(plan: dict[str, Any], utterances: Utterances, args) -> list[dict[s
     if plan["updates_per_epoch"] < 1:
         found["batch_exceeds_epoch"] = (
             f"an effective batch is {1 / plan['updates_per_epoch']:.1f} times the data: it holds utterances more than once"
+        )
+    if args.warmup_steps >= args.max_steps:
+        found["warmup_exceeds_run"] = (
+            f"warmup_steps {args.warmup_steps:g} of max_steps {args.max_steps}: the learning rate never reaches its peak; a fraction "
+            "such as 0.08 follows the run's length"
         )
     if args.crop_seconds > 20:
         found["long_crops"] = f"crop_seconds is {args.crop_seconds:g}: beyond 20 s memory grows and nothing is gained"

@@ -1,4 +1,4 @@
-"""Where a run stands: five numbers, from which everything else follows."""
+"""Where a run stands: a few numbers, from which everything else follows."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -24,6 +24,7 @@ from w2v2 import objective
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import LATENT_STRIDE, Cursor
 from w2v2.collate import PretrainBatch
+from w2v2.errors import UserError
 from w2v2.hashing import NOISE, derive, positive
 from w2v2.model import PretrainingModel, PretrainSums
 
@@ -51,7 +52,7 @@ class Totals:
 
     def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:
         real = batch.weight > 0
-        heard = int(batch.num_samples.sum()) if real else 0
+        heard = batch.heard_samples if real else 0
         padded = batch.waveforms.numel() if real else 0
         counts = torch.tensor([heard, batch.original_samples, padded, len(batch.skipped)], dtype=torch.float64)
         sums = PretrainSums(*(x.detach() for x in sums))
@@ -180,7 +181,8 @@ def accumulate(
         micro_batches = list(micro_batches)
         mean_codes = _mean_codes(accelerator, model, micro_batches, settings)
     totals, skipped, scale = Totals(), [], 1.0
-    for batch, is_last in _with_last(micro_batches):
+    for done, batch in enumerate(micro_batches, start=1):
+        is_last = done == batch.plan.num_rounds
         # Any constant will do here, since the exact division comes with the clipping; this one keeps fp16 in range.
         scale = batch.plan.batch_samples / LATENT_STRIDE
         batch = batch.to(accelerator.device)
@@ -207,16 +209,6 @@ def _mean_codes(accelerator, model, micro_batches, settings) -> torch.Tensor:
     return soft / accelerator.reduce(num_masked.to(soft.dtype), reduction="sum").clamp_min(1)
 
 
-def _with_last(items: Iterable) -> Iterator[tuple]:
-    """Each item with whether it is the last."""
-    iterator = iter(items)
-    item = next(iterator)
-    for following in iterator:
-        yield item, False
-        item = following
-    yield item, True
-
-
 def step(
     accelerator: Accelerator, optimizer, gradient_factor: float, learning_rate: float, max_grad_norm: float
 ) -> float:
@@ -233,9 +225,8 @@ def step(
         torch._foreach_mul_(gradients, gradient_factor * clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if (
-        math.isfinite(norm) or accelerator.scaler is not None
-    ):  # a loss scaler skips by itself, and must see the overflow
+    # A loss scaler skips the step by itself, and has to see the overflow.
+    if math.isfinite(norm) or (accelerator.scaler is not None and math.isfinite(gradient_factor)):
         optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -261,14 +252,20 @@ def train_update(
 def validate(
     accelerator: Accelerator, model, micro_batches: Iterable[PretrainBatch], settings: UpdateSettings
 ) -> dict[str, float]:
-    """Metrics of a validation set under `eval_`: fixed crops, masks and distractors, the most likely codes, no dropout."""
+    """Metrics of a validation set under `eval_`: fixed crops, masks and distractors, the most likely codes, no dropout.
+
+    Raises `UserError` when none of it can be read.
+    """
     model.eval()
     totals = Totals()
     for batch in micro_batches:
         batch = batch.to(accelerator.device)
         totals.add(model(batch, diversity_weight=0.0), batch)
     model.train()
-    metrics = totals.reduced(accelerator).with_diversity(settings.diversity_weight).metrics(prefix="eval_")
+    totals = totals.reduced(accelerator).with_diversity(settings.diversity_weight)
+    if not totals.sums.num_masked:
+        raise UserError("none of the validation audio can be read any more: mend the paths in --validation_data")
+    metrics = totals.metrics(prefix="eval_") | {"eval_skipped_audio": totals.num_skipped}
     return {
         name: value
         for name, value in metrics.items()
