@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import run_here, tiny_config, write_csv, write_tones
+from hub_stand_in import HubStandIn
 from safetensors.torch import load_file
 from transformers import Wav2Vec2ForPreTraining
 
@@ -251,3 +252,33 @@ def test_help_lists_every_flag(capsys):
     text = capsys.readouterr().out
     for name in ("train_data", "diversity_scope", "resume_from_checkpoint", "max_skipped_fraction", "batch_hours"):
         assert f"--{name}" in text
+
+
+def test_each_save_and_the_end_are_pushed_and_a_failing_hub_does_no_harm(flags, tmp_path):
+    with HubStandIn() as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+        command = [sys.executable, REPOSITORY / "pretrain.py", flags, "--push_to_hub", "--hub_model_id", "speech-lab/tiny",
+                   "--max_steps", "2", "--save_steps", "1"]  # fmt: skip
+
+        def run(name, *more):
+            return subprocess.run(
+                [*command, "--output_dir", tmp_path / name, *more],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+
+        first = run("healthy", "--hub_strategy", "every_save", "--hub_private_repo")
+        assert first.returncode == 0, first.stderr
+        assert hub.created[0].get("visibility") == "private"
+        assert hub.commits[-1] == "Model after 2 updates"
+        assert hub.files["model.safetensors"] == (tmp_path / "healthy" / "model.safetensors").read_bytes()
+        assert {"config.json", "preprocessor_config.json", "README.md"} <= set(hub.files)
+        assert "hf_secret" not in first.stdout + first.stderr
+        hub.failures["/commit/"] = 403
+        commits = list(hub.commits)
+        second = run("refused")
+        assert second.returncode == 0, second.stderr
+        assert "403" in second.stderr and hub.commits == commits
+        assert (tmp_path / "refused" / "model.safetensors").exists()

@@ -5,7 +5,6 @@ pure function of (seed, epoch), the feature extractor in every saved folder, rea
 rates that the batch size does not move.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.ctc import SpeechDataset, error_rates, greedy_decode, read_skipped
 from w2v2.errors import UserError
+from w2v2.metrics import json_line
 from w2v2.schedule import lr_factor
 
 
@@ -198,7 +198,7 @@ class _RunLog(ProgressCallback):
             disable=args.disable_tqdm,
         )
         with open(self._path(args), "w", encoding="utf-8") as file:  # resumed: what the checkpoint knows, no more
-            file.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in state.log_history)
+            file.writelines(map(json_line, state.log_history))
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not args.disable_tqdm:
@@ -209,7 +209,7 @@ class _RunLog(ProgressCallback):
             return
         entry = state.log_history[-1]
         with open(self._path(args), "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, sort_keys=True) + "\n")
+            file.write(json_line(entry))
         tqdm.write(f"update {state.global_step}/{state.max_steps} · " + _line(entry))
 
     @staticmethod

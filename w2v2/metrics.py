@@ -62,6 +62,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
+def json_line(record: Mapping[str, Any]) -> str:
+    """A flat record as one line of JSON, which has no word for a number that is not finite: that becomes `null`."""
+    finite = {name: None if _is_odd(value) else value for name, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 class RunLog:
     """Console, `metrics.jsonl` and trackers of one run; on processes other than the main one it does nothing.
 
@@ -125,8 +131,7 @@ class RunLog:
             return
         record = _plain(record)
         step = int(record["step"])
-        finite = {name: None if _is_odd(value) else value for name, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json_line(record))
         self._file.flush()
         if self._trackers is not None:
             numbers = {name: value for name, value in record.items() if name != "step" and _is_number(value)}
