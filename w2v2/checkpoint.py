@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers.utils import logging
 
 from w2v2.errors import UserError
 
@@ -35,7 +34,6 @@ _RUN_FILES = ("metrics.jsonl", "pretrain_config.yaml", "model.safetensors")
 
 def save_model(folder: Path, accelerator: Accelerator, model, feature_extractor) -> None:
     """Write the folder that stock classes load: weights, configuration and feature extractor. Call on all ranks."""
-    logging.disable_progress_bar()  # a bar for a second's work
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         bare = accelerator.unwrap_model(model)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
+from transformers.utils.logging import disable_progress_bar
 
 from w2v2.errors import UserError
 
@@ -15,6 +16,7 @@ def start_accelerator(args) -> Accelerator:
 
     Raises `UserError` for DeepSpeed, for a launcher whose processes would not know of one another, and for an absent tracker.
     """
+    disable_progress_bar()  # transformers' bars over a second's loading and saving would tear ours
     device = torch.accelerator.current_accelerator()
     cpu = args.use_cpu or device is None or device.type == "mps"  # MPS has no float64, which norms and sums need
     trackers = [name for name in args.report_to if name != "none"]
