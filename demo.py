@@ -52,7 +52,6 @@ def report(ours: dict, theirs: dict, pretrained: Path) -> None:
     """The table, and a sentence that says what its figures mean."""
     last = [record for record in read_metrics(pretrained / "metrics.jsonl") if "eval_loss" in record][-1]
     chance = chance_accuracy(pretrained)
-    gain = 1 - ours["wer"] / theirs["wer"] if theirs["wer"] else 0.0
     lines = [
         "| | pretrained | random weights |",
         "|---|---|---|",
@@ -63,7 +62,7 @@ def report(ours: dict, theirs: dict, pretrained: Path) -> None:
         f"{last['eval_codebook_perplexity_hard']:.1f} | |",
         f"| hours of audio heard | {last['audio_hours']:.2f} | 0 |",
         "",
-        meaning(last["eval_accuracy"] / chance, last["eval_codebook_perplexity"], gain),
+        meaning(last["eval_accuracy"] / chance, last["eval_codebook_perplexity"], ours, theirs),
         "",
         f"Curves: {(pretrained / 'plots').relative_to(ROOT)}; model card: {(pretrained / 'README.md').relative_to(ROOT)}",
     ]
@@ -72,16 +71,17 @@ def report(ours: dict, theirs: dict, pretrained: Path) -> None:
     print(f"\n{text}")
 
 
-def meaning(times_chance: float, perplexity: float, gain: float) -> str:
+def meaning(times_chance: float, perplexity: float, ours: dict, theirs: dict) -> str:
     """What the figures say, whichever way they came out."""
     learned = (
         f"On voices it never heard, the model tells the true frame from its distractors {times_chance:.0f} times as often as "
         f"chance, with the equivalent of {perplexity:.0f} codes in even use"
     )
-    if gain > 0:
-        use = f"fine-tuned on the same twenty minutes of transcribed speech it makes {gain:.0%} fewer word errors than random weights"
-    else:
-        use = "fine-tuned on the same twenty minutes of transcribed speech it is no better than random weights"
+    words, letters = (1 - ours[rate] / theirs[rate] if theirs[rate] else 0.0 for rate in ("wer", "cer"))
+    use = (
+        f"fine-tuned on the same transcribed speech as random weights, it makes {abs(letters):.0%} "
+        f"{'fewer' if letters >= 0 else 'more'} character errors and {abs(words):.0%} {'fewer' if words >= 0 else 'more'} word errors"
+    )
     return (
         f"{learned}; {use}. One run of minutes on synthesized speech shows that the machinery works, not how good wav2vec 2.0 "
         "can be: docs/results.md has longer runs, several seeds and real speech."
