@@ -139,7 +139,7 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(pretrained, cha
 def test_what_is_no_wav2vec2_is_refused_by_name(tmp_path):
     HubertConfig().save_pretrained(tmp_path / "hubert")
     (tmp_path / "nothing").mkdir()
-    for folder, reason in (("hubert", "hubert model"), ("nothing", "no config.json"), ("absent", "no configuration")):
+    for folder, reason in (("hubert", "hubert model"), ("nothing", "no config.json"), ("absent", "no such folder")):
         with pytest.raises(UserError, match=f"--model_name_or_path .*{folder}.*{reason}"):
             backbone.load_config(str(tmp_path / folder), None)
 

@@ -14,7 +14,7 @@ from conftest import make_batch, tiny_config
 from two_ranks import DEALS, FIVE, LENGTHS, NOISY, build_model, gradient, pieces, settings
 
 from w2v2 import objective
-from w2v2.training import Totals, _with_last, seed_noise, step, train_update, validate
+from w2v2.training import Totals, seed_noise, step, train_update, validate
 
 CUTS = {1: [7], 3: [2, 4, 1], 7: [1] * 7}
 PADDING = ("padded_fraction", "eval_padded_fraction")  # the one figure that tells of the cut
@@ -220,8 +220,3 @@ def test_totals_of_nothing_heard_are_finite():
     batch = make_batch(model.config, [9_000], weight=0.0, dtype=torch.float64)
     totals.add(model(batch), batch)
     assert all(math.isfinite(value) for value in totals.metrics().values())
-
-
-def test_only_the_last_micro_batch_is_marked():
-    assert [is_last for _, is_last in _with_last("abc")] == [False, False, True]
-    assert [is_last for _, is_last in _with_last("a")] == [True]

@@ -49,7 +49,7 @@ def pieces(config, sizes, dtype=torch.float64) -> list:
 
 def dummy(batch):
     """Silence in the shape of the batch's last utterance, without weight."""
-    last = replace(batch, waveforms=torch.zeros_like(batch.waveforms), weight=0.0, original_samples=0)
+    last = replace(batch, waveforms=torch.zeros_like(batch.waveforms), weight=0.0, original_samples=0, heard_samples=0)
     return replace(last, plan=batch.plan._replace(dummy=True, piece=99))
 
 
@@ -71,7 +71,9 @@ def main(out: str) -> None:
             model = accelerator.prepare(build_model(**NOISY))
             whole = pieces(model.module.config, FIVE)
             mine = [whole[i] for i in ranks[accelerator.process_index]]
-            mine += [dummy(whole[-1])] * (max(map(len, ranks)) - len(mine))
+            rounds = max(map(len, ranks))
+            mine += [dummy(whole[-1])] * (rounds - len(mine))
+            mine = [replace(batch, plan=batch.plan._replace(num_rounds=rounds)) for batch in mine]
             found[deal, shared], totals = gradient(accelerator, model, mine, settings(shared_diversity=shared))
             found[deal, shared]["metrics"] = totals.metrics()
     if accelerator.is_main_process:
