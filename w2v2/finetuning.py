@@ -198,7 +198,7 @@ class _RunLog(ProgressCallback):
             disable=args.disable_tqdm,
         )
         with open(self._path(args), "w", encoding="utf-8") as file:  # resumed: what the checkpoint knows, no more
-            file.writelines(map(json_line, state.log_history))
+            file.writelines(json_line(dict(sorted(entry.items()))) for entry in state.log_history)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not args.disable_tqdm:
@@ -209,7 +209,7 @@ class _RunLog(ProgressCallback):
             return
         entry = state.log_history[-1]
         with open(self._path(args), "a", encoding="utf-8") as file:
-            file.write(json_line(entry))
+            file.write(json_line(dict(sorted(entry.items()))))
         tqdm.write(f"update {state.global_step}/{state.max_steps} · " + _line(entry))
 
     @staticmethod
