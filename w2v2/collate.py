@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from w2v2.audio import AudioError, read_crop
 from w2v2.batching import MicroBatchPlan
 from w2v2.hashing import derive
-from w2v2.masking import latent_lengths, mask_spans
+from w2v2.masking import latent_lengths, mask_spans, samples_needed
 
 
 @dataclass
@@ -56,10 +56,7 @@ class Framing:
     @property
     def min_samples(self) -> int:
         """Fewest samples of an utterance that has a masked span and another frame beside it."""
-        samples = self.mask_length + 1
-        for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
-            samples = (samples - 1) * stride + kernel
-        return samples
+        return samples_needed(self.mask_length + 1, self.kernels, self.strides)
 
 
 class CropDataset(Dataset):
