@@ -19,8 +19,7 @@ from w2v2.errors import UserError
 from w2v2.schedule import SCHEDULES
 
 
-def flag(default: Any, help: str, **metadata) -> Any:
-    """A dataclass field with its help text."""
+def _flag(default: Any, help: str, **metadata) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
     return field(default=default, metadata={"help": help, **metadata})
@@ -34,101 +33,101 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Kaldi or audio folders)."},
     )
-    validation_data: list[str] = flag([], "Validation manifests; none: no validation.")
-    data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
-    min_seconds: float = flag(2.0, "Shorter utterances are left out.")
-    max_seconds: float | None = flag(None, "Longer utterances are left out (none: they are cropped, never dropped).")
-    crop_seconds: float = flag(15.6, "Longest crop that is taken of an utterance, drawn anew each epoch.")
-    length_grid_seconds: float = flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few distinct lengths.")
-    batch_hours: float = flag(1.6, "Effective batch: hours of speech, after cropping, in one update over all devices.")
-    micro_batch_seconds: float = flag(200.0, "Most seconds of padded audio that a device holds at a time.")
-    max_skipped_fraction: float = flag(
+    validation_data: list[str] = _flag([], "Validation manifests; none: no validation.")
+    data_root: str | None = _flag(None, "What `$data_root` and relative paths in the manifests stand for.")
+    min_seconds: float = _flag(2.0, "Shorter utterances are left out.")
+    max_seconds: float | None = _flag(None, "Longer utterances are left out (none: they are cropped, never dropped).")
+    crop_seconds: float = _flag(15.6, "Longest crop that is taken of an utterance, drawn anew each epoch.")
+    length_grid_seconds: float = _flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few distinct lengths.")
+    batch_hours: float = _flag(1.6, "Effective batch: hours of speech, after cropping, in one update over all devices.")
+    micro_batch_seconds: float = _flag(200.0, "Most seconds of padded audio that a device holds at a time.")
+    max_skipped_fraction: float = _flag(
         0.01, "Largest fraction of unreadable files that is skipped; beyond it the run stops."
     )
-    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.")
-    dataloader_prefetch_factor: int = flag(4, "Micro-batches that each worker decodes ahead.")
+    dataloader_num_workers: int = _flag(2, "Processes that decode audio; 0 decodes in the main process.")
+    dataloader_prefetch_factor: int = _flag(4, "Micro-batches that each worker decodes ahead.")
 
 
 @dataclass
 class ModelArguments:
     """The model and its objective."""
 
-    model_name_or_path: str | None = flag(
+    model_name_or_path: str | None = _flag(
         None, "Start from the weights of this pretrained folder or Hub id (with a fresh optimizer)."
     )
-    config_name: str | None = flag(
+    config_name: str | None = _flag(
         None,
         "Start from random weights of this configuration: a folder, a Hub id or a name in configs/models (default: base).",
     )
-    config_overrides: str | None = flag(None, "Changes to the configuration, as `num_hidden_layers=6,layerdrop=0.0`.")
-    mask_time_prob: float = flag(
+    config_overrides: str | None = _flag(None, "Changes to the configuration, as `num_hidden_layers=6,layerdrop=0.0`.")
+    mask_time_prob: float = _flag(
         0.65, "Mask spans: expected number of masked frames over frames, overlaps counted twice."
     )
-    mask_time_length: int = flag(10, "Latent frames in a mask span.")
-    mask_time_min_masks: int = flag(2, "Fewest mask spans in an utterance that has room for them.")
-    diversity_loss_weight: float | None = flag(
+    mask_time_length: int = _flag(10, "Latent frames in a mask span.")
+    mask_time_min_masks: int = _flag(2, "Fewest mask spans in an utterance that has room for them.")
+    diversity_loss_weight: float | None = _flag(
         None, "Weight of the diversity loss (default: the configuration's, 0.1)."
     )
-    diversity_delay_steps: int = flag(
+    diversity_delay_steps: int = _flag(
         0, "Updates before the diversity loss is brought in (small models: see docs/results.md)."
     )
-    diversity_warmup_steps: int = flag(0, "Updates over which the diversity loss then grows linearly to its weight.")
-    diversity_scope: str = flag(
+    diversity_warmup_steps: int = _flag(0, "Updates over which the diversity loss then grows linearly to its weight.")
+    diversity_scope: str = _flag(
         "micro_batch",
         "Code statistics of the diversity loss: `micro_batch` (as fairseq per device) or `effective_batch` (exact, costs a "
         "second pass through the convs).",
         choices=["micro_batch", "effective_batch"],
     )
-    feature_grad_mult: float = flag(0.1, "Scale of the gradient that reaches the convs.")
-    feature_penalty_weight: float = flag(10.0, "Weight of the mean square of the convs' output.")
-    max_gumbel_temperature: float = flag(2.0, "Gumbel temperature at the first update.")
-    min_gumbel_temperature: float = flag(0.5, "Gumbel temperature below which it does not fall.")
-    gumbel_temperature_decay: float = flag(0.999995, "Factor of the Gumbel temperature at each update.")
+    feature_grad_mult: float = _flag(0.1, "Scale of the gradient that reaches the convs.")
+    feature_penalty_weight: float = _flag(10.0, "Weight of the mean square of the convs' output.")
+    max_gumbel_temperature: float = _flag(2.0, "Gumbel temperature at the first update.")
+    min_gumbel_temperature: float = _flag(0.5, "Gumbel temperature below which it does not fall.")
+    gumbel_temperature_decay: float = _flag(0.999995, "Factor of the Gumbel temperature at each update.")
 
 
 @dataclass
 class OptimizationArguments:
     """The update."""
 
-    max_steps: int = flag(400_000, "Updates in the run.")
-    learning_rate: float = flag(5e-4, "Peak learning rate.")
-    lr_scheduler_type: str = flag("linear", "What follows the warm-up.", choices=list(SCHEDULES))
-    warmup_steps: float = flag(32_000, "Updates of warm-up; under 1: a fraction of the run.")
-    adam_beta1: float = flag(0.9, "Adam's first decay.")
-    adam_beta2: float = flag(0.98, "Adam's second decay.")
-    adam_epsilon: float = flag(1e-6, "Adam's epsilon.")
-    weight_decay: float = flag(0.01, "Decoupled weight decay.")
-    decay_norms_and_biases: bool = flag(True, "Apply weight decay to norms and biases too, as fairseq does.")
-    max_grad_norm: float = flag(0.0, "Clip the gradient's norm (per masked frame) to this; 0 does not clip.")
-    gradient_checkpointing: bool = flag(False, "Recompute the transformer's activations in the backward pass.")
-    seed: int = flag(42, "Seed of everything random.")
+    max_steps: int = _flag(400_000, "Updates in the run.")
+    learning_rate: float = _flag(5e-4, "Peak learning rate.")
+    lr_scheduler_type: str = _flag("linear", "What follows the warm-up.", choices=list(SCHEDULES))
+    warmup_steps: float = _flag(32_000, "Updates of warm-up; under 1: a fraction of the run.")
+    adam_beta1: float = _flag(0.9, "Adam's first decay.")
+    adam_beta2: float = _flag(0.98, "Adam's second decay.")
+    adam_epsilon: float = _flag(1e-6, "Adam's epsilon.")
+    weight_decay: float = _flag(0.01, "Decoupled weight decay.")
+    decay_norms_and_biases: bool = _flag(True, "Apply weight decay to norms and biases too, as fairseq does.")
+    max_grad_norm: float = _flag(0.0, "Clip the gradient's norm (per masked frame) to this; 0 does not clip.")
+    gradient_checkpointing: bool = _flag(False, "Recompute the transformer's activations in the backward pass.")
+    seed: int = _flag(42, "Seed of everything random.")
 
 
 @dataclass
 class RunArguments:
     """Where the run lives, and when it logs, validates and saves."""
 
-    output_dir: str | None = flag(None, "Folder of the run.")
-    overwrite_output_dir: bool = flag(False, "Delete the run that `output_dir` holds and start anew.")
-    resume_from_checkpoint: str | None = flag(
+    output_dir: str | None = _flag(None, "Folder of the run.")
+    overwrite_output_dir: bool = _flag(False, "Delete the run that `output_dir` holds and start anew.")
+    resume_from_checkpoint: str | None = _flag(
         None, "`auto` (newest whole checkpoint, or a fresh start) or a checkpoint's path."
     )
-    logging_steps: int = flag(10, "Updates between two lines of metrics.jsonl.")
-    eval_steps: int = flag(1_000, "Updates between two validations.")
-    save_steps: int = flag(1_000, "Updates between two checkpoints.")
-    save_total_limit: int = flag(3, "Checkpoints that are kept; 0 keeps all.")
-    report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
-    disable_tqdm: bool = flag(False, "No progress bar.")
-    log_level: str = flag(
+    logging_steps: int = _flag(10, "Updates between two lines of metrics.jsonl.")
+    eval_steps: int = _flag(1_000, "Updates between two validations.")
+    save_steps: int = _flag(1_000, "Updates between two checkpoints.")
+    save_total_limit: int = _flag(3, "Checkpoints that are kept; 0 keeps all.")
+    report_to: list[str] = _flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
+    disable_tqdm: bool = _flag(False, "No progress bar.")
+    log_level: str = _flag(
         "warning", "Python's logging level.", choices=["debug", "info", "warning", "error", "critical"]
     )
-    dry_run: bool = flag(False, "Print what the run would do, write plan.json, and stop.")
-    use_cpu: bool = flag(False, "Stay on the CPU even where there is an accelerator.")
-    push_to_hub: bool = flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.")
-    hub_model_id: str | None = flag(None, "Repository on the Hub (default: the name of output_dir).")
-    hub_license: str | None = flag(None, "Licence of the weights, stated in the model card.")
-    hub_private_repo: bool = flag(False, "Create the repository as a private one.")
-    hub_strategy: str = flag("end", "When to push: at the `end`, or at `every_save`.", choices=["end", "every_save"])
+    dry_run: bool = _flag(False, "Print what the run would do, write plan.json, and stop.")
+    use_cpu: bool = _flag(False, "Stay on the CPU even where there is an accelerator.")
+    push_to_hub: bool = _flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.")
+    hub_model_id: str | None = _flag(None, "Repository on the Hub (default: the name of output_dir).")
+    hub_license: str | None = _flag(None, "Licence of the weights, stated in the model card.")
+    hub_private_repo: bool = _flag(False, "Create the repository as a private one.")
+    hub_strategy: str = _flag("end", "When to push: at the `end`, or at `every_save`.", choices=["end", "every_save"])
 
 
 @dataclass

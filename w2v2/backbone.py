@@ -20,7 +20,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncode
 from w2v2.audio import SAMPLING_RATE
 from w2v2.convs import flat_features, is_flat, stock_features
 from w2v2.errors import UserError
-from w2v2.masking import latent_lengths, samples_needed
+from w2v2.masking import latent_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,10 @@ def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
 
 def min_samples(config: Wav2Vec2Config) -> int:
     """Samples of a single latent frame: less than that is no input."""
-    return samples_needed(1, config.conv_kernel, config.conv_stride)
+    samples = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
 
 
 def locate(name: str) -> str:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from w2v2.audio import AudioError, read_crop
 from w2v2.batching import MicroBatchPlan
 from w2v2.hashing import derive
-from w2v2.masking import latent_lengths, mask_spans, samples_needed
+from w2v2.masking import latent_lengths, mask_spans
 
 
 @dataclass
@@ -56,7 +56,10 @@ class Framing:
     @property
     def min_samples(self) -> int:
         """Fewest samples of an utterance that has a masked span and another frame beside it."""
-        return samples_needed(self.mask_length + 1, self.kernels, self.strides)
+        samples = self.mask_length + 1
+        for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
+            samples = (samples - 1) * stride + kernel
+        return samples
 
 
 class CropDataset(Dataset):

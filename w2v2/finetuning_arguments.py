@@ -5,7 +5,7 @@ The flags are `transformers.TrainingArguments`, with fairseq's fine-tuning recip
 
 import shutil
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from w2v2.arguments import flag
 from w2v2.ctc import DROPPED_CHARACTERS
 from w2v2.errors import UserError
 from w2v2.schedule import SCHEDULES
@@ -28,6 +27,13 @@ _OWN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG
 
 _NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "debug", "disable_tqdm", "hub_token",
                   "gradient_checkpointing", "dataloader_pin_memory"}  # fmt: skip
+
+
+def flag(default: Any, help: str, **metadata) -> Any:
+    """A dataclass field with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
