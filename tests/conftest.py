@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -12,12 +13,11 @@ import pytest
 import soundfile
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from transformers import Wav2Vec2Config
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.batching import Crops, Cursor, MicroBatchPlan
-from w2v2.collate import PretrainBatch
-from w2v2.hashing import derive
-from w2v2.masking import latent_lengths, mask_spans
+from w2v2.collate import PretrainBatch, build_batch
+from w2v2.loading import build_framing
 
 NO_DROPOUT = dict(
     hidden_dropout=0.0,
@@ -52,27 +52,13 @@ def tiny_config(large: bool = False, **changes) -> Wav2Vec2Config:
 def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, dtype=torch.float32) -> PretrainBatch:
     """A micro-batch of noise; utterance i has the same samples, mask and distractors in whichever batch it stands."""
     utterances = np.arange(first, first + len(lengths))
-    waveforms = torch.zeros(len(lengths), max(lengths), dtype=dtype)
-    for row, (utterance, length) in enumerate(zip(utterances, lengths, strict=True)):
-        noise = np.random.default_rng([seed, int(utterance)]).standard_normal(length)
-        waveforms[row, :length] = torch.from_numpy(noise * 0.3)
-    num_samples = torch.tensor(lengths)
-    frames = latent_lengths(num_samples, config.conv_kernel, config.conv_stride)
-    keys = derive(seed, torch.full((len(lengths),), epoch), torch.from_numpy(utterances))
+    noise = [np.random.default_rng([seed, int(i)]).standard_normal(n) for i, n in zip(utterances, lengths, strict=True)]
     crops = Crops(utterances, np.full_like(utterances, epoch), np.zeros_like(utterances), np.asarray(lengths))
-    return PretrainBatch(
-        waveforms=waveforms,
-        num_samples=num_samples,
-        frames=frames,
-        keys=keys,
-        mask=mask_spans(keys, frames, config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks),
-        uniform=len(set(lengths)) == 1,
-        weight=weight,
-        plan=MicroBatchPlan(crops, 0, piece, 1, sum(lengths), weight == 0.0, Cursor()),
-        heard_samples=sum(lengths),
-        original_samples=sum(lengths),
-        skipped=[],
-    )
+    plan = MicroBatchPlan(crops, 0, piece, 1, sum(lengths), weight == 0.0, Cursor())
+    framing = build_framing(config, Wav2Vec2FeatureExtractor(do_normalize=False))
+    waveforms = [torch.from_numpy(x * 0.3).to(dtype).numpy() for x in noise]
+    batch = build_batch(plan, crops, waveforms, framing, seed, weight)
+    return replace(batch, original_samples=sum(lengths))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Masks and distractors as properties over 1,000 random shapes, and against the stock model's own functions."""
 
+import math
 from functools import cache
 
 import numpy as np
@@ -9,7 +10,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from w2v2.hashing import derive
-from w2v2.masking import distractors, latent_lengths, mask_spans, masked_positions
+from w2v2.masking import SLOTS, distractors, kept_rows, latent_lengths, mask_spans, masked_positions
 
 NUM_SHAPES = 1_000
 
@@ -143,11 +144,13 @@ def test_the_number_of_spans_is_rounded_up_as_often_as_its_fraction_says():
 
 def test_masked_positions_are_the_masked_frames_in_rising_order():
     for *_, mask in random_masks()[::3]:
-        positions, valid = masked_positions(mask)
-        assert positions.shape == valid.shape == (len(mask), mask.sum(1).max())
+        positions, counts = masked_positions(mask)
         expected = [row.nonzero()[0].tolist() for row in mask.numpy()]
+        assert counts.tolist() == [len(e) for e in expected]
         assert [row[: len(e)] for row, e in zip(positions.tolist(), expected, strict=True)] == expected
-        assert valid.tolist() == [[slot < len(e) for slot in range(valid.shape[1])] for e in expected]
+        least = max(counts.tolist())
+        assert positions.shape[1] == min(mask.shape[1], math.ceil(least / SLOTS) * SLOTS)
+        assert all(len(set(row)) == len(row) for row in positions.tolist())
 
 
 # -- distractors
@@ -158,7 +161,7 @@ def test_distractors_are_other_masked_frames_of_the_same_row():
     for shape in range(NUM_SHAPES):
         counts = torch.from_numpy(rng.integers(2, 60, int(rng.integers(1, 7))))
         K = int(rng.integers(1, 30))
-        drawn = distractors(keys_of(len(counts), seed=shape), counts, K)
+        drawn = distractors(keys_of(len(counts), seed=shape), counts, int(counts.max()), K)
         assert drawn.shape == (len(counts), counts.max(), K)
         frame = torch.arange(int(counts.max()))[:, None]
         own = frame < counts[:, None, None]  # slots that hold a masked frame
@@ -171,16 +174,16 @@ def test_distractors_depend_on_their_own_row_alone():
     for shape in range(NUM_SHAPES):
         counts = torch.from_numpy(rng.integers(2, 40, int(rng.integers(2, 6))))
         keys = keys_of(len(counts), seed=shape)
-        together = distractors(keys, counts, 7)
+        together = distractors(keys, counts, int(counts.max()) + 3, 7)
         row = int(rng.integers(len(counts)))
-        alone = distractors(keys[row : row + 1], counts[row : row + 1], 7)[0]
+        alone = distractors(keys[row : row + 1], counts[row : row + 1], int(counts[row]), 7)[0]
         assert torch.equal(together[row, : counts[row]], alone)
 
 
 @pytest.mark.parametrize("count", [2, 3, 11])
 def test_distractors_are_uniform_over_the_other_frames(count):
     num_rows, K = 300, 50
-    drawn = distractors(keys_of(num_rows, seed=11), torch.full((num_rows,), count), K)
+    drawn = distractors(keys_of(num_rows, seed=11), torch.full((num_rows,), count), count, K)
     for frame in range(count):
         counts = torch.bincount(drawn[:, frame].flatten(), minlength=count).double()
         others = torch.cat([counts[:frame], counts[frame + 1 :]])
@@ -190,13 +193,13 @@ def test_distractors_are_uniform_over_the_other_frames(count):
 
 
 def test_distractors_are_drawn_with_replacement_and_anew_for_every_frame():
-    drawn = distractors(keys_of(1), torch.tensor([40]), 100)[0]
+    drawn = distractors(keys_of(1), torch.tensor([40]), 40, 100)[0]
     assert all(len(frame.unique()) < 40 for frame in drawn)
     assert len({tuple(frame.tolist()) for frame in drawn}) == 40
 
 
 def test_the_draws_of_neighbouring_frames_are_unrelated():
-    drawn = distractors(keys_of(1), torch.tensor([200]), 100)[0]
+    drawn = distractors(keys_of(1), torch.tensor([200]), 200, 100)[0]
     for shift in (0, 1, 2):
         alike = (drawn[1:, : 100 - shift] == drawn[:-1, shift:]).double().mean()
         assert float(alike) < 2 / 199
@@ -204,7 +207,7 @@ def test_the_draws_of_neighbouring_frames_are_unrelated():
 
 @pytest.mark.parametrize("counts", [[1], [0], [1, 0], [1, 5], [0, 2]])
 def test_a_row_without_other_frames_gives_indices_that_can_be_gathered(counts):
-    drawn = distractors(keys_of(len(counts)), torch.tensor(counts), 4)
+    drawn = distractors(keys_of(len(counts)), torch.tensor(counts), max(counts), 4)
     assert drawn.shape[1] == max(counts)
     if drawn.numel():
         assert drawn.min() >= 0 and drawn.max() < max(counts)

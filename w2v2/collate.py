@@ -1,6 +1,6 @@
-"""Crops → one `PretrainBatch`: decode, normalise, pad, mask. Runs in the `DataLoader`'s workers.
+"""Crops → one `PretrainBatch`: decode, pad, mask. Runs in the `DataLoader`'s workers, but for `sound`, which runs on the device.
 
-Shapes: B utterances, S samples of the longest, T latent frames of the longest.
+Shapes: B utterances, S samples of the longest, T latent frames of the longest, M masked frames of the row that has most.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -11,26 +11,38 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from w2v2.audio import AudioError, read_crop
-from w2v2.batching import MicroBatchPlan
+from w2v2.batching import Crops, MicroBatchPlan
 from w2v2.hashing import derive
-from w2v2.masking import latent_lengths, mask_spans
+from w2v2.masking import kept_rows, latent_lengths, mask_spans, masked_positions
+
+FULL_SCALE = 32_768  # of 16-bit samples
 
 
 @dataclass
 class PretrainBatch:
-    """One micro-batch, ready for the model."""
+    """One micro-batch, ready for the model, which needs nothing from the device to know its shapes."""
 
-    waveforms: torch.Tensor  # (B, S) float32, zeros past a row's end
+    waveforms: torch.Tensor  # (B, S) int16 where all files hold 16 bits, else float32; zeros past a row's end
     num_samples: torch.Tensor  # (B,) int64
     frames: torch.Tensor  # (B,) int64 latent frames
-    keys: torch.Tensor  # (B,) int64, one an utterance and epoch: distractors and layerdrop follow from it
+    keys: torch.Tensor  # (B,) int64, one an utterance and epoch: the distractors follow from it
     mask: torch.Tensor  # (B, T) bool, masked latent frames
-    uniform: bool  # every row has the same length: no padding, no attention mask
+    positions: torch.Tensor  # (B, M) int64, the masked frames, compacted
+    num_masked: torch.Tensor  # (B,) int64, how many of the M slots hold one
+    kept: torch.Tensor  # (layers, B) int64, rows that a layer is computed for, in rising order, the others after them
+    lengths: tuple[int, ...]  # `frames` on the host
+    kept_lengths: tuple[tuple[int, ...], ...]  # those of the rows that each layer is computed for
+    normalize: bool  # zero mean and unit variance a row, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
     weight: float  # 0.0 for a dummy
     plan: MicroBatchPlan
     heard_samples: int  # samples of the rows, without padding
     original_samples: int  # samples of the utterances before cropping
     skipped: list[dict[str, Any]]  # utterances that could not be read, with the reason
+
+    @property
+    def uniform(self) -> bool:
+        """Every row has the same length: there is no padding."""
+        return len(set(self.lengths)) == 1
 
     def to(self, device: torch.device) -> "PretrainBatch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -50,8 +62,10 @@ class Framing:
     mask_prob: float
     mask_length: int
     min_masks: int
+    num_layers: int
+    layerdrop: float
     sampling_rate: int
-    normalize: bool  # zero mean and unit variance a crop, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
+    normalize: bool  # see `PretrainBatch`
 
     @property
     def min_samples(self) -> int:
@@ -70,48 +84,86 @@ class CropDataset(Dataset):
 
     def __getitem__(self, plan: MicroBatchPlan) -> PretrainBatch:
         if plan.dummy:
-            return self._batch(plan, [np.zeros(int(plan.crops.num_samples[0]), np.float32)], [0], weight=0.0)
+            return self._silence(plan, row=0)
         waveforms, rows, skipped, original_samples = [], [], [], 0
-        for row, (utterance, _, start, num_samples) in enumerate(zip(*plan.crops, strict=True)):
-            entry = self.table[int(utterance)]
+        for row, entry in enumerate(self.entries(plan)):
             try:
-                offset = round(entry["start"] * self.framing.sampling_rate) + int(start)
-                waveforms.append(read_crop(entry["audio"], offset, int(num_samples)))
+                start, num_samples = int(plan.crops.start[row]), int(plan.crops.num_samples[row])
+                waveforms.append(self.read(entry, start, num_samples))
                 rows.append(row)
                 original_samples += entry["num_samples"]
             except AudioError as error:
                 skipped.append({"id": entry["id"], "audio": entry["audio"], "reason": error.reason})
         if not rows:
-            dummy = self._batch(plan, [np.zeros(int(plan.crops.num_samples[-1]), np.float32)], [-1], weight=0.0)
-            return replace(dummy, skipped=skipped)
-        batch = self._batch(plan, waveforms, rows, weight=1.0)
+            return replace(self._silence(plan, row=-1), skipped=skipped)
+        batch = build_batch(plan, plan.crops.take(rows), waveforms, self.framing, self.seed)
         return replace(batch, skipped=skipped, original_samples=original_samples)
 
-    def _batch(self, plan: MicroBatchPlan, waveforms: list, rows: list[int], weight: float) -> PretrainBatch:
-        framing, crops = self.framing, plan.crops.take(rows)
-        num_samples = torch.from_numpy(crops.num_samples)
-        frames = latent_lengths(num_samples, framing.kernels, framing.strides)
-        keys = derive(self.seed, torch.from_numpy(crops.epoch), torch.from_numpy(crops.utterance))
-        padded = torch.zeros(len(waveforms), int(num_samples.max()))
-        for target, waveform in zip(padded, waveforms, strict=True):
-            target[: len(waveform)] = torch.from_numpy(_normalized(waveform) if framing.normalize else waveform)
-        return PretrainBatch(
-            waveforms=padded,
-            num_samples=num_samples,
-            frames=frames,
-            keys=keys,
-            mask=mask_spans(keys, frames, framing.mask_prob, framing.mask_length, framing.min_masks),
-            uniform=bool((num_samples == num_samples[0]).all()),
-            weight=weight,
-            plan=plan,
-            heard_samples=int(crops.num_samples.sum()),
-            original_samples=0,
-            skipped=[],
-        )
+    def entries(self, plan: MicroBatchPlan) -> list[dict[str, Any]]:
+        """The table's rows of a micro-batch, in its order."""
+        return [self.table[int(utterance)] for utterance in plan.crops.utterance]
+
+    def read(self, entry: dict[str, Any], start: int, num_samples: int) -> np.ndarray:
+        """Samples of one crop, int16 or float32. Raises AudioError."""
+        return read_crop(entry["audio"], round(entry["start"] * self.framing.sampling_rate) + start, num_samples)
+
+    def _silence(self, plan: MicroBatchPlan, row: int) -> PretrainBatch:
+        """One of the plan's rows without sound or weight."""
+        silence = [np.zeros(int(plan.crops.num_samples[row]), np.int16)]
+        return build_batch(plan, plan.crops.take([row]), silence, self.framing, self.seed, weight=0.0)
 
 
-def _normalized(waveform: np.ndarray) -> np.ndarray:
-    return (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+def build_batch(
+    plan: MicroBatchPlan, crops: Crops, waveforms: list, framing: Framing, seed: int, weight: float = 1.0
+) -> PretrainBatch:
+    """The micro-batch of these crops: `waveforms` are their samples, int16 or float32, an array a row."""
+    num_samples = torch.from_numpy(crops.num_samples)
+    frames = latent_lengths(num_samples, framing.kernels, framing.strides)
+    keys = derive(seed, torch.from_numpy(crops.epoch), torch.from_numpy(crops.utterance))
+    mask = mask_spans(keys, frames, framing.mask_prob, framing.mask_length, framing.min_masks)
+    positions, num_masked = masked_positions(mask)
+    kept = kept_rows(keys, framing.num_layers, framing.layerdrop)
+    heard = int(crops.num_samples.sum())
+    return PretrainBatch(
+        waveforms=pad(waveforms),
+        num_samples=num_samples,
+        frames=frames,
+        keys=keys,
+        mask=mask,
+        positions=positions,
+        num_masked=num_masked,
+        kept=kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True),
+        lengths=tuple(frames.tolist()),
+        kept_lengths=tuple(tuple(frames[rows].tolist()) for rows in kept),
+        normalize=framing.normalize,
+        weight=weight,
+        plan=plan,
+        heard_samples=heard,
+        original_samples=heard if weight else 0,
+        skipped=[],
+    )
+
+
+def pad(waveforms: list[np.ndarray]) -> torch.Tensor:
+    """Rows of different lengths as one tensor (B, S), zeros at their ends: int16 if all of them are, else floats of full scale 1."""
+    if any(w.dtype != np.int16 for w in waveforms):
+        waveforms = [w / np.float32(FULL_SCALE) if w.dtype == np.int16 else w for w in waveforms]
+    padded = np.zeros((len(waveforms), max(map(len, waveforms))), np.result_type(*waveforms))
+    for row, waveform in zip(padded, waveforms, strict=True):
+        row[: len(waveform)] = waveform
+    return torch.from_numpy(padded)
+
+
+def sound(batch: PretrainBatch) -> torch.Tensor:
+    """Waveforms as the model hears them, (B, S) floats, on the batch's device: 16-bit samples scaled, rows normalised if asked for."""
+    x = batch.waveforms.float() / FULL_SCALE if batch.waveforms.dtype == torch.int16 else batch.waveforms
+    if not batch.normalize:
+        return x
+    inside = torch.arange(x.shape[1], device=x.device) < batch.num_samples[:, None]
+    mean = x.sum(1, keepdim=True) / batch.num_samples[:, None]
+    centred = torch.where(inside, x - mean, 0.0)
+    variance = centred.pow(2).sum(1, keepdim=True) / batch.num_samples[:, None]
+    return centred * torch.rsqrt(variance + 1e-7)
 
 
 def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor: int, pin_memory: bool) -> DataLoader:
@@ -123,4 +175,5 @@ def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor:
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers > 0 else None,
         pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
     )

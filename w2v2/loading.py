@@ -96,7 +96,11 @@ def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) ->
     model.feature_grad_mult = args.feature_grad_mult
     model.feature_penalty_weight = args.feature_penalty_weight
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.recomputed = frozenset(args.gradient_checkpointing_stages)
+    if args.positional_conv != "auto":
+        model.positional_in_blocks = args.positional_conv == "blocks"
+    if args.torch_compile:
+        model.compile_layers()
     return model.train()
 
 
@@ -136,6 +140,8 @@ def build_framing(config: Wav2Vec2Config, feature_extractor: Wav2Vec2FeatureExtr
         mask_prob=config.mask_time_prob,
         mask_length=config.mask_time_length,
         min_masks=config.mask_time_min_masks,
+        num_layers=config.num_hidden_layers,
+        layerdrop=config.layerdrop,
         sampling_rate=SAMPLING_RATE,
         normalize=bool(feature_extractor.do_normalize),
     )

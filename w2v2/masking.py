@@ -1,4 +1,4 @@
-"""Latent lengths, mask spans and distractors: pure functions of an utterance's key, vectorised over the micro-batch.
+"""Latent lengths, mask spans, distractors and layerdrop: pure functions of an utterance's key, vectorised over the micro-batch.
 
 Each row depends on its own key and length alone, never on the rows beside it, on padding or on a generator's state
 (wav2vec 2.0 paper, sections 3.1 and 3.2; the counts of spans follow `transformers`' rule with one rounding an utterance).
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from w2v2.hashing import DISTRACTOR, MASK, below, derive, positive, uniform
+from w2v2.hashing import DISTRACTOR, LAYERDROP, MASK, below, derive, positive, uniform
+
+SLOTS = 16
 
 
 def latent_lengths(num_samples: torch.Tensor, kernels: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
@@ -53,24 +55,35 @@ def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: in
 
 
 def masked_positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the masked frames, compacted: (B, M) int64 in rising order, and (B, M) bool, which of them are real."""
+    """Indices of the masked frames, compacted: (B, M) int64 in rising order, and their number in each row, (B,) int64.
+
+    M is the most masked frames of a row, rounded up to `SLOTS` where there are so many frames: few distinct shapes. The slots that a
+    row leaves over point to frames of its own that are not masked, or to padding.
+    """
     counts = mask.sum(1)
-    positions = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
-    return positions, torch.arange(positions.shape[1], device=mask.device) < counts[:, None]
+    slots = min(-(-int(counts.max()) // SLOTS) * SLOTS, mask.shape[1])
+    return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :slots], counts
 
 
-def distractors(keys: torch.Tensor, counts: torch.Tensor, num_negatives: int) -> torch.Tensor:
+def distractors(keys: torch.Tensor, counts: torch.Tensor, num_slots: int, num_negatives: int) -> torch.Tensor:
     """Distractors of each masked frame: uniform, with replacement, from the *other* masked frames of the same utterance.
 
     Args:
         keys: (B,) int64.
         counts: (B,) int64, masked frames of each row; the only masked frame of a row draws itself, which is a collision and
             no distractor.
+        num_slots: M, at least the largest count; known beforehand, so that no device has to be asked.
 
     Returns: (B, M, K) int64 indices into the compacted masked frames of the row.
     """
-    frame = torch.arange(int(counts.max()), device=keys.device)[:, None]
+    frame = torch.arange(num_slots, device=keys.device)[:, None]
     draw = torch.arange(num_negatives, device=keys.device)
     h = derive(keys[:, None, None], DISTRACTOR, frame * num_negatives + draw)
     j = below(h, (counts - 1).clamp_min(1)[:, None, None])
     return (j + (j >= frame)) % counts.clamp_min(1)[:, None, None]
+
+
+def kept_rows(keys: torch.Tensor, num_layers: int, layerdrop: float) -> torch.Tensor:
+    """Which utterances each transformer layer is computed for (layerdrop, decided by an utterance's key): (layers, B) bool."""
+    layer = torch.arange(num_layers, device=keys.device)[:, None]
+    return uniform(derive(keys[None], LAYERDROP, layer)) >= layerdrop

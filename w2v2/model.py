@@ -10,13 +10,14 @@ groups, V entries of a group.
 from typing import NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import objective
-from w2v2.collate import PretrainBatch
+from w2v2.collate import PretrainBatch, sound
 from w2v2.convs import flat_features, is_flat, stock_features
-from w2v2.hashing import LAYERDROP, derive, uniform
-from w2v2.masking import distractors, masked_positions
+from w2v2.encoder import after_attention, layer, linear, norm, positional
+from w2v2.masking import distractors
 
 
 class PretrainSums(NamedTuple):
@@ -39,6 +40,9 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
     feature_grad_mult: float = 0.1
     feature_penalty_weight: float = 10.0
+    positional_in_blocks: bool | None = None  # None: where it pays, on an accelerator
+    recomputed: frozenset[str] = frozenset()  # stages whose activations are computed again in the backward pass
+    _after_attention = None  # compiled, if asked for
 
     def get_input_embeddings(self):
         return None  # there are none, and sharding asks
@@ -60,16 +64,16 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             diversity_weight: default the configuration's `diversity_loss_weight`.
             mean_codes: (G, V) mean code distribution of the whole effective batch; without it the micro-batch's own is used.
         """
-        positions, valid = masked_positions(batch.mask)  # (B, M)
-        masked = valid.sum(1)
+        masked, positions = batch.num_masked, batch.positions
+        valid = _valid(batch)
         num_masked = masked.sum() * batch.weight
 
         features = self._features(batch)  # (B, T, C)
-        normed = self.wav2vec2.feature_projection.layer_norm(features)
-        logits = self._code_logits(normed, positions)  # (B, M, G, V)
-        context = self._context(normed, batch)  # (B, T, D)
-
         with torch.autocast(features.device.type, enabled=False):
+            normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
+            logits = self._code_logits(normed, positions)  # (B, M, G, V)
+            context = self._context(normed, batch)  # (B, T, D)
+
             one_hot, codes = objective.choose_codes(logits, gumbel_temperature if self.training else None)
             statistics = objective.code_statistics(logits, valid)
             quantized = self.project_q(objective.look_up(one_hot, self.quantizer.codevectors))
@@ -77,7 +81,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
                 context_BMD=self.project_hid(_full(_gather(context, positions))),
                 quantized_BMD=quantized,
                 codes_BMG=codes,
-                distractors_BMK=distractors(batch.keys, masked, self.config.num_negatives),
+                distractors_BMK=distractors(batch.keys, masked, positions.shape[1], self.config.num_negatives),
                 valid_BM=valid,
                 temperature=self.config.contrastive_logits_temperature,
             )
@@ -108,53 +112,73 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
     def code_sums(self, batch: PretrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the code distributions over masked frames (G, V) and their number (): the first pass of `diversity_scope:
         effective_batch`, convs and `weight_proj` alone. Draws the same dropout as `forward` from the same generator state."""
-        positions, valid = masked_positions(batch.mask)
-        normed = self.wav2vec2.feature_projection.layer_norm(self._features(batch))
-        logits = self._code_logits(normed, positions)
-        with torch.autocast(logits.device.type, enabled=False):
-            soft = objective.code_statistics(logits, valid).soft
-        return batch.weight * soft, batch.weight * valid.sum()
+        features = self._features(batch)
+        with torch.autocast(features.device.type, enabled=False):
+            normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
+            logits = self._code_logits(normed, batch.positions)
+            soft = objective.code_statistics(logits, _valid(batch)).soft
+        return batch.weight * soft, batch.weight * batch.num_masked.sum()
+
+    def compile_layers(self) -> None:
+        """Fuse what a layer does frame by frame. One graph serves all shapes."""
+        self._after_attention = torch.compile(after_attention, dynamic=True)
 
     def _features(self, batch: PretrainBatch) -> torch.Tensor:
-        """Output of the convs (B, T, C), its gradient scaled. Frames past a row's end are zero."""
+        """Output of the convs (B, T, C), its gradient scaled, in autocast's type. Frames past a row's end are zero."""
         encode = flat_features if is_flat(self.config) else stock_features
-        features = encode(batch.waveforms, batch.num_samples, self.wav2vec2.feature_extractor)
-        features = features[:, : batch.mask.shape[1]]
+        arguments = encode, sound(batch), batch.num_samples, self.wav2vec2.feature_extractor
+        features = self._stage("convs", *arguments)[:, : batch.mask.shape[1]]
+        if torch.is_autocast_enabled(features.device.type):
+            features = features.to(torch.get_autocast_dtype(features.device.type))
         if not batch.uniform:
             features = torch.where(_inside(batch)[..., None], features, 0.0)
         return objective.scale_gradient(features, self.feature_grad_mult)
 
+    def _stage(self, name: str, function, *arguments):
+        """`function(*arguments)`, whose activations are thrown away and computed again if `name` is one of `recomputed`."""
+        if name in self.recomputed and self.training:
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
     def _code_logits(self, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Quantizer logits of the masked frames (B, M, G, V), in float32 at least. Its dropout is the forward's first random draw."""
         quantizer = self.quantizer
-        logits = quantizer.weight_proj(self.dropout_features(_gather(normed, positions)))
+        logits = linear(quantizer.weight_proj, self.dropout_features(_gather(normed, positions)))
         return _full(logits).unflatten(-1, (quantizer.num_groups, quantizer.num_vars))
 
     def _context(self, normed: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
         """Transformer over the masked sequence, (B, T, D)."""
         encoder, projection = self.wav2vec2.encoder, self.wav2vec2.feature_projection
-        hidden = projection.dropout(projection.projection(normed))
+        hidden = projection.dropout(linear(projection.projection, normed))
         hidden = torch.where(batch.mask[..., None], self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
-        attention_mask = None
         if not batch.uniform:
-            inside = _inside(batch)
-            hidden = torch.where(inside[..., None], hidden, 0.0)
-            attention_mask = inside[:, None, None].expand(-1, 1, inside.shape[1], -1)  # (B, 1, T, T)
-        hidden = hidden + encoder.pos_conv_embed(hidden)
-        if not self.config.do_stable_layer_norm:
-            hidden = encoder.layer_norm(hidden)
+            hidden = torch.where(_inside(batch)[..., None], hidden, 0.0)
+        in_blocks = hidden.device.type != "cpu" if self.positional_in_blocks is None else self.positional_in_blocks
+        hidden = hidden + positional(encoder.pos_conv_embed, hidden, in_blocks)
+        pre_norm = self.config.do_stable_layer_norm
+        hidden = _full(hidden) if pre_norm else norm(encoder.layer_norm, hidden)
         hidden = encoder.dropout(hidden)
-        for index, layer in enumerate(encoder.layers):
-            out = layer(hidden, attention_mask=attention_mask)
-            hidden = self._drop_layer(hidden, out, batch.keys, index)
-        return encoder.layer_norm(hidden) if self.config.do_stable_layer_norm else hidden
+        for index, module in enumerate(encoder.layers):
+            hidden = self._layer(module, hidden, batch, index, normed.dtype)
+        return norm(encoder.layer_norm, hidden) if pre_norm else hidden
 
-    def _drop_layer(self, hidden, out, keys, index):
-        """Layerdrop decided by each utterance's key: a choice between two tensors, so no parameter is ever without a gradient."""
-        if not self.training or self.config.layerdrop == 0.0:
-            return out
-        dropped = uniform(derive(keys, LAYERDROP, index)) < self.config.layerdrop
-        return torch.where(dropped[:, None, None], hidden, out)
+    def _layer(self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype: torch.dtype) -> torch.Tensor:
+        """One layer, computed for the utterances that layerdrop leaves it. One at least, so that no parameter is without a gradient."""
+
+        def run(x, lengths):
+            return self._stage("encoder", layer, module, x, lengths, dtype, self._after_attention)
+
+        lengths = batch.kept_lengths[index] if self.training else batch.lengths
+        if len(lengths) == len(batch.lengths):
+            return run(hidden, lengths)
+        rows = batch.kept[index, : max(len(lengths), 1)]
+        out = run(hidden.index_select(0, rows), lengths or batch.lengths[:1])
+        return hidden.index_copy(0, rows, out if lengths else torch.where(batch.mask.new_zeros(()), out, hidden[:1]))
+
+
+def _valid(batch: PretrainBatch) -> torch.Tensor:
+    """(B, M) bool: slots that hold a masked frame."""
+    return torch.arange(batch.positions.shape[1], device=batch.mask.device) < batch.num_masked[:, None]
 
 
 def _inside(batch: PretrainBatch) -> torch.Tensor:

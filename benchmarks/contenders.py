@@ -1,0 +1,193 @@
+"""What `update.py` times: one update of this program, and one of the loop that people write with transformers' public classes.
+
+Both hear the same utterances of an effective batch. Ours are cropped to the length grid, cut and padded as in training. The stock loop
+shuffles them, takes a fixed number at a time, pads to the longest, and draws masks and negatives with the functions that transformers'
+own example uses. Samples are noise: no kernel's time depends on them.
+"""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
+from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
+
+from w2v2.arguments import PretrainArguments
+from w2v2.audio import SAMPLING_RATE
+from w2v2.batching import Crops, Cursor, EffectiveBatches, plan_update
+from w2v2.collate import CropDataset, PretrainBatch
+from w2v2.launch import keep_freed_memory
+from w2v2.loading import build_config, build_framing, build_model
+from w2v2.training import UpdateSettings, build_optimizer, train_update
+
+GRID_SECONDS = 0.32
+NUM_UTTERANCES = 20_000
+
+
+@dataclass
+class Work:
+    """What both contenders are given."""
+
+    lengths: str  # `librispeech`, or `equal`
+    batch_seconds: float
+    micro_batch_seconds: float
+    crop_seconds: float
+    seed: int = 0
+
+
+def librispeech_lengths(n: int, seed: int) -> np.ndarray:
+    """Lengths in samples (n,) of LibriSpeech's shape: 0.8 to 35 s, mean 12.3 s, most between 11 and 17 s."""
+    rng = np.random.default_rng(seed)
+    bulk, short = rng.triangular(10.5, 15.5, 17.0, n), rng.triangular(0.8, 3.0, 14.0, n)
+    seconds = np.where(rng.random(n) < 0.73, bulk, short)
+    seconds = np.where(rng.random(n) < 2e-4, rng.uniform(17.0, 35.0, n), seconds)
+    return (seconds * SAMPLING_RATE).astype(np.int64)
+
+
+def effective_batches(work: Work) -> EffectiveBatches:
+    """The draw of utterances that both contenders follow."""
+    if work.lengths == "equal":
+        grid = round(GRID_SECONDS * SAMPLING_RATE)
+        crop = math.floor((work.crop_seconds * SAMPLING_RATE - 320) / grid) * grid + 320
+        num_samples = np.full(NUM_UTTERANCES, crop)
+    else:
+        num_samples = librispeech_lengths(NUM_UTTERANCES, work.seed)
+    return EffectiveBatches(
+        num_samples,
+        batch_samples=round(work.batch_seconds * SAMPLING_RATE),
+        crop_samples=round(work.crop_seconds * SAMPLING_RATE),
+        grid_samples=round(GRID_SECONDS * SAMPLING_RATE),
+        seed=work.seed,
+    )
+
+
+def drawn(batches: EffectiveBatches, update: int) -> Crops:
+    """The effective batch of this update."""
+    cursor = Cursor()
+    for _ in range(update + 1):
+        crops, cursor = batches.draw(cursor)
+    return crops
+
+
+class NoiseCrops(CropDataset):
+    """Micro-batches as in training, whose samples come from a pool of 16-bit noise instead of files."""
+
+    POOL = np.random.default_rng(0).integers(-8_000, 8_000, 60 * SAMPLING_RATE).astype(np.int16)
+
+    def entries(self, plan):
+        return [{"num_samples": int(n)} for n in plan.crops.num_samples]
+
+    def read(self, entry, start, num_samples):
+        return self.POOL[:num_samples]
+
+
+class Contender:
+    """One side of the comparison. `prepare` readies an update's data outside the clock, `run` is what is timed."""
+
+    def __init__(self, args: PretrainArguments, device: torch.device):
+        self.args, self.device = args, device
+        self.config = build_config(args)
+        torch.manual_seed(0)
+
+    def prepare(self, work: Work, update: int) -> None:
+        raise NotImplementedError
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+    def timed_update(self, work: Work, update: int) -> dict:
+        """Seconds, CPU-seconds, audio heard and computed (each row's samples), and the peak of memory so far in bytes."""
+        self.prepare(work, update)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        before, started = time.process_time(), time.perf_counter()
+        self.run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - before,
+            "heard": self.heard,
+            "peak_bytes": peak_bytes(self.device),
+        }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Ours(Contender):
+    def __init__(self, args, device):
+        super().__init__(args, device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16")
+        model = build_model(args, self.config)
+        self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, args))
+        extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
+        self.dataset = NoiseCrops(None, build_framing(self.config, extractor), seed=0)
+
+    def prepare(self, work, update):
+        crops = drawn(effective_batches(work), update)
+        cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(work.micro_batch_seconds * SAMPLING_RATE))
+        batches = [self.dataset[plan] for plan in plan_update(crops, update, Cursor(), **cut)]
+        self.batches: list[PretrainBatch] = [b.pin_memory() for b in batches] if self.device.type == "cuda" else batches
+        self.heard = [n for b in batches for n in b.num_samples.tolist()]
+        self.settings = UpdateSettings(update, 0, 1e-5, 2.0, 0.1, False, 0.0)
+
+    def run(self):
+        train_update(self.accelerator, self.model, self.optimizer, self.batches, self.settings)
+
+
+class Stock(Contender):
+    def __init__(self, args, device):
+        super().__init__(args, device)
+        self.model = Wav2Vec2ForPreTraining._from_config(self.config, attn_implementation="sdpa").to(device).train()
+        if args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        large = self.config.feat_extract_norm == "layer"
+        self.extractor = Wav2Vec2FeatureExtractor(do_normalize=large, return_attention_mask=large)
+
+    def prepare(self, work, update):
+        batches = effective_batches(work)
+        utterances = np.random.default_rng(update).permutation(drawn(batches, update).utterance)
+        longest = round(work.crop_seconds * SAMPLING_RATE)
+        self.heard = np.minimum(batches.num_samples[utterances], longest).tolist()
+        size = max(1, int(work.micro_batch_seconds / work.crop_seconds))
+        self.batches = []
+        for first in range(0, len(self.heard), size):
+            waveforms = [NoiseCrops.POOL[:n] / np.float32(32_768) for n in self.heard[first : first + size]]
+            self.batches.append(self.extractor(waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt"))
+
+    def run(self):
+        config = self.config
+        for batch in self.batches:
+            frames = int(self.model._get_feat_extract_output_lengths(batch["input_values"].shape[1]))
+            inside = None
+            if "attention_mask" in batch:
+                inside = self.model._get_feature_vector_attention_mask(frames, batch["attention_mask"])
+            shape = (len(batch["input_values"]), frames)
+            mask = _compute_mask_indices(shape, config.mask_time_prob, config.mask_time_length, inside, min_masks=2)
+            negatives = _sample_negative_indices(shape, config.num_negatives, mask_time_indices=mask)
+            moved = {name: value.to(self.device) for name, value in batch.items()}
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                out = self.model(
+                    **moved,
+                    mask_time_indices=torch.from_numpy(mask).to(self.device),
+                    sampled_negative_indices=torch.from_numpy(negatives).to(self.device),
+                )
+            (out.loss / int(mask.sum()) / len(self.batches)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+CONTENDERS = {"ours": Ours, "stock": Stock}

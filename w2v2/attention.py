@@ -1,0 +1,105 @@
+"""Attention of utterances of different lengths without a mask: each run of equal rows goes to the library's kernel by itself.
+
+A mask of any form keeps the fast kernels away (flash, cuDNN). Micro-batches are sorted by length, and lengths lie on a grid, so a
+micro-batch is a few runs of equal rows; the frames past a row's end are then not even computed.
+
+Shapes: B utterances, T latent frames of the longest, H heads, d width of a head.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+
+
+def runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Consecutive rows of equal length: (rows, length)."""
+    first = 0
+    for length, group in groupby(lengths):
+        rows = slice(first, first + len(list(group)))
+        first = rows.stop
+        yield rows, length
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], dropout: float = 0.0
+) -> torch.Tensor:
+    """Scaled dot-product attention of each row over its own frames, (B, T, H, d) each → (B, T, H, d); zero past a row's end.
+
+    Args:
+        lengths: frames of each row, on the host.
+        dropout: probability with which an attention weight is zeroed.
+    """
+    T, outputs = query.shape[1], []
+    for rows, length in runs(lengths):
+        q, k, v = (x[rows, :length].transpose(1, 2) for x in (query, key, value))
+        if dropout > 0.0 and query.device.type == "cpu":
+            out = _AttentionInBlocks.apply(q, k, v, dropout)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        outputs.append(F.pad(out.transpose(1, 2), (0, 0, 0, 0, 0, T - length)) if length < T else out.transpose(1, 2))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class _AttentionInBlocks(torch.autograd.Function):
+    """Attention with dropout on the CPU, where the library has no fused kernel for it: as many heads at a time as there are threads.
+
+    As in flash attention (Dao et al., 2022, algorithm 4) the weights are computed again in the backward pass instead of being kept, and
+    the softmax's gradient needs only D = (output · its gradient) of each query. What is kept beside the inputs is one byte a weight, which
+    says whether it was dropped. The buffers stay in the cache and are used again for the next heads.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, dropout):  # (B, H, T, d) each
+        B, H, T, d = query.shape
+        query, key, value = (x.reshape(B * H, T, d) for x in (query * d**-0.5, key, value))
+        out, kept = torch.empty_like(value), torch.empty(B * H, T, T, dtype=torch.bool)
+        weights, factor = _buffers(value, 2)
+        bits = torch.empty(len(weights), -(-T * T // 4), dtype=torch.int64)  # 16 for each weight
+        for heads in _blocks(B * H, len(weights)):
+            p, f = weights[: len(query[heads])], factor[: len(query[heads])]
+            _softmax_scores(query[heads], key[heads], p)
+            draws = bits[: len(p)].random_(-(2**63), None).view(torch.int16)[:, : T * T].unflatten(1, (T, T))
+            torch.ge(draws, round(dropout * 65_536) - 32_768, out=kept[heads])
+            torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
+        out *= 1.0 / (1.0 - dropout)
+        ctx.save_for_backward(query, key, value, out, kept)
+        ctx.dropout = dropout
+        return out.view(B, H, T, d)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, out, kept = ctx.saved_tensors
+        B, H, T, d = gradient.shape
+        gradient = gradient.reshape(B * H, T, d)
+        shift = (gradient * out).sum(-1, keepdim=True)  # (B·H, T, 1)
+        scaled = gradient * (1.0 / (1.0 - ctx.dropout))
+        d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        weights, d_weights, factor = _buffers(value, 3)
+        for heads in _blocks(B * H, len(weights)):
+            p, dp, f = (x[: len(query[heads])] for x in (weights, d_weights, factor))
+            _softmax_scores(query[heads], key[heads], p)
+            f.copy_(kept[heads])
+            torch.bmm(scaled[heads], value[heads].transpose(1, 2), out=dp)
+            dp.mul_(f).sub_(shift[heads]).mul_(p)
+            torch.bmm(p.mul_(f).transpose(1, 2), scaled[heads], out=d_value[heads])
+            torch.bmm(dp, key[heads], out=d_query[heads])
+            torch.bmm(dp.transpose(1, 2), query[heads], out=d_key[heads])
+        d_query *= d**-0.5
+        return d_query.view(B, H, T, d), d_key.view(B, H, T, d), d_value.view(B, H, T, d), None
+
+
+def _buffers(x: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """Attention weights (n, T, T) of the heads of x (B·H, T, d) that are computed together."""
+    together = min(len(x), torch.get_num_threads())
+    return [x.new_empty(together, x.shape[1], x.shape[1]) for _ in range(number)]
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, total)) for first in range(0, total, size))
+
+
+def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
+    torch.bmm(query, key.transpose(1, 2), out=out)
+    torch.softmax(out, -1, out=out)
