@@ -9,11 +9,13 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from stages import our_stages, stock_stages, synchronize
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
 
@@ -100,15 +102,28 @@ class Contender:
     def run(self) -> None:
         raise NotImplementedError
 
+    def micro_batch_samples(self) -> int:
+        """Samples heard in the first micro-batch."""
+        raise NotImplementedError
+
+    def stages(self) -> dict[str, Callable]:
+        """See `stages.py`."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """The optimizer's step alone."""
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+
     def timed_update(self, work: Work, update: int) -> dict:
         """Seconds, CPU-seconds, audio heard and computed (each row's samples), and the peak of memory so far in bytes."""
         self.prepare(work, update)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         before, started = time.process_time(), time.perf_counter()
         self.run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - before,
@@ -129,7 +144,9 @@ class Ours(Contender):
         super().__init__(args, device)
         if device.type == "cpu":
             keep_freed_memory()
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16")
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16"
+        )
         model = build_model(args, self.config)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, args))
         extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
@@ -145,6 +162,12 @@ class Ours(Contender):
 
     def run(self):
         train_update(self.accelerator, self.model, self.optimizer, self.batches, self.settings)
+
+    def micro_batch_samples(self):
+        return self.batches[0].heard_samples
+
+    def stages(self):
+        return our_stages(self, self.batches[0])
 
 
 class Stock(Contender):
@@ -166,28 +189,37 @@ class Stock(Contender):
         self.batches = []
         for first in range(0, len(self.heard), size):
             waveforms = [NoiseCrops.POOL[:n] / np.float32(32_768) for n in self.heard[first : first + size]]
-            self.batches.append(self.extractor(waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt"))
+            self.batches.append(
+                self.extractor(waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt")
+            )
+
+    def inputs(self, batch) -> dict[str, torch.Tensor]:
+        """The model's arguments: the batch, its masks and its negatives, drawn on the host as in transformers' example."""
+        config = self.config
+        frames = int(self.model._get_feat_extract_output_lengths(batch["input_values"].shape[1]))
+        inside = None
+        if "attention_mask" in batch:
+            inside = self.model._get_feature_vector_attention_mask(frames, batch["attention_mask"])
+        shape = (len(batch["input_values"]), frames)
+        mask = _compute_mask_indices(shape, config.mask_time_prob, config.mask_time_length, inside, min_masks=2)
+        negatives = _sample_negative_indices(shape, config.num_negatives, mask_time_indices=mask)
+        drawn = {"mask_time_indices": torch.from_numpy(mask), "sampled_negative_indices": torch.from_numpy(negatives)}
+        return {name: value.to(self.device) for name, value in (dict(batch) | drawn).items()}
 
     def run(self):
-        config = self.config
         for batch in self.batches:
-            frames = int(self.model._get_feat_extract_output_lengths(batch["input_values"].shape[1]))
-            inside = None
-            if "attention_mask" in batch:
-                inside = self.model._get_feature_vector_attention_mask(frames, batch["attention_mask"])
-            shape = (len(batch["input_values"]), frames)
-            mask = _compute_mask_indices(shape, config.mask_time_prob, config.mask_time_length, inside, min_masks=2)
-            negatives = _sample_negative_indices(shape, config.num_negatives, mask_time_indices=mask)
-            moved = {name: value.to(self.device) for name, value in batch.items()}
+            inputs = self.inputs(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                out = self.model(
-                    **moved,
-                    mask_time_indices=torch.from_numpy(mask).to(self.device),
-                    sampled_negative_indices=torch.from_numpy(negatives).to(self.device),
-                )
-            (out.loss / int(mask.sum()) / len(self.batches)).backward()
+                loss = self.model(**inputs).loss
+            (loss / inputs["mask_time_indices"].sum() / len(self.batches)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def micro_batch_samples(self):
+        return sum(self.heard[: len(self.batches[0]["input_values"])])
+
+    def stages(self):
+        return stock_stages(self, self.batches[0], self.inputs)
 
 
 CONTENDERS = {"ours": Ours, "stock": Stock}

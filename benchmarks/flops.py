@@ -8,7 +8,15 @@ from collections.abc import Iterable
 import torch
 
 # Dense bf16 FLOP/s by the makers' data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "A10": 125e12}
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "A10": 125e12,
+}
 
 
 def peak_flops() -> float | None:

@@ -101,9 +101,13 @@ class OptimizationArguments:
     max_grad_norm: float = _flag(0.0, "Clip the gradient's norm (per masked frame) to this; 0 does not clip.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in the backward pass: less memory, slower.")
     gradient_checkpointing_stages: list[str] = _flag(
-        ["encoder"], "Whose activations: the `encoder`'s (transformer), the `convs`', or both.", choices=["encoder", "convs"]
+        ["encoder"],
+        "Whose activations: the `encoder`'s (transformer), the `convs`', or both.",
+        choices=["encoder", "convs"],
     )
-    torch_compile: bool = _flag(False, "Fuse what the transformer does frame by frame (needs a C compiler; pays on a GPU).")
+    torch_compile: bool = _flag(
+        False, "Fuse what the transformer does frame by frame (needs a C compiler; pays on a GPU)."
+    )
     positional_conv: str = _flag(
         "auto",
         "The positional convolution as the library's (`stock`) or as products in `blocks` (`auto`: blocks on a GPU).",

@@ -8,6 +8,8 @@ BASE's group norm over time is folded into the first convolution: mean and varia
 the mean μ and covariance C of its input windows, var = wᵀCw. Taken over each row's own windows they are at the same time the masked
 group norm, which padding does not reach.
 
+LARGE's layer norms are over the channels, which lie side by side here, where the stock layers transpose twice for each.
+
 Shapes: B utterances, S samples (a multiple of the stride), T frames, C channels, k taps. Only the stock modules' parameters are used.
 """
 
@@ -19,11 +21,10 @@ from w2v2.masking import latent_lengths
 
 
 def is_flat(config) -> bool:
-    """Whether the flat layout holds: group norm, strides of two after the first, kernels of two or three, no conv biases."""
+    """Whether the flat layout holds: strides of two after the first, kernels of two or three; no bias under a group norm."""
     first_kernel, first_stride = config.conv_kernel[0], config.conv_stride[0]
     return (
-        config.feat_extract_norm == "group"
-        and not config.conv_bias
+        (config.feat_extract_norm == "layer" or not config.conv_bias)
         and first_stride < first_kernel <= 2 * first_stride
         and all(s == 2 for s in config.conv_stride[1:])
         and all(k in (2, 3) for k in config.conv_kernel[1:])
@@ -66,49 +67,86 @@ def _halve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.view(len(x) // 2, -1) @ weight.transpose(1, 2).flatten(1).T
 
 
-def _first_layer(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """First convolution and group norm as one affine map a row: (B, S / stride, C), before the activation."""
-    k, s = layer.conv.kernel_size[0], layer.conv.stride[0]
+def _windows(waveforms_BS: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
+    """Input windows of the first convolution, (B, S / stride, k): a view."""
     B, S = waveforms_BS.shape
-    padded = F.pad(waveforms_BS, (0, s))
-    windows = padded.as_strided((B, S // s, k), (S + s, s, 1))
+    return F.pad(waveforms_BS, (0, stride)).as_strided((B, S // stride, kernel), (S + stride, stride, 1))
+
+
+def _folded_norm(windows: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, ...]:
+    """First convolution and group norm as one affine map a row: weight (B, C, k) and offset (B, C), in float64."""
+    conv, norm = layer.conv, layer.layer_norm
     with torch.no_grad():
-        count = latent_lengths(num_samples_B, [k], [s])
-        inside = torch.arange(S // s, device=count.device) < count[:, None]
+        count = latent_lengths(num_samples_B, conv.kernel_size, conv.stride)
+        inside = torch.arange(windows.shape[1], device=count.device) < count[:, None]
         u = torch.where(inside[..., None], windows.double(), 0.0)
         mean = u.sum(1) / count[:, None]  # (B, k)
         centred = torch.where(inside[..., None], u - mean[:, None], 0.0)
         covariance = centred.transpose(1, 2) @ centred / count[:, None, None]  # (B, k, k)
-    weight = layer.conv.weight[:, 0].double()  # (C, k)
+    weight = conv.weight[:, 0].double()  # (C, k)
     variance = torch.einsum("ck,bkl,cl->bc", weight, covariance, weight)
-    gain = torch.rsqrt(variance + layer.layer_norm.eps) * layer.layer_norm.weight.double()  # (B, C)
+    gain = torch.rsqrt(variance + norm.eps) * norm.weight.double()  # (B, C)
     folded = gain[:, :, None] * weight  # (B, C, k)
-    offset = layer.layer_norm.bias.double() - (folded * mean[:, None]).sum(-1)  # (B, C)
-    dtype = waveforms_BS.dtype
-    return torch.baddbmm(offset[:, None].to(dtype), windows, folded.transpose(1, 2).to(dtype))
+    return folded, norm.bias.double() - (folded * mean[:, None]).sum(-1)
+
+
+def _affine(windows: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """windows (B, T, k) times weight (B, C, k) plus offset (B, C) → (B, T, C) in `dtype`.
+
+    A 16-bit type alone would round the waveform and the folded weights away: its product is taken over both halves of each, high and low,
+    [x_hi x_lo x_hi 1 1] · [w_hi w_hi w_lo b_hi b_lo], which carries twice the bits (and is 32 wide for ten taps).
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return torch.baddbmm(offset[:, None].to(dtype), windows.to(dtype), weight.transpose(1, 2).to(dtype))
+
+    def halves(x):
+        high = x.to(dtype)
+        return high, (x - high.to(x.dtype)).to(dtype)
+
+    (x_high, x_low), (w_high, w_low), (b_high, b_low) = halves(windows), halves(weight), halves(offset[..., None])
+    x = torch.cat([x_high, x_low, x_high, torch.ones_like(x_high[..., :2])], -1)
+    return x @ torch.cat([w_high, w_high, w_low, b_high, b_low], -1).transpose(1, 2)
 
 
 def flat_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
-    """Latent frames (B, T, C) of a group-norm feature encoder; each row as if it were alone.
+    """Latent frames (B, T, C) of the feature encoder; each row as if it were alone. Under autocast in its type.
 
-    Frames past a row's end are garbage. Under autocast the first layer stays in float32 and the products run in the lower type.
+    Frames past a row's end are garbage.
     """
     layers, device = extractor.conv_layers, waveforms_BS.device.type
-    stride = layers[0].conv.stride[0] * 2 ** (len(layers) - 1)
-    lower = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if lower else waveforms_BS.dtype
+    first = layers[0]
+    stride = first.conv.stride[0] * 2 ** (len(layers) - 1)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else waveforms_BS.dtype
     with torch.autocast(device, enabled=False):
         waveforms_BS = F.pad(waveforms_BS, (0, -waveforms_BS.shape[1] % stride))
-        x = layers[0].activation(_first_layer(waveforms_BS, num_samples_B, layers[0]))
+        windows = _windows(waveforms_BS, first.conv.kernel_size[0], first.conv.stride[0])
+        if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
+            x = _affine(windows, *_folded_norm(windows, num_samples_B, first), dtype)
+            x = first.activation(x)
+        else:
+            B, weight = len(windows), first.conv.weight[None, :, 0]
+            bias = weight.new_zeros(weight.shape[:2]) if first.conv.bias is None else first.conv.bias[None]
+            x = _activated(_affine(windows, weight.expand(B, -1, -1), bias.expand(B, -1), dtype), first)
         B, frames, channels = x.shape
-        x = x.reshape(B * frames, channels).to(dtype)
+        x = x.reshape(B * frames, channels)
         for layer in layers[1:]:
-            x = layer.activation(_halve(x, layer.conv.weight.to(dtype)))
+            x = _halve(x, layer.conv.weight.to(dtype))
+            if layer.conv.bias is not None:
+                x = x + layer.conv.bias.to(dtype)
+            x = _activated(x, layer)
     return x.view(B, -1, x.shape[-1])
 
 
+def _activated(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """Layer norm over the channels, where the layer has one, and activation; the norm's statistics are float32 inside."""
+    norm = getattr(layer, "layer_norm", None)
+    if norm is not None:
+        x = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+    return layer.activation(x)
+
+
 def stock_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
-    """Latent frames (B, T, C) through the stock layers, for configurations that are not flat (LARGE's layer norms among them).
+    """Latent frames (B, T, C) through the stock layers, for configurations that are not flat.
 
     A group norm takes its statistics over each row's own frames.
     """

@@ -40,7 +40,9 @@ def _convolution_in_blocks(x: torch.Tensor, conv: nn.Conv1d) -> torch.Tensor:
     band = torch.stack([F.pad(w, (0, 0, 0, 0, r, R - 1 - r)) for r in range(R)], dim=3)  # (G, k + R - 1, in, R, out)
 
     length = blocks * R + k - 1
-    padded = F.pad(x, (0, 0, k // 2, length - T - k // 2)).view(B, length, G, -1).permute(2, 0, 1, 3)  # (G, B, length, in)
+    padded = (
+        F.pad(x, (0, 0, k // 2, length - T - k // 2)).view(B, length, G, -1).permute(2, 0, 1, 3)
+    )  # (G, B, length, in)
     windows = padded.contiguous().unfold(2, width, R).transpose(-1, -2)  # (G, B, blocks, k + R - 1, in)
     out = windows.reshape(G, B * blocks, -1) @ band.reshape(G, width * (D // G), -1)  # (G, B · blocks, R · out)
     out = out.view(G, B, blocks * R, -1)[:, :, :T].permute(1, 2, 0, 3).reshape(B, T, D)
@@ -63,17 +65,17 @@ def layer(
     weight, bias = (torch.cat([getattr(p, name) for p in projections]) for name in ("weight", "bias"))
     qkv = F.linear(x, weight.to(dtype), bias.to(dtype)).unflatten(-1, (3, attention.num_heads, -1))  # (B, T, 3, H, d)
     dropout = attention.dropout if module.training else 0.0
-    heard = attend(*qkv.unbind(2), lengths, dropout).flatten(2)  # (B, T, D)
-    return (rest or after_attention)(module, hidden, heard, before)
+    attended = linear(attention.out_proj, attend(*qkv.unbind(2), lengths, dropout).flatten(2))  # (B, T, D)
+    return (rest or after_attention)(module, hidden, attended, before)
 
 
-def after_attention(module: nn.Module, hidden: torch.Tensor, heard: torch.Tensor, before: bool) -> torch.Tensor:
-    """The part of a layer that works frame by frame: whatever a compiler can fuse. `before`: pre-norm."""
+def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Tensor, before: bool) -> torch.Tensor:
+    """The part of a layer that works frame by frame, (B, T, D) → (B, T, D): whatever a compiler can fuse. `before`: pre-norm."""
     training, forward = module.training, module.feed_forward
-    hidden = hidden + F.dropout(linear(module.attention.out_proj, heard), module.dropout.p, training)
+    hidden = hidden + F.dropout(attended, module.dropout.p, training)
     if not before:
         hidden = norm(module.layer_norm, hidden)
-    x = norm(module.final_layer_norm, hidden).to(heard.dtype) if before else hidden
+    x = norm(module.final_layer_norm, hidden).to(attended.dtype) if before else hidden
     x = forward.intermediate_act_fn(linear(forward.intermediate_dense, x))
     x = linear(forward.output_dense, F.dropout(x, forward.intermediate_dropout.p, training))
     hidden = hidden + F.dropout(x, forward.output_dropout.p, training)

@@ -162,7 +162,9 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             hidden = self._layer(module, hidden, batch, index, normed.dtype)
         return norm(encoder.layer_norm, hidden) if pre_norm else hidden
 
-    def _layer(self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype: torch.dtype) -> torch.Tensor:
+    def _layer(
+        self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         """One layer, computed for the utterances that layerdrop leaves it. One at least, so that no parameter is without a gradient."""
 
         def run(x, lengths):
