@@ -6,7 +6,7 @@
    seed and the lengths alone, not on devices, workers or micro-batches; it may span two epochs.
 3. *Crop.* Length and offset are pure functions of utterance, seed and epoch.
 4. *Cut.* Sorted by length, longest first, into the fewest rounds that keep every micro-batch within its padded budget; every rank
-   gets the same number, dummies without weight filling up.
+   gets the same number, dummies without weight filling up, and about the same padded samples (`cutting.py`).
 """
 
 import math
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from w2v2.cutting import cut, deal, padded_sizes
 from w2v2.errors import UserError
 from w2v2.hashing import CROP, ORDER, below, derive, positive
 
@@ -148,47 +149,16 @@ class EffectiveBatches:
         return Crops(*(np.concatenate(columns) for columns in zip(*drawn, strict=True))), Cursor(epoch, position)
 
 
-def greedy_pieces(lengths: np.ndarray, budget: int) -> list[slice]:
-    """Cut lengths (longest first) into runs whose padded size, rows × longest, is within `budget` where a single row is."""
-    pieces, first = [], 0
-    while first < len(lengths):
-        rows = max(1, int(budget // lengths[first]))
-        pieces.append(slice(first, min(first + rows, len(lengths))))
-        first += rows
-    return pieces
-
-
-def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[int, list[slice]]:
-    """Cut an effective batch (lengths sorted, longest first) for `num_ranks` devices.
-
-    For the fewest rounds m upward, the smallest padded budget is found by bisection at which the greedy pieces number at most
-    m × num_ranks; the first m whose budget is within `micro_batch_samples` is taken, so the pieces are as even as they can be.
-
-    Returns: m, and at most m × num_ranks pieces.
-    """
-    for rounds in range(max(1, math.ceil(lengths.sum() / (num_ranks * micro_batch_samples))), len(lengths) + 1):
-        if len(greedy_pieces(lengths, micro_batch_samples)) > rounds * num_ranks:
-            continue
-        low, high = int(lengths[0]), micro_batch_samples  # invariant: `high` is enough
-        while low < high:
-            middle = (low + high) // 2
-            if len(greedy_pieces(lengths, middle)) <= rounds * num_ranks:
-                high = middle
-            else:
-                low = middle + 1
-        return rounds, greedy_pieces(lengths, high)
-    raise AssertionError("unreachable: one utterance a piece always fits")
-
-
 def plan_update(
     crops: Crops, update: int, following: Cursor, *, rank: int, num_ranks: int, micro_batch_samples: int
 ) -> list[MicroBatchPlan]:
-    """This rank's micro-batches of one effective batch: pieces `rank`, `rank + num_ranks`, … and dummies up to the common number."""
+    """This rank's micro-batches of one effective batch, as `deal` shares them out: larger ones first, the last may be a dummy."""
     crops = crops.take(np.lexsort((crops.utterance, -crops.num_samples)))
     rounds, pieces = cut(crops.num_samples, num_ranks, micro_batch_samples)
+    sizes = padded_sizes(crops.num_samples, pieces, rounds * num_ranks)
     total = int(crops.num_samples.sum())
     plans = []
-    for piece in range(rank, rounds * num_ranks, num_ranks):
+    for piece in deal(sizes, num_ranks)[rank].tolist():
         dummy = piece >= len(pieces)
         rows = slice(len(crops.utterance) - 1, None) if dummy else pieces[piece]
         plans.append(MicroBatchPlan(crops.take(rows), update, piece, rounds, total, dummy, following))
