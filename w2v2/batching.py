@@ -21,6 +21,7 @@ from w2v2.errors import UserError
 from w2v2.hashing import CROP, ORDER, below, derive, positive
 
 LATENT_STRIDE = 320  # samples between latent frames of the wav2vec 2.0 convs
+CHUNK = 1 << 20  # utterances looked at together where all have to be: temporaries stay small
 
 
 class Cursor(NamedTuple):
@@ -97,7 +98,7 @@ class EffectiveBatches:
     """Draws effective batches from utterances of known lengths.
 
     Args:
-        num_samples: (n,) lengths at 16 kHz; kept as int32, four bytes an utterance.
+        num_samples: (n,) lengths at 16 kHz; kept as int32, four bytes an utterance, and not copied where they are int32 already.
         batch_samples: samples that an effective batch holds at least.
         crop_samples, grid_samples: see `crop_length`.
 
@@ -115,6 +116,12 @@ class EffectiveBatches:
                 f"--batch_hours {batch_samples / 16_000 / 3600:g} is smaller than one utterance "
                 f"({self.longest / 16_000:.1f} s after cropping): raise it (the method needs hours, 1.6 for BASE)"
             )
+
+    @property
+    def heard_samples(self) -> int:
+        """Samples that an epoch hears: lengths alone decide it."""
+        parts = (self.num_samples[i : i + CHUNK] for i in range(0, len(self.num_samples), CHUNK))
+        return sum(int(crop_length(part, self.crop_samples, self.grid_samples).sum(dtype=np.int64)) for part in parts)
 
     def check_budget(self, micro_batch_samples: int) -> None:
         """Raises `UserError` when a micro-batch cannot hold the longest crop."""

@@ -10,15 +10,19 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from w2v2.audio import SAMPLING_RATE, AudioError, probe
-from w2v2.batching import Cursor, EffectiveBatches, crop_length, plan_update
+from w2v2.batching import CHUNK, Cursor, EffectiveBatches, crop_length
 from w2v2.collate import Framing
+from w2v2.cutting import cut, padded_sizes
 from w2v2.errors import UserError
-from w2v2.manifest import load_manifest
+from w2v2.manifest import read_manifests
+from w2v2.table_file import hold
 
 NUM_PROBED = 64  # files whose headers are read before a run begins
 RECOMMENDED_BATCH_HOURS = 1.6
+MOST_SAMPLES = 2**31 - 1  # of an utterance: lengths are int32, and offsets of crops are drawn below 2³¹
 
 
 @dataclass
@@ -26,12 +30,12 @@ class Utterances:
     """The eligible utterances of some manifests."""
 
     table: datasets.Dataset  # id, audio, start, num_samples, …
-    num_samples: np.ndarray  # (n,) at 16 kHz
+    num_samples: np.ndarray  # (n,) int32, at 16 kHz
     dropped: dict[str, int]  # how many were left out, by reason
 
     @property
     def hours(self) -> float:
-        return float(self.num_samples.sum()) / SAMPLING_RATE / 3600
+        return float(self.num_samples.sum(dtype=np.int64)) / SAMPLING_RATE / 3600
 
 
 class SkippedAudio:
@@ -86,27 +90,53 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
 
     Returns: the utterances, and the files whose length had to be measured and could not. Raises `UserError` when nothing is left.
     """
-    table, unmeasured = load_manifest(
-        list(manifests), data_root=args.data_root, cache_dir=Path(args.output_dir) / "cache", probe=probe
-    )
-    num_samples = np.asarray(table.with_format("numpy")["num_samples"], dtype=np.int64)
-    least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
-    most = args.max_seconds * SAMPLING_RATE if args.max_seconds is not None else np.inf
-    heard = crop_length(
-        num_samples, round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
-    )
-    short, long = (num_samples < least) | (heard < framing.min_samples), num_samples > most
-    kept = np.flatnonzero(~short & ~long)
-    if not len(kept):
+    cache_dir = Path(args.output_dir) / "cache"
+    table, unmeasured = read_manifests(list(manifests), data_root=args.data_root, cache_dir=cache_dir, probe=probe)
+    kept, num_samples, dropped = _eligible(table, args, framing)
+    dropped |= {"unreadable": len(unmeasured)}
+    if not len(num_samples):
         raise UserError(
-            f"{', '.join(manifests)}: no utterance is left of {len(table) + len(unmeasured)} ({int(short.sum())} shorter than "
-            f"{least / SAMPLING_RATE:g} s, {int(long.sum())} longer than --max_seconds, {len(unmeasured)} unreadable"
+            f"{', '.join(manifests)}: no utterance is left of {len(table) + len(unmeasured)} ({dropped['too_short']} shorter than "
+            f"{_least_samples(args, framing) / SAMPLING_RATE:g} s, {dropped['too_long']} longer than --max_seconds, "
+            f"{len(unmeasured)} unreadable"
             + (f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else "")
             + f"); lower --min_seconds, raise --crop_seconds (a mask span needs {framing.min_samples / SAMPLING_RATE:.2f} s), or "
             "give other audio"
         )
-    dropped = {"too_short": int(short.sum()), "too_long": int(long.sum()), "unreadable": len(unmeasured)}
-    return Utterances(table.select(kept) if len(kept) < len(table) else table, num_samples[kept], dropped), unmeasured
+    held = hold(table, cache_dir, None if kept.all() else kept)
+    return Utterances(held, num_samples, dropped), unmeasured
+
+
+def _least_samples(args, framing: Framing) -> int:
+    return max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
+
+
+def _eligible(table: pa.Table, args, framing: Framing) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Which rows are kept, (rows,) bool; the lengths of those, (n,) int32; and how many are too short and too long.
+
+    Raises UserError for an utterance of 2³¹ samples (37 h) or more that `max_seconds` does not leave out.
+    """
+    least, most = (
+        _least_samples(args, framing),
+        np.inf if args.max_seconds is None else args.max_seconds * SAMPLING_RATE,
+    )
+    crop = round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
+    masks, lengths, dropped = [], [], {"too_short": 0, "too_long": 0}
+    for batch in table.to_batches(max_chunksize=CHUNK):
+        num_samples = batch.column("num_samples").to_numpy()
+        short = (num_samples < least) | (crop_length(num_samples, *crop) < framing.min_samples)
+        long = num_samples > most
+        masks.append(~short & ~long)
+        if (endless := np.flatnonzero(masks[-1] & (num_samples > MOST_SAMPLES))).size:
+            row = int(endless[0])
+            raise UserError(
+                f"utterance {batch.column('id')[row]} has {num_samples[row] / SAMPLING_RATE / 3600:.1f} h, more than "
+                f"{MOST_SAMPLES / SAMPLING_RATE / 3600:.1f}: cut it into several, or leave it out with --max_seconds"
+            )
+        lengths.append(num_samples[masks[-1]].astype(np.int32))
+        dropped["too_short"] += int(short.sum())
+        dropped["too_long"] += int(long.sum())
+    return np.concatenate(masks), np.concatenate(lengths), dropped
 
 
 def probe_some(utterances: Utterances) -> list[dict]:
@@ -136,11 +166,13 @@ def check_validation(utterances: Utterances, unmeasured: list[dict], max_fractio
 
 def identity(args, utterances: Utterances) -> dict[str, Any]:
     """What the effective batches depend on: a resumed run has to agree in all of it."""
-    lengths = hashlib.sha256(utterances.num_samples.astype("<i8").tobytes()).hexdigest()[:16]
+    digest, lengths = hashlib.sha256(), utterances.num_samples
+    for first in range(0, len(lengths), CHUNK):
+        digest.update(lengths[first : first + CHUNK].astype("<i8"))
     names = ("seed", "batch_hours", "crop_seconds", "length_grid_seconds")
     masks = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
     values = {name: getattr(args, name) for name in names + masks}
-    return values | {"utterances": len(utterances.num_samples), "lengths_sha256": lengths}
+    return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -166,18 +198,18 @@ def build_batches(utterances: Utterances, args) -> EffectiveBatches:
 
 def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks: int) -> dict[str, Any]:
     """What the run would do, as in plan.json; the figures of a batch are means over the first few."""
-    all_crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0).num_samples
     micro_batch_samples = round(args.micro_batch_seconds * SAMPLING_RATE)
     batches.check_budget(micro_batch_samples)
     cursor, rounds, samples, padded = Cursor(), [], [], []
     for _ in range(min(8, args.max_steps)):
         crops, cursor = batches.draw(cursor)
-        arguments = dict(num_ranks=num_ranks, micro_batch_samples=micro_batch_samples)
-        plans = [plan for rank in range(num_ranks) for plan in plan_update(crops, 0, cursor, rank=rank, **arguments)]
-        rounds.append(plans[0].num_rounds)
-        samples.append(plans[0].batch_samples)
-        padded.append(sum(len(p.crops.utterance) * p.crops.num_samples.max() for p in plans if not p.dummy))
-    updates_per_epoch = float(all_crops.sum()) / np.mean(samples)
+        lengths = np.sort(crops.num_samples)[::-1]
+        num_rounds, pieces = cut(lengths, num_ranks, micro_batch_samples)
+        rounds.append(num_rounds)
+        samples.append(int(lengths.sum()))
+        padded.append(int(padded_sizes(lengths, pieces, len(pieces)).sum()))
+    heard_samples = float(batches.heard_samples)
+    updates_per_epoch = heard_samples / np.mean(samples)
     plan = {
         "utterances": len(utterances.num_samples),
         "hours": utterances.hours,
@@ -186,7 +218,7 @@ def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks
         "micro_batches_per_update": float(np.mean(rounds)),
         "updates_per_epoch": updates_per_epoch,
         "epochs": args.max_steps / updates_per_epoch,
-        "cropped_fraction": 1.0 - float(all_crops.sum()) / float(utterances.num_samples.sum()),
+        "cropped_fraction": 1.0 - heard_samples / float(utterances.num_samples.sum(dtype=np.int64)),
         "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
         "num_processes": num_ranks,
     }
