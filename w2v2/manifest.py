@@ -214,7 +214,10 @@ def _resolved(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) ->
     if (index := pc.index(pc.match_substring_regex(written, r"^[A-Za-z][A-Za-z0-9+.-]*://"), True).as_py()) >= 0:
         raise UserError(f"{raw.row(index)} names the URL {written[index]}: download the files and name those")
     base = os.path.join(os.path.abspath(raw.base if data_root is None else data_root), raw.prefix, "")
-    return pc.if_else(pc.starts_with(written, os.sep), written, pc.binary_join_element_wise(base, written, ""))
+    absolute = pc.starts_with(written, os.sep)
+    if pc.all(absolute).as_py():
+        return written
+    return pc.if_else(absolute, written, pc.binary_join_element_wise(base, written, ""))
 
 
 def _concatenated(tables: list[pa.Table], names: list[str]) -> pa.Table:
