@@ -138,13 +138,14 @@ def test_processes_that_start_together_agree(tmp_path):
 def test_old_tables_do_not_pile_up_and_one_in_use_stays(tmp_path):
     used, hour = make_table(first=1_000), 3_600
     hold(used, tmp_path)
-    (in_use,) = files(tmp_path)
+    (in_use,) = tmp_path.iterdir()
+    first = in_use.stat().st_ino
     for number in range(KEPT + 3):
         hold(make_table(first=number), tmp_path)
         for path in tmp_path.iterdir():  # an hour goes by
             os.utime(path, (path.stat().st_mtime - hour,) * 2)
         hold(used, tmp_path)
-    assert len(files(tmp_path)) == KEPT and in_use in files(tmp_path)
+    assert len(files(tmp_path)) == KEPT and in_use.stat().st_ino == first, "it was removed and written again"
 
 
 def test_what_a_killed_process_left_unfinished_goes_after_a_day(tmp_path):
