@@ -21,6 +21,7 @@ from w2v2.batching import (
 from w2v2.collate import build_loader
 from w2v2.cutting import cut, deal, padded_sizes
 from w2v2.errors import UserError
+from w2v2.hashing import ORDER, derive
 from w2v2.masking import latent_lengths
 
 SECOND = 16_000
@@ -82,6 +83,25 @@ def test_any_part_of_an_order_can_be_asked_for_alone():
     some = torch.tensor([776, 0, 300, 301, 5])
     assert torch.equal(order(2, some), whole[some])
     assert some.tolist() == [776, 0, 300, 301, 5], "the question is left as it was"
+
+
+@pytest.mark.parametrize("n", [1, 2, 777, 1025, 100_000_000])
+def test_the_order_is_a_feistel_network_of_hashes_that_walks_until_it_is_inside(n):
+    """One position at a time. Runs that are under way rely on these very orders."""
+    bits = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    for seed, epoch in ((0, 0), (7, 3)):
+        keys = [derive(seed, ORDER, epoch, number) for number in range(6)]
+        positions, expected = [place * n // 40 for place in range(40)], []
+        for x in positions:
+            while True:
+                left, right = x >> bits, x % 2**bits
+                for key in keys:
+                    left, right = right, left ^ (int(derive(key, right)) >> 1) % 2**bits
+                x = left * 2**bits + right
+                if x < n:
+                    break
+            expected.append(x)
+        assert EpochOrder(n, seed)(epoch, torch.tensor(positions)).tolist() == expected
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 11])

@@ -10,7 +10,7 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +18,12 @@ import torch
 
 from w2v2.cutting import cut, deal, padded_sizes
 from w2v2.errors import UserError
-from w2v2.hashing import CROP, ORDER, below, derive, positive
+from w2v2.hashing import CROP, ORDER, below, derive, derive_many, positive
 
 LATENT_STRIDE = 320  # samples between latent frames of the wav2vec 2.0 convs
-CHUNK = 1 << 20  # utterances looked at together where all have to be: temporaries stay small
+CHUNK = (
+    1 << 16
+)  # utterances looked at together where all have to be: temporaries stay small, and in the processor's cache
 
 
 class Cursor(NamedTuple):
@@ -67,18 +69,19 @@ class EpochOrder:
     def __call__(self, epoch: int, positions: torch.Tensor) -> torch.Tensor:
         """Utterances at `positions` (int64, each in 0…n−1) of the epoch's order."""
         keys = derive(self.seed, ORDER, epoch, torch.arange(self.NUM_ROUNDS)).tolist()
-        x = self._permute(keys, positions)
-        while bool(
-            (outside := x >= self.n).any()
-        ):  # cycle walking: at most a factor of four of the domain lies outside
-            x[outside] = self._permute(keys, x[outside])
-        return x
+        hashes = [derive_many(key) for key in keys]
+        x = self._permute(hashes, positions.numpy())
+        while len(
+            outside := np.flatnonzero(x >= self.n)
+        ):  # cycle walking: up to three quarters of the domain lie outside
+            x[outside] = self._permute(hashes, x[outside])
+        return torch.from_numpy(x)
 
-    def _permute(self, keys: list[int], x: torch.Tensor) -> torch.Tensor:
+    def _permute(self, hashes: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:
         low = (1 << self.half_bits) - 1
         left, right = x >> self.half_bits, x & low
-        for key in keys:
-            left, right = right, left ^ (positive(derive(key, right)) & low)
+        for hashed in hashes:
+            left, right = right, left ^ (positive(hashed(right)) & low)
         return (left << self.half_bits) | right
 
 
