@@ -22,7 +22,12 @@ def make_args(output_dir=None, **changes):
     values = dict(data_root=None, output_dir=output_dir, min_seconds=2.0, max_seconds=None, crop_seconds=8.0)
     values |= dict(length_grid_seconds=0.32, batch_hours=0.02, micro_batch_seconds=30.0, seed=3, max_steps=5)
     values |= dict(
-        warmup_steps=1, validation_data=None, mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2
+        dry_run=False,
+        warmup_steps=1,
+        validation_data=None,
+        mask_time_prob=0.65,
+        mask_time_length=10,
+        mask_time_min_masks=2,
     )
     return SimpleNamespace(**values | changes)
 
@@ -60,6 +65,15 @@ def test_the_utterances_are_the_rows_of_a_fitting_length_in_their_order(tmp_path
     assert found.dropped == {"too_short": sum(short), "too_long": sum(long), "unreadable": 0} and unmeasured == []
     assert found.num_samples.dtype == np.int32
     assert [file["filename"] for file in found.table.cache_files] == list(map(str, (tmp_path / "run/cache").iterdir()))
+
+
+def test_a_dry_run_leaves_no_table_behind(tmp_path, lengths):
+    manifest = write_csv(tmp_path / "a.csv", [f"/data/{row}.wav" for row in range(len(lengths))], lengths)
+    dry, wet = (
+        load_utterances([str(manifest)], make_args(tmp_path / "run", dry_run=dry), FRAMING)[0] for dry in (True, False)
+    )
+    assert not dry.table.cache_files and wet.table.cache_files and dry.table.to_list() == wet.table.to_list()
+    assert len(list((tmp_path / "run/cache").iterdir())) == 1
 
 
 def test_a_crop_too_short_for_a_masked_span_counts_as_too_short(tmp_path):

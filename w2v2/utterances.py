@@ -39,7 +39,8 @@ class Utterances:
 def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[Utterances, list[dict]]:
     """Read manifests and leave out what is too short or too long.
 
-    Returns: the utterances, and the files whose length had to be measured and could not. Raises `UserError` when nothing is left.
+    Returns: the utterances, and the files whose length had to be measured and could not. Their table is mapped from a file in the
+    run's folder, except for a dry run, which leaves none. Raises `UserError` when nothing is left.
     """
     cache_dir = Path(args.output_dir) / "cache"
     table, unmeasured = read_manifests(list(manifests), data_root=args.data_root, cache_dir=cache_dir, probe=probe)
@@ -54,7 +55,7 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
             + f"); lower --min_seconds, raise --crop_seconds (a mask span needs {framing.min_samples / SAMPLING_RATE:.2f} s), or "
             "give other audio"
         )
-    held = hold(table, cache_dir, None if kept.all() else kept)
+    held = hold(table, None if args.dry_run else cache_dir, None if kept.all() else kept)
     del table
     pa.default_memory_pool().release_unused()  # Arrow would keep a hundred bytes an utterance for the next table
     return Utterances(held, num_samples, dropped), unmeasured
