@@ -32,6 +32,8 @@ from w2v2.finetuning_arguments import (
 )
 from w2v2.manifest import load_manifest
 
+CACHE_FOLDER = "_cache"  # in the output folder; `Trainer` pushes nothing that begins with an underscore
+
 
 def main(argv: list[str] | None = None) -> None:
     text_args, args = parse_command_line((CTCArguments, FineTuningArguments), argv)
@@ -107,7 +109,8 @@ def read_set(name: str, paths: list[str], args: FineTuningArguments, text_args: 
     Raises UserError where more than `max_skipped_fraction` of them are unreadable.
     """
     with args.main_process_first():
-        table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=args.output_dir, probe=probe)
+        cache_dir = Path(args.output_dir, CACHE_FOLDER)
+        table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=cache_dir, probe=probe)
     label = ", ".join(paths)
     num_utterances = len(table) + len(skipped)
     table, unopened = ctc.drop_unreadable(table)

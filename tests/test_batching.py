@@ -15,12 +15,13 @@ from w2v2.batching import (
     EpochOrder,
     PlanStream,
     crop_length,
-    cut,
     plan_update,
     plan_validation,
 )
 from w2v2.collate import build_loader
+from w2v2.cutting import cut, deal, padded_sizes
 from w2v2.errors import UserError
+from w2v2.hashing import ORDER, derive
 from w2v2.masking import latent_lengths
 
 SECOND = 16_000
@@ -82,6 +83,25 @@ def test_any_part_of_an_order_can_be_asked_for_alone():
     some = torch.tensor([776, 0, 300, 301, 5])
     assert torch.equal(order(2, some), whole[some])
     assert some.tolist() == [776, 0, 300, 301, 5], "the question is left as it was"
+
+
+@pytest.mark.parametrize("n", [1, 2, 777, 1025, 100_000_000])
+def test_the_order_is_a_feistel_network_of_hashes_that_walks_until_it_is_inside(n):
+    """One position at a time. Runs that are under way rely on these very orders."""
+    bits = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    for seed, epoch in ((0, 0), (7, 3)):
+        keys = [derive(seed, ORDER, epoch, number) for number in range(6)]
+        positions, expected = [place * n // 40 for place in range(40)], []
+        for x in positions:
+            while True:
+                left, right = x >> bits, x % 2**bits
+                for key in keys:
+                    left, right = right, left ^ (int(derive(key, right)) >> 1) % 2**bits
+                x = left * 2**bits + right
+                if x < n:
+                    break
+            expected.append(x)
+        assert EpochOrder(n, seed)(epoch, torch.tensor(positions)).tolist() == expected
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 11])
@@ -300,6 +320,43 @@ def test_the_cut_takes_the_fewest_rounds_and_the_smallest_budget_that_gives_them
     largest = max(len(lengths[piece]) * int(lengths[piece][0]) for piece in pieces)
     assert fewest_pieces(lengths.tolist(), largest) <= rounds * num_ranks
     assert fewest_pieces(lengths.tolist(), largest - 1) > rounds * num_ranks, "a smaller budget would have done"
+
+
+@pytest.mark.parametrize("num_ranks, rounds", [(1, 5), (2, 1), (3, 4), (8, 4), (64, 2)])
+def test_every_piece_is_dealt_once_and_like_sizes_share_a_round(num_ranks, rounds):
+    sizes = np.random.default_rng(num_ranks).integers(50, 100, num_ranks * rounds)
+    dealt = deal(sizes, num_ranks)
+    assert dealt.shape == (num_ranks, rounds)
+    assert sorted(dealt.ravel().tolist()) == list(range(len(sizes)))
+    in_rounds = np.sort(sizes[dealt], axis=0)[::-1].T.ravel()  # (m · ranks,): the largest of the first round first
+    assert in_rounds.tolist() == sorted(sizes.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_exchange_of_two_pieces_in_a_round_brings_the_busiest_and_the_idlest_rank_closer(seed):
+    rng = np.random.default_rng(seed)
+    num_ranks, rounds = int(rng.integers(2, 9)), int(rng.integers(2, 7))
+    sizes = rng.integers(10, 100, num_ranks * rounds)
+    given = sizes[deal(sizes, num_ranks)]
+    load = given.sum(1)
+    most, least = given[load.argmax()], given[load.argmin()]
+    for larger, smaller in zip(most, least, strict=True):
+        assert not 0 < larger - smaller < np.ptp(load)
+
+
+def test_ranks_finish_an_update_of_1_6_hours_together_where_they_have_several_pieces():
+    """Padded samples of a rank over the update: dealt out in turn the average rank idles 1.8 %."""
+    batches, idle = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.6), []
+    ranks = plans_of(batches, range(6), 8, budget=200 * SECOND)
+    for update in range(6):
+        load = [sum(padded(plan) for plan in plans if plan.update == update) for plans in ranks]
+        idle.append(1 - np.mean(load) / max(load))
+    assert np.mean(idle) < 0.006
+
+
+def test_a_dummy_costs_the_shortest_row():
+    lengths = np.array([9, 7, 7, 2])
+    assert padded_sizes(lengths, [slice(0, 1), slice(1, 4)], 4).tolist() == [9, 21, 2, 2]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 8])

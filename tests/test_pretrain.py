@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import Wav2Vec2ForPreTraining
 
 import pretrain
-from w2v2.batching import Cursor, EffectiveBatches, cut
+from w2v2.batching import Cursor, EffectiveBatches
+from w2v2.cutting import cut
 from w2v2.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]

@@ -6,20 +6,24 @@
    seed and the lengths alone, not on devices, workers or micro-batches; it may span two epochs.
 3. *Crop.* Length and offset are pure functions of utterance, seed and epoch.
 4. *Cut.* Sorted by length, longest first, into the fewest rounds that keep every micro-batch within its padded budget; every rank
-   gets the same number, dummies without weight filling up.
+   gets the same number, dummies without weight filling up, and about the same padded samples (`cutting.py`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from w2v2.cutting import cut, deal, padded_sizes
 from w2v2.errors import UserError
-from w2v2.hashing import CROP, ORDER, below, derive, positive
+from w2v2.hashing import CROP, ORDER, below, derive, derive_many, positive
 
 LATENT_STRIDE = 320  # samples between latent frames of the wav2vec 2.0 convs
+CHUNK = (
+    1 << 16
+)  # utterances looked at together where all have to be: temporaries stay small, and in the processor's cache
 
 
 class Cursor(NamedTuple):
@@ -65,18 +69,19 @@ class EpochOrder:
     def __call__(self, epoch: int, positions: torch.Tensor) -> torch.Tensor:
         """Utterances at `positions` (int64, each in 0…n−1) of the epoch's order."""
         keys = derive(self.seed, ORDER, epoch, torch.arange(self.NUM_ROUNDS)).tolist()
-        x = self._permute(keys, positions)
-        while bool(
-            (outside := x >= self.n).any()
-        ):  # cycle walking: at most a factor of four of the domain lies outside
-            x[outside] = self._permute(keys, x[outside])
-        return x
+        hashes = [derive_many(key) for key in keys]
+        x = self._permute(hashes, positions.numpy())
+        while len(
+            outside := np.flatnonzero(x >= self.n)
+        ):  # cycle walking: up to three quarters of the domain lie outside
+            x[outside] = self._permute(hashes, x[outside])
+        return torch.from_numpy(x)
 
-    def _permute(self, keys: list[int], x: torch.Tensor) -> torch.Tensor:
+    def _permute(self, hashes: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:
         low = (1 << self.half_bits) - 1
         left, right = x >> self.half_bits, x & low
-        for key in keys:
-            left, right = right, left ^ (positive(derive(key, right)) & low)
+        for hashed in hashes:
+            left, right = right, left ^ (positive(hashed(right)) & low)
         return (left << self.half_bits) | right
 
 
@@ -96,7 +101,7 @@ class EffectiveBatches:
     """Draws effective batches from utterances of known lengths.
 
     Args:
-        num_samples: (n,) lengths at 16 kHz; kept as int32, four bytes an utterance.
+        num_samples: (n,) lengths at 16 kHz; kept as int32, four bytes an utterance, and not copied where they are int32 already.
         batch_samples: samples that an effective batch holds at least.
         crop_samples, grid_samples: see `crop_length`.
 
@@ -114,6 +119,12 @@ class EffectiveBatches:
                 f"--batch_hours {batch_samples / 16_000 / 3600:g} is smaller than one utterance "
                 f"({self.longest / 16_000:.1f} s after cropping): raise it (the method needs hours, 1.6 for BASE)"
             )
+
+    @property
+    def heard_samples(self) -> int:
+        """Samples that an epoch hears: lengths alone decide it."""
+        parts = (self.num_samples[i : i + CHUNK] for i in range(0, len(self.num_samples), CHUNK))
+        return sum(int(crop_length(part, self.crop_samples, self.grid_samples).sum(dtype=np.int64)) for part in parts)
 
     def check_budget(self, micro_batch_samples: int) -> None:
         """Raises `UserError` when a micro-batch cannot hold the longest crop."""
@@ -148,47 +159,16 @@ class EffectiveBatches:
         return Crops(*(np.concatenate(columns) for columns in zip(*drawn, strict=True))), Cursor(epoch, position)
 
 
-def greedy_pieces(lengths: np.ndarray, budget: int) -> list[slice]:
-    """Cut lengths (longest first) into runs whose padded size, rows × longest, is within `budget` where a single row is."""
-    pieces, first = [], 0
-    while first < len(lengths):
-        rows = max(1, int(budget // lengths[first]))
-        pieces.append(slice(first, min(first + rows, len(lengths))))
-        first += rows
-    return pieces
-
-
-def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[int, list[slice]]:
-    """Cut an effective batch (lengths sorted, longest first) for `num_ranks` devices.
-
-    For the fewest rounds m upward, the smallest padded budget is found by bisection at which the greedy pieces number at most
-    m × num_ranks; the first m whose budget is within `micro_batch_samples` is taken, so the pieces are as even as they can be.
-
-    Returns: m, and at most m × num_ranks pieces.
-    """
-    for rounds in range(max(1, math.ceil(lengths.sum() / (num_ranks * micro_batch_samples))), len(lengths) + 1):
-        if len(greedy_pieces(lengths, micro_batch_samples)) > rounds * num_ranks:
-            continue
-        low, high = int(lengths[0]), micro_batch_samples  # invariant: `high` is enough
-        while low < high:
-            middle = (low + high) // 2
-            if len(greedy_pieces(lengths, middle)) <= rounds * num_ranks:
-                high = middle
-            else:
-                low = middle + 1
-        return rounds, greedy_pieces(lengths, high)
-    raise AssertionError("unreachable: one utterance a piece always fits")
-
-
 def plan_update(
     crops: Crops, update: int, following: Cursor, *, rank: int, num_ranks: int, micro_batch_samples: int
 ) -> list[MicroBatchPlan]:
-    """This rank's micro-batches of one effective batch: pieces `rank`, `rank + num_ranks`, … and dummies up to the common number."""
+    """This rank's micro-batches of one effective batch, as `deal` shares them out: larger ones first, the last may be a dummy."""
     crops = crops.take(np.lexsort((crops.utterance, -crops.num_samples)))
     rounds, pieces = cut(crops.num_samples, num_ranks, micro_batch_samples)
+    sizes = padded_sizes(crops.num_samples, pieces, rounds * num_ranks)
     total = int(crops.num_samples.sum())
     plans = []
-    for piece in range(rank, rounds * num_ranks, num_ranks):
+    for piece in deal(sizes, num_ranks)[rank].tolist():
         dummy = piece >= len(pieces)
         rows = slice(len(crops.utterance) - 1, None) if dummy else pieces[piece]
         plans.append(MicroBatchPlan(crops.take(rows), update, piece, rounds, total, dummy, following))

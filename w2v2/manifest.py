@@ -12,7 +12,6 @@ Columns are understood by name, upper or lower case, whichever toolkit wrote the
 - Text, speaker and label are "" where a row, or one of several manifests, has none.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 from w2v2.durations import measure_lengths
 from w2v2.errors import UserError
 from w2v2.folders import read_folder
+from w2v2.table_file import hold
 from w2v2.tables import RawTable, read_table
 
 COLUMNS = {
@@ -43,6 +43,14 @@ NUMBER = r"^(-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?nan|[+-]?inf)$"
 
 
 def load_manifest(
+    paths: str | Sequence[str], *, cache_dir: str | Path | None = None, **options
+) -> tuple[datasets.Dataset, list[dict]]:
+    """`read_manifests` as a data set: memory-mapped from a file in `cache_dir`, or in memory where that is None."""
+    table, skipped = read_manifests(paths, cache_dir=cache_dir, **options)
+    return hold(table, cache_dir), skipped
+
+
+def read_manifests(
     paths: str | Sequence[str],
     *,
     data_root: str | None = None,
@@ -50,10 +58,10 @@ def load_manifest(
     num_workers: int = 0,
     probe: Callable[[str], int],
     sampling_rate: int = 16_000,
-) -> tuple[datasets.Dataset, list[dict]]:
+) -> tuple[pa.Table, list[dict]]:
     """Read manifests, Kaldi folders or folders of audio files into one table of utterances.
 
-    Returns the data set and the files that could not be measured, as `{"id", "audio", "reason"}`. Columns: `id` (unique), `audio`
+    Returns the table and the files that could not be measured, as `{"id", "audio", "reason"}`. Columns: `id` (unique), `audio`
     (absolute path; whether it exists is not looked up), `start` (seconds), `num_samples` (at `sampling_rate`), and `text`,
     `speaker`, `label` where any manifest has them.
     `probe` gives a file's length at `sampling_rate` and raises an exception with a `reason`; its findings are kept in `cache_dir`.
@@ -77,17 +85,7 @@ def load_manifest(
             f"{', '.join(names)}: no audio file could be measured, beginning with {skipped[0]['audio']}, which"
             f" {skipped[0]['reason']}: check the paths, and --data_root if they are relative"
         )
-    return datasets.Dataset(table, fingerprint=_fingerprint(table)), skipped
-
-
-def _fingerprint(table: pa.Table) -> str:
-    """Name of the content for `datasets`, which would pickle the whole table to find one (four times its memory)."""
-    digest = hashlib.blake2b(digest_size=8)
-    for column in table.columns:
-        for chunk in column.chunks:
-            for buffer in filter(None, chunk.buffers()):
-                digest.update(buffer)
-    return digest.hexdigest()
+    return table, skipped
 
 
 def _read(path: Path, wanted: set[str]) -> RawTable:
@@ -216,7 +214,10 @@ def _resolved(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) ->
     if (index := pc.index(pc.match_substring_regex(written, r"^[A-Za-z][A-Za-z0-9+.-]*://"), True).as_py()) >= 0:
         raise UserError(f"{raw.row(index)} names the URL {written[index]}: download the files and name those")
     base = os.path.join(os.path.abspath(raw.base if data_root is None else data_root), raw.prefix, "")
-    return pc.if_else(pc.starts_with(written, os.sep), written, pc.binary_join_element_wise(base, written, ""))
+    absolute = pc.starts_with(written, os.sep)
+    if pc.all(absolute).as_py():
+        return written
+    return pc.if_else(absolute, written, pc.binary_join_element_wise(base, written, ""))
 
 
 def _concatenated(tables: list[pa.Table], names: list[str]) -> pa.Table:

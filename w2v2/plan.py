@@ -1,37 +1,34 @@
-"""Which utterances a run hears, and what it will do with them: everything that is known before the first update."""
+"""What a run will do with its utterances: everything that is known before the first update, and what a resumed run has to share."""
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
-from w2v2.audio import SAMPLING_RATE, AudioError, probe
-from w2v2.batching import Cursor, EffectiveBatches, crop_length, plan_update
-from w2v2.collate import Framing
+from w2v2.audio import SAMPLING_RATE
+from w2v2.batching import CHUNK, Cursor, EffectiveBatches
+from w2v2.cutting import cut, padded_sizes
 from w2v2.errors import UserError
-from w2v2.manifest import load_manifest
+from w2v2.utterances import Utterances, check_validation, load_utterances, probe_some
 
-NUM_PROBED = 64  # files whose headers are read before a run begins
+__all__ = [
+    "SkippedAudio",
+    "Utterances",
+    "build_batches",
+    "check_identity",
+    "check_validation",
+    "describe",
+    "identity",
+    "load_utterances",
+    "make_plan",
+    "probe_some",
+    "write_json",
+]
+
 RECOMMENDED_BATCH_HOURS = 1.6
-
-
-@dataclass
-class Utterances:
-    """The eligible utterances of some manifests."""
-
-    table: datasets.Dataset  # id, audio, start, num_samples, …
-    num_samples: np.ndarray  # (n,) at 16 kHz
-    dropped: dict[str, int]  # how many were left out, by reason
-
-    @property
-    def hours(self) -> float:
-        return float(self.num_samples.sum()) / SAMPLING_RATE / 3600
 
 
 class SkippedAudio:
@@ -81,66 +78,15 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None
 
 
-def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[Utterances, list[dict]]:
-    """Read manifests and leave out what is too short or too long.
-
-    Returns: the utterances, and the files whose length had to be measured and could not. Raises `UserError` when nothing is left.
-    """
-    table, unmeasured = load_manifest(
-        list(manifests), data_root=args.data_root, cache_dir=Path(args.output_dir) / "cache", probe=probe
-    )
-    num_samples = np.asarray(table.with_format("numpy")["num_samples"], dtype=np.int64)
-    least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
-    most = args.max_seconds * SAMPLING_RATE if args.max_seconds is not None else np.inf
-    heard = crop_length(
-        num_samples, round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
-    )
-    short, long = (num_samples < least) | (heard < framing.min_samples), num_samples > most
-    kept = np.flatnonzero(~short & ~long)
-    if not len(kept):
-        raise UserError(
-            f"{', '.join(manifests)}: no utterance is left of {len(table) + len(unmeasured)} ({int(short.sum())} shorter than "
-            f"{least / SAMPLING_RATE:g} s, {int(long.sum())} longer than --max_seconds, {len(unmeasured)} unreadable"
-            + (f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else "")
-            + f"); lower --min_seconds, raise --crop_seconds (a mask span needs {framing.min_samples / SAMPLING_RATE:.2f} s), or "
-            "give other audio"
-        )
-    dropped = {"too_short": int(short.sum()), "too_long": int(long.sum()), "unreadable": len(unmeasured)}
-    return Utterances(table.select(kept) if len(kept) < len(table) else table, num_samples[kept], dropped), unmeasured
-
-
-def probe_some(utterances: Utterances) -> list[dict]:
-    """Read the headers of a few files, evenly spread: a wrong root or format is found before the first update."""
-    rows = np.unique(np.linspace(0, len(utterances.num_samples) - 1, NUM_PROBED).astype(int))
-    unreadable = []
-    for row in rows:
-        entry = utterances.table[int(row)]
-        try:
-            probe(entry["audio"])
-        except AudioError as error:
-            unreadable.append({"id": entry["id"], "audio": entry["audio"], "reason": error.reason})
-    return unreadable
-
-
-def check_validation(utterances: Utterances, unmeasured: list[dict], max_fraction: float) -> None:
-    """Raises `UserError` where more of the validation set is unreadable than tolerated: its figures would mislead."""
-    unreadable = unmeasured + probe_some(utterances)
-    num_files = len(utterances.num_samples) + len(unmeasured)
-    if len(unreadable) > max_fraction * num_files:
-        first = unreadable[0]
-        raise UserError(
-            f"--validation_data: {first['audio']}: {first['reason']}; {len(unreadable)} of {num_files} files cannot be read, more "
-            f"than --max_skipped_fraction {max_fraction:g} allows: mend or remove them"
-        )
-
-
 def identity(args, utterances: Utterances) -> dict[str, Any]:
     """What the effective batches depend on: a resumed run has to agree in all of it."""
-    lengths = hashlib.sha256(utterances.num_samples.astype("<i8").tobytes()).hexdigest()[:16]
+    digest, lengths = hashlib.sha256(), utterances.num_samples
+    for first in range(0, len(lengths), CHUNK):
+        digest.update(lengths[first : first + CHUNK].astype("<i8"))
     names = ("seed", "batch_hours", "crop_seconds", "length_grid_seconds")
     masks = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
     values = {name: getattr(args, name) for name in names + masks}
-    return values | {"utterances": len(utterances.num_samples), "lengths_sha256": lengths}
+    return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -166,18 +112,18 @@ def build_batches(utterances: Utterances, args) -> EffectiveBatches:
 
 def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks: int) -> dict[str, Any]:
     """What the run would do, as in plan.json; the figures of a batch are means over the first few."""
-    all_crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0).num_samples
     micro_batch_samples = round(args.micro_batch_seconds * SAMPLING_RATE)
     batches.check_budget(micro_batch_samples)
     cursor, rounds, samples, padded = Cursor(), [], [], []
     for _ in range(min(8, args.max_steps)):
         crops, cursor = batches.draw(cursor)
-        arguments = dict(num_ranks=num_ranks, micro_batch_samples=micro_batch_samples)
-        plans = [plan for rank in range(num_ranks) for plan in plan_update(crops, 0, cursor, rank=rank, **arguments)]
-        rounds.append(plans[0].num_rounds)
-        samples.append(plans[0].batch_samples)
-        padded.append(sum(len(p.crops.utterance) * p.crops.num_samples.max() for p in plans if not p.dummy))
-    updates_per_epoch = float(all_crops.sum()) / np.mean(samples)
+        lengths = np.sort(crops.num_samples)[::-1]
+        num_rounds, pieces = cut(lengths, num_ranks, micro_batch_samples)
+        rounds.append(num_rounds)
+        samples.append(int(lengths.sum()))
+        padded.append(int(padded_sizes(lengths, pieces, len(pieces)).sum()))
+    heard_samples = float(batches.heard_samples)
+    updates_per_epoch = heard_samples / np.mean(samples)
     plan = {
         "utterances": len(utterances.num_samples),
         "hours": utterances.hours,
@@ -186,7 +132,7 @@ def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks
         "micro_batches_per_update": float(np.mean(rounds)),
         "updates_per_epoch": updates_per_epoch,
         "epochs": args.max_steps / updates_per_epoch,
-        "cropped_fraction": 1.0 - float(all_crops.sum()) / float(utterances.num_samples.sum()),
+        "cropped_fraction": 1.0 - heard_samples / float(utterances.num_samples.sum(dtype=np.int64)),
         "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
         "num_processes": num_ranks,
     }
