@@ -212,3 +212,18 @@ def test_a_row_without_other_frames_gives_indices_that_can_be_gathered(counts):
     if drawn.numel():
         assert drawn.min() >= 0 and drawn.max() < max(counts)
         assert counts[0] != 1 or (drawn[0, 0] == 0).all()
+
+
+# -- layerdrop
+
+
+def test_layerdrop_is_decided_for_each_utterance_and_layer_by_its_key():
+    keys = keys_of(4_000)
+    kept = kept_rows(keys, 3, 0.3)
+    assert kept.shape == (3, 4_000)
+    assert torch.equal(kept[:, 7:9], kept_rows(keys[7:9], 3, 0.3))
+    assert torch.equal(kept[:2], kept_rows(keys, 2, 0.3))
+    bound = 5 * (0.21 / 4_000) ** 0.5
+    assert (kept.double().mean(1) - 0.7).abs().max() < bound
+    assert abs(float((kept[0] & kept[1]).double().mean()) - 0.49) < bound
+    assert kept_rows(keys, 3, 0.0).all() and not kept_rows(keys, 3, 1.0).any()

@@ -113,6 +113,11 @@ class OptimizationArguments:
         "The positional convolution as the library's (`stock`) or as products in `blocks` (`auto`: blocks on a GPU).",
         choices=["auto", "blocks", "stock"],
     )
+    gradient_compression: str = _flag(
+        "none",
+        "Type in which several devices send their gradients: as they are, or half the bytes.",
+        choices=["none", "bf16"],
+    )
     seed: int = _flag(42, "Seed of everything random.")
 
 

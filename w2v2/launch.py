@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedType
 from transformers.utils.logging import disable_progress_bar
 
 from w2v2.errors import UserError
@@ -30,7 +30,7 @@ def start_accelerator(args) -> Accelerator:
             cpu=cpu,
             log_with=trackers or None,
             project_dir=str(Path(args.output_dir) / "runs"),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+            kwargs_handlers=[data_parallel(args.gradient_compression)],
         )
     except ValueError as error:
         raise UserError(f"--report_to {' '.join(trackers)}: {error}") from None
@@ -50,6 +50,16 @@ def start_accelerator(args) -> Accelerator:
         name = sorted(missing)[0]
         raise UserError(f"--report_to {name}: its package is not installed; install it, or use --report_to none")
     return accelerator
+
+
+def data_parallel(gradient_compression: str) -> DistributedDataParallelKwargs:
+    """DDP for an accumulated update: gradients live in the buckets that are sent, as they are or (`bf16`) in half the bytes.
+
+    They are sent once an update, while the last micro-batch's backward pass still runs. In bf16 each rank's part is rounded once, before
+    the sum.
+    """
+    hook = DDPCommunicationHookType.BF16 if gradient_compression == "bf16" else DDPCommunicationHookType.NO
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
 
 
 def keep_freed_memory() -> None:
