@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from w2v2.durations import measure_lengths
 from w2v2.errors import UserError
 from w2v2.folders import read_folder
+from w2v2.packed import find_index
 from w2v2.tables import RawTable, read_table
 
 COLUMNS = {
@@ -51,7 +52,7 @@ def load_manifest(
     probe: Callable[[str], int],
     sampling_rate: int = 16_000,
 ) -> tuple[datasets.Dataset, list[dict]]:
-    """Read manifests, Kaldi folders or folders of audio files into one table of utterances.
+    """Read manifests, Kaldi folders, packed folders or folders of audio files into one table of utterances.
 
     Returns the data set and the files that could not be measured, as `{"id", "audio", "reason"}`. Columns: `id` (unique), `audio`
     (absolute path; whether it exists is not looked up), `start` (seconds), `num_samples` (at `sampling_rate`), and `text`,
@@ -91,6 +92,12 @@ def _fingerprint(table: pa.Table) -> str:
 
 
 def _read(path: Path, wanted: set[str]) -> RawTable:
+    if index := find_index(path):
+        if not index.exists():
+            raise UserError(f"{path} was not packed to its end: run the same pack_audio.py command again")
+        raw = read_table(index, wanted)
+        raw.prefix = os.path.abspath(index.parent)  # its addresses are the folder's own, whatever --data_root says
+        return raw
     if not path.is_dir():
         return read_table(path, wanted)
     columns, prefix = read_folder(path)

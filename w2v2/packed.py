@@ -115,21 +115,18 @@ def quantized(samples: np.ndarray) -> tuple[np.ndarray, int, bool]:
 
 
 def write_shard(path: Path, utterances: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write `(id, int16 samples)` in record batches of bounded size, down to the disk. The same utterances give the same bytes."""
-    with open(path, "wb") as file:
-        with pa.ipc.new_file(file, SCHEMA) as writer:
-            ids, waveforms, held = [], [], 0
-            for name, samples in utterances:
-                ids.append(name)
-                waveforms.append(samples)
-                held += len(samples)
-                if held >= BATCH_SAMPLES:
-                    writer.write_batch(_batch(ids, waveforms))
-                    ids, waveforms, held = [], [], 0
-            if ids:
+    """Write `(id, int16 samples)` in record batches of bounded size. The same utterances give the same bytes."""
+    with open(path, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        ids, waveforms, held = [], [], 0
+        for name, samples in utterances:
+            ids.append(name)
+            waveforms.append(samples)
+            held += len(samples)
+            if held >= BATCH_SAMPLES:
                 writer.write_batch(_batch(ids, waveforms))
-        file.flush()
-        os.fsync(file.fileno())
+                ids, waveforms, held = [], [], 0
+        if ids:
+            writer.write_batch(_batch(ids, waveforms))
 
 
 def _batch(ids: list[str], waveforms: list[np.ndarray]) -> pa.RecordBatch:
