@@ -46,7 +46,6 @@ from w2v2.packed import INDEX, SHARDS, find_index, sha256_of
 
 FORMAT = 1  # raise it when the same audio and flags would give other files
 DIGEST_ROWS = 1 << 16
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}]"
 
 
 def pack(args) -> None:
@@ -105,15 +104,22 @@ def pack_missing(folder: Path, table: pa.Table, bounds: list[tuple[int, int]], n
     records = {name: record for name, record in read_records(folder).items() if not fault(folder, record)}
     records = {name: records[name] for name in names if name in records}
     write_json_lines(folder / SHARDS, records.values())
-    hours = {name: hours_of(table.slice(a, b - a)) for name, (a, b) in zip(names, bounds, strict=True)}
     missing = {name: part for name, part in zip(names, bounds, strict=True) if name not in records}
-    bar = tqdm(desc="Packing", total=sum(hours.values()), initial=sum(map(hours.get, records)), bar_format=BAR)
+    num_samples = {name: samples_in(table.slice(a, b - a)) for name, (a, b) in zip(names, bounds, strict=True)}
+    bar = tqdm(
+        desc="Packing",
+        total=samples_in(table),
+        initial=sum(num_samples[name] for name in records),
+        unit_scale=1 / SAMPLING_RATE / 3600,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}]",
+        disable=None,
+    )
     with bar, open(folder / SHARDS, "a", encoding="utf-8") as lines:
         for record in pack_all(tasks(folder, table, missing), num_workers):
             records[record["shard"]] = record
             lines.write(json.dumps(record) + "\n")
             lines.flush()
-            bar.update(hours[record["shard"]])
+            bar.update(num_samples[record["shard"]])
     write_json_lines(folder / SHARDS, [records[name] for name in names])
     return [records[name] for name in names]
 
@@ -142,8 +148,8 @@ def list_skipped(path: Path, skipped: list[dict]) -> None:
         write_json_lines(path, skipped)
 
 
-def hours_of(table: pa.Table) -> float:
-    return float(table["num_samples"].to_numpy().sum()) / SAMPLING_RATE / 3600
+def samples_in(table: pa.Table) -> int:
+    return int(table["num_samples"].to_numpy().sum())
 
 
 def report(folder: Path, records: list[dict], skipped: list[dict]) -> None:
