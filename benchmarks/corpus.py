@@ -1,6 +1,7 @@
 """The same utterances in several formats, in a temporary folder: what loader.py reads."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import soundfile
 from w2v2.audio import SAMPLING_RATE, probe, read_pcm
 from w2v2.errors import UserError
 from w2v2.manifest import load_manifest
-from w2v2.packed import quantized
+from w2v2.packed import BYTES_PER_SAMPLE, parse_address, quantized
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_scripts"))
 
-import pack_audio  # noqa: E402
+import pack_audio
 
 
 def sample_manifest(manifest: str, data_root: str | None, hours: float) -> list[dict]:
@@ -79,7 +80,9 @@ def _copies(rows: list[dict], folder: Path, name: str, **options) -> str:
     return _write_rows(folder / f"{name}.jsonl", copies)
 
 
-def megabytes_per_hour(audio: list[str], hours: float) -> float:
-    """Of the files that hold these utterances; the shards of packed ones count once."""
-    files = {path.partition("#")[0] if ".arrow#" in path else path for path in audio}
-    return sum(Path(path).stat().st_size for path in files) / 1e6 / hours
+def megabytes(audio: list[str]) -> float:
+    """Size of the files, or of the packed samples, that these utterances are read from."""
+    sizes = [
+        BYTES_PER_SAMPLE * a.num_samples if (a := parse_address(path)) else os.path.getsize(path) for path in set(audio)
+    ]
+    return sum(sizes) / 1e6

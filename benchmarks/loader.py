@@ -11,12 +11,12 @@ made through the `DataLoader`, and the share of the time is taken that they wait
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import make_formats, megabytes_per_hour, sample_manifest, synthesize
+from corpus import make_formats, megabytes, sample_manifest, synthesize
 from corpus_files import Parser, exit_status
 from report import environment, json_line, median_spread, print_table
 
@@ -29,10 +29,17 @@ from w2v2.launch import start_accelerator
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.plan import Utterances, build_batches, load_utterances
 from w2v2.schedule import lr_factor
-from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update
+from w2v2.training import Feed, UpdateSettings, build_optimizer, train_update
 
+COMPARED = ("flac", "packed")
+LEAST_SECONDS = 0.2  # of processor time that a figure is taken from
 TARGETS = {"pcm_over_flac": 20.0, "wait_fraction": 0.02}
 WARM_UP = 1  # updates before waiting is counted: the workers start
+
+
+def cut(args: PretrainArguments) -> dict[str, int]:
+    """How one process cuts an effective batch."""
+    return dict(rank=0, num_ranks=1, micro_batch_samples=round(args.micro_batch_seconds * SAMPLING_RATE))
 
 
 class Source:
@@ -69,45 +76,48 @@ class Source:
 WAYS = ("read_crops", "stack_crops", "whole_batches")
 
 
-def cpu_seconds(work: Callable, items: Iterable) -> float:
-    started = time.process_time()
-    for item in items:
-        work(item)
-    return time.process_time() - started
+def cpu_seconds(work: Callable, items: list) -> float:
+    """Processor time of `work` over all items once, averaged over so many rounds that it can be measured."""
+    rounds, started = 0, time.process_time()
+    while (spent := time.process_time() - started) < LEAST_SECONDS or not rounds:
+        for item in items:
+            work(item)
+        rounds += 1
+    return spent / rounds
 
 
 def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: int) -> dict:
-    """CPU seconds of every format and way for the same `pairs` effective batches, one after the other in changing order."""
-    batches, cursor = build_batches(next(iter(sources.values())).utterances, args), Cursor()
-    cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(args.micro_batch_seconds * SAMPLING_RATE))
+    """CPU seconds of every format and way for the same `pairs` effective batches, FLAC and packed audio in turns."""
+    batches, cursor = build_batches(sources["packed"].utterances, args), Cursor()
     seconds = {(name, way): [] for name in sources for way in WAYS}
-    heard, crops_read = [], 0
+    heard, num_crops = [], []
     for source in sources.values():
         source.read_files()  # into the system's cache
     for pair in range(pairs):
         crops, cursor = batches.draw(cursor)
-        plans = plan_update(crops, pair, cursor, **cut)
+        plans = plan_update(crops, pair, cursor, **cut(args))
         heard.append(int(crops.num_samples.sum()) / SAMPLING_RATE)
-        crops_read += len(crops.utterance)
+        num_crops.append(len(crops.utterance))
+        formats = [name for name in sources if pair == 0 or name in COMPARED]
         for way in WAYS:
-            for name in list(sources) if pair % 2 == 0 else reversed(sources):
+            for name in formats if pair % 2 == 0 else reversed(formats):
                 seconds[name, way].append(cpu_seconds(getattr(sources[name], way), plans))
-    return {"seconds": seconds, "heard": heard, "crops": crops_read}
+    return {"seconds": seconds, "heard": heard, "num_crops": num_crops}
 
 
 def reading_report(sources: dict[str, Source], measured: dict) -> dict:
     """The table of formats, and its figures by name."""
     formats, rows = {}, []
     for name, source in sources.items():
-        hours = float(source.num_samples.sum()) / SAMPLING_RATE / 3600
-        whole = hours * 3600 / cpu_seconds(lambda _, source=source: source.read_files(), [None])
+        seconds = float(source.num_samples.sum()) / SAMPLING_RATE
         took = {way: sum(measured["seconds"][name, way]) for way in WAYS}
-        speed = {way: sum(measured["heard"]) / seconds for way, seconds in took.items()}
+        num_pairs = len(measured["seconds"][name, "read_crops"])
+        heard, num_crops = (sum(measured[figure][:num_pairs]) for figure in ("heard", "num_crops"))
         formats[name] = {
-            "megabytes_per_hour": megabytes_per_hour(source.audio, hours),
-            "whole_files": whole,
-            **speed,
-            "microseconds_per_crop": {way: 1e6 * seconds / measured["crops"] for way, seconds in took.items()},
+            "megabytes_per_hour": megabytes(source.audio) / seconds * 3600,
+            "whole_files": seconds / cpu_seconds(lambda read: read(), [source.read_files]),
+            **{way: heard / took[way] for way in WAYS},
+            "microseconds_per_crop": {way: 1e6 * took[way] / num_crops for way in WAYS},
             "decoding_share": min(1.0, took["read_crops"] / took["whole_batches"]),
         }
         per_crop = formats[name]["microseconds_per_crop"]
@@ -120,36 +130,40 @@ def reading_report(sources: dict[str, Source], measured: dict) -> dict:
     return formats
 
 
-def measure_waiting(source: Source, args: PretrainArguments, framing: Framing, num_updates: int) -> dict[str, float]:
-    """Share of the updates' time that they wait for data, and seconds of audio per second."""
+def measure_waiting(source: Source, args: PretrainArguments, framing: Framing, num_updates: int) -> dict:
+    """Seconds of audio per second, and the share of the updates' time that they wait for data: over all of them, and its spread."""
     accelerator = start_accelerator(args)
     model = build_model(args, build_config(args))
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     batches, updates = build_batches(source.utterances, args), range(WARM_UP + num_updates)
-    cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(args.micro_batch_seconds * SAMPLING_RATE))
     loader = build_loader(
         CropDataset(source.utterances.table, framing, args.seed),
-        PlanStream(batches, Cursor(), updates, **cut),
+        PlanStream(batches, Cursor(), updates, **cut(args)),
         num_workers=args.dataloader_num_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         pin_memory=accelerator.device.type == "cuda",
     )
-    clock = Clock(Feed(loader))
+    feed, heard, waited, took = Feed(loader), [], [], []
     for step in updates:
         rate = args.learning_rate * lr_factor(step, args.max_steps, args.warmup_steps, args.lr_scheduler_type)
         settings = UpdateSettings(step, args.seed, rate, 2.0, 0.1, shared_diversity=False, max_grad_norm=0.0)
-        _, totals, _ = train_update(accelerator, model, optimizer, clock.feed.update(), settings)
-        clock.heard_samples += totals.heard_samples
-        if step == WARM_UP - 1:
-            clock.lap()
-    return clock.rates()
+        started, before = time.perf_counter(), feed.waited_seconds
+        _, totals, _ = train_update(accelerator, model, optimizer, feed.update(), settings)
+        took.append(time.perf_counter() - started)
+        waited.append(feed.waited_seconds - before)
+        heard.append(totals.heard_samples / SAMPLING_RATE)
+    took, waited = np.array(took[WARM_UP:]), np.array(waited[WARM_UP:])
+    return {
+        "audio_seconds_per_second": sum(heard[WARM_UP:]) / took.sum(),
+        "wait_fraction": waited.sum() / took.sum(),
+        "wait_fraction_spread": median_spread(waited / took),
+    }
 
 
 def measure_transfer(source: Source, args: PretrainArguments, framing: Framing) -> float:
     """Seconds of audio per second of one effective batch from files through pinned memory onto the GPU."""
     device = torch.device("cuda")
-    cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(args.micro_batch_seconds * SAMPLING_RATE))
-    stream = PlanStream(build_batches(source.utterances, args), Cursor(), range(3), **cut)
+    stream = PlanStream(build_batches(source.utterances, args), Cursor(), range(3), **cut(args))
     dataset = CropDataset(source.utterances.table, framing, args.seed)
     loader = build_loader(dataset, stream, args.dataloader_num_workers, args.dataloader_prefetch_factor, True)
     feed, heard = Feed(loader), 0
@@ -198,17 +212,19 @@ def run(flags, folder: Path) -> dict:
     print(f"\nPacked over FLAC, {flags.pairs} effective batches of {np.mean(measured['heard']) / 3600:.2f} h")
     print_table([[names[way], *ratios[way].values()] for way in WAYS], ["", "median", "least", "most"])
 
-    compared = ("flac", "packed")
-    waiting = {name: measure_waiting(sources[name], training, framing, flags.updates) for name in compared}
+    waiting = {name: measure_waiting(sources[name], training, framing, flags.updates) for name in COMPARED}
     print(f"\n{flags.updates} updates of {flags.config_name} on the {flags.device}, {flags.num_workers} worker(s)")
-    print_table([[n, *waiting[n].values()] for n in compared], ["", "audio s / s", "share of the time spent waiting"])
-    transfer = {name: measure_transfer(sources[name], reading, framing) for name in compared} if on_gpu else None
+    print_table(
+        [[name, *list(found.values())[:2], *found["wait_fraction_spread"].values()] for name, found in waiting.items()],
+        ["", "audio s / s", "share of the time spent waiting", "median", "least", "most"],
+    )
+    transfer = {name: measure_transfer(sources[name], reading, framing) for name in COMPARED} if on_gpu else None
     if transfer:
         print("\nFrom files to the GPU through pinned memory, seconds of audio per second")
         print_table(transfer.items(), ["", "audio s / s"])
     return {
         "pcm_over_flac": ratios["stack_crops"]["median"],
-        "wait_fraction": waiting["packed"]["data_wait_fraction"],
+        "wait_fraction": waiting["packed"]["wait_fraction"],
         "packed_over_flac": ratios,
         "waiting": waiting,
         "audio_seconds_per_cpu_second": formats,
@@ -238,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--manifest", help="what pretrain.py takes as --train_data (default: synthesized audio)")
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
-    parser.add_argument("--hours", type=float, default=1.6, help="most audio that is used (default: %(default)s)")
+    parser.add_argument("--hours", type=float, default=0.5, help="most audio that is used (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="effective batches to compare on (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="of the DataLoader (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=6, help="to count waiting in (default: %(default)s)")
