@@ -32,6 +32,7 @@ from w2v2.schedule import lr_factor
 from w2v2.training import Feed, UpdateSettings, build_optimizer, train_update
 
 COMPARED = ("flac", "packed")
+SETTINGS = ("manifest", "pairs", "num_workers", "updates", "config_name", "device")
 LEAST_SECONDS = 0.2  # of processor time that a figure is taken from
 TARGETS = {"pcm_over_flac": 20.0, "wait_fraction": 0.02}
 WARM_UP = 1  # updates before waiting is counted: the workers start
@@ -190,8 +191,10 @@ def run(flags, folder: Path) -> dict:
     )
     common |= dict(dataloader_num_workers=flags.num_workers)
     reading = PretrainArguments(**common)
-    training = (
-        PretrainArguments(**common) if on_gpu else PretrainArguments(**common, batch_hours=0.04, micro_batch_seconds=20)
+    training = PretrainArguments(
+        **common,
+        batch_hours=flags.batch_hours or (1.6 if on_gpu else 0.04),
+        micro_batch_seconds=flags.micro_batch_seconds or (200 if on_gpu else 40),
     )
     config = build_config(reading)
     framing = build_framing(config, build_feature_extractor(reading, config))
@@ -229,10 +232,8 @@ def run(flags, folder: Path) -> dict:
         "waiting": waiting,
         "audio_seconds_per_cpu_second": formats,
         "files_to_gpu": transfer,
-        "settings": {
-            name: getattr(flags, name)
-            for name in ("manifest", "pairs", "num_workers", "updates", "config_name", "device")
-        }
+        "settings": {name: getattr(flags, name) for name in SETTINGS}
+        | {name: getattr(training, name) for name in ("batch_hours", "micro_batch_seconds")}
         | {"hours": hours, "utterances": len(sources["packed"].audio)},
     }
 
@@ -257,8 +258,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, default=0.5, help="most audio that is used (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="effective batches to compare on (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="of the DataLoader (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=6, help="to count waiting in (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=6, help="in which waiting is counted (default: %(default)s)")
     parser.add_argument("--config_name", default="small", help="model to train (default: %(default)s)")
+    parser.add_argument("--batch_hours", type=float, help="of these updates (default: 0.04, on a GPU 1.6)")
+    parser.add_argument("--micro_batch_seconds", type=float, help="of these updates (default: 40, on a GPU 200)")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="to train on"
     )

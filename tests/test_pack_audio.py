@@ -19,6 +19,7 @@ from conftest import run_here, tiny_config, write_csv, write_tones
 import pretrain
 from w2v2 import packed
 from w2v2.audio import AudioError, probe, read_crop, read_pcm
+from w2v2.errors import UserError
 from w2v2.manifest import load_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -390,6 +391,18 @@ def test_slips_end_with_status_2_and_one_line(manifest, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             pack_audio.main(argv)
         assert "--verify FOLDER alone" in one_line(capsys)
+
+
+class Deadly:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_killed_worker_is_one_line_not_a_wait():
+    with pytest.raises(UserError, match="a worker was killed"):
+        list(pack_all([Deadly()], 2))
 
 
 def test_two_packings_do_not_work_in_one_folder(manifest, tmp_path, capsys):
