@@ -124,6 +124,26 @@ def test_the_index_is_read_without_a_shard(manifest, tmp_path):
     assert [row["num_samples"] for row in rows_of(folder)] == [row["num_samples"] for row in rows_of(manifest)]
 
 
+def test_an_edited_index_is_checked_like_any_manifest_and_gives_the_same(manifest, tmp_path):
+    folder = pack(manifest, tmp_path / "packed")
+    untouched, _ = load_manifest(str(folder), probe=probe)
+    index = folder / "utterances.parquet"
+    table = pyarrow.parquet.read_table(index)
+    pyarrow.parquet.write_table(table, index, compression="none")
+    edited, _ = load_manifest(str(folder), data_root=str(tmp_path), probe=probe)
+    assert edited.features == untouched.features and edited.to_list() == untouched.to_list()
+    pyarrow.parquet.write_table(table.take([0, 1, 1]), index)
+    with pytest.raises(UserError, match="make it unique"):
+        load_manifest(str(folder), probe=probe)
+
+
+def test_packed_and_other_manifests_are_given_together(manifest, tmp_path):
+    folder = pack(manifest, tmp_path / "packed")
+    both, _ = load_manifest([str(folder), str(manifest)], probe=probe)
+    assert both["id"] == [f"packed/u{i}" for i in range(7)] + [f"train/u{i}" for i in range(7)]
+    assert both["text"][:7] == both["text"][7:]
+
+
 def test_odd_names_are_packed(tmp_path):
     names = [
         "a b.wav",

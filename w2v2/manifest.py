@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from w2v2.durations import measure_lengths
 from w2v2.errors import UserError
-from w2v2.folders import read_folder
+from w2v2.folders import read_folder, read_packed
 from w2v2.packed import find_index
 from w2v2.tables import RawTable, read_table
 
@@ -70,7 +70,7 @@ def load_manifest(
     if data_root is not None and not os.path.isdir(data_root):
         raise UserError(f"--data_root {data_root} is not a folder: name the folder that the audio paths start from")
     wanted = {name for aliases in COLUMNS.values() for name in aliases}
-    tables = [_utterances(_read(Path(name).expanduser(), wanted), data_root, sampling_rate) for name in names]
+    tables = [_table(Path(name).expanduser(), wanted, data_root, sampling_rate) for name in names]
     table = _concatenated(tables, names)
     table, skipped = _measured(table, cache_dir, num_workers, probe, sampling_rate)
     if skipped and not len(table):
@@ -91,13 +91,20 @@ def _fingerprint(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, wanted: set[str]) -> RawTable:
+def _table(path: Path, wanted: set[str], data_root: str | None, sampling_rate: int) -> pa.Table:
+    """One manifest in our columns; `num_samples` is null where it has to be measured."""
     if index := find_index(path):
-        if not index.exists():
-            raise UserError(f"{path} was not packed to its end: run the same pack_audio.py command again")
-        raw = read_table(index, wanted)
+        table = read_packed(index)
+        if table is not None:
+            return table
+        raw = _read(index, wanted)
         raw.prefix = os.path.abspath(index.parent)  # its addresses are the folder's own, whatever --data_root says
-        return raw
+    else:
+        raw = _read(path, wanted)
+    return _utterances(raw, data_root, sampling_rate)
+
+
+def _read(path: Path, wanted: set[str]) -> RawTable:
     if not path.is_dir():
         return read_table(path, wanted)
     columns, prefix = read_folder(path)
@@ -106,7 +113,7 @@ def _read(path: Path, wanted: set[str]) -> RawTable:
 
 
 def _utterances(raw: RawTable, data_root: str | None, sampling_rate: int) -> pa.Table:
-    """One manifest in our columns; `num_samples` is null where it has to be measured."""
+    """What the columns of a manifest mean, and that every cell can be used."""
     columns = {}
     for name, aliases in COLUMNS.items():
         if present := [alias for alias in aliases if alias in raw.table.column_names]:
