@@ -191,6 +191,23 @@ def test_few_shards_are_open_at_a_time(tmp_path):
     assert num_descriptors() == before
 
 
+def test_a_shard_that_others_push_out_of_the_cache_stays_open_while_it_is_read(shard, monkeypatch):
+    read = os.preadv
+
+    def evict_then_read(*arguments):
+        packed._opened.cache_clear()
+        return read(*arguments)
+
+    monkeypatch.setattr(packed.os, "preadv", evict_then_read)
+    np.testing.assert_array_equal(read_pcm(shard[1][2]), speech(16_000))
+
+
+def test_a_read_that_comes_in_pieces_is_put_together(shard, monkeypatch):
+    read = os.preadv
+    monkeypatch.setattr(packed.os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:999]], at))
+    np.testing.assert_array_equal(read_pcm(shard[1][4], 7, 30_000), speech(40_000)[7:30_007])
+
+
 def _read_often(addresses, seed, queue):
     rng, wrong = np.random.default_rng(seed), 0
     for _ in range(300):

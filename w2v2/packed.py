@@ -59,12 +59,12 @@ def find_index(path: Path) -> Path | None:
 
 def read_samples(address: Address, start: int, num_samples: int) -> np.ndarray:
     """`num_samples` from `start` of an utterance, int16, shape (S,). Raises ShardError."""
-    check(address)
+    shard = _holder(address)  # kept in hand: another thread's readers may push it out of the cache, and so close it
     samples = np.empty(num_samples, np.int16)
     rest, at = memoryview(samples).cast("B"), address.first_byte + BYTES_PER_SAMPLE * start
     while rest:
         try:
-            count = os.preadv(_opened(address.shard).descriptor, [rest], at)
+            count = os.preadv(shard.descriptor, [rest], at)
         except OSError as error:
             raise ShardError(f"cannot be read: {error.strerror}") from None
         if not count:
@@ -75,10 +75,14 @@ def read_samples(address: Address, start: int, num_samples: int) -> np.ndarray:
 
 def check(address: Address) -> None:
     """Raises ShardError where the shard is missing, damaged at either end, or too short to hold the utterance."""
-    last = address.first_byte + BYTES_PER_SAMPLE * address.num_samples
-    size = _opened(address.shard).size
-    if last > size:
-        raise ShardError(f"has {size} bytes, and this utterance ends at {last}: it belongs to another packing")
+    _holder(address)
+
+
+def _holder(address: Address) -> "_Shard":
+    shard, last = _opened(address.shard), address.first_byte + BYTES_PER_SAMPLE * address.num_samples
+    if last > shard.size:
+        raise ShardError(f"has {shard.size} bytes, and this utterance ends at {last}: it belongs to another packing")
+    return shard
 
 
 class _Shard:
