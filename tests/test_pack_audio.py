@@ -456,13 +456,14 @@ def test_shards_partition_the_rows(num_samples):
 # Training on it
 
 
-def test_pretraining_plans_the_same_run_from_the_packed_folder(tmp_path):
+def test_pretraining_makes_the_same_run_from_the_packed_folder_and_may_change_over_to_it(tmp_path, capsys):
     seconds = [1.5, 2.0, 1.25, 1.75]
     manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", seconds), seconds)
     folder = pack(manifest, tmp_path / "packed")
     tiny_config().save_pretrained(tmp_path / "model")
     flags = ["--config_name", tmp_path / "model", "--min_seconds", "0.5", "--batch_hours", "0.002", "--use_cpu", "true"]
     flags += ["--micro_batch_seconds", "4", "--max_steps", "2", "--report_to", "none", "--dataloader_num_workers", "0"]
+    flags += ["--save_steps", "1"]
     plans, weights = {}, {}
     for name, data in (("files", manifest), ("packed", folder)):
         output = ["--train_data", data, "--output_dir", tmp_path / name]
@@ -472,6 +473,13 @@ def test_pretraining_plans_the_same_run_from_the_packed_folder(tmp_path):
         weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert plans["files"] == plans["packed"] and plans["files"]["utterances"] == 4
     assert weights["files"] == weights["packed"]
+    resumed = tmp_path / "files"
+    shutil.rmtree(resumed / "checkpoint-2")
+    (resumed / "model.safetensors").unlink()
+    change_over = ["--train_data", folder, "--output_dir", resumed, "--resume_from_checkpoint", "auto"]
+    assert run_here(pretrain.main, *flags, *change_over) == 0
+    assert "checkpoint-1, after 1 updates" in capsys.readouterr().out
+    assert (resumed / "model.safetensors").read_bytes() == weights["files"]
 
 
 def test_a_damaged_shard_is_skipped_audio(manifest, tmp_path):
