@@ -177,19 +177,22 @@ def measure_transfer(source: Source, args: PretrainArguments, framing: Framing) 
     return heard / SAMPLING_RATE / (time.perf_counter() - started)
 
 
-def run(flags, folder: Path) -> dict:
-    """All measurements, printed as they come. Returns the JSON line's values."""
+def make_sources(flags, folder: Path, args: PretrainArguments, framing: Framing) -> dict[str, Source]:
+    """The utterances of the manifest, or synthesized ones, in every format."""
     if flags.manifest:
         rows = sample_manifest(flags.manifest, flags.data_root, flags.hours)
     else:
         (folder / "wav").mkdir()
         rows = synthesize(folder / "wav", flags.hours)
     manifests = make_formats(rows, folder)
+    return {name: Source(load_utterances([path], args, framing)[0], framing) for name, path in manifests.items()}
+
+
+def run(flags, folder: Path) -> dict:
+    """All measurements, printed as they come. Returns the JSON line's values."""
     on_gpu = flags.device == "cuda"
-    common = dict(
-        train_data=["-"], output_dir=str(folder), config_name=flags.config_name, report_to=["none"], use_cpu=not on_gpu
-    )
-    common |= dict(dataloader_num_workers=flags.num_workers)
+    common = dict(train_data=["-"], output_dir=str(folder), config_name=flags.config_name, report_to=["none"])
+    common |= dict(use_cpu=not on_gpu, dataloader_num_workers=flags.num_workers)
     reading = PretrainArguments(**common)
     training = PretrainArguments(
         **common,
@@ -198,9 +201,7 @@ def run(flags, folder: Path) -> dict:
     )
     config = build_config(reading)
     framing = build_framing(config, build_feature_extractor(reading, config))
-    sources = {
-        name: Source(load_utterances([manifest], reading, framing)[0], framing) for name, manifest in manifests.items()
-    }
+    sources = make_sources(flags, folder, reading, framing)
     hours = sources["packed"].utterances.hours
     reading.batch_hours = min(reading.batch_hours, hours)
     print(f"{hours:.2f} hours in {len(sources['packed'].audio):,} utterances")
