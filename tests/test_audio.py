@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import soxr
 
-from w2v2.audio import SAMPLING_RATE, AudioError, probe, read_crop
+from w2v2.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
 
 FORMATS = [
     ("wav", {}),
@@ -187,3 +187,65 @@ def test_a_folder_and_a_file_without_samples_are_errors(tmp_path):
 def test_an_audio_error_survives_pickling():
     error = pickle.loads(pickle.dumps(AudioError("a b.wav", "is gone")))
     assert (error.path, error.reason, str(error)) == ("a b.wav", "is gone", "a b.wav: is gone")
+
+
+EXACT = [
+    ("wav", "PCM_16"),
+    ("flac", "PCM_16"),
+    ("aiff", "PCM_16"),
+    ("wav", "PCM_U8"),
+    ("flac", "PCM_S8"),
+    ("au", "ULAW"),
+    ("wav", "ALAW"),
+]
+
+
+@pytest.mark.parametrize("suffix, subtype", EXACT)
+def test_16_bit_samples_stay_as_they_stand(tmp_path, suffix, subtype):
+    path = write(tmp_path / f"a.{suffix}", 8 * noise(40_000), subtype=subtype)  # full scale, both ends clipped
+    as_int16, _ = soundfile.read(path, dtype="int16")
+    as_float, _ = soundfile.read(path, dtype="float32")
+    crop = read_pcm(path, 777, 30_000)
+    assert crop.dtype == np.int16 and crop.flags.c_contiguous
+    np.testing.assert_array_equal(crop, as_int16[777:30_777])
+    np.testing.assert_array_equal(read_crop(path, 777, 30_000), as_float[777:30_777])
+    np.testing.assert_array_equal(crop / 32_768, as_float[777:30_777])
+
+
+@pytest.mark.parametrize(
+    "suffix, rate, channels, options",
+    [
+        ("wav", 16_000, 1, dict(subtype="PCM_24")),
+        ("wav", 16_000, 1, dict(subtype="FLOAT")),
+        ("flac", 16_000, 1, dict(subtype="PCM_24")),
+        ("wav", 16_000, 2, dict(subtype="PCM_16")),
+        ("flac", 8_000, 1, dict(subtype="PCM_16")),
+        ("mp3", 16_000, 1, {}),
+        ("ogg", 16_000, 1, {}),
+    ],
+)
+def test_what_16_bits_would_not_hold_is_float32(tmp_path, suffix, rate, channels, options):
+    samples = np.stack([noise(2 * rate, seed) for seed in range(channels)], axis=1)
+    path = write(tmp_path / f"a.{suffix}", samples, rate, **options)
+    crop = read_pcm(path, 100, 5_000)
+    assert crop.dtype == np.float32
+    assert (np.rint(crop * 32_768) != crop * 32_768).any()
+    np.testing.assert_array_equal(crop, read_crop(path, 100, 5_000))
+
+
+def test_16_bit_samples_are_padded_and_moved_back_like_others(tmp_path):
+    path = write(tmp_path / "a.wav", noise(15_950))
+    whole, _ = soundfile.read(path, dtype="int16")
+    padded = read_pcm(path, 0, 16_000)
+    assert padded.dtype == np.int16
+    np.testing.assert_array_equal(padded, np.pad(whole, (0, 50)))
+    np.testing.assert_array_equal(read_pcm(path, 15_000, 1_100), whole[-1_100:])
+
+
+def test_16_bit_samples_of_a_flac_that_does_not_tell_its_length(tmp_path):
+    path = tmp_path / "a.flac"
+    write(path, noise(40_000))
+    whole, _ = soundfile.read(path, dtype="int16")
+    set_flac_length(path, 0)
+    np.testing.assert_array_equal(read_pcm(str(path), 5_000, 777), whole[5_000:5_777])
+    assert read_pcm(str(path), 5_000, 777).dtype == np.int16

@@ -1,9 +1,10 @@
-"""Decode just the crop that is asked for: 16 kHz, mono, float32.
+"""Decode just the crop that is asked for: 16 kHz, mono, 16-bit where the source is, else float32.
 
 libsndfile (through soundfile) decodes WAV, FLAC, OGG/Opus, MP3 and its other formats, and seeks to the crop, so that 15 s
 out of an hour cost 15 s of decoding. Several channels are averaged. Other sampling rates are resampled by soxr on the
 crop and a margin around it, cut where both rates have a sample at the same instant; the crop then equals the same crop
-of the whole resampled file but for the filter's far tails.
+of the whole resampled file but for the filter's far tails. An address in a packed folder (`packed.py`) serves as a path
+everywhere.
 """
 
 import os
@@ -14,11 +15,16 @@ import numpy as np
 import soundfile
 import soxr
 
+from w2v2.packed import Address, ShardError, check, parse_address, read_samples
+
 SAMPLING_RATE = 16_000
 
 MARGIN = 1_600  # samples at 16 kHz on either side of a crop: many times the resampling filter's half-length
 MAX_SHIFT = SAMPLING_RATE // 2  # a duration rounded to whole seconds overshoots the end by at most this
 MAX_PADDING = SAMPLING_RATE // 100  # a duration rounded to two decimals: shorter than one latent frame
+FITS_INT16 = frozenset(
+    "PCM_16 PCM_S8 PCM_U8 ULAW ALAW ALAC_16".split()
+)  # subtypes whose every sample is a 16-bit number
 PREROLL_SECONDS = {"VORBIS": 10, "MP3": 1}  # decoded and thrown away: see _read
 BLOCK = 1 << 20  # frames decoded at once where a header does not tell the length
 MAX_FRAMES_PER_BYTE = 1_000  # no plausible file beats this, so a header that claims more is not believed
@@ -42,8 +48,10 @@ def probe(path: str) -> int:
     Raises AudioError for a file that is missing, empty, no audio, or without a single sample.
     """
     path = os.fsdecode(path)
+    if address := parse_address(path):
+        return _packed_length(path, address)
     with _opened(path) as file:
-        num_frames = file.frames if _trusted(file, path) else sum(map(len, _blocks(path)))
+        num_frames = file.frames if _trusted(file, path) else sum(map(len, _blocks(path, "int16")))
         length = num_frames * SAMPLING_RATE // file.samplerate
     if length < 1:
         raise AudioError(path, "holds no audio")
@@ -51,8 +59,16 @@ def probe(path: str) -> int:
 
 
 def read_crop(path: str, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-    """`num_samples` from `start` (both in samples at 16 kHz; None: to the end) as mono float32, shape (S,).
+    """As `read_pcm`, always float32 in [-1, 1]: 16-bit samples are divided by 32,768, which is exact."""
+    samples = read_pcm(path, start, num_samples)
+    return samples if samples.dtype == np.float32 else samples * np.float32(1 / 32_768)
 
+
+def read_pcm(path: str, start: int = 0, num_samples: int | None = None) -> np.ndarray:
+    """`num_samples` from `start` (both in samples at 16 kHz; None: to the end), mono, shape (S,), without any loss.
+
+    int16 where the source is mono at 16 kHz and no sample needs more than 16 bits, else float32 (other rates, several channels,
+    24-bit, float and lossy files).
     The array is exactly `num_samples` long. Durations in manifests are often rounded, so a window that overshoots the end of
     the file by up to half a second moves back, and up to 10 ms that the whole file lacks are filled with zeros.
     Raises AudioError where more is missing, where decoding fails or ends early (a truncated file), and on NaN or infinity.
@@ -60,21 +76,44 @@ def read_crop(path: str, start: int = 0, num_samples: int | None = None) -> np.n
     path = os.fsdecode(path)
     if start < 0 or (num_samples is not None and num_samples < 1):
         raise ValueError(
-            f"read_crop: start={start}, num_samples={num_samples}: a crop starts at 0 or later and is not empty"
+            f"{path}: start={start}, num_samples={num_samples}: a crop starts at 0 or later and is not empty"
         )
+    if address := parse_address(path):
+        return _read_packed(path, address, start, num_samples)
     with _opened(path) as file:
         rate = file.samplerate
-        whole = None if _trusted(file, path) else np.concatenate([np.empty(0, np.float32), *_blocks(path)])
+        exact = rate == SAMPLING_RATE and file.channels == 1 and file.subtype in FITS_INT16
+        dtype = "int16" if exact else "float32"
+        whole = None if _trusted(file, path) else np.concatenate([np.empty(0, dtype), *_blocks(path, dtype)])
         num_frames = file.frames if whole is None else len(whole)
         start, num_samples, padding = _fit(path, start, num_samples, num_frames * SAMPLING_RATE // rate)
         first, last, skip = _window(start, num_samples, rate, num_frames)
-        samples = _read(file, path, first, last) if whole is None else whole[first:last]
-    if not np.isfinite(samples).all():
+        samples = _read(file, path, first, last, dtype) if whole is None else whole[first:last]
+    if not exact and not np.isfinite(samples).all():
         raise AudioError(path, "holds NaN or infinite samples")
     if rate != SAMPLING_RATE:
         samples = soxr.resample(samples, rate, SAMPLING_RATE, quality="HQ")
     crop = samples[skip : skip + num_samples]
-    return np.ascontiguousarray(np.pad(crop, (0, padding)) if padding else crop, dtype=np.float32)
+    return np.ascontiguousarray(np.pad(crop, (0, padding)) if padding else crop, dtype=dtype)
+
+
+def _read_packed(path: str, address: Address, start: int, num_samples: int | None) -> np.ndarray:
+    start, num_samples, padding = _fit(path, start, num_samples, address.num_samples)
+    try:
+        crop = read_samples(address, start, num_samples)
+    except ShardError as error:
+        raise AudioError(path, str(error)) from None
+    return np.pad(crop, (0, padding)) if padding else crop
+
+
+def _packed_length(path: str, address: Address) -> int:
+    try:
+        check(address)
+    except ShardError as error:
+        raise AudioError(path, str(error)) from None
+    if address.num_samples < 1:
+        raise AudioError(path, "holds no audio")
+    return address.num_samples
 
 
 def _fit(path: str, start: int, num_samples: int | None, length: int) -> tuple[int, int, int]:
@@ -136,7 +175,7 @@ def _trusted(file: soundfile.SoundFile, path: str) -> bool:
     return 0 < file.frames <= MAX_FRAMES_PER_BYTE * os.path.getsize(path)
 
 
-def _read(file: soundfile.SoundFile, path: str, first: int, last: int) -> np.ndarray:
+def _read(file: soundfile.SoundFile, path: str, first: int, last: int, dtype: str) -> np.ndarray:
     """Frames `first` to `last`, channels averaged, shape (last - first,).
 
     Right after a seek libsndfile 1.2 returns wrong samples in the last page of an OGG Vorbis file (a page holds up to 8 s),
@@ -146,7 +185,7 @@ def _read(file: soundfile.SoundFile, path: str, first: int, last: int) -> np.nda
     preroll = min(preroll, first)
     try:
         file.seek(first - preroll)
-        frames = file.read(preroll + last - first, dtype="float32", always_2d=True)[preroll:]
+        frames = file.read(preroll + last - first, dtype=dtype, always_2d=True)[preroll:]
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise AudioError(
             path, f"cannot be decoded from {first / file.samplerate:.2f} s (damaged or truncated): {error}"
@@ -164,11 +203,11 @@ class _Stream(soundfile.SoundFile):
         return False
 
 
-def _blocks(path: str) -> Iterator[np.ndarray]:
+def _blocks(path: str, dtype: str) -> Iterator[np.ndarray]:
     """Everything that can be decoded, mono, in blocks: for files whose header does not tell their length."""
     try:
         with _Stream(path) as file:
-            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+            while len(block := file.read(BLOCK, dtype=dtype, always_2d=True)):
                 yield _mono(block)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise AudioError(path, f"cannot be decoded: {error}") from None

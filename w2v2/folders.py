@@ -1,10 +1,17 @@
-"""Kaldi data folders and plain folders of audio files → columns of a manifest. Nothing found in them is ever run."""
+"""Kaldi data folders, packed folders and plain folders of audio files → columns of a manifest. Nothing found in them is ever run."""
 
+import contextlib
+import json
 import os
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
 from w2v2.errors import UserError
+from w2v2.packed import SETTINGS, sha256_of
 
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .sph .nist .w64 .caf".split())
 
@@ -32,6 +39,26 @@ def read_folder(folder: Path) -> tuple[dict[str, list], str]:
         if not path.isprintable() and "\n" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
             raise UserError(f"folder {folder}: the file name {path!a} is not UTF-8 text: rename it")
     return {"audio": sorted(paths)}, os.path.abspath(folder)
+
+
+def read_packed(index: Path) -> pa.Table | None:
+    """A packed folder's index as `load_manifest` gives it: `id`, `audio`, `start`, `num_samples` and what else is there.
+
+    None where it is no longer what pack_audio.py wrote: its cells then want checking like those of any manifest, which costs time
+    and memory. Raises UserError where the packing was not finished.
+    """
+    if not index.exists():
+        raise UserError(f"{index.parent} was not packed to its end: run the same pack_audio.py command again")
+    written = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        written = json.loads((index.parent / SETTINGS).read_text(encoding="utf-8")).get("index_sha256")
+    if written != sha256_of(index):
+        return None
+    table = pyarrow.parquet.read_table(index)
+    columns = {name: table[name] for name in table.column_names}
+    columns["audio"] = pc.binary_join_element_wise(os.path.join(os.path.abspath(index.parent), ""), table["audio"], "")
+    start = pa.chunked_array([pa.repeat(0.0, len(table))])
+    return pa.table({"id": columns.pop("id"), "audio": columns.pop("audio"), "start": start, **columns})
 
 
 def _is_audio(name: str) -> bool:

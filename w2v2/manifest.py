@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 
 from w2v2.durations import measure_lengths
 from w2v2.errors import UserError
-from w2v2.folders import read_folder
+from w2v2.folders import read_folder, read_packed
+from w2v2.packed import find_index
 from w2v2.table_file import hold
 from w2v2.tables import RawTable, read_table
 
@@ -59,7 +60,7 @@ def read_manifests(
     probe: Callable[[str], int],
     sampling_rate: int = 16_000,
 ) -> tuple[pa.Table, list[dict]]:
-    """Read manifests, Kaldi folders or folders of audio files into one table of utterances.
+    """Read manifests, Kaldi folders, packed folders or folders of audio files into one table of utterances.
 
     Returns the table and the files that could not be measured, as `{"id", "audio", "reason"}`. Columns: `id` (unique), `audio`
     (absolute path; whether it exists is not looked up), `start` (seconds), `num_samples` (at `sampling_rate`), and `text`,
@@ -77,7 +78,7 @@ def read_manifests(
     if data_root is not None and not os.path.isdir(data_root):
         raise UserError(f"--data_root {data_root} is not a folder: name the folder that the audio paths start from")
     wanted = {name for aliases in COLUMNS.values() for name in aliases}
-    tables = [_utterances(_read(Path(name).expanduser(), wanted), data_root, sampling_rate) for name in names]
+    tables = [_table(Path(name).expanduser(), wanted, data_root, sampling_rate) for name in names]
     table = _concatenated(tables, names)
     table, skipped = _measured(table, cache_dir, num_workers, probe, sampling_rate)
     if skipped and not len(table):
@@ -86,6 +87,19 @@ def read_manifests(
             f" {skipped[0]['reason']}: check the paths, and --data_root if they are relative"
         )
     return table, skipped
+
+
+def _table(path: Path, wanted: set[str], data_root: str | None, sampling_rate: int) -> pa.Table:
+    """One manifest in our columns; `num_samples` is null where it has to be measured."""
+    if index := find_index(path):
+        table = read_packed(index)
+        if table is not None:
+            return table
+        raw = _read(index, wanted)
+        raw.prefix = os.path.abspath(index.parent)  # its addresses are the folder's own, whatever --data_root says
+    else:
+        raw = _read(path, wanted)
+    return _utterances(raw, data_root, sampling_rate)
 
 
 def _read(path: Path, wanted: set[str]) -> RawTable:
@@ -97,7 +111,7 @@ def _read(path: Path, wanted: set[str]) -> RawTable:
 
 
 def _utterances(raw: RawTable, data_root: str | None, sampling_rate: int) -> pa.Table:
-    """One manifest in our columns; `num_samples` is null where it has to be measured."""
+    """What the columns of a manifest mean, and that every cell can be used."""
     columns = {}
     for name, aliases in COLUMNS.items():
         if present := [alias for alias in aliases if alias in raw.table.column_names]:
