@@ -3,7 +3,7 @@
     python benchmarks/plan.py [--scales 281241 10000000 100000000] [--trials 5] [--updates 580]
 
 The lengths are synthetic, shaped like LibriSpeech's 960 hours (ways_to_batch.py). Recipe of BASE: an effective batch of 1.6 h, crops of at
-most 15.6 s on a grid of 0.32 s, 200 s in a micro-batch. Every time is of fresh processes, which have imported everything and read the
+most 15.38 s on a grid of 0.32 s, 200 s in a micro-batch. Every time is of fresh processes, which have imported everything and read the
 lengths, but not planned anything yet; memory is the growth of the peak resident set in a process of its own, lengths included. The
 manifest is no part of it.
 """
@@ -27,7 +27,7 @@ from w2v2.plan import Utterances, build_batches, identity, make_plan
 
 LIBRISPEECH = 281_241
 RECIPE = SimpleNamespace(
-    batch_hours=1.6, crop_seconds=15.6, length_grid_seconds=0.32, micro_batch_seconds=200.0, seed=0, max_steps=400_000,
+    batch_hours=1.6, crop_seconds=15.38, length_grid_seconds=0.32, micro_batch_seconds=200.0, seed=0, max_steps=400_000,
     warmup_steps=32_000, validation_data=["dev"], mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2,
 )  # fmt: skip
 BUDGET = round(RECIPE.micro_batch_seconds * SAMPLING_RATE)

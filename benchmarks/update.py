@@ -40,7 +40,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--micro_batch_seconds", type=float, default=200.0 if gpu else 62.5, help="of padded audio at a time"
     )
-    parser.add_argument("--crop_seconds", type=float, default=15.6)
+    parser.add_argument("--crop_seconds", type=float, default=15.38)
     parser.add_argument("--lengths", nargs="+", default=["librispeech", "equal"], choices=["librispeech", "equal"])
     parser.add_argument("--contenders", nargs="+", default=["ours", "stock"], choices=list(CONTENDERS))
     parser.add_argument("--device", default="cuda" if gpu else "cpu")

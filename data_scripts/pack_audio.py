@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from w2v2.audio import SAMPLING_RATE, probe
 from w2v2.errors import UserError
-from w2v2.manifest import load_manifest
+from w2v2.manifest import read_manifests
 from w2v2.packed import INDEX, SHARDS, find_index, sha256_of
 
 FORMAT = 1  # raise it when the same audio and flags would give other files
@@ -52,10 +52,9 @@ def pack(args) -> None:
     """The whole job; UserError where the folder is not free for it, or nothing can be read."""
     folder = args.output_dir
     check_flags(args)
-    utterances, unmeasured = load_manifest(
+    table, unmeasured = read_manifests(
         args.manifests, data_root=args.data_root, cache_dir=folder / CACHE, num_workers=args.num_workers, probe=probe
     )
-    table = utterances.with_format("arrow")[:]
     bounds = cut_shards(table["num_samples"].to_numpy(), args.shard_hours)
     settings = {"format": FORMAT, "shard_hours": args.shard_hours, "shards": len(bounds)}
     settings |= {"utterances": len(table), "utterances_sha256": digest(table)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from w2v2 import cutting
 from w2v2.batching import (
     Crops,
     Cursor,
@@ -19,7 +20,7 @@ from w2v2.batching import (
     plan_validation,
 )
 from w2v2.collate import build_loader
-from w2v2.cutting import cut, deal, padded_sizes
+from w2v2.cutting import cut, deal, idle_fraction, padded_sizes
 from w2v2.errors import UserError
 from w2v2.hashing import ORDER, derive
 from w2v2.masking import latent_lengths
@@ -352,6 +353,28 @@ def test_ranks_finish_an_update_of_1_6_hours_together_where_they_have_several_pi
         load = [sum(padded(plan) for plan in plans if plan.update == update) for plans in ranks]
         idle.append(1 - np.mean(load) / max(load))
     assert np.mean(idle) < 0.006
+
+
+@pytest.mark.parametrize("num_ranks", [8, 64])
+def test_ranks_are_even_at_1_6_hours_in_micro_batches_of_200_seconds(num_ranks):
+    batches, idle = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.38), []
+    ranks = plans_of(batches, range(4), num_ranks, budget=200 * SECOND)
+    for update in range(4):
+        load = [sum(padded(plan) for plan in plans if plan.update == update) for plans in ranks]
+        idle.append(1 - np.mean(load) / max(load))
+    assert np.mean(idle) <= 0.06
+
+
+def test_uneven_ranks_get_another_round_while_its_pieces_are_large(monkeypatch):
+    batches = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.38)
+    lengths = np.sort(batches.draw(Cursor())[0].num_samples)[::-1]
+    rounds, pieces = cut(lengths, 64, 200 * SECOND)
+    sizes = padded_sizes(lengths, pieces, rounds * 64)
+    assert rounds == 2 and idle_fraction(sizes, 64) <= cutting.MOST_IDLE
+    assert sum(piece.stop - piece.start for piece in pieces) == len(lengths)
+    monkeypatch.setattr(cutting, "EFFICIENT_SAMPLES", 60 * SECOND)
+    rounds, pieces = cut(lengths, 64, 200 * SECOND)
+    assert rounds == 1 and idle_fraction(padded_sizes(lengths, pieces, 64), 64) > cutting.MOST_IDLE
 
 
 def test_a_dummy_costs_the_shortest_row():

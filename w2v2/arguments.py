@@ -37,7 +37,9 @@ class DataArguments:
     data_root: str | None = _flag(None, "What `$data_root` and relative paths in the manifests stand for.")
     min_seconds: float = _flag(2.0, "Shorter utterances are left out.")
     max_seconds: float | None = _flag(None, "Longer utterances are left out (none: they are cropped, never dropped).")
-    crop_seconds: float = _flag(15.6, "Longest crop that is taken of an utterance, drawn anew each epoch.")
+    crop_seconds: float = _flag(
+        15.38, "Longest crop that is taken of an utterance, drawn anew each epoch (15.38: 768 latent frames)."
+    )
     length_grid_seconds: float = _flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few distinct lengths.")
     batch_hours: float = _flag(1.6, "Effective batch: hours of speech, after cropping, in one update over all devices.")
     micro_batch_seconds: float = _flag(200.0, "Most seconds of padded audio that a device holds at a time.")
