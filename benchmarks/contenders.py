@@ -5,7 +5,6 @@ shuffles them, takes a fixed number at a time, pads to the longest, and draws ma
 own example uses. Samples are noise: no kernel's time depends on them.
 """
 
-import math
 import resource
 import sys
 import time
@@ -18,16 +17,16 @@ from accelerate import Accelerator
 from stages import our_stages, stock_stages, synchronize
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
+from ways_to_batch import speech_lengths
 
 from w2v2.arguments import PretrainArguments
 from w2v2.audio import SAMPLING_RATE
-from w2v2.batching import Crops, Cursor, EffectiveBatches, plan_update
+from w2v2.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.collate import CropDataset, PretrainBatch
 from w2v2.launch import keep_freed_memory
 from w2v2.loading import build_config, build_framing, build_model
 from w2v2.training import UpdateSettings, build_optimizer, train_update
 
-GRID_SECONDS = 0.32
 NUM_UTTERANCES = 20_000
 
 
@@ -39,31 +38,21 @@ class Work:
     batch_seconds: float
     micro_batch_seconds: float
     crop_seconds: float
+    length_grid_seconds: float
     seed: int = 0
-
-
-def librispeech_lengths(n: int, seed: int) -> np.ndarray:
-    """Lengths in samples (n,) of LibriSpeech's shape: 0.8 to 35 s, mean 12.3 s, most between 11 and 17 s."""
-    rng = np.random.default_rng(seed)
-    bulk, short = rng.triangular(10.5, 15.5, 17.0, n), rng.triangular(0.8, 3.0, 14.0, n)
-    seconds = np.where(rng.random(n) < 0.73, bulk, short)
-    seconds = np.where(rng.random(n) < 2e-4, rng.uniform(17.0, 35.0, n), seconds)
-    return (seconds * SAMPLING_RATE).astype(np.int64)
 
 
 def effective_batches(work: Work) -> EffectiveBatches:
     """The draw of utterances that both contenders follow."""
+    longest, grid = round(work.crop_seconds * SAMPLING_RATE), round(work.length_grid_seconds * SAMPLING_RATE)
+    num_samples = speech_lengths(NUM_UTTERANCES, work.seed)
     if work.lengths == "equal":
-        grid = round(GRID_SECONDS * SAMPLING_RATE)
-        crop = math.floor((work.crop_seconds * SAMPLING_RATE - 320) / grid) * grid + 320
-        num_samples = np.full(NUM_UTTERANCES, crop)
-    else:
-        num_samples = librispeech_lengths(NUM_UTTERANCES, work.seed)
+        num_samples[:] = crop_length(np.array([longest]), longest, grid)
     return EffectiveBatches(
         num_samples,
         batch_samples=round(work.batch_seconds * SAMPLING_RATE),
-        crop_samples=round(work.crop_seconds * SAMPLING_RATE),
-        grid_samples=round(GRID_SECONDS * SAMPLING_RATE),
+        crop_samples=longest,
+        grid_samples=grid,
         seed=work.seed,
     )
 

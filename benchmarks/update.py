@@ -41,6 +41,7 @@ def parse(argv=None) -> argparse.Namespace:
         "--micro_batch_seconds", type=float, default=200.0 if gpu else 62.5, help="of padded audio at a time"
     )
     parser.add_argument("--crop_seconds", type=float, default=15.38)
+    parser.add_argument("--length_grid_seconds", type=float, default=0.32, help="ours only")
     parser.add_argument("--lengths", nargs="+", default=["librispeech", "equal"], choices=["librispeech", "equal"])
     parser.add_argument("--contenders", nargs="+", default=["ours", "stock"], choices=list(CONTENDERS))
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
@@ -58,7 +59,7 @@ def arguments(args) -> PretrainArguments:
 
 
 def work_of(args, lengths: str) -> Work:
-    return Work(lengths, args.batch_seconds, args.micro_batch_seconds, args.crop_seconds)
+    return Work(lengths, args.batch_seconds, args.micro_batch_seconds, args.crop_seconds, args.length_grid_seconds)
 
 
 def serve(args) -> None:
