@@ -19,6 +19,9 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
 from ways_to_batch import speech_lengths
 
+import w2v2.attention
+import w2v2.collate
+import w2v2.model
 from w2v2.arguments import PretrainArguments
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
@@ -129,10 +132,12 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Ours(Contender):
+    keep_memory = staticmethod(keep_freed_memory)
+
     def __init__(self, args, device):
         super().__init__(args, device)
         if device.type == "cpu":
-            keep_freed_memory()
+            self.keep_memory()
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16"
         )
@@ -157,6 +162,26 @@ class Ours(Contender):
 
     def stages(self):
         return our_stages(self, self.batches[0])
+
+
+class Without(Ours):
+    """This program without one of its levers (`--without`): what that one is worth in the whole update."""
+
+    LEVERS = {
+        "flat_convs": lambda args: setattr(w2v2.model, "is_flat", lambda config: False),
+        "cpu_attention": lambda args: setattr(w2v2.attention, "has_kernel", lambda device: True),
+        "allocator": lambda args: setattr(Without, "keep_memory", staticmethod(lambda: None)),
+        "layerdrop_rows": lambda args: setattr(
+            w2v2.collate, "kept_rows", lambda keys, layers, p: torch.ones(layers, len(keys), dtype=torch.bool)
+        ),
+        "compile": lambda args: setattr(args, "torch_compile", False),
+        "positional_blocks": lambda args: setattr(args, "positional_conv", "stock"),
+        "checkpointing": lambda args: setattr(args, "gradient_checkpointing", False),
+    }
+
+    def __init__(self, args, device, without: str):
+        self.LEVERS[without](args)
+        super().__init__(args, device)
 
 
 class Stock(Contender):
@@ -211,4 +236,4 @@ class Stock(Contender):
         return stock_stages(self, self.batches[0], self.inputs)
 
 
-CONTENDERS = {"ours": Ours, "stock": Stock}
+CONTENDERS = {"ours": Ours, "stock": Stock, "without": Without}

@@ -6,7 +6,8 @@
 
 Each side lives in a process of its own (so that its peak of memory is its own), and they take turns, now one first, now the other. On a
 CPU the ratio is of audio-seconds a CPU-second, which other programs disturb least; on a GPU of audio-seconds a second.
-`ratio_padded`: utterances of LibriSpeech's lengths; `ratio_equal_lengths`: all of one length, where there is nothing to pad.
+The ratio is of the first contender to the second. `ratio_padded`: utterances of LibriSpeech's lengths; `ratio_equal_lengths`: all of one
+length, where there is nothing to pad. `--contenders ours without --without flat_convs` shows what one lever is worth.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
-from contenders import CONTENDERS, Work  # noqa: E402
+from contenders import CONTENDERS, Without, Work  # noqa: E402
 from flops import model_flops, peak_flops  # noqa: E402
 from report import environment, json_line, median_spread, print_table  # noqa: E402
 from stages import stage_table  # noqa: E402
@@ -44,6 +45,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--length_grid_seconds", type=float, default=0.32, help="ours only")
     parser.add_argument("--lengths", nargs="+", default=["librispeech", "equal"], choices=["librispeech", "equal"])
     parser.add_argument("--contenders", nargs="+", default=["ours", "stock"], choices=list(CONTENDERS))
+    parser.add_argument("--without", choices=list(Without.LEVERS), help="lever that the contender `without` lacks")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of the transformer, on both sides")
     parser.add_argument("--torch_compile", action="store_true", help="ours only")
@@ -64,7 +66,8 @@ def work_of(args, lengths: str) -> Work:
 
 def serve(args) -> None:
     """One side's process: a line of JSON on standard input asks for an update (or the stage table), a line on standard output answers."""
-    contender = CONTENDERS[args.worker](arguments(args), torch.device(args.device))
+    lacking = {"without": args.without} if args.worker == "without" else {}
+    contender = CONTENDERS[args.worker](arguments(args), torch.device(args.device), **lacking)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -125,9 +128,10 @@ def compare(args, sides: dict[str, Side], lengths: str) -> dict:
             "mfu": median_spread(f / peak for f in flops)["median"] if (peak := peak_flops()) else None,
         }
     if len(sides) == 2:
-        pairs = zip(measured["ours"], measured["stock"], strict=True)
+        first, second = sides
+        pairs = zip(measured[first], measured[second], strict=True)
         result["ratio"] = median_spread(rate(a, clock) / rate(b, clock) for a, b in pairs)
-        result["memory_ratio"] = result["ours"]["peak_gb"] / result["stock"]["peak_gb"]
+        result["memory_ratio"] = result[first]["peak_gb"] / result[second]["peak_gb"]
     return result
 
 
@@ -137,7 +141,7 @@ def show(results: list[dict], names: list[str]) -> None:
         for name in names:
             side = result[name]
             heard, cpu = side["audio_seconds_per_second"], side["audio_seconds_per_cpu_second"]
-            ratio = result.get("ratio", {}) if name == "ours" else {}
+            ratio = result.get("ratio", {}) if name == names[0] else {}
             spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})" if ratio else ""
             rows.append([result["lengths"], name, heard["median"], cpu["median"], spread, side["peak_gb"], side["tflops"], side["mfu"]])  # fmt: skip
     heads = ["lengths", "side", "audio-s/s", "audio-s/CPU-s", "ratio (min–max)", "peak GB", "TFLOP/s", "MFU"]

@@ -55,7 +55,7 @@ def test_the_defaults_are_base():
         "linear",
     )
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.weight_decay) == (0.9, 0.98, 1e-6, 0.01)
-    assert (args.max_grad_norm, args.batch_hours, args.crop_seconds, args.min_seconds) == (0.0, 1.6, 15.6, 2.0)
+    assert (args.max_grad_norm, args.batch_hours, args.crop_seconds, args.min_seconds) == (0.0, 1.6, 15.38, 2.0)
     assert (args.mask_time_prob, args.mask_time_length, args.mask_time_min_masks) == (0.65, 10, 2)
     assert (args.feature_grad_mult, args.feature_penalty_weight) == (0.1, 10.0)
     temperatures = (args.max_gumbel_temperature, args.min_gumbel_temperature, args.gumbel_temperature_decay)

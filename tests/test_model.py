@@ -104,12 +104,15 @@ def test_equal_lengths_give_the_stock_loss_and_gradient(monkeypatch, large, tria
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-@pytest.mark.parametrize("path", ["flat", "stock"])
+@pytest.mark.parametrize("path", ["flat", "stock", "blocks", "recomputed"])
 def test_mixed_lengths_give_the_sum_of_stock_losses_of_each_utterance_alone(monkeypatch, large, path):
     config = tiny_config(large)
     if path == "stock":
         monkeypatch.setattr("w2v2.model.is_flat", lambda config: False)
     ours, stock = pair(config, torch.float64)
+    ours.positional_in_blocks = path == "blocks"
+    if path == "recomputed":
+        ours.recomputed = frozenset(["convs", "encoder"])
     lengths = [24_000, 16_400, 9_999, 5_440]
     batch = make_batch(config, lengths, dtype=torch.float64)
     ours.config.diversity_loss_weight = stock.config.diversity_loss_weight = 0.0  # its statistics are a micro-batch's

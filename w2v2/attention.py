@@ -34,12 +34,17 @@ def attend(
     T, outputs = query.shape[1], []
     for rows, length in runs(lengths):
         q, k, v = (x[rows, :length].transpose(1, 2) for x in (query, key, value))
-        if dropout > 0.0 and query.device.type == "cpu":
-            out = _AttentionInBlocks.apply(q, k, v, dropout)
-        else:
+        if dropout == 0.0 or has_kernel(query.device):
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        else:
+            out = _AttentionInBlocks.apply(q, k, v, dropout)
         outputs.append(F.pad(out.transpose(1, 2), (0, 0, 0, 0, 0, T - length)) if length < T else out.transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether the library has a fused kernel for attention with dropout."""
+    return device.type != "cpu"
 
 
 class _AttentionInBlocks(torch.autograd.Function):
