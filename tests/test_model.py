@@ -1,8 +1,11 @@
 """The model against the stock forward: the same loss and the same gradient, for any masks, distractors and lengths."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from conftest import NO_DROPOUT, make_batch, tiny_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import convs, objective
@@ -260,3 +263,21 @@ def test_bfloat16_autocast_stays_close_to_float32():
         rough = model(batch).loss
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=3e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["stock", "blocks"])
+def test_neither_pass_asks_the_device_for_a_value(large, in_blocks):
+    """Tensors without values stand in for a device that is busy: whatever would wait for one (`item`, `bool`, a shape) raises here."""
+    config = tiny_config(large, **{name: 0.1 for name in NO_DROPOUT})
+    batch = make_batch(config, [24_000, 16_400, 16_400, 9_000])
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        model = PretrainingModel(config).train()
+        model.positional_in_blocks = in_blocks
+        values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        fake = replace(batch, **{k: mode.from_tensor(v) for k, v in values.items() if torch.is_tensor(v)})
+        sums = model(fake)
+        sums.loss.backward()
+        with pytest.raises(DataDependentOutputException):
+            sums.loss.item()
+    assert all(p.grad is not None for p in model.parameters())

@@ -35,10 +35,14 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def derive(key: torch.Tensor | int, *parts: torch.Tensor | int) -> torch.Tensor:
-    """Hash `key` with each of `parts` in turn; all broadcast together. Returns int64, uniform over all 64 bits."""
+    """Hash `key` with each of `parts` in turn; all broadcast together. Returns int64, uniform over all 64 bits.
+
+    A part that is a plain number stays one: copied to a device, it would hold up the host until the device comes to it.
+    """
     h = torch.as_tensor(key, dtype=torch.int64)
     for part in parts:
-        h = _mix(_mix(h) + (torch.as_tensor(part, dtype=torch.int64, device=h.device) + 1) * _GOLDEN)
+        step = (part + 1) * _GOLDEN if torch.is_tensor(part) else _signed((int(part) + 1) * _GOLDEN % (1 << 64))
+        h = _mix(_mix(h) + step)
     return h
 
 
