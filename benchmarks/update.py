@@ -37,9 +37,9 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--config_name", default="base", help="base, large, or any other configuration")
     parser.add_argument("--config_overrides", help="as in pretrain.py")
     parser.add_argument("--pairs", type=int, default=5, help="alternating pairs of updates (after one to warm up)")
-    parser.add_argument("--batch_seconds", type=float, default=1600.0 if gpu else 120.0, help="speech in an update")
+    parser.add_argument("--batch_seconds", type=float, default=1600.0 if gpu else 90.0, help="speech in an update")
     parser.add_argument(
-        "--micro_batch_seconds", type=float, default=200.0 if gpu else 62.5, help="of padded audio at a time"
+        "--micro_batch_seconds", type=float, default=200.0 if gpu else 47.0, help="of padded audio at a time"
     )
     parser.add_argument("--crop_seconds", type=float, default=15.38)
     parser.add_argument("--length_grid_seconds", type=float, default=0.32, help="ours only")
