@@ -25,6 +25,7 @@ from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_val
 from w2v2.checkpoint import claim_output_dir, find_checkpoint, load_optimizer, save_checkpoint, save_model
 from w2v2.collate import CropDataset, Framing, build_loader
 from w2v2.errors import UserError
+from w2v2.fitting import Trial, fit, share
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.launch import start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
@@ -66,10 +67,9 @@ def main() -> None:
         training, unreadable = load_utterances(args.train_data, args, framing)
         validation, lost = load_utterances(args.validation_data, args, framing) if args.validation_data else (None, [])
     batches = build_batches(training, args)
-    plan = make_plan(training, batches, args, accelerator.num_processes)
-    accelerator.print(describe(plan))
-    if accelerator.is_main_process:
-        write_json(output_dir / "plan.json", plan)
+    is_fitted = args.micro_batch_seconds == "auto"
+    if args.dry_run or not is_fitted:
+        present_plan(training, batches, args, accelerator)
     if args.dry_run:
         return
 
@@ -92,6 +92,10 @@ def main() -> None:
         accelerator.print(f"resuming      {checkpoint}, after {state.step:,} updates")
 
     run = Run(args, accelerator, model, optimizer, feature_extractor, framing, state)
+    if is_fitted:
+        args.micro_batch_seconds = fit_micro_batch(run, batches, validation)
+        present_plan(training, batches, args, accelerator)
+    state.micro_batch_seconds, state.num_processes = args.micro_batch_seconds, accelerator.num_processes
     pusher = start_pusher(args, accelerator)
     write_config(args, accelerator)
     feed = Feed(training_loader(run, training, batches))
@@ -130,6 +134,38 @@ class Run:
             num_ranks=self.accelerator.num_processes,
             micro_batch_samples=round(self.args.micro_batch_seconds * self.framing.sampling_rate),
         )
+
+
+def present_plan(training: Utterances, batches: EffectiveBatches, args, accelerator: Accelerator) -> None:
+    """Print the plan and write plan.json."""
+    plan = make_plan(training, batches, args, accelerator.num_processes)
+    accelerator.print(describe(plan))
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "plan.json", plan)
+
+
+def fit_micro_batch(run: Run, batches: EffectiveBatches, validation: Utterances | None) -> float:
+    """The number of seconds in the place of `--micro_batch_seconds auto`: the checkpoint's, or what the devices hold.
+
+    Dropout and Gumbel noise follow the cut, so only with the same number does a run go on bit for bit.
+    """
+    accelerator, state, seconds = run.accelerator, run.state, run.state.micro_batch_seconds
+    if seconds is not None and state.num_processes == accelerator.num_processes:
+        accelerator.print(f"micro-batch   auto: {seconds:.1f} s, as before the checkpoint")
+        return seconds
+    longest = max([batches.longest] + ([build_batches(validation, run.args).longest] if validation else []))
+    trial = Trial(
+        accelerator,
+        run.model,
+        run.optimizer,
+        run.framing,
+        update_settings(run.args, run.model, state.step),
+        longest,
+        batches.grid_samples,
+    )
+    seconds, finding = fit(trial, share(batches, longest, accelerator.num_processes))
+    accelerator.print(f"micro-batch   auto: {finding}")
+    return seconds
 
 
 def training_loader(run: Run, training: Utterances, batches: EffectiveBatches) -> DataLoader:
@@ -209,7 +245,10 @@ def update_settings(args, model, step: int) -> UpdateSettings:
 
 
 def write_config(args, accelerator) -> None:
-    """The resolved flags, for a run to be repeated with; what concerned the output folder's past is left out."""
+    """The resolved flags, for a run to be repeated with; what concerned the output folder's past is left out.
+
+    In the place of `micro_batch_seconds: auto` stands what was found: a repeated run cuts alike.
+    """
     once = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
     flags = {name: value for name, value in vars(args).items() if name not in once}
     if accelerator.is_main_process:

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 RECOMMENDED_BATCH_HOURS = 1.6
+ASSUMED_SECONDS = 200.0  # in a micro-batch, where it is to be found out and has not been yet
 
 
 class SkippedAudio:
@@ -111,8 +112,14 @@ def build_batches(utterances: Utterances, args) -> EffectiveBatches:
 
 
 def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks: int) -> dict[str, Any]:
-    """What the run would do, as in plan.json; the figures of a batch are means over the first few."""
-    micro_batch_samples = round(args.micro_batch_seconds * SAMPLING_RATE)
+    """What the run would do, as in plan.json; the figures of a batch are means over the first few.
+
+    With `micro_batch_seconds: auto` they are those of an assumed size, at least the longest crop's.
+    """
+    seconds = args.micro_batch_seconds
+    if seconds == "auto":
+        seconds = max(ASSUMED_SECONDS, batches.longest / SAMPLING_RATE)
+    micro_batch_samples = round(seconds * SAMPLING_RATE)
     batches.check_budget(micro_batch_samples)
     cursor, rounds, samples, padded = Cursor(), [], [], []
     for _ in range(min(8, args.max_steps)):
@@ -129,6 +136,7 @@ def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks
         "hours": utterances.hours,
         "dropped": {reason: count for reason, count in utterances.dropped.items() if count},
         "batch_hours": float(np.mean(samples)) / SAMPLING_RATE / 3600,
+        "micro_batch_seconds": seconds,
         "micro_batches_per_update": float(np.mean(rounds)),
         "updates_per_epoch": updates_per_epoch,
         "epochs": args.max_steps / updates_per_epoch,
@@ -141,6 +149,10 @@ def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks
 
 def _warnings(plan: dict[str, Any], utterances: Utterances, args) -> list[dict[str, str]]:
     found = {}
+    if args.micro_batch_seconds == "auto":
+        found["micro_batch_auto"] = (
+            f"micro_batch_seconds is auto: planned with {plan['micro_batch_seconds']:g} s; the run tries what its devices hold"
+        )
     if args.batch_hours < RECOMMENDED_BATCH_HOURS:
         found["small_effective_batch"] = (
             f"batch_hours is {args.batch_hours:g}: BASE needs about {RECOMMENDED_BATCH_HOURS} hours of speech an update; word error "
