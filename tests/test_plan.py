@@ -78,7 +78,9 @@ def test_a_dry_run_leaves_no_table_behind(tmp_path, lengths):
 
 def test_a_crop_too_short_for_a_masked_span_counts_as_too_short(tmp_path):
     """0.45 s holds a span of 20 frames and one beside it, but on a grid of 0.3 s only 0.32 s of it is heard."""
-    framing = Framing((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), 0.65, 20, 2, 12, 0.0, SAMPLING_RATE, normalize=False)
+    framing = Framing(
+        (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), 0.65, 20, 2, 12, 0.0, SAMPLING_RATE, normalize=False
+    )
     manifest = write_csv(tmp_path / "a.csv", ["/a.wav", "/b.wav"], [0.45, 0.75])
     found, _ = load_utterances([str(manifest)], make_args(tmp_path, min_seconds=0.0, length_grid_seconds=0.3), framing)
     assert 0.32 < framing.min_samples / SAMPLING_RATE < 0.45
