@@ -35,11 +35,9 @@ from w2v2.plan import (
     Utterances,
     build_batches,
     check_validation,
-    describe,
     load_utterances,
-    make_plan,
+    present_plan,
     probe_some,
-    write_json,
 )
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
@@ -136,14 +134,6 @@ class Run:
         )
 
 
-def present_plan(training: Utterances, batches: EffectiveBatches, args, accelerator: Accelerator) -> None:
-    """Print the plan and write plan.json."""
-    plan = make_plan(training, batches, args, accelerator.num_processes)
-    accelerator.print(describe(plan))
-    if accelerator.is_main_process:
-        write_json(Path(args.output_dir) / "plan.json", plan)
-
-
 def fit_micro_batch(run: Run, batches: EffectiveBatches, validation: Utterances | None) -> float:
     """The number of seconds in the place of `--micro_batch_seconds auto`: the checkpoint's, or what the devices hold.
 
@@ -154,15 +144,8 @@ def fit_micro_batch(run: Run, batches: EffectiveBatches, validation: Utterances 
         accelerator.print(f"micro-batch   auto: {seconds:.1f} s, as before the checkpoint")
         return seconds
     longest = max([batches.longest] + ([build_batches(validation, run.args).longest] if validation else []))
-    trial = Trial(
-        accelerator,
-        run.model,
-        run.optimizer,
-        run.framing,
-        update_settings(run.args, run.model, state.step),
-        longest,
-        batches.grid_samples,
-    )
+    settings = update_settings(run.args, run.model, state.step)
+    trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
     seconds, finding = fit(trial, share(batches, longest, accelerator.num_processes))
     accelerator.print(f"micro-batch   auto: {finding}")
     return seconds

@@ -1,7 +1,7 @@
 """`--micro_batch_seconds auto`: the largest micro-batch that the device holds, found by trying the worst that a budget allows.
 
 1. *Unit.* n crops of the longest length. Micro-batches within that budget may have more rows, but no more padded samples, latent
-   frames, attention weights or pairs of masked frames than n rows of the longest.
+   frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames than n rows of the longest.
 2. *Trial.* Forward and backward pass of such a micro-batch beside everything else that an update holds. It leaves nothing behind.
 3. *Search.* On an accelerator n is doubled until it no longer fits, then bisected. A CPU's memory ends with a kill, not with an error:
    there the growth of the peak from one crop to two is carried on. Beyond a device's share of an effective batch nothing is gained.

@@ -24,6 +24,7 @@ __all__ = [
     "identity",
     "load_utterances",
     "make_plan",
+    "present_plan",
     "probe_some",
     "write_json",
 ]
@@ -191,6 +192,14 @@ def describe(plan: dict[str, Any]) -> str:
         f"run           {plan['updates_per_epoch']:.1f} updates an epoch, {plan['epochs']:.1f} epochs",
     ]
     return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"]])
+
+
+def present_plan(utterances: Utterances, batches: EffectiveBatches, args, accelerator) -> None:
+    """Print what the run will do, and write plan.json into its folder."""
+    plan = make_plan(utterances, batches, args, accelerator.num_processes)
+    accelerator.print(describe(plan))
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "plan.json", plan)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
