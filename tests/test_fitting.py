@@ -20,6 +20,7 @@ from w2v2.batching import Cursor, EffectiveBatches, plan_update
 from w2v2.collate import build_batch
 from w2v2.errors import UserError
 from w2v2.fitting import Finding, Trial, fit, largest, search_accelerator, search_cpu, share, worst_case
+from w2v2.launch import keep_freed_memory
 from w2v2.loading import build_framing
 from w2v2.model import PretrainingModel
 from w2v2.training import build_optimizer
@@ -260,7 +261,7 @@ def main_memory(trial, monkeypatch):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("free", [10, 49, 50, 90, 130, 200, 330, 500, 5000])
+@pytest.mark.parametrize("free", [10, 99, 100, 174, 176, 400, 650, 980, 5000])
 def test_a_cpu_takes_what_its_share_of_the_free_memory_holds_and_is_never_filled_to_find_out(
     trial, main_memory, monkeypatch, processes, free
 ):
@@ -269,11 +270,9 @@ def test_a_cpu_takes_what_its_share_of_the_free_memory_holds_and_is_never_filled
     tried = main_memory(base, crop, free * MB)
     room = free * MB / processes
     found = search_cpu(trial, bound)
-    fitting_ones = [n for n in range(1, bound + 1) if base + n * crop <= 0.8 * room]
-    assert found.crops <= max(fitting_ones, default=0)
-    if len(tried) == 2 or found.crops != 1:
-        assert found.crops == max(fitting_ones, default=0)
-    assert tried in ([1], [1, 2])
+    fitting_ones = [n for n in range(1, bound + 1) if base + n * crop <= 0.4 * room]
+    assert found.crops == max(fitting_ones, default=0)
+    assert tried == ([1, 2] if found.crops else [1])
     assert len(tried) == 1 or base + 2 * crop <= room
     assert ("share of an effective batch" in found.why) == (found.crops == bound)
 
@@ -361,6 +360,7 @@ def test_a_sharded_model_is_not_tried(trial, monkeypatch):
 
 
 def test_a_peak_is_seen_though_memory_was_freed_before():
+    keep_freed_memory()
     size = 100 * MB
     np.ones(4 * size, np.uint8)
     before = memory.resident()
