@@ -20,11 +20,13 @@ from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2FeatureExtractor
 
+from w2v2 import memory
 from w2v2.arguments import PretrainArguments, parse_command_line, run_script
 from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.checkpoint import claim_output_dir, find_checkpoint, load_optimizer, save_checkpoint, save_model
 from w2v2.collate import CropDataset, Framing, build_loader
 from w2v2.errors import UserError
+from w2v2.fitting import Trial, fit, share
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.launch import start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
@@ -34,11 +36,9 @@ from w2v2.plan import (
     Utterances,
     build_batches,
     check_validation,
-    describe,
     load_utterances,
-    make_plan,
+    present_plan,
     probe_some,
-    write_json,
 )
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
@@ -66,10 +66,9 @@ def main() -> None:
         training, unreadable = load_utterances(args.train_data, args, framing)
         validation, lost = load_utterances(args.validation_data, args, framing) if args.validation_data else (None, [])
     batches = build_batches(training, args)
-    plan = make_plan(training, batches, args, accelerator.num_processes)
-    accelerator.print(describe(plan))
-    if accelerator.is_main_process:
-        write_json(output_dir / "plan.json", plan)
+    is_fitted = args.micro_batch_seconds == "auto"
+    if args.dry_run or not is_fitted:
+        present_plan(training, batches, args, accelerator)
     if args.dry_run:
         return
 
@@ -92,6 +91,10 @@ def main() -> None:
         accelerator.print(f"resuming      {checkpoint}, after {state.step:,} updates")
 
     run = Run(args, accelerator, model, optimizer, feature_extractor, framing, state)
+    if is_fitted:
+        args.micro_batch_seconds = fit_micro_batch(run, batches, validation)
+        present_plan(training, batches, args, accelerator)
+    state.micro_batch_seconds, state.num_processes = args.micro_batch_seconds, accelerator.num_processes
     pusher = start_pusher(args, accelerator)
     write_config(args, accelerator)
     feed = Feed(training_loader(run, training, batches))
@@ -130,6 +133,23 @@ class Run:
             num_ranks=self.accelerator.num_processes,
             micro_batch_samples=round(self.args.micro_batch_seconds * self.framing.sampling_rate),
         )
+
+
+def fit_micro_batch(run: Run, batches: EffectiveBatches, validation: Utterances | None) -> float:
+    """The number of seconds in the place of `--micro_batch_seconds auto`: the checkpoint's, or what the devices hold.
+
+    Dropout and Gumbel noise follow the cut, so only with the same number does a run go on bit for bit.
+    """
+    accelerator, state, seconds = run.accelerator, run.state, run.state.micro_batch_seconds
+    if seconds is not None and state.num_processes == accelerator.num_processes:
+        accelerator.print(f"micro-batch   auto: {seconds:.1f} s, as before the checkpoint")
+        return seconds
+    longest = max([batches.longest] + ([build_batches(validation, run.args).longest] if validation else []))
+    settings = update_settings(run.args, run.model, state.step)
+    trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
+    seconds, finding = fit(trial, share(batches, longest, accelerator.num_processes))
+    accelerator.print(f"micro-batch   auto: {finding}")
+    return seconds
 
 
 def training_loader(run: Run, training: Utterances, batches: EffectiveBatches) -> DataLoader:
@@ -173,6 +193,7 @@ def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedA
             )
         if state.is_due(args.logging_steps) or state.step == 1:
             log.write(record | clock.lap())
+            memory.give_back()  # what micro-batches of many lengths left in the heap
         if validation and state.is_due(args.eval_steps):
             log.write(state.progress() | validate(accelerator, run.model, validation, settings))
             clock.lap()
@@ -209,7 +230,10 @@ def update_settings(args, model, step: int) -> UpdateSettings:
 
 
 def write_config(args, accelerator) -> None:
-    """The resolved flags, for a run to be repeated with; what concerned the output folder's past is left out."""
+    """The resolved flags, for a run to be repeated with; what concerned the output folder's past is left out.
+
+    In the place of `micro_batch_seconds: auto` stands what was found: a repeated run cuts alike.
+    """
     once = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
     flags = {name: value for name, value in vars(args).items() if name not in once}
     if accelerator.is_main_process:

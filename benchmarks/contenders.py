@@ -26,8 +26,8 @@ from w2v2.arguments import PretrainArguments
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.collate import CropDataset, PretrainBatch
-from w2v2.launch import keep_freed_memory
 from w2v2.loading import build_config, build_framing, build_model
+from w2v2.memory import keep_freed
 from w2v2.training import UpdateSettings, build_optimizer, train_update
 
 NUM_UTTERANCES = 20_000
@@ -132,7 +132,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Ours(Contender):
-    keep_memory = staticmethod(keep_freed_memory)
+    keep_memory = staticmethod(keep_freed)
 
     def __init__(self, args, device):
         super().__init__(args, device)

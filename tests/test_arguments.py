@@ -174,6 +174,22 @@ def test_a_wrong_choice_lists_the_right_ones():
     assert all(kind in message for kind in ("linear", "cosine", "constant", "tri_stage"))
 
 
+@pytest.mark.parametrize("given, kept", [("200", 200.0), ("12.5", 12.5), ("1e2", 100.0), ("auto", "auto")])
+def test_micro_batch_seconds_is_a_number_or_auto_wherever_it_comes_from(config, given, kept):
+    number = yaml.safe_load(given)
+    constructed = PretrainArguments(train_data=["a"], output_dir="b", micro_batch_seconds=number)
+    for args in (parse("--micro_batch_seconds", given), parse(config({"micro_batch_seconds": number})), constructed):
+        assert args.micro_batch_seconds == kept and type(args.micro_batch_seconds) is type(kept)
+    assert parse(config({"micro_batch_seconds": "auto"}), "--micro_batch_seconds", "8").micro_batch_seconds == 8.0
+    assert type(parse().micro_batch_seconds) is float
+
+
+@pytest.mark.parametrize("given", ["0", "-3", "nan", "inf", "Auto", "lots", ""])
+def test_any_other_micro_batch_seconds_is_refused(config, given):
+    for message in (refusal(f"--micro_batch_seconds={given}"), refusal(config({"micro_batch_seconds": given}))):
+        assert message.startswith(f"--micro_batch_seconds is {given}: ") and "`auto`" in message
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [(["--batch_hours", "0"], "--batch_hours is 0"), (["--max_steps", "-1"], "--max_steps is -1"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from transformers import Wav2Vec2ForPreTraining
 
 import pretrain
+from w2v2 import fitting
 from w2v2.batching import Cursor, EffectiveBatches
 from w2v2.cutting import cut
+from w2v2.fitting import Finding
 from w2v2.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
@@ -205,6 +208,107 @@ def test_a_dry_run_plans_and_trains_nothing(flags, tmp_path, capsys):
 
 def here(flags, output_dir, *more):
     return run_here(pretrain.main, flags, "--output_dir", output_dir, "--report_to", "none", *more)
+
+
+def auto(flags, output_dir, *more):
+    short = ("--max_steps", 6, "--save_steps", 3, "--eval_steps", 3)
+    return here(flags, output_dir, "--micro_batch_seconds", "auto", *short, *more)
+
+
+@pytest.fixture
+def found_crops(monkeypatch):
+    """Sets what the search finds; None: there must be none."""
+
+    def find(crops):
+        def search(trial, bound):
+            assert crops is not None, "searched, though the number is known"
+            assert 1 < crops < bound and trial.fits(crops)
+            return Finding(crops, "more would not fit")
+
+        monkeypatch.setattr(fitting, "search_cpu", search)
+
+    return find
+
+
+def test_a_fitted_run_says_what_it_found_and_goes_on_with_it_to_the_bit(flags, tmp_path, capsys, found_crops):
+    whole, resumed, other = (tmp_path / name for name in ("whole", "resumed", "other"))
+    found_crops(2)
+    assert auto(flags, whole) == 0
+    printed = capsys.readouterr().out
+    seconds = json.loads((whole / "plan.json").read_text())["micro_batch_seconds"]
+    assert f"micro-batch   auto: 2 crops of {seconds / 2:.2f} s fit ({seconds:.1f} s); more would not fit\n" in printed
+    assert yaml.safe_load((whole / "pretrain_config.yaml").read_text())["micro_batch_seconds"] == seconds
+    state = Path("checkpoint-3/training_state/state.json")
+    values = json.loads((whole / state).read_text())
+    assert (values["micro_batch_seconds"], values["num_processes"]) == (seconds, 1)
+    assert {w["code"] for w in json.loads((whole / "plan.json").read_text())["warnings"]}.isdisjoint(
+        {"micro_batch_auto"}
+    )
+
+    for folder in (resumed, other):
+        shutil.copytree(whole, folder)
+        shutil.rmtree(folder / "checkpoint-6")
+    found_crops(None)
+    assert auto(flags, resumed, "--resume_from_checkpoint", "auto") == 0
+    assert f"micro-batch   auto: {seconds:.1f} s, as before the checkpoint\n" in capsys.readouterr().out
+    assert without_timings(resumed) == without_timings(whole)
+    for name in ("model.safetensors", "checkpoint-6/training_state/optimizer.safetensors"):
+        ours, theirs = load_file(resumed / name), load_file(whole / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    assert (resumed / "pretrain_config.yaml").read_bytes() != b"" and (resumed / "plan.json").exists()
+
+    # On another number of processes, and from a checkpoint that does not say, the search is made again.
+    found_crops(3)
+    for changed in (
+        values | {"num_processes": 2},
+        {k: v for k, v in values.items() if k[:6] not in ("micro_", "num_pr")},
+    ):
+        shutil.rmtree(other / "checkpoint-6", ignore_errors=True)
+        (other / state).write_text(json.dumps(changed))
+        assert auto(flags, other, "--resume_from_checkpoint", "auto") == 0
+        plan = json.loads((other / "plan.json").read_text())
+        assert plan["micro_batch_seconds"] == pytest.approx(1.5 * seconds)
+    assert without_timings(other) != without_timings(whole)
+
+
+def test_a_search_changes_nothing_of_the_run_that_follows(flags, tmp_path, found_crops):
+    found_crops(2)
+    fitted, given = tmp_path / "fitted", tmp_path / "given"
+    assert auto(flags, fitted) == 0
+    seconds = json.loads((fitted / "plan.json").read_text())["micro_batch_seconds"]
+    assert auto(flags, given, "--micro_batch_seconds", seconds) == 0
+    assert without_timings(fitted) == without_timings(given)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (fitted, given))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_two_processes_search_together_and_then_train_as_with_the_number(flags, tmp_path):
+    """The bare model is tried underneath DDP, whose hooks must not notice."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2_processes.yaml"]
+    short = ("--max_steps", 2, "--save_steps", 2, "--report_to", "none")
+    fitted, given = tmp_path / "fitted", tmp_path / "given"
+    finish(start(flags, fitted, "--micro_batch_seconds", "auto", *short, launcher=launcher), fitted)
+    plan = json.loads((fitted / "plan.json").read_text())
+    assert plan["num_processes"] == 2 and plan["micro_batches_per_update"] <= 2
+    assert Path(f"{fitted}.log").read_text().count("micro-batch   auto: ") == 1
+    finish(start(flags, given, "--micro_batch_seconds", plan["micro_batch_seconds"], *short, launcher=launcher), given)
+    assert without_timings(fitted) == without_timings(given)
+
+
+def test_a_dry_run_with_auto_plans_with_an_assumed_size_and_says_so(flags, tmp_path, found_crops):
+    found_crops(None)
+    assert auto(flags, tmp_path / "run", "--dry_run") == 0
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    (message,) = [w["message"] for w in plan["warnings"] if w["code"] == "micro_batch_auto"]
+    assert plan["micro_batch_seconds"] == 200.0 and "200 s" in message
+    assert names(tmp_path / "run") == {"plan.json"}
+
+
+def test_a_device_that_holds_no_crop_ends_the_run_with_a_line(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fitting, "search_cpu", lambda *_: Finding(0, "1 would take about 9.0 GB"))
+    assert auto(flags, tmp_path / "run") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--crop_seconds" in line and "--gradient_checkpointing" in line and "9.0 GB" in line
 
 
 def test_a_run_is_not_resumed_with_other_batches(flags, whole_run, capsys):

@@ -5,6 +5,7 @@ and both go through the same checks.
 """
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,11 @@ class DataArguments:
     )
     length_grid_seconds: float = _flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few distinct lengths.")
     batch_hours: float = _flag(1.6, "Effective batch: hours of speech, after cropping, in one update over all devices.")
-    micro_batch_seconds: float = _flag(200.0, "Most seconds of padded audio that a device holds at a time.")
+    micro_batch_seconds: str = _flag(  # text on the command line; a float from then on, or "auto" until the search is done
+        "200",
+        "Most seconds of padded audio that a device holds at a time; `auto` tries before the first update what it can hold (a resumed "
+        "run on as many processes keeps what was found).",
+    )
     max_skipped_fraction: float = _flag(
         0.01, "Largest fraction of unreadable files that is skipped; beyond it the run stops."
     )
@@ -161,7 +166,9 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
         for name in ("train_data", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
-        for name in ("batch_hours", "micro_batch_seconds", "crop_seconds", "learning_rate", "max_steps", "logging_steps",
+        if self.micro_batch_seconds != "auto":
+            self.micro_batch_seconds = _seconds("micro_batch_seconds", self.micro_batch_seconds)
+        for name in ("batch_hours", "crop_seconds", "learning_rate", "max_steps", "logging_steps",
                      "save_steps", "eval_steps", "min_gumbel_temperature", "max_gumbel_temperature", "mask_time_prob"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be greater than 0")
@@ -176,6 +183,16 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
             raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
         if self.model_name_or_path and self.config_name:
             raise UserError("--model_name_or_path and --config_name exclude one another: weights come from one place")
+
+
+def _seconds(name: str, value: str | float) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--{name} is {value}: it has to be a number of seconds greater than 0, or `auto`")
+    return seconds
 
 
 class _Parser(HfArgumentParser):

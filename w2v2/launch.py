@@ -1,6 +1,5 @@
 """The `Accelerator`, checked: a launch that would not do what it looks like ends here."""
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -9,9 +8,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DDPCommunicationHookType, DistributedType
 from transformers.utils.logging import disable_progress_bar
 
+from w2v2 import memory
 from w2v2.errors import UserError
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def start_accelerator(args) -> Accelerator:
@@ -23,7 +21,7 @@ def start_accelerator(args) -> Accelerator:
     device = torch.accelerator.current_accelerator()
     cpu = args.use_cpu or device is None or device.type == "mps"  # MPS has no float64, which norms and sums need
     if cpu:
-        keep_freed_memory()
+        memory.keep_freed()
     trackers = [name for name in args.report_to if name != "none"]
     try:
         accelerator = Accelerator(
@@ -60,18 +58,6 @@ def data_parallel(gradient_compression: str) -> DistributedDataParallelKwargs:
     """
     hook = DDPCommunicationHookType.BF16 if gradient_compression == "bf16" else DDPCommunicationHookType.NO
     return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
-
-
-def keep_freed_memory() -> None:
-    """On a CPU: let the C library (glibc) keep what a micro-batch freed for the next one, instead of giving it back to the system.
-
-    Otherwise every large activation is mapped, cleared page by page and unmapped again: a third of the CPU's time was seen to go there.
-    What the GPU's allocator does by itself. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:

@@ -24,11 +24,13 @@ __all__ = [
     "identity",
     "load_utterances",
     "make_plan",
+    "present_plan",
     "probe_some",
     "write_json",
 ]
 
 RECOMMENDED_BATCH_HOURS = 1.6
+ASSUMED_SECONDS = 200.0  # in a micro-batch, where it is to be found out and has not been yet
 
 
 class SkippedAudio:
@@ -111,8 +113,14 @@ def build_batches(utterances: Utterances, args) -> EffectiveBatches:
 
 
 def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks: int) -> dict[str, Any]:
-    """What the run would do, as in plan.json; the figures of a batch are means over the first few."""
-    micro_batch_samples = round(args.micro_batch_seconds * SAMPLING_RATE)
+    """What the run would do, as in plan.json; the figures of a batch are means over the first few.
+
+    With `micro_batch_seconds: auto` they are those of an assumed size, at least the longest crop's.
+    """
+    seconds = args.micro_batch_seconds
+    if seconds == "auto":
+        seconds = max(ASSUMED_SECONDS, batches.longest / SAMPLING_RATE)
+    micro_batch_samples = round(seconds * SAMPLING_RATE)
     batches.check_budget(micro_batch_samples)
     cursor, rounds, samples, padded = Cursor(), [], [], []
     for _ in range(min(8, args.max_steps)):
@@ -129,6 +137,7 @@ def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks
         "hours": utterances.hours,
         "dropped": {reason: count for reason, count in utterances.dropped.items() if count},
         "batch_hours": float(np.mean(samples)) / SAMPLING_RATE / 3600,
+        "micro_batch_seconds": seconds,
         "micro_batches_per_update": float(np.mean(rounds)),
         "updates_per_epoch": updates_per_epoch,
         "epochs": args.max_steps / updates_per_epoch,
@@ -141,6 +150,10 @@ def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks
 
 def _warnings(plan: dict[str, Any], utterances: Utterances, args) -> list[dict[str, str]]:
     found = {}
+    if args.micro_batch_seconds == "auto":
+        found["micro_batch_auto"] = (
+            f"micro_batch_seconds is auto: planned with {plan['micro_batch_seconds']:g} s; the run tries what its devices hold"
+        )
     if args.batch_hours < RECOMMENDED_BATCH_HOURS:
         found["small_effective_batch"] = (
             f"batch_hours is {args.batch_hours:g}: BASE needs about {RECOMMENDED_BATCH_HOURS} hours of speech an update; word error "
@@ -179,6 +192,14 @@ def describe(plan: dict[str, Any]) -> str:
         f"run           {plan['updates_per_epoch']:.1f} updates an epoch, {plan['epochs']:.1f} epochs",
     ]
     return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"]])
+
+
+def present_plan(utterances: Utterances, batches: EffectiveBatches, args, accelerator) -> None:
+    """Print what the run will do, and write plan.json into its folder."""
+    plan = make_plan(utterances, batches, args, accelerator.num_processes)
+    accelerator.print(describe(plan))
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "plan.json", plan)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

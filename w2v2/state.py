@@ -22,6 +22,9 @@ class RunState:
     position: int = 0  # in the epoch's order
     heard_samples: int = 0
     identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
+    # How they were cut, which dropout and Gumbel noise follow; None before it is decided, and from older checkpoints.
+    micro_batch_seconds: float | None = None
+    num_processes: int | None = None
 
     @classmethod
     def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
@@ -36,6 +39,8 @@ class RunState:
             check_identity(saved["identity"], state.identity)
             for name in ("step", "epoch", "position", "heard_samples"):
                 setattr(state, name, saved[name])
+            for name in ("micro_batch_seconds", "num_processes"):
+                setattr(state, name, saved.get(name))
         return state
 
     @property
