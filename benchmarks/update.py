@@ -1,6 +1,6 @@
 """A whole update of this program against the stock loop, on the same utterances, in pairs: audio heard a second, memory, FLOPs.
 
-    python benchmarks/update.py                                  # BASE; on two CPU cores about twenty minutes
+    python benchmarks/update.py                                  # BASE; on two CPU cores about fifty minutes
     python benchmarks/update.py --config_name large --micro_batch_seconds 200 --batch_seconds 1600 --torch_compile      # on a GPU
     python benchmarks/update.py --profile                        # and where the time goes, stage by stage
 
@@ -37,7 +37,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--config_name", default="base", help="base, large, or any other configuration")
     parser.add_argument("--config_overrides", help="as in pretrain.py")
     parser.add_argument("--pairs", type=int, default=5, help="alternating pairs of updates (after one to warm up)")
-    parser.add_argument("--batch_seconds", type=float, default=1600.0 if gpu else 90.0, help="speech in an update")
+    parser.add_argument("--batch_seconds", type=float, default=1600.0 if gpu else 240.0, help="speech in an update")
     parser.add_argument(
         "--micro_batch_seconds", type=float, default=200.0 if gpu else 47.0, help="of padded audio at a time"
     )

@@ -13,32 +13,33 @@ import torch
 import torch.nn.functional as F
 
 
-def runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Consecutive rows of equal length: (rows, length)."""
-    first = 0
-    for length, group in groupby(lengths):
-        rows = slice(first, first + len(list(group)))
-        first = rows.stop
-        yield rows, length
+def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive rows of equal length: (number of rows, length)."""
+    return [(len(list(group)), length) for length, group in groupby(lengths)]
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], dropout: float = 0.0
-) -> torch.Tensor:
-    """Scaled dot-product attention of each row over its own frames, (B, T, H, d) each → (B, T, H, d); zero past a row's end.
+def attend(projections: torch.Tensor, lengths: Sequence[int], dropout: float = 0.0) -> torch.Tensor:
+    """Scaled dot-product attention of each row over its own frames, (B, T, 3, H, d) → (B, T, H, d); zero past a row's end.
 
     Args:
+        projections: query, key and value of each frame.
         lengths: frames of each row, on the host.
         dropout: probability with which an attention weight is zeroed.
     """
-    T, outputs = query.shape[1], []
-    for rows, length in runs(lengths):
-        q, k, v = (x[rows, :length].transpose(1, 2) for x in (query, key, value))
-        if dropout == 0.0 or has_kernel(query.device):
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    T, outputs = projections.shape[1], []
+    sizes = [rows for rows, _ in runs(lengths)]
+    parts = (
+        projections.split(sizes) if len(sizes) > 1 else [projections]
+    )  # a slice of each would fill its gradient up with zeros
+    for part, (_, length) in zip(parts, runs(lengths), strict=True):
+        own = part[:, :length] if length < T else part
+        query, key, value = (x.transpose(1, 2) for x in own.unbind(2))  # (rows, H, length, d)
+        if dropout == 0.0 or has_kernel(projections.device):
+            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         else:
-            out = _AttentionInBlocks.apply(q, k, v, dropout)
-        outputs.append(F.pad(out.transpose(1, 2), (0, 0, 0, 0, 0, T - length)) if length < T else out.transpose(1, 2))
+            out = _AttentionInBlocks.apply(query, key, value, dropout)
+        out = out.transpose(1, 2)
+        outputs.append(F.pad(out, (0, 0, 0, 0, 0, T - length)) if length < T else out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

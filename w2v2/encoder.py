@@ -65,7 +65,7 @@ def layer(
     weight, bias = (torch.cat([getattr(p, name) for p in projections]) for name in ("weight", "bias"))
     qkv = F.linear(x, weight.to(dtype), bias.to(dtype)).unflatten(-1, (3, attention.num_heads, -1))  # (B, T, 3, H, d)
     dropout = attention.dropout if module.training else 0.0
-    attended = linear(attention.out_proj, attend(*qkv.unbind(2), lengths, dropout).flatten(2))  # (B, T, D)
+    attended = linear(attention.out_proj, attend(qkv, lengths, dropout).flatten(2))  # (B, T, D)
     return (rest or after_attention)(module, hidden, attended, before)
 
 
