@@ -22,6 +22,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2 import memory
 from w2v2.arguments import PretrainArguments, parse_command_line, run_script
+from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.checkpoint import claim_output_dir, find_checkpoint, load_optimizer, save_checkpoint, save_model
 from w2v2.collate import CropDataset, Framing, build_loader
@@ -31,18 +32,11 @@ from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.launch import start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.metrics import RunLog, read_metrics
-from w2v2.plan import (
-    SkippedAudio,
-    Utterances,
-    build_batches,
-    check_validation,
-    load_utterances,
-    present_plan,
-    probe_some,
-)
+from w2v2.plan import SkippedAudio, build_batches, present_plan
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
+from w2v2.utterances import Utterances, check_validation, load_utterances, probe_some
 
 MOST_NON_FINITE_UPDATES = 100
 
@@ -141,10 +135,11 @@ def fit_micro_batch(run: Run, batches: EffectiveBatches, validation: Utterances 
     Dropout and Gumbel noise follow the cut, so only with the same number does a run go on bit for bit.
     """
     accelerator, state, seconds = run.accelerator, run.state, run.state.micro_batch_seconds
-    if seconds is not None and state.num_processes == accelerator.num_processes:
+    longest = max([batches.longest] + ([build_batches(validation, run.args).longest] if validation else []))
+    is_known = seconds is not None and seconds * SAMPLING_RATE >= longest
+    if is_known and state.num_processes == accelerator.num_processes:
         accelerator.print(f"micro-batch   auto: {seconds:.1f} s, as before the checkpoint")
         return seconds
-    longest = max([batches.longest] + ([build_batches(validation, run.args).longest] if validation else []))
     settings = update_settings(run.args, run.model, state.step)
     trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
     seconds, finding = fit(trial, share(batches, longest, accelerator.num_processes))

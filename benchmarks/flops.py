@@ -3,14 +3,17 @@
 Counted for the audio heard, each utterance alone: padding, recomputation and whatever an implementation does beside are its own affair.
 """
 
+import re
 from collections.abc import Iterable
 
 import torch
 
-# Dense bf16 FLOP/s by the makers' data sheets.
+# Dense bf16 FLOP/s by the makers' data sheets; the first whose words stand in the GPU's name counts.
 PEAKS = {
-    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
@@ -24,7 +27,7 @@ def peak_flops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
+    return next((peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def forward_flops(config, num_samples: int) -> dict[str, float]:
@@ -35,14 +38,15 @@ def forward_flops(config, num_samples: int) -> dict[str, float]:
         convs += 2.0 * frames * channels * kernel * out
         channels = out
     D, layers = config.hidden_size, config.num_hidden_layers
+    run = layers * (1.0 - config.layerdrop)  # what layerdrop leaves, on average
     masked = 0.49 * frames  # of mask_time_prob 0.65 in spans of ten
     codebook = config.num_codevector_groups * config.num_codevectors_per_group
     return {
         "convs": convs,
         "projection": 2.0 * frames * channels * D,
         "positional": 2.0 * frames * D * (D // config.num_conv_pos_embedding_groups) * config.num_conv_pos_embeddings,
-        "linear": layers * 2.0 * frames * (4 * D * D + 2 * D * config.intermediate_size),
-        "attention": layers * 4.0 * frames * frames * D,
+        "linear": run * 2.0 * frames * (4 * D * D + 2 * D * config.intermediate_size),
+        "attention": run * 4.0 * frames * frames * D,
         "head": 2.0 * masked * (D * config.proj_codevector_dim + channels * codebook + config.codevector_dim * config.proj_codevector_dim),
     }  # fmt: skip
 

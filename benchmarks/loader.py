@@ -8,6 +8,7 @@ cache: decoding and collating, no disk. FLAC and packed audio take turns on the 
 made through the `DataLoader`, and the share of the time is taken that they waited for data. The last line is JSON.
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -27,9 +28,10 @@ from w2v2.collate import CropDataset, Framing, build_loader
 from w2v2.errors import UserError
 from w2v2.launch import start_accelerator
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
-from w2v2.plan import Utterances, build_batches, load_utterances
+from w2v2.plan import build_batches
 from w2v2.schedule import lr_factor
 from w2v2.training import Feed, UpdateSettings, build_optimizer, train_update
+from w2v2.utterances import Utterances, load_utterances
 
 COMPARED = ("flac", "packed")
 SETTINGS = ("manifest", "pairs", "num_workers", "updates", "config_name", "device")
@@ -133,6 +135,8 @@ def reading_report(sources: dict[str, Source], measured: dict) -> dict:
 
 def measure_waiting(source: Source, args: PretrainArguments, framing: Framing, num_updates: int) -> dict:
     """Seconds of audio per second, and the share of the updates' time that they wait for data: over all of them, and its spread."""
+    if not args.use_cpu:
+        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")  # as configs/accelerate has it for GPUs
     accelerator = start_accelerator(args)
     model = build_model(args, build_config(args))
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args))

@@ -23,7 +23,8 @@ from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buc
 
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import Cursor, EffectiveBatches, plan_update
-from w2v2.plan import Utterances, build_batches, identity, make_plan
+from w2v2.plan import build_batches, identity, make_plan
+from w2v2.utterances import Utterances
 
 LIBRISPEECH = 281_241
 PAPER_CROP_SECONDS = 15.6

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from w2v2.audio import SAMPLING_RATE
-from w2v2.encoder import layer, positional
+from w2v2.encoder import linear, norm, positional
 
 REPEATS = 3
 
@@ -52,20 +52,37 @@ def our_stages(contender, batch) -> dict[str, Callable]:
         features = model._features(batch)
     dtype = features.dtype
     features = features.clone().requires_grad_()
-    hidden = torch.randn(*features.shape[:2], model.config.hidden_size, dtype=dtype, device=contender.device)
-    hidden.requires_grad_()
+    residual = torch.float32 if model.config.do_stable_layer_norm else dtype
+    hidden = (
+        torch.randn(*features.shape[:2], model.config.hidden_size, device=contender.device)
+        .to(residual)
+        .requires_grad_()
+    )
+    frames = hidden.detach().to(dtype).requires_grad_()
     in_blocks = contender.device.type != "cpu" if model.positional_in_blocks is None else model.positional_in_blocks
 
+    def plain(function):  # the model leaves autocast behind after the convs
+        def run():
+            with torch.autocast(contender.device.type, enabled=False):
+                return function()
+
+        return run
+
+    @plain
     def layers():
         x = hidden
-        for module in base.encoder.layers:
-            x = layer(module, x, batch.lengths, dtype, model._after_attention)
+        for index, module in enumerate(base.encoder.layers):
+            x = model._layer(module, x, batch, index, dtype)
         return x
+
+    @plain
+    def projection():
+        return linear(base.feature_projection.projection, norm(base.feature_projection.layer_norm, features))
 
     return {
         "convs": lambda: model._features(batch),
-        "projection": lambda: base.feature_projection(features)[0],
-        "positional": lambda: positional(base.encoder.pos_conv_embed, hidden, in_blocks),
+        "projection": projection,
+        "positional": plain(lambda: positional(base.encoder.pos_conv_embed, frames, in_blocks)),
         "layers": layers,
         "whole": lambda: model(batch).loss,
         "optimizer": contender.step,

@@ -5,8 +5,8 @@
     python pretrain.py --train_data data/packed …
 
 Takes every manifest that pretrain.py takes. The packed folder serves as a manifest itself: the same utterances with the same
-ids, order and lengths, so the effective batches are the same, and a run may even change over to it when it resumes. The
-folder may be moved. 16-bit mono audio at 16 kHz is kept bit for bit; other audio is resampled and averaged as in training, and
+ids, order and lengths, so the effective batches are the same, and a run may even change over to it when it resumes (only a segment
+whose manifest makes it end after its file's end is packed as it fits, moved back by up to half a second). The folder may be moved. 16-bit mono audio at 16 kHz is kept bit for bit; other audio is resampled and averaged as in training, and
 rounded to 16 bits. An hour takes 115 MB.
 
 Killed in the middle, the same command goes on with the shards that are missing. Utterances that cannot be read are left out

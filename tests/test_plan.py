@@ -13,7 +13,8 @@ from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.collate import Framing
 from w2v2.errors import UserError
-from w2v2.plan import Utterances, build_batches, identity, load_utterances, make_plan
+from w2v2.plan import build_batches, identity, make_plan
+from w2v2.utterances import Utterances, load_utterances
 
 FRAMING = Framing((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), 0.65, 10, 2, 12, 0.0, SAMPLING_RATE, normalize=False)
 

@@ -181,6 +181,12 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
             raise UserError(f"--seed is {self.seed}: it has to be below 2**32")
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
             raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
+        if not self.gradient_checkpointing_stages:
+            raise UserError(
+                "--gradient_checkpointing_stages is empty: name a stage, or leave --gradient_checkpointing out"
+            )
+        if self.gradient_checkpointing_stages != ["encoder"] and not self.gradient_checkpointing:
+            raise UserError("--gradient_checkpointing_stages needs --gradient_checkpointing")
         if self.model_name_or_path and self.config_name:
             raise UserError("--model_name_or_path and --config_name exclude one another: weights come from one place")
 

@@ -5,7 +5,7 @@
 2. *Draw.* An effective batch is the next utterances in that order until they hold `batch_samples` after cropping. It depends on the
    seed and the lengths alone, not on devices, workers or micro-batches; it may span two epochs.
 3. *Crop.* Length and offset are pure functions of utterance, seed and epoch.
-4. *Cut.* Sorted by length, longest first, into the fewest rounds that keep every micro-batch within its padded budget; every rank
+4. *Cut.* Sorted by length, longest first, into few rounds that keep every micro-batch within its padded budget (`cutting.py`); every rank
    gets the same number, dummies without weight filling up, and about the same padded samples (`cutting.py`).
 """
 
@@ -111,9 +111,10 @@ class EffectiveBatches:
     def __init__(self, num_samples: np.ndarray, *, batch_samples: int, crop_samples: int, grid_samples: int, seed: int):
         self.num_samples = np.asarray(num_samples, dtype=np.int32)
         self.batch_samples, self.seed = batch_samples, seed
-        self.crop_samples, self.grid_samples = crop_samples, grid_samples
+        self.crop_samples = min(crop_samples, np.iinfo(np.int32).max)  # beyond that, as well as no limit
+        self.grid_samples = grid_samples
         self.order = EpochOrder(len(self.num_samples), seed)
-        self.longest = int(crop_length(self.num_samples.max(keepdims=True), crop_samples, grid_samples)[0])
+        self.longest = int(crop_length(self.num_samples.max(keepdims=True), self.crop_samples, grid_samples)[0])
         if batch_samples < self.longest:
             raise UserError(
                 f"--batch_hours {batch_samples / 16_000 / 3600:g} is smaller than one utterance "

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 
 from w2v2 import memory
 from w2v2.audio import SAMPLING_RATE
@@ -159,12 +159,10 @@ def fit(trial: Trial, bound: int) -> tuple[float, str]:
     Args:
         bound: crops beyond which nothing is gained.
 
-    Raises `UserError` if not even one crop fits, or the model is sharded. What else fails on one rank fails on all of them: none is
+    Raises `UserError` if not even one crop fits. What else fails on one rank fails on all of them: none is
     left waiting for its message.
     """
     accelerator, seconds, error = trial.accelerator, trial.longest / SAMPLING_RATE, None
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError("--micro_batch_seconds auto does not try sharded models (FSDP): give a number of seconds")
     search = search_cpu if accelerator.device.type == "cpu" else search_accelerator
     try:
         mine = search(trial, bound)
@@ -199,6 +197,8 @@ def search_accelerator(trial: Trial, bound: int) -> Finding:
 def limited_memory(device: torch.device) -> Iterator[float]:
     """Keep this process to `DEVICE_SHARE` of the memory that it has or could have: the bytes, of which other processes have none."""
     module = torch.get_device_module(device)
+    if device.index is None:  # as Accelerate names a single device, and the limit's setter does not take
+        device = torch.device(device.type, module.current_device())
     free, total = module.mem_get_info(device)
     limit = DEVICE_SHARE * (free + module.memory_reserved(device))
     module.set_per_process_memory_fraction(limit / total, device)

@@ -15,7 +15,7 @@ from w2v2.errors import UserError
 def start_accelerator(args) -> Accelerator:
     """Device, precision and processes as `accelerate launch` (or torchrun) set them; the CPU where there is no accelerator.
 
-    Raises `UserError` for DeepSpeed, for a launcher whose processes would not know of one another, and for an absent tracker.
+    Raises `UserError` for DeepSpeed and FSDP, for a launcher whose processes would not know of one another, and for an absent tracker.
     """
     disable_progress_bar()  # transformers' bars over a second's loading and saving would tear ours
     device = torch.accelerator.current_accelerator()
@@ -36,6 +36,11 @@ def start_accelerator(args) -> Accelerator:
         raise UserError(
             "DeepSpeed steps at every micro-batch, so an effective batch cannot be accumulated under it: launch with DDP "
             "(configs/accelerate); models of this size do not need it"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "FSDP is not supported: the layers are computed outside of the modules that it shards; launch with DDP (configs/accelerate), "
+            "which holds models of this size"
         )
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:

@@ -12,22 +12,7 @@ from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import CHUNK, Cursor, EffectiveBatches
 from w2v2.cutting import cut, padded_sizes
 from w2v2.errors import UserError
-from w2v2.utterances import Utterances, check_validation, load_utterances, probe_some
-
-__all__ = [
-    "SkippedAudio",
-    "Utterances",
-    "build_batches",
-    "check_identity",
-    "check_validation",
-    "describe",
-    "identity",
-    "load_utterances",
-    "make_plan",
-    "present_plan",
-    "probe_some",
-    "write_json",
-]
+from w2v2.utterances import Utterances
 
 RECOMMENDED_BATCH_HOURS = 1.6
 ASSUMED_SECONDS = 200.0  # in a micro-batch, where it is to be found out and has not been yet

@@ -8,7 +8,8 @@ from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import Cursor
 from w2v2.checkpoint import read_state
 from w2v2.loading import check_same_architecture
-from w2v2.plan import Utterances, check_identity, identity
+from w2v2.plan import check_identity, identity
+from w2v2.utterances import Utterances
 
 
 @dataclass

@@ -4,11 +4,12 @@ The file is named by the digest of its own bytes, so that the same manifests fin
 time writes the same.
 """
 
+import contextlib
 import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -110,9 +111,15 @@ def _write_aside(table: pa.Table, kept: np.ndarray | None, path: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove all but the newest files, and what killed processes left unfinished. A process that has mapped one goes on reading it."""
-    tables = [(path.stat().st_mtime, path) for path in folder.glob("utterances-*.arrow")]
-    for _, path in sorted(tables, reverse=True)[KEPT:]:
+    for _, path in sorted(_ages(folder.glob("utterances-*.arrow")))[KEPT:]:
         path.unlink(missing_ok=True)
-    for path in folder.glob("utterances-*.tmp"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+    for age, path in _ages(folder.glob("utterances-*.tmp")):
+        if age > STALE_SECONDS:
             path.unlink(missing_ok=True)
+
+
+def _ages(paths: Iterable[Path]) -> Iterator[tuple[float, Path]]:
+    """Seconds since each was changed; one that another process renamed or removed meanwhile is left out."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            yield time.time() - path.stat().st_mtime, path
