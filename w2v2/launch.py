@@ -37,6 +37,10 @@ def start_accelerator(args) -> Accelerator:
             "DeepSpeed steps at every micro-batch, so an effective batch cannot be accumulated under it: launch with DDP "
             "(configs/accelerate); models of this size do not need it"
         )
+    if args.gradient_compression != "none" and accelerator.device.type == "cpu":
+        raise UserError(
+            f"--gradient_compression {args.gradient_compression} needs GPUs: on a CPU gradients are sent as they are"
+        )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
             "FSDP is not supported: the layers are computed outside of the modules that it shards; launch with DDP (configs/accelerate), "

@@ -9,7 +9,8 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGE = 32 << 20  # the most that glibc takes for this threshold
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -41,12 +42,13 @@ def peak_of(work: Callable[[], object]) -> int | None:
 def keep_freed() -> None:
     """Let the C library (glibc) keep what a micro-batch freed for the next one, instead of giving it back to the system at once.
 
-    Otherwise every large activation is mapped, cleared page by page and unmapped again. It is what a GPU's allocator does by itself. Over
-    micro-batches of many lengths the heap then grows: `give_back` at times. Other C libraries are left as they are.
+    Otherwise every activation is mapped, cleared page by page and unmapped again. It is what a GPU's allocator does by itself. The largest
+    ones, which would leave the largest gaps, still come and go. Over micro-batches of many lengths the heap grows all the same: `give_back`
+    at times. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
