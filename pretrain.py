@@ -29,6 +29,7 @@ from w2v2.collate import CropDataset, Framing, build_loader
 from w2v2.errors import UserError
 from w2v2.fitting import Trial, fit, share
 from w2v2.hub import HubPusher, draw_plots, write_model_card
+from w2v2.interruption import Stopped, StopRequest
 from w2v2.launch import start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.metrics import RunLog, read_metrics
@@ -92,9 +93,15 @@ def main() -> None:
     pusher = start_pusher(args, accelerator)
     write_config(args, accelerator)
     feed = Feed(training_loader(run, training, batches))
-    train(run, feed, validation_loader(run, validation), skipped, pusher)
-    finish(run, training, validation, pusher)
+    with StopRequest(args.max_hours) as stop:
+        train(run, feed, validation_loader(run, validation), skipped, pusher, stop)
+        if state.step == args.max_steps:
+            finish(run, training, validation, pusher)
     accelerator.end_training()
+    if state.step < args.max_steps:
+        raise Stopped(
+            f"stopped after update {state.step:,} of {args.max_steps:,} ({stop.reason}); it goes on with --resume_from_checkpoint auto"
+        )
 
 
 @dataclass
@@ -158,8 +165,18 @@ def validation_loader(run: Run, validation: Utterances | None) -> DataLoader | N
     return run.load(validation, plan_validation(build_batches(validation, run.args), **run.cut)) if validation else None
 
 
-def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedAudio, pusher: HubPusher | None) -> None:
-    """Updates until `max_steps`; what is due after an update is logged, validated and saved in this order."""
+def train(
+    run: Run,
+    feed: Feed,
+    validation: DataLoader | None,
+    skipped: SkippedAudio,
+    pusher: HubPusher | None,
+    stop: StopRequest,
+) -> None:
+    """Updates until `max_steps`; what is due after an update is logged, validated and saved in this order.
+
+    A run that is asked to stop saves after the update at hand; a validation that is due then is made good at its resumption.
+    """
     args, accelerator, state = run.args, run.accelerator, run.state
     start_trackers(accelerator, args, state.step)
     log = RunLog(
@@ -171,12 +188,17 @@ def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedA
         disable_tqdm=args.disable_tqdm,
     )
     clock, bad = Clock(feed), 0
-    while state.step < args.max_steps:
+    if validation and state.owes_validation:
+        settings = update_settings(args, run.model, state.step - 1)
+        log.write(state.progress() | validate(accelerator, run.model, validation, settings))
+    state.owes_validation = is_stopping = False
+    while state.step < args.max_steps and not is_stopping:
         settings = update_settings(args, run.model, state.step)
-        metrics, totals, unreadable = train_update(accelerator, run.model, run.optimizer, feed.update(), settings)
+        metrics, totals, unreadable = train_update(accelerator, run.model, run.optimizer, feed.update(), settings, stop)
         if totals.num_skipped:
             skipped.add(gather_object(unreadable), state.step + 1)
         state.advance(feed.cursor, totals.heard_samples)
+        is_stopping = totals.is_stop_asked and state.step < args.max_steps
         clock.heard_samples += totals.heard_samples
         record = state.progress() | metrics | {"skipped_audio": len(skipped.ids)}
         log.update(record | clock.rates())
@@ -189,10 +211,12 @@ def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedA
         if state.is_due(args.logging_steps) or state.step == 1:
             log.write(record | clock.lap())
             memory.give_back()  # what micro-batches of many lengths left in the heap
-        if validation and state.is_due(args.eval_steps):
+        if validation and state.is_due(args.eval_steps) and is_stopping:
+            state.owes_validation = True
+        elif validation and state.is_due(args.eval_steps):
             log.write(state.progress() | validate(accelerator, run.model, validation, settings))
             clock.lap()
-        if state.is_due(args.save_steps):
+        if state.is_due(args.save_steps) or is_stopping:
             folder = save_checkpoint(
                 args.output_dir,
                 accelerator,

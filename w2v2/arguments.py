@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from w2v2.errors import UserError
+from w2v2.interruption import Stopped, leave
 from w2v2.schedule import SCHEDULES
 
 
@@ -141,6 +142,9 @@ class RunArguments:
     eval_steps: int = _flag(1_000, "Updates between two validations.")
     save_steps: int = _flag(1_000, "Updates between two checkpoints.")
     save_total_limit: int = _flag(3, "Checkpoints that are kept; 0 keeps all.")
+    max_hours: float | None = _flag(
+        None, "Save and leave with status 75 at the first update after so many hours, as on SIGTERM."
+    )
     report_to: list[str] = _flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
     disable_tqdm: bool = _flag(False, "No progress bar.")
     log_level: str = _flag(
@@ -179,6 +183,8 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be {least} or more")
         if self.seed >= 2**32:
             raise UserError(f"--seed is {self.seed}: it has to be below 2**32")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise UserError(f"--max_hours is {self.max_hours}: it has to be greater than 0")
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
             raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
         if not self.gradient_checkpointing_stages:
@@ -274,9 +280,11 @@ def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | No
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error."""
+    """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error, `Stopped` with 75."""
     try:
         main()
+    except Stopped as stopped:
+        leave(stopped)
     except UserError as error:
         message = (
             str(error).rpartition("UserError: ")[2].strip()

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from w2v2.audio import AudioError, read_pcm
 from w2v2.batching import Crops, MicroBatchPlan
 from w2v2.hashing import derive
+from w2v2.interruption import shield_worker
 from w2v2.masking import kept_rows, latent_lengths, mask_spans, masked_positions
 
 FULL_SCALE = 32_768  # of 16-bit samples
@@ -177,4 +178,5 @@ def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor:
         prefetch_factor=prefetch_factor if num_workers > 0 else None,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=shield_worker,
     )

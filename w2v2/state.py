@@ -22,6 +22,7 @@ class RunState:
     epoch: int = 0
     position: int = 0  # in the epoch's order
     heard_samples: int = 0
+    owes_validation: bool = False  # due after this update, but the run was asked to stop
     identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
     # How they were cut, which dropout and Gumbel noise follow; None before it is decided, and from older checkpoints.
     micro_batch_seconds: float | None = None
@@ -42,6 +43,7 @@ class RunState:
                 setattr(state, name, saved[name])
             for name in ("micro_batch_seconds", "num_processes"):
                 setattr(state, name, saved.get(name))
+            state.owes_validation = saved.get("owes_validation", False)
         return state
 
     @property

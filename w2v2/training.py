@@ -26,6 +26,7 @@ from w2v2.batching import LATENT_STRIDE, Cursor
 from w2v2.collate import PretrainBatch
 from w2v2.errors import UserError
 from w2v2.hashing import NOISE, derive, positive
+from w2v2.interruption import StopRequest
 from w2v2.model import PretrainingModel, PretrainSums
 
 
@@ -45,7 +46,7 @@ class UpdateSettings:
 class Totals:
     """Sums over micro-batches, then over ranks: everything that is reported of an effective batch."""
 
-    COUNTS = ("heard_samples", "original_samples", "padded_samples", "skipped")
+    COUNTS = ("heard_samples", "original_samples", "padded_samples", "skipped", "asked_to_stop")
 
     def __init__(self, sums: PretrainSums | None = None, counts: torch.Tensor | None = None):
         self.sums, self.counts = sums, counts
@@ -54,7 +55,7 @@ class Totals:
         real = batch.weight > 0
         heard = batch.heard_samples if real else 0
         padded = batch.waveforms.numel() if real else 0
-        counts = torch.tensor([heard, batch.original_samples, padded, len(batch.skipped)], dtype=torch.float64)
+        counts = torch.tensor([heard, batch.original_samples, padded, len(batch.skipped), 0], dtype=torch.float64)
         sums = PretrainSums(*(x.detach() for x in sums))
         self.sums = sums if self.sums is None else PretrainSums(*(a + b for a, b in zip(self.sums, sums, strict=True)))
         self.counts = counts if self.counts is None else self.counts + counts
@@ -82,10 +83,15 @@ class Totals:
     def num_skipped(self) -> int:
         return int(self.counts[3])
 
+    @property
+    def is_stop_asked(self) -> bool:
+        """Of any rank."""
+        return bool(self.counts[4])
+
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Means over masked frames, and the batch's composition."""
         sums, masked = self.sums, max(float(self.sums.num_masked), 1.0)
-        heard, original, padded, _ = self.counts.tolist()
+        heard, original, padded = self.counts[:3].tolist()
         soft, hard = (objective.perplexity(x / masked).item() for x in (sums.codes_soft, sums.codes_hard))
         values = {
             "loss": float(sums.loss) / masked,
@@ -170,9 +176,13 @@ def seed_noise(seed: int, step: int, piece: int) -> None:
 
 
 def accumulate(
-    accelerator: Accelerator, model: torch.nn.Module, micro_batches: Iterable[PretrainBatch], settings: UpdateSettings
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    micro_batches: Iterable[PretrainBatch],
+    settings: UpdateSettings,
+    stop: StopRequest | None = None,
 ) -> tuple[Totals, float, list[dict]]:
-    """Backward passes over this rank's micro-batches of one update.
+    """Backward passes over this rank's micro-batches of one update. What `stop` noted on any rank all ranks learn with the totals.
 
     Returns: the totals over all ranks, the constant that the summed gradient was divided by, and this rank's skipped utterances.
     """
@@ -193,6 +203,7 @@ def accumulate(
             accelerator.backward(sums.loss * (accelerator.num_processes / scale))
         totals.add(sums, batch)
         skipped += batch.skipped
+    totals.counts[-1] = float(stop is not None and stop.is_asked)
     return totals.reduced(accelerator), scale, skipped
 
 
@@ -233,10 +244,15 @@ def step(
 
 
 def train_update(
-    accelerator: Accelerator, model, optimizer, micro_batches: Iterable[PretrainBatch], settings: UpdateSettings
+    accelerator: Accelerator,
+    model,
+    optimizer,
+    micro_batches: Iterable[PretrainBatch],
+    settings: UpdateSettings,
+    stop: StopRequest | None = None,
 ) -> tuple[dict[str, float], Totals, list[dict]]:
     """One update from one effective batch. Returns its metrics, its totals over all ranks, and this rank's skipped utterances."""
-    totals, scale, skipped = accumulate(accelerator, model, micro_batches, settings)
+    totals, scale, skipped = accumulate(accelerator, model, micro_batches, settings, stop)
     masked = float(totals.sums.num_masked)
     factor = scale / masked if masked else math.nan  # nothing could be read: no step
     norm = step(accelerator, optimizer, factor, settings.learning_rate, settings.max_grad_norm)
