@@ -21,7 +21,9 @@ from ways_to_batch import speech_lengths
 
 import w2v2.attention
 import w2v2.collate
+import w2v2.encoder
 import w2v2.model
+import w2v2.products
 from w2v2.arguments import PretrainArguments
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
@@ -164,12 +166,25 @@ class Ours(Contender):
         return our_stages(self, self.batches[0])
 
 
+def last_layer_of_all_frames(
+    module, hidden, lengths, dtype, rest=None, positions=None, layer=w2v2.encoder.layer, gather=w2v2.encoder.gather
+):
+    """A layer that is computed for all frames, also where some are wanted alone."""
+    out = layer(module, hidden, lengths, dtype, rest)
+    return out if positions is None else gather(out, positions)
+
+
 class Without(Ours):
     """This program without one of its levers (`--without`): what that one is worth in the whole update."""
 
     LEVERS = {
         "flat_convs": lambda args: setattr(w2v2.model, "is_flat", lambda config: False),
         "cpu_attention": lambda args: setattr(w2v2.attention, "has_kernel", lambda device: True),
+        "one_dnn": lambda args: setattr(w2v2.products, "_ONE_DNN", None),
+        "cheap_draws": lambda args: [
+            setattr(module, "dropout", torch.nn.functional.dropout) for module in (w2v2.encoder, w2v2.model)
+        ],
+        "masked_last_layer": lambda args: setattr(w2v2.model, "layer", last_layer_of_all_frames),
         "allocator": lambda args: setattr(Without, "keep_memory", staticmethod(lambda: None)),
         "layerdrop_rows": lambda args: setattr(
             w2v2.collate, "kept_rows", lambda keys, layers, p: torch.ones(layers, len(keys), dtype=torch.bool)

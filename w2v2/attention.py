@@ -3,7 +3,7 @@
 A mask of any form keeps the fast kernels away (flash, cuDNN). Micro-batches are sorted by length, and lengths lie on a grid, so a
 micro-batch is a few runs of equal rows; the frames past a row's end are then not even computed.
 
-Shapes: B utterances, T latent frames of the longest, H heads, d width of a head.
+Shapes: B utterances, T latent frames of the longest, M frames asked from, H heads, d width of a head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,8 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+
+from w2v2.products import draw_kept
 
 
 def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -27,20 +29,38 @@ def attend(projections: torch.Tensor, lengths: Sequence[int], dropout: float = 0
         dropout: probability with which an attention weight is zeroed.
     """
     T, outputs = projections.shape[1], []
-    sizes = [rows for rows, _ in runs(lengths)]
-    parts = (
-        projections.split(sizes) if len(sizes) > 1 else [projections]
-    )  # a slice of each would fill its gradient up with zeros
-    for part, (_, length) in zip(parts, runs(lengths), strict=True):
-        own = part[:, :length] if length < T else part
-        query, key, value = (x.transpose(1, 2) for x in own.unbind(2))  # (rows, H, length, d)
-        if dropout == 0.0 or has_kernel(projections.device):
-            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        else:
-            out = _AttentionInBlocks.apply(query, key, value, dropout)
-        out = out.transpose(1, 2)
+    for part, length in _parts(projections, lengths):
+        out = _attention(*part[:, :length].unbind(2), dropout)
         outputs.append(F.pad(out, (0, 0, 0, 0, 0, T - length)) if length < T else out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_from(
+    query: torch.Tensor, keys_values: torch.Tensor, lengths: Sequence[int], dropout: float = 0.0
+) -> torch.Tensor:
+    """The same from some frames alone: query (B, M, H, d), keys and values of all frames (B, T, 2, H, d) → (B, M, H, d)."""
+    sizes = [rows for rows, _ in runs(lengths)]
+    queries = query.split(sizes) if len(sizes) > 1 else [query]
+    parts = zip(queries, _parts(keys_values, lengths), strict=True)
+    outputs = [_attention(own, *part[:, :length].unbind(2), dropout) for own, (part, length) in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _parts(x: torch.Tensor, lengths: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+    """Each run's rows with their length. Split at once: a slice of each would fill its gradient up with zeros."""
+    found = runs(lengths)
+    parts = x.split([rows for rows, _ in found]) if len(found) > 1 else [x]
+    return [(part, length) for part, (_, length) in zip(parts, found, strict=True)]
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Query (B, M, H, d), key and value (B, T, H, d) → (B, M, H, d): all rows have T frames."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if dropout == 0.0 or has_kernel(query.device):
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    else:
+        out = _AttentionInBlocks.apply(query, key, value, dropout)
+    return out.transpose(1, 2)
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -57,32 +77,30 @@ class _AttentionInBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, dropout):  # (B, H, T, d) each
-        B, H, T, d = query.shape
-        query, key, value = (x.reshape(B * H, T, d) for x in (query * d**-0.5, key, value))
-        out, kept = torch.empty_like(value), torch.empty(B * H, T, T, dtype=torch.bool)
-        weights, factor = _buffers(value, 2)
-        bits = torch.empty(len(weights), -(-T * T // 4), dtype=torch.int64)  # 16 for each weight
+    def forward(ctx, query, key, value, dropout):  # (B, H, M, d), twice (B, H, T, d)
+        B, H, M, d = query.shape
+        query, key, value = (x.reshape(B * H, -1, d) for x in (query * d**-0.5, key, value))
+        out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
+        weights, factor = _buffers(query, value, 2)
         for heads in _blocks(B * H, len(weights)):
             p, f = weights[: len(query[heads])], factor[: len(query[heads])]
             _softmax_scores(query[heads], key[heads], p)
-            draws = bits[: len(p)].random_(-(2**63), None).view(torch.int16)[:, : T * T].unflatten(1, (T, T))
-            torch.ge(draws, round(dropout * 65_536) - 32_768, out=kept[heads])
+            draw_kept(kept[heads], dropout)
             torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
         out *= 1.0 / (1.0 - dropout)
         ctx.save_for_backward(query, key, value, out, kept)
         ctx.dropout = dropout
-        return out.view(B, H, T, d)
+        return out.view(B, H, M, d)
 
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, out, kept = ctx.saved_tensors
-        B, H, T, d = gradient.shape
-        gradient = gradient.reshape(B * H, T, d)
-        shift = (gradient * out).sum(-1, keepdim=True)  # (B·H, T, 1)
+        B, H, M, d = gradient.shape
+        gradient = gradient.reshape(B * H, M, d)
+        shift = (gradient * out).sum(-1, keepdim=True)  # (B·H, M, 1)
         scaled = gradient * (1.0 / (1.0 - ctx.dropout))
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        weights, d_weights, factor = _buffers(value, 3)
+        weights, d_weights, factor = _buffers(query, value, 3)
         for heads in _blocks(B * H, len(weights)):
             p, dp, f = (x[: len(query[heads])] for x in (weights, d_weights, factor))
             _softmax_scores(query[heads], key[heads], p)
@@ -93,13 +111,13 @@ class _AttentionInBlocks(torch.autograd.Function):
             torch.bmm(dp, key[heads], out=d_query[heads])
             torch.bmm(dp.transpose(1, 2), query[heads], out=d_key[heads])
         d_query *= d**-0.5
-        return d_query.view(B, H, T, d), d_key.view(B, H, T, d), d_value.view(B, H, T, d), None
+        return d_query.view(B, H, M, d), d_key.view(B, H, -1, d), d_value.view(B, H, -1, d), None
 
 
-def _buffers(x: torch.Tensor, number: int) -> list[torch.Tensor]:
-    """Attention weights (n, T, T) of the heads of x (B·H, T, d) that are computed together."""
-    together = min(len(x), torch.get_num_threads())
-    return [x.new_empty(together, x.shape[1], x.shape[1]) for _ in range(number)]
+def _buffers(query: torch.Tensor, key: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """Attention weights (n, M, T) of the heads of query (B·H, M, d) that are computed together."""
+    together = min(len(query), torch.get_num_threads())
+    return [query.new_empty(together, query.shape[1], key.shape[1]) for _ in range(number)]
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

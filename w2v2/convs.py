@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from w2v2.masking import latent_lengths
+from w2v2.products import linear, product
 
 
 def is_flat(config) -> bool:
@@ -42,7 +43,7 @@ class _PairsWithNext(torch.autograd.Function):
         pairs = x.view(len(x) // 2, -1)
         first_two = weight[:, :, :2].transpose(1, 2).flatten(1)  # (O, 2·C)
         third = weight[:, :, 2].contiguous()  # (O, C)
-        out = pairs @ first_two.T
+        out = product(pairs, first_two)
         out[:-1].addmm_(pairs[1:, : x.shape[1]], third.T)
         ctx.save_for_backward(x, first_two, third)
         return out
@@ -55,7 +56,7 @@ class _PairsWithNext(torch.autograd.Function):
         weight = torch.empty(len(third), channels, 3, dtype=x.dtype, device=x.device)
         weight[:, :, :2] = (gradient.T @ pairs).unflatten(1, (2, channels)).transpose(1, 2)
         weight[:, :, 2] = gradient[:-1].T @ pairs[1:, :channels]
-        back = gradient @ first_two
+        back = product(gradient, first_two.T)
         back[1:, :channels].addmm_(gradient[:-1], third)
         return back.view(-1, channels), weight
 
@@ -64,7 +65,7 @@ def _halve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """One convolution of stride 2 and kernel 2 or 3 on a flat (N, C) matrix → (N/2, O)."""
     if weight.shape[-1] == 3:
         return _PairsWithNext.apply(x, weight)
-    return x.view(len(x) // 2, -1) @ weight.transpose(1, 2).flatten(1).T
+    return linear(x.view(len(x) // 2, -1), weight.transpose(1, 2).flatten(1))
 
 
 def _windows(waveforms_BS: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 The functions compute what the stock modules compute, in the type that they are given (normalisation statistics and softmax in float32,
 inside the kernels), with one product for queries, keys and values, and attention without a mask (`attention.py`).
 
-Shapes: B utterances, T latent frames of the longest, D width, H heads, G groups of the positional convolution, k its taps.
+Shapes: B utterances, T latent frames of the longest, M of them that are wanted, D width, H heads, G groups of the positional convolution, k its taps.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from w2v2.attention import attend
+from w2v2 import products
+from w2v2.attention import attend, attend_from
+from w2v2.products import dropout
 
 BLOCK = 8  # frames that one row of the positional convolution's product gives
 
@@ -50,7 +52,12 @@ def _convolution_in_blocks(x: torch.Tensor, conv: nn.Conv1d) -> torch.Tensor:
 
 
 def layer(
-    module: nn.Module, hidden: torch.Tensor, lengths: Sequence[int], dtype: torch.dtype, rest: Callable | None = None
+    module: nn.Module,
+    hidden: torch.Tensor,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    rest: Callable | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One transformer layer, post-norm (BASE) or pre-norm (LARGE): (B, T, D) → (B, T, D).
 
@@ -58,27 +65,45 @@ def layer(
         lengths: frames of each row, on the host.
         dtype: of the products. The post-norm residual is of this type too; the pre-norm one, to which every layer adds, stays as it comes.
         rest: `after_attention`, perhaps compiled.
+        positions: (B, M) int64, frames that the output is wanted of, which then is (B, M, D): the others are attended to, no more.
     """
     attention, before = module.attention, is_pre_norm(module)
     x = norm(module.layer_norm, hidden).to(dtype) if before else hidden
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
-    weight, bias = (torch.cat([getattr(p, name) for p in projections]) for name in ("weight", "bias"))
-    qkv = F.linear(x, weight.to(dtype), bias.to(dtype)).unflatten(-1, (3, attention.num_heads, -1))  # (B, T, 3, H, d)
-    dropout = attention.dropout if module.training else 0.0
-    attended = linear(attention.out_proj, attend(qkv, lengths, dropout).flatten(2))  # (B, T, D)
+    dropped = attention.dropout if module.training else 0.0
+    if positions is None:
+        qkv = _project(x, attention.num_heads, attention.q_proj, attention.k_proj, attention.v_proj)  # (B, T, 3, H, d)
+        attended = attend(qkv, lengths, dropped)
+    else:
+        query = _project(gather(x, positions), attention.num_heads, attention.q_proj).squeeze(2)  # (B, M, H, d)
+        keys_values = _project(x, attention.num_heads, attention.k_proj, attention.v_proj)  # (B, T, 2, H, d)
+        attended = attend_from(query, keys_values, lengths, dropped)
+        hidden = gather(hidden, positions)
+    attended = linear(attention.out_proj, attended.flatten(2))  # (B, T or M, D)
     return (rest or after_attention)(module, hidden, attended, before)
+
+
+def _project(x: torch.Tensor, num_heads: int, *modules: nn.Linear) -> torch.Tensor:
+    """Several linear layers of the same input as one product: (B, T, D) → (B, T, layers, H, d)."""
+    weight, bias = (torch.cat([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
+    out = products.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    return out.unflatten(-1, (len(modules), num_heads, -1))
+
+
+def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Frames (B, T, D) at `positions` (B, M) → (B, M, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Tensor, before: bool) -> torch.Tensor:
     """The part of a layer that works frame by frame, (B, T, D) → (B, T, D): whatever a compiler can fuse. `before`: pre-norm."""
     training, forward = module.training, module.feed_forward
-    hidden = hidden + F.dropout(attended, module.dropout.p, training)
+    hidden = hidden + dropout(attended, module.dropout.p, training)
     if not before:
         hidden = norm(module.layer_norm, hidden)
     x = norm(module.final_layer_norm, hidden).to(attended.dtype) if before else hidden
     x = forward.intermediate_act_fn(linear(forward.intermediate_dense, x))
-    x = linear(forward.output_dense, F.dropout(x, forward.intermediate_dropout.p, training))
-    hidden = hidden + F.dropout(x, forward.output_dropout.p, training)
+    x = linear(forward.output_dense, dropout(x, forward.intermediate_dropout.p, training))
+    hidden = hidden + dropout(x, forward.output_dropout.p, training)
     if not before:
         return norm(module.final_layer_norm, hidden)
     if module.adapter_layer is not None:
@@ -91,7 +116,7 @@ def is_pre_norm(module: nn.Module) -> bool:
 
 
 def linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
+    return products.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
 
 
 def norm(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:

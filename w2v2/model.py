@@ -16,8 +16,9 @@ from transformers import Wav2Vec2ForPreTraining
 from w2v2 import objective
 from w2v2.collate import PretrainBatch, sound
 from w2v2.convs import flat_features, is_flat, stock_features
-from w2v2.encoder import after_attention, layer, linear, norm, positional
+from w2v2.encoder import after_attention, gather, layer, linear, norm, positional
 from w2v2.masking import distractors
+from w2v2.products import dropout
 
 
 class PretrainSums(NamedTuple):
@@ -72,13 +73,13 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         with torch.autocast(features.device.type, enabled=False):
             normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
             logits = self._code_logits(normed, positions)  # (B, M, G, V)
-            context = self._context(normed, batch)  # (B, T, D)
+            context = self._context(normed, batch)  # (B, M, D)
 
             one_hot, codes = objective.choose_codes(logits, gumbel_temperature if self.training else None)
             statistics = objective.code_statistics(logits, valid)
             quantized = self.project_q(objective.look_up(one_hot, self.quantizer.codevectors))
             contrast = objective.contrastive_loss(
-                context_BMD=self.project_hid(_full(_gather(context, positions))),
+                context_BMD=self.project_hid(_full(context)),
                 quantized_BMD=quantized,
                 codes_BMG=codes,
                 distractors_BMK=distractors(batch.keys, masked, positions.shape[1], self.config.num_negatives),
@@ -143,13 +144,13 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
     def _code_logits(self, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Quantizer logits of the masked frames (B, M, G, V), in float32 at least. Its dropout is the forward's first random draw."""
         quantizer = self.quantizer
-        logits = linear(quantizer.weight_proj, self.dropout_features(_gather(normed, positions)))
+        logits = linear(quantizer.weight_proj, self._dropout(self.dropout_features, gather(normed, positions)))
         return _full(logits).unflatten(-1, (quantizer.num_groups, quantizer.num_vars))
 
     def _context(self, normed: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
-        """Transformer over the masked sequence, (B, T, D)."""
+        """Transformer over the masked sequence: (B, M, D), the context of the masked frames, which alone the loss looks at."""
         encoder, projection = self.wav2vec2.encoder, self.wav2vec2.feature_projection
-        hidden = projection.dropout(linear(projection.projection, normed))
+        hidden = self._dropout(projection.dropout, linear(projection.projection, normed))
         hidden = torch.where(batch.mask[..., None], self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
         if not batch.uniform:
             hidden = torch.where(_inside(batch)[..., None], hidden, 0.0)
@@ -157,7 +158,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         hidden = hidden + positional(encoder.pos_conv_embed, hidden, in_blocks)
         pre_norm = self.config.do_stable_layer_norm
         hidden = _full(hidden) if pre_norm else norm(encoder.layer_norm, hidden)
-        hidden = encoder.dropout(hidden)
+        hidden = self._dropout(encoder.dropout, hidden)
         for index, module in enumerate(encoder.layers):
             hidden = self._layer(module, hidden, batch, index, normed.dtype)
         return norm(encoder.layer_norm, hidden) if pre_norm else hidden
@@ -165,17 +166,27 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
     def _layer(
         self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """One layer, computed for the utterances that layerdrop leaves it. One at least, so that no parameter is without a gradient."""
+        """One layer, computed for the utterances that layerdrop leaves it. One at least, so that no parameter is without a gradient.
 
-        def run(x, lengths):
-            return self._stage("encoder", layer, module, x, lengths, dtype, self._after_attention)
+        The last one gives the masked frames alone, (B, M, D).
+        """
+        positions = batch.positions if index == self.config.num_hidden_layers - 1 else None
+
+        def run(x, lengths, positions):
+            return self._stage("encoder", layer, module, x, lengths, dtype, self._after_attention, positions)
 
         lengths = batch.kept_lengths[index] if self.training else batch.lengths
         if len(lengths) == len(batch.lengths):
-            return run(hidden, lengths)
+            return run(hidden, lengths, positions)
         rows = batch.kept[index, : max(len(lengths), 1)]
-        out = run(hidden.index_select(0, rows), lengths or batch.lengths[:1])
+        own = None if positions is None else positions.index_select(0, rows)
+        out = run(hidden.index_select(0, rows), lengths or batch.lengths[:1], own)
+        if positions is not None:
+            hidden = gather(hidden, positions)
         return hidden.index_copy(0, rows, out if lengths else torch.where(batch.mask.new_zeros(()), out, hidden[:1]))
+
+    def _dropout(self, module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, module.p, self.training)
 
 
 def _valid(batch: PretrainBatch) -> torch.Tensor:
@@ -186,10 +197,6 @@ def _valid(batch: PretrainBatch) -> torch.Tensor:
 def _inside(batch: PretrainBatch) -> torch.Tensor:
     """(B, T) bool: frames that belong to their row."""
     return torch.arange(batch.mask.shape[1], device=batch.mask.device) < batch.frames[:, None]
-
-
-def _gather(x_BTD: torch.Tensor, positions_BM: torch.Tensor) -> torch.Tensor:
-    return x_BTD.gather(1, positions_BM[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
