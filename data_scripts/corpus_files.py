@@ -12,7 +12,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from w2v2.audio import SAMPLING_RATE, AudioError, probe
-from w2v2.errors import UserError
+from w2v2.errors import UserError, printable
 
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
 
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
 
 
 def exit_status(prog: str, action: Callable[[], object]) -> int:
@@ -32,7 +32,7 @@ def exit_status(prog: str, action: Callable[[], object]) -> int:
     try:
         action()
     except (UserError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(printable(f"{prog}: error: {error}"), file=sys.stderr)
         return 2
     return 0
 

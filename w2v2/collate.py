@@ -14,6 +14,7 @@ from w2v2.audio import AudioError, read_pcm
 from w2v2.batching import Crops, MicroBatchPlan
 from w2v2.hashing import derive
 from w2v2.masking import kept_rows, latent_lengths, mask_spans, masked_positions
+from w2v2.workers import TIMEOUT_SECONDS
 
 FULL_SCALE = 32_768  # of 16-bit samples
 
@@ -106,7 +107,8 @@ class CropDataset(Dataset):
 
     def read(self, entry: dict[str, Any], start: int, num_samples: int) -> np.ndarray:
         """Samples of one crop, int16 or float32. Raises AudioError."""
-        return read_pcm(entry["audio"], round(entry["start"] * self.framing.sampling_rate) + start, num_samples)
+        first = round(entry["start"] * self.framing.sampling_rate)
+        return read_pcm(entry["audio"], first + start, num_samples, stop=first + entry["num_samples"])
 
     def _silence(self, plan: MicroBatchPlan, row: int) -> PretrainBatch:
         """One of the plan's rows without sound or weight."""
@@ -177,4 +179,5 @@ def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor:
         prefetch_factor=prefetch_factor if num_workers > 0 else None,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        timeout=TIMEOUT_SECONDS if num_workers > 0 else 0,
     )

@@ -213,6 +213,11 @@ def _parsed(path: Path, text: str, line: int | None):
     except json.JSONDecodeError as error:
         where = f"line {line or error.lineno}, column {error.colno}"
         raise UserError(f"manifest {path}: {where} is not valid JSON ({error.msg}): mend or remove it") from None
+    except (RecursionError, ValueError):  # brackets in brackets; a number of thousands of digits
+        where = f"line {line} is" if line else "it is"
+        raise UserError(
+            f"manifest {path}: {where} JSON that no manifest needs, too deep or too long: remove it"
+        ) from None
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
