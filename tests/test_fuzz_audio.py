@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -383,8 +384,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("number", "cause"),
-    [(signal.SIGKILL, "out of memory"), (signal.SIGSEGV, "a damaged file that crashes the decoder")],
+    ("number", "cause"), [(signal.SIGKILL, "memory ran out"), (signal.SIGSEGV, "a damaged file crashed the decoder")]
 )
 def test_a_loaders_worker_that_is_lost_ends_the_run_with_one_line(tmp_path, number, cause):
     manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", [2.0] * 12), [2.0] * 12)
@@ -415,3 +415,20 @@ def test_a_decode_that_never_ends_ends_the_run_with_one_line(tmp_path, monkeypat
     status = run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "run"))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert status == 2 and len(lines) == 1 and "no audio came for 2 s" in lines[0]
+    assert re.search(r"while reading \S*/tone\d+\.wav", lines[0])
+
+
+def test_a_file_that_crashes_the_decoder_is_named(tmp_path, monkeypatch, capfd):
+    paths = write_tones(tmp_path / "audio", [2.0] * 12)
+    manifest = write_csv(tmp_path / "train.csv", paths, [2.0] * 12)
+    read = CropDataset.read
+
+    def crash(dataset, entry, start, num_samples):
+        if entry["audio"] == str(paths[7]):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return read(dataset, entry, start, num_samples)
+
+    monkeypatch.setattr(CropDataset, "read", crash)
+    assert run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "run")) == 2
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert f"while reading {paths[7]}" in line and "Segmentation fault" in line

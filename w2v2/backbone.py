@@ -134,7 +134,8 @@ def load_with_head(
     shape means a folder that does not fit its own configuration, and raises UserError.
     """
     if model_name_or_path is None:
-        return model_class(config)
+        with building(config.name_or_path):
+            return model_class(config)
     source = locate(model_name_or_path)
     refuse_pickles(source)
     with _quiet():
@@ -166,6 +167,17 @@ def load_with_head(
         nn.init.normal_(module.weight, std=config.initializer_range)
         nn.init.zeros_(module.bias)
     return model
+
+
+@contextmanager
+def building(source: str):
+    """Raises UserError where a configuration of the right sizes still makes no model: an activation, norm or dropout that does not exist."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{source}: its configuration makes no model ({first_line(error)}): mend its config.json"
+        ) from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Shapes: B utterances, S samples of the longest, T latent frames of the longest, M masked frames of the row that has most.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from w2v2.audio import AudioError, read_pcm
 from w2v2.batching import Crops, MicroBatchPlan
 from w2v2.hashing import derive
 from w2v2.masking import kept_rows, latent_lengths, mask_spans, masked_positions
-from w2v2.workers import TIMEOUT_SECONDS
+from w2v2.workers import TIMEOUT_SECONDS, Diary
 
 FULL_SCALE = 32_768  # of 16-bit samples
 
@@ -80,6 +81,8 @@ class Framing:
 class CropDataset(Dataset):
     """Maps a `MicroBatchPlan` to its `PretrainBatch`. `table` has the columns of `load_manifest`."""
 
+    diary: Diary | None = None  # what this worker reads, for whoever looks after it
+
     def __init__(self, table, framing: Framing, seed: int):
         self.table, self.framing, self.seed = table, framing, seed
 
@@ -88,9 +91,10 @@ class CropDataset(Dataset):
             return self._silence(plan, row=0)
         waveforms, rows, skipped, original_samples = [], [], [], 0
         for row, entry in enumerate(self.entries(plan)):
+            start, num_samples = int(plan.crops.start[row]), int(plan.crops.num_samples[row])
             try:
-                start, num_samples = int(plan.crops.start[row]), int(plan.crops.num_samples[row])
-                waveforms.append(self.read(entry, start, num_samples))
+                with self.diary.reading(entry["audio"]) if self.diary else nullcontext():
+                    waveforms.append(self.read(entry, start, num_samples))
                 rows.append(row)
                 original_samples += entry["num_samples"]
             except AudioError as error:
@@ -171,6 +175,7 @@ def sound(batch: PretrainBatch) -> torch.Tensor:
 
 def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor: int, pin_memory: bool) -> DataLoader:
     """Decodes the micro-batches of `plans` (any iterable of them) ahead of time and in order."""
+    dataset.diary = Diary(num_workers) if num_workers > 0 else None
     return DataLoader(
         dataset,
         batch_size=None,

@@ -19,7 +19,6 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from w2v2.backbone import first_line
 from w2v2.ctc import SpeechDataset, error_rates, greedy_decode, read_skipped
 from w2v2.errors import UserError
 from w2v2.metrics import json_line
@@ -111,9 +110,12 @@ def _read_safely(checkpoint: str | None) -> Iterator[None]:
     """torch reads these files with `weights_only`: what is no plain tensor in them, or torn, becomes a UserError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{checkpoint}: its training state is not loaded, being torn or none that Trainer wrote ({first_line(error)}): resume from "
+            f"{checkpoint}: its training state is not loaded, being torn or none that Trainer wrote ({reason}): resume from "
             "another checkpoint, or start from its weights with --model_name_or_path"
         ) from None
 

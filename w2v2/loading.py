@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from w2v2.audio import SAMPLING_RATE
 from w2v2.backbone import (
+    building,
     first_line,
     load_config,
     load_feature_extractor,
@@ -99,7 +100,8 @@ def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) ->
     """
     source = str(checkpoint) if checkpoint else args.model_name_or_path
     if source is None:
-        model = PretrainingModel._from_config(config, attn_implementation="sdpa")
+        with building(config.name_or_path):
+            model = PretrainingModel._from_config(config, attn_implementation="sdpa")
     else:
         model = _load_weights(locate(source), config)
     model.feature_grad_mult = args.feature_grad_mult
