@@ -58,7 +58,9 @@ def write_manifest(path: Path, rows: Iterable[dict], columns: Sequence[str] = CO
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     with open(unfinished, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        quoting = csv.QUOTE_MINIMAL, csv.QUOTE_ALL  # the former leaves a carriage return bare, which then ends the row
+        minimal, quoted = (csv.DictWriter(file, columns, lineterminator="\n", quoting=kind) for kind in quoting)
+        minimal.writeheader()
+        for row in rows:
+            (quoted if any("\r" in str(cell) for cell in row.values()) else minimal).writerow(row)
     os.replace(unfinished, path)

@@ -70,7 +70,8 @@ def corpus(tmp_path_factory):
     for name in NAMES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         samples = np.random.default_rng(len(name)).standard_normal(length_of(name)) * 0.1
-        soundfile.write(os.fsencode(folder / name), samples.clip(-1, 1), 16_000, format="WAV")
+        with open(folder / name, "wb") as file:  # libsndfile knows names of 1,024 bytes at most
+            soundfile.write(file, samples.clip(-1, 1), 16_000, format="WAV")
     return folder
 
 
@@ -89,7 +90,7 @@ def write_delimited(path, content, dialect):
 def write_manifest(path: Path, names: list[str]) -> Path:
     content = rows(names)
     if path.suffix == ".csv":
-        write_delimited(path, [row | {"audio": f"./{row['audio']}"} for row in content], {})
+        write_delimited(path, [row | {"audio": f"./{row['audio']}"} for row in content], dict(quoting=csv.QUOTE_ALL))
     elif path.suffix == ".tsv":
         write_delimited(path, content, dict(delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None))
     elif path.suffix == ".parquet":
@@ -121,7 +122,7 @@ def test_without_ids_the_path_serves(corpus, kind):
     content = [{"audio": name, "text": ""} for name in names]
     path = corpus / f"without-{kind}"
     if kind == "a.csv":
-        write_delimited(path, content, {})
+        write_delimited(path, content, dict(quoting=csv.QUOTE_ALL))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     table, skipped = load_manifest([str(path)], probe=probe)

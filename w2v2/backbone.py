@@ -66,7 +66,9 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
         config = AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
     except CONFIG_ERRORS as error:
         absent = "no such folder or Hub id, or its configuration cannot be read"
-        raise UserError(f"--{flag} {source}: {absent} ({first_line(error)})") from None
+        # A strict dataclass says what is wrong in its second line; others advise there to run the folder's own code.
+        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        raise UserError(f"--{flag} {source}: {absent} ({reason[:300]})") from None
     _refuse_misspelt(source, locate(source))
     if not isinstance(config, Wav2Vec2Config):
         raise UserError(f"--{flag} {source}: this is a {config.model_type} model; a wav2vec2 one is needed")

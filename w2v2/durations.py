@@ -29,7 +29,11 @@ def measure_lengths(
             status = os.stat(path)
         except (OSError, ValueError) as error:  # ValueError: a null character
             reason = getattr(error, "strerror", None) or str(error)
-            return path, "does not exist" if isinstance(error, FileNotFoundError) else reason, None
+            return (
+                path,
+                "does not exist" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else reason,
+                None,
+            )
         key = (path, status.st_size, status.st_mtime_ns)
         try:
             return (path, known[key], None) if key in known else (path, int(probe(path)), key)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from w2v2.checkpoint import open_to_others
 from w2v2.ctc import SpeechDataset, error_rates, greedy_decode, read_skipped
 from w2v2.errors import UserError
 from w2v2.metrics import json_line
@@ -101,8 +103,18 @@ class FineTuner(Trainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict=state_dict)
         folder = output_dir or self.args.output_dir
-        Path(folder, "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
         self.processing_class.feature_extractor.save_pretrained(folder)  # the processor writes another file alone
+        Path(folder, "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
+        open_to_others(Path(folder))
+
+    def create_model_card(self, *args, **kwargs):
+        """The stock card, which reads the schedule's name from an enumeration that has no `tri_stage`."""
+        schedule = self.args.lr_scheduler_type
+        self.args.lr_scheduler_type = SimpleNamespace(value=schedule)
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.args.lr_scheduler_type = schedule
 
 
 @contextmanager

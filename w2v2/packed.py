@@ -95,13 +95,11 @@ class _Shard:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
             status = os.fstat(self.descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is no file")
             self.size = status.st_size
-            ends = (
-                []
-                if not stat.S_ISREG(status.st_mode)
-                else [os.pread(self.descriptor, len(MAGIC), at) for at in (0, max(0, self.size - len(MAGIC)))]
-            )
-        except (OSError, ValueError) as error:  # ValueError: a null character in the path
+            ends = [os.pread(self.descriptor, len(MAGIC), at) for at in (0, max(0, self.size - len(MAGIC)))]
+        except (OSError, ValueError) as error:  # ValueError: also a null character in the path
             reason = getattr(error, "strerror", None) or error
             raise ShardError(
                 "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason}"

@@ -4,6 +4,7 @@ frames that are asked for, or an `AudioError` with the reason.
 Only regular files are opened: a pipe would be waited for. What a header says is believed within bounds, since time and memory follow from it.
 """
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -40,24 +41,25 @@ class AudioFile:
 
     def __init__(self, path: str):
         self.path = path
-        num_bytes = _size(path)
-        self._file = _opened(path)
-        self.rate, self.num_channels, self.subtype = self._file.samplerate, self._file.channels, self._file.subtype
-        try:
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(_opened(path, soundfile.SoundFile))
+            self.rate, self.num_channels, self.subtype = self._file.samplerate, self._file.channels, self._file.subtype
+            if self.rate not in SAMPLING_RATES:
+                raise AudioError(
+                    path, f"claims {self.rate} samples a second, as no recording has: its header is damaged"
+                )
             # Unknown lengths show up as 0 or as about 2**63.
-            self._is_told = 0 < self._file.frames <= MAX_FRAMES_PER_BYTE * num_bytes
+            self._is_told = 0 < self._file.frames <= MAX_FRAMES_PER_BYTE * os.fstat(self._file.name).st_size
             self.num_frames = self._file.frames if self._is_told else sum(map(len, self._blocks("int16")))
             if not self.num_frames:
                 raise AudioError(path, "holds no audio")
-        except AudioError:
-            self._file.close()
-            raise
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "AudioFile":
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        self._stack.close()
 
     def read(self, first: int, last: int, dtype: str) -> np.ndarray:
         """Frames `first` to `last`, channels averaged, shape (last - first,), int16 or float32.
@@ -106,7 +108,7 @@ class AudioFile:
     def _blocks(self, dtype: str) -> Iterator[np.ndarray]:
         """Everything that can be decoded, mono, in blocks."""
         try:
-            with _Stream(os.fsencode(self.path)) as file:
+            with _opened(self.path, _Stream) as file:
                 while len(block := file.read(BLOCK // file.channels, dtype=dtype, always_2d=True)):
                     yield _mono(block)
         except (soundfile.SoundFileError, RuntimeError) as error:
@@ -120,45 +122,47 @@ class _Stream(soundfile.SoundFile):
         return False
 
 
-def _size(path: str) -> int:
-    """Bytes of a regular file. Raises AudioError for all else."""
+@contextlib.contextmanager
+def _opened(path: str, kind: type[soundfile.SoundFile]) -> Iterator[soundfile.SoundFile]:
+    """Through a descriptor: by name, libsndfile waits for pipes, takes text that is called .au for audio, and knows but 1,024 bytes."""
+    descriptor = _descriptor(path)
     try:
-        status = os.stat(path)
+        file = kind(descriptor, closefd=False)
+    except soundfile.SoundFileError as error:
+        os.close(descriptor)
+        reason = getattr(error, "error_string", error)
+        raise AudioError(path, f"is not audio that libsndfile reads (WAV, FLAC, OGG, Opus, MP3 …): {reason}") from None
+    try:
+        yield file
+    finally:
+        file.close()
+        os.close(descriptor)
+
+
+def _descriptor(path: str) -> int:
+    """Of a regular file that holds something. Raises AudioError for all else."""
+    try:
+        path.encode()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except UnicodeEncodeError:
+        raise AudioError(path, "has a name that is not UTF-8 text, as a manifest has to be: rename it") from None
     except (FileNotFoundError, NotADirectoryError):
         raise AudioError(path, "does not exist") from None
+    except PermissionError:
+        raise AudioError(path, "may not be read (permissions)") from None
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise AudioError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    status, reason = os.fstat(descriptor), None
     if stat.S_ISDIR(status.st_mode):
-        raise AudioError(path, "is a folder, not an audio file")
-    if not stat.S_ISREG(status.st_mode):
-        raise AudioError(path, "is a pipe, a socket or a device, which is never opened")
-    if not status.st_size:
-        raise AudioError(path, "is an empty file")
-    return status.st_size
-
-
-def _opened(path: str) -> soundfile.SoundFile:
-    try:
-        file = soundfile.SoundFile(os.fsencode(path))
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless .raw
-        raise AudioError(path, _why_unreadable(path, error)) from None
-    reason = None
-    if file.format == "RAW":  # libsndfile hears anything at all that is named .au, .snd, .vox or .gsm
-        reason = "is not audio: it has no header, only a name"
-    elif file.samplerate not in SAMPLING_RATES:
-        reason = f"claims {file.samplerate} samples a second, as no recording has: its header is damaged"
+        reason = "is a folder, not an audio file"
+    elif not stat.S_ISREG(status.st_mode):
+        reason = "is a pipe or a device, not a file"
+    elif not status.st_size:
+        reason = "is an empty file"
     if reason:
-        file.close()
+        os.close(descriptor)
         raise AudioError(path, reason)
-    return file
-
-
-def _why_unreadable(path: str, error: Exception) -> str:
-    if not os.path.exists(path):
-        return "does not exist"
-    if not os.access(path, os.R_OK):
-        return "may not be read (permissions)"
-    return f"is not audio that libsndfile reads (WAV, FLAC, OGG, Opus, MP3 …): {getattr(error, 'error_string', error)}"
+    return descriptor
 
 
 def _mono(frames: np.ndarray) -> np.ndarray:

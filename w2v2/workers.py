@@ -51,7 +51,7 @@ def explain_loss(error: BaseException) -> str | None:
 
     torch raises a bare RuntimeError, from wherever the main process happens to be when the signal of a child's death reaches it.
     """
-    text = " ".join(str(error).split())
+    text = " ".join(f"{error.__cause__ or ''} {error}".split())  # the cause, where there is one, knows the signal
     reading = {pid: path for diary in list(_diaries) for pid, path in diary.entries().items()}
     if found := re.search(r"DataLoader timed out after ([\d.]+)", text):
         where = f", while reading {' and '.join(reading.values())}" if reading else ""
