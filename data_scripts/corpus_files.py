@@ -12,7 +12,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from w2v2.audio import SAMPLING_RATE, AudioError, probe
-from w2v2.errors import UserError
+from w2v2.errors import UserError, printable
 
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
 
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
 
 
 def exit_status(prog: str, action: Callable[[], object]) -> int:
@@ -32,7 +32,7 @@ def exit_status(prog: str, action: Callable[[], object]) -> int:
     try:
         action()
     except (UserError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(printable(f"{prog}: error: {error}"), file=sys.stderr)
         return 2
     return 0
 
@@ -58,7 +58,9 @@ def write_manifest(path: Path, rows: Iterable[dict], columns: Sequence[str] = CO
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     with open(unfinished, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        quoting = csv.QUOTE_MINIMAL, csv.QUOTE_ALL  # the former leaves a carriage return bare, which then ends the row
+        minimal, quoted = (csv.DictWriter(file, columns, lineterminator="\n", quoting=kind) for kind in quoting)
+        minimal.writeheader()
+        for row in rows:
+            (quoted if any("\r" in str(cell) for cell in row.values()) else minimal).writerow(row)
     os.replace(unfinished, path)

@@ -40,7 +40,7 @@ from packed_folder import (
 from tqdm import tqdm
 
 from w2v2.audio import SAMPLING_RATE, probe
-from w2v2.errors import UserError
+from w2v2.errors import UserError, printable
 from w2v2.manifest import read_manifests
 from w2v2.packed import INDEX, SHARDS, find_index, sha256_of
 
@@ -170,7 +170,7 @@ def report(folder: Path, records: list[dict], skipped: list[dict]) -> None:
             file=sys.stderr,
         )
     for entry in skipped[:5]:
-        print(f"  {entry['audio']}: {entry['reason']}", file=sys.stderr)
+        print(f"  {printable(entry['audio'])}: {entry['reason']}", file=sys.stderr)
 
 
 def check(folder: Path, num_workers: int) -> None:

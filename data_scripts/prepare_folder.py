@@ -17,7 +17,7 @@ from pathlib import Path
 from corpus_files import Parser, exit_status, measure, write_manifest
 
 from w2v2.audio import AudioError
-from w2v2.errors import UserError
+from w2v2.errors import UserError, printable
 
 EXTENSIONS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64", "sph")
 
@@ -63,7 +63,7 @@ def read_transcript(audio: Path) -> str:
 
 def build_rows(folder: Path, manifest_dir: Path, files: list[Path], args) -> tuple[list[dict], list[AudioError]]:
     """Rows of the usable files, in order, and the reasons why the others are none."""
-    stems = Counter(file.with_suffix("") for file in files)
+    stems = Counter(_stem(file) for file in files)
     rows = []
     speakers = [speaker_of(file, args.speaker_from_parent) if args.speaker_from_parent else "" for file in files]
     prefix = os.path.relpath(os.path.realpath(folder), os.path.realpath(manifest_dir))
@@ -76,10 +76,15 @@ def build_rows(folder: Path, manifest_dir: Path, files: list[Path], args) -> tup
         except AudioError as error:
             skipped.append(error)
             continue
-        name = file.with_suffix("") if stems[file.with_suffix("")] == 1 else file
-        row = {"id": name.as_posix(), "audio": Path(prefix, file).as_posix(), "duration": duration}
-        rows.append({**row, "text": text, "speaker": speaker})
+        name = _stem(file) if stems[_stem(file)] == 1 else file.as_posix()
+        audio = Path(prefix, file).as_posix()
+        audio = f"./{audio}" if audio[0].isspace() else audio  # readers of CSV drop a space after a comma
+        rows.append({"id": name, "audio": audio, "duration": duration, "text": text, "speaker": speaker})
     return rows, skipped
+
+
+def _stem(file: Path) -> str:
+    return file.with_suffix("").as_posix().strip()
 
 
 def split_off(rows: list[dict], fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -114,10 +119,11 @@ def report_skipped(path: Path, skipped: list[AudioError]):
     path.unlink(missing_ok=True)
     if not skipped:
         return
-    path.write_text("".join(json.dumps({"audio": e.path, "reason": e.reason}) + "\n" for e in skipped))
+    lines = (json.dumps({"audio": e.path, "reason": e.reason}) + "\n" for e in skipped)
+    path.write_text("".join(lines), encoding="utf-8")
     print(f"{len(skipped)} files left out, listed in {path}:", file=sys.stderr)
     for error in skipped[:5]:
-        print(f"  {error}", file=sys.stderr)
+        print(f"  {printable(error)}", file=sys.stderr)
 
 
 def check_flags(args):

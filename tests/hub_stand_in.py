@@ -17,6 +17,7 @@ class HubStandIn(ThreadingHTTPServer):
         large: suffixes that have to come by LFS, the rest being sent within the commit.
         failures: a part of the path to the answer that it gets: a status, or 0 for a connection cut.
         created: what was asked of `create_repo`.
+        paths: what was asked for, in order.
         gate: cleared, it holds commits back until it is set.
     """
 
@@ -26,7 +27,7 @@ class HubStandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answers)
         self.user, self.url = user, f"http://127.0.0.1:{self.server_address[1]}"
         self.files, self.blobs, self.failures = {}, {}, {}
-        self.commits, self.tokens, self.large, self.created = [], set(), (), []
+        self.commits, self.tokens, self.large, self.created, self.paths = [], set(), (), [], []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -110,6 +111,7 @@ class _Answers(BaseHTTPRequestHandler):
 
     def _fails(self):
         self.server.tokens.add(self.headers.get("Authorization"))
+        self.server.paths.append(self.path)
         status = next((status for part, status in self.server.failures.items() if part in self.path), None)
         if status == 0:
             self.close_connection = True

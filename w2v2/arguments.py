@@ -7,6 +7,7 @@ and both go through the same checks.
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,9 +17,12 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from w2v2.errors import UserError
+from w2v2.errors import UserError, printable
 from w2v2.interruption import Stopped, leave
 from w2v2.schedule import SCHEDULES
+from w2v2.workers import explain_loss
+
+HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 
 
 def _flag(default: Any, help: str, **metadata) -> Any:
@@ -275,20 +279,38 @@ def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | No
             raise UserError(f"unexpected argument {rest[0]!r}: write [CONFIG.yaml] --flag value …, the file first")
         name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"unknown flag {rest[0].split('=')[0]}{_nearest(name, known)}")
+    _refuse_tokens(argv)
     instances = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return tuple(instances)
 
 
+def _refuse_tokens(argv: Sequence[str]) -> None:
+    """A flag's value is printed, logged and written to the run's files, where a token must never stand."""
+    for index, value in enumerate(argv):
+        if HUB_TOKEN.search(value):
+            flags = [text.split("=")[0] for text in argv[: index + 1] if text.startswith("--")]
+            raise UserError(
+                f"{flags[-1] if flags else 'an argument'} holds what looks like a token of the Hub: flags are written to the run's "
+                "files; set the environment variable HF_TOKEN, or call `hf auth login`"
+            )
+
+
 def run_script(main: Callable[[], Any]) -> None:
-    """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error, `Stopped` with 75."""
+    """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error; so does a lost worker of a loader.
+
+    `Stopped` ends it with 75.
+    """
     try:
         main()
     except Stopped as stopped:
         leave(stopped)
-    except UserError as error:
-        message = (
-            str(error).rpartition("UserError: ")[2].strip()
-        )  # one raised in a loader's worker brings its traceback along
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    except (UserError, RuntimeError) as error:
+        lost = explain_loss(error)
+        if lost is None and not isinstance(error, UserError):
+            raise
+        # A UserError raised in a loader's worker brings its traceback along.
+        message = lost or str(error).rpartition("UserError: ")[2].strip()
+        if lost or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            line = HUB_TOKEN.sub("hf_…", f"{Path(sys.argv[0]).name}: error: {message}")
+            print(printable(line), file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
@@ -19,13 +20,20 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncode
 
 from w2v2.audio import SAMPLING_RATE
 from w2v2.convs import flat_features, is_flat, stock_features
+from w2v2.dimensions import check_dimensions
 from w2v2.errors import UserError
 from w2v2.masking import latent_lengths
 
 logger = logging.getLogger(__name__)
 
+# Without it transformers may load, in place of a Hub repository's weights, those of a stranger's pull request to it.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
 MASK_EMBEDDING = "wav2vec2.masked_spec_embed"  # a model that masks nothing has none
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# What a configuration can raise that is not what it should be, whoever wrote it.
+CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError)
 
 
 def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
@@ -55,13 +63,16 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         raise UserError(f"--{flag} {source}: this folder holds no config.json: give the folder of a pretrained model")
     try:
-        config = AutoConfig.from_pretrained(locate(source))
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
+    except CONFIG_ERRORS as error:
         absent = "no such folder or Hub id, or its configuration cannot be read"
-        raise UserError(f"--{flag} {source}: {absent} ({first_line(error)})") from None
+        # A strict dataclass says what is wrong in its second line; others advise there to run the folder's own code.
+        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        raise UserError(f"--{flag} {source}: {absent} ({reason[:300]})") from None
     _refuse_misspelt(source, locate(source))
     if not isinstance(config, Wav2Vec2Config):
         raise UserError(f"--{flag} {source}: this is a {config.model_type} model; a wav2vec2 one is needed")
+    check_dimensions(config, f"--{flag} {source}")
     config.update(changes)
     if config.mask_feature_prob > 0 and config.mask_feature_length > config.hidden_size:
         raise UserError(
@@ -81,6 +92,27 @@ def _refuse_misspelt(source: str, folder: str) -> None:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if key not in known and near:
             raise UserError(f"{source}: config.json has the unknown key {key!r}: did you mean {near[0]}?")
+
+
+def refuse_pickles(source: str) -> None:
+    """Raises UserError for a folder whose weights are in a pickle alone: to load one is to run whatever stands in it."""
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
+            raise UserError(
+                f"{source}: its weights are in {pickles[0]}, a pickle, and pickles are not loaded, for they can run programs; "
+                "docs/security.md has the lines that make a model.safetensors of it"
+            )
+
+
+def why_not_loaded(source: str, error: BaseException) -> str:
+    """For a message: the error's first line, and what is usual where a Hub repository has no safetensors."""
+    if os.path.isdir(source):
+        return first_line(error)
+    return (
+        f"{first_line(error)}; only safetensors are loaded: if it holds nothing but a pytorch_model.bin, docs/security.md has the lines "
+        "that convert it"
+    )
 
 
 def load_feature_extractor(source: str | None, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
@@ -104,19 +136,23 @@ def load_with_head(
     shape means a folder that does not fit its own configuration, and raises UserError.
     """
     if model_name_or_path is None:
-        return model_class(config)
+        with building(config.name_or_path):
+            return model_class(config)
+    source = locate(model_name_or_path)
+    refuse_pickles(source)
     with _quiet():
         try:
             model, report = model_class.from_pretrained(
-                locate(model_name_or_path),
+                source,
                 config=config,
+                use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(
-                f"--model_name_or_path {model_name_or_path}: cannot be loaded: {first_line(error)}"
+                f"--model_name_or_path {model_name_or_path}: cannot be loaded: {why_not_loaded(source, error)}"
             ) from None
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
     for problem, keys in (("lacks", report["missing_keys"]), ("has another shape for", mismatched)):
@@ -133,6 +169,17 @@ def load_with_head(
         nn.init.normal_(module.weight, std=config.initializer_range)
         nn.init.zeros_(module.bias)
     return model
+
+
+@contextmanager
+def building(source: str):
+    """Raises UserError where a configuration of the right sizes still makes no model: an activation, norm or dropout that does not exist."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{source}: its configuration makes no model ({first_line(error)}): mend its config.json"
+        ) from None
 
 
 @contextmanager

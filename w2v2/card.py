@@ -4,7 +4,9 @@ It may be read by anybody: paths of this machine are shortened to their last par
 is written.
 """
 
+import json
 import os
+import shlex
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PureWindowsPath
@@ -13,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from w2v2.curves import PICTURES, chance_accuracy, model_config
+from w2v2.errors import printable
 
 _NOT_MEASURED = "not measured"
 
@@ -88,7 +91,7 @@ $curves
 import torch
 from transformers import AutoFeatureExtractor, AutoModel
 
-source = "$source"
+source = $literal
 extractor = AutoFeatureExtractor.from_pretrained(source)
 model = AutoModel.from_pretrained(source).eval()
 
@@ -103,7 +106,7 @@ with torch.no_grad():
 To recognise speech, fine-tune it on transcribed audio with CTC:
 
 ```bash
-python finetune_ctc.py --model_name_or_path $source --train_data train.csv --validation_data dev.csv --output_dir asr
+python finetune_ctc.py --model_name_or_path $argument --train_data train.csv --validation_data dev.csv --output_dir asr
 ```
 
 ## Limits
@@ -136,7 +139,7 @@ def write_model_card(
     given = {name: value for name, value in config.items() if value is not None}
     facts = {**model_config(output_dir), **given, **summary, "updates_done": trained.get("step", 0)}
     heard = max((record.get("audio_hours") or 0 for record in metrics), default=0)
-    source = config.get("hub_model_id") or output_dir.resolve().name
+    source = printable(config.get("hub_model_id") or output_dir.resolve().name)
     pictures = [name for name in PICTURES if (output_dir / "plots" / f"{name}.png").exists()]
     text = _CARD.substitute(
         title=source.split("/")[-1],
@@ -146,7 +149,8 @@ def write_model_card(
         chance=f"{chance_accuracy(output_dir):.4f}",
         heard=f"Hours of audio heard in all, counting repetitions: {f'{heard:,.2f}' if heard else _NOT_MEASURED}.",
         curves="\n\n".join(f"![{PICTURES[name][0]}](plots/{name}.png)" for name in pictures),
-        source=source,
+        literal=json.dumps(source, ensure_ascii=False),
+        argument=shlex.quote(source),
     )
     stated = config.get("hub_license")
     data = ModelCardData(library_name="transformers", tags=["wav2vec2", "pretraining"], license=stated)
@@ -190,7 +194,8 @@ def _data_rows(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tu
         sources = config.get(flag) or []
         sources = [sources] if isinstance(sources, str) else sources
         hours, utterances = summary.get(f"{prefix}hours"), summary.get(f"{prefix}utterances")
-        parts = ["`" + "`, `".join(map(str, sources)) + "`"] if sources else ["none"]
+        names = [str(source).replace("`", "'") for source in sources]
+        parts = ["`" + "`, `".join(names) + "`"] if names else ["none"]
         parts += [] if utterances is None else [f"{utterances:,} utterances"]
         parts += [] if hours is None else [f"{hours:,.2f} h"]
         rows.append((label, ", ".join(parts)))
@@ -212,5 +217,5 @@ def _results_table(trained: Mapping[str, Any], validated: Mapping[str, Any]) -> 
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    escaped = [(label, value.replace("|", "\\|").replace("\n", " ")) for label, value in rows]
+    escaped = [(label, printable(value).replace("|", "\\|")) for label, value in rows]
     return "\n".join(f"| {label} | {value} |" for label, value in escaped)

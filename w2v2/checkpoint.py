@@ -41,6 +41,13 @@ def save_model(folder: Path, accelerator: Accelerator, model, feature_extractor)
         bare.config.architectures = ["Wav2Vec2ForPreTraining"]
         bare.config.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)
+        open_to_others(Path(folder))
+
+
+def open_to_others(folder: Path) -> None:
+    """safetensors writes files that their owner alone may read, whatever the umask says: give them the mode of those beside them."""
+    for path in [*folder.glob("*.safetensors"), *folder.glob("training_state/*.safetensors")]:
+        shutil.copymode(folder / "config.json", path)
 
 
 def save_checkpoint(
@@ -57,6 +64,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         (folder / "training_state").mkdir()
         save_file(tensors, folder / "training_state/optimizer.safetensors")
+        open_to_others(folder)
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         text = json.dumps(state.as_dict() | {"scaler": scaler}, indent=2)
         (folder / "training_state/state.json").write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 Shapes: B utterances, S samples of the longest, T latent frames of the longest, M masked frames of the row that has most.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from w2v2.batching import Crops, MicroBatchPlan
 from w2v2.hashing import derive
 from w2v2.interruption import shield_worker
 from w2v2.masking import kept_rows, latent_lengths, mask_spans, masked_positions
+from w2v2.workers import TIMEOUT_SECONDS, Diary
 
 FULL_SCALE = 32_768  # of 16-bit samples
 
@@ -80,6 +82,8 @@ class Framing:
 class CropDataset(Dataset):
     """Maps a `MicroBatchPlan` to its `PretrainBatch`. `table` has the columns of `load_manifest`."""
 
+    diary: Diary | None = None  # what this worker reads, for whoever looks after it
+
     def __init__(self, table, framing: Framing, seed: int):
         self.table, self.framing, self.seed = table, framing, seed
 
@@ -88,9 +92,10 @@ class CropDataset(Dataset):
             return self._silence(plan, row=0)
         waveforms, rows, skipped, original_samples = [], [], [], 0
         for row, entry in enumerate(self.entries(plan)):
+            start, num_samples = int(plan.crops.start[row]), int(plan.crops.num_samples[row])
             try:
-                start, num_samples = int(plan.crops.start[row]), int(plan.crops.num_samples[row])
-                waveforms.append(self.read(entry, start, num_samples))
+                with self.diary.reading(entry["audio"]) if self.diary else nullcontext():
+                    waveforms.append(self.read(entry, start, num_samples))
                 rows.append(row)
                 original_samples += entry["num_samples"]
             except AudioError as error:
@@ -107,7 +112,8 @@ class CropDataset(Dataset):
 
     def read(self, entry: dict[str, Any], start: int, num_samples: int) -> np.ndarray:
         """Samples of one crop, int16 or float32. Raises AudioError."""
-        return read_pcm(entry["audio"], round(entry["start"] * self.framing.sampling_rate) + start, num_samples)
+        first = round(entry["start"] * self.framing.sampling_rate)
+        return read_pcm(entry["audio"], first + start, num_samples, stop=first + entry["num_samples"])
 
     def _silence(self, plan: MicroBatchPlan, row: int) -> PretrainBatch:
         """One of the plan's rows without sound or weight."""
@@ -170,6 +176,7 @@ def sound(batch: PretrainBatch) -> torch.Tensor:
 
 def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor: int, pin_memory: bool) -> DataLoader:
     """Decodes the micro-batches of `plans` (any iterable of them) ahead of time and in order."""
+    dataset.diary = Diary(num_workers) if num_workers > 0 else None
     return DataLoader(
         dataset,
         batch_size=None,
@@ -179,4 +186,5 @@ def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor:
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=shield_worker,
+        timeout=TIMEOUT_SECONDS if num_workers > 0 else 0,
     )

@@ -7,6 +7,7 @@ that only occurs elsewhere is `<unk>` to the loss, and an error to the error rat
 Shapes: B utterances, S samples, T latent frames, U characters.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -241,8 +242,13 @@ def read_skipped(path: str | os.PathLike) -> dict[tuple[str, str], dict[str, str
     """Unreadable utterances met so far, by id and path; several workers may have met the same one."""
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return {(entry["id"], entry["audio"]): entry for entry in map(json.loads, file)}
+    entries = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                entry = json.loads(line)
+                entries[entry["id"], entry["audio"]] = entry
+    return entries
 
 
 def collate_ctc(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Lengths of many audio files, measured in parallel threads and remembered from run to run."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -26,10 +27,16 @@ def measure_lengths(
     def measure(path: str) -> tuple[str, int | str, tuple | None]:
         try:
             status = os.stat(path)
-            key = (path, status.st_size, status.st_mtime_ns)
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            reason = getattr(error, "strerror", None) or str(error)
+            return (
+                path,
+                "does not exist" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else reason,
+                None,
+            )
+        key = (path, status.st_size, status.st_mtime_ns)
+        try:
             return (path, known[key], None) if key in known else (path, int(probe(path)), key)
-        except OSError as error:
-            return path, "does not exist" if isinstance(error, FileNotFoundError) else str(error.strerror), None
         except Exception as error:
             if not hasattr(error, "reason"):
                 raise
@@ -58,9 +65,7 @@ def _read_cache(cache: Path | None) -> dict[tuple, int]:
     if cache is not None and cache.exists():
         with open(cache, encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
+                with contextlib.suppress(ValueError, TypeError):  # a line torn by an interruption
                     path, size, mtime, length = json.loads(line)
-                except (ValueError, TypeError):
-                    continue  # a line torn by an interruption
-                known[path, size, mtime] = length
+                    known[path, size, mtime] = int(length)
     return known

@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The entry points turn it into exit status 2 and one line on standard error, without a traceback.
     """
+
+
+def printable(text: object) -> str:
+    """Text for a line on the console: line breaks, terminal codes and what is no text at all as escapes, as in `repr`, the rest as it is."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

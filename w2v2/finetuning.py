@@ -6,8 +6,10 @@ rates that the batch size does not move.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from w2v2.checkpoint import open_to_others
 from w2v2.ctc import SpeechDataset, error_rates, greedy_decode, read_skipped
 from w2v2.errors import UserError
 from w2v2.metrics import json_line
@@ -89,10 +92,44 @@ class FineTuner(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _read_safely(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _read_safely(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict=state_dict)
         folder = output_dir or self.args.output_dir
         self.processing_class.feature_extractor.save_pretrained(folder)  # the processor writes another file alone
+        Path(folder, "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
+        open_to_others(Path(folder))
+
+    def create_model_card(self, *args, **kwargs):
+        """The stock card, which reads the schedule's name from an enumeration that has no `tri_stage`."""
+        schedule = self.args.lr_scheduler_type
+        self.args.lr_scheduler_type = SimpleNamespace(value=schedule)
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.args.lr_scheduler_type = schedule
+
+
+@contextmanager
+def _read_safely(checkpoint: str | None) -> Iterator[None]:
+    """torch reads these files with `weights_only`: what is no plain tensor in them, or torn, becomes a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{checkpoint}: its training state is not loaded, being torn or none that Trainer wrote ({reason}): resume from "
+            "another checkpoint, or start from its weights with --model_name_or_path"
+        ) from None
 
 
 class CTCTrainer(FineTuner):

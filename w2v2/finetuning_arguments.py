@@ -125,6 +125,10 @@ class FineTuningArguments(TrainingArguments):
             raise UserError("give one of --model_name_or_path (pretrained weights) and --config_name (random weights)")
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
             raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
+        if self.hub_token:
+            raise UserError(
+                "--hub_token: flags are written to the run's files; set the environment variable HF_TOKEN instead"
+            )
         schedule, self.lr_scheduler_type = self.lr_scheduler_type, "linear"  # the stock class knows no tri_stage
         try:
             super().__post_init__()
@@ -173,7 +177,7 @@ def _clear(folder: Path, args: FineTuningArguments) -> None:
     if old and (source == folder.resolve() or folder.resolve() in source.parents):
         raise UserError(f"--output_dir {folder} holds the model to start from, {source}: choose another folder")
     for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:

@@ -13,6 +13,7 @@ import pyarrow.parquet
 from w2v2.errors import UserError
 from w2v2.packed import SETTINGS, sha256_of
 
+KALDI_SPACES = " \t\r\n"  # a no-break space and its like may stand in a name
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .sph .nist .w64 .caf".split())
 
 
@@ -36,7 +37,7 @@ def read_folder(folder: Path) -> tuple[dict[str, list], str]:
         suffixes = " ".join(sorted(AUDIO_SUFFIXES))
         raise UserError(f"folder {folder} holds no audio files ({suffixes}) and no wav.scp: check the path")
     for path in paths:
-        if not path.isprintable() and "\n" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+        if any("\ud800" <= letter <= "\udfff" for letter in path):
             raise UserError(f"folder {folder}: the file name {path!a} is not UTF-8 text: rename it")
     return {"audio": sorted(paths)}, os.path.abspath(folder)
 
@@ -114,14 +115,16 @@ def _pairs(path: Path) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
+                if not (line := line.strip(KALDI_SPACES)):
                     continue
-                name, *rest = line.strip().split(maxsplit=1)
+                name, *rest = re.split(f"[{KALDI_SPACES}]+", line, maxsplit=1)
                 if name in values:
                     raise UserError(f"{path}: line {number} gives {name!r} a second time: remove one of them")
                 values[name] = rest[0] if rest else ""
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: save it again with that encoding") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not values:
         raise UserError(f"{path} is empty: write a line for each entry, or remove it")
     return values

@@ -8,8 +8,17 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 
 from w2v2.audio import SAMPLING_RATE
-from w2v2.backbone import first_line, load_config, load_feature_extractor, locate
+from w2v2.backbone import (
+    building,
+    first_line,
+    load_config,
+    load_feature_extractor,
+    locate,
+    refuse_pickles,
+    why_not_loaded,
+)
 from w2v2.collate import Framing
+from w2v2.dimensions import check_dimensions
 from w2v2.errors import UserError
 from w2v2.model import PretrainingModel
 
@@ -62,6 +71,7 @@ def build_config(args) -> Wav2Vec2Config:
     config = load_config(args.model_name_or_path, args.config_name or "base")
     if args.config_overrides:
         override(config, args.config_overrides)
+        check_dimensions(config, f"--config_overrides {args.config_overrides}")
     for name in FLAGS[:3]:
         setattr(config, name, getattr(args, name))
     if args.diversity_loss_weight is not None:
@@ -90,7 +100,8 @@ def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) ->
     """
     source = str(checkpoint) if checkpoint else args.model_name_or_path
     if source is None:
-        model = PretrainingModel._from_config(config, attn_implementation="sdpa")
+        with building(config.name_or_path):
+            model = PretrainingModel._from_config(config, attn_implementation="sdpa")
     else:
         model = _load_weights(locate(source), config)
     model.feature_grad_mult = args.feature_grad_mult
@@ -105,15 +116,16 @@ def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) ->
 
 
 def _load_weights(source: str, config: Wav2Vec2Config) -> PretrainingModel:
+    refuse_pickles(source)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what matters of its report becomes our error below
     try:
         model, report = PretrainingModel.from_pretrained(
-            source, config=config, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True,
+            source, config=config, use_safetensors=True, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = first_line(error)
+        reason = why_not_loaded(source, error)
         raise UserError(f"{source}: weights cannot be loaded ({reason}): give a folder that holds them whole") from None
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -40,6 +40,7 @@ COLUMNS = {
 }
 EXTRAS = ("text", "speaker", "label")
 ROOT_MARKERS = ("${data_root}", "$data_root", "{data_root}")
+MOST_SECONDS = 1e9  # of a start, stop or length: thirty years, so that samples can be counted in 64 bits
 NUMBER = r"^(-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?nan|[+-]?inf)$"
 
 
@@ -142,8 +143,8 @@ def _strings(raw: RawTable, name: str, column: pa.ChunkedArray) -> pa.ChunkedArr
     return column if name == "audio" else pc.utf8_trim_whitespace(column)  # a file's name may begin with a space
 
 
-def _numbers(raw: RawTable, name: str, column: pa.ChunkedArray, above: float) -> pa.ChunkedArray:
-    """float64, null where the cell is empty; what is no finite number of at least `above` is an error that names its row."""
+def _numbers(raw: RawTable, name: str, column: pa.ChunkedArray, above: float, most: float) -> pa.ChunkedArray:
+    """float64, null where the cell is empty; what is no number from `above` to `most` is an error that names its row."""
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_decimal(column.type)):
         text = _strings(raw, name, column)
         text = pc.if_else(pc.equal(text, ""), None, text)
@@ -154,9 +155,9 @@ def _numbers(raw: RawTable, name: str, column: pa.ChunkedArray, above: float) ->
             )
         column = text
     column = column.cast(pa.float64())
-    fine = pc.and_(pc.is_finite(column), pc.greater_equal(column, above))
+    fine = pc.and_(pc.less_equal(column, most), pc.greater_equal(column, above))  # both false for NaN
     if (index := pc.index(fine, False).as_py()) >= 0:
-        least = "0 or more" if above == 0 else "more than 0"
+        least = f"at most {most:g}" if column[index].as_py() > most else "0 or more" if above == 0 else "more than 0"
         raise UserError(
             f"{raw.row(index)}: {name} is {column[index].as_py():g}, which must be {least}: mend it or leave it empty"
         )
@@ -168,11 +169,13 @@ def _extent(raw: RawTable, columns: dict, sampling_rate: int) -> tuple[pa.Chunke
     sample = 1 / sampling_rate
     nothing = pa.chunked_array([pa.nulls(raw.table.num_rows, pa.float64())])
 
-    def numbers(name, above):
-        return _numbers(raw, name, columns[name], above) if name in columns else nothing
+    def numbers(name, above, most=MOST_SECONDS):
+        return _numbers(raw, name, columns[name], above, most) if name in columns else nothing
 
-    start, stop = pc.fill_null(numbers("start", 0.0), 0.0), numbers("stop", 0.0)
-    length = pc.divide(numbers("num_samples", 1.0), float(sampling_rate))
+    most_samples = MOST_SECONDS * sampling_rate
+    start, stop = (numbers(name, 0.0, most_samples) for name in ("start", "stop"))  # samples, perhaps
+    start = pc.fill_null(start, 0.0)
+    length = pc.divide(numbers("num_samples", 1.0, most_samples), float(sampling_rate))
     length = pc.coalesce(numbers("duration", sample / 2), length)
     between = pc.subtract(stop, start)
     in_samples = {"wav", "start", "stop"} <= set(raw.table.column_names) and _whole(start) and _whole(stop)

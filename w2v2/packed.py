@@ -16,6 +16,7 @@ read), a forked worker shares nothing that moves, and a shard that is cut short 
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -92,12 +93,16 @@ class _Shard:
 
     def __init__(self, path: str):
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-            self.size = os.fstat(self.descriptor).st_size
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+            status = os.fstat(self.descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is no file")
+            self.size = status.st_size
             ends = [os.pread(self.descriptor, len(MAGIC), at) for at in (0, max(0, self.size - len(MAGIC)))]
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: also a null character in the path
+            reason = getattr(error, "strerror", None) or error
             raise ShardError(
-                "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+                "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason}"
             ) from None
         if ends != [MAGIC, MAGIC]:
             raise ShardError("is truncated or damaged: copy it again, or pack it again")

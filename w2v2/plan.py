@@ -28,7 +28,10 @@ class SkippedAudio:
     def __init__(self, output_dir, num_utterances: int, max_fraction: float, first_step: int = 0, is_main: bool = True):
         self.path = Path(output_dir) / "skipped_audio.jsonl"
         self.num_utterances, self.max_fraction, self.is_main = num_utterances, max_fraction, is_main
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        lines = [
+            line for line in text.split("\n") if line
+        ]  # not `splitlines`: Unicode knows more line ends than JSON escapes
         entries = [entry for line in lines if (entry := _parse(line)) and 0 < entry["step"] <= first_step]
         self.ids: set[str] = {entry["id"] for entry in entries}
         if is_main and len(entries) < len(lines):

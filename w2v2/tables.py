@@ -22,6 +22,7 @@ import pyarrow.parquet
 from w2v2.errors import UserError
 
 NUMERIC = frozenset("duration duration_seconds length num_samples frames num_frames start offset stop end".split())
+MOST_BYTES = 1 << 14  # of a line that Arrow may parse as JSON
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 
@@ -213,6 +214,11 @@ def _parsed(path: Path, text: str, line: int | None):
     except json.JSONDecodeError as error:
         where = f"line {line or error.lineno}, column {error.colno}"
         raise UserError(f"manifest {path}: {where} is not valid JSON ({error.msg}): mend or remove it") from None
+    except (RecursionError, ValueError):  # brackets in brackets; a number of thousands of digits
+        where = f"line {line} is" if line else "it is"
+        raise UserError(
+            f"manifest {path}: {where} JSON that no manifest needs, too deep or too long: remove it"
+        ) from None
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
@@ -233,6 +239,9 @@ def _json_line_of(path: Path, index: int) -> int:
 
 def _arrow_jsonl(path: Path, first: dict, wanted: frozenset[str]) -> pa.Table:
     """Fast path: the wanted names of the first row declared, so that Arrow takes no id for a timestamp. Raises where a type differs."""
+    with open(path, "rb") as file:
+        if max(map(len, file)) > MOST_BYTES:
+            raise pa.ArrowInvalid("a line so long may hold so many brackets in brackets that Arrow's stack overflows")
     names = [name for name in first if name.lower() in wanted]
     schema = pa.schema([(name, pa.float64() if name.lower() in NUMERIC else pa.string()) for name in names])
     table = pyarrow.json.read_json(path, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema))
