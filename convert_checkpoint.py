@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from w2v2.arguments import run_script
 from w2v2.errors import UserError
 from w2v2.from_fairseq import convert_fairseq
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.checkpoint}: no such file or folder")
     if args.output_dir.exists():
         raise UserError(f"--output_dir {args.output_dir} exists already: give a new folder")
+    disable_progress_bar()  # over the writing of one file
     if args.without_positions:
         model, extractor = convert_without_positions(args.checkpoint, args.num_attention_heads, args.conv_stride)
     elif args.checkpoint.is_dir() or args.checkpoint.suffix == ".ckpt":
@@ -70,10 +73,19 @@ def save_whole(model, extractor, folder: Path) -> None:
     try:
         model.save_pretrained(unfinished)
         extractor.save_pretrained(unfinished)
-        os.chmod(unfinished, 0o755)
+        open_as_usual(Path(unfinished))
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def open_as_usual(folder: Path) -> None:
+    """The permissions of new files and folders; temporary folders, and safetensors, keep others out."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 if __name__ == "__main__":

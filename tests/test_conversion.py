@@ -111,6 +111,9 @@ def test_a_fairseq_checkpoint_becomes_a_folder_that_stock_classes_load_whole(tmp
     assert (config.layerdrop, config.feat_proj_dropout, config.num_negatives) == (0.05, 0.1, 100)
     assert (config.diversity_loss_weight, config.contrastive_logits_temperature) == (0.2, 0.1)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
 
 
 def test_older_checkpoints_keep_their_options_in_a_namespace_and_may_be_of_the_older_format(tmp_path):

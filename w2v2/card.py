@@ -15,6 +15,7 @@ from w2v2.card_parts import (
     device_hours,
     fill,
     hub_id,
+    in_hours,
     licence,
     publishable,
     stated_rows,
@@ -48,7 +49,7 @@ _RECIPE = [
     ("Devices at the end of the run", "{devices}"),
     (
         "Device-hours",
-        "{device_hours:,.2f}, from the logged throughput; updates alone, without validation, saving and start-up",
+        "{device_hours}, from the logged throughput; updates alone, without validation, saving and start-up",
     ),
 ]
 
@@ -155,7 +156,7 @@ def write_model_card(
     trained = _last(metrics, "loss")
     given = {name: value for name, value in config.items() if value is not None}
     facts = {**model_config(output_dir), **given, **summary, "updates_done": trained.get("step", 0)}
-    facts["device_hours"] = device_hours(metrics)
+    facts["device_hours"] = in_hours(device_hours(metrics))
     heard = max((record.get("audio_hours") or 0 for record in metrics), default=0)
     source = config.get("hub_model_id") or output_dir.resolve().name
     pictures = [name for name in PICTURES if (output_dir / "plots" / f"{name}.png").exists()]

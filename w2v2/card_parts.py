@@ -92,6 +92,10 @@ def device_hours(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     return total or None
 
 
+def in_hours(hours: float | None) -> str | None:
+    return None if hours is None else f"{hours:,.2f}" if hours >= 1 else f"{hours:.2g}"
+
+
 def hub_id(source: str | None) -> str | None:
     """`source` where it is a repository on the Hub, as far as its name tells; None for folders."""
     if not source or os.path.exists(source) or Path(source).is_absolute() or source.count("/") != 1:

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from w2v2.card_parts import UNKNOWN_TO_THE_PROGRAM, data_row, fill, hub_id, licence, publishable, stated_rows, table
+from w2v2.card_parts import (
+    UNKNOWN_TO_THE_PROGRAM,
+    data_row,
+    fill,
+    hub_id,
+    in_hours,
+    licence,
+    publishable,
+    stated_rows,
+    table,
+)
 from w2v2.curves import FINETUNING_PICTURES, model_config
 
 
@@ -70,7 +80,7 @@ _RECIPE = [
     ("Classes", "{classes}"),
     ("Language model of the search", "{lm[path]}"),
     ("Seed", "{seed}"),
-    ("Device-hours, validation in between included", "{device_hours:,.2f}"),
+    ("Device-hours, validation in between included", "{device_hours}"),
 ]
 
 _CARD = string.Template("""
@@ -149,7 +159,7 @@ def write_finetuned_card(
         return False
     run, scores = publishable(results.get("run") or {}), _scores(results)
     given = {name: value for name, value in config.items() if value is not None}
-    facts = {**model, **given, **run, "device_hours": device_hours, "classes": _classes(model, task)}
+    facts = {**model, **given, **run, "device_hours": in_hours(device_hours), "classes": _classes(model, task)}
     source = config.get("hub_model_id") or output_dir.resolve().name
     training = data_row("Training", config.get("train_data"), run.get("train_utterances"), run.get("train_hours"))
     held_out = [data_row(label, config.get(flag), None, None) for label, flag in _HELD_OUT if config.get(flag)]
