@@ -59,7 +59,9 @@ class HubCallback(TrainerCallback):
         if args.process_index != 0:
             return
         folder = Path(args.output_dir)
-        draw_plots(folder, read_metrics(folder / "metrics.jsonl"), FINETUNING_PICTURES, over=("step", "update"))
+        log = folder / "metrics.jsonl"
+        metrics = read_metrics(log) if log.exists() else []
+        draw_plots(folder, metrics, FINETUNING_PICTURES, over=("step", "update"))
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         config: dict[str, Any] = {**vars(args), "batch": _batch(args)}
         write_finetuned_card(folder, config=config, results=results, device_hours=self._device_hours)
