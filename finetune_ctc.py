@@ -30,6 +30,7 @@ from w2v2.finetuning_arguments import (
     prepare_output_dir,
     write_config,
 )
+from w2v2.hub_callback import HubCallback
 from w2v2.manifest import load_manifest
 
 CACHE_FOLDER = "_cache"  # in the output folder; `Trainer` pushes nothing that begins with an underscore
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     sets = {name: as_audio(ctc.longest_first(table), substitute=False) for name, table in sets.items()}
 
     # Train; the best checkpoint by validation WER is loaded at the end.
+    hub = HubCallback(args)
     trainer = CTCTrainer(
         model,
         args,
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=sets["validation"],
         processing_class=ctc.make_processor(vocabulary, extractor),
         vocabulary=vocabulary,
+        callbacks=[hub],
     )
     describe(trainer, sets, checkpoint)
     if trainer.is_world_process_zero():
@@ -82,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     results = score(trainer, sets)
     if trainer.is_world_process_zero():
         conclude(trainer, sets, results)
+    hub.hand_over(args)
     trainer.end()
 
 

@@ -30,7 +30,7 @@ from w2v2.errors import UserError
 from w2v2.fitting import Trial, fit, share
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.interruption import Stopped, StopRequest
-from w2v2.launch import start_accelerator, start_trackers
+from w2v2.launch import device_name, start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.metrics import RunLog, read_metrics
 from w2v2.plan import SkippedAudio, build_batches, present_plan
@@ -200,7 +200,9 @@ def train(
         state.advance(feed.cursor, totals.heard_samples)
         is_stopping = totals.is_stop_asked and state.step < args.max_steps
         clock.heard_samples += totals.heard_samples
-        record = state.progress() | metrics | {"skipped_audio": len(skipped.ids)}
+        record = (
+            state.progress() | metrics | {"skipped_audio": len(skipped.ids), "num_processes": accelerator.num_processes}
+        )
         log.update(record | clock.rates())
         bad = 0 if math.isfinite(metrics["grad_norm"]) else bad + 1
         if bad == MOST_NON_FINITE_UPDATES:
@@ -266,7 +268,7 @@ def start_pusher(args, accelerator) -> HubPusher | None:
     return HubPusher(
         args.output_dir,
         repo_id=args.hub_model_id,
-        private=args.hub_private_repo,
+        private=args.hub_private_repo or None,  # None: as the account's default says
         every_save=args.hub_strategy == "every_save",
     )
 
@@ -280,6 +282,7 @@ def finish(run: Run, training: Utterances, validation: Utterances | None, pusher
     metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_plots(output_dir, metrics)
     summary = dict(utterances=len(training.table), hours=training.hours)
+    summary["devices"] = f"{accelerator.num_processes} × {device_name(accelerator.device)}"
     summary["num_parameters"] = accelerator.unwrap_model(run.model).num_parameters()
     if validation:
         summary |= dict(validation_utterances=len(validation.table), validation_hours=validation.hours)

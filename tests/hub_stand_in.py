@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -15,7 +16,9 @@ class HubStandIn(ThreadingHTTPServer):
         commits: the messages, oldest first.
         tokens: the authorization headers seen.
         large: suffixes that have to come by LFS, the rest being sent within the commit.
-        failures: a part of the path to the answer that it gets: a status, or 0 for a connection cut.
+        failures: a part of the path to the answer that it gets: a status, or 0 for a connection cut; a list of them is used up,
+            and then the Hub has recovered.
+        delay_seconds: how long every answer takes.
         created: what was asked of `create_repo`.
         paths: what was asked for, in order.
         gate: cleared, it holds commits back until it is set.
@@ -26,7 +29,7 @@ class HubStandIn(ThreadingHTTPServer):
     def __init__(self, user="speech-lab"):
         super().__init__(("127.0.0.1", 0), _Answers)
         self.user, self.url = user, f"http://127.0.0.1:{self.server_address[1]}"
-        self.files, self.blobs, self.failures = {}, {}, {}
+        self.files, self.blobs, self.failures, self.delay_seconds = {}, {}, {}, 0.0
         self.commits, self.tokens, self.large, self.created, self.paths = [], set(), (), [], []
         self.gate = threading.Event()
         self.gate.set()
@@ -112,7 +115,10 @@ class _Answers(BaseHTTPRequestHandler):
     def _fails(self):
         self.server.tokens.add(self.headers.get("Authorization"))
         self.server.paths.append(self.path)
+        time.sleep(self.server.delay_seconds)
         status = next((status for part, status in self.server.failures.items() if part in self.path), None)
+        if isinstance(status, list):
+            status = status.pop(0) if status else None
         if status == 0:
             self.close_connection = True
             self.connection.close()

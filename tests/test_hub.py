@@ -14,6 +14,7 @@ from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard, close_session, snapshot_download
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
+from w2v2.card_parts import device_hours
 from w2v2.errors import UserError
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 
@@ -31,8 +32,9 @@ CONFIG = {
     "mask_time_prob": None,
     "max_gumbel_temperature": 2.0,
     "min_gumbel_temperature": 0.5,
+    "data_description": "~3 h of read speech | openslr.org/0",
 }
-SUMMARY = {"utterances": 1234, "hours": 3.5, "validation_utterances": 56, "validation_hours": 0.2}
+SUMMARY = {"utterances": 1234, "hours": 3.5, "validation_utterances": 56, "validation_hours": 0.2, "devices": "2 × CPU"}
 METRICS = [
     {"step": 10, "audio_hours": 2.5, "loss": 4.6, "contrastive_loss": 4.5, "accuracy": 0.02, "learning_rate": 1e-4},
     {"step": 20, "audio_hours": 5.0, "loss": None, "contrastive_loss": None, "accuracy": 0.1875, "learning_rate": 2e-4},
@@ -105,8 +107,15 @@ def make_run(output_dir):
     return public
 
 
-def pusher(output_dir, every_save=True, private=True):
-    return HubPusher(output_dir, repo_id="speech-lab/tiny", private=private, token=TOKEN, every_save=every_save)
+def pusher(output_dir, every_save=True, private=True, delays=(0.01, 0.01)):
+    return HubPusher(
+        output_dir,
+        repo_id="speech-lab/tiny",
+        private=private,
+        token=TOKEN,
+        every_save=every_save,
+        retry_delays_seconds=delays,
+    )
 
 
 def wait_until(condition):
@@ -251,6 +260,65 @@ def test_a_hub_that_recovers_gets_the_next_push(tmp_path, hub, caplog):
     assert hub.commits == ["step 2"]
 
 
+@pytest.mark.parametrize("status", [500, 409, 429, 0])
+def test_a_push_that_fails_is_tried_again_until_it_arrives(tmp_path, hub, caplog, status):
+    hub.failures = {"/preupload/": [status] * 2}  # 500 and 0 are tried again by huggingface_hub too, or by us
+    push = pusher(make_folder(tmp_path / "run"))
+    push.push(tmp_path / "run", "the end")
+    assert push.finish(60) == f"{hub.url}/speech-lab/tiny"
+    assert hub.commits == ["the end"] and hub.failures == {"/preupload/": []}
+
+
+def test_what_is_tried_again_is_said_and_bounded(tmp_path, hub, caplog):
+    hub.failures = {"/preupload/": 409}
+    push = pusher(make_folder(tmp_path / "run"), delays=(0.01, 0.02, 0.03))
+    push.push(tmp_path / "run", "the end")
+    assert push.finish(60) is None
+    said = [record.message.rpartition("; ")[2] for record in caplog.records if "the push failed" in record.message]
+    assert said == ["next try in 0.01 s", "next try in 0.02 s", "next try in 0.03 s", "the run goes on"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 413])
+def test_what_the_hub_refuses_is_not_tried_again(tmp_path, hub, caplog, status):
+    hub.failures = {"/preupload/": status}
+    push = pusher(make_folder(tmp_path / "run"), delays=(600,))
+    push.push(tmp_path / "run", "the end")
+    assert push.finish(60) is None
+    assert sum("the push failed" in record.message for record in caplog.records) == 1
+
+
+def test_a_push_that_waits_for_its_next_try_gives_way_to_a_newer_one(tmp_path, hub, caplog):
+    hub.failures = {"/preupload/": [409]}
+    push = pusher(tmp_path / "run", delays=(600,))
+    push.push(make_folder(tmp_path / "run" / "checkpoint-1", b"1"), "step 1")
+    wait_until(lambda: "next try in 600 s" in caplog.text)
+    push.push(make_folder(tmp_path / "run" / "checkpoint-2", b"2"), "step 2")
+    assert push.finish(30) == f"{hub.url}/speech-lab/tiny"
+    assert hub.commits == ["step 2"]
+
+
+def test_a_slow_hub_holds_up_nobody_and_gets_everything(tmp_path, hub):
+    hub.delay_seconds = 0.2
+    hub.gate.clear()
+    push = pusher(make_folder(tmp_path / "run"))
+    push.push(tmp_path / "run", "the end")  # returns, though no commit is answered before the next line
+    assert hub.commits == []
+    hub.gate.set()
+    assert push.finish(60) == f"{hub.url}/speech-lab/tiny"
+    assert hub.commits == ["the end"]
+
+
+def test_a_hub_that_falls_silent_is_given_up_and_tried_again(tmp_path, hub, monkeypatch, caplog):
+    monkeypatch.setattr("w2v2.hub.SILENCE_SECONDS", 0.3)
+    hub.gate.clear()
+    push = pusher(make_folder(tmp_path / "run"), delays=(0.01, 0.01, 0.01))
+    push.push(tmp_path / "run", "the end")
+    wait_until(lambda: "Timeout" in caplog.text)
+    hub.gate.set()
+    assert push.finish(60) == f"{hub.url}/speech-lab/tiny"
+    assert "the end" in hub.commits
+
+
 def test_a_hub_that_never_answers_cannot_hold_up_the_end(tmp_path, hub, caplog):
     hub.gate.clear()
     push = pusher(make_folder(tmp_path / "run"))
@@ -304,11 +372,33 @@ def test_the_card_tells_recipe_data_and_results(tmp_path, model):
         "| Accuracy | 0.1875 | 0.1562 |",
         "| Loss | not measured | 4.125 |",
         "| Codebook perplexity (hard) | not measured | not measured |",
+        "| Sources, as stated by who trained the model | ~3 h of read speech \\| openslr.org/0 |",
+        "| Devices at the end of the run | 2 × CPU |",
     ):
         assert row in card
     assert "by chance it is 0.1000" in card
     assert "counting repetitions: 5.00" in card
     assert "no speech recogniser" in card
+    assert "at most 2 × 8." in card and "No licence was stated" in card and "Device-hours" not in card
+
+
+def test_device_hours_are_those_of_the_updates_on_however_many_devices(tmp_path):
+    rates = dict(audio_seconds_per_second=1000.0, loss=1.0)
+    records = [
+        {"step": 1, "audio_hours": 10.0, "num_processes": 2, **rates},  # 10 h at 1000 h an hour on two devices
+        {"step": 1, "audio_hours": 10.0, "eval_loss": 1.0},
+        {"step": 2, "audio_hours": 110.0, "num_processes": 4, **rates},
+    ]
+    assert device_hours(records) == pytest.approx(0.01 * 2 + 0.1 * 4)
+    assert "| Device-hours | 0.42, " in card_of(tmp_path, metrics=records)
+    del records[0]["num_processes"]
+    assert device_hours(records) is None
+
+
+def test_weights_from_the_hub_are_the_base_model_and_a_folder_is_not(tmp_path):
+    for source, expected in (("facebook/wav2vec2-base", "facebook/wav2vec2-base"), ("runs/a/b", None), ("base", None)):
+        card_of(tmp_path, config={**CONFIG, "model_name_or_path": source})
+        assert ModelCard.load(tmp_path / "README.md").data.base_model == expected
 
 
 def test_the_card_holds_no_token_and_no_path_of_the_machine(tmp_path):

@@ -159,6 +159,9 @@ class RunArguments:
     push_to_hub: bool = _flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.")
     hub_model_id: str | None = _flag(None, "Repository on the Hub (default: the name of output_dir).")
     hub_license: str | None = _flag(None, "Licence of the weights, stated in the model card.")
+    data_description: str | None = _flag(
+        None, "What the training audio is and where it comes from, in your words, for the model card."
+    )
     hub_private_repo: bool = _flag(False, "Create the repository as a private one.")
     hub_strategy: str = _flag("end", "When to push: at the `end`, or at `every_save`.", choices=["end", "every_save"])
 

@@ -1,23 +1,30 @@
-"""The model card: what a run did and measured, and nothing that it did not.
-
-It may be read by anybody: paths of this machine are shortened to their last part, and nothing named a token
-is written.
-"""
+"""The model card of a pretraining run: what it did and measured, and nothing that it did not."""
 
 import json
 import os
 import shlex
 import string
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from w2v2.card_parts import (
+    NOT_MEASURED,
+    UNKNOWN_TO_THE_PROGRAM,
+    data_row,
+    device_hours,
+    fill,
+    hub_id,
+    in_hours,
+    licence,
+    publishable,
+    stated_rows,
+    table,
+)
 from w2v2.curves import PICTURES, chance_accuracy, model_config
 from w2v2.errors import printable
-
-_NOT_MEASURED = "not measured"
 
 _RECIPE = [
     ("Initial weights", "{model_name_or_path}"),
@@ -42,6 +49,11 @@ _RECIPE = [
     ("Feature penalty's weight", "{feature_penalty_weight}"),
     ("Gradient into the convolutions", "× {feature_grad_mult}"),
     ("Seed", "{seed}"),
+    ("Devices at the end of the run", "{devices}"),
+    (
+        "Device-hours",
+        "{device_hours}, from the logged throughput; updates alone, without validation, saving and start-up",
+    ),
 ]
 
 _MEASURES = {
@@ -53,6 +65,11 @@ _MEASURES = {
     "codebook_perplexity_hard": "Codebook perplexity (hard)",
     "code_entropy": "Entropy of a frame's codes (nats)",
 }
+
+_CODES = (
+    "A perplexity is the number of codes in even use, summed over the {num_codevector_groups} codebooks: at most "
+    "{num_codevector_groups} × {num_codevectors_per_group}."
+)
 
 _CARD = string.Template("""
 # $title
@@ -74,14 +91,14 @@ All settings, as resolved, are in `pretrain_config.yaml`.
 |---|---|
 $data
 
-Nothing else about the speech (languages, speakers, recordings, rights) was known to the program.
+$unknown
 
 ## Results
 
 $results
 
 Losses are means over masked frames. Accuracy is the share of masked frames whose true code was told from its
-distractors; by chance it is $chance. $heard
+distractors; by chance it is $chance. $codes $heard
 
 $curves
 
@@ -108,6 +125,10 @@ To recognise speech, fine-tune it on transcribed audio with CTC:
 ```bash
 python finetune_ctc.py --model_name_or_path $argument --train_data train.csv --validation_data dev.csv --output_dir asr
 ```
+
+## Licence
+
+$licence
 
 ## Limits
 
@@ -138,38 +159,31 @@ def write_model_card(
     trained = _last(metrics, "loss")
     given = {name: value for name, value in config.items() if value is not None}
     facts = {**model_config(output_dir), **given, **summary, "updates_done": trained.get("step", 0)}
+    facts["device_hours"] = in_hours(device_hours(metrics))
     heard = max((record.get("audio_hours") or 0 for record in metrics), default=0)
     source = printable(config.get("hub_model_id") or output_dir.resolve().name)
     pictures = [name for name in PICTURES if (output_dir / "plots" / f"{name}.png").exists()]
     text = _CARD.substitute(
         title=source.split("/")[-1],
-        recipe=_table(_fill(_RECIPE, facts)),
-        data=_table(_data_rows(config, summary)),
+        recipe=table(fill(_RECIPE, facts)),
+        data=table(_data_rows(config, summary) + stated_rows(config)),
+        unknown=UNKNOWN_TO_THE_PROGRAM,
         results=_results_table(trained, _last(metrics, "eval_")),
         chance=f"{chance_accuracy(output_dir):.4f}",
-        heard=f"Hours of audio heard in all, counting repetitions: {f'{heard:,.2f}' if heard else _NOT_MEASURED}.",
+        codes="".join(text for _, text in fill([("", _CODES)], facts)),
+        heard=f"Hours of audio heard in all, counting repetitions: {f'{heard:,.2f}' if heard else NOT_MEASURED}.",
         curves="\n\n".join(f"![{PICTURES[name][0]}](plots/{name}.png)" for name in pictures),
+        licence=licence(config),
         literal=json.dumps(source, ensure_ascii=False),
         argument=shlex.quote(source),
     )
-    stated = config.get("hub_license")
-    data = ModelCardData(library_name="transformers", tags=["wav2vec2", "pretraining"], license=stated)
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["wav2vec2", "pretraining"],
+        license=config.get("hub_license"),
+        base_model=hub_id(config.get("model_name_or_path")),
+    )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(output_dir / "README.md")
-
-
-def publishable(value: Any) -> Any:
-    """Resolved flags without tokens and without paths of this machine but their last part, at any depth."""
-    if isinstance(value, Mapping):
-        return {name: publishable(item) for name, item in value.items() if not str(name).endswith("token")}
-    if isinstance(value, list | tuple):
-        return [publishable(item) for item in value]
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, str) and PureWindowsPath(value).is_absolute():
-        return PureWindowsPath(value).name
-    if isinstance(value, str) and value.startswith(("/", "~", "..")):
-        return PurePath(value).name
-    return value
 
 
 def _last(metrics: Sequence[Mapping[str, Any]], prefix: str) -> Mapping[str, Any]:
@@ -177,34 +191,16 @@ def _last(metrics: Sequence[Mapping[str, Any]], prefix: str) -> Mapping[str, Any
     return next((record for record in reversed(metrics) if any(name.startswith(prefix) for name in record)), {})
 
 
-def _fill(rows: Sequence[tuple[str, str]], facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The rows whose every fact is known."""
-    known = {name: fact for name, fact in facts.items() if fact not in (None, "")}
-    fields = [{field for _, field, _, _ in string.Formatter().parse(form) if field} for _, form in rows]
-    return [
-        (label, form.format(**known))
-        for (label, form), needed in zip(rows, fields, strict=True)
-        if needed <= known.keys()
-    ]
-
-
 def _data_rows(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for label, flag, prefix in (("Training", "train_data", ""), ("Validation", "validation_data", "validation_")):
-        sources = config.get(flag) or []
-        sources = [sources] if isinstance(sources, str) else sources
-        hours, utterances = summary.get(f"{prefix}hours"), summary.get(f"{prefix}utterances")
-        names = [str(source).replace("`", "'") for source in sources]
-        parts = ["`" + "`, `".join(names) + "`"] if names else ["none"]
-        parts += [] if utterances is None else [f"{utterances:,} utterances"]
-        parts += [] if hours is None else [f"{hours:,.2f} h"]
-        rows.append((label, ", ".join(parts)))
-    return rows
+    return [
+        data_row(label, config.get(flag), summary.get(f"{prefix}utterances"), summary.get(f"{prefix}hours"))
+        for label, flag, prefix in (("Training", "train_data", ""), ("Validation", "validation_data", "validation_"))
+    ]
 
 
 def _results_table(trained: Mapping[str, Any], validated: Mapping[str, Any]) -> str:
     def cell(value: Any) -> str:
-        return _NOT_MEASURED if value is None else f"{value:.4g}"
+        return NOT_MEASURED if value is None else f"{value:.4g}"
 
     def head(name: str, record: Mapping[str, Any]) -> str:
         return f"{name}, update {record['step']}" if record else name
@@ -214,8 +210,3 @@ def _results_table(trained: Mapping[str, Any], validated: Mapping[str, Any]) -> 
         for name, label in _MEASURES.items()
     ]
     return "\n".join([f"| | {head('Training', trained)} | {head('Validation', validated)} |", "|---|---|---|", *rows])
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    escaped = [(label, printable(value).replace("|", "\\|")) for label, value in rows]
-    return "\n".join(f"| {label} | {value} |" for label, value in escaped)

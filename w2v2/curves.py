@@ -1,4 +1,4 @@
-"""Curves of a run over the hours of audio it heard: what predicts the worth of a model far better than updates do."""
+"""Curves of a run: of pretraining over the hours of audio heard, which tell the worth of a model far better than updates do."""
 
 import json
 import os
@@ -8,8 +8,10 @@ from typing import Any
 
 _BASE_DISTRACTORS = 100
 
+Pictures = Mapping[str, tuple[str, list[tuple[str, list[str]]]]]
+
 # Picture: its title, and its panels as (axis label, measures).
-PICTURES = {
+PICTURES: Pictures = {
     "loss": ("Loss", [("contrastive loss", ["contrastive_loss"]), ("diversity loss", ["diversity_loss"])]),
     "accuracy": ("Contrastive accuracy", [("accuracy", ["accuracy"])]),
     "codebook_perplexity": (
@@ -22,28 +24,40 @@ PICTURES = {
     ),
 }
 
+FINETUNING_PICTURES: Pictures = {
+    "loss": ("Loss", [("loss", ["loss"])]),
+    "error_rate": ("Error rates", [("word error rate", ["wer"]), ("character error rate", ["cer"])]),
+    "accuracy": ("Accuracy", [("accuracy", ["accuracy"]), ("unweighted average recall", ["uar"])]),
+    "schedule": ("Schedule", [("learning rate", ["learning_rate"])]),
+}
 
-def draw_plots(output_dir: str | os.PathLike, metrics: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Draw the curves over hours of audio heard into `output_dir/plots`; a measure never logged gets no picture.
 
-    Training and validation share a picture, and the accuracy is shown beside chance. Returns the pictures' paths.
+def draw_plots(
+    output_dir: str | os.PathLike,
+    metrics: Sequence[Mapping[str, Any]],
+    pictures: Pictures = PICTURES,
+    over: tuple[str, str] = ("audio_hours", "hours of audio heard"),
+) -> list[Path]:
+    """Draw the curves over a record's value (and its axis label) into `output_dir/plots`; a measure never logged gets no picture.
+
+    Training and validation share a picture, and the accuracy of pretraining is shown beside chance. Returns the pictures' paths.
     """
     from matplotlib.figure import Figure  # slow to import; and no global backend is touched
 
     folder = Path(output_dir) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, (title, panels) in PICTURES.items():
-        panels = [(label, curves) for label, measures in panels if (curves := _curves(metrics, measures))]
+    for name, (title, panels) in pictures.items():
+        panels = [(label, curves) for label, measures in panels if (curves := _curves(metrics, measures, over[0]))]
         if not panels:
             continue
         figure = Figure(figsize=(7, 3.2 * len(panels)), layout="constrained")
         for axes, (label, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
             for curve, (hours, values) in curves.items():
                 axes.plot(hours, values, label=curve, marker="o" if len(hours) < 30 else None, markersize=3)
-            if name == "accuracy":
+            if name == "accuracy" and pictures is PICTURES:
                 axes.axhline(chance_accuracy(output_dir), color="grey", linestyle="--", label="chance")
-            axes.set(xlabel="hours of audio heard", ylabel=label)
+            axes.set(xlabel=over[1], ylabel=label)
             axes.grid(alpha=0.3)
             axes.legend()
         figure.suptitle(title)
@@ -63,15 +77,15 @@ def chance_accuracy(output_dir: str | os.PathLike) -> float:
     return 1 / (1 + model_config(output_dir).get("num_negatives", _BASE_DISTRACTORS))
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, tuple[list, list]]:
-    """Label to (hours, values), in training and validation; what was null in the file leaves a gap."""
+def _curves(metrics: Sequence[Mapping[str, Any]], measures: Sequence[str], over: str) -> dict[str, tuple[list, list]]:
+    """Label to (values of `over`, values), in training and validation; what was null in the file leaves a gap."""
     curves = {}
     for measure in measures:
         for prefix, where in (("", "training"), ("eval_", "validation")):
             points = [
-                (record["audio_hours"], float("nan") if record[prefix + measure] is None else record[prefix + measure])
+                (record[over], float("nan") if record[prefix + measure] is None else record[prefix + measure])
                 for record in metrics
-                if prefix + measure in record and record.get("audio_hours") is not None
+                if prefix + measure in record and record.get(over) is not None
             ]
             if points:
                 kind = " (hard)" if measure.endswith("_hard") else " (soft)" if len(measures) > 1 else ""

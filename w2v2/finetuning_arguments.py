@@ -23,7 +23,7 @@ PREDICTIONS_FILE, CONFIG_FILE = "predictions.jsonl", "finetune_config.yaml"
 _CHECKPOINT_FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
 _OWN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG_FILE, "config.json", "model.safetensors",
               "vocab.json", "trainer_state.json", "training_args.bin", "preprocessor_config.json",
-              "processor_config.json", "tokenizer_config.json", "runs")  # fmt: skip
+              "processor_config.json", "tokenizer_config.json", "runs", "plots")  # fmt: skip
 
 _NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "debug", "disable_tqdm", "hub_token",
                   "gradient_checkpointing", "dataloader_pin_memory"}  # fmt: skip
@@ -107,6 +107,10 @@ class FineTuningArguments(TrainingArguments):
     greater_is_better: bool | None = flag(False, "Whether more of it is better.")
     dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.")
     report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
+    hub_license: str | None = flag(None, "Licence of the weights, stated in the model card.")
+    data_description: str | None = flag(
+        None, "What the training audio is and where it comes from, in your words, for the model card."
+    )
     remove_unused_columns: bool = flag(False, "Not used: the data set holds nothing else.")
 
     def __post_init__(self):

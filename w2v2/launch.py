@@ -69,6 +69,11 @@ def data_parallel(gradient_compression: str) -> DistributedDataParallelKwargs:
     return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
 
 
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
     """Trackers write to `output_dir/runs`; on resume TensorBoard forgets what came after the checkpoint."""
     if not accelerator.log_with:

@@ -16,6 +16,7 @@ A record is one flat dictionary for one step. Names in training records, all ove
 | `audio_seconds_per_second`, `data_wait_fraction` | throughput; share of the time spent waiting for data |
 | `cropped_fraction`, `padded_fraction` | share of audio cropped away; share of padding in the micro-batches |
 | `skipped_audio` | unreadable files met so far |
+| `num_processes` | devices at work: with hours heard and throughput, the device-hours |
 
 Validation records hold `step`, `epoch`, `audio_hours` and the same measures under `eval_`.
 """
