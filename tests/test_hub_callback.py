@@ -27,13 +27,14 @@ from w2v2.finetuned_card import write_finetuned_card
 from w2v2.hub_callback import HubCallback
 
 TOKEN = "hf_" + "SecretOfTheTest" * 2
-HUB = ["--push_to_hub", "--hub_model_id", "speech-lab/tiny-asr", "--hub_token", TOKEN, "--hub_private_repo", "true",
+HUB = ["--push_to_hub", "--hub_model_id", "speech-lab/tiny-asr", "--hub_private_repo", "true",
        "--hub_license", "cc0-1.0", "--data_description", "noise, made by a test"]  # fmt: skip
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """The stand-in, in the place of the Hub; waits between retries are skipped."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     with HubStandIn() as stand_in:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stand_in.url)
         address = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
