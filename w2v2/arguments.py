@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from w2v2.errors import UserError
+from w2v2.errors import UserError, as_user_error
 from w2v2.schedule import SCHEDULES
 
 
@@ -141,6 +141,11 @@ class RunArguments:
     eval_steps: int = _flag(1_000, "Updates between two validations.")
     save_steps: int = _flag(1_000, "Updates between two checkpoints.")
     save_total_limit: int = _flag(3, "Checkpoints that are kept; 0 keeps all.")
+    save_failure: str = _flag(
+        "stop",
+        "What a full or failing disk at a save does: `stop` ends the run, `warn` goes on and tries again at the next save.",
+        choices=["stop", "warn"],
+    )
     report_to: list[str] = _flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
     disable_tqdm: bool = _flag(False, "No progress bar.")
     log_level: str = _flag(
@@ -277,7 +282,9 @@ def run_script(main: Callable[[], Any]) -> None:
     """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and (error := as_user_error(error)) is None:
+            raise
         message = (
             str(error).rpartition("UserError: ")[2].strip()
         )  # one raised in a loader's worker brings its traceback along

@@ -1,4 +1,8 @@
-"""The one exception that stands for a user's slip rather than for a bug."""
+"""The one exception that stands for a user's slip rather than for a bug, and errors of a disk, which are of its kind."""
+
+import errno
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 class UserError(ValueError):
@@ -6,3 +10,18 @@ class UserError(ValueError):
 
     The entry points turn it into exit status 2 and one line on standard error, without a traceback.
     """
+
+
+def as_user_error(error: OSError) -> UserError | None:
+    """The same for a disk that is full, failing or read-only; None for any other error, which may be a bug."""
+    if error.errno not in _OF_THE_DISK:
+        return None
+    return UserError(
+        f"{error.filename or 'a file'}: {error.strerror}; free space or mend the disk, then start again (a run goes on with "
+        "--resume_from_checkpoint auto)"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; its type's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
