@@ -32,6 +32,7 @@ def two_saved(run, tmp_path_factory):
     run.save(folder, 2)
     run.update(3)
     run.save(folder, 4)
+    run.update(4)
     return folder
 
 
@@ -43,6 +44,10 @@ def saved(two_saved, tmp_path):
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def halve(path):
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def lengthen(path):
@@ -177,7 +182,7 @@ def test_a_checkpoint_without_checksums_is_taken_with_a_note(old, caplog):
 
 
 @pytest.mark.parametrize("name", ["config.json", MODEL, OPTIMIZER, STATE])
-@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
+@pytest.mark.parametrize("damage", [halve, empty, Path.unlink])
 def test_one_that_cannot_be_loaded_is_passed_over(old, caplog, name, damage):
     damage(old / "checkpoint-4" / name)
     assert find_checkpoint(old, "auto") == old / "checkpoint-2"
@@ -219,10 +224,10 @@ def test_a_full_disk_costs_the_save_alone(run, small_disk, caplog, on_failure):
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "warn"])
-@pytest.mark.parametrize("limit", [100, 3_000, 100_000])
-def test_a_file_that_cannot_grow_costs_the_save_alone(run, saved, caplog, on_failure, limit):
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+def test_a_file_that_cannot_grow_costs_the_save_alone(run, saved, caplog, on_failure, name):
     before = contents(saved)
-    with file_size_limit(limit):
+    with file_size_limit((saved / "checkpoint-4" / name).stat().st_size - 1):
         refuse_or_warn(run, saved, 6, on_failure, caplog, "File too large", "checkpoint-4")
     assert contents(saved) == before and names(saved) == ["checkpoint-2", "checkpoint-4"]
     assert find_damage(run.save(saved, 6)) is None

@@ -13,7 +13,7 @@ RECORD = "inner/sums.json"
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "inner").mkdir()
-    (tmp_path / "weights").write_bytes(bytes(range(40)))
+    (tmp_path / "weights").write_bytes(bytes(range(16)))
     (tmp_path / "empty").touch()
     (tmp_path / "inner/state").write_text('{"step": 3}')
     seal(tmp_path, RECORD)
@@ -30,10 +30,10 @@ def test_a_sealed_folder_is_whole_and_sealed_again_alike(folder):
 
 
 def test_every_flipped_bit_is_found_and_its_file_named(folder):
-    """All bits of all files, the record's own among them: there a flip accuses some file, which is as good."""
+    """All bits of all files; of the record's own every fifth, where a flip accuses some file, which is as good."""
     required = ["weights", "empty", "inner/state"]
     for name, whole in contents(folder).items():
-        for bit in range(8 * len(whole)):
+        for bit in range(0, 8 * len(whole), 5 if name == RECORD else 1):
             flip(folder / name, bit)
             damage = find_damage(folder, RECORD, required)
             assert damage is not None, (name, bit)
