@@ -4,8 +4,8 @@
 
 A row a stage, medians of `--saves` saves. `save` is the whole of `save_checkpoint`, which training waits for. Of the parts, one after another,
 `write` is safetensors' writing, `fsync` the wait for the disk, `sha256` reading the files through; the save overlaps the last two. A writing
-thread would leave the `snapshot` (copying weights and moments in memory) and what the thread takes from the main one: `stopped` is the time for
-which a loop in the main thread did not run while another thread saved (writers that keep Python's lock stop it), in gaps of 2 ms or more.
+thread would leave the `snapshot` (copying weights and moments in memory) and what the thread takes from the main one: `longest stop` is the longest
+time for which a loop in the main thread did not run while another thread saved (a writer that keeps Python's lock stops it for all of a file).
 """
 
 import argparse
@@ -25,14 +25,13 @@ from report import environment, json_line, median_spread, print_table  # noqa: E
 from safetensors.torch import load_file, save_file  # noqa: E402
 from stages import synchronize  # noqa: E402
 from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from w2v2 import checksums  # noqa: E402
 from w2v2.backbone import load_config  # noqa: E402
 from w2v2.checkpoint import save_checkpoint  # noqa: E402
 from w2v2.model import PretrainingModel  # noqa: E402
 from w2v2.run_folder import find_damage  # noqa: E402
-
-GAP_SECONDS = 0.002
 
 
 @dataclass
@@ -50,6 +49,7 @@ class Saved:
 
     def __init__(self, config_name: str, folder: Path):
         self.folder = folder
+        disable_progress_bar()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         model = PretrainingModel._from_config(load_config(None, config_name))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -99,16 +99,15 @@ def parts(checkpoint: Path, scratch: Path) -> dict[str, float]:
     return found
 
 
-def stopped_seconds(action) -> float:
-    """For how long this thread stands still while another one runs `action`."""
+def longest_stop(action) -> float:
+    """The most seconds for which this thread stands still while another one runs `action`."""
     thread = threading.Thread(target=action)
-    stopped, last = 0.0, time.perf_counter()
+    longest, last = 0.0, time.perf_counter()
     thread.start()
     while thread.is_alive():
         now = time.perf_counter()
-        stopped += now - last if now - last > GAP_SECONDS else 0.0
-        last = now
-    return stopped
+        longest, last = max(longest, now - last), now
+    return longest
 
 
 def main() -> None:
@@ -128,7 +127,7 @@ def main() -> None:
             row = {"save": seconds(lambda step=step: saved.save(step), device)}
             row |= parts(folder / f"checkpoint-{step}", folder / "scratch")
             row["snapshot"] = seconds(saved.snapshot, device)
-            row["stopped"] = stopped_seconds(lambda step=step: saved.save(step))
+            row["longest stop"] = longest_stop(lambda step=step: saved.save(step))
             for stage, value in row.items():
                 found.setdefault(stage, []).append(value)
     finally:
