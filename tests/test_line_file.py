@@ -1,6 +1,7 @@
 """Lines that a full disk does not lose; /dev/full is a disk that is always full."""
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,27 @@ def test_a_run_goes_on_logging_beside_a_full_disk(tmp_path, full, caplog):
     log.close()
     assert [record["step"] for record in read_metrics(metrics)] == [1, 2, 3]
     assert Trackers.seen == [1] and "trackers cannot write (No space left on device)" in caplog.text
+
+
+def test_a_thread_that_ends_of_a_full_disk_says_so_in_a_line(tmp_path, caplog, capsys, monkeypatch):
+    """As TensorBoard's does; a bug keeps its traceback."""
+
+    def run(error):
+        def fail():
+            raise error
+
+        thread = threading.Thread(target=fail, name="writer")
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    RunLog(tmp_path, total_steps=4).close()
+    run(OSError(28, "No space left on device", "events"))
+    assert capsys.readouterr().err == ""
+    (record,) = caplog.records
+    assert record.getMessage() == "writer has ended: events: No space left on device"
+    run(ZeroDivisionError())
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_skipped_audio_is_counted_beside_a_full_disk(tmp_path, caplog):

@@ -23,5 +23,7 @@ def as_user_error(error: OSError) -> UserError | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; its type's name where it has none."""
+    """An error's message without line breaks and numbers of errors; its type's name where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -25,6 +25,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from w2v2.errors import UserError
+from w2v2.errors import UserError, as_user_error, one_line
 from w2v2.line_file import LineFile
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class RunLog:
         self._refreshed_at = -math.inf
         if not is_main:
             return
+        threading.excepthook = _say_in_a_line
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_steps_up_to(path, first_step)
@@ -154,9 +156,7 @@ class RunLog:
         try:
             self._trackers.log(numbers, step=step)
         except OSError as error:  # what TensorBoard's writing thread met; it is dead from then on
-            logger.warning(
-                "trackers cannot write (%s): they get nothing from step %d on", error.strerror or error, step
-            )
+            logger.warning("trackers cannot write (%s): they get nothing from step %d on", one_line(error), step)
             self._trackers = None
 
     def _line(self, record: Mapping[str, Any], step: int, has_validation: bool) -> str:
@@ -175,6 +175,15 @@ class RunLog:
         seconds = (time.monotonic() - self._started_at) / done * max(self.total_steps - step, 0)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _say_in_a_line(arguments: threading.ExceptHookArgs) -> None:
+    """What a thread ends of, as a tracker's that writes to a full disk; a traceback is for bugs."""
+    error = arguments.exc_value
+    if isinstance(error, OSError) and as_user_error(error):
+        logger.warning("%s has ended: %s", arguments.thread.name if arguments.thread else "a thread", one_line(error))
+    else:
+        threading.__excepthook__(arguments)
 
 
 def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
