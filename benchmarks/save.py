@@ -69,12 +69,13 @@ class Saved:
         return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
 
 
-def seconds(action, device: torch.device) -> float:
+def seconds(action, device: torch.device) -> tuple[float, float]:
+    """By the clock, and of the processor's time (all threads together): what a machine that is busy otherwise does not change."""
     synchronize(device)
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     action()
     synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - processor
 
 
 def parts(checkpoint: Path, scratch: Path) -> dict[str, float]:
@@ -124,9 +125,9 @@ def main() -> None:
         num_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
         found: dict[str, list[float]] = {}
         for step in range(1, args.saves + 1):
-            row = {"save": seconds(lambda step=step: saved.save(step), device)}
+            row = dict(zip(("save", "save, CPU"), seconds(lambda step=step: saved.save(step), device), strict=True))
             row |= parts(folder / f"checkpoint-{step}", folder / "scratch")
-            row["snapshot"] = seconds(saved.snapshot, device)
+            row |= zip(("snapshot", "snapshot, CPU"), seconds(saved.snapshot, device), strict=True)
             row["longest stop"] = longest_stop(lambda step=step: saved.save(step))
             for stage, value in row.items():
                 found.setdefault(stage, []).append(value)
