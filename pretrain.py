@@ -34,7 +34,7 @@ from w2v2.loading import build_config, build_feature_extractor, build_framing, b
 from w2v2.main_process import on_main_process
 from w2v2.metrics import RunLog, read_metrics
 from w2v2.plan import SkippedAudio, build_batches, present_plan
-from w2v2.run_folder import choose_checkpoint, claim_output_dir
+from w2v2.resuming import choose_checkpoint, claim_output_dir
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate

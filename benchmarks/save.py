@@ -31,7 +31,7 @@ from w2v2 import checksums  # noqa: E402
 from w2v2.backbone import load_config  # noqa: E402
 from w2v2.checkpoint import save_checkpoint  # noqa: E402
 from w2v2.model import PretrainingModel  # noqa: E402
-from w2v2.run_folder import find_damage  # noqa: E402
+from w2v2.resuming import find_damage  # noqa: E402
 
 
 @dataclass

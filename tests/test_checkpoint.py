@@ -22,7 +22,7 @@ from w2v2 import checksums, folder_swap, hub
 from w2v2.checkpoint import load_optimizer
 from w2v2.errors import UserError
 from w2v2.model import PretrainingModel
-from w2v2.run_folder import CHECKSUMS, checkpoints, claim_output_dir, find_checkpoint, read_state
+from w2v2.resuming import CHECKSUMS, checkpoints, claim_output_dir, find_checkpoint, read_state
 
 PRETRAINING_HEADS = ("quantizer.", "project_hid.", "project_q.")
 

@@ -16,7 +16,7 @@ from tiny_run import CHECKSUMS, MODEL, OPTIMIZER, STATE, Run, Tap, contents, fil
 
 from w2v2.checkpoint import save_model
 from w2v2.errors import UserError
-from w2v2.run_folder import checkpoints, claim_output_dir, find_checkpoint, find_damage
+from w2v2.resuming import checkpoints, claim_output_dir, find_checkpoint, find_damage
 
 FILES = ["config.json", MODEL, "preprocessor_config.json", OPTIMIZER, STATE, CHECKSUMS]
 

@@ -26,7 +26,7 @@ from w2v2.checksums import seal
 from w2v2.cutting import cut
 from w2v2.fitting import Finding
 from w2v2.metrics import read_metrics
-from w2v2.run_folder import CHECKSUMS, find_damage
+from w2v2.resuming import CHECKSUMS, find_damage
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS, SAVE_STEPS = 16, 4

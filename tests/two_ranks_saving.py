@@ -15,7 +15,7 @@ from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 
 from w2v2.checkpoint import save_model  # noqa: E402
 from w2v2.errors import UserError  # noqa: E402
-from w2v2.run_folder import choose_checkpoint  # noqa: E402
+from w2v2.resuming import choose_checkpoint  # noqa: E402
 
 
 def outcome(action):

@@ -29,7 +29,7 @@ from w2v2 import checksums
 from w2v2.errors import UserError, one_line
 from w2v2.folder_swap import discard, publish, unfinished
 from w2v2.main_process import on_main_process
-from w2v2.run_folder import CHECKSUMS, checkpoints, read_state, step_of
+from w2v2.resuming import CHECKSUMS, checkpoints, read_state, step_of
 
 logger = logging.getLogger(__name__)
 
