@@ -24,7 +24,7 @@ from w2v2 import memory
 from w2v2.arguments import PretrainArguments, parse_command_line, run_script
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
-from w2v2.checkpoint import claim_output_dir, find_checkpoint, load_optimizer, save_checkpoint, save_model
+from w2v2.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.collate import CropDataset, Framing, build_loader
 from w2v2.errors import UserError
 from w2v2.fitting import Trial, fit, share
@@ -32,8 +32,10 @@ from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.interruption import Stopped, StopRequest
 from w2v2.launch import device_name, start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
+from w2v2.main_process import on_main_process
 from w2v2.metrics import RunLog, read_metrics
 from w2v2.plan import SkippedAudio, build_batches, present_plan
+from w2v2.resuming import choose_checkpoint, claim_output_dir
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
@@ -47,9 +49,8 @@ def main() -> None:
     logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     accelerator = start_accelerator(args)
     output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        claim_output_dir(output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, args.dry_run)
-    accelerator.wait_for_everyone()
+    claim = (output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, args.dry_run)
+    on_main_process(accelerator, lambda: claim_output_dir(*claim))
 
     # The model's configuration says how many frames a waveform makes, and what is masked.
     config = build_config(args)
@@ -71,7 +72,7 @@ def main() -> None:
         check_validation(validation, lost, args.max_skipped_fraction)
 
     # Model and optimizer: fresh, from given weights, or as the checkpoint has them.
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    checkpoint = choose_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
     state = RunState.start(args, training, config, checkpoint)
     num_files = len(training.table) + len(unreadable)
     skipped = SkippedAudio(
@@ -227,8 +228,9 @@ def train(
                 run.feature_extractor,
                 state,
                 args.save_total_limit,
+                "stop" if is_stopping else args.save_failure,
             )
-            if pusher:
+            if pusher and folder:
                 pusher.push(folder, f"Weights after {state.step} updates")
             clock.lap()
     log.close()

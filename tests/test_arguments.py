@@ -1,5 +1,7 @@
 """The command line: a YAML file's values, overridden by flags; each slip is one line that names the flag or key."""
 
+import errno
+import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 
@@ -253,6 +255,21 @@ def test_a_users_slip_ends_a_script_with_status_2_and_one_line(capsys, monkeypat
     assert capsys.readouterr().err == "", "one line, not one a process"
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_script(lambda: 1 / 0)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_a_line(capsys, number):
+    def main():
+        raise OSError(number, os.strerror(number), "run/plan.json")
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and f"run/plan.json: {os.strerror(number)}; free space" in line
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "No such file", "run/x")])
+def test_a_bug_keeps_its_traceback(bug):
+    def main():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        run_script(main)

@@ -3,14 +3,13 @@
 import json
 import pickle
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import make_batch, tiny_config
+from conftest import make_batch
 from safetensors.torch import load_file
+from tiny_run import Run, names
 from transformers import (
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
@@ -19,57 +18,18 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from w2v2 import checkpoint
-from w2v2.checkpoint import checkpoints, claim_output_dir, find_checkpoint, load_optimizer, read_state, save_checkpoint
+from w2v2 import checksums, folder_swap, hub
+from w2v2.checkpoint import load_optimizer
 from w2v2.errors import UserError
 from w2v2.model import PretrainingModel
+from w2v2.resuming import CHECKSUMS, checkpoints, claim_output_dir, find_checkpoint, read_state
 
 PRETRAINING_HEADS = ("quantizer.", "project_hid.", "project_q.")
-
-
-@dataclass
-class State:
-    step: int
-
-    def as_dict(self):
-        return {"step": self.step, "epoch": 1}
-
-
-class Run:
-    """A tiny model with an AdamW that has moments."""
-
-    def __init__(self, seed=0, updates=2):
-        torch.manual_seed(seed)
-        self.accelerator = Accelerator(cpu=True)
-        model = PretrainingModel(tiny_config()).train()
-        groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01}]
-        groups += [{"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-        self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(groups, lr=1e-3, fused=True))
-        for update in range(updates):
-            self.update(update)
-
-    def update(self, seed):
-        torch.manual_seed(seed)
-        self.optimizer.zero_grad()
-        self.model(make_batch(self.model.config, [9_000], seed=seed)).loss.backward()
-        self.optimizer.step()
-
-    def save(self, folder, step, keep=0):
-        extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
-        return save_checkpoint(folder, self.accelerator, self.model, self.optimizer, extractor, State(step), keep)
-
-    def moments(self):
-        states = self.optimizer.optimizer.state_dict()["state"]
-        return {(i, name): value.clone() for i, state in states.items() for name, value in state.items()}
 
 
 @pytest.fixture
 def run():
     return Run()
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -104,6 +64,11 @@ def test_a_checkpoint_names_the_stock_architecture_and_brings_its_feature_extrac
     assert names(folder) == ["config.json", "model.safetensors", "preprocessor_config.json", "training_state"]
 
 
+def test_only_what_stock_classes_load_is_published(run, tmp_path):
+    staged = hub._stage(run.save(tmp_path, 2), tmp_path)
+    assert names(staged) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+
+
 def test_a_loaded_checkpoint_gives_the_stock_loss_of_the_model_saved(run, tmp_path):
     stock = Wav2Vec2ForPreTraining.from_pretrained(run.save(tmp_path, 2)).eval()
     batch = make_batch(run.model.config, [9_000])
@@ -126,7 +91,7 @@ def test_optimizer_and_weights_come_back_to_the_bit_and_go_on_alike(run, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), other.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("broken", ["save_model", "save_file", "_make_durable", "os.replace"])
+@pytest.mark.parametrize("broken", ["save_model", "save_file", "checksums.seal", "os.replace"])
 def test_a_save_that_is_cut_short_leaves_no_checkpoint(run, tmp_path, monkeypatch, broken):
     whole = run.save(tmp_path, 2)
 
@@ -160,7 +125,7 @@ def test_a_checkpoint_being_removed_is_never_taken_for_whole(run, tmp_path, monk
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.remove(folder)
+        folder_swap.remove(folder)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     assert checkpoints(tmp_path) == [] and not list(tmp_path.glob("checkpoint-*"))
     claim_output_dir(tmp_path, False, None)
@@ -249,8 +214,12 @@ def test_nothing_in_a_checkpoint_is_executed(run, tmp_path):
     assert not witness.exists()
 
     (folder / "training_state/optimizer.safetensors").write_bytes(bomb)
+    checksums.seal(folder, CHECKSUMS)  # whoever plants one can make its checksum
     with pytest.raises(UserError, match="optimizer"):
-        load_optimizer(folder, other.accelerator, other.model, other.optimizer)
+        load_optimizer(find_checkpoint(tmp_path / "run", "auto"), other.accelerator, other.model, other.optimizer)
+    (folder / CHECKSUMS).write_bytes(bomb)
+    with pytest.raises(UserError, match="checksums.json is damaged"):
+        find_checkpoint(tmp_path / "run", str(folder))
     assert not witness.exists()
     pickle.loads(bomb)
     assert witness.exists()  # the bomb was live

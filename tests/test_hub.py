@@ -93,6 +93,7 @@ def make_run(output_dir):
     make_folder(output_dir / "checkpoint-7")
     for private in (
         "checkpoint-7/training_state/optimizer.safetensors",
+        "checkpoint-7/training_state/checksums.json",
         "training_state/state.json",
         "optimizer.safetensors",
         "trainer_state.json",

@@ -15,15 +15,18 @@ import torch
 import yaml
 from conftest import run_here, tiny_config, write_csv, write_tones
 from hub_stand_in import HubStandIn
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_run import flip, tensors
 from transformers import Wav2Vec2ForPreTraining
 
 import pretrain
 from w2v2 import fitting
 from w2v2.batching import Cursor, EffectiveBatches
+from w2v2.checksums import seal
 from w2v2.cutting import cut
 from w2v2.fitting import Finding
 from w2v2.metrics import read_metrics
+from w2v2.resuming import CHECKSUMS, find_damage
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS, SAVE_STEPS = 16, 4
@@ -233,6 +236,47 @@ def found_crops(monkeypatch):
     return find
 
 
+def same_to_the_bit(found, expected, last):
+    assert without_timings(found) == without_timings(expected)
+    ours, theirs = (tensors(folder / f"checkpoint-{last}") for folder in (found, expected))
+    models = [load_file(folder / "model.safetensors") for folder in (found, expected)]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
+
+
+def test_a_disk_full_at_a_save_ends_the_run_with_a_line_or_is_waited_out(flags, tmp_path, monkeypatch, capsys):
+    whole, stopped, warned = (tmp_path / name for name in ("whole", "stopped", "warned"))
+    short, saves = ("--max_steps", 6, "--save_steps", 2), []
+
+    def full_once(tensors, path):
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        save_file(tensors, path)
+
+    assert here(flags, whole, *short) == 0
+    monkeypatch.setattr("w2v2.checkpoint.save_file", full_once)
+    capsys.readouterr()
+    assert here(flags, stopped, *short) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "checkpoint-4 could not be saved" in line and "checkpoint-2" in line and "No space left" in line
+    assert here(flags, stopped, *short, "--resume_from_checkpoint", "auto") == 0
+    same_to_the_bit(stopped, whole, last=6)
+    saves.clear()
+    assert here(flags, warned, *short, "--save_failure", "warn") == 0
+    assert {f"checkpoint-{step}" for step in (2, 4, 6)} - names(warned) == {"checkpoint-4"}
+    same_to_the_bit(warned, whole, last=6)
+
+    # And from behind two damaged ones the same run comes about again.
+    flip(stopped / "checkpoint-6/training_state/optimizer.safetensors", 9_999)
+    os.truncate(stopped / "checkpoint-4/model.safetensors", 9_999)
+    capsys.readouterr()
+    assert here(flags, stopped, *short, "--resume_from_checkpoint", "auto") == 0
+    assert "checkpoint-2, after 2 updates" in capsys.readouterr().out
+    same_to_the_bit(stopped, whole, last=6)
+    assert all(find_damage(stopped / f"checkpoint-{step}") is None for step in (2, 4, 6))
+
+
 def test_a_fitted_run_says_what_it_found_and_goes_on_with_it_to_the_bit(flags, tmp_path, capsys, found_crops):
     whole, resumed, other = (tmp_path / name for name in ("whole", "resumed", "other"))
     found_crops(2)
@@ -268,6 +312,7 @@ def test_a_fitted_run_says_what_it_found_and_goes_on_with_it_to_the_bit(flags, t
     ):
         shutil.rmtree(other / "checkpoint-6", ignore_errors=True)
         (other / state).write_text(json.dumps(changed))
+        seal(other / "checkpoint-3", CHECKSUMS)
         assert auto(flags, other, "--resume_from_checkpoint", "auto") == 0
         plan = json.loads((other / "plan.json").read_text())
         assert plan["micro_batch_seconds"] == pytest.approx(1.5 * seconds)

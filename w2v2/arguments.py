@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from w2v2.errors import UserError, printable
+from w2v2.errors import UserError, as_user_error, printable
 from w2v2.interruption import Stopped, leave
 from w2v2.schedule import SCHEDULES
 from w2v2.workers import explain_loss
@@ -148,6 +148,11 @@ class RunArguments:
     save_total_limit: int = _flag(3, "Checkpoints that are kept; 0 keeps all.")
     max_hours: float | None = _flag(
         None, "Save and leave with status 75 at the first update after so many hours, as on SIGTERM."
+    )
+    save_failure: str = _flag(
+        "stop",
+        "What a full or failing disk at a save does: `stop` ends the run, `warn` goes on and tries again at the next save.",
+        choices=["stop", "warn"],
     )
     report_to: list[str] = _flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
     disable_tqdm: bool = _flag(False, "No progress bar.")
@@ -307,12 +312,13 @@ def run_script(main: Callable[[], Any]) -> None:
         main()
     except Stopped as stopped:
         leave(stopped)
-    except (UserError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError) as error:
         lost = explain_loss(error)
-        if lost is None and not isinstance(error, UserError):
+        found = as_user_error(error) if isinstance(error, OSError) else error
+        if lost is None and not isinstance(found, UserError):
             raise
         # A UserError raised in a loader's worker brings its traceback along.
-        message = lost or str(error).rpartition("UserError: ")[2].strip()
+        message = lost or str(found).rpartition("UserError: ")[2].strip()
         if lost or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             line = HUB_TOKEN.sub("hf_…", f"{Path(sys.argv[0]).name}: error: {message}")
             print(printable(line), file=sys.stderr)

@@ -2,18 +2,18 @@
 
     checkpoint-<step>/config.json, model.safetensors, preprocessor_config.json      what users load
     checkpoint-<step>/training_state/optimizer.safetensors, state.json              what a run resumes from
+    checkpoint-<step>/training_state/checksums.json                                 size and SHA-256 of each of these
 
-A folder is written under another name, made durable and renamed, so a checkpoint that has its name is whole. Tensors are
-safetensors and the rest is JSON: nothing a checkpoint holds is ever executed. There are no states of random generators,
-because there are none to save.
+A folder is written under another name, made durable and renamed, so a kill leaves no half of one; what a disk makes of it later
+shows in the checksums. Tensors are safetensors and the rest is JSON: nothing a checkpoint holds is ever executed. There are no states
+of random generators, because there are none to save.
 """
 
 import json
+import logging
 import os
-import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,65 +25,113 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from w2v2.errors import UserError
+from w2v2 import checksums
+from w2v2.errors import UserError, one_line
+from w2v2.folder_swap import discard, open_to_others, publish, unfinished
+from w2v2.main_process import on_main_process
+from w2v2.resuming import CHECKSUMS, checkpoints, read_state, step_of
 
-_TEMPORARY = ".unfinished-"
-_FILES = ("config.json", "model.safetensors", "training_state/optimizer.safetensors", "training_state/state.json")
-_RUN_FILES = ("metrics.jsonl", "pretrain_config.yaml", "model.safetensors")
+logger = logging.getLogger(__name__)
 
 
 def save_model(folder: Path, accelerator: Accelerator, model, feature_extractor) -> None:
-    """Write the folder that stock classes load: weights, configuration and feature extractor. Call on all ranks."""
+    """Put the files that stock classes load into `folder`: weights, configuration and feature extractor. Call on all ranks.
+
+    Raises `UserError`, on all of them, where they cannot be written; what `folder` held before is then still there.
+    """
     weights = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        bare = accelerator.unwrap_model(model)
-        bare.save_pretrained(folder, state_dict=weights)
-        bare.config.architectures = ["Wav2Vec2ForPreTraining"]
-        bare.config.save_pretrained(folder)
-        feature_extractor.save_pretrained(folder)
-        open_to_others(Path(folder))
 
+    def save() -> None:
+        with unfinished(Path(folder) / "model") as new:
+            _write_model(new, accelerator.unwrap_model(model), weights, feature_extractor)
+            for path in sorted(new.iterdir()):
+                checksums.sync(path)
+                os.replace(path, Path(folder) / path.name)
+            new.rmdir()
+            checksums.sync(Path(folder))
 
-def open_to_others(folder: Path) -> None:
-    """safetensors writes files that their owner alone may read, whatever the umask says: give them the mode of those beside them."""
-    for path in [*folder.glob("*.safetensors"), *folder.glob("training_state/*.safetensors")]:
-        shutil.copymode(folder / "config.json", path)
+    if failure := on_main_process(accelerator, lambda: _attempt(save)):
+        raise UserError(
+            f"{folder}: the model could not be saved ({failure}): free space or mend the disk, and start the run again with "
+            "--resume_from_checkpoint auto"
+        )
 
 
 def save_checkpoint(
-    output_dir: Path, accelerator: Accelerator, model, optimizer, feature_extractor, state, keep: int
-) -> Path:
+    output_dir: Path,
+    accelerator: Accelerator,
+    model,
+    optimizer,
+    feature_extractor,
+    state,
+    keep: int,
+    on_failure: str = "stop",
+) -> Path | None:
     """Save `checkpoint-<step>` atomically and remove the oldest beyond `keep` (0: none). Call on all ranks.
 
-    `state` has a `step` and an `as_dict()` that JSON can hold.
+    `state` has a `step` and an `as_dict()` that JSON can hold. A full or failing disk leaves all other checkpoints as they are, and the
+    outcome is the same on all ranks: with `on_failure` "stop" a `UserError`, with "warn" None after a warning.
     """
     final = Path(output_dir) / f"checkpoint-{state.step}"
-    folder = final.with_name(_TEMPORARY + final.name)
-    save_model(folder, accelerator, model, feature_extractor)
-    tensors = _flatten(get_optimizer_state_dict(model, optimizer.optimizer, options=_gathered()))
-    if accelerator.is_main_process:
-        (folder / "training_state").mkdir()
-        save_file(tensors, folder / "training_state/optimizer.safetensors")
-        open_to_others(folder)
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        text = json.dumps(state.as_dict() | {"scaler": scaler}, indent=2)
-        (folder / "training_state/state.json").write_text(text, encoding="utf-8")
-        _make_durable(folder)
-        if final.exists():  # only a run that repeats a step finds one
-            remove(final)
-        os.replace(folder, final)
-        _sync(final.parent)
+    weights = accelerator.get_state_dict(model)
+    moments = _flatten(get_optimizer_state_dict(model, optimizer.optimizer, options=_gathered()))
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+
+    def save() -> None:
+        with unfinished(final) as folder:
+            _write_model(folder, accelerator.unwrap_model(model), weights, feature_extractor)
+            (folder / "training_state").mkdir()
+            save_file(moments, folder / "training_state/optimizer.safetensors")
+            open_to_others(folder)
+            text = json.dumps(state.as_dict() | {"scaler": scaler, "has_checksums": True}, indent=2)
+            (folder / "training_state/state.json").write_text(text, encoding="utf-8")
+            checksums.seal(folder, CHECKSUMS)
+            publish(folder, final)
+
+    def save_and_rotate() -> str | None:
+        if failure := _attempt(save):
+            whole = checkpoints(output_dir)
+            newest = f"the newest whole checkpoint is {whole[-1].name}" if whole else "there is no other checkpoint yet"
+            return f"{final} could not be saved ({failure}); {newest}"
         if keep > 0:
             _rotate(output_dir, state.step, keep)
-    accelerator.wait_for_everyone()
-    return final
+        return None
+
+    failure = on_main_process(accelerator, save_and_rotate)
+    if failure is None:
+        return final
+    if on_failure == "stop":
+        raise UserError(f"{failure}: free space or mend the disk, and go on with --resume_from_checkpoint auto")
+    if accelerator.is_main_process:
+        logger.warning("%s; the run goes on, and the next save tries again", failure)
+    return None
+
+
+def _attempt(write: Callable[[], None]) -> str | None:
+    """What kept a disk from taking what is written; None: nothing."""
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        return one_line(error)
+    return None
+
+
+def _write_model(folder: Path, bare, weights: dict[str, torch.Tensor], feature_extractor) -> None:
+    bare.save_pretrained(folder, state_dict=weights)
+    bare.config.architectures = ["Wav2Vec2ForPreTraining"]
+    bare.config.save_pretrained(folder)
+    feature_extractor.save_pretrained(folder)
+    open_to_others(folder)
 
 
 def _rotate(output_dir: Path, step: int, keep: int) -> None:
-    """Remove all but the newest `keep` up to this step; a run that went back to an older one leaves the newer ones alone."""
-    upto = [folder for folder in checkpoints(output_dir) if int(folder.name.rpartition("-")[2]) <= step]
+    """Remove all but the newest `keep` up to this step; a run that went back to an older one leaves the newer ones alone.
+
+    Damaged ones neither count nor go: at least the one just saved is whole, and stays.
+    """
+    upto = [folder for folder in checkpoints(output_dir) if step_of(folder) <= step]
     for old in upto[:-keep]:
-        remove(old)
+        discard(old)
 
 
 def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
@@ -115,96 +163,6 @@ def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> 
         accelerator.scaler.load_state_dict(scaler)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """`training_state/state.json` of a checkpoint. Raises `UserError` if it holds none."""
-    path = Path(folder) / "training_state/state.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(
-            f"{folder} holds no training state ({path.name} is missing or torn): resume from a checkpoint-<step> folder, or "
-            "start from its weights alone with --model_name_or_path"
-        ) from None
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints in `output_dir`, oldest first."""
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and all((folder / name).is_file() for name in _FILES):
-            found.append((int(match[1]), folder))
-    return [folder for _, folder in sorted(found)]
-
-
-def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: none, the newest whole one (`auto`), or that path."""
-    if resume_from is None:
-        return None
-    if resume_from == "auto":
-        return (checkpoints(output_dir) or [None])[-1]
-    if not Path(resume_from).is_dir():
-        raise UserError(
-            f"--resume_from_checkpoint {resume_from}: no such folder; give a checkpoint-<step> folder or `auto`"
-        )
-    read_state(Path(resume_from))
-    return Path(resume_from)
-
-
-def claim_output_dir(output_dir: Path, overwrite: bool, resume_from: str | None, dry_run: bool = False) -> None:
-    """Make sure that no run is overwritten unasked; a dry run overwrites none. Call on the main process.
-
-    `overwrite` wins over `auto`: whoever asks for both, the one perhaps in a YAML file, starts anew.
-    Raises `UserError` if `output_dir` holds a run that is neither resumed nor to be overwritten, holds checkpoints newer than the one
-    to resume from, or is a file.
-    """
-    output_dir = Path(output_dir)
-    # A checkpoint of another folder does not make the run in this one ours.
-    resumes = resume_from is not None and (
-        resume_from == "auto" or Path(resume_from).resolve().parent == output_dir.resolve()
-    )
-    for folder in (output_dir, *output_dir.parents):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output_dir {output_dir}: {folder} is a file; give a folder")
-    if dry_run:
-        return
-    remains = [p for name in _RUN_FILES if (p := output_dir / name).exists()] + sorted(output_dir.glob("checkpoint-*"))
-    if remains and not resumes and not overwrite:
-        raise UserError(
-            f"--output_dir {output_dir} already holds a run ({remains[0].name}): go on with --resume_from_checkpoint auto, "
-            "start anew with --overwrite_output_dir, or give another folder"
-        )
-    if resumes and resume_from != "auto" and not dry_run:
-        _refuse_newer(output_dir, Path(resume_from))
-    if overwrite and (not resumes or resume_from == "auto"):
-        for path in [*remains, output_dir / "skipped_audio.jsonl", output_dir / "plots", output_dir / "runs"]:
-            remove(path)
-    for folder in output_dir.glob(_TEMPORARY + "*"):
-        remove(folder)
-    output_dir.mkdir(parents=True, exist_ok=True)
-
-
-def _refuse_newer(output_dir: Path, checkpoint: Path) -> None:
-    """A run that goes back leaves later checkpoints of another past behind, which `auto` would take for its own."""
-    whole = [folder.resolve() for folder in checkpoints(output_dir)]
-    if checkpoint.resolve() in whole[:-1]:
-        newer = whole[whole.index(checkpoint.resolve()) + 1]
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: {newer.name} is newer; remove what is newer, or resume into another --output_dir"
-        )
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder; a checkpoint loses its name first, so that a half-deleted one is never taken for whole."""
-    if path.is_dir() and not path.is_symlink():
-        doomed = path.with_name(_TEMPORARY + "deleted-" + path.name)
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _gathered() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -215,16 +173,3 @@ def _flatten(optimizer_state: dict) -> dict[str, torch.Tensor]:
         for name, values in optimizer_state.get("state", {}).items()
         for what, value in values.items()
     }
-
-
-def _make_durable(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

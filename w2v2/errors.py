@@ -1,4 +1,8 @@
-"""The one exception that stands for a user's slip rather than for a bug."""
+"""The one exception that stands for a user's slip rather than for a bug, and errors of a disk, which are of its kind."""
+
+import errno
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 class UserError(ValueError):
@@ -11,3 +15,20 @@ class UserError(ValueError):
 def printable(text: object) -> str:
     """Text for a line on the console: line breaks, terminal codes and what is no text at all as escapes, as in `repr`, the rest as it is."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def as_user_error(error: OSError) -> UserError | None:
+    """The same for a disk that is full, failing or read-only; None for any other error, which may be a bug."""
+    if error.errno not in _OF_THE_DISK:
+        return None
+    return UserError(
+        f"{error.filename or 'a file'}: {error.strerror}; free space or mend the disk, then start again (a run goes on with "
+        "--resume_from_checkpoint auto)"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks and numbers of errors; its type's name where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

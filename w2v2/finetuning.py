@@ -20,9 +20,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from w2v2.checkpoint import open_to_others
 from w2v2.ctc import SpeechDataset, error_rates, greedy_decode, read_skipped
 from w2v2.errors import UserError
+from w2v2.folder_swap import open_to_others
 from w2v2.metrics import json_line
 from w2v2.schedule import lr_factor
 

@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from w2v2.errors import UserError
+from w2v2.errors import UserError, as_user_error, one_line
+from w2v2.line_file import LineFile
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +101,12 @@ class RunLog:
         self._refreshed_at = -math.inf
         if not is_main:
             return
+        threading.excepthook = _say_in_a_line
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_steps_up_to(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LineFile(path)
+        self._file.append("")
         if not disable_tqdm and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps,
@@ -123,20 +127,17 @@ class RunLog:
         self._bar.update(int(record["step"]) - self._bar.n)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log one record: a line of `metrics.jsonl` (flushed), the trackers, and the console.
+        """Log one record: a line of `metrics.jsonl`, the trackers, and the console.
 
         Tensors of one element become numbers. What is not finite becomes `null` in the file, which JSON has no
-        other word for; the trackers get every flat number as it is.
+        other word for; the trackers get every flat number as it is. A full disk holds up neither the run nor the lines to come.
         """
         if not self._is_main:
             return
         record = _plain(record)
         step = int(record["step"])
-        self._file.write(json_line(record))
-        self._file.flush()
-        if self._trackers is not None:
-            numbers = {name: value for name, value in record.items() if name != "step" and _is_number(value)}
-            self._trackers.log(numbers, step=step)
+        self._file.append(json_line(record))
+        self._track({name: value for name, value in record.items() if name != "step" and _is_number(value)}, step)
         has_validation = any(name.startswith("eval_") for name in record)
         if self._bar is None or has_validation:
             tqdm.write(self._line(record, step, has_validation), file=sys.stderr)
@@ -149,6 +150,15 @@ class RunLog:
             self._file.close()
         self._bar = self._file = None
         self._is_main = False
+
+    def _track(self, numbers: Mapping[str, Any], step: int) -> None:
+        if self._trackers is None:
+            return
+        try:
+            self._trackers.log(numbers, step=step)
+        except OSError as error:  # what TensorBoard's writing thread met; it is dead from then on
+            logger.warning("trackers cannot write (%s): they get nothing from step %d on", one_line(error), step)
+            self._trackers = None
 
     def _line(self, record: Mapping[str, Any], step: int, has_validation: bool) -> str:
         parts = [f"step {step}/{self.total_steps}"]
@@ -166,6 +176,15 @@ class RunLog:
         seconds = (time.monotonic() - self._started_at) / done * max(self.total_steps - step, 0)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _say_in_a_line(arguments: threading.ExceptHookArgs) -> None:
+    """What a thread ends of, as a tracker's that writes to a full disk; a traceback is for bugs."""
+    error = arguments.exc_value
+    if isinstance(error, OSError) and as_user_error(error):
+        logger.warning("%s has ended: %s", arguments.thread.name if arguments.thread else "a thread", one_line(error))
+    else:
+        threading.__excepthook__(arguments)
 
 
 def _describe(record: Mapping[str, Any], prefix: str = "") -> str:

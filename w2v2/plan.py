@@ -12,6 +12,7 @@ from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import CHUNK, Cursor, EffectiveBatches
 from w2v2.cutting import cut, padded_sizes
 from w2v2.errors import UserError
+from w2v2.line_file import LineFile
 from w2v2.utterances import Utterances
 
 RECOMMENDED_BATCH_HOURS = 1.6
@@ -38,6 +39,7 @@ class SkippedAudio:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(_line(entry) for entry in entries), encoding="utf-8")
             temporary.replace(self.path)
+        self._file = LineFile(self.path)
 
     def add(self, skipped: Sequence[dict[str, Any]], step: int = 0) -> None:
         """Note utterances that could not be read. Raises `UserError` beyond the tolerated fraction."""
@@ -46,8 +48,7 @@ class SkippedAudio:
         new = {entry["id"]: entry | {"step": step} for entry in skipped if entry["id"] not in self.ids}
         self.ids |= new.keys()
         if self.is_main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, new.values()))
+            self._file.append("".join(map(_line, new.values())))
         if len(self.ids) > self.max_fraction * self.num_utterances:
             first = skipped[0]
             raise UserError(

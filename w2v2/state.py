@@ -6,9 +6,9 @@ from typing import Any
 
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import Cursor
-from w2v2.checkpoint import read_state
 from w2v2.loading import check_same_architecture
 from w2v2.plan import check_identity, identity
+from w2v2.resuming import read_state
 from w2v2.utterances import Utterances
 
 

@@ -1,0 +1,113 @@
+"""Lines that a full disk does not lose; /dev/full is a disk that is always full."""
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+from tiny_run import file_size_limit
+
+from w2v2.line_file import LineFile
+from w2v2.metrics import RunLog, read_metrics
+from w2v2.plan import SkippedAudio
+
+pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A path whose disk is full until `free` puts a file there."""
+    path = tmp_path / "lines"
+    path.symlink_to("/dev/full")
+    return path
+
+
+def free(path):
+    path.unlink()
+    path.touch()
+
+
+def test_lines_wait_for_room(full, caplog):
+    file = LineFile(full)
+    file.append("1\n")
+    file.append("2\n")
+    free(full)
+    file.append("3\n")
+    file.append("4\n")
+    assert full.read_text() == "1\n2\n3\n4\n"
+    first, last = (record.getMessage() for record in caplog.records)
+    assert "No space left on device" in first and str(full) in first and "no line is missing" in last
+
+
+def test_a_line_goes_on_where_the_disk_cut_it(tmp_path):
+    file = LineFile(tmp_path / "lines")
+    with file_size_limit(7):
+        file.append("12345\n")
+        file.append("abcdé\n")
+        assert (tmp_path / "lines").read_text() == "12345\na"
+    file.append("67\n")
+    assert (tmp_path / "lines").read_text() == "12345\nabcdé\n67\n"
+
+
+def test_what_is_never_written_is_said_to_be_lost(full, caplog):
+    file = LineFile(full)
+    file.append("1\n")
+    file.close()
+    assert "lost" in caplog.text
+    free(full)
+    file.close()
+    assert full.read_text() == ""
+
+
+def test_a_run_goes_on_logging_beside_a_full_disk(tmp_path, full, caplog):
+    class Trackers:
+        seen = []
+
+        def log(self, values, step):
+            self.seen.append(step)
+            raise OSError(28, "No space left on device")
+
+    caplog.set_level(logging.WARNING)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    log = RunLog(tmp_path / "run", total_steps=4, trackers=Trackers())
+    metrics.unlink()
+    metrics.symlink_to("/dev/full")
+    for step in (1, 2):
+        log.write({"step": step, "loss": 0.5})
+    free(metrics)
+    log.write({"step": 3, "loss": 0.5})
+    log.close()
+    assert [record["step"] for record in read_metrics(metrics)] == [1, 2, 3]
+    assert Trackers.seen == [1] and "trackers cannot write (No space left on device)" in caplog.text
+
+
+def test_a_thread_that_ends_of_a_full_disk_says_so_in_a_line(tmp_path, caplog, capsys, monkeypatch):
+    """As TensorBoard's does; a bug keeps its traceback."""
+
+    def run(error):
+        def fail():
+            raise error
+
+        thread = threading.Thread(target=fail, name="writer")
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    RunLog(tmp_path, total_steps=4).close()
+    run(OSError(28, "No space left on device", "events"))
+    assert capsys.readouterr().err == ""
+    (record,) = caplog.records
+    assert record.getMessage() == "writer has ended: events: No space left on device"
+    run(ZeroDivisionError())
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_skipped_audio_is_counted_beside_a_full_disk(tmp_path, caplog):
+    path = tmp_path / "skipped_audio.jsonl"
+    skipped = SkippedAudio(tmp_path, 100, 0.5)
+    path.symlink_to("/dev/full")
+    skipped.add([{"id": "a", "audio": "a.wav", "reason": "torn"}])
+    assert skipped.ids == {"a"} and "No space left on device" in caplog.text
+    free(path)
+    skipped.add([{"id": "b", "audio": "b.wav", "reason": "torn"}], step=3)
+    assert SkippedAudio(tmp_path, 100, 0.5, first_step=3).ids == {"b"}  # the first was met before the first update
