@@ -85,7 +85,7 @@ def is_in(phase: str, look: Look | None, step: int, max_steps: int) -> bool:
         "update": True,
         "save": look.is_saving,
         "validation": look.evaluated < look.step and look.step % RECIPE["eval_steps"] == 0,
-        "renamed": len(look.checkpoints) > RECIPE["save_total_limit"],
+        "renamed": look.has_saved and len(look.checkpoints) > RECIPE["save_total_limit"],
         "rotation": look.is_removing,
         "finish": look.step == max_steps and max_steps in look.checkpoints,
     }[phase]
@@ -153,7 +153,7 @@ def drill_kills(args, folder: Path, deadline: float) -> dict:
     differing = differing_bytes(left_behind(output_dir, args.max_steps), expected)
     for name, count in differing.items():
         print(f"differs       {name}: {count:,} bytes")
-    changed = changed_batches([heard(life) for life in lives if life.exists()], heard(folder / "heard_whole"))
+    changed = changed_batches([heard(life) for life in lives], heard(folder / "heard_whole"))
     return {
         "kills": phases.total(),
         "differing_bytes": sum(differing.values()),

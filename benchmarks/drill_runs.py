@@ -153,9 +153,9 @@ class Look(NamedTuple):
     step: int  # last update logged
     evaluated: int  # last update that a validation was logged for
     checkpoints: tuple[int, ...]  # steps, in rising order
+    has_saved: bool  # the newest of them is this life's
     is_saving: bool  # an unfinished checkpoint lies there
     is_removing: bool  # an old checkpoint has lost its name and still lies there
-    has_model: bool  # the model card, which comes last, lies there
 
 
 class Watch:
@@ -164,7 +164,7 @@ class Watch:
     def __init__(self, output_dir: Path):
         self.output_dir, self.metrics = output_dir, output_dir / "metrics.jsonl"
         self.at_start = self.seen = self._signature()
-        self.steps = (0, 0)
+        self.steps, self.saved_before = (0, 0), self._checkpoints() if output_dir.exists() else ()
 
     def look(self) -> Look | None:
         """None before the run has begun to write its metrics (it rewrites the file then)."""
@@ -173,11 +173,15 @@ class Watch:
             return None
         if signature != self.seen:
             self.seen, self.steps = signature, _last_steps(self.metrics)
-        names = os.listdir(self.output_dir)
-        steps = sorted(int(name[11:]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit())
+        names, steps = os.listdir(self.output_dir), self._checkpoints()
+        has_saved = steps[-1:] > self.saved_before[-1:]
         is_saving = any(name.startswith(".unfinished-checkpoint-") for name in names)
         is_removing = any(name.startswith(".unfinished-deleted-") for name in names)
-        return Look(*self.steps, tuple(steps), is_saving, is_removing, "README.md" in names)
+        return Look(*self.steps, steps, has_saved, is_saving, is_removing)
+
+    def _checkpoints(self) -> tuple[int, ...]:
+        names = os.listdir(self.output_dir)
+        return tuple(sorted(int(n[11:]) for n in names if n.startswith("checkpoint-") and n[11:].isdigit()))
 
     def _signature(self) -> tuple | None:
         try:
