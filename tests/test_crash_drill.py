@@ -28,11 +28,11 @@ def drill(capsys, *flags) -> tuple[int, dict, str]:
     return status, json.loads(lines[-1]), lines[-2]
 
 
-def test_a_run_killed_three_times_leaves_the_bytes_of_an_undisturbed_one(capsys):
-    status, found, line = drill(capsys, "--kills", 3, "--max_steps", 16)
-    assert line == "3 kills survived, 0 differing bytes"
-    assert (status, found["kills"], found["differing_bytes"], found["changed_batches"]) == (0, 3, 0, 0)
-    assert sum(found["phases"].values()) == 3 and found["compared_bytes"] > 100_000
+def test_a_run_killed_twice_leaves_the_bytes_of_an_undisturbed_one(capsys):
+    status, found, line = drill(capsys, "--kills", 2, "--max_steps", 16)
+    assert line == "2 kills survived, 0 differing bytes"
+    assert (status, found["kills"], found["differing_bytes"], found["changed_batches"]) == (0, 2, 0, 0)
+    assert sum(found["phases"].values()) == 2 and found["compared_bytes"] > 100_000
     assert {"date", "command", "cpu", "cores", "versions", "seconds"} <= found.keys()
 
 

@@ -92,10 +92,10 @@ def test_from_an_accepted_place_every_utterance_is_heard_once_in_the_following_e
 
 def test_a_run_goes_on_with_fewer_data_where_that_is_accepted(tmp_path, capsys):
     """Its place lies beyond their end; the next resume needs no flag any more."""
-    seconds = [1.0 + 0.1 * number for number in range(8)]
+    seconds = [1.0 + 0.1 * number for number in range(16)]
     paths = write_tones(tmp_path / "audio", seconds)
     tiny_config().save_pretrained(tmp_path / "model")
-    whole, fewer = (write_csv(tmp_path / f"{n}.csv", paths[:n], seconds[:n]) for n in (8, 3))
+    whole, fewer = (write_csv(tmp_path / f"{n}.csv", paths[:n], seconds[:n]) for n in (16, 3))
 
     def run(data, max_steps, *more, seed=1):
         flags = f"--config_name {tmp_path}/model --output_dir {tmp_path}/run --batch_hours 0.001 --micro_batch_seconds 4 --min_seconds 0.5 "
@@ -110,11 +110,11 @@ def test_a_run_goes_on_with_fewer_data_where_that_is_accepted(tmp_path, capsys):
     assert run(whole, 2)[0] == 0
     assert saved(2)["epoch"] == 0 and saved(2)["position"] >= 3
     status, printed = run(fewer, 4, *auto, seed=2)
-    assert status == 2 and "seed 2 (was 1), utterances 3 (was 8)" in printed.err
+    assert status == 2 and "seed 2 (was 1), utterances 3 (was 16)" in printed.err
     status, printed = run(fewer, 4, *auto, "--accept_changed_batches", seed=2)
     assert status == 0, printed.err
     (line,) = [line for line in printed.out.splitlines() if "as accepted" in line]
-    assert line.startswith("warning ") and "seed 2 (was 1), utterances 3 (was 8)" in line
+    assert line.startswith("warning ") and "seed 2 (was 1), utterances 3 (was 16)" in line
     assert saved(4)["identity"] | {"seed": 2, "utterances": 3} == saved(4)["identity"] and saved(4)["epoch"] >= 1
     assert run(fewer, 6, *auto, seed=2)[0] == 0
     records = read_metrics(tmp_path / "run/metrics.jsonl")
