@@ -60,7 +60,7 @@ def prepare(folder: Path, manifest: str | None = None, data_root: str | None = N
     )
     if len(rows) < 2 * VALIDATION_ROWS:
         raise UserError(
-            f"{manifest}: the drill takes {SYNTHETIC_HOURS} hours of it, which are only {len(rows)} utterances"
+            f"--manifest {manifest}: {len(rows)} utterances of {SYNTHETIC_HOURS} h in all are too few; give {2 * VALIDATION_ROWS} shorter ones at least"
         )
     damaged = folder / "audio/damaged.wav"
     soundfile.write(damaged, np.full(3 * SAMPLING_RATE, np.nan), SAMPLING_RATE, subtype="FLOAT")
@@ -113,10 +113,10 @@ class Life:
             if happened():
                 return True
             if time.monotonic() > deadline:
-                raise Failed(f"the time was up:\n{self.log.read_text()[-3000:]}")
+                raise Failed(f"the time was up:\n{self.log.read_text()[-8000:]}")
             time.sleep(pause)
         if status:
-            raise Failed(f"pretrain.py ended with status {status}:\n{self.log.read_text()[-3000:]}")
+            raise Failed(f"pretrain.py ended with status {status}:\n{self.log.read_text()[-8000:]}")
         return False
 
     def finish(self, deadline: float) -> None:

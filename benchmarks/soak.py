@@ -117,7 +117,7 @@ def watch(args, folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], Path]:
             if not life.until(lambda: time.monotonic() >= now + args.interval, end + 60):
                 break
         if now < end:
-            raise Failed(f"the run ended by itself:\n{life.log.read_text()[-3000:]}")
+            raise Failed(f"the run ended by itself:\n{life.log.read_text()[-8000:]}")
     columns = {name: np.array([values[name] for values in samples]) for name in samples[0]}
     return np.array(hours), columns, output_dir / "metrics.jsonl"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_batch, tiny_config
+from conftest import make_batch, tiny_config, write_csv, write_tones
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "data_scripts")]
 
@@ -61,10 +61,23 @@ def test_a_short_soak_samples_everything(capsys):
     assert all(trend["mean"] > 0 for trend in run["trends"].values()) and run["updates"] > 20 < run["samples"]
 
 
-def test_what_damages_a_drill_is_said(capsys):
-    assert crash_drill.main(["--kills", "-1"]) == 2
-    assert "--kills" in capsys.readouterr().err
+def test_a_slip_is_one_line(capsys, tmp_path):
+    few = str(write_csv(tmp_path / "few.csv", write_tones(tmp_path / "audio", [1.0] * 3), [1.0] * 3))
+    for flags, named in (
+        (["--kills", "-1"], "--kills"),
+        (["--manifest", "/no.csv"], "/no.csv"),
+        (["--manifest", few], "3 utterances"),
+    ):
+        assert crash_drill.main(flags) == 2
+        err = capsys.readouterr().err
+        assert named in err and err.count("\n") == 1
     assert soak.main([]) == 2
+
+
+def test_a_run_that_ends_with_an_error_fails_the_drill(capsys, monkeypatch):
+    monkeypatch.setitem(drill_runs.RECIPE, "crop_seconds", -1.0)
+    assert crash_drill.main(["--kills", "1"]) == 1
+    assert "--crop_seconds is -1.0" in capsys.readouterr().out
 
 
 def test_kills_are_spread_over_the_whole_run_and_the_same_for_a_seed():
