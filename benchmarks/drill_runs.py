@@ -36,7 +36,7 @@ RECIPE = dict(
 )  # fmt: skip
 TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 SYNTHETIC_HOURS = 0.07
-VALIDATION_ROWS = 4
+VALIDATION_ROWS = 8
 
 
 class Failed(Exception):

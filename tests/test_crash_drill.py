@@ -74,6 +74,7 @@ def test_a_slip_is_one_line(capsys, tmp_path):
     assert soak.main([]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_with_an_error_fails_the_drill(capsys, monkeypatch):
     monkeypatch.setitem(drill_runs.RECIPE, "crop_seconds", -1.0)
     assert crash_drill.main(["--kills", "1"]) == 1
