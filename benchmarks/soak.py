@@ -4,11 +4,11 @@
     python benchmarks/soak.py --resumes 10000       # the sampler alone, at LibriSpeech's size, from random places of three epochs
 
 Of the run, every few seconds: resident memory of the main process and of its loader workers, open files, threads, bytes under the
-checkpoints, bytes of logs, and the seconds of an update (from metrics.jsonl, without validation and saves). The first part is left out as
-warm-up; the rest is averaged in 40 blocks of equal time, and a straight line is fitted to them by least squares. *Flat*: with 95 %
-confidence a quantity changes in an hour by less than its tolerance (2 % of its mean; one file or thread). *Grows*: with 95 %
-confidence by more. Else *open*: a longer run would tell. Logs have a line for every logged update, and are reported only. The last line is
-JSON; exit status 1 if something grows or a resume goes elsewhere.
+checkpoints, bytes of logs, and the seconds of an update (from metrics.jsonl, without validation and saves). The first five minutes (or sixth
+part), and all before the first rotation, are left out as warm-up; the rest is cut into 40 blocks of equal time, and a straight line is
+fitted to their medians by least squares. *Flat*: with 95 % confidence a quantity changes in an hour by less than its tolerance (2 % of
+its mean; one file or thread). *Grows*: with 95 % confidence by more. Else *open*: a longer run would tell. Logs have a line for every
+logged update, and are reported only. The last line is JSON; exit status 1 if something grows or a resume goes elsewhere.
 """
 
 import sys
@@ -26,7 +26,7 @@ sys.path[:0] = [
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 from corpus_files import Parser, exit_status  # noqa: E402
-from drill_runs import Failed, Life, prepare, read_lines  # noqa: E402
+from drill_runs import RECIPE, Failed, Life, prepare, read_lines  # noqa: E402
 from report import environment, json_line, print_table  # noqa: E402
 from ways_to_batch import speech_lengths  # noqa: E402
 
@@ -35,6 +35,10 @@ from w2v2.batching import Cursor, EffectiveBatches, MicroBatchPlan, PlanStream  
 from w2v2.errors import UserError  # noqa: E402
 
 NUM_BLOCKS = 40
+EVERY = dict(eval_steps=40, save_steps=40)
+SETTLED = (RECIPE["save_total_limit"] + 1) * EVERY[
+    "save_steps"
+]  # updates after which checkpoints are as many as they stay
 COUNTED = ("open files", "threads")  # tolerance: one
 REPORTED = ("MB of logs",)  # grow as they are meant to
 LIBRISPEECH = 281_241
@@ -54,14 +58,14 @@ class Trend(NamedTuple):
 
 
 def fit(hours: np.ndarray, values: np.ndarray, tolerance: float | None) -> Trend:
-    """Least squares over the means of `NUM_BLOCKS` blocks of equal time; see the module's docstring for the verdict.
+    """Least squares over the medians of `NUM_BLOCKS` blocks of equal time; see the module's docstring for the verdict.
 
     Neighbouring samples are alike, blocks less so: of single samples the standard error would come out too small.
     """
     edges = np.linspace(hours[0], hours[-1], NUM_BLOCKS + 1)[1:-1]
     block = np.digitize(hours, edges)
     kept = [block == number for number in np.unique(block)]
-    x, y = (np.array([column[rows].mean() for rows in kept]) for column in (hours, values))
+    x, y = (np.array([np.median(column[rows]) for rows in kept]) for column in (hours, values))
     if len(x) < 3:
         raise UserError("--minutes: too few samples for a line; let it run longer")
     centred = x - x.mean()
@@ -86,7 +90,9 @@ def sample(life: Life, output_dir: Path) -> dict[str, float] | None:
         }
     except psutil.NoSuchProcess:
         return None
-    saved = sum(tree_bytes(path) for path in output_dir.glob("*checkpoint-*"))
+    folders = list(output_dir.glob("*checkpoint-*"))
+    saved = sum(map(tree_bytes, folders))
+    values["newest"] = max((int(path.name.rpartition("-")[2]) for path in folders), default=0)
     return values | {"MB of checkpoints": saved / 1e6, "MB of logs": tree_bytes(output_dir) / 1e6 - saved / 1e6}
 
 
@@ -103,7 +109,7 @@ def tree_bytes(folder: Path) -> int:
 
 def watch(args, folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], Path]:
     """Hours since the start (n,), what was sampled then, each (n,), and the metrics of a run of `args.minutes`."""
-    changes = dict(max_steps=10**9, lr_scheduler_type="constant", logging_steps=10, eval_steps=100, save_steps=100)
+    changes = dict(max_steps=10**9, lr_scheduler_type="constant", logging_steps=10, **EVERY)
     changes |= dict(report_to=["tensorboard"])
     recipe = prepare(folder, args.manifest, args.data_root, dataloader_num_workers=args.num_workers, **changes)
     output_dir, hours, samples = folder / "run", [], []
@@ -132,7 +138,10 @@ def update_seconds(metrics: Path) -> tuple[np.ndarray, np.ndarray, int]:
 
 def soak(args, folder: Path) -> dict:
     hours, columns, metrics = watch(args, folder)
-    warm_up = min(5.0, args.minutes / 6) / 60
+    settled = hours[columns.pop("newest") >= SETTLED]
+    if not len(settled):
+        raise UserError(f"--minutes {args.minutes:g} did not suffice for {SETTLED} updates; let it run longer")
+    warm_up = max(min(5.0, args.minutes / 6) / 60, settled[0])
     trends = {}
     for name, values in columns.items():
         later = hours > warm_up

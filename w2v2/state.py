@@ -26,7 +26,8 @@ class RunState:
     # How they were cut, which dropout and Gumbel noise follow; None before it is decided, and from older checkpoints.
     micro_batch_seconds: float | None = None
     num_processes: int | None = None
-    changes: list[str] = field(default_factory=list)  # what this run's batches have otherwise than the checkpoint's; not saved
+    # What this run's batches have otherwise than the checkpoint's; not saved.
+    changes: list[str] = field(default_factory=list)
 
     @classmethod
     def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
