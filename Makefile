@@ -5,13 +5,19 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test quality format clean
+.PHONY: demo test drill quality format clean
 
 demo: $(VENV)/ready  ## corpus, pretraining, fine-tuning, one table: 15 minutes on two cores
 	$(RUN) demo.py
 
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not slow"
+
+drill: $(VENV)/ready  ## what docs/reliability.md promises: slow tests, 20 kills in one run, other numbers of processes, 10,000 resumes
+	$(RUN) -m pytest -m slow
+	$(RUN) benchmarks/crash_drill.py --kills 20
+	$(RUN) benchmarks/crash_drill.py --world_sizes 2 1 2
+	$(RUN) benchmarks/soak.py --resumes 10000
 
 quality: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -85,6 +85,8 @@ def main() -> None:
     if checkpoint:
         load_optimizer(checkpoint, accelerator, model, optimizer)
         accelerator.print(f"resuming      {checkpoint}, after {state.step:,} updates")
+        if state.changes:
+            accelerator.print(f"warning       other batches from here on, as accepted: {', '.join(state.changes)}")
 
     run = Run(args, accelerator, model, optimizer, feature_extractor, framing, state)
     if is_fitted:
@@ -257,7 +259,7 @@ def write_config(args, accelerator) -> None:
 
     In the place of `micro_batch_seconds: auto` stands what was found: a repeated run cuts alike.
     """
-    once = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")
+    once = ("overwrite_output_dir", "resume_from_checkpoint", "accept_changed_batches", "dry_run")
     flags = {name: value for name, value in vars(args).items() if name not in once}
     if accelerator.is_main_process:
         text = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)

@@ -142,6 +142,9 @@ class RunArguments:
     resume_from_checkpoint: str | None = _flag(
         None, "`auto` (newest whole checkpoint, or a fresh start) or a checkpoint's path."
     )
+    accept_changed_batches: bool = _flag(
+        False, "Resume though data, seed, batch_hours, crops or masks are others than the checkpoint's run had."
+    )
     logging_steps: int = _flag(10, "Updates between two lines of metrics.jsonl.")
     eval_steps: int = _flag(1_000, "Updates between two validations.")
     save_steps: int = _flag(1_000, "Updates between two checkpoints.")

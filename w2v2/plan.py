@@ -80,14 +80,18 @@ def identity(args, utterances: Utterances) -> dict[str, Any]:
     return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises `UserError` with the two values where a resumed run would draw other batches than the checkpoint's run."""
-    for name, value in current.items():
-        if saved.get(name) != value:
-            raise UserError(
-                f"{name} is {value}, but the checkpoint's run had {saved.get(name)}: its batches would change; use the old value, or "
-                "start a new run from the weights with --model_name_or_path"
-            )
+def check_identity(saved: dict[str, Any], current: dict[str, Any], accept: bool = False) -> list[str]:
+    """What a resumed run's batches have otherwise than those of the checkpoint's run, each with both values: `seed 43 (was 42)`.
+
+    Raises `UserError` if there is anything and it is not accepted.
+    """
+    changed = [f"{name} {value} (was {saved.get(name)})" for name, value in current.items() if saved.get(name) != value]
+    if changed and not accept:
+        raise UserError(
+            f"the batches would be others than those of the checkpoint's run: {', '.join(changed)}; use the old values, go on "
+            "with other batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
+        )
+    return changed
 
 
 def build_batches(utterances: Utterances, args) -> EffectiveBatches:

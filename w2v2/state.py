@@ -27,20 +27,27 @@ class RunState:
     # How they were cut, which dropout and Gumbel noise follow; None before it is decided, and from older checkpoints.
     micro_batch_seconds: float | None = None
     num_processes: int | None = None
+    # What this run's batches have otherwise than the checkpoint's; not saved.
+    changes: list[str] = field(default_factory=list)
 
     @classmethod
     def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
         """The beginning of a run, or where `checkpoint` left it.
 
-        Raises `UserError` where the checkpoint is of another architecture or its run had other batches.
+        Raises `UserError` where the checkpoint is of another architecture, or where its run had other batches and
+        `accept_changed_batches` is not set. Where it is, the run keeps its step and goes on at the same place of the epoch, though with
+        other data or another seed that is the place of another order: an epoch's rest may then hold what its beginning held. A place
+        beyond the end of fewer data is the beginning of the next epoch.
         """
         state = cls(args.max_steps, len(training.table), identity=identity(args, training))
         if checkpoint:
             check_same_architecture(config, checkpoint)
             saved = read_state(checkpoint)
-            check_identity(saved["identity"], state.identity)
+            state.changes = check_identity(saved["identity"], state.identity, args.accept_changed_batches)
             for name in ("step", "epoch", "position", "heard_samples"):
                 setattr(state, name, saved[name])
+            if state.position >= state.num_utterances:
+                state.epoch, state.position = state.epoch + 1, 0
             for name in ("micro_batch_seconds", "num_processes"):
                 setattr(state, name, saved.get(name))
             state.owes_validation = saved.get("owes_validation", False)
@@ -68,4 +75,4 @@ class RunState:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "changes"}
