@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from w2v2 import heartbeat
 from w2v2.errors import UserError
 from w2v2.schedule import SCHEDULES
 
@@ -125,6 +126,9 @@ class OptimizationArguments:
         "Type in which several devices send their gradients: as they are, or half the bytes.",
         choices=["none", "bf16"],
     )
+    ddp_timeout: int = _flag(
+        1800, "Several devices: seconds without a step after which one of them counts as hung, and all of them end."
+    )
     seed: int = _flag(42, "Seed of everything random.")
 
 
@@ -172,7 +176,7 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
                      "save_steps", "eval_steps", "min_gumbel_temperature", "max_gumbel_temperature", "mask_time_prob"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be greater than 0")
-        for name, least in (("seed", 0), ("dataloader_num_workers", 0), ("dataloader_prefetch_factor", 1), ("save_total_limit", 0),
+        for name, least in (("seed", 0), ("ddp_timeout", 1), ("dataloader_num_workers", 0), ("dataloader_prefetch_factor", 1), ("save_total_limit", 0),
                             ("mask_time_length", 1), ("mask_time_min_masks", 1), ("warmup_steps", 0), ("length_grid_seconds", 0), ("min_seconds", 0),
                             ("diversity_delay_steps", 0), ("diversity_warmup_steps", 0), ("feature_penalty_weight", 0)):  # fmt: skip
             if not getattr(self, name) >= least:
@@ -276,7 +280,8 @@ def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | No
 def run_script(main: Callable[[], Any]) -> None:
     """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error."""
     try:
-        main()
+        with heartbeat.explained():
+            main()
     except UserError as error:
         message = (
             str(error).rpartition("UserError: ")[2].strip()

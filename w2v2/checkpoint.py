@@ -95,7 +95,7 @@ def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> 
     for key, tensor in tensors.items():
         name, _, what = key.rpartition("/")
         state.setdefault(name, {})[what] = tensor
-    groups = get_optimizer_state_dict(model, optimizer.optimizer, options=_gathered())["param_groups"]
+    groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
     set_optimizer_state_dict(
         model,
         optimizer.optimizer,
