@@ -40,6 +40,8 @@ def claim(args, accelerator: Accelerator) -> None:
                 args.resume_from_checkpoint = "auto"
         else:
             claim_output_dir(output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, args.dry_run)
+        if not args.dry_run:
+            _note(output_dir, launch())
     decided = [args.resume_from_checkpoint, args.overwrite_output_dir]
     broadcast_object_list(decided)
     args.resume_from_checkpoint, args.overwrite_output_dir = decided
@@ -70,7 +72,7 @@ def lock(folder: Path, wait_seconds: float = 10.0) -> dict[str, Any]:
     until = time.monotonic() + wait_seconds
     while not _try_lock(descriptor, path):
         if time.monotonic() > until:
-            holder = _note(descriptor)
+            holder = _read(descriptor)
             os.close(descriptor)
             raise UserError(
                 f"--output_dir {folder} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}: wait for that run "
@@ -78,11 +80,19 @@ def lock(folder: Path, wait_seconds: float = 10.0) -> dict[str, Any]:
             )
         time.sleep(0.2)
     _held[path] = descriptor
-    before = _note(descriptor)
-    now = dict(pid=os.getpid(), host=socket.gethostname(), launch=launch())
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(now).encode(), 0)
+    before = _read(descriptor)
+    _note(folder, before.get("launch"))
     return before
+
+
+def _note(folder: Path, launch: str | None) -> None:
+    """Write who holds the lock, and which launch the folder's run belongs to."""
+    descriptor, text = (
+        _held[folder.resolve() / LOCK_FILE],
+        json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), launch=launch)).encode(),
+    )
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text, 0)
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:
@@ -95,7 +105,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     return True
 
 
-def _note(descriptor: int) -> dict[str, Any]:
+def _read(descriptor: int) -> dict[str, Any]:
     try:
         return json.loads(os.pread(descriptor, 10_000, 0))
     except ValueError:

@@ -28,7 +28,9 @@ def settle(accelerator: Accelerator, args) -> None:
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise UserError("FSDP with fsdp_offload_params is not supported: leave it out (configs/accelerate/fsdp.yaml)")
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise UserError(f"FSDP with {accelerator.mixed_precision} is not supported: use bf16 or fp32, or launch with DDP")
+        raise UserError(
+            f"FSDP with {accelerator.mixed_precision} is not supported: use bf16 or fp32, or launch with DDP"
+        )
     if accelerator.parallelism_config is not None:
         raise UserError("FSDP with a parallelism_config is not supported: shard over all devices, or launch with DDP")
     if args.gradient_compression != "none":
@@ -37,13 +39,17 @@ def settle(accelerator: Accelerator, args) -> None:
         raise UserError(
             "--micro_batch_seconds auto tries each device by itself, which a sharded model does not allow: give a number under FSDP"
         )
-    ours = dict(auto_wrap_policy=None, activation_checkpointing=False, cpu_ram_efficient_loading=False, ignored_modules=None)
+    ours = dict(
+        auto_wrap_policy=None, activation_checkpointing=False, cpu_ram_efficient_loading=False, ignored_modules=None
+    )
     unused = sorted(name for name, value in ours.items() if (getattr(plugin, name) or None) != (value or None))
     for name, value in ours.items():
         setattr(plugin, name, value)
     plugin.mixed_precision_policy = None  # autocast, not casts of whole groups
     note = f"; not used: fsdp_{', fsdp_'.join(unused)}" if unused else ""
-    accelerator.print(f"sharding      FSDP2, the whole model as one group over {accelerator.num_processes} device(s){note}")
+    accelerator.print(
+        f"sharding      FSDP2, the whole model as one group over {accelerator.num_processes} device(s){note}"
+    )
 
 
 def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):

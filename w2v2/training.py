@@ -119,7 +119,9 @@ class Feed:
         self.cursor = batch.plan.following
         yield batch
         for done in range(1, batch.plan.num_rounds):
-            self.waiting = f"update {batch.plan.update + 1}, waiting for micro-batch {done + 1} of {batch.plan.num_rounds}"
+            self.waiting = (
+                f"update {batch.plan.update + 1}, waiting for micro-batch {done + 1} of {batch.plan.num_rounds}"
+            )
             yield self._next()
         self.waiting = f"update {batch.plan.update + 2}, waiting for its first micro-batch"
 
