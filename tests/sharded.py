@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 from two_ranks import DEALS, FIVE, NOISY, build_model, dummy, pieces, settings  # noqa: E402
@@ -91,12 +92,19 @@ def updates(accelerator: Accelerator, folder: str) -> None:
     found = {"straight on": update_once(accelerator, model, optimizer, UPDATES)}
     for sharded in (True, False):
         told(accelerator, sharded)
-        model = PretrainingModel.from_pretrained(saved, dtype=torch.float64).train()
+        model = loaded(saved)
         model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
         load_optimizer(saved, accelerator, model, optimizer)
         found["FSDP" if sharded else "DDP"] = update_once(accelerator, model, optimizer, UPDATES)
     if accelerator.is_main_process:
         torch.save(found, Path(folder) / "found.pt")
+
+
+def loaded(saved: Path) -> PretrainingModel:
+    """The checkpoint's weights, every digit of them."""
+    model = build_model(**NOISY)
+    model.load_state_dict(load_file(saved / "model.safetensors"))
+    return model
 
 
 def update_once(accelerator: Accelerator, model, optimizer, step: int) -> dict:

@@ -2,8 +2,9 @@
 
 import os
 import signal
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -33,8 +34,10 @@ def another_process(folder, *, with_child=False):
     try:
         yield pid
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
         if with_child:
             os.kill(child, 0)  # still there
             os.kill(child, signal.SIGKILL)
@@ -54,12 +57,8 @@ def test_a_killed_run_leaves_its_folder_free_at_once_even_where_its_loaders_live
 
 def test_a_run_that_is_just_ending_is_waited_for(tmp_path):
     with another_process(tmp_path) as pid:
-        if os.fork() == 0:
-            time.sleep(0.5)
-            os.kill(pid, signal.SIGKILL)
-            os._exit(0)
+        threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
         assert lock(tmp_path)["pid"] == pid
-        os.wait()
 
 
 def test_a_folder_that_cannot_be_written_is_a_slip(tmp_path):

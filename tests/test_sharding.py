@@ -10,7 +10,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import tiny_config, write_csv, write_tones
 from ranks import Ranks
 from safetensors.torch import load_file
-from sharded import FIVE, NOISY, RECIPE, UPDATES, pieces, settings
+from sharded import FIVE, NOISY, RECIPE, UPDATES, loaded, pieces, settings
 from test_training import assert_same_gradient, assert_same_metrics
 from transformers import Wav2Vec2ForPreTraining
 from two_ranks import DEALS
@@ -19,7 +19,6 @@ from w2v2 import sharding
 from w2v2.checkpoint import load_optimizer
 from w2v2.errors import UserError
 from w2v2.metrics import read_metrics
-from w2v2.model import PretrainingModel
 from w2v2.training import build_optimizer, train_update
 
 CASES = [(deal, shared, False) for deal in DEALS for shared in (True, False)] + [("4/1", True, True)]
@@ -36,7 +35,7 @@ def gradients(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sharded_gradients_and_totals_are_those_of_ddp(gradients, case):
     """With dropout, Gumbel noise and layerdrop, uneven deals with dummies, both scopes of the diversity loss, and recomputation."""
-    (expected, totals), (found, sharded_totals) = gradients[*case, False], gradients[*case, True]
+    (expected, totals), (found, sharded_totals) = (gradients[(*case, sharded)] for sharded in (False, True))
     assert_same_gradient(found, expected, 1e-11)
     assert_same_metrics(sharded_totals, totals, 1e-11)
 
@@ -74,7 +73,7 @@ def test_a_sharded_checkpoint_goes_on_under_everything(updates, where):
     assert expected["grad_norm"] > 0.5  # that is: the update was clipped
     if where == "one process":
         accelerator, saved = Accelerator(cpu=True), folder / f"checkpoint-{UPDATES}"
-        model = PretrainingModel.from_pretrained(saved, dtype=torch.float64).train()
+        model = loaded(saved)
         model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
         load_optimizer(saved, accelerator, model, optimizer)
         update = settings(step=UPDATES, learning_rate=0.01, max_grad_norm=0.5)

@@ -27,9 +27,10 @@ def main(timeout: str, steps: str, victim: str = "-1", what: str = "") -> None:
     heartbeat.start(address, "beats", rank, size, float(timeout), keeps_store=True)
     with heartbeat.explained():
         for step in range(1, int(steps) + 1):
-            heartbeat.at(f"update {step}")
+            heartbeat.at(f"update {step}, waiting")
             if step == 5 and rank == int(victim):
                 misbehave(what)
+            heartbeat.at(f"update {step}")
             time.sleep(STEP_SECONDS)
             distributed.all_reduce(torch.ones(1))
             print(f"step {step}", flush=True)

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +24,9 @@ class Verdict(NamedTuple):
     """Why all ranks end."""
 
     text: str
-    named: tuple[int, ...] = ()  # ranks that cannot be expected to say it
+    lost: Sequence[int] = ()  # ranks that cannot say it themselves
     is_slip: bool = False  # the text is a `UserError`'s
+    said_on: str = ""  # the machine on which it has been said already
 
 
 @dataclass
@@ -88,8 +90,7 @@ class Beats:
             if peer.beat != beat:
                 peer.beat, peer.silent_seconds = beat, 0.0
         if self.verdict is None and self.store.check(["verdict"]):
-            text, named, is_slip = json.loads(self.store.get("verdict"))
-            self.verdict = Verdict(text, tuple(named), is_slip)
+            self.verdict = Verdict(*json.loads(self.store.get("verdict")))
         self.exchanges += 1
 
     def _talk(self) -> None:
@@ -111,7 +112,7 @@ class Beats:
         beat = self._beat(rank)
         return f"rank {rank} (process {beat['pid']} on {beat['host']}) at {beat['where']}" if beat else f"rank {rank}"
 
-    def speaks_for_its_machine(self, but: tuple[int, ...]) -> bool:
+    def speaks_for_its_machine(self, but: Sequence[int]) -> bool:
         """Whether this is the first rank of its machine, those that are gone and `but` left aside."""
         here = socket.gethostname()
         others = [

@@ -15,6 +15,7 @@ job that is suspended as a whole goes on when it is continued.
 import contextlib
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -87,14 +88,14 @@ class Heartbeat:
 
     def _lost(self, ranks: list[int]) -> Verdict:
         names = ", ".join(map(self.beats.name, ranks))
-        return Verdict(f"{names}: gone, stopped or cut off from the others, which end now", tuple(ranks))
+        return Verdict(f"{names}: gone, stopped or cut off from the others, which end now", ranks)
 
     def _without_store(self) -> Verdict:
         where = "{}:{}".format(*self.address)
         if not self.keeps_store:
             return Verdict(f"the launcher's store at {where} does not answer any more: the launcher is gone or cut off")
-        named = (0,) if self.beats.rank else ()
-        return Verdict(f"{self.beats.name(0)}: gone, stopped or cut off (its store at {where} does not answer)", named)
+        lost = (0,) if self.beats.rank else ()
+        return Verdict(f"{self.beats.name(0)}: gone, stopped or cut off (its store at {where} does not answer)", lost)
 
     def _hung(self) -> Verdict:
         beats = self.beats
@@ -105,7 +106,7 @@ class Heartbeat:
         if len(behind) == len(counts):
             return Verdict(f"no rank has got any further {since}: all of them are at {beats.where}")
         names = ", ".join(map(beats.name, behind))
-        return Verdict(f"{names}: no step {since}, and the other ranks wait for it", tuple(behind))
+        return Verdict(f"{names}: no step {since}, and the other ranks wait for it")
 
     def cause_of(self, error: BaseException) -> Verdict | None:
         """Why this rank's main thread failed, if it is another one's fault; its own fault is told to the others."""
@@ -143,8 +144,10 @@ class Heartbeat:
     def end(self, verdict: Verdict) -> NoReturn:
         """End this process whatever its main thread is doing; one rank of a machine says why."""
         self.ending.acquire()  # for good: both threads may come here
-        if self.beats.speaks_for_its_machine(but=verdict.named):
+        here = socket.gethostname()
+        if verdict.said_on != here and self.beats.speaks_for_its_machine(but=verdict.lost):
             os.write(2, f"{Path(sys.argv[0]).name}: error: {verdict.text}\n".encode())
+            verdict = verdict._replace(said_on=here)
         if self.beats.verdict is None:
             self._tell(verdict)
         os._exit(2 if verdict.is_slip else 1)
