@@ -79,9 +79,10 @@ class Heartbeat:
             return beats.verdict if self.grace_seconds > GRACE_SECONDS else None
         if self.cut_off_seconds >= self.lost_after:
             return self._without_store()
-        if silent := self._silent(self.lost_after):
+        hangs = self.idle_seconds >= self.timeout
+        if silent := self._silent(3 * self.interval if hangs else self.lost_after):
             return self._lost(silent)
-        return self._hung() if self.idle_seconds >= self.timeout else None
+        return self._hung() if hangs else None
 
     def _silent(self, seconds: float) -> list[int]:
         return [rank for rank, peer in self.beats.peers.items() if peer.silent_seconds >= seconds and not peer.is_done]
