@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed import PrefixStore, TCPStore
 
+STOP_SECONDS = 10.0
 _PROC = Path("/proc")
 
 
@@ -73,7 +74,8 @@ class Beats:
         store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
         self.store = PrefixStore(prefix, store)
         self.exchange()
-        threading.Thread(target=self._talk, name="beats", daemon=True).start()
+        self.thread = threading.Thread(target=self._talk, name="beats", daemon=True)
+        self.thread.start()
 
     def as_beat(self) -> dict[str, Any]:
         values = dict(serial=self.exchanges, count=self.count, where=self.where, done=self.done)
@@ -107,6 +109,17 @@ class Beats:
             self.poked.set()
             time.sleep(0.02)
         return self.exchanges >= wanted
+
+    def stop(self) -> None:
+        """This rank has done its part: its silence means nothing from now on.
+
+        The interpreter must not end while the thread is within the store: that aborts the process.
+        """
+        self.done = True
+        self.refresh(self.interval)
+        self.stopped.set()
+        self.poked.set()
+        self.thread.join(STOP_SECONDS)
 
     def name(self, rank: int) -> str:
         beat = self._beat(rank)

@@ -153,12 +153,6 @@ class Heartbeat:
             self._tell(verdict)
         os._exit(2 if verdict.is_slip else 1)
 
-    def stop(self) -> None:
-        """This rank has done its part: its silence means nothing from now on."""
-        self.beats.done = True
-        self.beats.refresh(self.interval)
-        self.beats.stopped.set()
-
 
 _heartbeat: Heartbeat | None = None
 
@@ -193,7 +187,7 @@ def explained() -> Iterator[None]:
         raise
     finally:
         if _heartbeat is not None:
-            _heartbeat.stop()
+            _heartbeat.beats.stop()
             _heartbeat = None
 
 
