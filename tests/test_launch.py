@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DDPCommunicationHookType, DistributedType
+from torch.distributed import HashStore
 
 from w2v2 import launch
 from w2v2.errors import UserError
@@ -71,3 +72,21 @@ def test_gradients_cross_in_bf16_on_gpus_alone():
     made = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match="gradient_compression bf16 needs GPUs"):
         launch.check(made, SimpleNamespace(gradient_compression="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_static", "expected"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        (dict(GROUP_WORLD_SIZE="1"), False, False),
+        (dict(TORCHELASTIC_MAX_RESTARTS="0"), False, False),
+        (dict(TORCHELASTIC_USE_AGENT_STORE="False"), False, False),
+    ],
+)
+def test_machines_that_may_count_attempts_differently_are_noticed(changes, is_static, expected):
+    values = dict(GROUP_WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True")
+    store = HashStore()
+    if is_static:
+        store.set("job/torchelastic/assigned_ranks/0", "")
+    assert launch.counts_apart(values | dict(TORCHELASTIC_RUN_ID="job") | changes, store) == expected

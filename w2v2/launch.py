@@ -1,5 +1,6 @@
 """The processes of a run brought together, and the `Accelerator`, checked: a launch that would not do what it looks like ends here."""
 
+import logging
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -8,15 +9,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedType, parse_flag_from_env
-from torch.distributed import PrefixStore, rendezvous
+from torch.distributed import PrefixStore, Store, rendezvous
 from transformers.utils.logging import disable_progress_bar
 
 from w2v2 import heartbeat, memory, sharding
 from w2v2.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 LATER_SECONDS = 60.0  # by which the process group's timeout comes after ours, which names the rank
 # Who says how many processes were launched; the first one that is set is believed.
 _WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_RESTARTING = {"GROUP_WORLD_SIZE": 1, "TORCHELASTIC_MAX_RESTARTS": 0}
 _TOGETHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -100,6 +104,11 @@ def meet(timeout_seconds: float, cpu: bool) -> None:
     attempt = "0" if keeps_store else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
+        if rank == 0 and counts_apart(os.environ, store):
+            logger.warning(
+                "--max_restarts on several machines by c10d: they may count attempts differently and then not meet again; set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launcher, on all machines"
+            )
         PartialState(
             cpu=cpu, store=PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size, timeout=timeout
         )
@@ -110,6 +119,18 @@ def meet(timeout_seconds: float, cpu: bool) -> None:
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot meet the others at {address[0]}:{address[1]} ({reason}): is "
             "every process running, the port free, and the address that of rank 0's machine?"
         ) from None
+
+
+def counts_apart(environment: Mapping[str, str], store: Store) -> bool:
+    """Whether several machines restart in one store of theirs, each with a count of its own: c10d's rendezvous, not the static one.
+
+    The static one leaves the ranks that it has given out in the store.
+    """
+    several = all(int(environment.get(name, 0)) > least for name, least in _RESTARTING.items())
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return (
+        several and shared and not store.check([f"{environment['TORCHELASTIC_RUN_ID']}/torchelastic/assigned_ranks/0"])
+    )
 
 
 def check(accelerator: Accelerator, args) -> None:
