@@ -20,7 +20,7 @@ from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2FeatureExtractor
 
-from w2v2 import memory
+from w2v2 import heartbeat, memory, sharding
 from w2v2.arguments import PretrainArguments, parse_command_line, run_script
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
@@ -32,10 +32,10 @@ from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.interruption import Stopped, StopRequest
 from w2v2.launch import device_name, start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
-from w2v2.main_process import on_main_process
 from w2v2.metrics import RunLog, read_metrics
 from w2v2.plan import SkippedAudio, build_batches, present_plan
-from w2v2.resuming import choose_checkpoint, claim_output_dir
+from w2v2.resuming import choose_checkpoint
+from w2v2.run_folder import claim
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
@@ -49,8 +49,7 @@ def main() -> None:
     logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     accelerator = start_accelerator(args)
     output_dir = Path(args.output_dir)
-    claim = (output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, args.dry_run)
-    on_main_process(accelerator, lambda: claim_output_dir(*claim))
+    claim(args, accelerator)
 
     # The model's configuration says how many frames a waveform makes, and what is masked.
     config = build_config(args)
@@ -58,6 +57,7 @@ def main() -> None:
     framing = build_framing(config, feature_extractor)
 
     # The utterances, and the effective batches that are drawn from them.
+    heartbeat.at("reading the manifests")
     with accelerator.main_process_first():
         training, unreadable = load_utterances(args.train_data, args, framing)
         validation, lost = load_utterances(args.validation_data, args, framing) if args.validation_data else (None, [])
@@ -72,6 +72,7 @@ def main() -> None:
         check_validation(validation, lost, args.max_skipped_fraction)
 
     # Model and optimizer: fresh, from given weights, or as the checkpoint has them.
+    heartbeat.at("building the model")
     checkpoint = choose_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
     state = RunState.start(args, training, config, checkpoint)
     num_files = len(training.table) + len(unreadable)
@@ -81,7 +82,7 @@ def main() -> None:
     skipped.add(unreadable + probe_some(training))
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, args))
     if checkpoint:
         load_optimizer(checkpoint, accelerator, model, optimizer)
         accelerator.print(f"resuming      {checkpoint}, after {state.step:,} updates")
@@ -222,6 +223,7 @@ def train(
             log.write(state.progress() | validate(accelerator, run.model, validation, settings))
             clock.lap()
         if state.is_due(args.save_steps) or is_stopping:
+            heartbeat.at(f"saving checkpoint-{state.step}")
             folder = save_checkpoint(
                 args.output_dir,
                 accelerator,
@@ -280,6 +282,7 @@ def start_pusher(args, accelerator) -> HubPusher | None:
 def finish(run: Run, training: Utterances, validation: Utterances | None, pusher: HubPusher | None) -> None:
     """The folder that users load, with its card, curves and resolved configuration; then the last push."""
     args, accelerator, output_dir = run.args, run.accelerator, Path(run.args.output_dir)
+    heartbeat.at("saving the model")
     save_model(output_dir, accelerator, run.model, run.feature_extractor)
     if not accelerator.is_main_process:
         return

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from w2v2 import heartbeat
 from w2v2.errors import UserError, as_user_error, printable
 from w2v2.interruption import Stopped, leave
 from w2v2.schedule import SCHEDULES
@@ -130,6 +131,9 @@ class OptimizationArguments:
         "Type in which several devices send their gradients: as they are, or half the bytes.",
         choices=["none", "bf16"],
     )
+    ddp_timeout: int = _flag(
+        1800, "Several devices: seconds without a step after which one of them counts as hung, and all of them end."
+    )
     seed: int = _flag(42, "Seed of everything random.")
 
 
@@ -191,7 +195,7 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
                      "save_steps", "eval_steps", "min_gumbel_temperature", "max_gumbel_temperature", "mask_time_prob"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be greater than 0")
-        for name, least in (("seed", 0), ("dataloader_num_workers", 0), ("dataloader_prefetch_factor", 1), ("save_total_limit", 0),
+        for name, least in (("seed", 0), ("ddp_timeout", 1), ("dataloader_num_workers", 0), ("dataloader_prefetch_factor", 1), ("save_total_limit", 0),
                             ("mask_time_length", 1), ("mask_time_min_masks", 1), ("warmup_steps", 0), ("length_grid_seconds", 0), ("min_seconds", 0),
                             ("diversity_delay_steps", 0), ("diversity_warmup_steps", 0), ("feature_penalty_weight", 0)):  # fmt: skip
             if not getattr(self, name) >= least:
@@ -312,7 +316,8 @@ def run_script(main: Callable[[], Any]) -> None:
     `Stopped` ends it with 75.
     """
     try:
-        main()
+        with heartbeat.explained():
+            main()
     except Stopped as stopped:
         leave(stopped)
     except (UserError, OSError, RuntimeError) as error:

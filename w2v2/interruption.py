@@ -7,6 +7,7 @@ that is asked: the others hear of it in the sums that they exchange at each upda
 import os
 import signal
 import sys
+import threading
 import time
 
 RESUMABLE = 75  # exit status of a run that stopped when asked and can go on (EX_TEMPFAIL of sysexits.h)
@@ -69,21 +70,24 @@ class StopRequest:
 def shield_worker(worker: int) -> None:
     """Keep a loader's worker alive when a scheduler or terminal signals every process of the run: the last update still needs it.
 
-    It ends by itself when its loader does, or its parent is gone; the second SIGTERM, a loader's last resort, ends it too.
+    Its parent's SIGTERM, a loader's last resort, ends it; and it ends by itself when its loader does, or its parent is gone.
     """
-    seen = []
+    for number in set(_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, name="sigterm", daemon=True).start()
 
-    def note(number, frame):
-        seen.append(number)
-        if len(seen) > 1:
-            os._exit(0)
 
-    for number in _SIGNALS:
-        signal.signal(number, note if number == signal.SIGTERM else signal.SIG_IGN)
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def leave(stopped: Stopped) -> None:
-    """End the process as a run that can go on."""
+    """End the process as a run that can go on: with status 0 under a launcher that would start it again at once for any other."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{os.path.basename(sys.argv[0])}: {stopped}", file=sys.stderr)
-    sys.exit(RESUMABLE)
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+    sys.exit(0 if restarts else RESUMABLE)

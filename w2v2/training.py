@@ -11,7 +11,6 @@ The gradient of an update is that of one sum over the whole effective batch, whi
 Nothing here has a random state: dropout and Gumbel noise of a micro-batch are seeded by (seed, update, piece).
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from w2v2 import objective
+from w2v2 import heartbeat, objective, sharding
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import LATENT_STRIDE, Cursor
 from w2v2.collate import PretrainBatch
@@ -118,17 +117,23 @@ class Feed:
         self.iterator = iter(loader)
         self.waited_seconds = 0.0
         self.cursor: Cursor | None = None  # where the data stands after the update handed out last
+        self.waiting = "waiting for the first micro-batch"
 
     def update(self) -> Iterator[PretrainBatch]:
         """The micro-batches of the next update."""
         batch = self._next()
         self.cursor = batch.plan.following
         yield batch
-        for _ in range(batch.plan.num_rounds - 1):
+        for done in range(1, batch.plan.num_rounds):
+            self.waiting = (
+                f"update {batch.plan.update + 1}, waiting for micro-batch {done + 1} of {batch.plan.num_rounds}"
+            )
             yield self._next()
+        self.waiting = f"update {batch.plan.update + 2}, waiting for its first micro-batch"
 
     def _next(self) -> PretrainBatch:
         asked = time.perf_counter()
+        heartbeat.at(self.waiting)
         batch = next(self.iterator)
         self.waited_seconds += time.perf_counter() - asked
         return batch
@@ -196,8 +201,9 @@ def accumulate(
         # Any constant will do here, since the exact division comes with the clipping; this one keeps fp16 in range.
         scale = batch.plan.batch_samples / LATENT_STRIDE
         batch = batch.to(accelerator.device)
+        heartbeat.at(f"update {settings.step + 1}, micro-batch {done} of {batch.plan.num_rounds}")
         seed_noise(settings.seed, settings.step, batch.plan.piece)
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+        with sharding.sending(accelerator, model, now=is_last):
             sums = model(batch, settings.gumbel_temperature, settings.diversity_weight, mean_codes)
             # Ranks' gradients are averaged when they meet: times their number they are summed.
             accelerator.backward(sums.loss * (accelerator.num_processes / scale))
@@ -274,9 +280,11 @@ def validate(
     """
     model.eval()
     totals = Totals()
-    for batch in micro_batches:
+    for done, batch in enumerate(micro_batches, start=1):
+        heartbeat.at(f"validation after update {settings.step + 1}, micro-batch {done} of {batch.plan.num_rounds}")
         batch = batch.to(accelerator.device)
         totals.add(model(batch, diversity_weight=0.0), batch)
+    sharding.rest(model)
     model.train()
     totals = totals.reduced(accelerator).with_diversity(settings.diversity_weight)
     if not totals.sums.num_masked:

@@ -1,0 +1,64 @@
+"""Launching processes that meet, as `srun` does: by their environment alone."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+SECONDS = 240  # until a test gives up: far more than what is tested takes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**changes) -> dict[str, str]:
+    """This process's, without what a launcher has left in it."""
+    launchers = ("ACCELERATE_", "TORCHELASTIC_", "SLURM_", "FSDP_", "PET_")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(launchers) and k not in names}
+    return kept | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY)) | {k: str(v) for k, v in changes.items()}
+
+
+class Ranks:
+    """Two processes of `command`, their output in files; killed at the end of the `with`."""
+
+    def __init__(self, folder: Path, *command, size: int = 2, **changes):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
+        meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            own = environment(**(meeting | dict(RANK=rank, LOCAL_RANK=rank) | changes))
+            with open(log, "w") as file:
+                words = [sys.executable, *map(str, command)]
+                self.processes.append(subprocess.Popen(words, cwd=REPOSITORY, env=own, stdout=file, stderr=file))
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    def said(self, rank: int) -> str:
+        return self.logs[rank].read_text()
+
+    def wait_until(self, rank: int, text: str) -> None:
+        """Until a rank has printed `text`."""
+        import time
+
+        until = time.monotonic() + SECONDS
+        while text not in self.said(rank):
+            assert time.monotonic() < until and self.processes[rank].poll() is None, self.said(rank)
+            time.sleep(0.01)
+
+    def statuses(self, *ranks: int) -> list[int]:
+        """Exit statuses of these ranks (default: all), waited for."""
+        return [self.processes[rank].wait(SECONDS) for rank in ranks or range(len(self.processes))]

@@ -1,0 +1,142 @@
+"""FSDP2 on two CPU processes, for `test_sharding.py`. Accelerate shards on accelerators alone, so its state is told otherwise here.
+
+RANK=0 WORLD_SIZE=2 … python tests/sharded.py gradients OUT.pt
+RANK=0 WORLD_SIZE=2 … python tests/sharded.py updates FOLDER
+RANK=0 WORLD_SIZE=2 … python tests/sharded.py pretrain [CONFIG.yaml] --flag value …
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState, PartialState  # noqa: E402
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
+from two_ranks import DEALS, FIVE, NOISY, build_model, dummy, pieces, settings  # noqa: E402
+
+from w2v2 import launch, sharding  # noqa: E402
+from w2v2.checkpoint import load_optimizer, save_checkpoint  # noqa: E402
+from w2v2.model import PretrainingModel  # noqa: E402
+from w2v2.training import accumulate, build_optimizer, train_update  # noqa: E402
+
+RECIPE = SimpleNamespace(decay_norms_and_biases=False, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.98,
+                         adam_epsilon=1e-6, learning_rate=0.01)  # fmt: skip
+FLAGS = SimpleNamespace(gradient_compression="none", micro_batch_seconds=10.0)
+UPDATES, DEAL = 2, "4/1"
+
+
+def told(accelerator: Accelerator, sharded: bool, **settings) -> Accelerator:
+    """The same processes as FSDP2 or, again, as DDP on a CPU."""
+    kind = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings) if sharded else None
+    for state in (PartialState._shared_state, AcceleratorState._shared_state):
+        state["distributed_type"] = kind
+        state["fsdp_plugin"] = plugin
+    if sharded:
+        sharding.settle(accelerator, FLAGS)
+    return accelerator
+
+
+def mine(config, deal: str, rank: int) -> list:
+    """This rank's micro-batches of the common effective batch."""
+    whole, ranks = pieces(config, FIVE), DEALS[deal]
+    rounds = max(map(len, ranks))
+    batches = [whole[i] for i in ranks[rank]] + [dummy(whole[-1])] * (rounds - len(ranks[rank]))
+    return [replace(batch, plan=batch.plan._replace(num_rounds=rounds)) for batch in batches]
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def gradients(accelerator: Accelerator, out: str) -> None:
+    """Of one effective batch, under both, however it is dealt: compared on the way, and with recomputed activations."""
+    found = {}
+    for deal, shared, recomputed in [(deal, shared, False) for deal in DEALS for shared in (True, False)] + [
+        ("4/1", True, True)
+    ]:
+        for sharded in (False, True):
+            told(accelerator, sharded)
+            model = build_model(**NOISY)
+            model.recomputed = frozenset(["encoder", "convs"] if recomputed else [])
+            model, _ = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
+            bare = accelerator.unwrap_model(model)
+            assert any(isinstance(p, DTensor) for p in bare.parameters()) == sharded
+            update = settings(shared_diversity=shared)
+            totals, scale, _ = accumulate(
+                accelerator, model, mine(bare.config, deal, accelerator.process_index), update
+            )
+            factor = scale / float(totals.sums.num_masked)
+            values = {name: full(p.grad) * factor for name, p in bare.named_parameters()}
+            found[deal, shared, recomputed, sharded] = values, totals.metrics()
+    if accelerator.is_main_process:
+        torch.save(found, out)
+
+
+def updates(accelerator: Accelerator, folder: str) -> None:
+    """Two updates under FSDP, a checkpoint, and a third one: straight on, and resumed under FSDP and under DDP."""
+    told(accelerator, sharded=True)
+    model = build_model(**NOISY)
+    model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
+    for step in range(UPDATES):
+        update_once(accelerator, model, optimizer, step)
+    state = SimpleNamespace(step=UPDATES, as_dict=lambda: {"step": UPDATES})
+    saved = save_checkpoint(folder, accelerator, model, optimizer, Wav2Vec2FeatureExtractor(), state, keep=0)
+    found = {"straight on": update_once(accelerator, model, optimizer, UPDATES)}
+    for sharded in (True, False):
+        told(accelerator, sharded)
+        model = loaded(saved)
+        model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
+        load_optimizer(saved, accelerator, model, optimizer)
+        found["FSDP" if sharded else "DDP"] = update_once(accelerator, model, optimizer, UPDATES)
+    if accelerator.is_main_process:
+        torch.save(found, Path(folder) / "found.pt")
+
+
+def loaded(saved: Path) -> PretrainingModel:
+    """The checkpoint's weights, every digit of them."""
+    model = build_model(**NOISY)
+    model.load_state_dict(load_file(saved / "model.safetensors"))
+    return model
+
+
+def update_once(accelerator: Accelerator, model, optimizer, step: int) -> dict:
+    """The weights after one more update, clipped, and its gradient's norm."""
+    bare = accelerator.unwrap_model(model)
+    batches = mine(bare.config, DEAL, accelerator.process_index)
+    update = settings(step=step, learning_rate=0.01, max_grad_norm=0.5)
+    metrics, _, _ = train_update(accelerator, model, optimizer, batches, update)
+    return {name: full(p) for name, p in bare.named_parameters()} | {"grad_norm": metrics["grad_norm"]}
+
+
+def pretrain_sharded() -> None:
+    """The whole program, its checks included, but for the one that there is an accelerator."""
+    import pretrain
+    from w2v2.arguments import run_script
+
+    def sharded_accelerator(**arguments) -> Accelerator:
+        accelerator = Accelerator(**arguments)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+        for state in (PartialState._shared_state, AcceleratorState._shared_state):
+            state["distributed_type"], state["fsdp_plugin"] = DistributedType.FSDP, plugin
+        return accelerator
+
+    launch.Accelerator = sharded_accelerator
+    run_script(pretrain.main)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "pretrain":
+        sys.argv = ["pretrain.py", *rest]
+        pretrain_sharded()
+    else:
+        {"gradients": gradients, "updates": updates}[what](Accelerator(cpu=True), *rest)
+        torch.distributed.destroy_process_group()

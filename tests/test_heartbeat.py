@@ -1,0 +1,69 @@
+"""A rank that dies, stops, hangs or fails ends the others, in two seconds here, with a line that names it. Two processes with gloo."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ranks import Ranks
+
+TIMEOUT = 2
+SCRIPT = Path(__file__).with_name("watched_ranks.py")
+
+
+def errors(ranks, rank):
+    return [line for line in ranks.said(rank).splitlines() if line.startswith("watched_ranks.py: error: ")]
+
+
+@pytest.mark.parametrize("victim", [1, 0], ids=["another", "the store's host"])
+@pytest.mark.parametrize("deed", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_rank_that_is_killed_or_stopped_ends_the_other_one_and_is_named(tmp_path, victim, deed):
+    other = 1 - victim
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 10_000) as ranks:
+        ranks.wait_until(other, "step 15\n")
+        ranks.processes[victim].send_signal(deed)
+        assert ranks.statuses(other) == [1]
+        (line,) = errors(ranks, other)
+        assert f"rank {victim} (process {ranks.processes[victim].pid} on " in line and "at update " in line
+        assert "gone, stopped or cut off" in line and "Traceback" not in ranks.said(other)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_rank_that_hangs_ends_with_the_others_and_is_named_once(tmp_path, victim):
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 10_000, victim, "hangs") as ranks:
+        assert ranks.statuses() == [1, 1]
+        (line,) = errors(ranks, 0) + errors(ranks, 1)
+        assert (
+            f"rank {victim} (process {ranks.processes[victim].pid} on " in line
+            and "at update 5, waiting: no step for 2 s" in line
+        )
+
+
+def test_the_error_of_one_rank_is_told_by_the_others(tmp_path):
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 10_000, 1, "fails") as ranks:
+        assert ranks.statuses() == [1, 1]
+        (line,) = errors(ranks, 0)
+        assert f"rank 1 (process {ranks.processes[1].pid} on " in line and "ValueError: a bug of its own" in line
+        assert "Traceback" in ranks.said(1) and "Traceback" not in ranks.said(0) and not errors(ranks, 1)
+
+
+def test_the_slip_that_one_rank_finds_is_raised_by_all(tmp_path):
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 10_000, 1, "slips") as ranks:
+        assert ranks.statuses() == [1, 1]
+        assert [ranks.said(rank).splitlines()[-1] for rank in range(2)] == ["slip: --flag is 3: it has to be 4"] * 2
+
+
+def test_ranks_that_are_suspended_together_go_on(tmp_path):
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 40) as ranks:
+        ranks.wait_until(0, "step 3\n")
+        for process in ranks.processes:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT)
+        for process in ranks.processes:
+            process.send_signal(signal.SIGCONT)
+        assert ranks.statuses() == [0, 0], ranks.said(0) + ranks.said(1)
+
+
+def test_a_rank_that_is_done_is_not_missed(tmp_path):
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 10, 1, "ends early") as ranks:
+        assert ranks.statuses() == [0, 0], ranks.said(0) + ranks.said(1)

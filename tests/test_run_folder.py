@@ -1,0 +1,132 @@
+"""One run at a time in a folder; a restarted attempt goes on with what its launch began, and with nothing else."""
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+
+import pytest
+
+from w2v2 import run_folder
+from w2v2.errors import UserError
+from w2v2.resuming import _FILES
+from w2v2.run_folder import LOCK_FILE, claim, lock
+
+
+@contextmanager
+def another_process(folder, *, with_child=False):
+    """A process that has locked `folder`, perhaps with a child that outlives it; killed at the end."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            lock(folder)
+            child = os.fork() if with_child else 1
+            if child:
+                os.write(told, b"%d" % child)
+            time.sleep(600)
+        finally:
+            os._exit(1)
+    os.close(told)
+    child = int(os.read(ready, 20))
+    try:
+        yield pid
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        if with_child:
+            os.kill(child, 0)  # still there
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_that_another_process_writes_is_refused_with_its_name(tmp_path):
+    with another_process(tmp_path / "run") as pid:
+        with pytest.raises(UserError, match=f"being written by process {pid} on {os.uname().nodename}"):
+            lock(tmp_path / "run", wait_seconds=0.1)
+
+
+def test_a_killed_run_leaves_its_folder_free_at_once_even_where_its_loaders_live_on(tmp_path):
+    with another_process(tmp_path, with_child=True) as pid:
+        os.kill(pid, signal.SIGKILL)
+        assert lock(tmp_path)["pid"] == pid
+
+
+def test_a_run_that_is_just_ending_is_waited_for(tmp_path):
+    with another_process(tmp_path) as pid:
+        threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+        assert lock(tmp_path)["pid"] == pid
+
+
+def test_a_folder_that_cannot_be_written_is_a_slip(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        lock(tmp_path / "file")
+
+
+def attempt(monkeypatch, number, launch="job 1"):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+    monkeypatch.setattr(run_folder, "launch", lambda: launch)
+
+
+def claimed(folder, resume=None, overwrite=False):
+    args = SimpleNamespace(
+        output_dir=str(folder), overwrite_output_dir=overwrite, resume_from_checkpoint=resume, dry_run=False
+    )
+    claim(args, SimpleNamespace(is_main_process=True))
+    return args.resume_from_checkpoint
+
+
+def leave_run(folder, *steps):
+    """What a run leaves after some updates, with whole checkpoints after these."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    for step in steps:
+        for name in _FILES:
+            path = folder / f"checkpoint-{step}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+
+
+@pytest.mark.parametrize("resume", [None, "auto", "elsewhere"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_restarted_attempt_goes_on_whatever_the_flags_say(tmp_path, monkeypatch, resume, overwrite):
+    run, other = tmp_path / "run", tmp_path / "elsewhere"
+    leave_run(other, 7)
+    resume = str(other / "checkpoint-7") if resume == "elsewhere" else resume
+    attempt(monkeypatch, 0)
+    assert claimed(run, resume, overwrite) == resume
+    leave_run(run)  # killed before its first checkpoint
+    attempt(monkeypatch, 1)
+    assert claimed(run, resume, overwrite) == (resume or "auto")
+    leave_run(run, 2)
+    (run / ".unfinished-checkpoint-4").mkdir()
+    attempt(monkeypatch, 2)
+    assert claimed(run, resume, overwrite) == "auto"
+    assert sorted(path.name for path in run.iterdir()) == [LOCK_FILE, "checkpoint-2", "metrics.jsonl"]
+
+
+def test_an_attempt_whose_launch_had_not_come_that_far_does_as_the_flags_say(tmp_path, monkeypatch):
+    """Its first attempt died before it took the folder: what is there is the run of somebody else."""
+    leave_run(tmp_path / "run", 2)
+    attempt(monkeypatch, 0, launch="job 0")
+    claimed(tmp_path / "run", "auto")
+    attempt(monkeypatch, 1, launch="job 1")
+    with pytest.raises(UserError, match="already holds a run"):
+        claimed(tmp_path / "run")
+    # The refusal is no claim.
+    with pytest.raises(UserError, match="already holds a run"):
+        claimed(tmp_path / "run")
+    claimed(tmp_path / "run", overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+
+
+def test_a_new_launch_is_no_restart(tmp_path, monkeypatch):
+    attempt(monkeypatch, 0)
+    claimed(tmp_path / "run")
+    leave_run(tmp_path / "run", 2)
+    with pytest.raises(UserError, match="already holds a run"):
+        claimed(tmp_path / "run")

@@ -1,0 +1,54 @@
+"""A rank that watches others, as `test_devices.py` launches it: steps that each end with an exchange, as updates do.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/watched_ranks.py TIMEOUT STEPS [VICTIM WHAT]
+"""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+import torch  # noqa: E402
+from torch import distributed  # noqa: E402
+
+from w2v2 import heartbeat  # noqa: E402
+from w2v2.errors import UserError  # noqa: E402
+
+STEP_SECONDS = 0.1
+
+
+def main(timeout: str, steps: str, victim: str = "-1", what: str = "") -> None:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    heartbeat.start(address, "beats", rank, size, float(timeout), keeps_store=True)
+    with heartbeat.explained():
+        for step in range(1, int(steps) + 1):
+            heartbeat.at(f"update {step}, waiting")
+            if step == 5 and rank == int(victim):
+                misbehave(what)
+            heartbeat.at(f"update {step}")
+            time.sleep(STEP_SECONDS)
+            distributed.all_reduce(torch.ones(1))
+            print(f"step {step}", flush=True)
+        if what == "ends early" and rank != int(victim):
+            time.sleep(3 * float(timeout))
+
+
+def misbehave(what: str) -> None:
+    if what == "hangs":
+        time.sleep(600)
+    if what == "fails":
+        raise ValueError("a bug of its own")
+    if what == "slips":
+        raise UserError("--flag is 3: it has to be 4")
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except UserError as slip:
+        sys.exit(f"slip: {slip}")
