@@ -8,7 +8,6 @@ devices.
 """
 
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +25,18 @@ from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.checkpoint import claim_output_dir, find_checkpoint, load_optimizer, save_checkpoint, save_model
 from w2v2.collate import CropDataset, Framing, build_loader
-from w2v2.errors import UserError
 from w2v2.fitting import Trial, fit, share
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.launch import start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.metrics import RunLog, read_metrics
+from w2v2.non_finite import NonFiniteUpdates
 from w2v2.plan import SkippedAudio, build_batches, present_plan
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
 from w2v2.utterances import Utterances, check_validation, load_utterances, probe_some
-
-MOST_NON_FINITE_UPDATES = 100
+from w2v2.watch import Watch
 
 
 def main() -> None:
@@ -92,7 +90,7 @@ def main() -> None:
     pusher = start_pusher(args, accelerator)
     write_config(args, accelerator)
     feed = Feed(training_loader(run, training, batches))
-    train(run, feed, validation_loader(run, validation), skipped, pusher)
+    train(run, training, feed, validation_loader(run, validation), skipped, pusher)
     finish(run, training, validation, pusher)
     accelerator.end_training()
 
@@ -158,7 +156,14 @@ def validation_loader(run: Run, validation: Utterances | None) -> DataLoader | N
     return run.load(validation, plan_validation(build_batches(validation, run.args), **run.cut)) if validation else None
 
 
-def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedAudio, pusher: HubPusher | None) -> None:
+def train(
+    run: Run,
+    training: Utterances,
+    feed: Feed,
+    validation: DataLoader | None,
+    skipped: SkippedAudio,
+    pusher: HubPusher | None,
+) -> None:
     """Updates until `max_steps`; what is due after an update is logged, validated and saved in this order."""
     args, accelerator, state = run.args, run.accelerator, run.state
     start_trackers(accelerator, args, state.step)
@@ -170,24 +175,26 @@ def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedA
         is_main=accelerator.is_main_process,
         disable_tqdm=args.disable_tqdm,
     )
-    clock, bad = Clock(feed), 0
+    non_finite = NonFiniteUpdates(
+        args.output_dir, training.table, args.max_non_finite_updates, accelerator, first_step=state.step
+    )
+    watch = Watch(args, accelerator.unwrap_model(run.model).config, training, accelerator, first_step=state.step)
+    clock = Clock(feed)
     while state.step < args.max_steps:
         settings = update_settings(args, run.model, state.step)
-        metrics, totals, unreadable = train_update(accelerator, run.model, run.optimizer, feed.update(), settings)
+        metrics, totals, heard = train_update(accelerator, run.model, run.optimizer, feed.update(), settings)
         if totals.num_skipped:
-            skipped.add(gather_object(unreadable), state.step + 1)
+            skipped.add(gather_object(heard.skipped), state.step + 1)
+        state.skipped_updates += non_finite.note(state.step + 1, metrics, heard)
         state.advance(feed.cursor, totals.heard_samples)
         clock.heard_samples += totals.heard_samples
-        record = state.progress() | metrics | {"skipped_audio": len(skipped.ids)}
+        record = (
+            state.progress() | metrics | {"skipped_audio": len(skipped.ids), "skipped_updates": state.skipped_updates}
+        )
         log.update(record | clock.rates())
-        bad = 0 if math.isfinite(metrics["grad_norm"]) else bad + 1
-        if bad == MOST_NON_FINITE_UPDATES:
-            raise UserError(
-                f"{bad} updates in a row had no finite gradient and were not taken, up to update {state.step}: lower --learning_rate, or "
-                "use bf16 or fp32 in place of fp16"
-            )
         if state.is_due(args.logging_steps) or state.step == 1:
             log.write(record | clock.lap())
+            watch.see(record)
             memory.give_back()  # what micro-batches of many lengths left in the heap
         if validation and state.is_due(args.eval_steps):
             log.write(state.progress() | validate(accelerator, run.model, validation, settings))
@@ -200,7 +207,7 @@ def train(run: Run, feed: Feed, validation: DataLoader | None, skipped: SkippedA
                 run.optimizer,
                 run.feature_extractor,
                 state,
-                args.save_total_limit,
+                watch.keep(args.save_total_limit),
             )
             if pusher:
                 pusher.push(folder, f"Weights after {state.step} updates")

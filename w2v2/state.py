@@ -22,6 +22,7 @@ class RunState:
     epoch: int = 0
     position: int = 0  # in the epoch's order
     heard_samples: int = 0
+    skipped_updates: int = 0  # of the updates done, those without a step: loss or gradient was not finite
     identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
     # How they were cut, which dropout and Gumbel noise follow; None before it is decided, and from older checkpoints.
     micro_batch_seconds: float | None = None
@@ -40,6 +41,7 @@ class RunState:
             check_identity(saved["identity"], state.identity)
             for name in ("step", "epoch", "position", "heard_samples"):
                 setattr(state, name, saved[name])
+            state.skipped_updates = saved.get("skipped_updates", 0)
             for name in ("micro_batch_seconds", "num_processes"):
                 setattr(state, name, saved.get(name))
         return state
