@@ -1,6 +1,7 @@
 """What a run does about a collapse: it warns, then stops, and keeps the checkpoint from before."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from datasets import Dataset
 import pretrain
 from w2v2.arguments import PretrainArguments
 from w2v2.errors import UserError
-from w2v2.metrics import json_line
+from w2v2.metrics import json_line, read_metrics
 from w2v2.utterances import Utterances, silent_share
 from w2v2.watch import Watch
 
@@ -67,9 +68,9 @@ def checkpoint(folder, step):
         path.write_text("{}")
 
 
-def show(watch, until=300):
+def show(watch, after=0, until=300):
     for entry in records():
-        if entry["step"] <= until:
+        if after < entry["step"] <= until:
             watch.see(entry)
 
 
@@ -81,7 +82,7 @@ def test_it_stops_with_one_line_that_says_what_since_when_why_and_where_to_go_on
     (warning,) = caplog.messages
     assert "half of --collapse_window_steps 100" in warning and "since update 110" in warning
     with pytest.raises(UserError) as caught:
-        show(watch)
+        show(watch, after=200)
     message = str(caught.value)
     assert message.startswith(
         "the codes have collapsed: codebook_perplexity_hard is 2.50, below 4 (2 for each of 2 groups)"
@@ -93,7 +94,7 @@ def test_it_stops_with_one_line_that_says_what_since_when_why_and_where_to_go_on
 
 def test_without_a_checkpoint_from_before_it_says_so(build, tmp_path):
     checkpoint(tmp_path, 150)
-    with pytest.raises(UserError, match="no checkpoint is from before it"):
+    with pytest.raises(UserError, match="No checkpoint is from before it"):
         show(build())
 
 
@@ -114,7 +115,7 @@ def test_other_ranks_stop_too_and_print_nothing(build, caplog):
     show(watch, until=200)
     assert caplog.messages == []
     with pytest.raises(UserError):
-        show(watch)
+        show(watch, after=200)
 
 
 def test_no_checkpoint_is_removed_while_the_next_ones_may_be_of_a_collapsed_model(build):
@@ -131,10 +132,9 @@ def test_a_resumed_run_has_seen_what_was_logged(build, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join([*lines, json_line({"step": 150, "eval_loss": 1.0})]))
     watch = build(first_step=150)
     assert watch.keep(3) == 0
-    for entry in records()[15:20]:
-        watch.see(entry)
+    show(watch, after=150, until=200)
     with pytest.raises(UserError, match="since update 110"):
-        watch.see(records()[20])
+        show(watch, after=200, until=210)
 
 
 def test_silence_is_heard_as_silence(utterances):
@@ -151,7 +151,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("watch")
     paths = write_tones(folder / "audio", [1.5] * 12)
     write_csv(folder / "train.csv", paths, [1.5] * 12)
-    tiny_config().save_pretrained(folder / "model")
+    tiny_config(num_negatives=100).save_pretrained(folder / "model")
     return folder
 
 
@@ -184,8 +184,26 @@ ABSURD = dict(diversity_loss_weight=0, learning_rate=0.3, feature_penalty_weight
 def test_a_forced_collapse_is_warned_of_then_stops_and_leaves_the_checkpoint_from_before(
     corpus, tmp_path, capsys, caplog
 ):
-    assert run(corpus, tmp_path / "run", **ABSURD) == 2
+    """A sound run of 15 updates goes on without diversity loss and with a learning rate 300 times too high."""
+    folder = tmp_path / "run"
+    assert run(corpus, folder, max_steps=15) == 0
+    assert run(corpus, folder, resume_from_checkpoint="auto", **ABSURD) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     (warning,) = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
-    assert "for half of" in warning and "for all of" in line
-    print(line)
+    since, last = int(re.search(r"since update (\d+)", line)[1]), read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert 15 < since < 60 and "the codes have collapsed: codebook_perplexity_hard is 2.00, below 4" in line
+    assert f"since update {since} " in warning and "for half of" in warning and "for all of" in line
+    assert last - since == 24
+    assert "--diversity_loss_weight 0" in line and "--learning_rate 0.3" in line and "fp16" not in line
+    before = (since - 1) // 5 * 5
+    assert f"run/checkpoint-{before} is from before it" in line and (folder / f"checkpoint-{before}").is_dir()
+    weights = dict(model_name_or_path=folder / f"checkpoint-{before}", config_name="none")
+    assert run(corpus, tmp_path / "other", max_steps=2, **weights) == 0
+
+
+def test_an_ordinary_run_is_left_alone_by_all_criteria(corpus, tmp_path, caplog):
+    """80 updates, of which all but the first 24 count; its codes are sharp enough to be learned from the start."""
+    learns = dict(max_gumbel_temperature=0.5, diversity_loss_weight=0.02, feature_penalty_weight=0, mask_time_length=5)
+    assert run(corpus, tmp_path / "run", max_steps=80, learning_rate=3e-3, warmup_steps=10, **learns) == 0
+    assert caplog.records == []
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["accuracy"] > 0.04

@@ -68,7 +68,7 @@ def _general_causes(finding, record, args, usual: Recipe, batch_hours: float, pr
         causes.append(
             f"--learning_rate {args.learning_rate:g}, where {usual.learning_rate:g} is usual for such a model and batch"
         )
-    if warmup < 0.9 * usual_warmup and finding.since <= 4 * usual_warmup:
+    if usual_warmup >= 10 and warmup < 0.9 * usual_warmup and finding.since <= 4 * usual_warmup:
         causes.append(f"a warm-up of {warmup:,} updates (--warmup_steps), where {usual_warmup:,} are usual")
     if args.feature_grad_mult > 2 * usual.feature_grad_mult:
         causes.append(f"--feature_grad_mult {args.feature_grad_mult:g}, where {usual.feature_grad_mult:g} is usual")

@@ -53,22 +53,20 @@ class Watch:
 
     def _message(self, finding: Finding, record: Mapping[str, Any]) -> str:
         what = "the codes have collapsed" if finding.criteria & {"codes", "distractors"} else "the run learns nothing"
-        window = f"--collapse_window_steps {self.limits.window_steps:,}"
+        window = f"--collapse_window_steps {self.limits.window_steps}"
         lasted = f"for all of {window}" if finding.is_sure else f"for half of {window}; the run "
         if not finding.is_sure:
             lasted += "stops at its end" if self.args.collapse_action == "stop" else "goes on"
         causes = likely_causes(
             finding, record, self.args, self.config, self.accelerator.mixed_precision, silent_share(self.utterances)
         )
-        why = (
-            f"unusual here: {'; '.join(causes)}" if causes else "no setting of this run is unusual: listen to the data"
-        )
+        why = f"Likely here: {'; '.join(causes)}" if causes else "No setting of this run is unusual: listen to its data"
         return f"{what}: {finding.text} ({lasted}). {why}. {self._way_out(finding)}"
 
     def _way_out(self, finding: Finding) -> str:
         before = [f for f in checkpoints(self.args.output_dir) if int(f.name.rpartition("-")[2]) < finding.since]
         if not before:
-            advice = "no checkpoint is from before it: start anew with other settings"
+            advice = "No checkpoint is from before it: start anew with other settings"
         else:
             advice = (
                 f"{before[-1]} is from before it: start from its weights with other settings (--model_name_or_path)"
