@@ -191,7 +191,7 @@ def test_a_forced_collapse_is_warned_of_then_stops_and_leaves_the_checkpoint_fro
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     (warning,) = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
     since, last = int(re.search(r"since update (\d+)", line)[1]), read_metrics(folder / "metrics.jsonl")[-1]["step"]
-    assert 15 < since < 60 and "the codes have collapsed: codebook_perplexity_hard is 2.00, below 4" in line
+    assert 15 < since < 60 and "the codes have collapsed: codebook_perplexity_hard is 2." in line
     assert f"since update {since} " in warning and "for half of" in warning and "for all of" in line
     assert last - since == 24
     assert "--diversity_loss_weight 0" in line and "--learning_rate 0.3" in line and "fp16" not in line
@@ -206,4 +206,5 @@ def test_an_ordinary_run_is_left_alone_by_all_criteria(corpus, tmp_path, caplog)
     learns = dict(max_gumbel_temperature=0.5, diversity_loss_weight=0.02, feature_penalty_weight=0, mask_time_length=5)
     assert run(corpus, tmp_path / "run", max_steps=80, learning_rate=3e-3, warmup_steps=10, **learns) == 0
     assert caplog.records == []
-    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["accuracy"] > 0.04
+    learned = [r["accuracy"] for r in read_metrics(tmp_path / "run/metrics.jsonl")[-20:]]
+    assert np.mean(learned) > 0.06  # six times chance
