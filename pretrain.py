@@ -8,7 +8,6 @@ devices.
 """
 
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,13 @@ from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.collate import CropDataset, Framing, build_loader
-from w2v2.errors import UserError
 from w2v2.fitting import Trial, fit, share
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.interruption import Stopped, StopRequest
 from w2v2.launch import device_name, start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.metrics import RunLog, read_metrics
+from w2v2.non_finite import NonFiniteUpdates
 from w2v2.plan import SkippedAudio, build_batches, present_plan
 from w2v2.resuming import choose_checkpoint
 from w2v2.run_folder import claim
@@ -40,8 +39,7 @@ from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
 from w2v2.utterances import Utterances, check_validation, load_utterances, probe_some
-
-MOST_NON_FINITE_UPDATES = 100
+from w2v2.watch import Watch
 
 
 def main() -> None:
@@ -98,11 +96,13 @@ def main() -> None:
     write_config(args, accelerator)
     feed = Feed(training_loader(run, training, batches))
     with StopRequest(args.max_hours) as stop:
-        train(run, feed, validation_loader(run, validation), skipped, pusher, stop)
+        train(run, training, feed, validation_loader(run, validation), skipped, pusher, stop)
         if state.step == args.max_steps:
             finish(run, training, validation, pusher)
     accelerator.end_training()
     if state.step < args.max_steps:
+        if pusher:
+            pusher.finish(timeout_seconds=10)  # who asked will not wait long
         raise Stopped(
             f"stopped after update {state.step:,} of {args.max_steps:,} ({stop.reason}); it goes on with --resume_from_checkpoint auto"
         )
@@ -171,6 +171,7 @@ def validation_loader(run: Run, validation: Utterances | None) -> DataLoader | N
 
 def train(
     run: Run,
+    training: Utterances,
     feed: Feed,
     validation: DataLoader | None,
     skipped: SkippedAudio,
@@ -191,31 +192,34 @@ def train(
         is_main=accelerator.is_main_process,
         disable_tqdm=args.disable_tqdm,
     )
-    clock, bad = Clock(feed), 0
+    non_finite = NonFiniteUpdates(
+        args.output_dir, training.table, args.max_non_finite_updates, accelerator, first_step=state.step
+    )
+    watch = Watch(args, accelerator.unwrap_model(run.model).config, training, accelerator, first_step=state.step)
+    clock = Clock(feed)
     if validation and state.owes_validation:
         settings = update_settings(args, run.model, state.step - 1)
         log.write(state.progress() | validate(accelerator, run.model, validation, settings))
     state.owes_validation = is_stopping = False
     while state.step < args.max_steps and not is_stopping:
         settings = update_settings(args, run.model, state.step)
-        metrics, totals, unreadable = train_update(accelerator, run.model, run.optimizer, feed.update(), settings, stop)
+        metrics, totals, heard = train_update(accelerator, run.model, run.optimizer, feed.update(), settings, stop)
         if totals.num_skipped:
-            skipped.add(gather_object(unreadable), state.step + 1)
+            skipped.add(gather_object(heard.skipped), state.step + 1)
+        state.skipped_updates += non_finite.note(state.step + 1, metrics, heard)
         state.advance(feed.cursor, totals.heard_samples)
         is_stopping = totals.is_stop_asked and state.step < args.max_steps
         clock.heard_samples += totals.heard_samples
         record = (
-            state.progress() | metrics | {"skipped_audio": len(skipped.ids), "num_processes": accelerator.num_processes}
+            state.progress()
+            | metrics
+            | {"skipped_audio": len(skipped.ids), "skipped_updates": state.skipped_updates}
+            | {"num_processes": accelerator.num_processes}
         )
         log.update(record | clock.rates())
-        bad = 0 if math.isfinite(metrics["grad_norm"]) else bad + 1
-        if bad == MOST_NON_FINITE_UPDATES:
-            raise UserError(
-                f"{bad} updates in a row had no finite gradient and were not taken, up to update {state.step}: lower --learning_rate, or "
-                "use bf16 or fp32 in place of fp16"
-            )
         if state.is_due(args.logging_steps) or state.step == 1:
             log.write(record | clock.lap())
+            watch.see(record)
             memory.give_back()  # what micro-batches of many lengths left in the heap
         if validation and state.is_due(args.eval_steps) and is_stopping:
             state.owes_validation = True
@@ -231,7 +235,7 @@ def train(
                 run.optimizer,
                 run.feature_extractor,
                 state,
-                args.save_total_limit,
+                watch.keep(args.save_total_limit),
                 "stop" if is_stopping else args.save_failure,
             )
             if pusher and folder:

@@ -116,6 +116,9 @@ def test_missing_required_key_is_named(refused, name):
         ("logging_steps", 0),
         ("save_total_limit", -1),
         ("dataloader_prefetch_factor", 0),
+        ("max_non_finite_updates", 0),
+        ("collapse_window_steps", 0),
+        ("collapse_action", "panic"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_its_flags_name(refused, name, value):

@@ -36,7 +36,8 @@ TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 TRAINING_KEYS = set(
     "step epoch audio_hours loss contrastive_loss diversity_loss feature_penalty accuracy codebook_perplexity "
     "codebook_perplexity_hard gumbel_temperature learning_rate grad_norm masked_frames batch_hours audio_seconds_per_second "
-    "data_wait_fraction cropped_fraction padded_fraction distractors_left code_entropy skipped_audio num_processes".split()
+    "data_wait_fraction cropped_fraction padded_fraction distractors_left code_entropy skipped_audio skipped_updates "
+    "num_processes".split()
 )
 PLAN_KEYS = set(
     "utterances hours dropped batch_hours micro_batches_per_update updates_per_epoch epochs warnings".split()

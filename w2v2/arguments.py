@@ -134,6 +134,10 @@ class OptimizationArguments:
     ddp_timeout: int = _flag(
         1800, "Several devices: seconds without a step after which one of them counts as hung, and all of them end."
     )
+    max_non_finite_updates: int = _flag(
+        20,
+        "Updates in a row without a finite loss or gradient after which the run stops; one such update alone is skipped.",
+    )
     seed: int = _flag(42, "Seed of everything random.")
 
 
@@ -160,6 +164,14 @@ class RunArguments:
         "stop",
         "What a full or failing disk at a save does: `stop` ends the run, `warn` goes on and tries again at the next save.",
         choices=["stop", "warn"],
+    )
+    collapse_action: str = _flag(
+        "stop",
+        "Where codes collapse or nothing is learned: `warn` half-way through the window and `stop` at its end, only `warn`, or `none`.",
+        choices=["stop", "warn", "none"],
+    )
+    collapse_window_steps: int | None = _flag(
+        None, "Updates that a collapse has to last (default: a tenth of the run, but 500 to 2,000)."
     )
     report_to: list[str] = _flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
     disable_tqdm: bool = _flag(False, "No progress bar.")
@@ -197,9 +209,12 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be greater than 0")
         for name, least in (("seed", 0), ("ddp_timeout", 1), ("dataloader_num_workers", 0), ("dataloader_prefetch_factor", 1), ("save_total_limit", 0),
                             ("mask_time_length", 1), ("mask_time_min_masks", 1), ("warmup_steps", 0), ("length_grid_seconds", 0), ("min_seconds", 0),
-                            ("diversity_delay_steps", 0), ("diversity_warmup_steps", 0), ("feature_penalty_weight", 0)):  # fmt: skip
+                            ("diversity_delay_steps", 0), ("diversity_warmup_steps", 0), ("feature_penalty_weight", 0),
+                            ("max_non_finite_updates", 1)):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise UserError(f"--{name} is {getattr(self, name)}: it has to be {least} or more")
+        if self.collapse_window_steps is not None and self.collapse_window_steps < 1:
+            raise UserError(f"--collapse_window_steps is {self.collapse_window_steps}: it has to be 1 or more")
         if self.seed >= 2**32:
             raise UserError(f"--seed is {self.seed}: it has to be below 2**32")
         if self.max_hours is not None and not self.max_hours > 0:

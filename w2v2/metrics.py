@@ -17,6 +17,7 @@ A record is one flat dictionary for one step. Names in training records, all ove
 | `cropped_fraction`, `padded_fraction` | share of audio cropped away; share of padding in the micro-batches |
 | `skipped_audio` | unreadable files met so far |
 | `num_processes` | devices at work: with hours heard and throughput, the device-hours |
+| `skipped_updates` | updates so far that were not taken, because loss or gradient was not finite |
 
 Validation records hold `step`, `epoch`, `audio_hours` and the same measures under `eval_`.
 """
@@ -104,7 +105,7 @@ class RunLog:
         threading.excepthook = _say_in_a_line
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_steps_up_to(path, first_step)
+        keep_steps_up_to(path, first_step)
         self._file = LineFile(path)
         self._file.append("")
         if not disable_tqdm and sys.stderr.isatty():
@@ -220,8 +221,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and _is_number(record.get("step")) else None
 
 
-def _keep_steps_up_to(path: Path, first_step: int) -> None:
-    """Rewrite the file, atomically and byte for byte, with the lines of steps up to `first_step` alone."""
+def keep_steps_up_to(path: Path, first_step: int) -> None:
+    """Rewrite a file of records, atomically and byte for byte, with the lines of steps up to `first_step` alone."""
     if not path.exists():
         return
     kept = []

@@ -50,7 +50,8 @@ def claim_output_dir(output_dir: Path, overwrite: bool, resume_from: str | None,
     if resumes and resume_from != "auto" and not dry_run:
         _refuse_newer(output_dir, Path(resume_from))
     if overwrite and (not resumes or resume_from == "auto"):
-        for path in [*remains, output_dir / "skipped_audio.jsonl", output_dir / "plots", output_dir / "runs"]:
+        beside = ("skipped_audio.jsonl", "non_finite_updates.jsonl", "plots", "runs")
+        for path in [*remains, *(output_dir / name for name in beside)]:
             remove(path)
     for folder in output_dir.glob(UNFINISHED + "*"):
         remove(folder)

@@ -6,7 +6,7 @@ The gradient of an update is that of one sum over the whole effective batch, whi
     backward each, scaled by a constant          the same on every rank; communication only at the last
     sum counts and metrics over all ranks        one small all-reduce
     divide the gradient by the masked frames     once, together with the clipping
-    step, if the gradient is finite
+    step, if loss and gradient are finite        decided alike on all ranks
 
 Nothing here has a random state: dropout and Gumbel noise of a micro-batch are seeded by (seed, update, piece).
 """
@@ -14,14 +14,14 @@ Nothing here has a random state: dropout and Gumbel noise of a micro-batch are s
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 
 from w2v2 import heartbeat, objective, sharding
 from w2v2.audio import SAMPLING_RATE
-from w2v2.batching import LATENT_STRIDE, Cursor
+from w2v2.batching import LATENT_STRIDE, Cursor, MicroBatchPlan
 from w2v2.collate import PretrainBatch
 from w2v2.errors import UserError
 from w2v2.hashing import NOISE, derive, positive
@@ -110,6 +110,20 @@ class Totals:
         return {prefix + name: value for name, value in values.items()}
 
 
+@dataclass
+class Heard:
+    """What this rank heard in one update: looked at only when something was wrong with it."""
+
+    skipped: list[dict] = field(default_factory=list)  # utterances that could not be read
+    # Each micro-batch with weight, and () the part of its loss that is its own (the diversity term may be the whole's), on the device.
+    losses: list[tuple[MicroBatchPlan, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:
+        self.skipped += batch.skipped
+        if batch.weight > 0:
+            self.losses.append((batch.plan, sums.contrastive.detach() + sums.penalty.detach()))
+
+
 class Feed:
     """Hands out a loader's micro-batches update by update, and counts the seconds spent waiting for them."""
 
@@ -186,16 +200,16 @@ def accumulate(
     micro_batches: Iterable[PretrainBatch],
     settings: UpdateSettings,
     stop: StopRequest | None = None,
-) -> tuple[Totals, float, list[dict]]:
+) -> tuple[Totals, float, Heard]:
     """Backward passes over this rank's micro-batches of one update. What `stop` noted on any rank all ranks learn with the totals.
 
-    Returns: the totals over all ranks, the constant that the summed gradient was divided by, and this rank's skipped utterances.
+    Returns: the totals over all ranks, the constant that the summed gradient was divided by, and what this rank heard.
     """
     mean_codes = None
     if settings.shared_diversity:
         micro_batches = list(micro_batches)
         mean_codes = _mean_codes(accelerator, model, micro_batches, settings)
-    totals, skipped, scale = Totals(), [], 1.0
+    totals, heard, scale = Totals(), Heard(), 1.0
     for done, batch in enumerate(micro_batches, start=1):
         is_last = done == batch.plan.num_rounds
         # Any constant will do here, since the exact division comes with the clipping; this one keeps fp16 in range.
@@ -208,9 +222,9 @@ def accumulate(
             # Ranks' gradients are averaged when they meet: times their number they are summed.
             accelerator.backward(sums.loss * (accelerator.num_processes / scale))
         totals.add(sums, batch)
-        skipped += batch.skipped
+        heard.add(sums, batch)
     totals.counts[-1] = float(stop is not None and stop.is_asked)
-    return totals.reduced(accelerator), scale, skipped
+    return totals.reduced(accelerator), scale, heard
 
 
 def _mean_codes(accelerator, model, micro_batches, settings) -> torch.Tensor:
@@ -227,24 +241,32 @@ def _mean_codes(accelerator, model, micro_batches, settings) -> torch.Tensor:
 
 
 def step(
-    accelerator: Accelerator, optimizer, gradient_factor: float, learning_rate: float, max_grad_norm: float
+    accelerator: Accelerator,
+    optimizer,
+    gradient_factor: float,
+    learning_rate: float,
+    max_grad_norm: float,
+    is_finite: bool = True,
 ) -> float:
-    """Scale the gradient once, clip it, and take the optimizer's step if it is finite.
+    """Scale the gradient once, clip it, and take the optimizer's step if it is finite, and the loss is (`is_finite`).
 
-    Returns: the gradient's norm before clipping; not finite means that the step was not taken.
+    The norm is the whole gradient's and the loss that of all ranks, so all of them decide alike. Without the step weights and
+    moments stay as they are; a loss scaler alone learns of the overflow.
+
+    Returns: the gradient's norm before clipping.
     """
     accelerator.unscale_gradients(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * gradient_factor
-    clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
-    if math.isfinite(norm):
+    if is_finite and math.isfinite(norm):
+        clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
         torch._foreach_mul_(gradients, gradient_factor * clip)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    # A loss scaler skips the step by itself, and has to see the overflow.
-    if math.isfinite(norm) or (accelerator.scaler is not None and math.isfinite(gradient_factor)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()
     optimizer.zero_grad()
     return norm
 
@@ -256,18 +278,22 @@ def train_update(
     micro_batches: Iterable[PretrainBatch],
     settings: UpdateSettings,
     stop: StopRequest | None = None,
-) -> tuple[dict[str, float], Totals, list[dict]]:
-    """One update from one effective batch. Returns its metrics, its totals over all ranks, and this rank's skipped utterances."""
-    totals, scale, skipped = accumulate(accelerator, model, micro_batches, settings, stop)
+) -> tuple[dict[str, float], Totals, Heard]:
+    """One update from one effective batch; none where `loss` or `grad_norm` is not finite.
+
+    Returns: its metrics, its totals over all ranks, and what this rank heard.
+    """
+    totals, scale, heard = accumulate(accelerator, model, micro_batches, settings, stop)
     masked = float(totals.sums.num_masked)
     factor = scale / masked if masked else math.nan  # nothing could be read: no step
-    norm = step(accelerator, optimizer, factor, settings.learning_rate, settings.max_grad_norm)
+    is_finite = math.isfinite(totals.sums.loss)
+    norm = step(accelerator, optimizer, factor, settings.learning_rate, settings.max_grad_norm, is_finite)
     metrics = totals.metrics() | {
         "gumbel_temperature": settings.gumbel_temperature,
         "learning_rate": settings.learning_rate,
         "grad_norm": norm,
     }
-    return metrics, totals, skipped
+    return metrics, totals, heard
 
 
 @torch.no_grad()

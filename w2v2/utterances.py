@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from w2v2.audio import SAMPLING_RATE, AudioError, probe
+from w2v2.audio import SAMPLING_RATE, AudioError, probe, read_crop
 from w2v2.batching import CHUNK, crop_length
 from w2v2.collate import Framing
 from w2v2.errors import UserError
@@ -20,6 +20,8 @@ from w2v2.manifest import read_manifests
 from w2v2.table_file import hold
 
 NUM_PROBED = 64  # files whose headers are read before a run begins
+NUM_LISTENED = 16  # files that are decoded to find out whether the data is silence
+SILENCE = 1e-3  # of full scale, root mean square
 MOST_SAMPLES = 2**31 - 1  # of an utterance: lengths are int32, and offsets of crops are drawn below 2³¹
 
 
@@ -102,6 +104,21 @@ def probe_some(utterances: Utterances) -> list[dict]:
         except AudioError as error:
             unreadable.append({"id": entry["id"], "audio": entry["audio"], "reason": error.reason})
     return unreadable
+
+
+def silent_share(utterances: Utterances) -> float:
+    """Share of silence among a few utterances, evenly spread, of each at most five seconds from its middle."""
+    rows = np.unique(np.linspace(0, len(utterances.num_samples) - 1, NUM_LISTENED).astype(int))
+    is_silent = []
+    for row in rows:
+        entry, length = utterances.table[int(row)], int(utterances.num_samples[row])
+        num_samples = min(5 * SAMPLING_RATE, length)
+        start = round(entry["start"] * SAMPLING_RATE) + (length - num_samples) // 2
+        try:
+            is_silent.append(np.sqrt(np.mean(np.square(read_crop(entry["audio"], start, num_samples)))) < SILENCE)
+        except AudioError:
+            continue
+    return float(np.mean(is_silent)) if is_silent else 0.0
 
 
 def check_validation(utterances: Utterances, unmeasured: list[dict], max_fraction: float) -> None:
