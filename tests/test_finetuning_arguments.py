@@ -2,8 +2,9 @@ import pytest
 import yaml
 
 from w2v2.arguments import parse_command_line
+from w2v2.ctc_arguments import CTCArguments
 from w2v2.errors import UserError
-from w2v2.finetuning_arguments import CTCArguments, FineTuningArguments, prepare_output_dir, write_config
+from w2v2.finetuning_arguments import FineTuningArguments, prepare_output_dir, write_config
 
 CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "config.json")
 
