@@ -91,6 +91,7 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
         model,
         args,
         data_collator=ctc.collate_ctc,
+        eval_dataset=next(iter(sets.values())),  # `Trainer` wants one
         processing_class=make_processor(vocabulary, extractor),
         vocabulary=vocabulary,
     )

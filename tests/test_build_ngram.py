@@ -3,6 +3,7 @@
 import math
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,10 @@ from kneser_ney import FALLBACK, adjusted_counts, discounts, estimate, write_arp
 
 
 def text(num=400, seed=0):
-    """Sentences of a Markov chain over a few words, so that the counts of counts are all there."""
+    """Sentences of up to six words, few of them common and many rare, as words are."""
     r = random.Random(seed)
-    words = [f"w{i}" for i in range(40)]
-    sentences = []
-    for _ in range(num):
-        sentence, at = [], r.randrange(40)
-        while r.random() < 0.8:
-            at = (at + int(r.expovariate(0.3))) % 40
-            sentence.append(words[at])
-        sentences.append(sentence)
-    return sentences
+    words = [f"w{i}" for i in range(60)]
+    return [r.choices(words, [1 / (i + 1) for i in range(60)], k=r.randrange(7)) for _ in range(num)]
 
 
 def contexts(sentences, n):
@@ -47,48 +41,53 @@ def test_probabilities_sum_to_one_after_every_history(order):
         assert all(model.probability(history, word) > 0 for word in words)
 
 
-def brute_force(sentences, order, gram, vocabulary):
-    """p(last word | the others) straight from the text by Chen and Goodman's recursion, nothing stored."""
+def brute_force(sentences, order, gram, num_words):
+    """p(last word | the others) straight from the text by Chen and Goodman's recursion, with nothing of the program's."""
+    padded = [["<s>", *sentence, "</s>"] for sentence in sentences]
 
+    @cache
+    def grams(n):
+        return [(tuple(p[i : i + n]), p[i - 1] if i else None) for p in padded for i in range(len(p) - n + 1)]
+
+    @cache
     def count(g):
         """Adjusted count: how often, or after how many words."""
-        padded = [["<s>", *s, "</s>"] for s in sentences]
-        if len(g) == order or g[0] == "<s>":
-            return sum(tuple(p[i : i + len(g)]) == g for p in padded for i in range(len(p)))
-        return len({p[i - 1] for p in padded for i in range(1, len(p)) if tuple(p[i : i + len(g)]) == g})
+        before = [left for found, left in grams(len(g)) if found == g]
+        return len(before) if len(g) == order or g[0] == "<s>" else len(set(before))
 
-    def all_grams(n):
-        padded = [["<s>", *s, "</s>"] for s in sentences]
-        return {tuple(p[i : i + n]) for p in padded for i in range(len(p) - n + 1)} - {("<s>",)}
-
-    def discount(n, c):
-        counts = [count(g) for g in all_grams(n)]
+    @cache
+    def discount(n):
+        counts = [count(g) for g in {g for g, _ in grams(n)} - {("<s>",)}]
         n1, n2, n3, n4 = (counts.count(k) for k in (1, 2, 3, 4))
         y = n1 / (n1 + 2 * n2)
-        return (0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)[min(c, 3)]
+        return 0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3
 
-    history = gram[:-1]
-    below = brute_force(sentences, order, gram[1:], vocabulary) if history else 1 / len(vocabulary)
-    after = {g: count(g) for g in all_grams(len(gram)) if g[:-1] == history}
-    total = sum(after.values())
-    if not total:
-        return below
-    left = sum(discount(len(gram), c) for c in after.values())
-    seen = after.get(gram, 0)
-    return (seen - discount(len(gram), seen)) / total + left / total * below
+    def probability(gram):
+        below = probability(gram[1:]) if len(gram) > 1 else 1 / num_words
+        after = {g: count(g) for g in {g for g, _ in grams(len(gram))} if g[:-1] == gram[:-1] and g != ("<s>",)}
+        if not after:
+            return below
+        taken = sum(discount(len(gram))[min(c, 3)] for c in after.values())
+        seen = after.get(gram, 0)
+        return (seen - discount(len(gram))[min(seen, 3)] + taken * below) / sum(after.values())
+
+    return probability(gram)
 
 
 def test_probabilities_are_those_of_the_definition():
-    r = random.Random(2)
-    words = ["w1", "w2", "w3", "w4", "w5", "w6", "w7"]
-    sentences = [r.choices(words, [20, 9, 5, 3, 2, 1, 1], k=r.randrange(5)) for _ in range(40)]
-    model = estimate(sentences, 2)
+    sentences = text(150)  # enough for discounts of every order
+    model = estimate(sentences, 3)
     assert not model.fallbacks
-    vocabulary = sorted({word for sentence in sentences for word in sentence}) + ["</s>", "<unk>"]
-    for history in ("<s>", *vocabulary[:4]):
-        for word in vocabulary[:-1]:
-            expected = brute_force(sentences, 2, (history, word), vocabulary)
-            assert model.probability((history,), word) == pytest.approx(expected, rel=1e-9)
+    words = sorted({word for sentence in sentences for word in sentence})
+    r = random.Random(5)
+    seen = [tuple(s[i : i + 3]) for s in sentences for i in range(len(s) - 2)]
+    starts = [("<s>", "<s>", s[0])[1:] for s in sentences if s] + [
+        ("<s>", s[0], "</s>") for s in sentences if len(s) == 1
+    ]
+    unseen = [tuple(r.choices(words, k=3)) for _ in range(6)]
+    for gram in [*r.sample(seen, 6), *r.sample(starts, 4), *unseen]:
+        expected = brute_force(sentences, 3, gram, len(words) + 2)
+        assert model.probability(gram[:-1], gram[-1]) == pytest.approx(expected, rel=1e-9), gram
 
 
 def test_lower_orders_count_the_words_before_and_not_the_occurrences():

@@ -70,7 +70,7 @@ def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, *
 def one_update(table, output_dir, case="mean", **flags):
     """What an update by plain gradient descent changes in each weight, over the learning rate; its gradient norm and loss, as logged."""
     changes = dict(ctc_loss_reduction="sum" if case == "sum" else "mean")
-    flags = dict(max_steps=1, eval_steps=1, save_steps=1, optim="sgd", warmup_steps=0.0, learning_rate=1.0,
+    flags = dict(max_steps=1, eval_strategy="no", save_strategy="no", optim="sgd", warmup_steps=0.0, learning_rate=1.0,
                  load_best_model_at_end=False, freeze_encoder_steps=1 if case == "frozen" else 0) | flags  # fmt: skip
     trainer = make_trainer(table, output_dir, changes, **flags)
     gradient = {}

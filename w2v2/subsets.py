@@ -27,7 +27,7 @@ def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
     total = sum(table["num_samples"]) / SAMPLING_RATE / 3600
     if hours > total:
         raise UserError(f"--train_hours {hours:g}: the training data hold {total:.2f} h that can be used: ask for less")
-    lengths, left, rows = table["num_samples"], round(hours * 3600 * SAMPLING_RATE), []
+    lengths, left, rows = table["num_samples"][:], round(hours * 3600 * SAMPLING_RATE), []
     for row in draw_order(table, seed):
         left -= lengths[row]
         if left < 0:
