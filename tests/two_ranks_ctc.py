@@ -1,4 +1,4 @@
-"""One update by seconds, on one process or dealt to two: what `test_ctc_trainer.py` compares, and the script it launches twice.
+"""An update by seconds and a transcription, on one process or dealt to two: what `test_ctc_trainer.py` compares, and the script it launches twice.
 
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks_ctc.py FOLDER OUT.pt
 """
@@ -17,12 +17,15 @@ from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForC
 
 from w2v2 import backbone, ctc  # noqa: E402
 from w2v2.ctc_trainer import CTCTrainer  # noqa: E402
+from w2v2.decoding import BeamDecoder, Setting  # noqa: E402
 from w2v2.finetuning_arguments import FineTuningArguments  # noqa: E402
 from w2v2.text import build_vocabulary  # noqa: E402
 from w2v2.vocabulary import make_processor  # noqa: E402
 
 WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
 VOCABULARY = build_vocabulary(WORDS)
+ARPA = ("\\data\\\nngram 1=6\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t-0.3\n-1\t</s>\n-0.5\tAB\t-0.2\n"
+        "-0.7\tC\n-0.9\tBA\n\n\\2-grams:\n-0.2\tAB C\n\n\\end\\\n")  # fmt: skip
 CASES = {
     "mean": dict(micro_batch_seconds=2.5),
     "sum": dict(micro_batch_seconds=2.5),
@@ -80,6 +83,13 @@ def one_update(table, output_dir, case="mean", **flags):
     return gradient, {name: entry[name] for name in ("loss", "grad_norm")}
 
 
+def transcribe(table, output_dir, arpa, **flags):
+    """Greedy texts, and those of a beam search with two settings."""
+    trainer = make_trainer(table.map(lambda row: {"text": ""}), output_dir, **flags)
+    trainer.decoder = BeamDecoder(arpa, VOCABULARY, [Setting(0.1, 3.0), Setting(1.0, 0.0)])
+    return trainer.predict(trainer.eval_dataset).predictions, trainer.beam_texts
+
+
 class _Keep(TrainerCallback):
     def __init__(self, trainer, gradient):
         self.trainer, self.gradient = trainer, gradient
@@ -93,6 +103,7 @@ def main(folder: str, out: str) -> None:
     table, found = Dataset.load_from_disk(f"{folder}/table"), {}
     for case, flags in CASES.items():
         found[case] = one_update(table, Path(folder) / case, case, batch_seconds=1_000.0, **flags)
+    found["texts"] = transcribe(table, Path(folder) / "texts", f"{folder}/lm.arpa", per_device_eval_batch_size=3)
     if torch.distributed.get_rank() == 0:
         torch.save(found, out)
     torch.distributed.destroy_process_group()
