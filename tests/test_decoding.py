@@ -118,6 +118,17 @@ def test_words_come_from_a_lexicon_or_a_compressed_file_as_well(lm, tmp_path):
     assert sorted(words) == sorted(decoding.read_words(lm[0], None)) == ["A", "AB", "B", "BA"]
 
 
+def test_a_kenlm_binary_tells_its_words_unless_it_was_made_without(tmp_path):
+    path = tmp_path / "lm.bin"
+    path.write_bytes(
+        b"mmap lm http://kheafield.com/code format version 5\n\0\xff\x80<unk>\0junk"
+        + "<unk>\0<s>\0AB\0BÄ\0</s>\0".encode()
+    )
+    assert decoding.read_words(str(path), None) == ["AB", "BÄ"]
+    path.write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0\xff\x80")
+    assert "--lexicon" in refusal(decoding.read_words, str(path), None)
+
+
 def test_a_few_words_that_cannot_be_spelled_are_left_out():
     kept, left = decoding.spellable(["AB", "BÄ", "A"], VOCABULARY, "lm")
     assert (kept, left) == (["AB", "A"], 1)
@@ -140,7 +151,7 @@ def test_another_alphabet_is_refused_in_one_line(lm):
 def test_a_file_that_is_no_language_model_is_refused_in_one_line(lm, tmp_path):
     assert "no such file" in refusal(BeamDecoder, str(tmp_path / "absent.arpa"), VOCABULARY, SETTINGS)
     (tmp_path / "garbage.bin").write_bytes(b"\x00\xff" * 100)
-    assert "--lexicon" in refusal(BeamDecoder, str(tmp_path / "garbage.bin"), VOCABULARY, SETTINGS)
+    assert "no list of words" in refusal(BeamDecoder, str(tmp_path / "garbage.bin"), VOCABULARY, SETTINGS)
     (tmp_path / "words.txt").write_text("AB\n")
     message = refusal(
         BeamDecoder, str(tmp_path / "garbage.bin"), VOCABULARY, SETTINGS, lexicon=str(tmp_path / "words.txt")

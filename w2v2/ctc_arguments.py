@@ -40,8 +40,8 @@ class CTCArguments:
     blank_warning_steps: int = flag(
         1_000, "Warn where nothing but blanks is written so many updates after the encoder began to learn; 0 does not."
     )
-    lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file, or a KenLM binary with --lexicon.")
-    lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the ARPA file.")
+    lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file (also .gz) or a KenLM binary.")
+    lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the n-gram.")
     beam_size: int = flag(100, "Hypotheses that the search keeps.")
     lm_weight: float = flag(1.5, "Weight of the n-gram's log10 probabilities.")
     word_score: float = flag(0.0, "Bonus of each word.")

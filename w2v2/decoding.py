@@ -10,6 +10,7 @@ Shapes: T latent frames, V entries of the vocabulary, W words, K settings.
 
 import contextlib
 import gzip
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from w2v2.errors import UserError
 from w2v2.text import BLANK, SPECIAL, TOKENS, UNKNOWN, WORD_DELIMITER, split_units, unit_of
 
+_BINARY = b"mmap lm http://kheafield.com/code"  # how KenLM's files begin
 IMPOSSIBLE = -1e4  # a log probability that no beam survives
 BEAM_THRESHOLD = 50.0  # hypotheses further behind the best one are dropped
 LM_WEIGHTS = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -50,10 +52,10 @@ class BeamDecoder:
         self.is_token_lm = unit_of(vocabulary) == TOKENS
         _import_flashlight()
         if not os.path.isfile(lm):
-            raise UserError(f"--lm {lm}: no such file: give an ARPA file, or a KenLM binary with --lexicon")
+            raise UserError(f"--lm {lm}: no such file: give an ARPA file or a KenLM binary")
         if self.is_token_lm:
             self.words = sorted(vocabulary, key=vocabulary.__getitem__)
-            check_tokens(lm, vocabulary)
+            check_tokens(read_words(lm, None), vocabulary, lm)
         else:
             self.words, self.unspelled = spellable(read_words(lm, lexicon), vocabulary, lexicon or lm)
         self._load()
@@ -142,14 +144,26 @@ def _import_flashlight() -> None:
 
 
 def read_words(lm: str, lexicon: str | None) -> list[str]:
-    """The words that may be recognised: the lexicon's, one a line (its first field), else those of the ARPA file."""
+    """The words that may be recognised: the lexicon's, one a line (its first field), else those of the language model."""
     if lexicon is not None:
         try:
             lines = Path(lexicon).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--lexicon {lexicon} cannot be read: {error}: give a text file, one word a line") from None
         return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
-    return list(_arpa_words(lm))
+    with open(lm, "rb") as file:
+        is_binary = file.read(len(_BINARY)) == _BINARY
+    return _binary_words(lm) if is_binary else list(_arpa_words(lm))
+
+
+def _binary_words(path: str) -> list[str]:
+    """Words of a KenLM binary, which stand at its end, each closed by a zero byte, `<unk>` first."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        first = content.rfind(b"<unk>\0")
+        words = content[first:].decode("utf-8", "replace").split("\0") if first >= 0 else []
+    if not words:
+        raise UserError(f"--lm {path}: this KenLM binary holds no words: name them with --lexicon words.txt")
+    return [word for word in words if word and word not in SPECIAL]
 
 
 def _arpa_words(path: str) -> Iterator[str]:
@@ -170,10 +184,7 @@ def _arpa_words(path: str) -> Iterator[str]:
     except (OSError, UnicodeDecodeError, IndexError, EOFError):
         is_inside = False
     if not is_inside:
-        raise UserError(
-            f"--lm {path}: no list of words can be read from it: give an ARPA file, or name the words of a KenLM binary with "
-            "--lexicon words.txt"
-        )
+        raise UserError(f"--lm {path}: no list of words can be read from it: give an ARPA file or a KenLM binary")
 
 
 def spellable(words: Sequence[str], vocabulary: dict[str, int], source: str) -> tuple[list[str], int]:
@@ -192,11 +203,9 @@ def spellable(words: Sequence[str], vocabulary: dict[str, int], source: str) -> 
     return kept, len(words) - len(kept)
 
 
-def check_tokens(lm: str, vocabulary: dict[str, int]) -> None:
+def check_tokens(words: Sequence[str], vocabulary: dict[str, int], lm: str) -> None:
     """Raises UserError where the language model knows less than half of the vocabulary's tokens."""
-    if lm.endswith(".bin"):
-        return  # a binary does not tell
-    tokens, known = set(vocabulary) - set(SPECIAL), set(_arpa_words(lm))
+    tokens, known = set(vocabulary) - set(SPECIAL), set(words)
     if 2 * len(tokens & known) < len(tokens):
         raise UserError(
             f"--lm {lm}: lacks {len(tokens - known)} of the model's {len(tokens)} tokens, such as {sorted(tokens - known)[0]!r}: make "
