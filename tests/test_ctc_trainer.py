@@ -118,7 +118,7 @@ def test_a_run_by_seconds_resumes_exactly(table, tmp_path, interrupted_at):
 def test_beam_search_and_loss_do_not_move_with_the_batch_size(table, tmp_path, reduction):
     arpa = tmp_path / "lm.arpa"
     arpa.write_text(ARPA)
-    found = []
+    found, losses = [], []
     for batch in (1, 3, 8):
         trainer = make_trainer(
             table, tmp_path / str(batch), dict(ctc_loss_reduction=reduction), per_device_eval_batch_size=batch
@@ -126,8 +126,11 @@ def test_beam_search_and_loss_do_not_move_with_the_batch_size(table, tmp_path, r
         trainer.decoder = BeamDecoder(str(arpa), VOCABULARY, [Setting(0.1, 3.0), Setting(1.0, 0.0)])
         output = trainer.predict(trainer.eval_dataset)
         found.append((output.predictions, trainer.beam_texts, output.metrics["test_wer"]))
+        losses.append(output.metrics["test_loss"])
+        assert trainer.model.config.ctc_loss_reduction == reduction
     assert any(found[0][1][0]) and found[0][1][0] != found[0][1][1]
     assert found[1] == found[0] and found[2] == found[0]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
 
 
 def test_a_set_without_text_is_transcribed_and_not_scored(table, tmp_path):

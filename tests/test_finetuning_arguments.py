@@ -71,8 +71,9 @@ def test_an_effective_batch_in_seconds_is_given_or_derived(tmp_path, flags, seco
 def test_evaluation_alone_needs_a_fine_tuned_model_and_no_training_data(tmp_path):
     args = FineTuningArguments(output_dir=str(tmp_path), do_train=False, model_name_or_path="m", use_cpu=True)
     assert not args.train_data and not args.validation_data
-    with pytest.raises(UserError, match="--do_train false needs a fine-tuned model"):
-        FineTuningArguments(output_dir=str(tmp_path), do_train=False, config_name="c", use_cpu=True)
+    for flags in (dict(config_name="c"), dict()):
+        with pytest.raises(UserError, match="--do_train false needs a fine-tuned model"):
+            FineTuningArguments(output_dir=str(tmp_path), do_train=False, use_cpu=True, **flags)
 
 
 @pytest.mark.parametrize(

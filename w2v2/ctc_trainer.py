@@ -42,19 +42,23 @@ class CTCTrainer(FineTuner):
         return float((inputs["labels"] >= 0).sum())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss; a sum over the labels is divided by their number, so that no figure depends on the batch size.
-
-        Where `Trainer` itself accumulates (no `batch_seconds`), the sum stays what it is.
-        """
+        """The model's loss; with `batch_seconds` a sum over labels is divided by their number, as `loss_weight` expects."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        by_label = self.model.config.ctc_loss_reduction == "sum" and (self.args.batch_seconds or not model.training)
-        if by_label:
+        if self.args.batch_seconds and self.model.config.ctc_loss_reduction == "sum":
             loss = loss / (inputs["labels"] >= 0).sum().clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, best path (B, T) with -1 past each utterance's end, and labels (B, U); with a decoder, words (B, W, K) beside the path."""
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        """Loss, best path (B, T) with -1 past each utterance's end, and labels (B, U); with a decoder, words (B, W, K) beside the path.
+
+        The loss is the mean over utterances of the loss a label, whatever training minimises: the batch size does not move it.
+        """
+        config = self.model.config
+        reduction, config.ctc_loss_reduction = config.ctc_loss_reduction, "mean"
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        finally:
+            config.ctc_loss_reduction = reduction
         num_frames = torch.full((len(logits),), logits.shape[1], device=logits.device)
         if "attention_mask" in inputs:
             num_samples = inputs["attention_mask"].sum(-1).to(logits.device)

@@ -116,7 +116,7 @@ class FineTuningArguments(TrainingArguments):
         for name in self.required_flags():
             if not getattr(self, name):
                 raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
-        if not self.do_train and self.config_name:
+        if not self.do_train and (self.config_name or not self.model_name_or_path):
             raise UserError(
                 "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"
             )

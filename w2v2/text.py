@@ -69,8 +69,10 @@ def case_of(vocabulary: dict[str, int]) -> str:
 def build_vocabulary(texts: Iterable[str], unit: str = CHARACTERS) -> dict[str, int]:
     """Unit → id, from normalised training text: blank 0, unknown 1, word delimiter 2 (characters only), then the units in order."""
     first = [BLANK, UNKNOWN, WORD_DELIMITER] if unit == CHARACTERS else [BLANK, UNKNOWN]
-    units = set().union(*(split_units(text, unit) for text in texts)) - set(first)
-    return {token: i for i, token in enumerate([*first, *sorted(units)])}
+    units: set[str] = set()
+    for text in texts:
+        units.update(split_units(text, unit))
+    return {token: i for i, token in enumerate([*first, *sorted(units - set(first))])}
 
 
 def unknown_units(texts: Iterable[str], vocabulary: dict[str, int]) -> dict[str, int]:

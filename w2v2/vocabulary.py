@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from w2v2.backbone import first_line, locate
+from w2v2.backbone import locate
 from w2v2.errors import UserError
 from w2v2.text import BLANK, TOKENS, UNKNOWN, WORD_DELIMITER, unit_of
 
@@ -51,10 +51,10 @@ def read_vocabulary(source: str) -> dict[str, int]:
     """
     try:
         path = cached_file(locate(source), VOCABULARY_FILE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError):
         raise UserError(
-            f"--model_name_or_path {source}: no {VOCABULARY_FILE}, so no fine-tuned model ({first_line(error)[:120]}): give the folder "
-            "of one, or fine-tune this one with --train_data"
+            f"--model_name_or_path {source}: no {VOCABULARY_FILE} there (no such folder or Hub id, or no fine-tuned model): give a "
+            "fine-tuned folder, or fine-tune this one with --train_data"
         ) from None
     try:
         vocabulary = json.loads(Path(path).read_text(encoding="utf-8"))
