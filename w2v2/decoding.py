@@ -54,7 +54,7 @@ class BeamDecoder:
         if not os.path.isfile(lm):
             raise UserError(f"--lm {lm}: no such file: give an ARPA file or a KenLM binary")
         if self.is_token_lm:
-            self.words = sorted(vocabulary, key=vocabulary.__getitem__)
+            self.words, self.unspelled = sorted(vocabulary, key=vocabulary.__getitem__), 0
             check_tokens(read_words(lm, None), vocabulary, lm)
         else:
             self.words, self.unspelled = spellable(read_words(lm, lexicon), vocabulary, lexicon or lm)

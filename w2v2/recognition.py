@@ -26,9 +26,12 @@ def load_decoder(text_args: CTCArguments, vocabulary: dict[str, int], args: Fine
         return None
     if text_args.tune_lm and not args.validation_data:
         raise UserError("--tune_lm chooses on the validation data: give --validation_data")
-    return BeamDecoder(
+    decoder = BeamDecoder(
         text_args.lm, vocabulary, [text_args.setting], beam_size=text_args.beam_size, lexicon=text_args.lexicon
     )
+    left = f", {decoder.unspelled} more cannot be spelled" if decoder.unspelled else ""
+    say(args, f"language model: {text_args.lm}, {len(decoder.words)} words{left}")
+    return decoder
 
 
 def score(
@@ -59,13 +62,13 @@ def score(
 
 def tune(trainer: CTCTrainer, data: SpeechDataset, decoder: BeamDecoder, text_args: CTCArguments) -> dict[str, Any]:
     """Search some validation utterances with every setting of a small grid and go on with the best; the grid with its error rates."""
-    grid, unit = tuning_grid(unit_of(trainer.vocabulary)), unit_of(trainer.vocabulary)
+    unit = unit_of(trainer.vocabulary)
+    grid, name = tuning_grid(unit), RATES[unit][0]
     table = data.table.select(sorted(draw_order(data.table, text_args.subset_seed)[: text_args.tune_utterances]))
     args, vocabulary, extractor = trainer.args, trainer.vocabulary, data.feature_extractor
     some = as_audio(table, vocabulary, extractor, trainer.model.config, args)
     decoder.use(grid)
     trainer.predict(some, metric_key_prefix="tuning")
-    name = RATES[unit][0]
     rates = [trainer.rates(some.table["text"][:], texts)[name] for texts in trainer.beam_texts]
     best = min(range(len(grid)), key=lambda k: (rates[k], k))
     decoder.use([grid[best]])
