@@ -13,7 +13,7 @@ from w2v2.decoding import BeamDecoder, tuning_grid
 from w2v2.errors import UserError
 from w2v2.finetuning_arguments import PREDICTIONS_FILE, RESULTS_FILE, SKIPPED_FILE, FineTuningArguments
 from w2v2.scoring import NAMES, RATES, count_edits, word_error_rate, worst_utterances
-from w2v2.speech_sets import as_audio, has_texts, num_hours, say
+from w2v2.speech_sets import as_audio, num_hours, say
 from w2v2.subsets import draw_order
 from w2v2.text import CHARACTERS, unit_of, unknown_units
 
@@ -82,8 +82,9 @@ def score_set(trainer: CTCTrainer, name: str, data: SpeechDataset) -> tuple[dict
     """What `results.json` says of a set, and its lines for `predictions.jsonl`."""
     output = trainer.predict(data, metric_key_prefix=name)
     beams = trainer.beam_texts[0] if trainer.decoder is not None else [None] * len(output.predictions)
-    unit, scored = unit_of(trainer.vocabulary), has_texts(data.table)
+    unit = unit_of(trainer.vocabulary)
     rate = RATES[unit][0]
+    scored = f"{name}_{rate}" in output.metrics  # not without transcripts, nor where no audio could be read
     lines = []
     for row, greedy, beam in zip(data.table, output.predictions, beams, strict=True):
         if greedy is None:  # the audio was unreadable
