@@ -146,5 +146,7 @@ def plateau_causes(args: Any, state: Any) -> list[str]:
         causes.append("masks may be too heavy for a small model (--mask_time_prob, --mask_feature_prob)")
     if args.config_name:
         causes.append("random weights leave it late, if at all")
+    if state.global_step < 3_000:
+        causes.append("small models and few labels take a few thousand updates")
     causes.append("transcripts that do not belong to their audio, or weights that were not pretrained, never leave it")
     return list(itertools.islice(causes, 3))

@@ -72,8 +72,11 @@ def tune(trainer: CTCTrainer, data: SpeechDataset, decoder: BeamDecoder, text_ar
     rates = [trainer.rates(some.table["text"][:], texts)[name] for texts in trainer.beam_texts]
     best = min(range(len(grid)), key=lambda k: (rates[k], k))
     decoder.use([grid[best]])
+    axes = zip(grid[best], map(sorted, map(set, zip(*grid, strict=True))), strict=True)
+    at_edge = any(len(values) > 1 and value in (values[0], values[-1]) for value, values in axes)
+    hint = ", at the grid's edge: try further by hand" if at_edge else ""
     say(args, f"      tuning: lm_weight {grid[best].lm_weight}, word_score {grid[best].word_score}: {NAMES[name]} "
-              f"{rates[best]:.1%} on {len(table)} validation utterances")  # fmt: skip
+              f"{rates[best]:.1%} on {len(table)} validation utterances{hint}")  # fmt: skip
     listed = [setting._asdict() | {name: round(rate, 5)} for setting, rate in zip(grid, rates, strict=True)]
     return {"tuned_on": len(table), "grid": listed}
 
