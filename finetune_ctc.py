@@ -1,91 +1,110 @@
 """Fine-tune a pretrained wav2vec 2.0 for speech recognition with CTC, and score it by word and character error rate.
 
     accelerate launch finetune_ctc.py CONFIG.yaml [--flag value …]        (or plain python)
+    python finetune_ctc.py --do_train false --model_name_or_path FINE_TUNED --test_data a.csv b.csv --output_dir scores
 
 The recipe is section 3.2 and appendix B of the wav2vec 2.0 paper (Baevski et al. 2020) with fairseq's values: a new linear layer on
-top, one output a character; convs frozen; time and channel masks; a tri-stage learning rate. Greedy decoding, no language model.
+top, one output a character; convs frozen; time and channel masks; a tri-stage learning rate. Greedy decoding, and with `--lm` a
+beam search with an n-gram beside it.
 """
 
 import json
-import os
-from functools import partial
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, set_seed
 
 from w2v2 import ctc
 from w2v2.arguments import parse_command_line, run_script
-from w2v2.audio import SAMPLING_RATE, probe
-from w2v2.backbone import hide_padding, load_config, load_feature_extractor, load_with_head, min_samples, num_frames
+from w2v2.audio import SAMPLING_RATE
+from w2v2.backbone import hide_padding, load_config, load_feature_extractor, load_with_head
+from w2v2.ctc_arguments import CTCArguments, follow_folder
+from w2v2.ctc_trainer import CTCTrainer
 from w2v2.errors import UserError
-from w2v2.finetuning import CTCTrainer
-from w2v2.finetuning_arguments import (
-    CONFIG_FILE,
-    PREDICTIONS_FILE,
-    RESULTS_FILE,
-    SKIPPED_FILE,
-    CTCArguments,
-    FineTuningArguments,
-    prepare_output_dir,
-    write_config,
-)
+from w2v2.finetuning_arguments import CONFIG_FILE, FineTuningArguments, prepare_output_dir, write_config
 from w2v2.hub_callback import HubCallback
-from w2v2.manifest import load_manifest
-
-CACHE_FOLDER = "_cache"  # in the output folder; `Trainer` pushes nothing that begins with an underscore
+from w2v2.recognition import conclude, describe_unknown, load_decoder, score
+from w2v2.scoring import RATES
+from w2v2.speech_sets import as_audio, read_sets, say, select_training
+from w2v2.text import BLANK, build_vocabulary
+from w2v2.vocabulary import make_processor, read_vocabulary
 
 
 def main(argv: list[str] | None = None) -> None:
     text_args, args = parse_command_line((CTCArguments, FineTuningArguments), argv)
+    if not args.do_train:
+        return evaluate(text_args, args)
     checkpoint = prepare_output_dir(args)
     config = load_config(args.model_name_or_path, args.config_name, **args.model_changes())
     set_seed(args.seed)
 
     # Data: utterances with a transcript and audio that opens; the vocabulary from the training text alone.
-    train = read_set("train", args.train_data, args, text_args)
-    validation = read_set("validation", args.validation_data, args, text_args)
-    tests = {name: read_set(name, [path], args, text_args) for name, path in name_sets(args.test_data).items()}
-    vocabulary = ctc.build_vocabulary(train["text"])
+    sets = read_sets(args, text_args)
+    train = select_training(sets.pop("train"), config, args, text_args)
+    vocabulary = build_vocabulary(train["text"], text_args.target_unit)
     check_vocabulary(vocabulary, checkpoint)
-    train = select_training(train, vocabulary, config, args)
+    decoder = load_decoder(text_args, vocabulary, args)
 
     # Model: pretrained below, a new layer on top; an utterance's output does not depend on its neighbours in the batch.
     model = build_model(config, vocabulary, args, text_args)
     extractor = load_feature_extractor(config.name_or_path, config)
-    as_audio = partial(
-        ctc.SpeechDataset,
-        vocabulary=vocabulary,
-        feature_extractor=extractor,
-        min_samples=min_samples(config),
-        skip_log=Path(args.output_dir, SKIPPED_FILE),
-    )
-    sets = {"validation": validation, **tests}
-    sets = {name: as_audio(ctc.longest_first(table), substitute=False) for name, table in sets.items()}
+    sets = {name: as_audio(table, vocabulary, extractor, config, args) for name, table in sets.items()}
 
-    # Train; the best checkpoint by validation WER is loaded at the end.
+    # Train; the best checkpoint by validation WER (PER for tokens) is loaded at the end.
+    if args.metric_for_best_model == "wer":
+        args.metric_for_best_model = RATES[text_args.target_unit][0]
     hub = HubCallback(args)
     trainer = CTCTrainer(
         model,
         args,
         data_collator=ctc.collate_ctc,
-        train_dataset=as_audio(train, substitute=True),
+        train_dataset=as_audio(train, vocabulary, extractor, config, args, train=True),
         eval_dataset=sets["validation"],
-        processing_class=ctc.make_processor(vocabulary, extractor),
+        processing_class=make_processor(vocabulary, extractor),
         vocabulary=vocabulary,
         callbacks=[hub],
+        blank_warning_steps=text_args.blank_warning_steps,
     )
-    describe(trainer, sets, checkpoint)
+    describe(trainer, checkpoint)
+    describe_unknown(sets, trainer)
     if trainer.is_world_process_zero():
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
     # Score.
-    results = score(trainer, sets)
+    results = score(trainer, sets, decoder, text_args)
     if trainer.is_world_process_zero():
         conclude(trainer, sets, results)
     hub.hand_over(args)
+    trainer.end()
+
+
+def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
+    """Score the sets that have transcripts with a fine-tuned model, transcribe those that have none."""
+    prepare_output_dir(args)
+    vocabulary = read_vocabulary(args.model_name_or_path)
+    text_args = follow_folder(text_args, args.model_name_or_path, vocabulary)
+    config = load_config(args.model_name_or_path, None)
+    check_head(config, vocabulary, args.model_name_or_path)
+    decoder = load_decoder(text_args, vocabulary, args)
+    model = hide_padding(load_with_head(Wav2Vec2ForCTC, args.model_name_or_path, config, head=()))
+    extractor = load_feature_extractor(args.model_name_or_path, config)
+    sets = read_sets(args, text_args)
+    sets = {name: as_audio(table, vocabulary, extractor, config, args) for name, table in sets.items()}
+    trainer = CTCTrainer(
+        model,
+        args,
+        data_collator=ctc.collate_ctc,
+        eval_dataset=next(iter(sets.values())),  # `Trainer` wants one
+        processing_class=make_processor(vocabulary, extractor),
+        vocabulary=vocabulary,
+    )
+    describe_unknown(sets, trainer)
+    if trainer.is_world_process_zero():
+        write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
+    results = score(trainer, sets, decoder, text_args)
+    if trainer.is_world_process_zero():
+        conclude(trainer, sets, results)
     trainer.end()
 
 
@@ -95,7 +114,7 @@ def build_model(
     """Pretrained (or random) weights under a new layer with an output for each entry of the vocabulary."""
     config.update({
         "vocab_size": len(vocabulary),
-        "pad_token_id": vocabulary[ctc.BLANK],
+        "pad_token_id": vocabulary[BLANK],
         "bos_token_id": None,
         "eos_token_id": None,
         "ctc_zero_infinity": text_args.ctc_zero_infinity,
@@ -105,58 +124,6 @@ def build_model(
     if args.freeze_feature_encoder:
         model.freeze_feature_encoder()
     return model
-
-
-def read_set(name: str, paths: list[str], args: FineTuningArguments, text_args: CTCArguments) -> Dataset:
-    """Utterances of one set that have a transcript and audio that opens; the others are counted, and listed if unreadable.
-
-    Raises UserError where more than `max_skipped_fraction` of them are unreadable.
-    """
-    with args.main_process_first():
-        cache_dir = Path(args.output_dir, CACHE_FOLDER)
-        table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=cache_dir, probe=probe)
-    label = ", ".join(paths)
-    num_utterances = len(table) + len(skipped)
-    table, unopened = ctc.drop_unreadable(table)
-    skipped += unopened
-    if skipped and args.process_index == 0:
-        ctc.log_skipped(Path(args.output_dir, SKIPPED_FILE), skipped)
-    if len(skipped) > args.max_skipped_fraction * num_utterances:
-        first = skipped[0]
-        raise UserError(
-            f"{label}: {len(skipped)} of {num_utterances} utterances have unreadable audio, the first {first['audio']}: "
-            f"{first['reason']}; mend the paths (--data_root?) or raise --max_skipped_fraction, now {args.max_skipped_fraction}"
-        )
-    table, dropped = ctc.prepare_texts(table, label, text_args.text_case, text_args.drop_characters)
-    say(args, f"{name:>12}: {describe_table(table)}, {len(skipped)} unreadable, {dropped['no_text']} without text")
-    return table
-
-
-def select_training(
-    train: Dataset, vocabulary: dict[str, int], config: Wav2Vec2Config, args: FineTuningArguments
-) -> Dataset:
-    """Training utterances within the lengths and long enough for their text."""
-    kept, dropped = ctc.select_trainable(
-        train, vocabulary, partial(num_frames, config), args.min_seconds, args.max_seconds
-    )
-    listed = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    if not len(kept):
-        raise UserError(f"--train_data: every utterance was dropped ({listed}): see --min_seconds and --max_seconds")
-    if dropped:
-        say(args, f"     dropped: {listed} (training)")
-    return kept
-
-
-def name_sets(paths: list[str]) -> dict[str, str]:
-    """Set name → manifest: the file's name without its ending, numbered where that would name two."""
-    named: dict[str, str] = {}
-    for path in paths:
-        name = stem = Path(path).stem
-        number = 2
-        while name in named or name in ("train", "validation", "run"):
-            name, number = f"{stem}_{number}", number + 1
-        named[name] = path
-    return named
 
 
 def check_vocabulary(vocabulary: dict[str, int], checkpoint: str | None) -> None:
@@ -170,7 +137,16 @@ def check_vocabulary(vocabulary: dict[str, int], checkpoint: str | None) -> None
         )
 
 
-def describe(trainer: CTCTrainer, sets: dict[str, ctc.SpeechDataset], checkpoint: str | None) -> None:
+def check_head(config: Wav2Vec2Config, vocabulary: dict[str, int], source: str) -> None:
+    """A fine-tuned model has an output for each entry of its vocabulary, and its blank where that says."""
+    if config.vocab_size != len(vocabulary) or config.pad_token_id != vocabulary[BLANK]:
+        raise UserError(
+            f"--model_name_or_path {source}: vocab.json has {len(vocabulary)} entries with the blank at {vocabulary[BLANK]}, config.json "
+            f"{config.vocab_size} outputs with the blank at {config.pad_token_id}: not of one model"
+        )
+
+
+def describe(trainer: CTCTrainer, checkpoint: str | None) -> None:
     """What this run will do, on the console."""
     args, train, vocabulary = trainer.args, trainer.train_dataset, trainer.vocabulary
     start = args.model_name_or_path or f"random weights of {args.config_name}"
@@ -178,73 +154,21 @@ def describe(trainer: CTCTrainer, sets: dict[str, ctc.SpeechDataset], checkpoint
     convs = "convs frozen" if args.freeze_feature_encoder else "convs learn"
     encoder = f", encoder frozen for {args.freeze_encoder_steps} updates" if args.freeze_encoder_steps else ""
     say(args, f"       model: {start}, {parameters:.2f} M parameters, {convs}{encoder}")
-    say(args, f"  vocabulary: {len(vocabulary)}: {''.join(list(vocabulary)[3:])}")
-    for name, data in sets.items():
-        if unknown := ctc.unknown_characters(data.table["text"], vocabulary):
-            listed = ", ".join(f"{character!r} × {count}" for character, count in list(unknown.items())[:10])
-            say(args, f"     warning: {name} has characters that the training text lacks, always wrong: {listed}")
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    seconds = batch * sum(train.lengths) / len(train) / SAMPLING_RATE
-    updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * len(train) / batch)
+    units = [unit for unit in vocabulary if not unit.startswith("<")]
+    say(args, f"  vocabulary: {len(vocabulary)}: {('' if '|' in vocabulary else ' ').join(units)}")
+    heard = sum(train.lengths) / SAMPLING_RATE
+    if args.batch_seconds:
+        updates_per_epoch = len(trainer.sampler)
+        batch = f"{heard / updates_per_epoch:.0f} s, micro-batches of at most {args.micro_batch_seconds:g} s"
+        if updates_per_epoch == 1 and heard < 0.9 * args.batch_seconds:
+            batch += f" (all there is; --batch_seconds asks for {args.batch_seconds:g})"
+    else:
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        updates_per_epoch = len(train) / size
+        batch = f"{size} utterances ({size * heard / len(train):.0f} s)"
+    updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * updates_per_epoch)
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    say(args, f"     updates: {updates} of {batch} utterances ({seconds:.0f} s), "
-              f"{updates * batch / len(train):.1f} epochs{resumed}")  # fmt: skip
-
-
-def score(trainer: CTCTrainer, sets: dict[str, ctc.SpeechDataset]) -> dict[str, dict]:
-    """Error rates of each set, and `predictions.jsonl`, with the model as it is now."""
-    results, lines = {}, []
-    for name, data in sets.items():
-        output = trainer.predict(data, metric_key_prefix=name)
-        keys = ("wer", "cer", "loss", "utterances")
-        results[name] = {key: output.metrics[f"{name}_{key}"] for key in keys}
-        for row, hypothesis in zip(data.table, output.predictions, strict=True):
-            if hypothesis is not None:  # None: the audio was unreadable
-                line = {"set": name, "id": row["id"], "reference": row["text"], "hypothesis": hypothesis}
-                lines.append(line | {"wer": ctc.word_error_rate(row["text"], hypothesis)})
-    if trainer.is_world_process_zero():
-        with open(Path(trainer.args.output_dir, PREDICTIONS_FILE), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    return results
-
-
-def conclude(trainer: CTCTrainer, sets: dict[str, ctc.SpeechDataset], results: dict[str, dict]) -> None:
-    """`results.json`, and its gist on the console."""
-    args, train, vocabulary = trainer.args, trainer.train_dataset, trainer.vocabulary
-    run = {
-        "model": args.model_name_or_path,
-        "config": args.config_name,
-        "updates": trainer.state.global_step,
-        "best_update": trainer.state.best_global_step,
-        "train_utterances": len(train),
-        "train_hours": round(sum(train.lengths) / SAMPLING_RATE / 3600, 4),
-        "vocabulary_size": len(vocabulary),
-        "seed": args.seed,
-        "skipped_audio": len(ctc.read_skipped(Path(args.output_dir, SKIPPED_FILE))),
-        "unknown_characters": {
-            name: unknown
-            for name, data in sets.items()
-            if (unknown := ctc.unknown_characters(data.table["text"], vocabulary))
-        },
-    }
-    path = Path(args.output_dir, RESULTS_FILE)
-    path.write_text(json.dumps(results | {"run": run}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, result in results.items():
-        say(
-            args, f"{name:>12}: WER {result['wer']:.1%}, CER {result['cer']:.1%} over {result['utterances']} utterances"
-        )
-    say(args, f"        best: update {run['best_update']}; model and {RESULTS_FILE} in {os.fspath(args.output_dir)}")
-
-
-def describe_table(table: Dataset) -> str:
-    hours = sum(table["num_samples"]) / SAMPLING_RATE / 3600
-    return f"{len(table)} utterances, {hours:.2f} h"
-
-
-def say(args: FineTuningArguments, line: str) -> None:
-    """A line on the console, once."""
-    if args.process_index == 0:
-        print(line, flush=True)
+    say(args, f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments, parse_command_line
-from w2v2.finetuning_arguments import CTCArguments, FineTuningArguments
+from w2v2.backbone import load_config
+from w2v2.ctc_arguments import CTCArguments
+from w2v2.finetuning_arguments import FineTuningArguments
 from w2v2.loading import build_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -58,8 +60,36 @@ def test_every_pretraining_yaml_parses_and_finds_its_model(path):
 
 
 @shipped("finetune/*.yaml")
-def test_every_fine_tuning_yaml_parses(path):
-    assert parse(path)["max_steps"][1] > 0
+def test_every_fine_tuning_yaml_parses_and_finds_its_model(path):
+    resolved = parse(path)
+    assert resolved["max_steps"][1] > 0
+    if source := resolved["config_name"][1]:
+        assert isinstance(load_config(None, source), Wav2Vec2Config)
+
+
+# Labels: peak learning rate, updates, updates with a frozen encoder, channel and time masks, layerdrop (fairseq's base_*.yaml).
+RECIPES = {
+    "10min": (5e-5, 13_000, 10_000, 0.25, 0.65, 0.1),
+    "1h": (5e-5, 13_000, 10_000, 0.25, 0.65, 0.1),
+    "10h": (5e-5, 20_000, 10_000, 0.5, 0.65, 0.05),
+    "100h": (3e-5, 80_000, 0, 0.5, 0.65, 0.1),
+    "960h": (1e-4, 320_000, 0, 0.1, 0.5, 0.1),
+}
+
+
+@pytest.mark.parametrize("labels", RECIPES)
+def test_the_presets_for_librispeech_are_the_recipe(labels):
+    resolved = parse(CONFIGS / "finetune" / f"librispeech_{labels}.yaml")
+    names = ("learning_rate", "max_steps", "freeze_encoder_steps", "mask_feature_prob", "mask_time_prob", "layerdrop")
+    assert tuple(resolved[name][1] for name in names) == RECIPES[labels]
+    common = dict(batch_seconds=1600, adam_beta1=0.9, adam_beta2=0.98, adam_epsilon=1e-8, weight_decay=0.0,
+                  lr_scheduler_type="tri_stage", warmup_steps=0.1, hold_fraction=0.4, final_lr_scale=0.05,
+                  freeze_feature_encoder=True, mask_time_length=10, mask_feature_length=64, activation_dropout=0.1,
+                  hidden_dropout=0.0, attention_dropout=0.0, final_dropout=0.0, ctc_zero_infinity=True)  # fmt: skip
+    assert {name: resolved[name][1] for name in common} == common
+    hours = {"10min": 1 / 6, "1h": 1.0, "10h": 10.0}.get(labels)
+    assert resolved["train_hours"][1] == (hours and pytest.approx(hours, abs=1e-3))
+    assert {f"librispeech_{name}" for name in RECIPES} == {p.stem for p in (CONFIGS / "finetune").glob("librispeech_*")}
 
 
 @shipped("pretrain/*.yaml", "finetune/*.yaml")

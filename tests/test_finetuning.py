@@ -2,60 +2,23 @@ import json
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from conftest import tiny_config
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+from two_ranks_ctc import make_trainer, write_speech
 
-from w2v2 import backbone, ctc
+from w2v2 import ctc
 from w2v2.errors import UserError
-from w2v2.finetuning import CTCTrainer, LengthGroupedSampler
-from w2v2.finetuning_arguments import FineTuningArguments
+from w2v2.finetuning import LengthGroupedSampler
 from w2v2.schedule import lr_factor
+from w2v2.scoring import error_rates
 
 LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
-WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
-VOCABULARY = ctc.build_vocabulary(WORDS)
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("audio")
-    random = np.random.default_rng(0)
-    rows = []
-    for i in range(8):
-        path, length = str(folder / f"{i}.wav"), 8_000 + 2_347 * i
-        soundfile.write(path, random.uniform(-0.3, 0.3, length), 16_000)
-        rows.append({"id": str(i), "audio": path, "start": 0.0, "num_samples": length, "text": WORDS[i % len(WORDS)]})
-    return Dataset.from_list(rows)
-
-
-def make_trainer(table, output_dir, model_changes=None, **flags):
-    """A trainer without anything random but the order of utterances, unless `model_changes` says so."""
-    quiet = dict(train_data=["t"], validation_data=["v"], config_name="c", report_to=["none"], use_cpu=True,
-                 dataloader_num_workers=0, max_steps=4, eval_steps=2, save_steps=2, logging_steps=1,
-                 per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3)  # fmt: skip
-    args = FineTuningArguments(output_dir=str(output_dir), **(quiet | flags))
-    output_dir.mkdir(exist_ok=True, parents=True)
-    torch.manual_seed(0)
-    head = dict(vocab_size=len(VOCABULARY), pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True)
-    off = dict(mask_time_prob=0.0, mask_feature_prob=0.0, final_dropout=0.0, bos_token_id=None, eos_token_id=None)
-    model = backbone.hide_padding(Wav2Vec2ForCTC(tiny_config(**(head | off | (model_changes or {})))))
-    model.freeze_feature_encoder()
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
-    kwargs = dict(vocabulary=VOCABULARY, feature_extractor=extractor, min_samples=400)
-    kwargs["skip_log"] = output_dir / "skipped_audio.jsonl"
-    return CTCTrainer(
-        model,
-        args,
-        data_collator=ctc.collate_ctc,
-        train_dataset=ctc.SpeechDataset(table, substitute=True, **kwargs),
-        eval_dataset=ctc.SpeechDataset(ctc.longest_first(table), substitute=False, **kwargs),
-        processing_class=ctc.make_processor(VOCABULARY, extractor),
-        vocabulary=VOCABULARY,
-    )
+    return write_speech(tmp_path_factory.mktemp("audio"))
 
 
 def weights(trainer):
@@ -154,7 +117,7 @@ def test_error_rates_are_those_of_the_predictions_and_the_written_references(tab
     trainer = make_trainer(table, tmp_path)
     trainer.eval_dataset.table = ctc.longest_first(written)
     output = trainer.predict(trainer.eval_dataset)
-    rates = ctc.error_rates(trainer.eval_dataset.table["text"], output.predictions)
+    rates = error_rates(trainer.eval_dataset.table["text"], output.predictions)
     assert (output.metrics["test_wer"], output.metrics["test_cer"]) == (rates["wer"], rates["cer"])
 
 

@@ -2,8 +2,10 @@ import pytest
 import yaml
 
 from w2v2.arguments import parse_command_line
+from w2v2.ctc_arguments import CTCArguments, follow_folder
 from w2v2.errors import UserError
-from w2v2.finetuning_arguments import CTCArguments, FineTuningArguments, prepare_output_dir, write_config
+from w2v2.finetuning_arguments import FineTuningArguments, prepare_output_dir, write_config
+from w2v2.text import build_vocabulary
 
 CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "config.json")
 
@@ -41,12 +43,73 @@ def test_defaults_are_the_recipe_for_100_hours(tmp_path):
         (dict(model_name_or_path=None), "one of --model_name_or_path .* --config_name"),
         (dict(min_seconds=5.0, max_seconds=2.0), "--max_seconds 2.0"),
         (dict(eval_steps=3, save_steps=4), "saving steps"),
+        (dict(batch_seconds=100.0), "--batch_seconds needs --micro_batch_seconds"),
+        (dict(micro_batch_seconds=0.0), "more than 0"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         FineTuningArguments(**(dict(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"],
                                     model_name_or_path="m", use_cpu=True) | flags))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, seconds",
+    [
+        (dict(), None),
+        (dict(micro_batch_seconds=100.0), 1_600.0),
+        (dict(micro_batch_seconds=100.0, gradient_accumulation_steps=4), 400.0),
+        (dict(micro_batch_seconds=100.0, batch_seconds=250.0), 250.0),
+    ],
+)
+def test_an_effective_batch_in_seconds_is_given_or_derived(tmp_path, flags, seconds):
+    args = arguments(tmp_path, **flags)
+    assert args.batch_seconds == seconds
+    assert args.gradient_accumulation_steps == (16 if seconds is None else 1)  # what `Trainer` accumulates itself
+
+
+def test_evaluation_alone_needs_a_fine_tuned_model_and_no_training_data(tmp_path):
+    args = FineTuningArguments(output_dir=str(tmp_path), do_train=False, model_name_or_path="m", use_cpu=True)
+    assert not args.train_data and not args.validation_data
+    for flags in (dict(config_name="c"), dict()):
+        with pytest.raises(UserError, match="--do_train false needs a fine-tuned model"):
+            FineTuningArguments(output_dir=str(tmp_path), do_train=False, use_cpu=True, **flags)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(train_hours=-1.0), "--train_hours -1"),
+        (dict(beam_size=0), "--beam_size"),
+        (dict(tune_lm=True), "--tune_lm needs .* --lm"),
+        (dict(target_unit="tokens", word_score=1.0), "--word_score is for words"),
+    ],
+)
+def test_flags_of_recognition_that_do_not_fit_are_named(flags, message):
+    with pytest.raises(UserError, match=message):
+        CTCArguments(**flags)
+
+
+def test_empty_values_take_back_what_a_yaml_file_says():
+    args = CTCArguments(train_hours=0.0, lm="", train_list="none")
+    assert (args.train_hours, args.lm, args.train_list) == (None, None, None)
+
+
+def test_normalisation_follows_the_folder_where_no_flag_says_otherwise(tmp_path):
+    trained = CTCArguments(text_case="lower", drop_characters=".", fold_accents=True)
+    write_config(tmp_path / "finetune_config.yaml", trained)
+    (tmp_path / "config.json").touch()
+    vocabulary = build_vocabulary(["AB"])
+    followed = follow_folder(CTCArguments(beam_size=7, drop_characters="!"), str(tmp_path), vocabulary)
+    assert (followed.text_case, followed.fold_accents, followed.drop_characters, followed.beam_size) == (
+        "lower",
+        True,
+        "!",
+        7,
+    )
+    (tmp_path / "finetune_config.yaml").unlink()
+    assert follow_folder(CTCArguments(), str(tmp_path), build_vocabulary(["ab"])).text_case == "lower"
+    assert follow_folder(CTCArguments(), str(tmp_path), build_vocabulary(["a b"], "tokens")).target_unit == "tokens"
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_told(tmp_path):

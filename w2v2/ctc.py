@@ -1,129 +1,42 @@
-"""Text and audio for CTC: normalisation, vocabulary, data set, collator, greedy decoding and error rates.
+"""Transcribed speech for CTC: tables of utterances, the data set that decodes them, and its collator.
 
-Connectionist temporal classification (Graves et al. 2006) as in section 3.2 of the wav2vec 2.0 paper: one output a
-character, `|` between words, and a blank (`<pad>`, id 0). The vocabulary comes from the training text alone; a character
-that only occurs elsewhere is `<unk>` to the loss, and an error to the error rates, whose references stay as written.
-
-Shapes: B utterances, S samples, T latent frames, U characters.
+Shapes: B utterances, S samples, U units of a transcript.
 """
 
 import contextlib
 import json
 import os
-import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.audio import SAMPLING_RATE, AudioError, probe, read_crop
 from w2v2.errors import UserError
+from w2v2.text import UNKNOWN, encode, frames_needed, split_units
 
-BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
-DROPPED_CHARACTERS = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~¡¿«»“”„‚‘…–—'
-_TO_SPACE = "-/_–—"  # where one of these is dropped, a word ends
-_APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'"})
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
-_METRICS = Path(__file__).parent / "evaluation"
 
 
-def normalize_text(text: str, case: str = "upper", drop_characters: str = DROPPED_CHARACTERS) -> str:
-    """Transcript as the model is to write it: NFKC, one case, dropped characters gone, single spaces, plain apostrophes.
-
-    A dropped dash, slash or underscore becomes a space, so that `well-known` stays two words. `|` is always dropped, since the
-    vocabulary uses it for the space.
-    """
-    text = unicodedata.normalize("NFKC", text).translate(_APOSTROPHES)
-    text = text.upper() if case == "upper" else text.lower()
-    dropped = {character: " " if character in _TO_SPACE else None for character in drop_characters + WORD_DELIMITER}
-    return " ".join(text.translate(str.maketrans(dropped)).split())
-
-
-def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
-    """Character → id, from normalised training text: blank 0, unknown 1, word delimiter 2, then the characters in order."""
-    characters = sorted(set().union(*texts) - {" "})
-    return {token: i for i, token in enumerate([BLANK, UNKNOWN, WORD_DELIMITER, *characters])}
-
-
-def unknown_characters(texts: Iterable[str], vocabulary: dict[str, int]) -> dict[str, int]:
-    """Characters that the vocabulary lacks, with their counts, commonest first."""
-    counts = Counter(character for text in texts for character in text)
-    return {c: n for c, n in counts.most_common() if c != " " and c not in vocabulary}
-
-
-def encode(text: str, vocabulary: dict[str, int]) -> list[int]:
-    """Ids of a normalised text, shape (U,)."""
-    return [vocabulary.get(WORD_DELIMITER if c == " " else c, vocabulary[UNKNOWN]) for c in text]
-
-
-def greedy_decode(ids: Iterable[int], vocabulary: dict[str, int]) -> str:
-    """Text of the best path: repeats collapsed, then blanks removed; ids (T,), negative ones are padding."""
-    token_of = {i: token for token, i in vocabulary.items()}
-    best = [token_of[i] for i, _ in groupby(int(i) for i in ids) if i > 0]
-    return " ".join("".join(" " if token == WORD_DELIMITER else token for token in best).split())
-
-
-def frames_needed(labels: Sequence[int]) -> int:
-    """Fewest frames that CTC needs for these labels: one each, and a blank between equal neighbours."""
-    return len(labels) + sum(a == b for a, b in zip(labels, labels[1:], strict=False))
-
-
-def make_processor(vocabulary: dict[str, int], feature_extractor: Wav2Vec2FeatureExtractor) -> Wav2Vec2Processor:
-    """Feature extractor and tokenizer in one, as `pipeline("automatic-speech-recognition")` wants them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "vocab.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(vocabulary, file, ensure_ascii=False)
-        tokenizer = Wav2Vec2CTCTokenizer(
-            path,
-            bos_token=None,
-            eos_token=None,
-            unk_token=UNKNOWN,
-            pad_token=BLANK,
-            word_delimiter_token=WORD_DELIMITER,
-        )
-    return Wav2Vec2Processor(feature_extractor=feature_extractor, tokenizer=tokenizer)
-
-
-@lru_cache
-def _metric(name: str):
-    import evaluate  # here, because it takes seconds
-
-    return evaluate.load(str(_METRICS / name), keep_in_memory=True)
-
-
-def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
-    """`{"wer": …, "cer": …}` over the whole corpus, as fractions. The empty-reference rule: w2v2/evaluation/wer/wer.py."""
-    return {
-        name: _metric(name).compute(predictions=list(hypotheses), references=list(references))[name]
-        for name in ("wer", "cer")
-    }
-
-
-def word_error_rate(reference: str, hypothesis: str) -> float:
-    """WER of a single utterance, whose reference is not empty."""
-    import jiwer
-
-    return jiwer.wer(reference, hypothesis)
-
-
-def prepare_texts(table: Dataset, name: str, case: str, drop_characters: str) -> tuple[Dataset, dict[str, int]]:
+def prepare_texts(
+    table: Dataset, name: str, normalize: Callable[[str], str], *, needed: bool = True
+) -> tuple[Dataset, dict[str, int]]:
     """The utterances that have a transcript, normalised, and how many were dropped by reason.
 
-    Raises UserError where no utterance has one.
+    A set without a single transcript raises UserError where they are `needed`; otherwise all of it comes back, with "" for text.
     """
-    if "text" not in table.column_names:
+    written = table["text"][:] if "text" in table.column_names else []
+    if not needed and not any(written):
+        table = table.remove_columns("text") if written else table
+        return table.add_column("text", [""] * len(table)), {"no_text": 0}
+    if not written:
         raise UserError(f"{name}: no text in this manifest: CTC needs a column `text` (or wrd, transcript, sentence)")
-    texts = [normalize_text(text or "", case, drop_characters) for text in table["text"]]
+    texts = [normalize(text or "") for text in written]
     kept = [row for row, text in enumerate(texts) if text]
     if not kept:
         raise UserError(f"{name}: none of its {len(table)} utterances has a transcript: fill in its column `text`")
@@ -133,7 +46,7 @@ def prepare_texts(table: Dataset, name: str, case: str, drop_characters: str) ->
 
 def select_trainable(
     table: Dataset,
-    vocabulary: dict[str, int],
+    unit: str,
     num_frames: Callable[[int], int],
     min_seconds: float,
     max_seconds: float | None,
@@ -151,7 +64,7 @@ def select_trainable(
             reasons["too_short"] += 1
         elif seconds > longest:
             reasons["too_long"] += 1
-        elif num_frames(samples) < frames_needed(encode(text, vocabulary)):
+        elif num_frames(samples) < frames_needed(split_units(text, unit)):
             reasons["text_longer_than_audio"] += 1
         else:
             kept.append(row)
@@ -211,7 +124,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         for candidate in range(row, row + (len(self) if self.substitute else 1)):
             utterance = self.table[candidate % len(self)]
             try:
-                return self._item(self._read(utterance), encode(utterance["text"], self.vocabulary))
+                return self._item(self._read(utterance), self._labels(utterance))
             except AudioError as error:
                 log_skipped(self.skip_log, [{"id": utterance["id"], "audio": error.path, "reason": error.reason}])
         if self.substitute:
@@ -220,6 +133,10 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def _read(self, utterance: dict[str, Any]) -> np.ndarray:
         return read_crop(utterance["audio"], round(utterance["start"] * SAMPLING_RATE), utterance["num_samples"])
+
+    def _labels(self, utterance: dict[str, Any]) -> list[int]:
+        """Of a text that is not known: a single unknown, to tell it from audio that cannot be read."""
+        return encode(utterance["text"], self.vocabulary) or [self.vocabulary[UNKNOWN]]
 
     def _item(self, samples: np.ndarray, labels: list[int]) -> dict[str, Any]:
         samples = np.pad(samples, (0, max(0, self.min_samples - len(samples))))

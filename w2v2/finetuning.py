@@ -1,12 +1,12 @@
 """`Trainer` with the wav2vec 2.0 paper's way of fine-tuning (appendix B of the paper, fairseq's configurations).
 
 To the stock one it adds: the tri-stage learning rate, an encoder that stays frozen at first, batches of like length drawn as a
-pure function of (seed, epoch), the feature extractor in every saved folder, readable lines and `metrics.jsonl`; for CTC, error
-rates that the batch size does not move.
+pure function of (seed, epoch), effective batches in seconds with a gradient that no cut changes, the feature extractor in every
+saved folder, readable lines and `metrics.jsonl`.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +16,16 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
 
-from w2v2.ctc import SpeechDataset, error_rates, greedy_decode, read_skipped
+from w2v2.audio import SAMPLING_RATE
+from w2v2.ctc import SpeechDataset, read_skipped
 from w2v2.errors import UserError
 from w2v2.folder_swap import open_to_others
 from w2v2.metrics import json_line
 from w2v2.schedule import lr_factor
+from w2v2.update_batches import MicroBatches, UpdateSampler, collate_update
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -55,23 +56,74 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class FineTuner(Trainer):
-    """`Trainer` for a head on a wav2vec 2.0. Data sets have `lengths` (in samples); evaluation keeps their order."""
+    """`Trainer` for a head on a wav2vec 2.0. Data sets have `lengths` (in samples); evaluation keeps their order.
+
+    Without `train_dataset` it only evaluates. With `batch_seconds` an update is a whole effective batch, cut into micro-batches of at
+    most `micro_batch_seconds`, padding included (`update_batches.py`); otherwise it is as `Trainer` has it.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # These models take **kwargs but ignore `num_items_in_batch`; without this, loss and gradient would be too
         # large by the accumulation steps and again by the number of processes.
         self.model_accepts_loss_kwargs = False
-        self.sampler = LengthGroupedSampler(
-            self.train_dataset.lengths, self.args.per_device_train_batch_size, self.args.seed
-        )
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
-        self.add_callback(_DrawEpoch(self.sampler))
-        self.add_callback(_FreezeEncoder(self.args.freeze_encoder_steps))
-        self.add_callback(_WatchSkippedAudio(self.train_dataset, self.args.max_skipped_fraction))
+        if self.train_dataset is not None:
+            self.sampler = self._build_sampler()
+            self.add_callback(_DrawEpoch(self.sampler))
+            self.add_callback(_FreezeEncoder(self.args.freeze_encoder_steps))
+            self.add_callback(_WatchSkippedAudio(self.train_dataset, self.args.max_skipped_fraction))
         self.add_callback(_RunLog())
         transformers.utils.logging.disable_progress_bar()  # of writing a model's one shard
+
+    def _build_sampler(self) -> Sampler:
+        args, lengths = self.args, self.train_dataset.lengths
+        if not args.batch_seconds:
+            return LengthGroupedSampler(lengths, args.per_device_train_batch_size, args.seed)
+        samples = [round(seconds * SAMPLING_RATE) for seconds in (args.batch_seconds, args.micro_batch_seconds)]
+        return UpdateSampler(lengths, *samples, args.seed, rank=args.process_index, num_ranks=args.world_size)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """By seconds the loader is not prepared by Accelerate: the sampler deals to the ranks itself."""
+        if not self.args.batch_seconds:
+            return super().get_train_dataloader()
+        num_workers = self.args.dataloader_num_workers
+        return DataLoader(
+            MicroBatches(self.train_dataset, self.data_collator),
+            batch_sampler=self.sampler,
+            collate_fn=collate_update,
+            num_workers=num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
+        )
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """By seconds: this rank's micro-batches of one update, accumulated; the gradient is divided once, by the whole effective batch.
+
+        Each micro-batch's loss counts for as much as `loss_weight` says, over the sum of that on all ranks. DDP's mean over the ranks is
+        undone. Returns this rank's part of the loss times the ranks, whose mean is the effective batch's loss.
+        """
+        if "micro_batches" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        micro_batches = self._prepare_inputs(inputs)["micro_batches"]
+        weights = [micro["weight"] * self.loss_weight(micro["inputs"]) for micro in micro_batches]
+        total = self.accelerator.reduce(torch.tensor(sum(weights), device=self.args.device), "sum")
+        heard = torch.zeros((), device=self.args.device)
+        for index, (micro, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+            is_last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model=model):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, micro["inputs"])
+                loss = loss * weight * self.args.world_size / total
+                self.accelerator.backward(loss)
+            heard += loss.detach()
+        return heard
+
+    def loss_weight(self, inputs: dict[str, torch.Tensor]) -> float:
+        """How much a micro-batch's loss counts for: its utterances, where the loss is their mean."""
+        return float(len(inputs["labels"]))
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return self.sampler
@@ -103,7 +155,8 @@ class FineTuner(Trainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict=state_dict)
         folder = output_dir or self.args.output_dir
-        self.processing_class.feature_extractor.save_pretrained(folder)  # the processor writes another file alone
+        # A processor writes another file alone.
+        getattr(self.processing_class, "feature_extractor", self.processing_class).save_pretrained(folder)
         Path(folder, "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
         open_to_others(Path(folder))
 
@@ -117,7 +170,7 @@ class FineTuner(Trainer):
             self.args.lr_scheduler_type = schedule
 
 
-@contextmanager
+@contextlib.contextmanager
 def _read_safely(checkpoint: str | None) -> Iterator[None]:
     """torch reads these files with `weights_only`: what is no plain tensor in them, or torn, becomes a UserError."""
     try:
@@ -132,49 +185,15 @@ def _read_safely(checkpoint: str | None) -> Iterator[None]:
         ) from None
 
 
-class CTCTrainer(FineTuner):
-    """Scores by greedy decoding: `predict` gives texts, and metrics hold WER and CER."""
-
-    def __init__(self, *args, vocabulary: dict[str, int], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.vocabulary = vocabulary
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, best path (B, T) with -1 past each utterance's end, and labels (B, U)."""
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        best_path = logits.argmax(-1)
-        if "attention_mask" in inputs:
-            ends = self.model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1)).to(best_path.device)
-            past_end = torch.arange(best_path.shape[1], device=best_path.device) >= ends[:, None]
-            best_path = best_path.masked_fill(past_end, -1)
-        return loss, best_path, labels
-
-    def evaluation_loop(
-        self, dataloader: DataLoader, description: str, prediction_loss_only=None, ignore_keys=None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:  # fmt: skip
-        """The stock loop; then `predictions` are texts, None where the audio was unreadable: those are not scored."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        texts = [
-            greedy_decode(path, self.vocabulary) if readable else None
-            for path, readable in zip(output.predictions, (output.label_ids >= 0).any(1), strict=True)
-        ]
-        data = dataloader.dataset
-        unread = {audio for audio, text in zip(data.table["audio"], texts, strict=True) if text is None}
-        skipped = [entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in unread]
-        _check_skipped(skipped, len(set(data.table["audio"])), self.args.max_skipped_fraction)
-        scored = [pair for pair in zip(data.table["text"], texts, strict=True) if pair[1] is not None]
-        for name, value in error_rates(*zip(*scored, strict=True)).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
-        output.metrics[f"{metric_key_prefix}_utterances"] = len(scored)
-        return output._replace(predictions=texts)
-
-
 class _DrawEpoch(TrainerCallback):
-    """Tells the sampler which epoch it draws; accelerate's loaders do not on every path."""
+    """Tells the sampler which epoch it draws; accelerate's loaders do not on every path. Ranks get masks and dropout of their own."""
 
-    def __init__(self, sampler: LengthGroupedSampler):
+    def __init__(self, sampler: LengthGroupedSampler | UpdateSampler):
         self.sampler = sampler
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.process_index > 0:
+            set_seed(args.seed + args.process_index)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.epoch = int(state.epoch or 0)
@@ -209,10 +228,10 @@ class _WatchSkippedAudio(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         skipped = [entry for entry in read_skipped(self.path).values() if entry["audio"] in self.train_audio]
-        _check_skipped(skipped, len(self.train_audio), self.max_fraction)
+        check_skipped(skipped, len(self.train_audio), self.max_fraction)
 
 
-def _check_skipped(skipped: Sequence[dict[str, str]], num_files: int, max_fraction: float) -> None:
+def check_skipped(skipped: Sequence[dict[str, str]], num_files: int, max_fraction: float) -> None:
     if len(skipped) > max_fraction * num_files:
         raise UserError(
             f"{len(skipped)} of {num_files} audio files cannot be decoded, such as {skipped[0]['audio']}: "
@@ -262,5 +281,6 @@ def _line(entry: dict[str, Any]) -> str:
         ("eval_loss", "validation loss {:.3f}"),
         ("eval_wer", "WER {:.1%}"),
         ("eval_cer", "CER {:.1%}"),
+        ("eval_per", "PER {:.1%}"),
     ]
     return " · ".join(form.format(entry[name]) for name, form in parts if name in entry)

@@ -14,7 +14,6 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from w2v2.ctc import DROPPED_CHARACTERS
 from w2v2.errors import UserError
 from w2v2.schedule import SCHEDULES
 
@@ -37,22 +36,10 @@ def flag(default: Any, help: str, **metadata) -> Any:
 
 
 @dataclass
-class CTCArguments:
-    """What is particular to characters."""
-
-    text_case: str = flag("upper", "Case of the transcripts.", choices=["upper", "lower"])
-    drop_characters: str = flag(DROPPED_CHARACTERS, "Characters that are left out of the transcripts.")
-    ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.")
-    ctc_loss_reduction: str = flag(
-        "mean", "`mean` over utterances of the loss a character, or `sum` over a micro-batch.", choices=["mean", "sum"]
-    )
-
-
-@dataclass
 class FineTuningArguments(TrainingArguments):
     """`TrainingArguments` plus data and model. Defaults: BASE on 100 h of labels (fairseq's base_100h).
 
-    fairseq's effective batch of 1,600 s is 128 utterances of LibriSpeech.
+    fairseq's effective batch of 1,600 s is 128 utterances of LibriSpeech. Utterances are counted unless `micro_batch_seconds` is given.
     """
 
     train_data: list[str] = flag([], "Training manifests.")
@@ -60,6 +47,7 @@ class FineTuningArguments(TrainingArguments):
         [], "Validation manifests: the best checkpoint is chosen on all of them together."
     )
     test_data: list[str] = flag([], "Test manifests, each scored by itself at the end with the best checkpoint.")
+    do_train: bool = flag(True, "false: only evaluate the fine-tuned model that model_name_or_path names.")
     data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
     min_seconds: float = flag(0.2, "Shorter utterances are left out of training.")
     max_seconds: float | None = flag(35.0, "Longer utterances are left out of training.")
@@ -90,6 +78,13 @@ class FineTuningArguments(TrainingArguments):
     learning_rate: float = flag(3e-5, "Peak learning rate.")
     lr_scheduler_type: str = flag("tri_stage", "What follows the warm-up.", choices=list(SCHEDULES))
     warmup_steps: float = flag(0.1, "Updates of warm-up; under 1: a fraction of the run.")
+    micro_batch_seconds: float | None = flag(
+        None, "Seconds of audio in a micro-batch of a device, padding included; instead of per_device_train_batch_size."
+    )
+    batch_seconds: float | None = flag(
+        None, "Seconds in one update over all devices, for any number of them; left out: micro_batch_seconds × "
+        "gradient_accumulation_steps × devices."
+    )  # fmt: skip
     per_device_train_batch_size: int = flag(8, "Utterances in a micro-batch.")
     per_device_eval_batch_size: int = flag(8, "Utterances in a batch of evaluation (no influence on the result).")
     gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.")
@@ -122,9 +117,13 @@ class FineTuningArguments(TrainingArguments):
                 True  # as without it: layers dropped, or frozen for a while, have no gradient
             )
         self.use_cpu = self.use_cpu or torch.backends.mps.is_available()  # MPS has no float64
-        for name in ("train_data", "validation_data", "output_dir"):
+        for name in self.required_flags():
             if not getattr(self, name):
                 raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
+        if not self.do_train and (self.config_name or not self.model_name_or_path):
+            raise UserError(
+                "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"
+            )
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise UserError("give one of --model_name_or_path (pretrained weights) and --config_name (random weights)")
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
@@ -139,8 +138,24 @@ class FineTuningArguments(TrainingArguments):
         except (ValueError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from None
         self.lr_scheduler_type = schedule
+        self._resolve_seconds()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+
+    def required_flags(self) -> tuple[str, ...]:
+        return ("train_data", "validation_data", "output_dir") if self.do_train else ("output_dir",)
+
+    def _resolve_seconds(self) -> None:
+        """`batch_seconds` where it follows from the rest; `Trainer` then sees an update as one batch, without accumulation."""
+        micro, whole = self.micro_batch_seconds, self.batch_seconds
+        if micro is None and whole is None:
+            return
+        if micro is None:
+            raise UserError("--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once")
+        if micro <= 0 or (whole is not None and whole <= 0):
+            raise UserError("--micro_batch_seconds and --batch_seconds must be more than 0")
+        self.batch_seconds = whole or micro * self.gradient_accumulation_steps * self.world_size
+        self.gradient_accumulation_steps = 1
 
     def model_changes(self) -> dict[str, Any]:
         """The flags that are keys of the model's configuration."""

@@ -1,0 +1,95 @@
+"""Make an n-gram language model (ARPA) from transcripts or plain text, for `finetune_ctc.py --lm`.
+
+    python data_scripts/build_ngram.py data/librispeech/train-clean-100.csv --output data/lm.arpa
+    python data_scripts/build_ngram.py books.txt --order 4 --text_case lower --output data/lm.arpa
+
+Manifests give their transcripts; any other file (.txt, .gz) is text, a sentence a line. The text is normalised as fine-tuning
+normalises transcripts: give both the same flags, or the words will not fit the model's characters. Modified Kneser-Ney smoothing, in
+memory: for more than some ten million words use KenLM's lmplz, whose ARPA files serve as well.
+"""
+
+import gzip
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from corpus_files import Parser, exit_status
+from kneser_ney import estimate, write_arpa
+
+from w2v2.audio import probe
+from w2v2.errors import UserError
+from w2v2.manifest import read_manifests
+from w2v2.text import CASES, DROPPED_CHARACTERS, TARGET_UNITS, TextRules
+
+MANIFESTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+
+
+def read_sentences(path: Path, rules: TextRules, data_root: str | None) -> Iterator[list[str]]:
+    """Words of each sentence of a manifest or a text file, normalised; lines without any are left out."""
+    is_manifest = path.is_dir() or path.suffix.lower() in MANIFESTS
+    for line in _transcripts(path, data_root) if is_manifest else _lines(path):
+        if words := rules(line).split():
+            yield words
+
+
+def _transcripts(path: Path, data_root: str | None) -> list[str]:
+    table, _ = read_manifests([str(path)], data_root=data_root, probe=probe)
+    texts = table["text"].to_pylist() if "text" in table.column_names else []
+    if not any(texts):
+        raise UserError(f"{path}: no transcripts in this manifest: give one with a column `text`, or a text file")
+    return texts
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            yield from file
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile):
+        raise UserError(f"{path} is not UTF-8 text: save it again with that encoding") from None
+
+
+def build(args) -> None:
+    """Count, estimate and write, whole or not at all."""
+    if args.order < 2:
+        raise UserError(f"--order {args.order}: KenLM, which reads the model, wants bigrams at least: give 2 or more")
+    rules = TextRules(
+        args.target_unit, args.text_case, args.drop_characters, args.fold_accents, tuple(args.drop_tokens)
+    )
+    sentences = [words for path in args.text for words in read_sentences(path, rules, args.data_root)]
+    if not sentences:
+        raise UserError(f"{', '.join(map(str, args.text))}: no words in there: give transcripts or text")
+    model = estimate(sentences, args.order)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = args.output.with_name(args.output.name + ".tmp")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        write_arpa(model, file)
+    os.replace(unfinished, args.output)
+    sizes = ", ".join(f"{len(table)} {n}-grams" for n, table in enumerate(model.probabilities, 1))
+    print(f"{args.output}: {len(sentences)} sentences, {sum(map(len, sentences))} words; {sizes}")
+    if model.fallbacks:
+        print(
+            f"too little text to estimate the discounts of order {model.fallbacks}: fixed ones were taken",
+            file=sys.stderr,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("text", nargs="+", type=Path, help="manifests, folders that are manifests, or text files")
+    parser.add_argument("--output", type=Path, required=True, help="the ARPA file to write")
+    parser.add_argument("--order", type=int, default=4, help="longest n-gram (default: %(default)s)")
+    parser.add_argument("--data_root", help="what $data_root in the manifests stands for")
+    parser.add_argument("--target_unit", choices=TARGET_UNITS, default="characters", help="tokens: as phonemes are")
+    parser.add_argument("--text_case", choices=CASES, default="upper", help="(default: %(default)s)")
+    parser.add_argument(
+        "--drop_characters", default=DROPPED_CHARACTERS, help="left out of the text", metavar="CHARACTERS"
+    )
+    parser.add_argument("--fold_accents", action="store_true", help="write É as E")
+    parser.add_argument("--drop_tokens", nargs="*", default=[], help="left out of the text", metavar="TOKEN")
+    args = parser.parse_args(argv)
+    return exit_status(parser.prog, lambda: build(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

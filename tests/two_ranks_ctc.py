@@ -1,0 +1,113 @@
+"""An update by seconds and a transcription, on one process or dealt to two: what `test_ctc_trainer.py` compares, and the script it launches twice.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks_ctc.py FOLDER OUT.pt
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+import torch  # noqa: E402
+from conftest import tiny_config  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC  # noqa: E402
+
+from w2v2 import backbone, ctc  # noqa: E402
+from w2v2.ctc_trainer import CTCTrainer  # noqa: E402
+from w2v2.decoding import BeamDecoder, Setting  # noqa: E402
+from w2v2.finetuning_arguments import FineTuningArguments  # noqa: E402
+from w2v2.text import build_vocabulary  # noqa: E402
+from w2v2.vocabulary import make_processor  # noqa: E402
+
+WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
+VOCABULARY = build_vocabulary(WORDS)
+ARPA = ("\\data\\\nngram 1=6\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t-0.3\n-1\t</s>\n-0.5\tAB\t-0.2\n"
+        "-0.7\tC\n-0.9\tBA\n\n\\2-grams:\n-0.2\tAB C\n\n\\end\\\n")  # fmt: skip
+CASES = {
+    "mean": dict(micro_batch_seconds=2.5),
+    "sum": dict(micro_batch_seconds=2.5),
+    "frozen": dict(micro_batch_seconds=1.5),
+}
+
+
+def write_speech(folder: Path, num: int = 8) -> Dataset:
+    """Noise of different lengths with texts of different lengths."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(num):
+        path, length = str(folder / f"{i}.wav"), 8_000 + 2_347 * i
+        soundfile.write(path, random.uniform(-0.3, 0.3, length), 16_000)
+        rows.append({"id": str(i), "audio": path, "start": 0.0, "num_samples": length, "text": WORDS[i % len(WORDS)]})
+    return Dataset.from_list(rows)
+
+
+def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, **flags):
+    """A trainer without anything random but the order of utterances, unless `model_changes` says so."""
+    quiet = dict(train_data=["t"], validation_data=["v"], config_name="c", report_to=["none"], use_cpu=True,
+                 dataloader_num_workers=0, max_steps=4, eval_steps=2, save_steps=2, logging_steps=1,
+                 per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3)  # fmt: skip
+    args = FineTuningArguments(output_dir=str(output_dir), **(quiet | flags))
+    Path(output_dir).mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(0)
+    head = dict(vocab_size=len(vocabulary), pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True)
+    off = dict(mask_time_prob=0.0, mask_feature_prob=0.0, final_dropout=0.0, bos_token_id=None, eos_token_id=None)
+    model = backbone.hide_padding(Wav2Vec2ForCTC(tiny_config(**(head | off | (model_changes or {})))))
+    model.freeze_feature_encoder()
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
+    kwargs = dict(vocabulary=vocabulary, feature_extractor=extractor, min_samples=400)
+    kwargs["skip_log"] = Path(output_dir) / "skipped_audio.jsonl"
+    return CTCTrainer(
+        model,
+        args,
+        data_collator=ctc.collate_ctc,
+        train_dataset=ctc.SpeechDataset(table, substitute=True, **kwargs),
+        eval_dataset=ctc.SpeechDataset(ctc.longest_first(table), substitute=False, **kwargs),
+        processing_class=make_processor(vocabulary, extractor),
+        vocabulary=vocabulary,
+    )
+
+
+def one_update(table, output_dir, case="mean", **flags):
+    """What an update by plain gradient descent changes in each weight, over the learning rate; its gradient norm and loss, as logged."""
+    changes = dict(ctc_loss_reduction="sum" if case == "sum" else "mean")
+    flags = dict(max_steps=1, eval_strategy="no", save_strategy="no", optim="sgd", warmup_steps=0.0, learning_rate=1.0,
+                 load_best_model_at_end=False, freeze_encoder_steps=1 if case == "frozen" else 0) | flags  # fmt: skip
+    trainer = make_trainer(table, output_dir, changes, **flags)
+    gradient = {}
+    trainer.add_callback(_Keep(trainer, gradient))
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return gradient, {name: entry[name] for name in ("loss", "grad_norm")}
+
+
+def transcribe(table, output_dir, arpa, **flags):
+    """Greedy texts, and those of a beam search with two settings."""
+    trainer = make_trainer(table.map(lambda row: {"text": ""}), output_dir, **flags)
+    trainer.decoder = BeamDecoder(arpa, VOCABULARY, [Setting(0.1, 3.0), Setting(1.0, 0.0)])
+    return trainer.predict(trainer.eval_dataset).predictions, trainer.beam_texts
+
+
+class _Keep(TrainerCallback):
+    def __init__(self, trainer, gradient):
+        self.trainer, self.gradient = trainer, gradient
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        named = self.trainer.model.named_parameters()
+        self.gradient.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+def main(folder: str, out: str) -> None:
+    table, found = Dataset.load_from_disk(f"{folder}/table"), {}
+    for case, flags in CASES.items():
+        found[case] = one_update(table, Path(folder) / case, case, batch_seconds=1_000.0, **flags)
+    found["texts"] = transcribe(table, Path(folder) / "texts", f"{folder}/lm.arpa", per_device_eval_batch_size=3)
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, out)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
