@@ -210,7 +210,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         for candidate in range(row, row + (len(self) if self.substitute else 1)):
             utterance = self.table[candidate % len(self)]
             try:
-                return self._item(self._read(utterance), encode(utterance["text"], self.vocabulary))
+                return self._item(self._read(utterance), self._labels(utterance))
             except AudioError as error:
                 log_skipped(self.skip_log, [{"id": utterance["id"], "audio": error.path, "reason": error.reason}])
         if self.substitute:
@@ -219,6 +219,9 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def _read(self, utterance: dict[str, Any]) -> np.ndarray:
         return read_crop(utterance["audio"], round(utterance["start"] * SAMPLING_RATE), utterance["num_samples"])
+
+    def _labels(self, utterance: dict[str, Any]) -> list[int]:
+        return encode(utterance["text"], self.vocabulary)
 
     def _item(self, samples: np.ndarray, labels: list[int]) -> dict[str, Any]:
         samples = np.pad(samples, (0, max(0, self.min_samples - len(samples))))

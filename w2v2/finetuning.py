@@ -92,7 +92,8 @@ class FineTuner(Trainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict=state_dict)
         folder = output_dir or self.args.output_dir
-        self.processing_class.feature_extractor.save_pretrained(folder)  # the processor writes another file alone
+        # A processor writes another file alone.
+        getattr(self.processing_class, "feature_extractor", self.processing_class).save_pretrained(folder)
 
 
 class CTCTrainer(FineTuner):
@@ -225,5 +226,7 @@ def _line(entry: dict[str, Any]) -> str:
         ("eval_loss", "validation loss {:.3f}"),
         ("eval_wer", "WER {:.1%}"),
         ("eval_cer", "CER {:.1%}"),
+        ("eval_accuracy", "accuracy {:.1%}"),
+        ("eval_uar", "UAR {:.1%}"),
     ]
     return " · ".join(form.format(entry[name]) for name, form in parts if name in entry)

@@ -23,7 +23,7 @@ PREDICTIONS_FILE, CONFIG_FILE = "predictions.jsonl", "finetune_config.yaml"
 _CHECKPOINT_FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
 _OWN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG_FILE, "config.json", "model.safetensors",
               "vocab.json", "trainer_state.json", "training_args.bin", "preprocessor_config.json",
-              "processor_config.json", "tokenizer_config.json", "runs")  # fmt: skip
+              "processor_config.json", "tokenizer_config.json", "runs", "plots")  # fmt: skip
 
 _NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "debug", "disable_tqdm", "hub_token",
                   "gradient_checkpointing", "dataloader_pin_memory"}  # fmt: skip
@@ -118,7 +118,7 @@ class FineTuningArguments(TrainingArguments):
                 True  # as without it: layers dropped, or frozen for a while, have no gradient
             )
         self.use_cpu = self.use_cpu or torch.backends.mps.is_available()  # MPS has no float64
-        for name in ("train_data", "validation_data", "output_dir"):
+        for name in self.required_flags():
             if not getattr(self, name):
                 raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
         if bool(self.model_name_or_path) == bool(self.config_name):
@@ -133,6 +133,9 @@ class FineTuningArguments(TrainingArguments):
         self.lr_scheduler_type = schedule
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+
+    def required_flags(self) -> tuple[str, ...]:
+        return "train_data", "validation_data", "output_dir"
 
     def model_changes(self) -> dict[str, Any]:
         """The flags that are keys of the model's configuration."""
