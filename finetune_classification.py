@@ -70,10 +70,11 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
     """A run for each fold: it is tested on the fold, its checkpoint is chosen on the next one, and it trains on the rest."""
     if args.resume_from_checkpoint not in (None, "auto"):
         raise UserError("--resume_from_checkpoint with --folds takes auto alone: each fold goes on where it was")
-    if args.overwrite_output_dir:
+    if args.overwrite_output_dir and args.process_index == 0:
         for folder in Path(args.output_dir).glob("fold-*"):
             shutil.rmtree(folder)
-    prepare_output_dir(args)
+    if args.overwrite_output_dir or not (args.resume_from_checkpoint and Path(args.output_dir, FOLDS_FILE).exists()):
+        prepare_output_dir(args)
     table = read_set("all", args.train_data, label_args, args, [args.folds])
     classes = labels.known_labels(table["target"], label_args.labels)
     groups = table[labels.column_of(table, args.folds, "folds", "--train_data")]
@@ -98,7 +99,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
             write_results(fold_args.output_dir, scores, found, classes)
         say(args, f"        test: {describe_scores(scores['test'])} over {len(split.test)} utterances")
         results.append(
-            {"fold": split.name, args.folds: held, **scores["test"], "best_update": scores["run"]["best_update"]}
+            {"fold": split.name, "groups": held, **scores["test"], "best_update": scores["run"]["best_update"]}
         )
         lines += [{"fold": split.name, **line} for line in found if line["set"] == "test"]
     if args.process_index == 0:

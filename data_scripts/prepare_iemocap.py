@@ -74,6 +74,7 @@ def session_rows(session: Path, prefix: str) -> list[dict]:
 
 def prepare(args) -> None:
     sessions = find_sessions(args.folder)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     prefix = os.path.relpath(sessions[0].parent.resolve(), args.output.parent.resolve())
     rows = [row for session in sessions for row in session_rows(session, prefix)]
     durations, errors = measure([str(args.output.parent / row["audio"]) for row in rows], args.num_workers)
