@@ -19,7 +19,7 @@ from w2v2 import ctc, labels
 from w2v2.arguments import parse_command_line, run_script
 from w2v2.audio import SAMPLING_RATE
 from w2v2.backbone import load_config, load_feature_extractor, min_samples
-from w2v2.classification import ClassificationTrainer, build_classifier, score, write_results
+from w2v2.classification import ClassificationTrainer, build_classifier, check_classes, score, write_results
 from w2v2.classification_arguments import ClassificationArguments, LabelArguments
 from w2v2.errors import UserError
 from w2v2.finetuning_arguments import (
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(label_args: LabelArguments, args: ClassificationArguments) -> None:
     """Train on one set, choose the checkpoint on another, score the others."""
     checkpoint = prepare_output_dir(args)
-    names = name_sets(args.test_data)
+    names = labels.name_sets(args.test_data)
     train = read_set("train", args.train_data, label_args, args)
     classes = labels.known_labels(train["target"], label_args.labels)
     sets = {"validation": read_set("validation", args.validation_data, label_args, args)}
@@ -117,16 +117,6 @@ def conclude_folds(results: list[dict], lines: list[dict], classes: list[str], a
     say(args, f"\n      pooled: {describe_scores(pooled)} over {len(lines)} utterances")
     listed = ", ".join(f"{name} {spread['mean'][name]:.1%} ± {spread['std'][name]:.1%}" for name in MEASURES)
     say(args, f"{len(results):>6} folds: {listed} (mean ± standard deviation)")
-
-
-def name_sets(paths: list[str]) -> dict[str, str]:
-    """Set name → manifest: the file's name without its ending, numbered where that would not be a name of its own."""
-    stems = [Path(path).stem for path in paths]
-    taken = Counter([*stems, "train", "validation", "run"])
-    return {
-        stem if taken[stem] == 1 else f"{stem}_{i}": path
-        for i, (stem, path) in enumerate(zip(stems, paths, strict=True), 1)
-    }
 
 
 def check_folds(splits: list[Split], table: Dataset, groups: list[str], classes: list[str], args) -> None:
@@ -228,17 +218,6 @@ def read_set(
     say(args, f"{name:>12}: {len(table)} utterances, {hours:.2f} h, {len(set(table['target']))} labels, "
               f"{len(skipped)} unreadable{left_out}")  # fmt: skip
     return table
-
-
-def check_classes(classes: list[str], checkpoint: str | None) -> None:
-    """A run can only go on with the labels that it began with."""
-    if checkpoint is None:
-        return
-    saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["label2id"]
-    if saved != {label: i for i, label in enumerate(classes)}:
-        raise UserError(
-            f"{checkpoint}: made with other labels than --train_data's; resume with the same data and --labels"
-        )
 
 
 def describe(trainer: ClassificationTrainer, classes: list[str], dropped: int, checkpoint: str | None) -> None:

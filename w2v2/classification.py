@@ -156,6 +156,17 @@ def write_results(output_dir: str, results: Mapping, lines: Sequence[Mapping], c
     (folder / _RESULTS).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_classes(classes: Sequence[str], checkpoint: str | None) -> None:
+    """A run can only go on with the labels that it began with."""
+    if checkpoint is None:
+        return
+    saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["label2id"]
+    if saved != {label: i for i, label in enumerate(classes)}:
+        raise UserError(
+            f"{checkpoint}: made with other labels than --train_data's; resume with the same data and --labels"
+        )
+
+
 class _DrawCrops(TrainerCallback):
     """Tells the data set which epoch's crops to draw, before its workers start."""
 

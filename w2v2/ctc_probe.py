@@ -51,13 +51,14 @@ def train_head(
     head = nn.Linear(len(data.mean), len(vocabulary))
     optimizer = torch.optim.Adam(head.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_updates)
+    labels = {row: torch.tensor(encode(texts[row], vocabulary)) for row in rows}
     for _ in range(num_updates):
         chosen = random.choice(rows, min(BATCH_SIZE, len(rows)), replace=False)
         frames, lengths = data.batch(chosen)
-        labels = [torch.tensor(encode(texts[row], vocabulary)) for row in chosen]
         log_probabilities = head(frames).log_softmax(-1).transpose(0, 1)  # (T, N, V)
-        label_lengths = torch.tensor([len(label) for label in labels])
-        loss = F.ctc_loss(log_probabilities, torch.cat(labels), lengths, label_lengths, zero_infinity=True)
+        written = [labels[row] for row in chosen.tolist()]
+        label_lengths = torch.tensor([len(label) for label in written])
+        loss = F.ctc_loss(log_probabilities, torch.cat(written), lengths, label_lengths, zero_infinity=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
