@@ -191,3 +191,17 @@ def test_unreadable_utterances_are_neither_scored_nor_predicted(table, tmp_path)
     expected = whole.predict(whole.eval_dataset).metrics
     assert output.metrics["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
     assert output.metrics["test_uar"] == pytest.approx(expected["test_uar"])
+
+
+def test_the_mode_decides_learning_rate_masks_and_layer_sum(tmp_path):
+    shared = dict(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"], config_name="c", use_cpu=True)
+    whole = ClassificationArguments(**shared)
+    frozen = ClassificationArguments(**shared, mode="probe", layerdrop=0.3)
+    assert (whole.learning_rate, frozen.learning_rate) == (3e-5, 1e-3)
+    assert ClassificationArguments(**shared, mode="probe", learning_rate=0.5).learning_rate == 0.5
+    changes = frozen.model_changes()
+    noise = [name for name in changes if name.endswith(("_prob", "dropout", "layerdrop"))]
+    assert len(noise) == 8 and not any(changes[name] for name in noise) and changes["use_weighted_layer_sum"]
+    assert whole.model_changes()["mask_time_prob"] == 0.05 and not whole.model_changes()["use_weighted_layer_sum"]
+    assert whole.greater_is_better
+    assert not ClassificationArguments(**shared, metric_for_best_model="loss").greater_is_better
