@@ -74,6 +74,11 @@ def test_a_batch_shorter_than_a_mask_span_trains_unmasked():
     assert ours(**batch).loss.isfinite()
 
 
+def test_a_short_batch_trains_where_nothing_is_masked_at_all():
+    _, ours = models(mask_time_prob=0.0, mask_feature_prob=0.0)
+    assert ours.train()(**collate_ctc(utterances()[-1:])).loss.isfinite()
+
+
 def test_freezing_the_convs_holds_after_padding_is_hidden():
     _, ours = models()
     ours.freeze_feature_encoder()

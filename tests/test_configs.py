@@ -11,12 +11,14 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments, parse_command_line
 from w2v2.backbone import load_config
+from w2v2.classification_arguments import ClassificationArguments, LabelArguments
 from w2v2.ctc_arguments import CTCArguments
 from w2v2.finetuning_arguments import FineTuningArguments
 from w2v2.loading import build_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SCRIPTS = {"pretrain": [PretrainArguments], "finetune": [CTCArguments, FineTuningArguments]}
+SCRIPTS = {"pretrain": [PretrainArguments], "finetune": [CTCArguments, FineTuningArguments],
+           "classify": [LabelArguments, ClassificationArguments]}  # fmt: skip
 REQUIRED = {
     "pretrain": {"train_data": "a.csv", "output_dir": "run"},
     "finetune": {"train_data": "a.csv", "validation_data": "b.csv", "output_dir": "run"},
@@ -39,12 +41,13 @@ def read(path):
 
 def parse(path):
     """The run of a shipped YAML; what a user has to add is added."""
-    script, values = path.parent.name, read(path)
-    missing = REQUIRED[script] | (
+    folder, values = path.parent.name, read(path)
+    script = "classify" if "python finetune_classification.py" in path.read_text(encoding="utf-8") else folder
+    missing = ({} if "folds" in values else REQUIRED[folder]) | (
         {} if values.keys() & {"model_name_or_path", "config_name"} else {"config_name": "base"}
     )
     flags = [f"--{name}={value}" for name, value in missing.items() if name not in values]
-    if script == "finetune":  # else bf16 of a GPU's configuration is refused where there is none
+    if folder == "finetune":  # else bf16 of a GPU's configuration is refused where there is none
         flags += ["--use_cpu"] * ("use_cpu" not in values)
     instances = parse_command_line(SCRIPTS[script], [str(path), *flags])
     return {f.name: (f, getattr(instance, f.name)) for instance in instances for f in fields(instance)}

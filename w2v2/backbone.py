@@ -130,7 +130,9 @@ def load_feature_extractor(source: str | None, config: PretrainedConfig) -> Wav2
 def load_with_head(
     model_class: type[PreTrainedModel], model_name_or_path: str | None, config: Wav2Vec2Config, head: tuple[str, ...]
 ) -> PreTrainedModel:
-    """`model_class` with pretrained weights below and a new, random head (modules named in `head`), or all random.
+    """`model_class` with pretrained weights below and a new, random head (what is named in `head`), or all random.
+
+    Modules of the head get new values here; a single parameter in `head` may be missing, and is the caller's to fill.
 
     The quantizer and projections of pretraining are left behind. Any other key that is missing, left over or of another
     shape means a folder that does not fit its own configuration, and raises UserError.
@@ -165,7 +167,7 @@ def load_with_head(
     if left:
         raise UserError(f"--model_name_or_path {model_name_or_path}: holds {len(left)} weights that its config.json "
                         f"has no place for, such as {left[0]}")  # fmt: skip
-    for module in map(model.get_submodule, head):  # new even where the folder was fine-tuned before
+    for module in (module for name, module in model.named_modules() if name in head):  # new even if fine-tuned before
         nn.init.normal_(module.weight, std=config.initializer_range)
         nn.init.zeros_(module.bias)
     return model
@@ -241,7 +243,7 @@ def _before_forward(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     attention_mask = kwargs.get("attention_mask")
     base.feature_extractor.num_samples = None if attention_mask is None else attention_mask.sum(-1)
     num_frames = int(base._get_feat_extract_output_lengths(input_values.shape[1]))
-    if base.training and num_frames < base.config.mask_time_length:
+    if base.training and base.config.mask_time_prob > 0 and num_frames < base.config.mask_time_length:
         shape = (len(input_values), num_frames)
         kwargs["mask_time_indices"] = torch.zeros(shape, dtype=torch.bool, device=input_values.device)
     return args, kwargs

@@ -282,5 +282,7 @@ def _line(entry: dict[str, Any]) -> str:
         ("eval_wer", "WER {:.1%}"),
         ("eval_cer", "CER {:.1%}"),
         ("eval_per", "PER {:.1%}"),
+        ("eval_accuracy", "accuracy {:.1%}"),
+        ("eval_uar", "UAR {:.1%}"),
     ]
     return " · ".join(form.format(entry[name]) for name, form in parts if name in entry)

@@ -39,6 +39,7 @@ COLUMNS = {
     "label": ("label", "emo", "emotion"),
 }
 EXTRAS = ("text", "speaker", "label")
+OURS = ("id", "audio", "start", "num_samples", *EXTRAS)
 ROOT_MARKERS = ("${data_root}", "$data_root", "{data_root}")
 MOST_SECONDS = 1e9  # of a start, stop or length: thirty years, so that samples can be counted in 64 bits
 NUMBER = r"^(-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?nan|[+-]?inf)$"
@@ -60,12 +61,13 @@ def read_manifests(
     num_workers: int = 0,
     probe: Callable[[str], int],
     sampling_rate: int = 16_000,
+    further: Sequence[str] = (),
 ) -> tuple[pa.Table, list[dict]]:
     """Read manifests, Kaldi folders, packed folders or folders of audio files into one table of utterances.
 
     Returns the table and the files that could not be measured, as `{"id", "audio", "reason"}`. Columns: `id` (unique), `audio`
     (absolute path; whether it exists is not looked up), `start` (seconds), `num_samples` (at `sampling_rate`), and `text`,
-    `speaker`, `label` where any manifest has them.
+    `speaker`, `label` where any manifest has them; so too, as text and in lower case, the `further` columns that are asked for.
     `probe` gives a file's length at `sampling_rate` and raises an exception with a `reason`; its findings are kept in `cache_dir`.
     `num_workers` threads measure (0: chosen from the number of cores).
     Raises UserError for whatever the user can mend: see `tables.read_table`; also columns, durations, ids, markers without a root.
@@ -78,9 +80,9 @@ def read_manifests(
         raise UserError(f"manifest {sorted(twice)[0]} is given twice: name each once")
     if data_root is not None and not os.path.isdir(data_root):
         raise UserError(f"--data_root {data_root} is not a folder: name the folder that the audio paths start from")
-    wanted = {name for aliases in COLUMNS.values() for name in aliases}
-    tables = [_table(Path(name).expanduser(), wanted, data_root, sampling_rate) for name in names]
-    table = _concatenated(tables, names)
+    extras = [*EXTRAS, *dict.fromkeys(name.lower() for name in further if name.lower() not in OURS)]
+    tables = [_table(Path(name).expanduser(), extras, data_root, sampling_rate) for name in names]
+    table = _concatenated(tables, names, extras)
     table, skipped = _measured(table, cache_dir, num_workers, probe, sampling_rate)
     if skipped and not len(table):
         raise UserError(
@@ -90,8 +92,9 @@ def read_manifests(
     return table, skipped
 
 
-def _table(path: Path, wanted: set[str], data_root: str | None, sampling_rate: int) -> pa.Table:
-    """One manifest in our columns; `num_samples` is null where it has to be measured."""
+def _table(path: Path, extras: Sequence[str], data_root: str | None, sampling_rate: int) -> pa.Table:
+    """One manifest in our columns and the `extras`; `num_samples` is null where it has to be measured."""
+    wanted = {name for aliases in COLUMNS.values() for name in aliases}.union(extras)
     if index := find_index(path):
         table = read_packed(index)
         if table is not None:
@@ -100,7 +103,7 @@ def _table(path: Path, wanted: set[str], data_root: str | None, sampling_rate: i
         raw.prefix = os.path.abspath(index.parent)  # its addresses are the folder's own, whatever --data_root says
     else:
         raw = _read(path, wanted)
-    return _utterances(raw, data_root, sampling_rate)
+    return _utterances(raw, extras, data_root, sampling_rate)
 
 
 def _read(path: Path, wanted: set[str]) -> RawTable:
@@ -111,12 +114,13 @@ def _read(path: Path, wanted: set[str]) -> RawTable:
     return RawTable(path, table, path, list(columns), prefix)
 
 
-def _utterances(raw: RawTable, data_root: str | None, sampling_rate: int) -> pa.Table:
+def _utterances(raw: RawTable, extras: Sequence[str], data_root: str | None, sampling_rate: int) -> pa.Table:
     """What the columns of a manifest mean, and that every cell can be used."""
     columns = {}
     for name, aliases in COLUMNS.items():
         if present := [alias for alias in aliases if alias in raw.table.column_names]:
             columns[name] = raw.table[present[0]]
+    further = {name: raw.table[name] for name in extras if name not in OURS and name in raw.table.column_names}
     if "audio" not in columns:
         raise UserError(
             f"manifest {raw.path} has no audio column: it has {', '.join(raw.found) or 'none'};"
@@ -129,7 +133,7 @@ def _utterances(raw: RawTable, data_root: str | None, sampling_rate: int) -> pa.
     table = {"id": _ids(raw, columns.get("id"), written, start, sampling_rate)}
     table |= {"audio": _resolved(raw, written, data_root), "start": start, "num_samples": num_samples}
     table |= {name: _strings(raw, name, columns[name]) for name in EXTRAS if name in columns}
-    return pa.table(table)
+    return pa.table(table | {name: _strings(raw, name, column) for name, column in further.items()})
 
 
 def _strings(raw: RawTable, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -237,8 +241,8 @@ def _resolved(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) ->
     return pc.if_else(absolute, written, pc.binary_join_element_wise(base, written, ""))
 
 
-def _concatenated(tables: list[pa.Table], names: list[str]) -> pa.Table:
-    extras = [name for name in EXTRAS if any(name in table.column_names for table in tables)]
+def _concatenated(tables: list[pa.Table], names: list[str], extras: Sequence[str]) -> pa.Table:
+    extras = [name for name in extras if any(name in table.column_names for table in tables)]
     for index, table in enumerate(tables):
         for name in extras:
             if name not in table.column_names:

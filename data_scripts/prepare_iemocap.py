@@ -1,0 +1,105 @@
+"""Make one manifest of IEMOCAP, with the speaker and the session of every utterance.
+
+    python data_scripts/prepare_iemocap.py /data/IEMOCAP_full_release --output data/iemocap.csv
+
+The folder is the one that the archive unpacks to (the corpus comes under a licence from USC): Session1 … Session5, each with
+dialog/EmoEvaluation/*.txt, dialog/transcriptions/*.txt and sentences/wav/DIALOGUE/UTTERANCE.wav. The label is the annotators' majority as the
+evaluation files have it (ang, hap, exc, sad, neu, fru, fea, sur, dis, oth; xxx: no majority). A speaker is a session and F or M. The usual
+four classes are ang, hap with exc, neu and sad: 5,531 utterances.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+from corpus_files import Parser, exit_status, measure, write_manifest
+
+from w2v2.errors import UserError
+
+COLUMNS = ("id", "audio", "duration", "text", "speaker", "session", "label")
+NUM_SESSIONS = 5
+KNOWN = 10_039  # utterances in the full release
+_EVALUATION = re.compile(r"^\[[\d.]+ - [\d.]+\]\t(?P<id>\S+)\t(?P<label>[a-z]{3})\t")
+_TRANSCRIPT = re.compile(r"^(?P<id>Ses\S+) \[[\d.]+-[\d.]+\]: (?P<text>.*)$")
+
+
+def find_sessions(folder: Path) -> list[Path]:
+    """Session1 … Session5; UserError where there is none, or one is missing."""
+    for root in (folder, folder / "IEMOCAP_full_release"):
+        found = [root / f"Session{number}" for number in range(1, NUM_SESSIONS + 1)]
+        if any(path.is_dir() for path in found):
+            if missing := [path.name for path in found if not path.is_dir()]:
+                raise UserError(f"{root}: has no {', '.join(missing)}: unpack all of the release")
+            return found
+    raise UserError(f"{folder}: holds no Session1 … Session5; give the folder that the archive unpacks to")
+
+
+def read_lines(folder: Path, pattern: re.Pattern) -> list[re.Match]:
+    """Matching lines of the folder's .txt files, hidden ones (`._…`, left by the archive) aside; bytes that are no UTF-8 are dropped."""
+    matches = []
+    for path in sorted(folder.glob("*.txt")):
+        if not path.name.startswith("."):
+            lines = path.read_text(encoding="utf-8", errors="ignore").splitlines()
+            matches += [match for match in map(pattern.match, lines) if match]
+    return matches
+
+
+def session_rows(session: Path, prefix: str) -> list[dict]:
+    """Rows of one session, durations aside."""
+    evaluations = read_lines(session / "dialog" / "EmoEvaluation", _EVALUATION)
+    if not evaluations:
+        raise UserError(f"{session / 'dialog' / 'EmoEvaluation'}: holds no evaluation; unpack all of the release")
+    texts = {
+        match["id"]: match["text"].strip() for match in read_lines(session / "dialog" / "transcriptions", _TRANSCRIPT)
+    }
+    number = session.name.removeprefix("Session")
+    rows = []
+    for match in evaluations:
+        name = match["id"]
+        dialogue, _, turn = name.rpartition(
+            "_"
+        )  # Ses01F_impro01, F000: F and M of the turn, not of the dialogue, say who speaks
+        rows.append({
+            "id": name,
+            "audio": f"{prefix}/{session.name}/sentences/wav/{dialogue}/{name}.wav",
+            "text": texts.get(name, ""),
+            "speaker": f"{name[:5]}{turn[0]}",
+            "session": number,
+            "label": match["label"],
+        })  # fmt: skip
+    return rows
+
+
+def prepare(args) -> None:
+    sessions = find_sessions(args.folder)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    prefix = os.path.relpath(sessions[0].parent.resolve(), args.output.parent.resolve())
+    rows = [row for session in sessions for row in session_rows(session, prefix)]
+    durations, errors = measure([str(args.output.parent / row["audio"]) for row in rows], args.num_workers)
+    if errors:
+        raise UserError(
+            f"{args.folder}: {len(errors)} of {len(rows)} evaluated utterances have no usable audio, the first: {errors[0]}"
+        )
+    rows = [{**row, "duration": duration} for row, duration in zip(rows, durations, strict=True)]
+    write_manifest(args.output, rows, COLUMNS)
+    counts = Counter(row["label"] for row in rows)
+    print(
+        f"{args.output}: {len(rows):,} utterances: {', '.join(f'{label} {n:,}' for label, n in counts.most_common())}"
+    )
+    if len(rows) != KNOWN:
+        print(f"warning: {len(rows):,} utterances, where the full release has {KNOWN:,}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the unpacked release")
+    parser.add_argument("--output", type=Path, required=True, help="the manifest to write, a .csv")
+    parser.add_argument("--num_workers", type=int, default=16, help="threads that read headers (default: %(default)s)")
+    args = parser.parse_args(argv)
+    return exit_status(parser.prog, lambda: prepare(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
