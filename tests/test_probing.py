@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from w2v2 import probing
-from w2v2.ctc import build_vocabulary, encode
 from w2v2.ctc_probe import FrameSet, probe_characters
 from w2v2.folds import Split, group_splits
+from w2v2.text import build_vocabulary, encode
 
 
 def planted(seed=0, n=240):

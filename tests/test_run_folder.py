@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import save
 
 from w2v2 import run_folder
 from w2v2.errors import UserError
@@ -88,7 +89,7 @@ def leave_run(folder, *steps):
         for name in _FILES:
             path = folder / f"checkpoint-{step}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}")
+            path.write_bytes(save({}) if name.endswith(".safetensors") else b"{}")
 
 
 @pytest.mark.parametrize("resume", [None, "auto", "elsewhere"])

@@ -26,13 +26,13 @@ from transformers import Wav2Vec2FeatureExtractor
 import finetune_ctc
 import pretrain
 from w2v2.card import write_model_card
-from w2v2.checkpoint import claim_output_dir
 from w2v2.errors import UserError
 from w2v2.finetuning_arguments import FineTuningArguments, prepare_output_dir
 from w2v2.loading import build_model
 from w2v2.manifest import load_manifest
 from w2v2.model import PretrainingModel
 from w2v2.packed import locate
+from w2v2.resuming import claim_output_dir
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "RecognizableSecret" * 2

@@ -61,7 +61,9 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def data_row(label: str, sources: Any, utterances: int | None, hours: float | None) -> tuple[str, str]:
     """Manifests as they were given, with what was counted in them."""
     sources = [sources] if isinstance(sources, str) else sources or []
-    parts = ["`" + "`, `".join(str(source).replace("`", "'") for source in sources) + "`"] if sources else ["none"]
+    parts = (
+        ["`" + "`, `".join(printable(source).replace("`", "'") for source in sources) + "`"] if sources else ["none"]
+    )
     parts += [] if utterances is None else [f"{utterances:,} utterances"]
     parts += [] if hours is None else [f"{hours:,.2f} h"]
     return label, ", ".join(parts)

@@ -9,7 +9,6 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def _stand_in(module: str, dot: str, name: str) -> type:
     return type(name, (_Inert,), {"__module__": module})
 
 
-def read_pickle(path: Path) -> Any:
+def read_weights(path: Path) -> Any:
     """What `torch.save` wrote, without executing any of it. Raises UserError where it cannot be read so."""
     named = [argparse.Namespace]  # fairseq's older checkpoints keep their options in one
     try:
@@ -48,7 +47,7 @@ def read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([*named, *stand_ins]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # a damaged file shows itself in many ways
         raise UserError(
             f"{path}: cannot be read as weights alone ({first_line(error)}); give a whole checkpoint"
         ) from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
-from w2v2.conversion import feature_extractor, fill_stock, read_pickle, rename
+from w2v2.conversion import feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
 
 _LAYER = r"encoder\.layers\.(\d+)\."
@@ -78,7 +78,7 @@ def convert_fairseq(path: Path) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2Feature
 
     Raises UserError where it is none, or one that the stock model cannot hold.
     """
-    checkpoint = read_pickle(path)
+    checkpoint = read_weights(path)
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("model"), Mapping):
         raise UserError(f"{path}: no fairseq checkpoint: it holds no `model`")
     weights = dict(checkpoint["model"])

@@ -11,7 +11,7 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
 from w2v2.backbone import load_config
-from w2v2.conversion import feature_extractor, fill_stock, read_pickle, rename
+from w2v2.conversion import feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
 
 # The interface to the stock model: its own attribute in front, and weight norm as torch named it before 2.0.
@@ -91,7 +91,7 @@ def convert_without_positions(
 def _read(path: Path) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file: give the CKPT+… folder of a pretraining run of SpeechBrain's")
-    weights = read_pickle(path)
+    weights = read_weights(path)
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path}: holds no weights of a SpeechBrain module")
     return weights
