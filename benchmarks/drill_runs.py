@@ -32,7 +32,7 @@ DROPOUTS = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_p
 RECIPE = dict(
     min_seconds=0.5, crop_seconds=2.6, batch_hours=0.004, micro_batch_seconds=8.0, max_skipped_fraction=0.2, warmup_steps=4,
     learning_rate=0.001, logging_steps=1, eval_steps=5, save_steps=4, save_total_limit=2, dataloader_num_workers=1, report_to=["none"],
-    use_cpu=True,
+    use_cpu=True, collapse_action="none",
 )  # fmt: skip
 TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 SYNTHETIC_HOURS = 0.07
