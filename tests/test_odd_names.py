@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 from conftest import run_here, tiny_config, write_csv
+from datasets import Dataset
 
 import finetune_ctc
 import pretrain
@@ -21,6 +22,7 @@ from w2v2.ctc import log_skipped, read_skipped
 from w2v2.errors import printable
 from w2v2.manifest import load_manifest
 from w2v2.plan import SkippedAudio
+from w2v2.text import build_vocabulary
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_scripts"))
 
@@ -227,7 +229,8 @@ def test_fine_tunings_list_of_skipped_files(tmp_path):
 
 
 def test_predictions_are_a_line_an_utterance(tmp_path):
-    table = [{"id": f"<{name}>", "text": f"word {number}"} for number, name in enumerate(NAMES)]
+    rows = [{"id": f"<{name}>", "text": f"word {n}", "num_samples": 16_000} for n, name in enumerate(NAMES)]
+    table = Dataset.from_list(rows)
     output = SimpleNamespace(
         predictions=[f"hypothesis\u2028{number}" for number in range(len(NAMES))],
         metrics=dict.fromkeys(["dev_wer", "dev_cer", "dev_loss", "dev_utterances"], 1.0),
@@ -236,11 +239,12 @@ def test_predictions_are_a_line_an_utterance(tmp_path):
         predict=lambda *_, **__: output,
         is_world_process_zero=lambda: True,
         args=SimpleNamespace(output_dir=tmp_path),
+        vocabulary=build_vocabulary(table["text"]),
     )
-    finetune_ctc.score(trainer, {"dev": SimpleNamespace(table=table)})
+    finetune_ctc.score(trainer, {"dev": SimpleNamespace(table=table)}, None, None)
     with open(tmp_path / "predictions.jsonl", encoding="utf-8") as file:
         lines = list(map(json.loads, file))
-    assert [line["id"] for line in lines] == [row["id"] for row in table]
+    assert [line["id"] for line in lines] == table["id"][:]
     assert [line["hypothesis"] for line in lines] == output.predictions
 
 
