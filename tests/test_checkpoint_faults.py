@@ -357,6 +357,7 @@ def test_whenever_a_save_is_killed_auto_finds_the_old_or_the_new_checkpoint(run,
 # Several processes
 
 
+@pytest.mark.slow
 def test_all_ranks_learn_what_became_of_a_save_and_take_the_same_checkpoint(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
