@@ -81,6 +81,17 @@ def test_the_learning_rate_follows_the_tri_stage_schedule(table, tmp_path):
     assert rates[:5] == [1e-3] * 5 and rates[-1] < 2e-4
 
 
+def test_a_finished_run_is_resumed_to_no_effect_though_it_ended_inside_an_epoch(table, tmp_path):
+    flags = dict(max_steps=3, eval_steps=1, save_steps=1, load_best_model_at_end=False)  # an epoch has four updates
+    whole, again = (make_trainer(table, tmp_path / name, **flags) for name in ("whole", "again"))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert again.state.global_step == 3
+    expected = weights(whole)
+    for name, value in weights(again).items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_at_first_only_the_head_learns_and_the_convs_never_do(table, tmp_path):
     changed = []
     for steps in (2, 3):

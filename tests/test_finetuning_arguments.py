@@ -41,6 +41,7 @@ def test_defaults_are_the_recipe_for_100_hours(tmp_path):
         (dict(train_data=[]), "--train_data is required"),
         (dict(config_name="c"), "one of --model_name_or_path .* --config_name"),
         (dict(model_name_or_path=None), "one of --model_name_or_path .* --config_name"),
+        (dict(do_train=False, push_to_hub=True), "--do_train false with --push_to_hub"),
         (dict(min_seconds=5.0, max_seconds=2.0), "--max_seconds 2.0"),
         (dict(eval_steps=3, save_steps=4), "saving steps"),
         (dict(batch_seconds=100.0), "--batch_seconds needs --micro_batch_seconds"),

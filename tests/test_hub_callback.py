@@ -10,9 +10,12 @@ import yaml
 from conftest import tiny_config
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard, close_session
+from test_finetune_classification import command as classify
+from test_finetune_classification import write_tones
 from test_finetune_ctc import command, write_manifest
 from transformers import (
     AutoFeatureExtractor,
+    AutoModelForAudioClassification,
     AutoModelForCTC,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForPreTraining,
@@ -21,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import HubStrategy
 
+import finetune_classification
 import finetune_ctc
 from w2v2.errors import UserError
 from w2v2.finetuned_card import write_finetuned_card
@@ -78,6 +82,24 @@ def test_a_fine_tuned_folder_comes_back_from_the_hub_with_the_same_outputs(data,
     inputs = extractor(torch.randn(8_000).numpy(), sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(there(**inputs).logits, here(**inputs).logits)
+
+
+def test_a_classifier_comes_back_from_the_hub_with_the_same_outputs(data, hub, tmp_path):
+    for name, count in (("tones", 12), ("tones_dev", 6)):
+        write_tones(data / f"{name}.csv", count, seed=0)
+    sets = ["--train_data", str(data / "tones.csv"), "--validation_data", str(data / "tones_dev.csv")]
+    finetune_classification.main(classify(data, *sets, *HUB, output="classifier"))
+    assert hub.commits[-1] == "Fine-tuned model"
+    assert hub.files.keys() >= {"README.md", "results.json", "finetune_config.yaml", "plots/loss.png"}
+    options = dict(cache_dir=tmp_path, token=TOKEN)
+    there, here = (
+        AutoModelForAudioClassification.from_pretrained(source, **options).eval()
+        for source in ("speech-lab/tiny-asr", data / "classifier")
+    )
+    assert there.config.id2label == here.config.id2label == {0: "high", 1: "low", 2: "middle"}
+    speech = torch.randn(2, 8_000)
+    with torch.no_grad():
+        assert torch.equal(there(speech).logits, here(speech).logits)
 
 
 def test_checkpoints_are_pushed_as_they_are_saved(tmp_path, hub):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.backbone import hide_padding, load_with_head
@@ -70,18 +70,6 @@ class ClassificationTrainer(FineTuner):
         super().__init__(*args, **kwargs)
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.add_callback(_DrawCrops(self.train_dataset))
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """The stock training. A finished run is only loaded: where it had ended inside an epoch, `Trainer` would do one more update."""
-        if resume_from_checkpoint is None:
-            return super().train(**kwargs)
-        folder = Path(resume_from_checkpoint)
-        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        if not 0 < self.args.max_steps <= state.global_step:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        best = folder.with_name(f"checkpoint-{state.best_global_step}")
-        self.state = state
-        self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else folder))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})

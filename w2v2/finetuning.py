@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from w2v2.audio import SAMPLING_RATE
@@ -83,6 +83,18 @@ class FineTuner(Trainer):
             return LengthGroupedSampler(lengths, args.per_device_train_batch_size, args.seed)
         samples = [round(seconds * SAMPLING_RATE) for seconds in (args.batch_seconds, args.micro_batch_seconds)]
         return UpdateSampler(lengths, *samples, args.seed, rank=args.process_index, num_ranks=args.world_size)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """The stock training. A finished run is only loaded: where it had ended inside an epoch, `Trainer` would do one more update."""
+        if resume_from_checkpoint is None:
+            return super().train(**kwargs)
+        folder = Path(resume_from_checkpoint)
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        best = folder.with_name(f"checkpoint-{state.best_global_step}")
+        self.state = state
+        self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else folder))
 
     def get_train_dataloader(self) -> DataLoader:
         """By seconds the loader is not prepared by Accelerate: the sampler deals to the ranks itself."""

@@ -124,6 +124,8 @@ class FineTuningArguments(TrainingArguments):
             raise UserError(
                 "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"
             )
+        if not self.do_train and self.push_to_hub:
+            raise UserError("--do_train false with --push_to_hub: an evaluation makes no model that could be pushed")
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise UserError("give one of --model_name_or_path (pretrained weights) and --config_name (random weights)")
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
