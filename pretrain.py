@@ -37,6 +37,7 @@ from w2v2.resuming import choose_checkpoint
 from w2v2.run_folder import claim
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
+from w2v2.teardown import settle
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
 from w2v2.utterances import Utterances, check_validation, load_utterances, probe_some
 from w2v2.watch import Watch
@@ -99,6 +100,7 @@ def main() -> None:
         train(run, training, feed, validation_loader(run, validation), skipped, pusher, stop)
         if state.step == args.max_steps:
             finish(run, training, validation, pusher)
+    settle()
     accelerator.end_training()
     if state.step < args.max_steps:
         if pusher:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -22,7 +23,8 @@ def environment(**changes) -> dict[str, str]:
     launchers = ("ACCELERATE_", "TORCHELASTIC_", "SLURM_", "FSDP_", "PET_")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(launchers) and k not in names}
-    return kept | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY)) | {k: str(v) for k, v in changes.items()}
+    ours = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY), PYTHONFAULTHANDLER="1")
+    return kept | ours | {k: str(v) for k, v in changes.items()}
 
 
 class Ranks:
@@ -52,13 +54,24 @@ class Ranks:
 
     def wait_until(self, rank: int, text: str) -> None:
         """Until a rank has printed `text`."""
-        import time
-
         until = time.monotonic() + SECONDS
         while text not in self.said(rank):
             assert time.monotonic() < until and self.processes[rank].poll() is None, self.said(rank)
             time.sleep(0.01)
 
     def statuses(self, *ranks: int) -> list[int]:
-        """Exit statuses of these ranks (default: all), waited for."""
-        return [self.processes[rank].wait(SECONDS) for rank in ranks or range(len(self.processes))]
+        """Exit statuses of these ranks (default: all), waited for; where they do not end, what all of them are at fails the test."""
+        try:
+            return [self.processes[rank].wait(SECONDS) for rank in ranks or range(len(self.processes))]
+        except subprocess.TimeoutExpired:
+            for process in self.processes:
+                process.send_signal(signal.SIGABRT)  # the fault handler prints the stacks
+                process.wait()
+            logs = "\n".join(f"-- rank {rank}\n{self.said(rank)}" for rank in range(len(self.logs)))
+            raise AssertionError(f"no end within {SECONDS} s\n{logs}") from None
+
+
+def run_ranks(folder: Path, *command, **changes) -> None:
+    """Two processes of `command`, up to their good end."""
+    with Ranks(folder, *command, **changes) as ranks:
+        assert ranks.statuses() == [0, 0], "\n".join(map(ranks.said, range(2)))

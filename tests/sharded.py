@@ -24,6 +24,7 @@ from two_ranks import DEALS, FIVE, NOISY, build_model, dummy, pieces, settings  
 from w2v2 import launch, sharding  # noqa: E402
 from w2v2.checkpoint import load_optimizer, save_checkpoint  # noqa: E402
 from w2v2.model import PretrainingModel  # noqa: E402
+from w2v2.teardown import settle  # noqa: E402
 from w2v2.training import accumulate, build_optimizer, train_update  # noqa: E402
 
 RECIPE = SimpleNamespace(decay_norms_and_biases=False, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.98,
@@ -139,4 +140,5 @@ if __name__ == "__main__":
         pretrain_sharded()
     else:
         {"gradients": gradients, "updates": updates}[what](Accelerator(cpu=True), *rest)
+        settle()
         torch.distributed.destroy_process_group()

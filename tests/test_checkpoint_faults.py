@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors import SafetensorError
 from tiny_run import CHECKSUMS, MODEL, OPTIMIZER, STATE, Run, Tap, contents, file_size_limit, flip, names, same, tensors
 
@@ -357,23 +356,8 @@ def test_whenever_a_save_is_killed_auto_finds_the_old_or_the_new_checkpoint(run,
 # Several processes
 
 
-@pytest.mark.slow
 def test_all_ranks_learn_what_became_of_a_save_and_take_the_same_checkpoint(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    script = Path(__file__).with_name("two_ranks_saving.py")
-    common = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    common |= dict(OMP_NUM_THREADS="1")
-    ranks = [
-        subprocess.Popen([sys.executable, script, tmp_path], env=common | dict(RANK=str(rank), LOCAL_RANK=str(rank)))
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks(tmp_path / "logs", Path(__file__).with_name("two_ranks_saving.py"), tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert "File too large" in first["stop"] and "checkpoint-2" in first["stop"]

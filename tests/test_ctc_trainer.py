@@ -1,14 +1,11 @@
 """Batching by seconds through `Trainer`: one gradient however it is cut; scoring that no batch size moves; blanks that are noticed."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from two_ranks_ctc import ARPA, CASES, VOCABULARY, make_trainer, one_update, transcribe, write_speech
 
 from w2v2.ctc_trainer import plateau_causes
@@ -64,21 +61,8 @@ def test_the_loss_is_the_mean_over_the_effective_batch(table, tmp_path):
 def two_ranks(table, tmp_path_factory):
     """What two gloo processes found, in one launch for all the cases."""
     folder = Path(table["audio"][0]).parent
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    script = [sys.executable, Path(__file__).with_name("two_ranks_ctc.py"), folder, folder / "found.pt"]
-    common = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    common |= dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    ranks = [
-        subprocess.Popen(script, env=common | dict(RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.DEVNULL)
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    script = Path(__file__).with_name("two_ranks_ctc.py")
+    run_ranks(folder, script, folder, folder / "found.pt", ACCELERATE_USE_CPU="true")
     return torch.load(folder / "found.pt")
 
 

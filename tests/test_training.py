@@ -1,16 +1,13 @@
 """One update: its gradient is that of the effective batch, however it is cut and dealt; it is divided and clipped once."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_batch, tiny_config
+from ranks import run_ranks
 from two_ranks import DEALS, FIVE, LENGTHS, NOISY, build_model, gradient, pieces, settings
 
 from w2v2 import objective
@@ -88,21 +85,7 @@ def test_shared_diversity_is_the_gradient_of_the_loss_on_the_whole(accelerator, 
 def two_ranks(tmp_path_factory):
     """What two gloo processes found, in one launch for all the cases."""
     out = tmp_path_factory.mktemp("two_ranks") / "found.pt"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    script = Path(__file__).with_name("two_ranks.py")
-    common = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    common |= dict(OMP_NUM_THREADS="1")
-    ranks = [
-        subprocess.Popen([sys.executable, script, out], env=common | dict(RANK=str(rank), LOCAL_RANK=str(rank)))
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks(out.parent, Path(__file__).with_name("two_ranks.py"), out)
     return torch.load(out, weights_only=True)
 
 

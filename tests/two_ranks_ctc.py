@@ -19,6 +19,7 @@ from w2v2 import backbone, ctc  # noqa: E402
 from w2v2.ctc_trainer import CTCTrainer  # noqa: E402
 from w2v2.decoding import BeamDecoder, Setting  # noqa: E402
 from w2v2.finetuning_arguments import FineTuningArguments  # noqa: E402
+from w2v2.teardown import settle  # noqa: E402
 from w2v2.text import build_vocabulary  # noqa: E402
 from w2v2.vocabulary import make_processor  # noqa: E402
 
@@ -106,6 +107,7 @@ def main(folder: str, out: str) -> None:
     found["texts"] = transcribe(table, Path(folder) / "texts", f"{folder}/lm.arpa", per_device_eval_batch_size=3)
     if torch.distributed.get_rank() == 0:
         torch.save(found, out)
+    settle()
     torch.distributed.destroy_process_group()
 
 

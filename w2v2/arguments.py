@@ -21,6 +21,7 @@ from w2v2 import heartbeat
 from w2v2.errors import UserError, as_user_error, printable
 from w2v2.interruption import Stopped, leave
 from w2v2.schedule import SCHEDULES
+from w2v2.teardown import settle
 from w2v2.workers import explain_loss
 
 HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
@@ -346,3 +347,5 @@ def run_script(main: Callable[[], Any]) -> None:
             line = HUB_TOKEN.sub("hf_…", f"{Path(sys.argv[0]).name}: error: {message}")
             print(printable(line), file=sys.stderr)
         sys.exit(2)
+    finally:
+        settle()

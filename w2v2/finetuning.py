@@ -25,6 +25,7 @@ from w2v2.errors import UserError
 from w2v2.folder_swap import open_to_others
 from w2v2.metrics import json_line
 from w2v2.schedule import lr_factor
+from w2v2.teardown import settle
 from w2v2.update_batches import MicroBatches, UpdateSampler, collate_update
 
 
@@ -136,6 +137,10 @@ class FineTuner(Trainer):
     def loss_weight(self, inputs: dict[str, torch.Tensor]) -> float:
         """How much a micro-batch's loss counts for: its utterances, where the loss is their mean."""
         return float(len(inputs["labels"]))
+
+    def end(self) -> None:
+        settle()
+        super().end()
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return self.sampler
