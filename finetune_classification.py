@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
@@ -22,6 +23,7 @@ from w2v2.backbone import load_config, load_feature_extractor, min_samples
 from w2v2.classification import ClassificationTrainer, build_classifier, check_classes, score, write_results
 from w2v2.classification_arguments import ClassificationArguments, LabelArguments
 from w2v2.errors import UserError
+from w2v2.finetuning import describe_best
 from w2v2.finetuning_arguments import (
     CONFIG_FILE,
     RESULTS_FILE,
@@ -32,6 +34,8 @@ from w2v2.finetuning_arguments import (
 from w2v2.folds import Split, group_splits, shared_groups
 from w2v2.hub_callback import HubCallback
 from w2v2.scores import MEASURES, classification_scores, describe_scores, mean_and_deviation
+from w2v2.speech_sets import name_sets
+from w2v2.teardown import settle
 
 CACHE_FOLDER = "_cache"  # in the output folder; `Trainer` pushes nothing that begins with an underscore
 FOLDS_FILE = "folds.json"
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(label_args: LabelArguments, args: ClassificationArguments) -> None:
     """Train on one set, choose the checkpoint on another, score the others."""
     checkpoint = prepare_output_dir(args)
-    names = labels.name_sets(args.test_data)
+    names = name_sets(args.test_data)
     train = read_set("train", args.train_data, label_args, args)
     classes = labels.known_labels(train["target"], label_args.labels)
     sets = {"validation": read_set("validation", args.validation_data, label_args, args)}
@@ -63,9 +67,7 @@ def run(label_args: LabelArguments, args: ClassificationArguments) -> None:
         write_results(args.output_dir, results, lines, classes)
         for name in sets:
             say(args, f"{name:>12}: {describe_scores(results[name])} over {results[name]['utterances']} utterances")
-        say(
-            args, f"        best: update {results['run']['best_update']}; model and {RESULTS_FILE} in {args.output_dir}"
-        )
+        say(args, f"{describe_best(results['run']['best_update'])}model and {RESULTS_FILE} in {args.output_dir}")
     hub.hand_over(args)
 
 
@@ -111,6 +113,8 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         lines += [{"fold": split.name, **line} for line in found if line["set"] == "test"]
     if args.process_index == 0:
         conclude_folds(results, lines, classes, args)
+    settle()
+    PartialState().destroy_process_group()
 
 
 def conclude_folds(results: list[dict], lines: list[dict], classes: list[str], args: ClassificationArguments) -> None:
@@ -159,6 +163,11 @@ def train_and_score(
 
     # Data: utterances with one label each, decoded when they are asked for.
     train, dropped = labels.select_lengths(train, args.min_seconds, args.max_seconds)
+    if absent := sorted(set(classes) - set(train["target"])):
+        raise UserError(
+            f"--min_seconds, --max_seconds: they leave no utterance of the label {absent[0]!r} to train on: widen them, or leave the "
+            "label out (--labels)"
+        )
     extractor = load_feature_extractor(config.name_or_path, config)
     shared = dict(min_samples=min_samples(config), skip_log=Path(args.output_dir, SKIPPED_FILE))
     train_set = labels.LabelledDataset(
@@ -192,7 +201,7 @@ def train_and_score(
         "config": args.config_name,
         "mode": args.mode,
         "updates": trainer.state.global_step,
-        "best_update": trainer.state.best_global_step,
+        "best_update": trainer.best_update,
         "train_utterances": len(train),
         "train_hours": round(sum(train["num_samples"]) / SAMPLING_RATE / 3600, 4),
         "train_labels": dict(Counter(train["target"])),
@@ -202,7 +211,8 @@ def train_and_score(
     }
     if args.mode == "probe":
         results["run"]["layer_weights"] = model.layer_weights.detach().softmax(0).tolist()
-    trainer.end()
+    if not args.folds:  # the next fold needs the other processes
+        trainer.end()
     return results, lines
 
 

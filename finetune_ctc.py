@@ -20,7 +20,7 @@ from w2v2.backbone import hide_padding, load_config, load_feature_extractor, loa
 from w2v2.ctc_arguments import CTCArguments, follow_folder
 from w2v2.ctc_trainer import CTCTrainer
 from w2v2.errors import UserError
-from w2v2.finetuning_arguments import CONFIG_FILE, FineTuningArguments, prepare_output_dir, write_config
+from w2v2.finetuning_arguments import CONFIG_FILE, FineTuningArguments, check_metric, prepare_output_dir, write_config
 from w2v2.hub_callback import HubCallback
 from w2v2.recognition import conclude, describe_unknown, load_decoder, score
 from w2v2.scoring import RATES
@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     text_args, args = parse_command_line((CTCArguments, FineTuningArguments), argv)
     if not args.do_train:
         return evaluate(text_args, args)
+    if args.metric_for_best_model in ("wer", "eval_wer"):
+        args.metric_for_best_model = RATES[text_args.target_unit][0]
+    check_metric(args.metric_for_best_model, RATES[text_args.target_unit])
     checkpoint = prepare_output_dir(args)
     config = load_config(args.model_name_or_path, args.config_name, **args.model_changes())
     set_seed(args.seed)
@@ -50,8 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     sets = {name: as_audio(table, vocabulary, extractor, config, args) for name, table in sets.items()}
 
     # Train; the best checkpoint by validation WER (PER for tokens) is loaded at the end.
-    if args.metric_for_best_model == "wer":
-        args.metric_for_best_model = RATES[text_args.target_unit][0]
     hub = HubCallback(args)
     trainer = CTCTrainer(
         model,

@@ -12,10 +12,11 @@ import gzip
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from corpus_files import Parser, exit_status
-from kneser_ney import estimate, write_arpa
+from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
 from w2v2.audio import probe
 from w2v2.errors import UserError
@@ -59,6 +60,10 @@ def build(args) -> None:
     sentences = [words for path in args.text for words in read_sentences(path, rules, args.data_root)]
     if not sentences:
         raise UserError(f"{', '.join(map(str, args.text))}: no words in there: give transcripts or text")
+    if reserved := {BEGIN, END, UNKNOWN}.intersection(chain.from_iterable(sentences)):
+        raise UserError(
+            f"{', '.join(map(str, args.text))}: holds the word {min(reserved)}, which an n-gram keeps for itself: take it out of the text"
+        )
     model = estimate(sentences, args.order)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = args.output.with_name(args.output.name + ".tmp")

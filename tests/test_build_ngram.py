@@ -148,11 +148,13 @@ def test_text_and_manifests_are_normalised_alike_and_counted_together(tmp_path, 
         (["{0}/bare.csv"], "no transcripts"),
         (["{0}/binary.txt"], "not UTF-8"),
         (["{0}/good.txt", "--order", "1"], "--order 1"),
+        (["{0}/good.txt", "{0}/reserved.txt", "--text_case", "keep", "--drop_characters", "."], "the word </s>"),
     ],
 )
 def test_a_slip_is_one_line_and_status_2(flags, message, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n ?! \n")
     (tmp_path / "good.txt").write_text("one\n")
+    (tmp_path / "reserved.txt").write_text("<s> one </s>\n")
     (tmp_path / "bare.csv").write_text("audio,duration\nx.wav,1.0\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00word")
     command = [flag.format(tmp_path) for flag in flags]

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from conftest import tiny_config
+from ranks import run_ranks
 from transformers import (
     AutoFeatureExtractor,
     HubertConfig,
@@ -172,6 +173,16 @@ def test_folds_test_every_utterance_once_and_never_a_speaker_that_was_heard(data
     assert results["std"]["uar"] == pytest.approx(np.std(scores, ddof=1))
 
 
+def test_folds_on_two_processes_are_those_of_one(data):
+    flags = ["--folds", "room", "--max_steps", "2"]
+    given = command(data, *flags, "--per_device_train_batch_size", "2", output="dealt", validation=False)
+    run_ranks(data / "logs", "finetune_classification.py", *given, ACCELERATE_USE_CPU="true")
+    finetune_classification.main(command(data, *flags, output="whole", validation=False))
+    dealt, whole = (read_json(data / name / "results.json") for name in ("dealt", "whole"))
+    assert [fold["groups"] for fold in dealt["folds"]] == [fold["groups"] for fold in whole["folds"]]
+    assert dealt["pooled"]["utterances"] == whole["pooled"]["utterances"] == 24
+
+
 def test_folds_go_on_where_they_were_and_are_not_overwritten_unasked(data):
     before = {path: path.read_bytes() for path in (data / "folds").rglob("*.jsonl")}
     again = command(data, "--folds", "speaker", output="folds", validation=False)
@@ -228,12 +239,19 @@ def bad_input(data, kind):
         return ["--fold", "speaker"], "did you mean folds"
     elif kind == "folds_and_validation":
         return ["--folds", "speaker"], "--folds takes all from --train_data"
+    elif kind == "lengths":
+        write_rows(path, [row | {"duration": "0.1"} if row["label"] == "low" else row for row in rows])
+        return [*flags, "--class_weights", "balanced"], "they leave no utterance of the label 'low'"
+    elif kind == "metric":
+        return ["--metric_for_best_model", "f1"], "--metric_for_best_model f1"
+    elif kind == "evaluation_alone":
+        return ["--do_train", "false"], "--do_train false"
     elif kind == "num_folds":
         return ["--num_folds", "3"], "--num_folds needs --folds"
     return flags, {"no_label": "no column 'label'", "one_class": "single class (low)"}.get(kind, f"{kind}.csv")
 
 
-KINDS = ["empty_label", "one_class", "no_label", "unseen_label", "hubert", "absent_audio", "absent_manifest",
+KINDS = ["lengths", "metric", "evaluation_alone", "empty_label", "one_class", "no_label", "unseen_label", "hubert", "absent_audio", "absent_manifest",
          "absent_column", "unknown_flag", "folds_and_validation", "num_folds"]  # fmt: skip
 
 

@@ -92,6 +92,20 @@ def test_a_finished_run_is_resumed_to_no_effect_though_it_ended_inside_an_epoch(
         assert torch.equal(value, expected[name]), name
 
 
+def test_the_best_update_is_one_that_was_saved(table, tmp_path, monkeypatch):
+    rates = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.4}  # the best two are validated only
+    for load in (True, False):
+        flags = dict(eval_steps=1, save_steps=2, save_total_limit=1, load_best_model_at_end=load)
+        trainer = make_trainer(table, tmp_path / str(load), **flags)
+        monkeypatch.setattr(trainer, "evaluate", lambda **_: {"eval_wer": rates[trainer.state.global_step]})  # noqa: B023
+        trainer.train()
+        assert trainer.best_update == (2 if load else None)
+        if load:
+            saved = load_file(tmp_path / str(load) / "checkpoint-2" / "model.safetensors")
+            for name, value in weights(trainer).items():
+                assert torch.equal(value, saved[name]), name
+
+
 def test_at_first_only_the_head_learns_and_the_convs_never_do(table, tmp_path):
     changed = []
     for steps in (2, 3):

@@ -1,4 +1,5 @@
 import pytest
+import torch
 import yaml
 
 from w2v2.arguments import parse_command_line
@@ -33,6 +34,13 @@ def test_defaults_are_the_recipe_for_100_hours(tmp_path):
         "mask_time_prob": 0.65, "mask_time_length": 10, "mask_feature_prob": 0.5, "mask_feature_length": 64,
     }  # fmt: skip
     assert {k: v for k, v in changes.items() if "drop" in k and v} == {"layerdrop": 0.1, "activation_dropout": 0.1}
+
+
+def test_one_process_has_one_device(tmp_path, monkeypatch):
+    """`Trainer` would replicate the model over all the GPUs that it sees."""
+    monkeypatch.setattr(FineTuningArguments, "n_gpu", property(lambda args: args.__dict__.get("_n_gpu", 4) or 4))
+    monkeypatch.setattr(FineTuningArguments, "_setup_devices", torch.device("cpu"))
+    assert arguments(tmp_path)._n_gpu == 1
 
 
 @pytest.mark.parametrize(
@@ -156,12 +164,16 @@ def test_overwriting_does_not_delete_the_model_to_start_from(tmp_path):
 
 
 def test_the_written_configuration_starts_the_same_run(tmp_path):
-    given = ["--output_dir", str(tmp_path), "--train_data", "a.csv", "b.csv", "--validation_data", "v", "--use_cpu",
-             "--model_name_or_path", "m", "--text_case", "lower", "--eval_steps", "7", "--save_steps", "7", "--bf16",
+    (tmp_path / "first.yaml").write_text("max_seconds: null\nsave_total_limit: null\n")
+    given = [str(tmp_path / "first.yaml"),
+             "--output_dir", str(tmp_path), "--train_data", "a.csv", "b.csv", "--validation_data", "v", "--use_cpu",
+             "--eval_strategy", "epoch", "--save_strategy", "epoch", "--optim", "adafactor", "--model_name_or_path", "m", "--text_case", "lower", "--eval_steps", "7", "--save_steps", "7", "--bf16",
              "--lr_scheduler_type", "cosine", "--report_to", "none", "--freeze_feature_encoder", "false"]  # fmt: skip
     before = parse_command_line((CTCArguments, FineTuningArguments), given)
     write_config(tmp_path / "c.yaml", *before)
-    assert set(yaml.safe_load((tmp_path / "c.yaml").read_text())) <= {name[2:] for name in given if name[:2] == "--"}
+    written = yaml.safe_load((tmp_path / "c.yaml").read_text())
+    assert set(written) <= {name[2:] for name in given if name[:2] == "--"} | {"max_seconds", "save_total_limit"}
+    assert (written["eval_strategy"], written["optim"], written["max_seconds"]) == ("epoch", "adafactor", None)
     after = parse_command_line((CTCArguments, FineTuningArguments), [str(tmp_path / "c.yaml")])
     for a, b in zip(before, after, strict=True):
         different = {k for k, v in vars(a).items() if v != vars(b)[k]}

@@ -26,9 +26,11 @@ from transformers.trainer_utils import HubStrategy
 
 import finetune_classification
 import finetune_ctc
+from w2v2.ctc_arguments import TEXT_FLAGS, CTCArguments, follow_folder
 from w2v2.errors import UserError
 from w2v2.finetuned_card import write_finetuned_card
 from w2v2.hub_callback import HubCallback
+from w2v2.vocabulary import read_text_flags, read_vocabulary
 
 TOKEN = "hf_" + "SecretOfTheTest" * 2
 HUB = ["--push_to_hub", "--hub_model_id", "speech-lab/tiny-asr", "--hub_private_repo", "true",
@@ -82,6 +84,18 @@ def test_a_fine_tuned_folder_comes_back_from_the_hub_with_the_same_outputs(data,
     inputs = extractor(torch.randn(8_000).numpy(), sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(there(**inputs).logits, here(**inputs).logits)
+
+
+def test_a_recogniser_on_the_hub_brings_its_normalisation_along(data, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    more = ["--text_case", "lower", "--fold_accents", "true", "--drop_characters", "e", *HUB]
+    finetune_ctc.main(command(data, *more, output="accents"))
+    text_flags = follow_folder(CTCArguments(), "speech-lab/tiny-asr", read_vocabulary("speech-lab/tiny-asr"))
+    assert (text_flags.text_case, text_flags.fold_accents, text_flags.drop_characters) == ("lower", True, "e")
+    del hub.files["finetune_config.yaml"]
+    hub.commits.append("without the flags")
+    assert read_text_flags("speech-lab/tiny-asr", TEXT_FLAGS) == {}
 
 
 def test_a_classifier_comes_back_from_the_hub_with_the_same_outputs(data, hub, tmp_path):

@@ -132,9 +132,3 @@ def test_lengths_choose_training_utterances(tmp_path):
     assert len(labels.select_lengths(table, 0.0, 1.0)[0]) == 1
     with pytest.raises(UserError, match="--min_seconds"):
         labels.select_lengths(table, 5.0, None)
-
-
-def test_test_sets_are_named_by_their_files_and_numbered_where_that_is_taken():
-    assert labels.name_sets(["a/test.csv", "b.tsv"]) == {"test": "a/test.csv", "b": "b.tsv"}
-    named = labels.name_sets(["a/test.csv", "b/test.csv", "validation.csv"])
-    assert named == {"test_1": "a/test.csv", "test_2": "b/test.csv", "validation_3": "validation.csv"}

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from w2v2.errors import UserError
-from w2v2.finetuning_arguments import FineTuningArguments, flag
+from w2v2.finetuning_arguments import FineTuningArguments, check_metric, flag
+from w2v2.scores import MEASURES
 
 _LEARNING_RATES = {"finetune": 3e-5, "probe": 1e-3}
 
@@ -69,11 +70,16 @@ class ClassificationArguments(FineTuningArguments):
             self.learning_rate = _LEARNING_RATES[self.mode]
         if self.folds in ("", "none"):
             self.folds = None
+        if not self.do_train:
+            raise UserError(
+                "--do_train false: here there is no evaluation alone; give the sets to score as --test_data when training"
+            )
         super().__post_init__()
         if self.num_folds is not None and self.folds is None:
             raise UserError("--num_folds needs --folds: name the column whose groups stay together, such as speaker")
         if self.folds and (self.validation_data or self.test_data):
             raise UserError("--folds takes all from --train_data: leave --validation_data and --test_data out")
+        check_metric(self.metric_for_best_model, MEASURES)
         if self.crop_seconds < 0:
             raise UserError(f"--crop_seconds {self.crop_seconds}: give seconds above 0, or 0 for whole utterances")
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from w2v2.audio import SAMPLING_RATE
 from w2v2.ctc import SpeechDataset, read_skipped
@@ -138,6 +139,17 @@ class FineTuner(Trainer):
         """How much a micro-batch's loss counts for: its utterances, where the loss is their mean."""
         return float(len(inputs["labels"]))
 
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Only an update that is saved can be the best: validations may be more frequent than saves."""
+        if self.args.save_strategy != SaveStrategy.BEST and not self.control.should_save:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    @property
+    def best_update(self) -> int | None:
+        """The update whose weights were chosen by validation and loaded at the end; None: the last ones stayed."""
+        return self.state.best_global_step if self.args.load_best_model_at_end else None
+
     def end(self) -> None:
         settle()
         super().end()
@@ -185,6 +197,11 @@ class FineTuner(Trainer):
             super().create_model_card(*args, **kwargs)
         finally:
             self.args.lr_scheduler_type = schedule
+
+
+def describe_best(update: int | None) -> str:
+    """For the last line on the console."""
+    return "" if update is None else f"        best: update {update}; "
 
 
 @contextlib.contextmanager

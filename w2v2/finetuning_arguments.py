@@ -5,6 +5,7 @@ The flags are `transformers.TrainingArguments`, with fairseq's fine-tuning recip
 
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -140,6 +141,9 @@ class FineTuningArguments(TrainingArguments):
         except (ValueError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from None
         self.lr_scheduler_type = schedule
+        self._n_gpu = min(
+            self.n_gpu, 1
+        )  # one process, one device; `Trainer` would replicate the model within the process
         self._resolve_seconds()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
@@ -164,6 +168,13 @@ class FineTuningArguments(TrainingArguments):
         names = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop",
                  "activation_dropout", "hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout")  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"apply_spec_augment": True}
+
+
+def check_metric(name: str | None, measures: Iterable[str]) -> None:
+    """Raises UserError where no validation has a measure of that name."""
+    known = [*measures, "loss"]
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
 
 
 def prepare_output_dir(args: FineTuningArguments) -> str | None:
@@ -227,7 +238,8 @@ def write_config(path: Path, *arguments: Any) -> None:
             value = getattr(instance, f.name)
             value = ["none"] if f.name == "report_to" and not value else value  # an empty list is no flag
             default = f.default_factory() if f.default_factory is not MISSING else f.default
-            plain = isinstance(value, (bool, int, float, str, list)) and not isinstance(value, Enum)
+            value, default = (v.value if isinstance(v, Enum) else v for v in (value, default))
+            plain = isinstance(value, (bool, int, float, str, list, type(None)))
             if f.init and plain and (value or 0) != (default or 0) and f.name not in _NOT_IN_CONFIG:
                 changed[f.name] = value
     path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")

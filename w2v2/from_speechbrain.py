@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
-from w2v2.backbone import load_config
+from w2v2.backbone import building, load_config
 from w2v2.conversion import feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
 
@@ -79,7 +79,8 @@ def convert_without_positions(
     weights = {key: tensor for key, tensor in _split_attention(weights).items() if key not in _NOT_WEIGHTS}
     renamed = rename(weights, OWN_KEYS, folder)
     config = _own_config(renamed, num_attention_heads, conv_stride, folder)
-    positions = Wav2Vec2ForPreTraining(config).state_dict()
+    with building(str(folder)):
+        positions = Wav2Vec2ForPreTraining(config).state_dict()
     for key, tensor in positions.items():
         if key.startswith("wav2vec2.encoder.pos_conv_embed."):
             renamed[key] = (

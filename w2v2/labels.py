@@ -155,13 +155,3 @@ def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None
     if not kept:
         raise UserError("--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds")
     return table.select(kept), len(table) - len(kept)
-
-
-def name_sets(paths: list[str]) -> dict[str, str]:
-    """Set name → manifest: the file's name without its ending, numbered where that would not be a name of its own."""
-    stems = [Path(path).stem for path in paths]
-    taken = Counter([*stems, "train", "validation", "run"])
-    return {
-        stem if taken[stem] == 1 else f"{stem}_{i}": path
-        for i, (stem, path) in enumerate(zip(stems, paths, strict=True), 1)
-    }

@@ -11,6 +11,7 @@ from w2v2.ctc_arguments import CTCArguments
 from w2v2.ctc_trainer import CTCTrainer
 from w2v2.decoding import BeamDecoder, tuning_grid
 from w2v2.errors import UserError
+from w2v2.finetuning import describe_best
 from w2v2.finetuning_arguments import PREDICTIONS_FILE, RESULTS_FILE, SKIPPED_FILE, FineTuningArguments
 from w2v2.scoring import NAMES, RATES, count_edits, word_error_rate, worst_utterances
 from w2v2.speech_sets import as_audio, num_hours, say
@@ -145,7 +146,7 @@ def conclude(trainer: CTCTrainer, sets: dict[str, SpeechDataset], results: dict[
     if train is not None:
         run |= {
             "updates": trainer.state.global_step,
-            "best_update": trainer.state.best_global_step,
+            "best_update": trainer.best_update,
             "train_utterances": len(train),
             "train_hours": round(num_hours(train.table), 4),
             "warnings": trainer.blanks.warnings,
@@ -155,8 +156,8 @@ def conclude(trainer: CTCTrainer, sets: dict[str, SpeechDataset], results: dict[
     path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in sets:
         say(args, f"{name:>12}: {_gist(results[name], unit)}")
-    best = f"best: update {run['best_update']}; model and " if train is not None else ""
-    say(args, f"        {best}{RESULTS_FILE} in {os.fspath(args.output_dir)}")
+    model = "model and " if train is not None else ""
+    say(args, f"{describe_best(run.get('best_update'))}{model}{RESULTS_FILE} in {os.fspath(args.output_dir)}")
 
 
 def _gist(result: dict[str, Any], unit: str = CHARACTERS) -> str:

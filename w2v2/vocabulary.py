@@ -24,7 +24,7 @@ from w2v2.backbone import locate
 from w2v2.errors import UserError
 from w2v2.text import BLANK, TOKENS, UNKNOWN, WORD_DELIMITER, unit_of
 
-VOCABULARY_FILE = "vocab.json"
+VOCABULARY_FILE, FLAGS_FILE = "vocab.json", "finetune_config.yaml"
 
 
 def make_processor(vocabulary: dict[str, int], feature_extractor: Wav2Vec2FeatureExtractor) -> Wav2Vec2Processor:
@@ -71,9 +71,12 @@ def read_vocabulary(source: str) -> dict[str, int]:
 def read_text_flags(source: str, names: set[str]) -> dict[str, Any]:
     """Which of the flags in `names` a fine-tuned folder was made with, as far as they differed from their defaults."""
     folder = Path(locate(source))
-    places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
-    for path in (place / "finetune_config.yaml" for place in places):
-        if path.is_file():
-            written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            return {name: value for name, value in written.items() if name in names}
-    return {}
+    if folder.is_dir():
+        places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
+        found = [place / FLAGS_FILE for place in places if (place / FLAGS_FILE).is_file()]
+    else:
+        found = [cached_file(source, FLAGS_FILE, _raise_exceptions_for_missing_entries=False)]
+    if not found or found[0] is None:
+        return {}
+    written = yaml.safe_load(Path(found[0]).read_text(encoding="utf-8")) or {}
+    return {name: value for name, value in written.items() if name in names}
