@@ -6,6 +6,7 @@ All ranks take the same steps (micro-batches above all), so the smallest count i
 |---|---|---|
 | is gone | a failing exchange of gradients, then its silence (on one machine: its process) | some seconds |
 | is gone, stopped or cut off, and no exchange fails | its silence | `LOST_SECONDS`, or `--ddp_timeout` if that is shorter |
+| fails by itself, and no exchange fails | what it says | `GRACE_SECONDS` |
 | hangs | its count | `--ddp_timeout` |
 
 The process group's own timeout is longer, so that the line comes first. Time in which this process itself did not run is not counted: a
