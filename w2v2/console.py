@@ -51,8 +51,9 @@ class _Unfailing:
 @contextlib.contextmanager
 def outlived() -> Iterator[None]:
     """Around a whole run: neither writing to a dead `sys.stdout` or `sys.stderr` nor the interpreter's last flush of it changes how it ends."""
-    with open(os.devnull, "w") as nowhere:
-        streams = [stream or nowhere for stream in (sys.stdout, sys.stderr)]
+    with contextlib.ExitStack() as until_the_end:
+        # A descriptor that was closed before the start is the first one to be given out again: better to this than to the run's own files.
+        streams = [stream or until_the_end.enter_context(open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)]
         out, err = map(_Unfailing, streams)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
