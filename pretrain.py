@@ -28,7 +28,7 @@ from w2v2.collate import CropDataset, Framing, build_loader
 from w2v2.fitting import Trial, fit, share
 from w2v2.hub import HubPusher, draw_plots, write_model_card
 from w2v2.interruption import Stopped, StopRequest
-from w2v2.launch import device_name, start_accelerator, start_trackers
+from w2v2.launch import device_name, end_training, start_accelerator, start_trackers
 from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.metrics import RunLog, read_metrics
 from w2v2.non_finite import NonFiniteUpdates
@@ -37,7 +37,6 @@ from w2v2.resuming import choose_checkpoint
 from w2v2.run_folder import claim
 from w2v2.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.state import RunState
-from w2v2.teardown import settle
 from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
 from w2v2.utterances import Utterances, check_validation, load_utterances, probe_some
 from w2v2.watch import Watch
@@ -100,8 +99,7 @@ def main() -> None:
         train(run, training, feed, validation_loader(run, validation), skipped, pusher, stop)
         if state.step == args.max_steps:
             finish(run, training, validation, pusher)
-    settle()
-    accelerator.end_training()
+    end_training(accelerator)
     if state.step < args.max_steps:
         if pusher:
             pusher.finish(timeout_seconds=10)  # who asked will not wait long

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from ranks import Ranks
 
+from w2v2.interruption import RESUMABLE
+
 TIMEOUT = 2
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 
@@ -51,6 +53,30 @@ def test_the_slip_that_one_rank_finds_is_raised_by_all(tmp_path):
     with Ranks(tmp_path, SCRIPT, TIMEOUT, 10_000, 1, "slips") as ranks:
         assert ranks.statuses() == [1, 1]
         assert [ranks.said(rank).splitlines()[-1] for rank in range(2)] == ["slip: --flag is 3: it has to be 4"] * 2
+
+
+@pytest.mark.parametrize(
+    ("deed", "status", "told"), [("fails", 1, "ValueError: a bug of its own"), ("slips", 2, "--flag is 3")]
+)
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_failure_ends_the_other_rank_where_no_exchange_fails(tmp_path, victim, deed, status, told):
+    """As with NCCL, whose exchanges wait for a rank that is gone."""
+    other = 1 - victim
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 10_000, victim, f"{deed} apart") as ranks:
+        assert ranks.statuses() == ([1, status] if other else [status, 1])
+        said = errors(ranks, 0) if other == 0 else [ranks.said(0)]  # rank 0 speaks for its machine
+        assert len(said) == 1 and told in said[0] and not errors(ranks, 1)
+
+
+def test_a_rank_that_was_asked_to_stop_does_not_end_one_that_still_has_to_do(tmp_path):
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 60, 1, "stops apart") as ranks:
+        assert ranks.statuses() == [0, RESUMABLE], ranks.said(0) + ranks.said(1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_ranks_whose_last_line_cannot_be_written_end_all_the_same(tmp_path):
+    with Ranks(tmp_path, SCRIPT, TIMEOUT, 10_000, 1, "hangs unheard") as ranks:
+        assert ranks.statuses() == [1, 1]
 
 
 def test_ranks_that_are_suspended_together_go_on(tmp_path):

@@ -1,5 +1,6 @@
 """Asked to stop, a run saves at the next update boundary, leaves with status 75, and goes on as if nothing had happened."""
 
+import errno
 import json
 import os
 import signal
@@ -121,21 +122,45 @@ def test_what_the_parent_had_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def launched(flags, output_dir, *launcher, more=()):
+@pytest.mark.parametrize(("more", "status"), [((), 0), (("--max_hours", "1e-9"), RESUMABLE)])
+def test_a_tracker_that_met_a_full_disk_does_not_change_how_a_run_ends(
+    flags, whole_run, tmp_path, monkeypatch, more, status
+):
+    writes = iter(range(20))
+
+    def write(self, data):
+        if next(writes, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
+    assert here(flags, tmp_path / "run", "--report_to", "tensorboard", *more) == status
+    assert next(writes, None) is None
+    if status == 0:
+        assert outcome(tmp_path / "run") == outcome(whole_run)
+
+
+def launched(flags, output_dir, *launcher, more=(), **wired):
     command = [sys.executable, *launcher, "pretrain.py", flags, "--output_dir", output_dir, "--max_steps", 2_000, *more]
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
-    log = open(f"{output_dir}.log", "w")
-    return subprocess.Popen(
-        list(map(str, command)), cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
+    wired = wired or dict(stdout=open(f"{output_dir}.log", "w"), stderr=subprocess.STDOUT)
+    return subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=environment, start_new_session=True, **wired)
 
 
 def until_it_trains(process, output_dir):
     metrics = output_dir / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline, Path(f"{output_dir}.log").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, log_of(output_dir)
         time.sleep(0.01)
+
+
+def files(output_dir):
+    return sorted(path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*"))
+
+
+def log_of(output_dir):
+    log = Path(f"{output_dir}.log")
+    return log.read_text() if log.exists() else "(its console was dead)"
 
 
 def saved_step(output_dir):
@@ -156,6 +181,32 @@ def test_workers_survive_a_signal_to_all_processes_of_the_run(flags, tmp_path):
     finally:
         process.kill()
     assert saved_step(tmp_path / "run") > 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_run_whose_console_is_on_a_full_disk_leaves_the_same_files(flags, whole_run, tmp_path):
+    with open("/dev/full", "w") as full:
+        process = launched(flags, tmp_path / "run", more=("--max_steps", STEPS), stdout=full, stderr=full)
+        assert process.wait(timeout=240) == 0
+    assert outcome(tmp_path / "run") == outcome(whole_run)
+    assert files(tmp_path / "run") == files(whole_run)
+
+
+def test_a_run_whose_reader_has_died_still_obeys_a_signal(flags, tmp_path):
+    """As `pretrain.py 2>&1 | tee log` meets Ctrl-C: tee ends of it at once."""
+    more = ("--save_steps", 2_000, "--eval_steps", 2_000)
+    process = launched(flags, tmp_path / "run", more=more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        until_it_trains(process, tmp_path / "run")
+        process.stdout.close()
+        step = len(read_metrics(tmp_path / "run/metrics.jsonl"))
+        while len(read_metrics(tmp_path / "run/metrics.jsonl")) < step + 3 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == RESUMABLE
+    finally:
+        process.kill()
+    assert saved_step(tmp_path / "run") > step
 
 
 def test_one_asked_process_of_two_stops_both_at_the_same_update(flags, tmp_path):

@@ -1,5 +1,6 @@
 """Launches that would not do what they look like end with one line."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -90,3 +91,22 @@ def test_machines_that_may_count_attempts_differently_are_noticed(changes, is_st
     if is_static:
         store.set("job/torchelastic/assigned_ranks/0", "")
     assert launch.counts_apart(values | dict(TORCHELASTIC_RUN_ID="job") | changes, store) == expected
+
+
+def test_a_tracker_that_fails_at_the_end_is_a_warning(caplog):
+    done = []
+
+    class Failing:
+        name = "tensorboard"
+
+        def finish(self):
+            raise OSError(28, "No space left on device")
+
+    made = SimpleNamespace(trackers=[Failing(), SimpleNamespace(name="other", finish=lambda: done.append("other"))])
+    made.end_training = lambda: done.extend(["group", *made.trackers])
+    with caplog.at_level(logging.WARNING):
+        launch.end_training(made)
+    assert done == ["other", "group"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "tracker tensorboard cannot be closed (No space left on device)"
+    ]

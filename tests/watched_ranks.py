@@ -16,8 +16,10 @@ from torch import distributed  # noqa: E402
 
 from w2v2 import heartbeat  # noqa: E402
 from w2v2.errors import UserError  # noqa: E402
+from w2v2.interruption import RESUMABLE, Stopped  # noqa: E402
 
 STEP_SECONDS = 0.1
+APART = ("fails apart", "slips apart", "stops apart")  # while no exchange is under way that would fail
 
 
 def main(timeout: str, steps: str, victim: str = "-1", what: str = "") -> None:
@@ -25,6 +27,10 @@ def main(timeout: str, steps: str, victim: str = "-1", what: str = "") -> None:
     distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     heartbeat.start(address, "beats", rank, size, float(timeout), keeps_store=True)
+    if what in APART:
+        heartbeat.GRACE_SECONDS = 1.0
+    if what == "hangs unheard":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
     with heartbeat.explained():
         for step in range(1, int(steps) + 1):
             heartbeat.at(f"update {step}, waiting")
@@ -32,19 +38,22 @@ def main(timeout: str, steps: str, victim: str = "-1", what: str = "") -> None:
                 misbehave(what)
             heartbeat.at(f"update {step}")
             time.sleep(STEP_SECONDS)
-            distributed.all_reduce(torch.ones(1))
+            if what not in APART:
+                distributed.all_reduce(torch.ones(1))
             print(f"step {step}", flush=True)
         if what == "ends early" and rank != int(victim):
             time.sleep(3 * float(timeout))
 
 
 def misbehave(what: str) -> None:
-    if what == "hangs":
+    if what.startswith("hangs"):
         time.sleep(600)
-    if what == "fails":
+    if what.startswith("fails"):
         raise ValueError("a bug of its own")
-    if what == "slips":
+    if what.startswith("slips"):
         raise UserError("--flag is 3: it has to be 4")
+    if what.startswith("stops"):
+        raise Stopped("stopped after update 5")
 
 
 if __name__ == "__main__":
@@ -52,3 +61,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except UserError as slip:
         sys.exit(f"slip: {slip}")
+    except Stopped:
+        sys.exit(RESUMABLE)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from w2v2 import heartbeat
+from w2v2 import console, heartbeat
 from w2v2.errors import UserError, as_user_error, printable
 from w2v2.interruption import Stopped, leave
 from w2v2.schedule import SCHEDULES
@@ -326,10 +326,11 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
             )
 
 
+@console.outlived()
 def run_script(main: Callable[[], Any]) -> None:
     """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error; so does a lost worker of a loader.
 
-    `Stopped` ends it with 75.
+    `Stopped` ends it with 75. A console that cannot be written any more changes none of these.
     """
     try:
         with heartbeat.explained():

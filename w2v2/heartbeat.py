@@ -6,6 +6,7 @@ All ranks take the same steps (micro-batches above all), so the smallest count i
 |---|---|---|
 | is gone | a failing exchange of gradients, then its silence (on one machine: its process) | some seconds |
 | is gone, stopped or cut off, and no exchange fails | its silence | `LOST_SECONDS`, or `--ddp_timeout` if that is shorter |
+| fails by itself, and no exchange fails | what it says | `GRACE_SECONDS` |
 | hangs | its count | `--ddp_timeout` |
 
 The process group's own timeout is longer, so that the line comes first. Time in which this process itself did not run is not counted: a
@@ -24,7 +25,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from w2v2.beats import Beats, Verdict
+from w2v2.console import say
 from w2v2.errors import UserError
+from w2v2.interruption import Stopped
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 120.0  # longer than anything is known to hold Python's lock, in which time no thread can post
@@ -72,11 +75,11 @@ class Heartbeat:
         self.judged_exchanges, self.judged_count = beats.exchanges, beats.count
         for peer in beats.peers.values() if talked else ():
             peer.silent_seconds += awake_seconds
-        if all(peer.is_done for peer in beats.peers.values()):
-            return None
         if beats.verdict is not None:
             self.grace_seconds += awake_seconds
             return beats.verdict if self.grace_seconds > GRACE_SECONDS else None
+        if all(peer.is_done for peer in beats.peers.values()):
+            return None
         if self.cut_off_seconds >= self.lost_after:
             return self._without_store()
         hangs = self.idle_seconds >= self.timeout
@@ -145,13 +148,15 @@ class Heartbeat:
     def end(self, verdict: Verdict) -> NoReturn:
         """End this process whatever its main thread is doing; one rank of a machine says why."""
         self.ending.acquire()  # for good: both threads may come here
-        here = socket.gethostname()
-        if verdict.said_on != here and self.beats.speaks_for_its_machine(but=verdict.lost):
-            os.write(2, f"{Path(sys.argv[0]).name}: error: {verdict.text}\n".encode())
-            verdict = verdict._replace(said_on=here)
-        if self.beats.verdict is None:
-            self._tell(verdict)
-        os._exit(2 if verdict.is_slip else 1)
+        try:
+            here = socket.gethostname()
+            if verdict.said_on != here and self.beats.speaks_for_its_machine(but=verdict.lost):
+                say(f"{Path(sys.argv[0]).name}: error: {verdict.text}")
+                verdict = verdict._replace(said_on=here)
+            if self.beats.verdict is None:
+                self._tell(verdict)
+        finally:
+            os._exit(2 if verdict.is_slip else 1)
 
 
 _heartbeat: Heartbeat | None = None
@@ -173,16 +178,19 @@ def at(where: str) -> None:
 def explained() -> Iterator[None]:
     """Around a whole run: an exchange that fails because another rank is gone ends it with a line that names that rank.
 
-    Whatever else this rank fails of is raised as it is, and told to the others.
+    Whatever else this rank fails of is raised as it is, and told to the others; being asked to stop is no failure.
     """
     global _heartbeat
     try:
         yield
+    except Stopped:
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if _heartbeat is not None and (verdict := _heartbeat.cause_of(error)) is not None:
             if verdict.is_slip:
                 raise UserError(verdict.text) from None
-            sys.stdout.flush()
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
             _heartbeat.end(verdict)
         raise
     finally:

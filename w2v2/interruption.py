@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+from w2v2.console import say
+
 RESUMABLE = 75  # exit status of a run that stopped when asked and can go on (EX_TEMPFAIL of sysexits.h)
 _SIGNALS = [number for name in ("SIGTERM", "SIGUSR1", "SIGINT") if (number := getattr(signal, name, None))]
 _MOST_CTRL_C = 2
@@ -52,8 +54,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         hint = "; a third Ctrl-C leaves at once" if number == signal.SIGINT else ""
-        # Not `print`, which may be what was interrupted.
-        os.write(2, f"\n{self.signal_name}: saving after this update, then leaving{hint}\n".encode())
+        say(f"\n{self.signal_name}: saving after this update, then leaving{hint}")
 
     @property
     def is_asked(self) -> bool:

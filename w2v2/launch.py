@@ -13,7 +13,8 @@ from torch.distributed import PrefixStore, Store, rendezvous
 from transformers.utils.logging import disable_progress_bar
 
 from w2v2 import heartbeat, memory, sharding
-from w2v2.errors import UserError
+from w2v2.errors import UserError, one_line
+from w2v2.teardown import settle
 
 logger = logging.getLogger(__name__)
 
@@ -175,3 +176,15 @@ def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
     accelerator.init_trackers(
         Path(args.output_dir).resolve().name, config=flags, init_kwargs={"tensorboard": tensorboard}
     )
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Close the trackers and destroy the process group. Call on all ranks, after their last exchange; no tracker changes how the run ends."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # TensorBoard's raises again what it could not write hours ago
+            logger.warning("tracker %s cannot be closed (%s)", tracker.name, one_line(error))
+    accelerator.trackers = []
+    settle()
+    accelerator.end_training()

@@ -157,7 +157,7 @@ class RunLog:
             return
         try:
             self._trackers.log(numbers, step=step)
-        except OSError as error:  # what TensorBoard's writing thread met; it is dead from then on
+        except Exception as error:  # as what TensorBoard's writing thread met; it is dead from then on
             logger.warning("trackers cannot write (%s): they get nothing from step %d on", one_line(error), step)
             self._trackers = None
 
