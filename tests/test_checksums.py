@@ -68,7 +68,7 @@ def test_a_record_that_is_none_accuses_itself(folder, text):
 @pytest.mark.parametrize("call", ["open", "read", "stat"])
 def test_a_file_that_cannot_be_read_is_named_and_not_accused(folder, monkeypatch, name, call):
     class Failing(io.BytesIO):
-        def readinto(self, _):
+        def readinto(self, *_):
             raise OSError(116, "Stale file handle")
 
         read = readinto

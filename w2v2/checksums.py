@@ -102,10 +102,12 @@ def _read(path: Path) -> dict[str, dict[str, Any]] | None:
     if file_size(path) is None:
         return None
     try:
-        record = json.loads(path.read_bytes())
-        is_whole = all(type(entry["size"]) is int and type(entry["sha256"]) is str for entry in record.values())
+        text = path.read_bytes()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
+        record = json.loads(text)
+        is_whole = all(type(entry["size"]) is int and type(entry["sha256"]) is str for entry in record.values())
     except (ValueError, AttributeError, TypeError, KeyError):
         return None
     return record if is_whole else None

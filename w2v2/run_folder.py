@@ -56,7 +56,7 @@ def agent() -> str:
     """A digest for this machine's agent of the launcher: the same in all its attempts, and never that of another process."""
     parent = os.getppid()
     try:  # where containers call their machines alike, and each has an agent with the number 1
-        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        started = Path(f"/proc/{parent}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
     except (OSError, IndexError):
         started = ""
     return hashlib.sha256(f"{socket.gethostname()} {parent} {started}".encode()).hexdigest()[:12]
@@ -125,7 +125,7 @@ def lock(folder: Path, wait_seconds: float = 10.0) -> dict[str, Any] | None:
             )
         time.sleep(0.2)
     _held[path] = descriptor
-    before = {} if is_new else _read(descriptor)
+    before = {} if is_new and not os.fstat(descriptor).st_size else _read(descriptor)
     if before is not None:
         _note(folder, before)
     return before
