@@ -214,6 +214,7 @@ def test_a_note_is_there_even_where_the_next_one_cannot_be_written(tmp_path, mon
             claimed(run, overwrite=True)
         os._exit(1)
     os.waitpid(child, 0)
+    assert json.loads((run / LOCK_FILE).read_bytes())["launch"] == "job 1"
     attempt(monkeypatch, 2)
     assert claimed(run, overwrite=True) == "auto"
     assert (run / "checkpoint-2").is_dir()
