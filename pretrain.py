@@ -74,10 +74,10 @@ def main() -> None:
     checkpoint = choose_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
     state = RunState.start(args, training, config, checkpoint)
     num_files = len(training.table) + len(unreadable)
+    found = unreadable + probe_some(training)
     skipped = SkippedAudio(
-        output_dir, num_files, args.max_skipped_fraction, state.step, is_main=accelerator.is_main_process
+        output_dir, num_files, args.max_skipped_fraction, state.step, found, is_main=accelerator.is_main_process
     )
-    skipped.add(unreadable + probe_some(training))
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
     model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, args))
@@ -188,6 +188,7 @@ def train(
         args.output_dir,
         total_steps=args.max_steps,
         first_step=state.step,
+        owes_validation=bool(validation) and state.owes_validation,
         trackers=accelerator,
         is_main=accelerator.is_main_process,
         disable_tqdm=args.disable_tqdm,
@@ -228,6 +229,8 @@ def train(
             clock.lap()
         if state.is_due(args.save_steps) or is_stopping:
             heartbeat.at(f"saving checkpoint-{state.step}")
+            for file in (log, skipped, non_finite):
+                file.flush()
             folder = save_checkpoint(
                 args.output_dir,
                 accelerator,
@@ -241,7 +244,8 @@ def train(
             if pusher and folder:
                 pusher.push(folder, f"Weights after {state.step} updates")
             clock.lap()
-    log.close()
+    for file in (log, skipped, non_finite):
+        file.close()
 
 
 def update_settings(args, model, step: int) -> UpdateSettings:

@@ -50,7 +50,7 @@ def prepare(folder: Path, manifest: str | None = None, data_root: str | None = N
     """A corpus and two tiny models, `noisy` and `quiet` (no dropout), in `folder`. Returns the recipe as a YAML file.
 
     The corpus is synthetic, or up to `SYNTHETIC_HOURS` of a manifest's; one more file can be opened but not used, which shows only when
-    it is its turn. Raises `UserError` for a manifest with too few rows.
+    it is its turn, and another is absent, which shows at each start. Raises `UserError` for a manifest with too few rows.
     """
     (folder / "audio").mkdir(parents=True)
     rows = (
@@ -64,8 +64,11 @@ def prepare(folder: Path, manifest: str | None = None, data_root: str | None = N
         )
     damaged = folder / "audio/damaged.wav"
     soundfile.write(damaged, np.full(3 * SAMPLING_RATE, np.nan), SAMPLING_RATE, subtype="FLOAT")
-    unusable = dict(id="damaged", audio=str(damaged), start=0.0, num_samples=3 * SAMPLING_RATE)
-    validation, training = rows[:VALIDATION_ROWS], [*rows[VALIDATION_ROWS:], unusable]
+    unusable = [
+        dict(id=path.stem, audio=str(path), start=0.0, num_samples=3 * SAMPLING_RATE)
+        for path in (damaged, folder / "audio/absent.wav")
+    ]
+    validation, training = rows[:VALIDATION_ROWS], [*rows[VALIDATION_ROWS:], *unusable]
     for name, part in (("train", training), ("dev", validation)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     for name, dropout in (("noisy", 0.1), ("quiet", 0.0)):

@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
+from w2v2 import products
 from w2v2.batching import Crops, Cursor, MicroBatchPlan
 from w2v2.collate import PretrainBatch, build_batch
 from w2v2.loading import build_framing
@@ -59,6 +60,12 @@ def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, d
     waveforms = [torch.from_numpy(x * 0.3).to(dtype).numpy() for x in noise]
     batch = build_batch(plan, crops, waveforms, framing, seed, weight)
     return replace(batch, original_samples=sum(lengths))
+
+
+@pytest.fixture
+def large_model_kernels(monkeypatch):
+    """What products of a large model's size run through, for small ones too."""
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -285,15 +285,21 @@ def test_too_many_unreadable_files_stop_the_run(corpus, refused, tmp_path):
     assert len((tmp_path / "later" / "skipped_audio.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_count_of_skipped_files_is_that_of_an_uninterrupted_run(corpus, tmp_path):
-    manifest = spoiled(corpus, tmp_path / "audio")
-    run = dict(
+def test_count_and_list_of_skipped_files_are_those_of_an_uninterrupted_run(corpus, tmp_path):
+    """One of them is found before the first update, and again at the resumption; the others in updates before and after."""
+    manifest, run = spoiled(corpus, tmp_path / "audio"), tmp_path / "run"
+    more = dict(
         train_data=manifest, max_steps=6, save_steps=1, logging_steps=1, max_skipped_fraction=0.3, save_total_limit=0
     )
-    accepted(corpus, tmp_path / "run", **run)
-    whole = [r["skipped_audio"] for r in read_metrics(tmp_path / "run/metrics.jsonl")]
-    assert whole[0] < whole[-1] == 3
-    for step in range(2, 7):
-        shutil.rmtree(tmp_path / f"run/checkpoint-{step}")
-    accepted(corpus, tmp_path / "run", **run, resume_from_checkpoint=tmp_path / "run/checkpoint-1")
-    assert [r["skipped_audio"] for r in read_metrics(tmp_path / "run/metrics.jsonl")] == whole
+    accepted(corpus, run, **more)
+    counts, lines = (
+        [r["skipped_audio"] for r in read_metrics(run / "metrics.jsonl")],
+        (run / "skipped_audio.jsonl").read_bytes(),
+    )
+    before, first, last = (json.loads(line)["step"] for line in lines.splitlines())
+    assert before == 0 < first < last and counts[-1] == 3
+    for step in range(first + 1, 7):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    accepted(corpus, run, **more, resume_from_checkpoint=run / f"checkpoint-{first}")
+    assert [r["skipped_audio"] for r in read_metrics(run / "metrics.jsonl")] == counts
+    assert (run / "skipped_audio.jsonl").read_bytes() == lines

@@ -1,5 +1,7 @@
 """Checksums: no bit of a folder changes unnoticed."""
 
+import builtins
+import io
 import os
 
 import pytest
@@ -62,15 +64,28 @@ def test_a_record_that_is_none_accuses_itself(folder, text):
     assert find_damage(folder, RECORD, ["weights"]) == f"{RECORD} is damaged"
 
 
-def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
-    def fail(file, *rest, **more):
-        if str(file).endswith("weights"):
-            raise OSError(5, "Input/output error", str(file))
-        return original(file, *rest, **more)
+@pytest.mark.parametrize("name", ["weights", RECORD])
+@pytest.mark.parametrize("call", ["open", "read", "stat"])
+def test_a_file_that_cannot_be_read_is_named_and_not_accused(folder, monkeypatch, name, call):
+    class Failing(io.BytesIO):
+        def readinto(self, *_):
+            raise OSError(116, "Stale file handle")
 
-    original = open
-    monkeypatch.setattr("builtins.open", fail)
-    assert find_damage(folder, RECORD) == "weights cannot be read (Input/output error)"
+        read = readinto
+
+    def fail(file, *rest, **more):
+        if str(file) != str(folder / name):
+            return original(file, *rest, **more)
+        if call == "read":
+            return Failing()
+        raise OSError(116, "Stale file handle", str(file))
+
+    original = os.stat if call == "stat" else open
+    for module in [os] if call == "stat" else [builtins, io]:
+        monkeypatch.setattr(module, "stat" if call == "stat" else "open", fail)
+    with pytest.raises(OSError) as error:
+        find_damage(folder, RECORD)
+    assert error.value.filename == str(folder / name) and error.value.errno == 116
 
 
 def test_sealing_waits_for_the_disk_with_every_file_and_folder(folder, monkeypatch):

@@ -8,6 +8,8 @@ from test_model import pair
 from w2v2 import convs
 from w2v2.convs import _affine, _windows, is_flat
 
+pytestmark = pytest.mark.usefixtures("large_model_kernels")
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_product_in_halves_loses_no_more_than_the_rounding_of_its_result(dtype):

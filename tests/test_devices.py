@@ -209,3 +209,30 @@ def test_two_machines_are_two_processes(flags, two_processes, tmp_path):
     for machine in machines:
         finished(machine, output_dir)
     assert_same_run(output_dir, two_processes)
+
+
+@pytest.mark.slow
+def test_a_restart_that_another_machine_counts_overwrites_nothing(flags, two_processes, tmp_path):
+    """Two agents meet by c10d; the worker of the one without rank 0 is killed, so that one counts and the other may not."""
+    address, output_dir, agents = f"127.0.0.1:{free_port()}", tmp_path / "run", []
+    meeting = ["--nnodes", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id", "drill"]
+    launcher = ["-m", "torch.distributed.run", *meeting, "--nproc_per_node", 1, "--max_restarts", 3]
+    (output_dir / "checkpoint-1").mkdir(parents=True)  # an earlier run: the first attempt overwrites it
+    for _ in range(2):
+        variables = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        agents.append(launch(flags, output_dir, "--overwrite_output_dir", launcher=launcher, **variables))
+    while lines(output_dir) < 8:
+        assert all(agent.poll() is None for agent in agents), said(output_dir)
+        time.sleep(0.01)
+    assert not (output_dir / "checkpoint-1").exists() and list(output_dir.glob("checkpoint-*"))
+    workers = [child for agent in agents for child in children(agent.pid)]
+    ranks = {dict(v.split("=", 1) for v in environ(pid))["RANK"]: pid for pid in workers}
+    os.kill(ranks["1"], signal.SIGKILL)
+    for agent in agents:
+        finished(agent, output_dir)
+    assert "resuming      " in said(output_dir)
+    assert_same_run(output_dir, two_processes)
+
+
+def environ(pid):
+    return [entry for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in entry]

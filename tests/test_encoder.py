@@ -10,6 +10,8 @@ from test_model import gradients, pair
 from w2v2 import encoder
 from w2v2.encoder import after_attention, layer, positional
 
+pytestmark = pytest.mark.usefixtures("large_model_kernels")
+
 
 @pytest.mark.parametrize("large", [False, True], ids=["post-norm", "pre-norm"])
 def test_a_layer_is_the_stock_layer(large):

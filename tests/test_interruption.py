@@ -90,6 +90,28 @@ def test_a_signal_ends_a_run_at_the_update_boundary_and_it_goes_on_to_the_bit(
     assert outcome(tmp_path / "run") == outcome(whole_run)
 
 
+class Killed(BaseException):
+    """In the place of a SIGKILL: nothing catches it."""
+
+
+def kill():
+    raise Killed
+
+
+def test_a_validation_that_was_made_good_before_a_kill_is_written_once(flags, whole_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        during(ASKED_IN, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        assert here(flags, tmp_path / "run") == RESUMABLE
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            during(ASKED_IN + 2, kill, patch)  # after the validation, before the next save
+            here(flags, tmp_path / "run", "--resume_from_checkpoint", "auto")
+        made = [r["step"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "eval_loss" in r]
+        assert made == [ASKED_IN]
+    assert here(flags, tmp_path / "run", "--resume_from_checkpoint", "auto") == 0
+    assert outcome(tmp_path / "run") == outcome(whole_run)
+
+
 def test_in_its_last_update_a_run_is_not_stopped_but_finished(flags, whole_run, tmp_path, monkeypatch):
     during(STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
     assert here(flags, tmp_path / "run") == 0

@@ -1,6 +1,7 @@
 """Lines that a full disk does not lose; /dev/full is a disk that is always full."""
 
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -47,6 +48,47 @@ def test_a_line_goes_on_where_the_disk_cut_it(tmp_path):
         assert (tmp_path / "lines").read_text() == "12345\na"
     file.append("67\n")
     assert (tmp_path / "lines").read_text() == "12345\nabcdé\n67\n"
+
+
+def test_a_flush_needs_no_further_line_and_waits_for_the_disk(full, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_size), fsync(descriptor))
+    )
+    file = LineFile(full)
+    file.append("1\n")
+    file.flush()
+    free(full)
+    file.flush()
+    assert full.read_text() == "1\n" and synced == [2]
+    file.flush()  # nothing is left to wait for
+    assert synced == [2]
+    file.append("2\n")
+    file.close()
+    assert synced == [2, 4]
+
+
+def test_a_flush_of_no_lines_makes_no_file(tmp_path):
+    file = LineFile(tmp_path / "lines")
+    file.flush()
+    file.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_at_a_flush_is_a_warning_and_waited_for_at_the_next(tmp_path, monkeypatch, caplog):
+    def fail(descriptor):
+        raise OSError(5, "Input/output error")
+
+    file = LineFile(tmp_path / "lines")
+    file.append("1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        file.flush()
+    assert "Input/output error" in caplog.text
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    file.flush()
+    assert len(synced) == 1 and (tmp_path / "lines").read_text() == "1\n"
 
 
 def test_what_is_never_written_is_said_to_be_lost(full, caplog):
@@ -106,8 +148,8 @@ def test_skipped_audio_is_counted_beside_a_full_disk(tmp_path, caplog):
     path = tmp_path / "skipped_audio.jsonl"
     skipped = SkippedAudio(tmp_path, 100, 0.5)
     path.symlink_to("/dev/full")
-    skipped.add([{"id": "a", "audio": "a.wav", "reason": "torn"}])
+    skipped.add([{"id": "a", "audio": "a.wav", "reason": "torn"}], step=2)
     assert skipped.ids == {"a"} and "No space left on device" in caplog.text
     free(path)
     skipped.add([{"id": "b", "audio": "b.wav", "reason": "torn"}], step=3)
-    assert SkippedAudio(tmp_path, 100, 0.5, first_step=3).ids == {"b"}  # the first was met before the first update
+    assert SkippedAudio(tmp_path, 100, 0.5, first_step=3).ids == {"a", "b"}

@@ -13,6 +13,8 @@ from w2v2.encoder import gather
 from w2v2.masking import distractors
 from w2v2.model import PretrainingModel
 
+pytestmark = pytest.mark.usefixtures("large_model_kernels")
+
 TEMPERATURE = 1.3
 
 

@@ -265,6 +265,58 @@ def test_a_resumed_run_counts_and_lists_as_an_uninterrupted_one(corpus, whole_ru
     assert (output_dir / NON_FINITE_FILE).read_bytes() == (whole_run / NON_FINITE_FILE).read_bytes()
 
 
+def test_lines_that_the_disk_refused_are_on_it_before_the_checkpoint(corpus, tmp_path, monkeypatch):
+    """The disk has room at saves alone, and the run ends without a further line."""
+    silent = tmp_path / "broken.wav"
+    soundfile.write(silent, np.full(32_000, np.nan, np.float32), 16_000, subtype="FLOAT")
+    paths = [*sorted((corpus / "audio").iterdir()), silent]
+    train = write_csv(tmp_path / "train.csv", paths, [2.0] * len(paths))
+    changes = dict(train_data=train, save_steps=2, max_skipped_fraction=0.5)
+    assert run_here(pretrain.main, *flags(corpus, tmp_path / "whole", **changes)) == 0
+
+    names = ("metrics.jsonl", "skipped_audio.jsonl", NON_FINITE_FILE)
+    whole = {name: (tmp_path / "whole" / name).read_bytes().splitlines() for name in names}
+    assert all(whole.values())
+    has_room, saved, synced, fsync = [False], [], {}, os.fsync
+
+    def full(path, mode, **more):
+        if "a" in mode and not has_room[0]:
+            raise OSError(28, "No space left on device", str(path))
+        return open(path, mode, **more)
+
+    def at(what):
+        has_room[0] = what.startswith("saving")
+
+    def note(descriptor):
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def save(output_dir, *rest):
+        folder, step = save_checkpoint(output_dir, *rest), rest[4].step
+        has_room[0] = False
+        for name in names:
+            expected = [line for line in whole[name] if json.loads(line)["step"] <= step]
+            found = (output_dir / name).read_bytes().splitlines() if expected else []
+            assert list(map(untimed, found)) == list(map(untimed, expected)), (name, step)
+            if expected:
+                status = (output_dir / name).stat()
+                assert synced[status.st_ino] == status.st_size, (name, step)
+        saved.append(step)
+        return folder
+
+    save_checkpoint = pretrain.save_checkpoint
+    monkeypatch.setattr("w2v2.line_file.open", full, raising=False)
+    monkeypatch.setattr(pretrain.heartbeat, "at", at)
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(pretrain, "save_checkpoint", lambda output_dir, *rest: save(Path(output_dir), *rest))
+    assert run_here(pretrain.main, *flags(corpus, tmp_path / "run", **changes)) == 0
+    assert saved == [2, 4, 6, 8][: STEPS // 2]
+
+
+def untimed(line):
+    return {name: value for name, value in json.loads(line).items() if name not in TIMINGS}
+
+
 def test_two_processes_skip_the_same_updates_and_list_the_same(corpus, whole_run):
     output_dir = corpus / "two_processes"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2_processes.yaml"]

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from w2v2 import products
 from w2v2.products import dropout, linear, product
 
+pytestmark = pytest.mark.usefixtures("large_model_kernels")
+
 
 @pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (3, 1, 2, 12)])
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -32,6 +34,19 @@ def test_without_the_kernel_it_is_the_stock_product(monkeypatch):
     monkeypatch.setattr(products, "_ONE_DNN", None)
     x, weight = torch.randn(9, 6), torch.randn(4, 6)
     assert torch.equal(linear(x, weight), F.linear(x, weight)) and torch.equal(product(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.skipif(products._ONE_DNN is None, reason="a build without oneDNN")
+def test_only_weights_of_large_models_go_to_one_dnn(monkeypatch):
+    called, kernel = [], products._ONE_DNN
+    monkeypatch.setattr(
+        products, "_ONE_DNN", lambda x, weight, *rest: called.append(weight.shape) or kernel(x, weight, *rest)
+    )
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 100)
+    for rows in (24, 25):
+        linear(torch.randn(3, 4), torch.randn(rows, 4))
+        product(torch.randn(3, 4), torch.randn(rows, 4))
+    assert called == [(25, 4)] * 2
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

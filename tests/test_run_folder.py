@@ -1,5 +1,6 @@
 """One run at a time in a folder; a restarted attempt goes on with what its launch began, and with nothing else."""
 
+import json
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 from w2v2 import run_folder
 from w2v2.errors import UserError
 from w2v2.resuming import _FILES
-from w2v2.run_folder import LOCK_FILE, claim, lock
+from w2v2.run_folder import LOCK_FILE, NOTE_BYTES, claim, lock
 
 
 @contextmanager
@@ -68,9 +69,12 @@ def test_a_folder_that_cannot_be_written_is_a_slip(tmp_path):
         lock(tmp_path / "file")
 
 
-def attempt(monkeypatch, number, launch="job 1"):
+def attempt(monkeypatch, number, launch="job 1", agent="A", others=()):
+    """What a launcher tells the main process, counting restarts; `others` are ranks elsewhere, as (whether counted, agent)."""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
-    monkeypatch.setattr(run_folder, "launch", lambda: launch)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+    monkeypatch.setattr(run_folder, "agent", lambda: agent)
+    monkeypatch.setattr(run_folder, "gather_object", lambda mine: [*mine, *others])
 
 
 def claimed(folder, resume=None, overwrite=False):
@@ -113,7 +117,7 @@ def test_a_restarted_attempt_goes_on_whatever_the_flags_say(tmp_path, monkeypatc
 def test_an_attempt_whose_launch_had_not_come_that_far_does_as_the_flags_say(tmp_path, monkeypatch):
     """Its first attempt died before it took the folder: what is there is the run of somebody else."""
     leave_run(tmp_path / "run", 2)
-    attempt(monkeypatch, 0, launch="job 0")
+    attempt(monkeypatch, 0, launch="job 0", agent="B")
     claimed(tmp_path / "run", "auto")
     attempt(monkeypatch, 1, launch="job 1")
     with pytest.raises(UserError, match="already holds a run"):
@@ -129,5 +133,112 @@ def test_a_new_launch_is_no_restart(tmp_path, monkeypatch):
     attempt(monkeypatch, 0)
     claimed(tmp_path / "run")
     leave_run(tmp_path / "run", 2)
+    attempt(monkeypatch, 0, agent="B")  # the same `--rdzv_id` once more
     with pytest.raises(UserError, match="already holds a run"):
         claimed(tmp_path / "run")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # without a launcher
+    with pytest.raises(UserError, match="already holds a run"):
+        claimed(tmp_path / "run")
+    claimed(tmp_path / "run", overwrite=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+
+
+RESTARTS = {
+    "counted elsewhere": dict(agent="A", others=[(True, "B")]),
+    "counted elsewhere, rank 0 has moved": dict(agent="B", others=[(True, "A")]),
+    "counted on another machine than before": dict(agent="C", others=[(True, "D")]),
+    "a machine has come": dict(agent="A", others=[(False, "B"), (False, "C")]),
+    "a machine has gone, rank 0 has moved": dict(agent="B"),
+}
+
+
+@pytest.mark.parametrize("which", RESTARTS)
+def test_on_several_machines_a_restart_is_one_wherever_it_is_counted(tmp_path, monkeypatch, which):
+    run = tmp_path / "run"
+    leave_run(run, 9)  # of long ago
+    attempt(monkeypatch, 0, agent="A", others=[(False, "B")])
+    claimed(run, overwrite=True)
+    leave_run(run, 2)
+    for _ in range(2):
+        attempt(monkeypatch, 0, **RESTARTS[which])
+        assert claimed(run, overwrite=True) == "auto"
+        assert sorted(path.name for path in run.iterdir()) == [LOCK_FILE, "checkpoint-2", "metrics.jsonl"]
+
+
+def test_without_a_name_of_its_own_a_launch_is_known_by_its_agents_alone(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    attempt(monkeypatch, 0, launch="none")
+    claimed(run)
+    leave_run(run, 2)
+    attempt(monkeypatch, 1, launch="none", agent="B")
+    with pytest.raises(UserError, match="already holds a run"):
+        claimed(run)
+    attempt(monkeypatch, 1, launch="none", agent="A")
+    assert claimed(run, overwrite=True) == "auto"
+
+
+@pytest.mark.parametrize("note", [b"", bytes(200), b'{"pid": 17, "host": "a', b"[]"])
+def test_a_restart_whose_note_cannot_be_read_overwrites_nothing(tmp_path, monkeypatch, caplog, note):
+    run = tmp_path / "run"
+    attempt(monkeypatch, 0)
+    claimed(run)
+    leave_run(run, 2)
+    (run / LOCK_FILE).write_bytes(note)
+    attempt(monkeypatch, 1)
+    assert claimed(run, overwrite=True) == "auto"
+    assert (run / "checkpoint-2").is_dir() and f"{run / LOCK_FILE} cannot be read" in caplog.text
+    (run / LOCK_FILE).write_bytes(note)
+    attempt(monkeypatch, 0)  # a new launch does as it is told
+    claimed(run, overwrite=True)
+    assert [path.name for path in run.iterdir()] == [LOCK_FILE]
+
+
+@pytest.mark.parametrize("mishap", ["a full disk", "a kill"])
+def test_a_note_is_there_even_where_the_next_one_cannot_be_written(tmp_path, monkeypatch, mishap):
+    """Seen by the next attempt."""
+    run = tmp_path / "run"
+    attempt(monkeypatch, 0)
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            claimed(run)
+            leave_run(run, 2)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            attempt(monkeypatch, 1)
+            os.pwrite = full if mishap == "a full disk" else lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            claimed(run, overwrite=True)
+        os._exit(1)
+    os.waitpid(child, 0)
+    assert json.loads((run / LOCK_FILE).read_bytes())["launch"] == "job 1"
+    attempt(monkeypatch, 2)
+    assert claimed(run, overwrite=True) == "auto"
+    assert (run / "checkpoint-2").is_dir()
+
+
+def full(descriptor, text, offset):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_note_fits_whatever_names_there_are_and_is_durable(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    attempt(monkeypatch, 0, launch="ü" * 500, others=[(False, f"{number:012x}") for number in range(1_000)])
+    claimed(tmp_path / "run")
+    path = tmp_path / "run" / LOCK_FILE
+    note = json.loads(path.read_bytes())
+    assert path.stat().st_size == NOTE_BYTES and path.stat().st_ino in synced
+    assert note["pid"] == os.getpid() and note["agents"][0] == "A" and len(note["agents"]) > 100
+
+
+def test_an_agent_has_a_name_of_its_own(tmp_path):
+    child = os.fork()
+    if child == 0:
+        (tmp_path / "name").write_text(run_folder.agent())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert run_folder.agent() == run_folder.agent() != (tmp_path / "name").read_text() != ""

@@ -5,15 +5,18 @@
 `seal` reads every file once, right after it was written; `find_damage` says what has become of them since.
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 _CHUNK = 1 << 20
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def seal(folder: Path, name: str) -> None:
@@ -36,26 +39,37 @@ def find_damage(folder: Path, name: str, required: Iterable[str] = (), contents:
     """Which file under `folder` is not as its file `name` records it, and how; None: all are, and `required` ones among them.
 
     Files that are not recorded do not matter. Without `contents`, presence and sizes alone are looked at, which costs next to nothing.
+    Raises `OSError`, with the file's name, where one cannot be read: that may pass, and tells nothing of the file.
     """
     record = _read(folder / name)
     if record is None or not record.keys() >= set(required):
         return f"{name} is damaged"
     for file, entry in record.items():
-        path = folder / file
-        if not path.is_file():
+        if (size := file_size(folder / file)) is None:
             return f"{file} is missing"
-        if (size := path.stat().st_size) != entry["size"]:
+        if size != entry["size"]:
             return f"{file} has {size:,} bytes, was saved with {entry['size']:,}"
     if not contents:
         return None
     with ThreadPoolExecutor() as pool:
-        found = pool.map(_try_sha256, [folder / file for file in record])
+        found = pool.map(_sha256, [folder / file for file in record])
     for (file, entry), digest in zip(record.items(), found, strict=True):
-        if isinstance(digest, OSError):
-            return f"{file} cannot be read ({digest.strerror})"
         if digest != entry["sha256"]:
             return f"{file} has changed since it was saved (its SHA-256 differs)"
     return None
+
+
+def file_size(path: Path) -> int | None:
+    """In bytes; None where there is no such file, or something else. Raises `OSError` where that cannot be told (as `is_file` may not)."""
+    try:
+        status = os.stat(path)
+    except ValueError:  # no name of a file
+        return None
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def sync(path: Path) -> None:
@@ -74,24 +88,26 @@ def _make_durable(path: Path) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(chunk):
-            digest.update(chunk[:size])
-    return digest.hexdigest()
-
-
-def _try_sha256(path: Path) -> str | OSError:
     try:
-        return _sha256(path)
-    except OSError as error:
-        return error
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(chunk):
+                digest.update(chunk[:size])
+    except OSError as error:  # of reading, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]] | None:
     """None where the file is absent, torn or of another form."""
+    if file_size(path) is None:
+        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
+        record = json.loads(text)
         is_whole = all(type(entry["size"]) is int and type(entry["sha256"]) is str for entry in record.values())
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+    except (ValueError, AttributeError, TypeError, KeyError):
         return None
     return record if is_whole else None

@@ -36,7 +36,7 @@ from typing import Any
 from tqdm import tqdm
 
 from w2v2.errors import UserError, as_user_error, one_line
-from w2v2.line_file import LineFile
+from w2v2.line_file import LineFile, rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +88,15 @@ class RunLog:
         *,
         total_steps: int,
         first_step: int = 0,
+        owes_validation: bool = False,
         trackers: Any = None,
         is_main: bool = True,
         disable_tqdm: bool = False,
     ) -> None:
-        """`trackers` is anything with `log(values, step=…)`, as an `Accelerator` with `init_trackers` done."""
+        """`trackers` is anything with `log(values, step=…)`, as an `Accelerator` with `init_trackers` done.
+
+        With `owes_validation` that of `first_step` is still to come: a line of it is of an earlier attempt that made it, and goes.
+        """
         self.total_steps = total_steps
         self._first_step = first_step
         self._is_main = is_main
@@ -105,7 +109,7 @@ class RunLog:
         threading.excepthook = _say_in_a_line
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep_steps_up_to(path, first_step)
+        keep_steps_up_to(path, first_step, owes_validation)
         self._file = LineFile(path)
         self._file.append("")
         if not disable_tqdm and sys.stderr.isatty():
@@ -126,6 +130,11 @@ class RunLog:
             self._refreshed_at = now
             self._bar.set_description_str(_describe(_plain(record)), refresh=False)
         self._bar.update(int(record["step"]) - self._bar.n)
+
+    def flush(self) -> None:
+        """Wait until the disk has all lines."""
+        if self._file is not None:
+            self._file.flush()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record: a line of `metrics.jsonl`, the trackers, and the console.
@@ -221,8 +230,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and _is_number(record.get("step")) else None
 
 
-def keep_steps_up_to(path: Path, first_step: int) -> None:
-    """Rewrite a file of records, atomically and byte for byte, with the lines of steps up to `first_step` alone."""
+def keep_steps_up_to(path: Path, first_step: int, owes_validation: bool = False) -> None:
+    """Rewrite a file of records, atomically and byte for byte, with the lines of steps up to `first_step` alone.
+
+    With `owes_validation` without the validation of that step.
+    """
     if not path.exists():
         return
     kept = []
@@ -230,11 +242,8 @@ def keep_steps_up_to(path: Path, first_step: int) -> None:
         record = _parse(line)
         if record is None:
             logger.warning("%s: row %d is no record (a run killed while writing?); dropped", path, row)
-        elif 0 < first_step and record["step"] <= first_step:
+            continue
+        is_owed = owes_validation and record["step"] == first_step and any(n.startswith("eval_") for n in record)
+        if 0 < first_step and record["step"] <= first_step and not is_owed:
             kept.append(line + b"\n")
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    rewrite(path, b"".join(kept))

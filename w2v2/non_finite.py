@@ -56,6 +56,14 @@ class NonFiniteUpdates:
             raise UserError(self._advice())
         return True
 
+    def flush(self) -> None:
+        """Wait until the disk has all lines."""
+        self.file.flush()
+
+    def close(self) -> None:
+        """The same, and say what could not be written."""
+        self.file.close()
+
     def _suspects(self, heard: Heard) -> list[str]:
         """Ids of the update's utterances that may be to blame, over all ranks, in the order of the pieces."""
         unread = {entry["id"] for entry in heard.skipped}

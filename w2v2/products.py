@@ -3,12 +3,17 @@
 On x86 PyTorch sends float32 products to MKL. oneDNN, which it brings along for other uses, was 7 to 18 % faster at the shapes of this
 model on an AMD processor in the forward pass and for the input's gradient; for the weight's gradient MKL is kept. PyTorch's bernoulli
 generator takes about 5 ns an element; a quarter of a 64-bit draw decides as well.
+
+oneDNN keeps what it has compiled for each shape (up to 1,024 of them). Small models gain nothing from it, hear batches of many shapes, and
+would grow by that: theirs stay with MKL.
 """
 
 import torch
 import torch.nn.functional as F
 
 _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+SMALLEST_WEIGHT = 2**17  # elements: below the narrowest projection of BASE, above the widest of `configs/models/small`
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,7 +29,8 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return _ONE_DNN is not None and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return _ONE_DNN is not None and fits and weight.numel() >= SMALLEST_WEIGHT
 
 
 class _Linear(torch.autograd.Function):

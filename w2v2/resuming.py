@@ -1,11 +1,12 @@
 """A run's folder: whose it is, which of its checkpoints are whole, and which one a run goes on from."""
 
+import contextlib
 import json
 import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -15,6 +16,7 @@ from w2v2 import checksums
 from w2v2.errors import UserError, one_line
 from w2v2.folder_swap import UNFINISHED, put_all_back, remove
 from w2v2.main_process import on_main_process
+from w2v2.patience import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def claim_output_dir(output_dir: Path, overwrite: bool, resume_from: str | None,
 
 def _refuse_newer(output_dir: Path, checkpoint: Path) -> None:
     """A run that goes back leaves later checkpoints of another past behind, which `auto` would take for its own."""
-    whole = [folder.resolve() for folder in checkpoints(output_dir)]
+    whole = [folder.resolve() for folder in whole_checkpoints(output_dir)]
     if checkpoint.resolve() in whole[:-1]:
         newer = whole[whole.index(checkpoint.resolve()) + 1]
         raise UserError(
@@ -69,39 +71,66 @@ def _refuse_newer(output_dir: Path, checkpoint: Path) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints in `output_dir` that are whole by their files' sizes, oldest first."""
-    return [folder for folder in _numbered(output_dir) if find_damage(folder, contents=False) is None]
+    """Checkpoints in `output_dir` that are whole by their files' sizes, oldest first; one that cannot be looked at is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for folder in _numbered(output_dir):
+            with contextlib.suppress(OSError):
+                found += [folder] if find_damage(folder, contents=False) is None else []
+    return found
+
+
+def whole_checkpoints(output_dir: Path) -> list[Path]:
+    """The same at a start: what cannot be looked at is tried again, and then a `UserError`."""
+    folders = patiently(lambda: _numbered(output_dir), output_dir)
+    return [folder for folder in folders if _examine(folder, contents=False) is None]
 
 
 def find_damage(folder: Path, contents: bool = True) -> str | None:
     """What keeps a checkpoint from being resumed from, naming the file; None: it is whole.
 
     Without `contents`, files are not read through: only their sizes are compared. A checkpoint of a version that saved no checksums
-    is whole if its files can be loaded.
+    is whole if its files can be loaded. Raises `OSError` where a file cannot be read, which is no damage: it may pass.
     """
-    try:
-        for name in _FILES:
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-        if (folder / CHECKSUMS).is_file():
-            return checksums.find_damage(folder, CHECKSUMS, _FILES, contents)
-    except OSError as error:
-        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    for name in _FILES:
+        if checksums.file_size(folder / name) is None:
+            return f"{name} is missing"
+    if checksums.file_size(folder / CHECKSUMS) is not None:
+        return checksums.find_damage(folder, CHECKSUMS, _FILES, contents)
     return next(filter(None, (_find_unloadable(folder, name) for name in _FILES)), None)
 
 
 def _find_unloadable(folder: Path, name: str) -> str | None:
-    """What is wrong with one file of a checkpoint without checksums."""
+    """What is wrong with one file of a checkpoint without checksums. Raises `OSError` where it cannot be read."""
+    with open(folder / name, "rb") as file:
+        content = b"" if name.endswith(".safetensors") else file.read()
     try:
         if name.endswith(".safetensors"):
             with safe_open(folder / name, framework="numpy"):
                 return None
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
+        values = json.loads(content)
+    except (ValueError, SafetensorError) as error:
         return f"{name} is torn ({one_line(error)})"
     if not isinstance(values, dict):
         return f"{name} is damaged"
     return f"{CHECKSUMS} is missing" if "has_checksums" in values else None
+
+
+class Damage(NamedTuple):
+    """Why a checkpoint is not resumed from."""
+
+    what: str
+    may_pass: bool  # a disk that fails to read; anything else is a difference
+
+
+def _examine(folder: Path, contents: bool = True) -> Damage | None:
+    """`find_damage`, tried again where a file cannot be read; a disk that goes on failing counts as damage. Raises `UserError`."""
+    try:
+        damage = patiently(lambda: find_damage(folder, contents), folder)
+    except OSError as error:  # EIO
+        name = os.path.relpath(error.filename, folder) if error.filename else folder.name
+        return Damage(f"{name} cannot be read ({error.strerror})", may_pass=True)
+    return damage and Damage(damage, may_pass=False)
 
 
 def choose_checkpoint(accelerator: Accelerator, output_dir: Path, resume_from: str | None) -> Path | None:
@@ -131,9 +160,9 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
                 f"--resume_from_checkpoint {resume_from}: no such folder; give a checkpoint-<step> folder or `auto`"
             )
         read_state(folder)
-        if damage := find_damage(folder):
+        if damage := _examine(folder):
             raise UserError(
-                f"--resume_from_checkpoint {folder}: {damage}; give another checkpoint, or `auto` for the newest whole one"
+                f"--resume_from_checkpoint {folder}: {damage.what}; give another checkpoint, or `auto` for the newest whole one"
             )
     if folder and not (folder / CHECKSUMS).exists():
         logger.warning("%s is of a version that saved no checksums: its files can be loaded, more is not known", folder)
@@ -142,21 +171,21 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
 
 def _newest_whole(output_dir: Path) -> Path | None:
     damaged = {}
-    for folder in reversed(_numbered(output_dir)):
-        if (damage := find_damage(folder)) is None:
+    for folder in reversed(patiently(lambda: _numbered(output_dir), output_dir)):
+        if (damage := _examine(folder)) is None:
             break
         damaged[folder] = damage
-        logger.warning("%s is damaged and passed over: %s", folder, damage)
+        logger.warning("%s is damaged and passed over: %s", folder, damage.what)
     else:
         if not damaged:
             return None
         folder, damage = next(iter(damaged.items()))
         raise UserError(
-            f"--resume_from_checkpoint auto: no checkpoint in {output_dir} is whole, the newest being {folder.name}, whose {damage}; "
+            f"--resume_from_checkpoint auto: no checkpoint in {output_dir} is whole, the newest being {folder.name}, whose {damage.what}; "
             "mend that, or start anew with --overwrite_output_dir"
         )
-    for other in damaged:
-        if find_damage(other, contents=False) is None:
+    for other, damage in damaged.items():
+        if not damage.may_pass and _examine(other, contents=False) is None:
             _set_aside(other)
     return folder
 
@@ -174,9 +203,14 @@ def _set_aside(folder: Path) -> None:
 
 
 def _numbered(output_dir: Path) -> list[Path]:
-    """All folders named `checkpoint-<step>`, by step."""
-    folders = Path(output_dir).glob("checkpoint-*")
-    return sorted((f for f in folders if re.fullmatch(r"checkpoint-\d+", f.name) and f.is_dir()), key=step_of)
+    """All folders named `checkpoint-<step>`, by step. Raises `OSError` where the folder cannot be looked into."""
+    try:
+        entries = os.scandir(output_dir)  # `Path.glob` finds nothing where it must not look
+    except FileNotFoundError:
+        return []
+    with entries:
+        names = [entry.name for entry in entries if re.fullmatch(r"checkpoint-\d+", entry.name) and entry.is_dir()]
+    return sorted((Path(output_dir) / name for name in names), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -187,9 +221,10 @@ def step_of(folder: Path) -> int:
 def read_state(folder: Path) -> dict[str, Any]:
     """`training_state/state.json` of a checkpoint. Raises `UserError` if it holds none."""
     path = Path(folder) / "training_state/state.json"
+    text = patiently(lambda: b"" if checksums.file_size(path) is None else path.read_bytes(), path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(text)
+    except ValueError:
         raise UserError(
             f"{folder} holds no training state ({path.name} is missing or torn): resume from a checkpoint-<step> folder, or "
             "start from its weights alone with --model_name_or_path"

@@ -1,0 +1,37 @@
+"""Reads that fail for a while, as of a server that does not answer or with too many open files: tried again shortly."""
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from w2v2.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PAUSES = (1.0, 4.0)  # seconds before another try
+
+
+def patiently(read: Callable[[], T], path: Path) -> T:
+    """What `read` returns; an `OSError` is a warning, and `read` is called again.
+
+    Raises `UserError` that names the file (`path` where the error names none) if that does not help, but EIO, which is a disk's, as it is.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            logger.warning("%s: %s; tried again in %g s", error.filename or path, error.strerror, pause)
+        time.sleep(pause)
+    try:
+        return read()
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise
+        raise UserError(
+            f"{error.filename or path} cannot be read ({error.strerror}), tried {len(PAUSES) + 1} times; "
+            "nothing was changed: start again when it can be"
+        ) from None
