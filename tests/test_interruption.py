@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import run_here, tiny_config, write_csv, write_tones
 
@@ -161,9 +162,9 @@ def test_a_tracker_that_met_a_full_disk_does_not_change_how_a_run_ends(
         assert outcome(tmp_path / "run") == outcome(whole_run)
 
 
-def launched(flags, output_dir, *launcher, more=(), **wired):
+def launched(flags, output_dir, *launcher, more=(), threads=1, **wired):
     command = [sys.executable, *launcher, "pretrain.py", flags, "--output_dir", output_dir, "--max_steps", 2_000, *more]
-    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
+    environment = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(REPOSITORY))
     wired = wired or dict(stdout=open(f"{output_dir}.log", "w"), stderr=subprocess.STDOUT)
     return subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=environment, start_new_session=True, **wired)
 
@@ -208,7 +209,8 @@ def test_workers_survive_a_signal_to_all_processes_of_the_run(flags, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_run_whose_console_is_on_a_full_disk_leaves_the_same_files(flags, whole_run, tmp_path):
     with open("/dev/full", "w") as full:
-        process = launched(flags, tmp_path / "run", more=("--max_steps", STEPS), stdout=full, stderr=full)
+        wired = dict(stdout=full, stderr=full, threads=torch.get_num_threads())  # as many as the whole run had
+        process = launched(flags, tmp_path / "run", more=("--max_steps", STEPS), **wired)
         assert process.wait(timeout=240) == 0
     assert outcome(tmp_path / "run") == outcome(whole_run)
     assert files(tmp_path / "run") == files(whole_run)
