@@ -37,7 +37,7 @@ from w2v2.scores import MEASURES, classification_scores, describe_scores, mean_a
 from w2v2.speech_sets import name_sets
 from w2v2.teardown import settle
 
-CACHE_FOLDER = "_cache"  # in the output folder; `Trainer` pushes nothing that begins with an underscore
+CACHE_FOLDER = "_cache"  # in the output folder
 FOLDS_FILE = "folds.json"
 
 
