@@ -34,10 +34,9 @@ from w2v2.finetuning_arguments import (
 from w2v2.folds import Split, group_splits, shared_groups
 from w2v2.hub_callback import HubCallback
 from w2v2.scores import MEASURES, classification_scores, describe_scores, mean_and_deviation
-from w2v2.speech_sets import name_sets
+from w2v2.speech_sets import CACHE_FOLDER, name_sets, say
 from w2v2.teardown import settle
 
-CACHE_FOLDER = "_cache"  # in the output folder
 FOLDS_FILE = "folds.json"
 
 
@@ -254,12 +253,6 @@ def describe(trainer: ClassificationTrainer, classes: list[str], dropped: int, c
     updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * len(train) / batch)
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
     say(args, f"     updates: {updates} of {batch} utterances, {updates * batch / len(train):.1f} epochs{resumed}")
-
-
-def say(args: ClassificationArguments, line: str) -> None:
-    """A line on the console, once."""
-    if args.process_index == 0:
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from w2v2.finetuning_arguments import SKIPPED_FILE, FineTuningArguments
 from w2v2.manifest import load_manifest
 from w2v2.subsets import draw_hours, take_listed
 
-CACHE_FOLDER = "_cache"  # in the output folder; `Trainer` pushes nothing that begins with an underscore
+CACHE_FOLDER = "_cache"  # in the output folder
 
 
 def read_sets(args: FineTuningArguments, text_args: CTCArguments) -> dict[str, Dataset]:
