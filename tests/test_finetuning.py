@@ -1,4 +1,6 @@
+import errno
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -79,6 +81,53 @@ def test_the_learning_rate_follows_the_tri_stage_schedule(table, tmp_path):
     expected = [1e-3 * lr_factor(step, 10, 0.1, "tri_stage", 0.4, 0.05) for step in range(10)]
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert rates[:5] == [1e-3] * 5 and rates[-1] < 2e-4
+
+
+def test_a_disk_that_is_full_for_logs_and_trackers_changes_no_run(table, tmp_path, monkeypatch, caplog):
+    """Two of five lines are refused at first; TensorBoard's thread dies of its third record."""
+    flags = dict(max_steps=5, eval_steps=5, save_steps=5, report_to=["tensorboard"])
+    whole, disturbed = (make_trainer(table, tmp_path / name, **flags) for name in ("whole", "disturbed"))
+    whole.train()
+    opened, records = [], []
+
+    def full_at_times(path, *args, **kwargs):
+        opened.append(path)
+        if len(opened) in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open(path, *args, **kwargs)
+
+    def full_from_the_third_on(writer, record):
+        records.append(record)
+        if len(records) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("w2v2.line_file.open", full_at_times, raising=False)
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full_from_the_third_on)
+    with caplog.at_level(logging.WARNING):
+        disturbed.train()
+    assert len(records) == 3 and len(opened) > 3
+    (warning,) = [line for line in caplog.messages if "TensorBoardCallback" in line]
+    assert "No space left on device" in warning and "it gets nothing from update" in warning
+    (missing,) = [line for line in caplog.messages if "is written again; no line is missing" in line]
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "disturbed")
+    ]
+    assert len(lines[0]) == 6
+    for theirs, ours in zip(*lines, strict=True):
+        timed = {name for name in theirs if name.endswith(("_runtime", "_per_second"))}
+        assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
+    expected = weights(whole)
+    for name, value in weights(disturbed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_tracker_that_cannot_start_still_ends_the_run(table, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("not logged in")
+
+    monkeypatch.setattr("transformers.integrations.TensorBoardCallback.on_train_begin", fail)
+    with pytest.raises(ValueError, match="not logged in"):
+        make_trainer(table, tmp_path, max_steps=1, report_to=["tensorboard"]).train()
 
 
 def test_a_finished_run_is_resumed_to_no_effect_though_it_ended_inside_an_epoch(table, tmp_path):

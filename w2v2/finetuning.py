@@ -10,21 +10,18 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import transformers
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from w2v2.audio import SAMPLING_RATE
 from w2v2.ctc import SpeechDataset, read_skipped
 from w2v2.errors import UserError
+from w2v2.finetuning_log import log_harmlessly
 from w2v2.folder_swap import open_to_others
-from w2v2.metrics import json_line
 from w2v2.schedule import lr_factor
 from w2v2.teardown import settle
 from w2v2.update_batches import MicroBatches, UpdateSampler, collate_update
@@ -69,14 +66,12 @@ class FineTuner(Trainer):
         # These models take **kwargs but ignore `num_items_in_batch`; without this, loss and gradient would be too
         # large by the accumulation steps and again by the number of processes.
         self.model_accepts_loss_kwargs = False
-        for stock in (ProgressCallback, PrinterCallback):
-            self.remove_callback(stock)
+        log_harmlessly(self)
         if self.train_dataset is not None:
             self.sampler = self._build_sampler()
             self.add_callback(_DrawEpoch(self.sampler))
             self.add_callback(_FreezeEncoder(self.args.freeze_encoder_steps))
             self.add_callback(_WatchSkippedAudio(self.train_dataset, self.args.max_skipped_fraction))
-        self.add_callback(_RunLog())
         transformers.utils.logging.disable_progress_bar()  # of writing a model's one shard
 
     def _build_sampler(self) -> Sampler:
@@ -271,52 +266,3 @@ def check_skipped(skipped: Sequence[dict[str, str]], num_files: int, max_fractio
             f"{len(skipped)} of {num_files} audio files cannot be decoded, such as {skipped[0]['audio']}: "
             f"{skipped[0]['reason']}; mend or leave out what skipped_audio.jsonl lists, or raise --max_skipped_fraction"
         )
-
-
-class _RunLog(ProgressCallback):
-    """A bar, one readable line for each logged step, and the same as JSON in `metrics.jsonl`."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.current_step = state.global_step
-        if not state.is_world_process_zero:
-            return
-        self.training_bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            dynamic_ncols=True,
-            unit="update",
-            disable=args.disable_tqdm,
-        )
-        with open(self._path(args), "w", encoding="utf-8") as file:  # resumed: what the checkpoint knows, no more
-            file.writelines(json_line(dict(sorted(entry.items()))) for entry in state.log_history)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not state.log_history or "train_runtime" in logs:
-            return
-        entry = state.log_history[-1]
-        with open(self._path(args), "a", encoding="utf-8") as file:
-            file.write(json_line(dict(sorted(entry.items()))))
-        tqdm.write(f"update {state.global_step}/{state.max_steps} · " + _line(entry))
-
-    @staticmethod
-    def _path(args) -> Path:
-        return Path(args.output_dir) / "metrics.jsonl"
-
-
-def _line(entry: dict[str, Any]) -> str:
-    parts = [
-        ("epoch", "epoch {:.2f}"),
-        ("loss", "loss {:.3f}"),
-        ("learning_rate", "learning rate {:.2e}"),
-        ("eval_loss", "validation loss {:.3f}"),
-        ("eval_wer", "WER {:.1%}"),
-        ("eval_cer", "CER {:.1%}"),
-        ("eval_per", "PER {:.1%}"),
-        ("eval_accuracy", "accuracy {:.1%}"),
-        ("eval_uar", "UAR {:.1%}"),
-    ]
-    return " · ".join(form.format(entry[name]) for name, form in parts if name in entry)

@@ -106,7 +106,7 @@ class RunLog:
         self._refreshed_at = -math.inf
         if not is_main:
             return
-        threading.excepthook = _say_in_a_line
+        threading.excepthook = say_in_a_line
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_steps_up_to(path, first_step, owes_validation)
@@ -188,7 +188,7 @@ class RunLog:
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _say_in_a_line(arguments: threading.ExceptHookArgs) -> None:
+def say_in_a_line(arguments: threading.ExceptHookArgs) -> None:
     """What a thread ends of, as a tracker's that writes to a full disk; a traceback is for bugs."""
     error = arguments.exc_value
     if isinstance(error, OSError) and as_user_error(error):
