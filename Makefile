@@ -1,9 +1,10 @@
 # Everything runs in .venv, which is set up by itself: with uv where it is installed, otherwise with python3's own venv.
-# PYTHON=python3.12 chooses another interpreter; PIP_INDEX_URL (or UV_INDEX_URL) another package index.
+# PYTHON=python3.12 chooses another interpreter; PIP_INDEX_URL (or UV_INDEX_URL) another package index. TESTS_AT_ONCE=8 suits more cores.
 
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+TESTS_AT_ONCE ?= 2
 
 .PHONY: demo test drill quality format clean
 
@@ -11,7 +12,7 @@ demo: $(VENV)/ready  ## corpus, pretraining, fine-tuning, one table: 15 minutes 
 	$(RUN) demo.py
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n $(TESTS_AT_ONCE) --dist loadfile
 
 drill: $(VENV)/ready  ## what docs/reliability.md promises: slow tests, 20 kills in one run, other numbers of processes, 10,000 resumes
 	$(RUN) -m pytest -m slow

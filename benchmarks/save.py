@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="where to save; what is written is removed again")
     parser.add_argument("--saves", type=int, default=5)
     args = parser.parse_args()
+    Path(args.folder).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".save-", dir=args.folder))
     try:
         saved = Saved(args.config_name, folder)

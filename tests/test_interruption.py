@@ -70,7 +70,7 @@ def during(update, action, monkeypatch):
     monkeypatch.setattr(pretrain, "train_update", wrapped)
 
 
-@pytest.mark.parametrize("signals", [["SIGTERM"], ["SIGUSR1"], ["SIGINT"], ["SIGINT", "SIGINT"]], ids="-".join)
+@pytest.mark.parametrize("signals", [["SIGTERM"], ["SIGUSR1"], ["SIGHUP"], ["SIGINT"], ["SIGINT", "SIGINT"]], ids="-".join)
 def test_a_signal_ends_a_run_at_the_update_boundary_and_it_goes_on_to_the_bit(
     flags, whole_run, tmp_path, monkeypatch, capfd, signals
 ):
@@ -193,13 +193,14 @@ def saved_step(output_dir):
     return step
 
 
-def test_workers_survive_a_signal_to_all_processes_of_the_run(flags, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_workers_survive_a_signal_to_all_processes_of_the_run(flags, tmp_path, number):
     """As Slurm and terminals send it: the update at hand still needs them."""
     more = ("--dataloader_num_workers", 2, "--save_steps", 2_000, "--eval_steps", 2_000)
     process = launched(flags, tmp_path / "run", more=more)
     try:
         until_it_trains(process, tmp_path / "run")
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
         assert process.wait(timeout=120) == RESUMABLE, Path(f"{tmp_path}/run.log").read_text()
     finally:
         process.kill()

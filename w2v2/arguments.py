@@ -159,7 +159,7 @@ class RunArguments:
     save_steps: int = _flag(1_000, "Updates between two checkpoints.")
     save_total_limit: int = _flag(3, "Checkpoints that are kept; 0 keeps all.")
     max_hours: float | None = _flag(
-        None, "Save and leave with status 75 at the first update after so many hours, as on SIGTERM."
+        None, "Save and leave with status 75 at the first update after so many hours of training (start-up not counted), as on SIGTERM."
     )
     save_failure: str = _flag(
         "stop",
@@ -330,7 +330,7 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
 def run_script(main: Callable[[], Any]) -> None:
     """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error; so does a lost worker of a loader.
 
-    `Stopped` ends it with 75. A console that cannot be written any more changes none of these.
+    `Stopped` ends it with 75, or with 0 under a launcher that would start it again (`leave`). A console that cannot be written any more changes none of these.
     """
     try:
         with heartbeat.explained():

@@ -1,6 +1,6 @@
 """Being asked to stop: by a scheduler's or a user's signal, or by the clock. The run then saves at the next update boundary and leaves.
 
-SIGTERM (preemption), SIGUSR1 (Slurm's warning) and Ctrl-C ask alike; a third Ctrl-C ends the process at once. Any process may be the one
+SIGTERM (preemption), SIGUSR1 (Slurm's warning), SIGHUP (a closed terminal) and Ctrl-C ask alike; a third Ctrl-C ends the process at once. Any process may be the one
 that is asked: the others hear of it in the sums that they exchange at each update anyway.
 """
 
@@ -13,7 +13,7 @@ import time
 from w2v2.console import say
 
 RESUMABLE = 75  # exit status of a run that stopped when asked and can go on (EX_TEMPFAIL of sysexits.h)
-_SIGNALS = [number for name in ("SIGTERM", "SIGUSR1", "SIGINT") if (number := getattr(signal, name, None))]
+_SIGNALS = [number for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if (number := getattr(signal, name, None))]
 _MOST_CTRL_C = 2
 
 
@@ -27,7 +27,7 @@ class StopRequest:
     Args:
         max_hours: wall-clock hours from now on; None: no limit.
 
-    A signal that the parent process had ignored (as shells do with Ctrl-C for what runs in the background) stays so.
+    A signal that the parent process had ignored (as shells do with Ctrl-C for what runs in the background, and nohup with SIGHUP) stays so.
     """
 
     def __init__(self, max_hours: float | None = None):
