@@ -9,6 +9,7 @@ devices.
 
 import logging
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def main() -> None:
     pusher = start_pusher(args, accelerator)
     write_config(args, accelerator)
     feed = Feed(training_loader(run, training, batches))
-    with StopRequest(args.max_hours) as stop:
-        train(run, training, feed, validation_loader(run, validation), skipped, pusher, stop)
+    with StopRequest(args.max_hours) as stop, ExitStack() as files:
+        train(run, training, feed, validation_loader(run, validation), skipped, pusher, stop, files)
         if state.step == args.max_steps:
             finish(run, training, validation, pusher)
     end_training(accelerator)
@@ -177,10 +178,12 @@ def train(
     skipped: SkippedAudio,
     pusher: HubPusher | None,
     stop: StopRequest,
+    files: ExitStack,
 ) -> None:
     """Updates until `max_steps`; what is due after an update is logged, validated and saved in this order.
 
-    A run that is asked to stop saves after the update at hand; a validation that is due then is made good at its resumption.
+    A run that is asked to stop saves after the update at hand; a validation that is due then is made good at its resumption. What the run
+    writes line by line is left to `files` to close, however it ends.
     """
     args, accelerator, state = run.args, run.accelerator, run.state
     start_trackers(accelerator, args, state.step)
@@ -196,6 +199,9 @@ def train(
     non_finite = NonFiniteUpdates(
         args.output_dir, training.table, args.max_non_finite_updates, accelerator, first_step=state.step
     )
+    lines = (log, skipped, non_finite)
+    for file in lines:
+        files.callback(file.close)
     watch = Watch(args, accelerator.unwrap_model(run.model).config, training, accelerator, first_step=state.step)
     clock = Clock(feed)
     if validation and state.owes_validation:
@@ -229,7 +235,7 @@ def train(
             clock.lap()
         if state.is_due(args.save_steps) or is_stopping:
             heartbeat.at(f"saving checkpoint-{state.step}")
-            for file in (log, skipped, non_finite):
+            for file in lines:
                 file.flush()
             folder = save_checkpoint(
                 args.output_dir,
@@ -244,7 +250,7 @@ def train(
             if pusher and folder:
                 pusher.push(folder, f"Weights after {state.step} updates")
             clock.lap()
-    for file in (log, skipped, non_finite):
+    for file in lines:
         file.close()
 
 

@@ -46,6 +46,7 @@ def test_the_error_of_one_rank_is_told_by_the_others(tmp_path):
         assert ranks.statuses() == [1, 1]
         (line,) = errors(ranks, 0)
         assert f"rank 1 (process {ranks.processes[1].pid} on " in line and "ValueError: a bug of its own" in line
+        assert line.isprintable() and "hf_…" in line and "hf_aaa" not in line
         assert "Traceback" in ranks.said(1) and "Traceback" not in ranks.said(0) and not errors(ranks, 1)
 
 

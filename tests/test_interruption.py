@@ -70,7 +70,9 @@ def during(update, action, monkeypatch):
     monkeypatch.setattr(pretrain, "train_update", wrapped)
 
 
-@pytest.mark.parametrize("signals", [["SIGTERM"], ["SIGUSR1"], ["SIGHUP"], ["SIGINT"], ["SIGINT", "SIGINT"]], ids="-".join)
+@pytest.mark.parametrize(
+    "signals", [["SIGTERM"], ["SIGUSR1"], ["SIGHUP"], ["SIGINT"], ["SIGINT", "SIGINT"]], ids="-".join
+)
 def test_a_signal_ends_a_run_at_the_update_boundary_and_it_goes_on_to_the_bit(
     flags, whole_run, tmp_path, monkeypatch, capfd, signals
 ):

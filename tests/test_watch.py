@@ -1,5 +1,6 @@
 """What a run does about a collapse: it warns, then stops, and keeps the checkpoint from before."""
 
+import errno
 import logging
 import re
 from types import SimpleNamespace
@@ -200,6 +201,25 @@ def test_a_forced_collapse_is_warned_of_then_stops_and_leaves_the_checkpoint_fro
     assert f"run/checkpoint-{before} is from before it" in line and (folder / f"checkpoint-{before}").is_dir()
     weights = dict(model_name_or_path=folder / f"checkpoint-{before}", config_name="none")
     assert run(corpus, tmp_path / "other", max_steps=2, **weights) == 0
+
+
+def test_lines_that_the_disk_refused_are_written_when_a_collapse_ends_the_run(corpus, tmp_path, monkeypatch):
+    refused = []
+
+    def full(path, *args, **kwargs):
+        refused.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stop_at_the_third(watch, entry):
+        if entry["step"] == 2:
+            monkeypatch.setattr("w2v2.line_file.open", full, raising=False)
+        if entry["step"] == 3:
+            monkeypatch.setattr("w2v2.line_file.open", open, raising=False)
+            raise UserError("the codes have collapsed")
+
+    monkeypatch.setattr(Watch, "see", stop_at_the_third)
+    assert run(corpus, tmp_path / "run") == 2
+    assert refused and [entry["step"] for entry in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
 
 
 def test_an_ordinary_run_is_left_alone_by_all_criteria(corpus, tmp_path, caplog):

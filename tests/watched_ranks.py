@@ -49,7 +49,7 @@ def misbehave(what: str) -> None:
     if what.startswith("hangs"):
         time.sleep(600)
     if what.startswith("fails"):
-        raise ValueError("a bug of its own")
+        raise ValueError(f"a bug of its own \x1b[31m hf_{'a' * 30}")
     if what.startswith("slips"):
         raise UserError("--flag is 3: it has to be 4")
     if what.startswith("stops"):

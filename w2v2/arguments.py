@@ -7,7 +7,6 @@ and both go through the same checks.
 import difflib
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,13 +17,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from w2v2 import console, heartbeat
-from w2v2.errors import UserError, as_user_error, printable
+from w2v2.errors import HUB_TOKEN, UserError, as_user_error, error_line
 from w2v2.interruption import Stopped, leave
 from w2v2.schedule import SCHEDULES
 from w2v2.teardown import settle
 from w2v2.workers import explain_loss
-
-HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 
 
 def _flag(default: Any, help: str, **metadata) -> Any:
@@ -159,7 +156,8 @@ class RunArguments:
     save_steps: int = _flag(1_000, "Updates between two checkpoints.")
     save_total_limit: int = _flag(3, "Checkpoints that are kept; 0 keeps all.")
     max_hours: float | None = _flag(
-        None, "Save and leave with status 75 at the first update after so many hours of training (start-up not counted), as on SIGTERM."
+        None,
+        "Save and leave with status 75 at the first update after so many hours of training (start-up not counted), as on SIGTERM.",
     )
     save_failure: str = _flag(
         "stop",
@@ -345,8 +343,7 @@ def run_script(main: Callable[[], Any]) -> None:
         # A UserError raised in a loader's worker brings its traceback along.
         message = lost or str(found).rpartition("UserError: ")[2].strip()
         if lost or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            line = HUB_TOKEN.sub("hf_…", f"{Path(sys.argv[0]).name}: error: {message}")
-            print(printable(line), file=sys.stderr)
+            print(error_line(message), file=sys.stderr)
         sys.exit(2)
     finally:
         settle()

@@ -38,7 +38,8 @@ class ClassificationArguments(FineTuningArguments):
         20.0, "Longest piece of an utterance that training hears, another one each epoch; 0: all of it."
     )
     folds: str | None = flag(
-        None, "Cross-validate over --train_data alone; utterances with the same value in this column (speaker, session, …) stay in one part."
+        None,
+        "Cross-validate over --train_data alone; utterances with the same value in this column (speaker, session, …) stay in one part.",
     )
     num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).")
 

@@ -1,7 +1,11 @@
 """The one exception that stands for a user's slip rather than for a bug, and errors of a disk, which are of its kind."""
 
 import errno
+import re
+import sys
+from pathlib import Path
 
+HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
@@ -15,6 +19,11 @@ class UserError(ValueError):
 def printable(text: object) -> str:
     """Text for a line on the console: line breaks, terminal codes and what is no text at all as escapes, as in `repr`, the rest as it is."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def error_line(message: object) -> str:
+    """`script.py: error: …`: what a script ends with on standard error. One line, without a token of the Hub."""
+    return printable(HUB_TOKEN.sub("hf_…", f"{Path(sys.argv[0]).name}: error: {message}"))
 
 
 def as_user_error(error: OSError) -> UserError | None:

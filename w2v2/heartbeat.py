@@ -21,12 +21,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
 from w2v2.beats import Beats, Verdict
 from w2v2.console import say
-from w2v2.errors import UserError
+from w2v2.errors import UserError, error_line
 from w2v2.interruption import Stopped
 
 BEAT_SECONDS = 2.0
@@ -151,7 +150,7 @@ class Heartbeat:
         try:
             here = socket.gethostname()
             if verdict.said_on != here and self.beats.speaks_for_its_machine(but=verdict.lost):
-                say(f"{Path(sys.argv[0]).name}: error: {verdict.text}")
+                say(error_line(verdict.text))
                 verdict = verdict._replace(said_on=here)
             if self.beats.verdict is None:
                 self._tell(verdict)
