@@ -219,7 +219,7 @@ def read_set(
     name: str, paths: list[str], label_args: LabelArguments, args, further: list[str] | None = None
 ) -> Dataset:
     """Utterances of one set that have one of the labels, and audio that opens."""
-    with args.main_process_first():
+    with args.main_process_first(local=False):
         table, skipped = labels.read_utterances(
             paths, [label_args.label_column, *(further or [])], data_root=args.data_root,
             cache_dir=Path(args.output_dir, CACHE_FOLDER), max_skipped_fraction=args.max_skipped_fraction,

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 
 import pytest
+import torch
 import yaml
 
 from w2v2.arguments import PretrainArguments, parse_command_line, run_script
@@ -273,3 +274,14 @@ def test_a_bug_keeps_its_traceback(bug):
 
     with pytest.raises(type(bug)):
         run_script(main)
+
+
+def test_a_device_whose_memory_does_not_suffice_is_a_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and "Tried to allocate 20.00 GiB. Give a device less" in line
+    assert "--micro_batch_seconds" in line

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import Dataset
+from tiny_run import file_size_limit
 from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2 import ctc
@@ -120,3 +121,13 @@ def test_batches_are_padded_and_masked_only_where_lengths_differ():
     assert batch["input_values"].tolist() == batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[3, -100], [4, 5]]
     assert "attention_mask" not in ctc.collate_ctc([items[0], items[0]])
+
+
+def test_a_full_disk_under_the_list_of_skipped_audio_ends_nothing(tmp_path, caplog):
+    path, entry = tmp_path / "skipped_audio.jsonl", {"id": "a", "audio": "a.wav", "reason": "torn"}
+    with file_size_limit(14):
+        ctc.log_skipped(path, [entry])
+        ctc.log_skipped(path, [entry])
+    assert "cannot be written" in caplog.text and path.stat().st_size <= 14
+    ctc.log_skipped(path, [entry])
+    assert list(ctc.read_skipped(path).values()) == [entry]

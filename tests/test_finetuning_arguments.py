@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 import yaml
@@ -178,3 +180,28 @@ def test_the_written_configuration_starts_the_same_run(tmp_path):
     for a, b in zip(before, after, strict=True):
         different = {k for k, v in vars(a).items() if v != vars(b)[k]}
         assert different <= {"distributed_state", "accelerator_config"}, different
+
+
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
+def test_checkpoints_that_were_saved_without_a_state_are_not_removed_by_auto(tmp_path, missing):
+    """As with --save_only_model and under FSDP; one that was cut short lacks `trainer_state.json`."""
+    kept = make_checkpoint(tmp_path / "run" / "checkpoint-5", leave_out=missing)
+    make_checkpoint(tmp_path / "run" / "checkpoint-6", leave_out="trainer_state.json")
+    with pytest.raises(UserError, match=f"checkpoint-5 was saved without {missing}"):
+        prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="auto"))
+    assert kept.exists()
+    prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="auto", overwrite_output_dir=True))
+    assert not kept.exists()
+
+
+def test_one_process_of_all_machines_makes_the_folder_ready(tmp_path, monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def first(self, local=True, desc="work"):
+        asked.append(local)
+        yield
+
+    monkeypatch.setattr(FineTuningArguments, "main_process_first", first)
+    prepare_output_dir(arguments(tmp_path))
+    assert asked == [False]

@@ -1,5 +1,6 @@
 """Lines that a full disk does not lose; /dev/full is a disk that is always full."""
 
+import io
 import logging
 import os
 import threading
@@ -153,3 +154,42 @@ def test_skipped_audio_is_counted_beside_a_full_disk(tmp_path, caplog):
     free(path)
     skipped.add([{"id": "b", "audio": "b.wav", "reason": "torn"}], step=3)
     assert SkippedAudio(tmp_path, 100, 0.5, first_step=3).ids == {"a", "b"}
+
+
+@pytest.mark.parametrize("refusing", ["close", "fsync"])
+def test_a_disk_that_refuses_late_loses_no_line_and_doubles_none(tmp_path, monkeypatch, caplog, refusing):
+    """As file servers and quotas do: what was written is thrown away when the file is closed or synced."""
+    path, is_full = tmp_path / "lines", [False]
+
+    class Late(io.FileIO):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.size_before = os.fstat(self.fileno()).st_size
+
+        def close(self):
+            refused = is_full[0] and refusing == "close" and not self.closed
+            if refused:
+                os.truncate(path, self.size_before + 1)  # a part of it arrived
+            super().close()
+            if refused:
+                raise OSError(28, "No space left on device")
+
+    def fsync(descriptor):
+        if is_full[0] and refusing == "fsync":
+            os.truncate(path, 3)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("w2v2.line_file.open", lambda path, mode, buffering: Late(path, "ab"), raising=False)
+    monkeypatch.setattr(os, "fsync", fsync)
+    file = LineFile(path)
+    file.append("a\n")
+    file.flush()
+    for line, full in (("b\n", False), ("c\n", True), ("d\n", True)):
+        is_full[0] = full
+        file.append(line)
+    file.flush()
+    is_full[0] = False
+    file.append("e\n")
+    file.close()
+    assert path.read_text() == "a\nb\nc\nd\ne\n"
+    assert len([line for line in caplog.messages if "No space left" in line]) == 1

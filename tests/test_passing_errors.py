@@ -7,10 +7,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import write_tones
 from tiny_run import CHECKSUMS, MODEL, OPTIMIZER, STATE, Run, contents, flip, names
 
-from w2v2 import patience
+from w2v2 import packed, retries
+from w2v2.audio import AudioError, probe, read_crop, read_pcm
+from w2v2.durations import measure_lengths
 from w2v2.errors import UserError
 from w2v2.resuming import checkpoints, claim_output_dir, find_checkpoint, find_damage
 
@@ -36,7 +40,7 @@ def saved(run, tmp_path):
 def slept(monkeypatch):
     """The pauses, which take no time."""
     pauses = []
-    monkeypatch.setattr(patience.time, "sleep", pauses.append)
+    monkeypatch.setattr(retries.time, "sleep", pauses.append)
     return pauses
 
 
@@ -137,3 +141,82 @@ def test_a_save_goes_on_beside_an_older_one_that_cannot_be_looked_at(run, saved,
         fail_at(patch, saved / "checkpoint-4" / MODEL, errno.ESTALE, call="stat")
         folder = run.save(saved, 6, keep=1)
     assert names(saved) == ["checkpoint-4", "checkpoint-6"] and slept == [] and find_damage(folder) is None
+
+
+# -- audio
+
+
+def fail_to_open(patch, path, number, times=10**6):
+    left, opened = [times], os.open
+
+    def failing(file, *rest, **more):
+        if file == str(path) and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), file)
+        return opened(file, *rest, **more)
+
+    patch.setattr(os, "open", failing)
+
+
+@pytest.fixture
+def tone(tmp_path):
+    (path,) = write_tones(tmp_path / "audio", [1.0])
+    return path
+
+
+@pytest.mark.parametrize("number", sorted(retries.PASSING), ids=errno.errorcode.get)
+def test_audio_that_cannot_be_opened_for_the_moment_is_read_all_the_same(tone, monkeypatch, slept, number):
+    expected = read_crop(str(tone), 100, 5_000)
+    for read in (lambda: read_crop(str(tone), 100, 5_000), lambda: probe(str(tone))):
+        slept.clear()
+        with monkeypatch.context() as patch:
+            fail_to_open(patch, tone, number, times=TRIES - 1)
+            found = read()
+        assert slept == [1.0, 4.0] and np.array_equal(found, expected if np.ndim(found) else 16_000)
+    with monkeypatch.context() as patch, pytest.raises(AudioError, match=os.strerror(number)):
+        fail_to_open(patch, tone, number)
+        read_crop(str(tone))
+
+
+def test_what_is_wrong_with_a_file_is_not_waited_for(tmp_path, slept):
+    (tmp_path / "text.wav").write_text("no audio")
+    for name in ("text.wav", "absent.wav", "."):
+        with pytest.raises(AudioError):
+            probe(str(tmp_path / name))
+    assert not slept
+
+
+def test_a_shard_whose_descriptor_has_become_stale_is_opened_again(tmp_path, monkeypatch, slept):
+    samples = np.arange(1_000, dtype=np.int16)
+    shard = tmp_path / "shard-00000.arrow"
+    packed.write_shard(shard, [("a", samples)])
+    address = f"{shard}#{shard.read_bytes().index(samples.tobytes())}+1000"
+    assert np.array_equal(read_pcm(address), samples)
+    opened, read, left = [], os.preadv, [1]
+
+    def refuse_once(*rest):
+        if left.pop() if left else 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(*rest)
+
+    original = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or original(path, *rest))
+    monkeypatch.setattr(os, "preadv", refuse_once)
+    assert np.array_equal(read_pcm(address, 5, 90), samples[5:95])
+    assert slept == [1.0] and opened == [str(shard)]
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_file_that_cannot_be_measured_for_the_moment_is_not_left_out(tone, monkeypatch, slept, call):
+    measured = measure_lengths([str(tone)], probe)
+    for times, lasting in ((TRIES - 1, False), (10**6, True)):
+        with monkeypatch.context() as patch:
+            if call == "stat":
+                fail_at(patch, tone, errno.ESTALE, times, call)
+            else:
+                fail_to_open(patch, tone, errno.ESTALE, times)
+            if lasting:
+                with pytest.raises(UserError, match="start again when it can be read"):
+                    measure_lengths([str(tone)], probe)
+            else:
+                assert measure_lengths([str(tone)], probe) == measured == {str(tone): 16_000}

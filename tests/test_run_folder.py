@@ -77,10 +77,11 @@ def attempt(monkeypatch, number, launch="job 1", agent="A", others=()):
     monkeypatch.setattr(run_folder, "gather_object", lambda mine: [*mine, *others])
 
 
-def claimed(folder, resume=None, overwrite=False):
+def claimed(folder, resume=None, overwrite=False, **source):
     args = SimpleNamespace(
         output_dir=str(folder), overwrite_output_dir=overwrite, resume_from_checkpoint=resume, dry_run=False
     )
+    args.model_name_or_path, args.config_name = source.get("model_name_or_path"), source.get("config_name")
     claim(args, SimpleNamespace(is_main_process=True))
     return args.resume_from_checkpoint
 
@@ -242,3 +243,17 @@ def test_an_agent_has_a_name_of_its_own(tmp_path):
         os._exit(0)
     os.waitpid(child, 0)
     assert run_folder.agent() == run_folder.agent() != (tmp_path / "name").read_text() != ""
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "config_name"])
+@pytest.mark.parametrize("source", ["checkpoint-2", "."])
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_overwriting_does_not_remove_what_the_run_is_to_start_from(tmp_path, resume, source, flag):
+    run = tmp_path / "run"
+    leave_run(run, 2, 4)
+    with pytest.raises(UserError, match=f"checkpoint|holds .*--{flag}"):
+        claimed(run, resume, overwrite=True, **{flag: str(run / source)})
+    assert {"checkpoint-2", "checkpoint-4"} <= {path.name for path in run.iterdir()}
+    claimed(tmp_path / "other", overwrite=True, **{flag: str(run / source)})
+    claimed(run, overwrite=True, **{flag: "facebook/wav2vec2-base"})
+    assert not list(run.glob("checkpoint-*"))

@@ -120,3 +120,9 @@ def test_a_run_goes_on_with_fewer_data_where_that_is_accepted(tmp_path, capsys):
     records = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 7))
     assert "accept_changed_batches" not in (tmp_path / "run/pretrain_config.yaml").read_text()
+
+
+def test_a_run_is_not_resumed_to_end_before_it_stands(checkpoint):
+    with pytest.raises(UserError, match=r"--max_steps 6: .* has 7 updates already"):
+        RunState.start(make_args(max_steps=6), make_data(20), tiny_config(), checkpoint)
+    assert RunState.start(make_args(max_steps=7), make_data(20), tiny_config(), checkpoint).step == 7

@@ -139,6 +139,17 @@ def test_a_resumed_run_has_seen_what_was_logged(build, tmp_path):
         show(watch, after=200, until=210)
 
 
+def test_a_collapse_that_was_sure_before_a_resume_is_not_forgotten(build, tmp_path, caplog):
+    """The earlier part only warned of it, or looked over a longer window."""
+    lines = [json_line(entry) for entry in records() if entry["step"] <= 250]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="since update 110"):
+        show(build(first_step=250), after=250)
+    show(build("warn", first_step=250), after=250)
+    (again,) = caplog.messages
+    assert "since update 110" in again
+
+
 def test_silence_is_heard_as_silence(utterances):
     assert silent_share(utterances) == 0.75
     missing = Utterances(utterances.table.map(lambda row: row | {"audio": "absent.wav"}), utterances.num_samples, {})

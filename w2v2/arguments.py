@@ -4,11 +4,12 @@
 and both go through the same checks.
 """
 
+import contextlib
 import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -324,6 +325,19 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
             )
 
 
+@contextlib.contextmanager
+def _memory_explained() -> Iterator[None]:
+    """A device's memory that does not suffice is a setting to change: the same batches would not fit at the next attempt either."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch itself need not be loaded
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{first} Give a device less at once: a smaller --micro_batch_seconds, or `auto` (pretrain.py), or "
+                        "--gradient_checkpointing; the run goes on with --resume_from_checkpoint auto") from error  # fmt: skip
+
+
 @console.outlived()
 def run_script(main: Callable[[], Any]) -> None:
     """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error; so does a lost worker of a loader.
@@ -331,7 +345,7 @@ def run_script(main: Callable[[], Any]) -> None:
     `Stopped` ends it with 75, or with 0 under a launcher that would start it again (`leave`). A console that cannot be written any more changes none of these.
     """
     try:
-        with heartbeat.explained():
+        with heartbeat.explained(), _memory_explained():
             main()
     except Stopped as stopped:
         leave(stopped)

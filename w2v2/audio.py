@@ -4,9 +4,10 @@ libsndfile (through soundfile) decodes WAV, FLAC, OGG/Opus, MP3 and its other fo
 out of an hour cost 15 s of decoding. Several channels are averaged. Other sampling rates are resampled by soxr on the
 crop and a margin around it, cut where both rates have a sample at the same instant; the crop then equals the same crop
 of the whole resampled file but for the filter's far tails. An address in a packed folder (`packed.py`) serves as a path
-everywhere.
+everywhere. What the system refuses for the moment, as of a file server that does not answer, is tried again shortly.
 """
 
+import logging
 import os
 from math import gcd
 
@@ -14,7 +15,10 @@ import numpy as np
 import soxr
 
 from w2v2.packed import Address, ShardError, check, parse_address, read_samples
+from w2v2.retries import is_passing, retried
 from w2v2.sound_file import AudioError, AudioFile
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["SAMPLING_RATE", "AudioError", "probe", "read_crop", "read_pcm"]
 
@@ -34,6 +38,14 @@ def probe(path: str) -> int:
     Raises AudioError for a file that is missing, empty, no audio, or without a single sample.
     """
     path = os.fsdecode(path)
+    return retried(lambda: _probe(path), is_passing, _tell)
+
+
+def _tell(error: Exception, pause: float) -> None:
+    logger.warning("%s; tried again in %g s", error, pause)
+
+
+def _probe(path: str) -> int:
     if address := parse_address(path):
         return _packed_length(path, address)
     with AudioFile(path) as file:
@@ -65,6 +77,10 @@ def read_pcm(path: str, start: int = 0, num_samples: int | None = None, stop: in
         raise ValueError(
             f"{path}: start={start}, num_samples={num_samples}: a crop starts at 0 or later and is not empty"
         )
+    return retried(lambda: _read(path, start, num_samples, stop), is_passing, _tell)
+
+
+def _read(path: str, start: int, num_samples: int | None, stop: int | None) -> np.ndarray:
     if address := parse_address(path):
         return _read_packed(path, address, start, num_samples, stop)
     with AudioFile(path) as file:
@@ -85,7 +101,7 @@ def _read_packed(path: str, address: Address, start: int, num_samples: int | Non
     try:
         crop = read_samples(address, start, num_samples)
     except ShardError as error:
-        raise AudioError(path, str(error)) from None
+        raise AudioError(path, str(error), error.errno) from None
     return np.pad(crop, (0, padding)) if padding else crop
 
 
@@ -93,7 +109,7 @@ def _packed_length(path: str, address: Address) -> int:
     try:
         check(address)
     except ShardError as error:
-        raise AudioError(path, str(error)) from None
+        raise AudioError(path, str(error), error.errno) from None
     if address.num_samples < 1:
         raise AudioError(path, "holds no audio")
     return address.num_samples

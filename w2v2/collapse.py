@@ -84,6 +84,10 @@ class CollapseWatch:
         """Whether the newest record is bad, earlier ones were not, and the collapse is not settled yet."""
         return self.level < 2 and any(stretch.since != self.first for stretch in self.stretches.values())
 
+    def unsettle(self) -> None:
+        """What was sure is to be said once more, at the next bad record: whoever heard it is no more, or had it otherwise."""
+        self.level = min(self.level, 1)
+
     def add(self, record: Mapping[str, Any]) -> Finding | None:
         """Take the next training record; a finding where this one makes it a suspicion, or a certainty."""
         if not all(isinstance(record.get(name), int | float) and math.isfinite(record[name]) for name in MEASURES):

@@ -5,6 +5,7 @@ Shapes: B utterances, S samples, U units of a transcript.
 
 import contextlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,8 @@ from transformers import Wav2Vec2FeatureExtractor
 from w2v2.audio import SAMPLING_RATE, AudioError, probe, read_crop
 from w2v2.errors import UserError
 from w2v2.text import UNKNOWN, encode, frames_needed, split_units
+
+logger = logging.getLogger(__name__)
 
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
@@ -145,14 +148,30 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 
 def log_skipped(path: str | os.PathLike, entries: Iterable[dict[str, str]]) -> None:
-    """Append what is new to `skipped_audio.jsonl`; each line is one write, so that processes do not tear one another's."""
+    """Append what is new to `skipped_audio.jsonl`; each line is one write, so that processes do not tear one another's.
+
+    What a full disk refuses is warned of, and written when the file is met again, in the next epoch.
+    """
     known = read_skipped(path)
-    with open(path, "a", encoding="utf-8") as file:
-        for entry in entries:
-            if (entry["id"], entry["audio"]) in known:
-                continue
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            file.flush()
+    lines = [json.dumps(e, ensure_ascii=False) + "\n" for e in entries if (e["id"], e["audio"]) not in known]
+    try:
+        with open(path, "ab", buffering=0) as file:
+            for line in lines:
+                if _is_torn(path):
+                    line = "\n" + line
+                file.write(line.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s): %d files that were skipped may not be in it", path, error.strerror, len(lines)
+        )
+
+
+def _is_torn(path: str | os.PathLike) -> bool:
+    """Whether the last line of a file is not a whole one."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        return end > 0 and file.read(1) != b"\n"
 
 
 def read_skipped(path: str | os.PathLike) -> dict[tuple[str, str], dict[str, str]]:

@@ -2,12 +2,18 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm.auto import tqdm
+
+from w2v2.errors import UserError
+from w2v2.retries import is_passing, retried
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 10_000  # files measured between two writes to the cache, so that an interrupted scan of millions is not lost
 
@@ -18,6 +24,7 @@ def measure_lengths(
     """Length of each file, or the reason (a string) why it has none.
 
     `probe` raises an exception with a `reason` for a file that cannot be used; any other exception is a bug and goes through.
+    Raises UserError where the system refuses a file for the moment (`retries.PASSING`).
     Lengths are kept in `cache_dir/durations.jsonl`, by path, size and time of change, a line a file, so that processes which
     measure at the same time do each other no harm. `num_workers` threads (0: four a core, at most 32) wait for the disk.
     """
@@ -26,9 +33,10 @@ def measure_lengths(
 
     def measure(path: str) -> tuple[str, int | str, tuple | None]:
         try:
-            status = os.stat(path)
+            status = retried(lambda: os.stat(path), is_passing, _tell)
         except (OSError, ValueError) as error:  # ValueError: a null character
             reason = getattr(error, "strerror", None) or str(error)
+            _refuse_passing(path, reason, error)
             return (
                 path,
                 "does not exist" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else reason,
@@ -40,6 +48,7 @@ def measure_lengths(
         except Exception as error:
             if not hasattr(error, "reason"):
                 raise
+            _refuse_passing(path, error.reason, error)
             return path, error.reason, None
 
     lengths = {}
@@ -58,6 +67,18 @@ def measure_lengths(
                 with open(cache, "a", encoding="utf-8") as file:
                     file.write("".join(fresh))
     return lengths
+
+
+def _tell(error: Exception, pause: float) -> None:
+    logger.warning("%s; tried again in %g s", error, pause)
+
+
+def _refuse_passing(path: str, reason: str, error: Exception) -> None:
+    """A file that is there but cannot be asked is not left out: the run's utterances, and so its batches, would be others next time."""
+    if is_passing(error):
+        raise UserError(
+            f"{path}: {reason}, also when tried again; nothing was changed: start again when it can be read"
+        )
 
 
 def _read_cache(cache: Path | None) -> dict[tuple, int]:

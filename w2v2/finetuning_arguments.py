@@ -184,7 +184,7 @@ def prepare_output_dir(args: FineTuningArguments) -> str | None:
     counts as a checkpoint; a pretrained model never does.
     """
     folder = Path(args.output_dir)
-    with args.main_process_first():  # the others then find the folder ready
+    with args.main_process_first(local=False):  # the others then find the folder ready
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output_dir {folder}: is a file; give a folder")
         if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
@@ -221,8 +221,15 @@ def _checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
                             "checkpoint-N folder, or auto")  # fmt: skip
         return wanted
     numbered = [(p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*")]
-    whole = [(int(number), str(path)) for number, path in numbered if number.isdigit() and _is_whole(path)]
-    return max(whole)[1] if whole else None
+    numbered = sorted((int(number), path) for number, path in numbered if number.isdigit())
+    whole = [str(path) for _, path in numbered if _is_whole(path)]
+    # Trainer writes this file last: what lacks others was saved without them, not cut short.
+    if not whole and (weights := [path for _, path in numbered if (path / _CHECKPOINT_FILES[0]).is_file()]):
+        missing = next(name for name in _CHECKPOINT_FILES if not (weights[-1] / name).is_file())
+        raise UserError(f"--resume_from_checkpoint auto: {weights[-1]} was saved without {missing} (--save_only_model true, FSDP, "
+                        "DeepSpeed?), so nothing can go on from it: start from it (--model_name_or_path) in another --output_dir, or anew "
+                        "with --overwrite_output_dir")  # fmt: skip
+    return whole[-1] if whole else None
 
 
 def _is_whole(folder: Path) -> bool:

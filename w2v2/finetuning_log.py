@@ -89,6 +89,10 @@ class RunLog(ProgressCallback):
         self._file(args).append(_json(entry))
         tqdm.write(f"update {state.global_step}/{state.max_steps} · " + _line(entry))
 
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._file(args).flush()
+
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)
         if state.is_world_process_zero:

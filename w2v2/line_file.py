@@ -20,35 +20,43 @@ def rewrite(path: Path, content: bytes) -> None:
 class LineFile:
     """Lines are appended at once; what the disk refuses is kept in memory, and tried again with the next line or flush.
 
-    A line of which only the beginning was written is gone on with where it stopped, so the file never holds a torn line before another one.
+    Some disks refuse late, when the file is closed or synced (NFS, quotas). So lines are kept until the disk is known to have them, and
+    after a failure the file is first cut back to where it was sure: it never holds a torn line before another one, nor one twice.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._unwritten = bytearray()
+        self._kept = bytearray()  # since the last flush that succeeded
+        self._num_written = 0  # bytes of them that are in the file
+        self._sure_size: int | None = None  # of the file up to then
         self._is_failing = False
-        self._is_synced = True
 
     def append(self, text: str) -> None:
         """Add whole lines; never raises `OSError`: the first failure, and its end, are a warning each."""
-        self._unwritten += text.encode()
-        self._is_synced &= not self._unwritten
+        self._kept += text.encode()
         self._write()
 
     def flush(self) -> None:
         """Write what is left and wait until the disk has it, so that a checkpoint does not outlive the lines before it."""
-        if not self._is_synced:
+        if self._kept:
             self._write(sync=True)
 
     def _write(self, sync: bool = False) -> None:
         try:
             with open(self.path, "ab", buffering=0) as file:
-                while self._unwritten:
-                    del self._unwritten[: file.write(self._unwritten)]
+                size = os.fstat(file.fileno()).st_size
+                if self._sure_size is None:
+                    self._sure_size = size
+                if not self._num_written and size > self._sure_size:
+                    file.truncate(self._sure_size)
+                rest = bytes(self._kept[self._num_written :])
+                while rest:
+                    rest = rest[file.write(rest) :]
                 if sync:
                     os.fsync(file.fileno())
-                    self._is_synced = True
+                    size = os.fstat(file.fileno()).st_size
         except OSError as error:
+            self._num_written = 0
             if not self._is_failing:
                 logger.warning(
                     "%s cannot be written (%s): its lines are kept and tried again with the next one",
@@ -57,6 +65,10 @@ class LineFile:
                 )
             self._is_failing = True
             return
+        self._num_written = len(self._kept)
+        if sync:
+            self._kept.clear()
+            self._num_written, self._sure_size = 0, size
         if self._is_failing:
             logger.warning("%s is written again; no line is missing", self.path)
         self._is_failing = False
@@ -64,6 +76,9 @@ class LineFile:
     def close(self) -> None:
         """Flush a last time."""
         self.flush()
-        if self._unwritten:
-            logger.warning("%s: the last %d bytes could not be written and are lost", self.path, len(self._unwritten))
-            self._unwritten.clear()
+        if self._kept:
+            logger.warning(
+                "%s: the last lines could not be written and may be lost (%d bytes)", self.path, len(self._kept)
+            )
+            self._kept.clear()
+            self._num_written, self._sure_size = 0, None

@@ -35,7 +35,15 @@ BYTES_PER_SAMPLE = 2
 
 
 class ShardError(Exception):
-    """A shard that cannot give what it is asked for; the message is the reason."""
+    """A shard that cannot give what it is asked for; the message is the reason, `errno` the system's where that refused it."""
+
+    errno: int | None = None
+
+    @classmethod
+    def of(cls, error: OSError) -> "ShardError":
+        found = cls(f"cannot be read: {error.strerror}")
+        found.errno = error.errno
+        return found
 
 
 class Address(NamedTuple):
@@ -67,7 +75,8 @@ def read_samples(address: Address, start: int, num_samples: int) -> np.ndarray:
         try:
             count = os.preadv(shard.descriptor, [rest], at)
         except OSError as error:
-            raise ShardError(f"cannot be read: {error.strerror}") from None
+            _opened.cache_clear()  # a descriptor may be stale: the next try opens the file again
+            raise ShardError.of(error) from None
         if not count:
             raise ShardError("was cut short after it was opened: copy it again, or pack it again")
         rest, at = rest[count:], at + count
@@ -99,11 +108,12 @@ class _Shard:
                 raise ValueError("it is no file")
             self.size = status.st_size
             ends = [os.pread(self.descriptor, len(MAGIC), at) for at in (0, max(0, self.size - len(MAGIC)))]
-        except (OSError, ValueError) as error:  # ValueError: also a null character in the path
-            reason = getattr(error, "strerror", None) or error
-            raise ShardError(
-                "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason}"
-            ) from None
+        except FileNotFoundError:
+            raise ShardError("does not exist") from None
+        except OSError as error:
+            raise ShardError.of(error) from None
+        except ValueError as error:  # also a null character in the path
+            raise ShardError(f"cannot be read: {error}") from None
         if ends != [MAGIC, MAGIC]:
             raise ShardError("is truncated or damaged: copy it again, or pack it again")
 

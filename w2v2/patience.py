@@ -2,17 +2,16 @@
 
 import errno
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from w2v2.errors import UserError
+from w2v2.retries import PAUSES, retried
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PAUSES = (1.0, 4.0)  # seconds before another try
 
 
 def patiently(read: Callable[[], T], path: Path) -> T:
@@ -20,14 +19,12 @@ def patiently(read: Callable[[], T], path: Path) -> T:
 
     Raises `UserError` that names the file (`path` where the error names none) if that does not help, but EIO, which is a disk's, as it is.
     """
-    for pause in PAUSES:
-        try:
-            return read()
-        except OSError as error:
-            logger.warning("%s: %s; tried again in %g s", error.filename or path, error.strerror, pause)
-        time.sleep(pause)
+
+    def tell(error: OSError, pause: float) -> None:
+        logger.warning("%s: %s; tried again in %g s", error.filename or path, error.strerror, pause)
+
     try:
-        return read()
+        return retried(read, lambda error: isinstance(error, OSError), tell)
     except OSError as error:
         if error.errno == errno.EIO:
             raise

@@ -73,10 +73,23 @@ def _take(args, launch: Launch) -> tuple[str | None, bool]:
         if resume_from is None or whole_checkpoints(output_dir):
             resume_from = "auto"
     else:
+        if overwrite:
+            _refuse_own_source(args)
         claim_output_dir(output_dir, overwrite, resume_from, args.dry_run)
     if not args.dry_run:
         _note(output_dir, dict(launch=launch.name, agents=launch.agents[:MOST_AGENTS]))
     return resume_from, overwrite
+
+
+def _refuse_own_source(args) -> None:
+    """Overwriting would remove what the run is to start from."""
+    folder = Path(args.output_dir).resolve()
+    for flag in ("model_name_or_path", "config_name"):
+        source = getattr(args, flag)
+        if source and (inside := Path(source).resolve()).exists() and (inside == folder or folder in inside.parents):
+            raise UserError(
+                f"--overwrite_output_dir: {folder} holds {inside}, which --{flag} names; give another --output_dir"
+            )
 
 
 def _goes_on(before: dict[str, Any] | None, launch: Launch, output_dir: Path) -> bool:

@@ -24,9 +24,10 @@ MAX_AMPLITUDE = (
 class AudioError(Exception):
     """One audio file that cannot be used: `path` and `reason`. Callers skip the file, count it and list it."""
 
-    def __init__(self, path: str, reason: str):
+    def __init__(self, path: str, reason: str, errno: int | None = None):
         super().__init__(path, reason)  # both in `args`, so that it comes whole through a DataLoader worker's pickle
         self.path, self.reason = path, reason
+        self.errno = errno  # where the system refused it
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -151,7 +152,8 @@ def _descriptor(path: str) -> int:
     except PermissionError:
         raise AudioError(path, "may not be read (permissions)") from None
     except (OSError, ValueError) as error:  # ValueError: a null character
-        raise AudioError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+        number = getattr(error, "errno", None)
+        raise AudioError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}", number) from None
     status, reason = os.fstat(descriptor), None
     if stat.S_ISDIR(status.st_mode):
         reason = "is a folder, not an audio file"

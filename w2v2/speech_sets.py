@@ -49,7 +49,7 @@ def read_set(name: str, paths: list[str], args: FineTuningArguments, text_args: 
 
     Raises UserError where more than `max_skipped_fraction` of them are unreadable.
     """
-    with args.main_process_first():
+    with args.main_process_first(local=False):
         cache_dir = Path(args.output_dir, CACHE_FOLDER)
         table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=cache_dir, probe=probe)
     label = ", ".join(paths)

@@ -6,6 +6,7 @@ from typing import Any
 
 from w2v2.audio import SAMPLING_RATE
 from w2v2.batching import Cursor
+from w2v2.errors import UserError
 from w2v2.loading import check_same_architecture
 from w2v2.plan import check_identity, identity
 from w2v2.resuming import read_state
@@ -35,7 +36,7 @@ class RunState:
     def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
         """The beginning of a run, or where `checkpoint` left it.
 
-        Raises `UserError` where the checkpoint is of another architecture, or where its run had other batches and
+        Raises `UserError` where the checkpoint is of another architecture or beyond `max_steps`, or where its run had other batches and
         `accept_changed_batches` is not set. Where it is, the run keeps its step and goes on at the same place of the epoch, though with
         other data or another seed that is the place of another order: an epoch's rest may then hold what its beginning held. A place
         beyond the end of fewer data is the beginning of the next epoch.
@@ -47,6 +48,11 @@ class RunState:
             state.changes = check_identity(saved["identity"], state.identity, args.accept_changed_batches)
             for name in ("step", "epoch", "position", "heard_samples"):
                 setattr(state, name, saved[name])
+            if state.step > state.max_steps:
+                raise UserError(
+                    f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already; give as many at least, or start "
+                    "from its weights (--model_name_or_path) in another --output_dir"
+                )
             if state.position >= state.num_utterances:
                 state.epoch, state.position = state.epoch + 1, 0
             state.skipped_updates = saved.get("skipped_updates", 0)

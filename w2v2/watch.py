@@ -29,6 +29,7 @@ class Watch:
         if args.collapse_action != "none" and first_step:
             for record in self._earlier(Path(args.output_dir) / METRICS_FILE):
                 self.criteria.add(record)
+            self.criteria.unsettle()
 
     def _earlier(self, path: Path) -> list[dict[str, Any]]:
         """What the criteria look at, as the main process reads it."""
