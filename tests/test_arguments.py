@@ -276,7 +276,10 @@ def test_a_bug_keeps_its_traceback(bug):
         run_script(main)
 
 
-def test_a_device_whose_memory_does_not_suffice_is_a_line(capsys):
+@pytest.mark.parametrize("rank", ["0", "5"])
+def test_a_device_whose_memory_does_not_suffice_is_a_line(capsys, monkeypatch, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
 
@@ -285,3 +288,12 @@ def test_a_device_whose_memory_does_not_suffice_is_a_line(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and "Tried to allocate 20.00 GiB. Give a device less" in line
     assert "--micro_batch_seconds" in line
+
+
+def test_memory_that_suffices_for_an_hour_is_worth_another_attempt(monkeypatch):
+    def main():
+        monkeypatch.setattr("w2v2.arguments.time.monotonic", lambda: 1e9)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_script(main)

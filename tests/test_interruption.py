@@ -58,6 +58,16 @@ def outcome(output_dir):
     return [(last / name).read_bytes() for name in files], curve
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal():
+    """Neither nohup nor a shell's background is to be inherited."""
+    numbers = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def during(update, action, monkeypatch):
     """Do something in the midst of this update."""
     train_update = pretrain.train_update

@@ -193,3 +193,15 @@ def test_a_disk_that_refuses_late_loses_no_line_and_doubles_none(tmp_path, monke
     file.close()
     assert path.read_text() == "a\nb\nc\nd\ne\n"
     assert len([line for line in caplog.messages if "No space left" in line]) == 1
+
+
+def test_good_lines_stay_in_the_file_when_a_later_one_is_refused(tmp_path):
+    path = tmp_path / "lines"
+    file = LineFile(path)
+    file.append("12345\n")
+    with file_size_limit(7):
+        for _ in range(3):
+            file.append("67\n")
+            assert path.read_text().startswith("12345\n")
+    file.flush()
+    assert path.read_text() == "12345\n67\n67\n67\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import write_tones
 from tiny_run import CHECKSUMS, MODEL, OPTIMIZER, STATE, Run, contents, flip, names
 
@@ -220,3 +221,37 @@ def test_a_file_that_cannot_be_measured_for_the_moment_is_not_left_out(tone, mon
                     measure_lengths([str(tone)], probe)
             else:
                 assert measure_lengths([str(tone)], probe) == measured == {str(tone): 16_000}
+
+
+@pytest.mark.parametrize("call", ["pread", "fstat"])
+def test_audio_that_opens_and_cannot_be_read_for_the_moment_is_tried_again(tone, monkeypatch, slept, call):
+    """As a failing disk's: libsndfile then says that it is no audio."""
+    expected, original, left = read_crop(str(tone)), getattr(os, call), [TRIES - 1]
+
+    def refuse(descriptor, *rest):
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(tone) and left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(descriptor, *rest)
+
+    def refuse_too(*args, **kwargs):
+        if call == "pread" and left[0] > 0:
+            raise soundfile.LibsndfileError(2)
+        return opened(*args, **kwargs)
+
+    opened = soundfile.SoundFile._open
+    monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr(soundfile.SoundFile, "_open", refuse_too)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert np.array_equal(read_crop(str(tone)), expected)
+    assert slept == [1.0, 4.0] and len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_what_was_measured_before_a_file_that_could_not_be_is_kept(tmp_path, monkeypatch, slept):
+    paths = list(map(str, write_tones(tmp_path / "audio", [1.0, 0.5, 0.5])))
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        fail_to_open(patch, paths[2], errno.ESTALE)
+        measure_lengths(paths, probe, tmp_path / "cache", num_workers=1)
+    asked = []
+    measure_lengths(paths, lambda path: asked.append(path) or probe(path), tmp_path / "cache")
+    assert asked == [paths[2]]

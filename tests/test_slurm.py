@@ -89,3 +89,4 @@ def test_a_job_is_given_up_after_losses_in_a_row_however_often_its_time_was_up(s
     *_, asked = submit(1)
     assert asked.count("\n") == 12 + 10 + 1 + 10
     assert submit(1)[2] == asked
+    assert submit(1)[2].count("\n") == asked.count("\n") + 1  # queued again by hand, it has its attempts anew

@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from w2v2 import console, heartbeat
-from w2v2.errors import HUB_TOKEN, UserError, as_user_error, error_line
+from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
 from w2v2.interruption import Stopped, leave
 from w2v2.schedule import SCHEDULES
 from w2v2.teardown import settle
@@ -327,15 +328,22 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _memory_explained() -> Iterator[None]:
-    """A device's memory that does not suffice is a setting to change: the same batches would not fit at the next attempt either."""
+    """A device's memory that does not suffice is a setting to change: the same batches would not fit at the next attempt either.
+
+    After an hour of work it is not: memory that is fragmented, or another program's, is worth another attempt.
+    """
+    started = time.monotonic()
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch itself need not be loaded
+        if (
+            type(error).__name__ != "OutOfMemoryError" or time.monotonic() - started > 3600
+        ):  # torch's; torch itself need not be loaded
             raise
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{first} Give a device less at once: a smaller --micro_batch_seconds, or `auto` (pretrain.py), or "
-                        "--gradient_checkpointing; the run goes on with --resume_from_checkpoint auto") from error  # fmt: skip
+        raise LocalError(f"{first} Give a device less at once: a smaller --micro_batch_seconds (pretrain.py: or `auto`), "
+                         "--per_device_train_batch_size (fine-tuning) or --gradient_checkpointing; the run goes on with "
+                         "--resume_from_checkpoint auto") from error  # fmt: skip
 
 
 @console.outlived()
@@ -356,7 +364,7 @@ def run_script(main: Callable[[], Any]) -> None:
             raise
         # A UserError raised in a loader's worker brings its traceback along.
         message = lost or str(found).rpartition("UserError: ")[2].strip()
-        if lost or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if lost or isinstance(found, LocalError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(error_line(message), file=sys.stderr)
         sys.exit(2)
     finally:

@@ -4,6 +4,7 @@ Shapes: B utterances, S samples, U units of a transcript.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -159,7 +160,9 @@ def log_skipped(path: str | os.PathLike, entries: Iterable[dict[str, str]]) -> N
             for line in lines:
                 if _is_torn(path):
                     line = "\n" + line
-                file.write(line.encode("utf-8", "surrogateescape"))
+                data = line.encode("utf-8", "surrogateescape")
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     except OSError as error:
         logger.warning(
             "%s cannot be written (%s): %d files that were skipped may not be in it", path, error.strerror, len(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from w2v2.errors import UserError
+from w2v2.errors import LocalError
 from w2v2.retries import is_passing, retried
 
 logger = logging.getLogger(__name__)
@@ -57,15 +57,17 @@ def measure_lengths(
     with ThreadPoolExecutor(workers) as pool, bar:
         for first in range(0, len(paths), BLOCK):
             fresh = []
-            for path, length, key in pool.map(measure, paths[first : first + BLOCK]):
-                lengths[path] = length
-                bar.update()
-                if key is not None:
-                    fresh.append(json.dumps([*key, length]) + "\n")
-            if cache is not None and fresh:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                with open(cache, "a", encoding="utf-8") as file:
-                    file.write("".join(fresh))
+            try:
+                for path, length, key in pool.map(measure, paths[first : first + BLOCK]):
+                    lengths[path] = length
+                    bar.update()
+                    if key is not None:
+                        fresh.append(json.dumps([*key, length]) + "\n")
+            finally:  # also before the first file that cannot be measured for the moment
+                if cache is not None and fresh:
+                    cache.parent.mkdir(parents=True, exist_ok=True)
+                    with open(cache, "a", encoding="utf-8") as file:
+                        file.write("".join(fresh))
     return lengths
 
 
@@ -76,7 +78,7 @@ def _tell(error: Exception, pause: float) -> None:
 def _refuse_passing(path: str, reason: str, error: Exception) -> None:
     """A file that is there but cannot be asked is not left out: the run's utterances, and so its batches, would be others next time."""
     if is_passing(error):
-        raise UserError(
+        raise LocalError(
             f"{path}: {reason}, also when tried again; nothing was changed: start again when it can be read"
         )
 

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class LocalError(UserError):
+    """One that a single process of several may meet, so that it says the line itself, whichever it is."""
+
+
 def printable(text: object) -> str:
     """Text for a line on the console: line breaks, terminal codes and what is no text at all as escapes, as in `repr`, the rest as it is."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -130,7 +130,10 @@ def _opened(path: str, kind: type[soundfile.SoundFile]) -> Iterator[soundfile.So
     try:
         file = kind(descriptor, closefd=False)
     except soundfile.SoundFileError as error:
+        refused = _refusal(descriptor)
         os.close(descriptor)
+        if refused:
+            raise AudioError(path, f"cannot be read: {refused.strerror}", refused.errno) from None
         reason = getattr(error, "error_string", error)
         raise AudioError(path, f"is not audio that libsndfile reads (WAV, FLAC, OGG, Opus, MP3 …): {reason}") from None
     try:
@@ -138,6 +141,15 @@ def _opened(path: str, kind: type[soundfile.SoundFile]) -> Iterator[soundfile.So
     finally:
         file.close()
         os.close(descriptor)
+
+
+def _refusal(descriptor: int) -> OSError | None:
+    """What the system says to reading the file's first byte, which libsndfile does not tell from a file that is no audio."""
+    try:
+        os.pread(descriptor, 1, 0)
+    except OSError as error:
+        return error
+    return None
 
 
 def _descriptor(path: str) -> int:
@@ -154,7 +166,11 @@ def _descriptor(path: str) -> int:
     except (OSError, ValueError) as error:  # ValueError: a null character
         number = getattr(error, "errno", None)
         raise AudioError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}", number) from None
-    status, reason = os.fstat(descriptor), None
+    try:
+        status, reason = os.fstat(descriptor), None
+    except OSError as error:
+        os.close(descriptor)
+        raise AudioError(path, f"cannot be read: {error.strerror}", error.errno) from None
     if stat.S_ISDIR(status.st_mode):
         reason = "is a folder, not an audio file"
     elif not stat.S_ISREG(status.st_mode):
