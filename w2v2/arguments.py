@@ -336,9 +336,8 @@ def _memory_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if (
-            type(error).__name__ != "OutOfMemoryError" or time.monotonic() - started > 3600
-        ):  # torch's; torch itself need not be loaded
+        is_full = type(error).__name__ == "OutOfMemoryError"  # torch's; torch itself need not be loaded
+        if not is_full or time.monotonic() - started > 3600:
             raise
         first = str(error).strip().splitlines()[0]
         raise LocalError(f"{first} Give a device less at once: a smaller --micro_batch_seconds (pretrain.py: or `auto`), "

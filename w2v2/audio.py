@@ -7,7 +7,6 @@ of the whole resampled file but for the filter's far tails. An address in a pack
 everywhere. What the system refuses for the moment, as of a file server that does not answer, is tried again shortly.
 """
 
-import logging
 import os
 from math import gcd
 
@@ -17,8 +16,6 @@ import soxr
 from w2v2.packed import Address, ShardError, check, parse_address, read_samples
 from w2v2.retries import is_passing, retried
 from w2v2.sound_file import AudioError, AudioFile
-
-logger = logging.getLogger(__name__)
 
 __all__ = ["SAMPLING_RATE", "AudioError", "probe", "read_crop", "read_pcm"]
 
@@ -38,11 +35,7 @@ def probe(path: str) -> int:
     Raises AudioError for a file that is missing, empty, no audio, or without a single sample.
     """
     path = os.fsdecode(path)
-    return retried(lambda: _probe(path), is_passing, _tell)
-
-
-def _tell(error: Exception, pause: float) -> None:
-    logger.warning("%s; tried again in %g s", error, pause)
+    return retried(lambda: _probe(path), is_passing)
 
 
 def _probe(path: str) -> int:
@@ -77,7 +70,7 @@ def read_pcm(path: str, start: int = 0, num_samples: int | None = None, stop: in
         raise ValueError(
             f"{path}: start={start}, num_samples={num_samples}: a crop starts at 0 or later and is not empty"
         )
-    return retried(lambda: _read(path, start, num_samples, stop), is_passing, _tell)
+    return retried(lambda: _read(path, start, num_samples, stop), is_passing)
 
 
 def _read(path: str, start: int, num_samples: int | None, stop: int | None) -> np.ndarray:

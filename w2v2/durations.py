@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,6 @@ from tqdm.auto import tqdm
 
 from w2v2.errors import LocalError
 from w2v2.retries import is_passing, retried
-
-logger = logging.getLogger(__name__)
 
 BLOCK = 10_000  # files measured between two writes to the cache, so that an interrupted scan of millions is not lost
 
@@ -33,7 +30,7 @@ def measure_lengths(
 
     def measure(path: str) -> tuple[str, int | str, tuple | None]:
         try:
-            status = retried(lambda: os.stat(path), is_passing, _tell)
+            status = retried(lambda: os.stat(path), is_passing)
         except (OSError, ValueError) as error:  # ValueError: a null character
             reason = getattr(error, "strerror", None) or str(error)
             _refuse_passing(path, reason, error)
@@ -69,10 +66,6 @@ def measure_lengths(
                     with open(cache, "a", encoding="utf-8") as file:
                         file.write("".join(fresh))
     return lengths
-
-
-def _tell(error: Exception, pause: float) -> None:
-    logger.warning("%s; tried again in %g s", error, pause)
 
 
 def _refuse_passing(path: str, reason: str, error: Exception) -> None:

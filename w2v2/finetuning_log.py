@@ -31,10 +31,8 @@ def log_harmlessly(trainer: Trainer) -> None:
 class Harmless:
     """A tracker's callback that gets no more events after the first one in which it fails; only its start may still end the run."""
 
-    _START = (
-        "on_init_end",
-        "on_train_begin",
-    )  # a tracker that is not installed or not logged in is a slip of the user's
+    # A tracker that is not installed or not logged in is a slip of the user's.
+    _START = ("on_init_end", "on_train_begin")
 
     def __init__(self, callback: TrainerCallback):
         self._callback, self._has_failed = callback, False
