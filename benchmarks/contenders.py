@@ -167,11 +167,11 @@ class Ours(Contender):
 
 
 def last_layer_of_all_frames(
-    module, hidden, lengths, dtype, rest=None, positions=None, layer=w2v2.encoder.layer, gather=w2v2.encoder.gather
+    module, hidden, rows, dtype, rest=None, positions=None, layer=w2v2.encoder.layer, take=w2v2.encoder.take
 ):
     """A layer that is computed for all frames, also where some are wanted alone."""
-    out = layer(module, hidden, lengths, dtype, rest)
-    return out if positions is None else gather(out, positions)
+    out = layer(module, hidden, rows, dtype, rest)
+    return out if positions is None else take(out, positions).unflatten(0, positions.shape)
 
 
 class Without(Ours):

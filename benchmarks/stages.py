@@ -70,7 +70,7 @@ def our_stages(contender, batch) -> dict[str, Callable]:
 
     @plain
     def layers():
-        x = hidden
+        x = hidden.flatten(0, 1)
         for index, module in enumerate(base.encoder.layers):
             x = model._layer(module, x, batch, index, dtype)
         return x

@@ -62,6 +62,13 @@ def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, d
     return replace(batch, original_samples=sum(lengths))
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture
 def large_model_kernels(monkeypatch):
     """What products of a large model's size run through, for small ones too."""

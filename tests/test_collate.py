@@ -52,9 +52,12 @@ def test_what_the_host_says_of_a_batch_is_what_the_device_holds():
     config = tiny_config(layerdrop=0.5)
     batch = make_batch(config, [16_400, 9_000, 9_000, 24_000])
     assert list(batch.lengths) == batch.frames.tolist()
-    for index, lengths in enumerate(batch.kept_lengths):
-        rows = batch.kept[index, : len(lengths)].tolist()
-        assert rows == sorted(rows)
-        assert [batch.lengths[row] for row in rows] == list(lengths)
-    assert sorted(map(len, batch.kept_lengths)) != [4, 4]  # layerdrop did drop something
+    for index, rows in enumerate(batch.kept_rows):
+        assert batch.kept[index, : len(rows)].tolist() == sorted(rows)
+        ends = torch.tensor([batch.lengths[row] for row in rows or [0]]).cumsum(0)
+        assert batch.bounds[index, 1 : 1 + len(ends)].tolist() == ends.tolist()
+    assert sorted(map(len, batch.kept_rows)) != [4, 4]  # layerdrop did drop something
+    assert batch.bounds[-1].tolist() == [0, *np.cumsum(batch.lengths)]
+    frames = torch.arange(batch.mask.shape[1]).expand_as(batch.mask)
+    assert torch.equal(frames.flatten()[batch.inside], torch.cat([torch.arange(n) for n in batch.lengths]))
     assert not batch.uniform and make_batch(config, [9_000] * 2).uniform

@@ -8,9 +8,12 @@ from conftest import make_batch, tiny_config
 from test_model import gradients, pair
 
 from w2v2 import encoder
+from w2v2.attention import Rows
 from w2v2.encoder import after_attention, layer, positional
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
+
+NINES = Rows([9, 9], torch.tensor([0, 9, 18], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["post-norm", "pre-norm"])
@@ -20,7 +23,7 @@ def test_a_layer_is_the_stock_layer(large):
     hidden = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(hidden)
     found = []
-    for out in (layer(module, hidden, [9, 9], torch.float64), module(hidden)):
+    for out in (layer(module, hidden.flatten(0, 1), NINES, torch.float64).view_as(hidden), module(hidden)):
         model.zero_grad()
         gradient = torch.autograd.grad((out * weight).sum(), [hidden, *module.parameters()])
         found.append((out.detach(), *gradient))
@@ -32,8 +35,9 @@ def test_an_adapter_is_applied_as_in_the_stock_layer():
     config = tiny_config(large=True, adapter_attn_dim=4)
     model, _ = pair(config, torch.float64)
     module = model.wav2vec2.encoder.layers[0]
-    hidden = torch.randn(1, 9, 32, dtype=torch.float64)
-    torch.testing.assert_close(layer(module, hidden, [9], torch.float64), module(hidden), rtol=1e-10, atol=1e-12)
+    hidden = torch.randn(2, 9, 32, dtype=torch.float64)
+    found = layer(module, hidden.flatten(0, 1), NINES, torch.float64).view_as(hidden)
+    torch.testing.assert_close(found, module(hidden), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("frames", [1, 7, 8, 23, 40])

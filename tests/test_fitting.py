@@ -140,7 +140,9 @@ def test_a_trial_runs_every_row_of_every_layer_in_train_mode_beside_all_that_an_
 
     def layer(model, module, hidden, batch, index, dtype):
         held = [p.grad is not None for p in model.parameters()]
-        seen.append((index, model.training, batch.kept_lengths[index] == batch.lengths, batch.uniform, all(held)))
+        seen.append(
+            (index, model.training, len(batch.kept_rows[index]) == len(batch.lengths), batch.uniform, all(held))
+        )
         return whole(model, module, hidden, batch, index, dtype)
 
     monkeypatch.setattr(PretrainingModel, "_layer", layer)
@@ -238,6 +240,13 @@ def test_an_accelerators_limit_is_found_by_running_into_it(trial, ends_beyond, d
     assert ("share of an effective batch" if limit == 12 else f"{limit + 1} would take more than 8.3 GB") in found.why
     assert device_module.limits == [pytest.approx(0.92 * 0.9), 1.0]
     assert_untouched(trial, before)
+
+
+def test_an_accelerator_is_not_filled_beyond_what_keeps_it_busy(trial, ends_beyond, device_module, monkeypatch):
+    monkeypatch.setattr(fitting, "ACCELERATOR_SECONDS", 3.5 * LONGEST / SAMPLING_RATE)
+    tried = ends_beyond(12, "forward")
+    found = search_accelerator(trial, 12)
+    assert found.crops == max(tried) == 3 and "no faster on a GPU" in found.why
 
 
 def test_the_limit_is_lifted_after_a_bug_too(trial, device_module, monkeypatch):

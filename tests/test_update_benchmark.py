@@ -58,7 +58,7 @@ def test_a_run_says_how_both_sides_fared(tmp_path):
     assert found["command"].endswith("--profile") and "ours" in done.stdout
 
 
-@pytest.mark.parametrize("step", [s for s in gpu_session.steps() if s.script == "update.py"], ids=lambda s: s.title)
+@pytest.mark.parametrize("step", [s for s in gpu_session.steps() if s.script == "update.py"], ids=lambda s: s.flags)
 def test_every_step_of_the_gpu_session_is_a_command_that_update_understands(step):
     for dry_run in (False, True):
         args = update.parse(gpu_session.command(step, dry_run)[2:])
@@ -76,7 +76,7 @@ def test_the_session_is_a_table_with_its_failures_named():
     text = gpu_session.section(
         [(first, found), (second, "failed: out of memory"), (last, "not begun: the time was up")]
     )
-    assert "| BASE, stages | equal | ours | 8,500 | 4.00 (3.90–4.10) | 12.3 | 40.0% |" in text
+    assert "| BASE, 800 s in 200 s | equal | ours | 8,500 | 4.00 (3.90–4.10) | 12.3 | 40.0% |" in text
     assert "failed: out of memory" in text and "not begun" in text
     assert "| convs | 1.5 | 3.0 |" in text
 

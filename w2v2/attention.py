@@ -1,60 +1,101 @@
-"""Attention of utterances of different lengths without a mask: each run of equal rows goes to the library's kernel by itself.
+"""Attention of utterances of different lengths without a mask or padding, on their concatenated frames.
 
-A mask of any form keeps the fast kernels away (flash, cuDNN). Micro-batches are sorted by length, and lengths lie on a grid, so a
-micro-batch is a few runs of equal rows; the frames past a row's end are then not even computed.
+A mask of any form keeps the fast kernels away, and padding is computed for nothing. On a GPU in 16 bits one call of the flash kernel takes
+all utterances, whatever their lengths: its launches do not grow with the number of lengths, and no plan is built for each shape. Elsewhere
+each run of equal utterances goes to the library's kernel by itself; micro-batches are sorted by length, and lengths lie on a grid, so
+there are few runs.
 
-Shapes: B utterances, T latent frames of the longest, M frames asked from, H heads, d width of a head.
+Shapes: B utterances, N their frames altogether, T frames of one, M frames asked from, H heads, d width of a head.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from w2v2.products import draw_kept
 
+# The function behind nested tensors' `scaled_dot_product_attention`: differentiable, with dropout, which the public
+# `torch.nn.attention.varlen` has not. Nested tensors would cost the host some hundred microseconds a call.
+_FLASH = getattr(torch.ops.aten, "_flash_attention_forward", None)
+
+
+class Rows(NamedTuple):
+    """Where each utterance lies in the concatenated frames."""
+
+    lengths: Sequence[int]  # frames of each, on the host
+    bounds: torch.Tensor  # (B + 1,) int32, where each begins, and the end, on the device
+
 
 def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive rows of equal length: (number of rows, length)."""
+    """Consecutive utterances of equal length: (number of them, length)."""
     return [(len(list(group)), length) for length, group in groupby(lengths)]
 
 
-def attend(projections: torch.Tensor, lengths: Sequence[int], dropout: float = 0.0) -> torch.Tensor:
-    """Scaled dot-product attention of each row over its own frames, (B, T, 3, H, d) → (B, T, H, d); zero past a row's end.
+def attend(projections: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
+    """Scaled dot-product attention of each utterance's frames to one another, (N, 3, H, d) → (N, H, d).
 
     Args:
         projections: query, key and value of each frame.
-        lengths: frames of each row, on the host.
         dropout: probability with which an attention weight is zeroed.
     """
-    T, outputs = projections.shape[1], []
-    for part, length in _parts(projections, lengths):
-        out = _attention(*part[:, :length].unbind(2), dropout)
-        outputs.append(F.pad(out, (0, 0, 0, 0, 0, T - length)) if length < T else out)
+    if takes_any_lengths(projections):
+        longest = max(rows.lengths)
+        return _flash(*projections.unbind(1), (rows.bounds, longest), (rows.bounds, longest), dropout)
+    outputs = [_attention(*part.unbind(2), dropout).flatten(0, 1) for part in _parts(projections, rows.lengths)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def attend_from(
-    query: torch.Tensor, keys_values: torch.Tensor, lengths: Sequence[int], dropout: float = 0.0
-) -> torch.Tensor:
-    """The same from some frames alone: query (B, M, H, d), keys and values of all frames (B, T, 2, H, d) → (B, M, H, d)."""
-    sizes = [rows for rows, _ in runs(lengths)]
+def attend_from(query: torch.Tensor, keys_values: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
+    """The same from M frames of each alone: query (B, M, H, d), keys and values of all frames (N, 2, H, d) → (B, M, H, d)."""
+    if takes_any_lengths(keys_values):
+        B, M = query.shape[:2]
+        asked = torch.arange(0, (B + 1) * M, M, dtype=torch.int32, device=query.device)
+        key, value = keys_values.unbind(1)
+        out = _flash(query.flatten(0, 1), key, value, (asked, M), (rows.bounds, max(rows.lengths)), dropout)
+        return out.unflatten(0, (B, M))
+    sizes = [number for number, _ in runs(rows.lengths)]
     queries = query.split(sizes) if len(sizes) > 1 else [query]
-    parts = zip(queries, _parts(keys_values, lengths), strict=True)
-    outputs = [_attention(own, *part[:, :length].unbind(2), dropout) for own, (part, length) in parts]
+    parts = zip(queries, _parts(keys_values, rows.lengths), strict=True)
+    outputs = [_attention(own, *part.unbind(2), dropout) for own, part in parts]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _parts(x: torch.Tensor, lengths: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-    """Each run's rows with their length. Split at once: a slice of each would fill its gradient up with zeros."""
+def takes_any_lengths(x: torch.Tensor) -> bool:
+    """Whether one call of the flash kernel serves utterances of different lengths: (…, H, d) in 16 bits on an NVIDIA GPU since Ampere."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[-1] % 8 == 0
+        and x.shape[-1] <= 256
+        and _has_flash(x.device)
+    )
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    is_built = torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
+    return _FLASH is not None and is_built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash(query, key, value, asked, attended, dropout) -> torch.Tensor:
+    """Query (n, H, d), key and value (m, H, d) → (n, H, d); `asked` and `attended`: (bounds, longest) of their utterances."""
+    (bounds_q, longest_q), (bounds_k, longest_k) = asked, attended
+    return _FLASH(query, key, value, bounds_q, bounds_k, longest_q, longest_k, dropout, False, False)[0]
+
+
+def _parts(x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Each run's part of (N, …) as (B, T, …). Split at once: a slice of each would fill its gradient up with zeros."""
     found = runs(lengths)
-    parts = x.split([rows for rows, _ in found]) if len(found) > 1 else [x]
-    return [(part, length) for part, (_, length) in zip(parts, found, strict=True)]
+    parts = x.split([number * length for number, length in found]) if len(found) > 1 else [x]
+    return [part.unflatten(0, run) for part, run in zip(parts, found, strict=True)]
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Query (B, M, H, d), key and value (B, T, H, d) → (B, M, H, d): all rows have T frames."""
+    """Query (B, M, H, d), key and value (B, T, H, d) → (B, M, H, d): all utterances have T frames."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if dropout == 0.0 or has_kernel(query.device):
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)

@@ -1,8 +1,9 @@
 """Crops → one `PretrainBatch`: decode, pad, mask. Runs in the `DataLoader`'s workers, but for `sound`, which runs on the device.
 
-Shapes: B utterances, S samples of the longest, T latent frames of the longest, M masked frames of the row that has most.
+Shapes: B utterances, S samples of the longest, T latent frames of the longest, N latent frames of all of them, M masked frames of the row that has most.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -32,9 +33,13 @@ class PretrainBatch:
     mask: torch.Tensor  # (B, T) bool, masked latent frames
     positions: torch.Tensor  # (B, M) int64, the masked frames, compacted
     num_masked: torch.Tensor  # (B,) int64, how many of the M slots hold one
+    inside: torch.Tensor  # (N,) int64, the frames that belong to a row, numbered through all rows: row · T + frame
     kept: torch.Tensor  # (layers, B) int64, rows that a layer is computed for, in rising order, the others after them
+    # (layers + 1, B + 1) int32: of the rows that a layer is computed for (the first row, where there is none), where each begins among
+    # their concatenated frames, and the end; then the same of all rows.
+    bounds: torch.Tensor
     lengths: tuple[int, ...]  # `frames` on the host
-    kept_lengths: tuple[tuple[int, ...], ...]  # those of the rows that each layer is computed for
+    kept_rows: tuple[tuple[int, ...], ...]  # `kept` on the host, without the others
     normalize: bool  # zero mean and unit variance a row, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
     weight: float  # 0.0 for a dummy
     plan: MicroBatchPlan
@@ -127,10 +132,12 @@ def build_batch(
     """The micro-batch of these crops: `waveforms` are their samples, int16 or float32, an array a row."""
     num_samples = torch.from_numpy(crops.num_samples)
     frames = latent_lengths(num_samples, framing.kernels, framing.strides)
+    lengths = frames.tolist()
     keys = derive(seed, torch.from_numpy(crops.epoch), torch.from_numpy(crops.utterance))
     mask = mask_spans(keys, frames, framing.mask_prob, framing.mask_length, framing.min_masks)
     positions, num_masked = masked_positions(mask)
     kept = kept_rows(keys, framing.num_layers, framing.layerdrop)
+    rows = [torch.nonzero(flags)[:, 0].tolist() for flags in kept]
     heard = int(crops.num_samples.sum())
     return PretrainBatch(
         waveforms=pad(waveforms),
@@ -140,9 +147,11 @@ def build_batch(
         mask=mask,
         positions=positions,
         num_masked=num_masked,
+        inside=torch.nonzero((torch.arange(mask.shape[1]) < frames[:, None]).flatten())[:, 0],
         kept=kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True),
-        lengths=tuple(frames.tolist()),
-        kept_lengths=tuple(tuple(frames[rows].tolist()) for rows in kept),
+        bounds=_bounds(lengths, [*(own or [0] for own in rows), range(len(lengths))]),
+        lengths=tuple(lengths),
+        kept_rows=tuple(map(tuple, rows)),
         normalize=framing.normalize,
         weight=weight,
         plan=plan,
@@ -150,6 +159,14 @@ def build_batch(
         original_samples=heard if weight else 0,
         skipped=[],
     )
+
+
+def _bounds(lengths: list[int], rows: list[Sequence[int]]) -> torch.Tensor:
+    """Where each of `rows` begins in the concatenation of them, and the end, for each such list: (len(rows), B + 1) int32."""
+    bounds = np.zeros((len(rows), len(lengths) + 1), np.int32)
+    for line, own in zip(bounds, rows, strict=True):
+        np.cumsum([lengths[row] for row in own], out=line[1 : len(own) + 1])
+    return torch.from_numpy(bounds)
 
 
 def pad(waveforms: list[np.ndarray]) -> torch.Tensor:

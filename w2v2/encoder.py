@@ -3,17 +3,18 @@
 The functions compute what the stock modules compute, in the type that they are given (normalisation statistics and softmax in float32,
 inside the kernels), with one product for queries, keys and values, and attention without a mask (`attention.py`).
 
-Shapes: B utterances, T latent frames of the longest, M of them that are wanted, D width, H heads, G groups of the positional convolution, k its taps.
+Shapes: B utterances, T latent frames of the longest, N frames of all of them, M frames of each that are wanted, D width, H heads, G groups
+of the positional convolution, k its taps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from w2v2 import products
-from w2v2.attention import attend, attend_from
+from w2v2.attention import Rows, attend, attend_from
 from w2v2.products import dropout
 
 BLOCK = 8  # frames that one row of the positional convolution's product gives
@@ -54,15 +55,15 @@ def _convolution_in_blocks(x: torch.Tensor, conv: nn.Conv1d) -> torch.Tensor:
 def layer(
     module: nn.Module,
     hidden: torch.Tensor,
-    lengths: Sequence[int],
+    rows: Rows,
     dtype: torch.dtype,
     rest: Callable | None = None,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One transformer layer, post-norm (BASE) or pre-norm (LARGE): (B, T, D) → (B, T, D).
+    """One transformer layer, post-norm (BASE) or pre-norm (LARGE), on concatenated utterances: (N, D) → (N, D).
 
     Args:
-        lengths: frames of each row, on the host.
+        rows: where each utterance lies.
         dtype: of the products. The post-norm residual is of this type too; the pre-norm one, to which every layer adds, stays as it comes.
         rest: `after_attention`, perhaps compiled.
         positions: (B, M) int64, frames that the output is wanted of, which then is (B, M, D): the others are attended to, no more.
@@ -71,31 +72,39 @@ def layer(
     x = norm(module.layer_norm, hidden).to(dtype) if before else hidden
     dropped = attention.dropout if module.training else 0.0
     if positions is None:
-        qkv = _project(x, attention.num_heads, attention.q_proj, attention.k_proj, attention.v_proj)  # (B, T, 3, H, d)
-        attended = attend(qkv, lengths, dropped)
+        qkv = _project(x, attention.num_heads, attention.q_proj, attention.k_proj, attention.v_proj)  # (N, 3, H, d)
+        attended = attend(qkv, rows, dropped)
     else:
-        query = _project(gather(x, positions), attention.num_heads, attention.q_proj).squeeze(2)  # (B, M, H, d)
-        keys_values = _project(x, attention.num_heads, attention.k_proj, attention.v_proj)  # (B, T, 2, H, d)
-        attended = attend_from(query, keys_values, lengths, dropped)
-        hidden = gather(hidden, positions)
-    attended = linear(attention.out_proj, attended.flatten(2))  # (B, T or M, D)
-    return (rest or after_attention)(module, hidden, attended, before)
+        query = _project(take(x, positions), attention.num_heads, attention.q_proj).view(
+            *positions.shape, -1, attention.head_dim
+        )
+        keys_values = _project(x, attention.num_heads, attention.k_proj, attention.v_proj)  # (N, 2, H, d)
+        attended = attend_from(query, keys_values, rows, dropped).flatten(0, 1)
+        hidden = take(hidden, positions)
+    attended = linear(attention.out_proj, attended.flatten(-2))  # (N, D), or (B · M, D)
+    out = (rest or after_attention)(module, hidden, attended, before)
+    return out if positions is None else out.unflatten(0, positions.shape)
 
 
 def _project(x: torch.Tensor, num_heads: int, *modules: nn.Linear) -> torch.Tensor:
-    """Several linear layers of the same input as one product: (B, T, D) → (B, T, layers, H, d)."""
+    """Several linear layers of the same input as one product: (…, D) → (…, layers, H, d)."""
     weight, bias = (torch.cat([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
     out = products.linear(x, weight.to(x.dtype), bias.to(x.dtype))
     return out.unflatten(-1, (len(modules), num_heads, -1))
 
 
+def take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Frames (N, D) at `positions` (B, M) → (B · M, D)."""
+    return x.index_select(0, positions.flatten())
+
+
 def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Frames (B, T, D) at `positions` (B, M) → (B, M, D)."""
+    """Frames (B, T, D) at each row's own `positions` (B, M) → (B, M, D)."""
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Tensor, before: bool) -> torch.Tensor:
-    """The part of a layer that works frame by frame, (B, T, D) → (B, T, D): whatever a compiler can fuse. `before`: pre-norm."""
+    """The part of a layer that works frame by frame, (…, D) → (…, D): whatever a compiler can fuse. `before`: pre-norm."""
     training, forward = module.training, module.feed_forward
     hidden = hidden + dropout(attended, module.dropout.p, training)
     if not before:

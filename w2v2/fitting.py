@@ -4,7 +4,8 @@
    frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames than n rows of the longest.
 2. *Trial.* Forward and backward pass of such a micro-batch beside everything else that an update holds. It leaves nothing behind.
 3. *Search.* On an accelerator n is doubled until it no longer fits, then bisected. A CPU's memory ends with a kill, not with an error:
-   there the growth of the peak from one crop to two is carried on. Beyond a device's share of an effective batch nothing is gained.
+   there the growth of the peak from one crop to two is carried on. Beyond a device's share of an effective batch nothing is gained, nor
+   beyond what keeps a device busy.
 4. *Agreement.* All ranks take the least of what they found, after one message.
 """
 
@@ -34,6 +35,8 @@ DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication
 # grow to more than twice what one of 400 s takes, and to four times what one of 46 s takes of a small model.
 CPU_SHARE = 0.4
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
+# Nor does a GPU from so large ones: the device is busy long before (docs/benchmarks.md), and fewer pieces of an update pad more.
+ACCELERATOR_SECONDS = 800.0
 
 
 class Finding(NamedTuple):
@@ -183,13 +186,22 @@ def fit(trial: Trial, bound: int) -> tuple[float, str]:
     return crops * seconds, f"{fit_in} ({crops * seconds:.1f} s); {why}"
 
 
+def worthwhile(trial: Trial, bound: int, seconds: float, device: str) -> tuple[int, str]:
+    """Crops beyond which nothing is gained, and why."""
+    cap = max(1, int(seconds * SAMPLING_RATE / trial.longest))
+    if cap < bound:
+        return cap, f"more than {seconds:g} s are no faster on a {device}"
+    return bound, "that is the device's share of an effective batch"
+
+
 def search_accelerator(trial: Trial, bound: int) -> Finding:
-    """Try until memory ends, within the part of it that `DEVICE_SHARE` leaves."""
+    """Try until memory ends, within the part of it that `DEVICE_SHARE` leaves, or more is no faster."""
+    cap, most = worthwhile(trial, bound, ACCELERATOR_SECONDS, "GPU")
     trial.free()
     with limited_memory(trial.accelerator.device) as limit:
-        crops = largest(trial.fits, bound)
-    if crops == bound:
-        return Finding(crops, "that is the device's share of an effective batch")
+        crops = largest(trial.fits, cap)
+    if crops == cap:
+        return Finding(crops, most)
     return Finding(crops, f"{crops + 1} would take more than {limit / 1e9:.1f} GB, {DEVICE_SHARE:.0%} of what is free")
 
 
@@ -210,12 +222,7 @@ def limited_memory(device: torch.device) -> Iterator[float]:
 
 def search_cpu(trial: Trial, bound: int) -> Finding:
     """Carry on the growth of the peak from one crop to two, up to `CPU_SHARE` of this process's part of the free memory."""
-    cap = min(bound, max(1, int(CPU_SECONDS * SAMPLING_RATE / trial.longest)))
-    most = (
-        "that is the device's share of an effective batch"
-        if cap == bound
-        else f"more than {CPU_SECONDS:g} s are no faster on a CPU"
-    )
+    cap, most = worthwhile(trial, bound, CPU_SECONDS, "CPU")
     before, free = memory.resident(), memory.available()
     first = None if before is None or free is None else memory.peak_of(lambda: trial.run(1))
     if first is None:

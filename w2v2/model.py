@@ -3,10 +3,13 @@
 What the stock forward computes for all frames and then ignores is computed for masked frames only, and nothing sees padding, so the
 loss of a micro-batch is the sum of the stock model's losses on each of its utterances alone.
 
-Shapes: B utterances, S samples, T latent frames, M masked frames of the row that has most, C conv channels, D width, G codebook
+Shapes: B utterances, S samples, T latent frames of the longest, N frames of all of them, M masked frames of the row that has most, C conv channels, D width, G codebook
 groups, V entries of a group.
 """
 
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -14,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import objective
+from w2v2.attention import Rows
 from w2v2.collate import PretrainBatch, sound
 from w2v2.convs import flat_features, is_flat, stock_features
-from w2v2.encoder import after_attention, gather, layer, linear, norm, positional
+from w2v2.encoder import after_attention, gather, layer, linear, norm, positional, take
 from w2v2.masking import distractors
 from w2v2.products import dropout
 
@@ -156,6 +160,9 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             hidden = torch.where(_inside(batch)[..., None], hidden, 0.0)
         in_blocks = hidden.device.type != "cpu" if self.positional_in_blocks is None else self.positional_in_blocks
         hidden = hidden + positional(encoder.pos_conv_embed, hidden, in_blocks)
+        hidden = hidden.flatten(0, 1)
+        if not batch.uniform:
+            hidden = hidden.index_select(0, batch.inside)  # from here on without padding: (N, D)
         pre_norm = self.config.do_stable_layer_norm
         hidden = _full(hidden) if pre_norm else norm(encoder.layer_norm, hidden)
         hidden = self._dropout(encoder.dropout, hidden)
@@ -166,24 +173,34 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
     def _layer(
         self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """One layer, computed for the utterances that layerdrop leaves it. One at least, so that no parameter is without a gradient.
+        """One layer on the concatenated frames (N, D), computed for the utterances that layerdrop leaves it.
 
-        The last one gives the masked frames alone, (B, M, D).
+        One at least, so that no parameter is without a gradient. The last layer gives the masked frames alone, (B, M, D).
         """
-        positions = batch.positions if index == self.config.num_hidden_layers - 1 else None
+        is_last = index == self.config.num_hidden_layers - 1
 
-        def run(x, lengths, positions):
-            return self._stage("encoder", layer, module, x, lengths, dtype, self._after_attention, positions)
+        def run(x, rows, own=slice(None)):
+            positions = _masked_among(batch, rows, own) if is_last else None
+            return self._stage("encoder", layer, module, x, rows, dtype, self._after_attention, positions)
 
-        lengths = batch.kept_lengths[index] if self.training else batch.lengths
-        if len(lengths) == len(batch.lengths):
-            return run(hidden, lengths, positions)
-        rows = batch.kept[index, : max(len(lengths), 1)]
-        own = None if positions is None else positions.index_select(0, rows)
-        out = run(hidden.index_select(0, rows), lengths or batch.lengths[:1], own)
-        if positions is not None:
-            hidden = gather(hidden, positions)
-        return hidden.index_copy(0, rows, out if lengths else torch.where(batch.mask.new_zeros(()), out, hidden[:1]))
+        everyone = Rows(batch.lengths, batch.bounds[-1])
+        kept = batch.kept_rows[index]
+        if not self.training or len(kept) == len(batch.lengths):
+            return run(hidden, everyone)
+        present = kept or (0,)
+        segments = _segments(batch.lengths, present)
+        pieces = hidden.split([frames for frames, _ in segments])
+        chosen = [piece for piece, (_, is_kept) in zip(pieces, segments, strict=True) if is_kept]
+        own = batch.kept[index, : len(present)]
+        rows = Rows([batch.lengths[row] for row in present], batch.bounds[index, : len(present) + 1])
+        out = run(chosen[0] if len(chosen) == 1 else torch.cat(chosen), rows, own)
+        if is_last:
+            masked = take(hidden, _masked_among(batch, everyone)).unflatten(0, batch.positions.shape)
+            return masked.index_copy(0, own, out if kept else _ignored(out, masked[:1]))
+        if not kept:
+            out = _ignored(out, chosen[0])
+        computed = iter(out.split([len(piece) for piece in chosen]))
+        return torch.cat([next(computed) if is_kept else p for p, (_, is_kept) in zip(pieces, segments, strict=True)])
 
     def _dropout(self, module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
         return dropout(x, module.p, self.training)
@@ -197,6 +214,28 @@ def _valid(batch: PretrainBatch) -> torch.Tensor:
 def _inside(batch: PretrainBatch) -> torch.Tensor:
     """(B, T) bool: frames that belong to their row."""
     return torch.arange(batch.mask.shape[1], device=batch.mask.device) < batch.frames[:, None]
+
+
+def _masked_among(batch: PretrainBatch, rows: Rows, own: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """Where the masked frames of the rows `own` lie among the concatenated frames of `rows`, which are the same: (B, M) int64.
+
+    A slot without a masked frame gets another frame of its row, never of the next one.
+    """
+    return rows.bounds[:-1, None] + torch.minimum(batch.positions[own], batch.frames[own, None] - 1)
+
+
+def _segments(lengths: Sequence[int], kept: Sequence[int]) -> list[tuple[int, bool]]:
+    """Neighbouring utterances that are kept, or not: (their frames, whether they are), in order."""
+    flags = [False] * len(lengths)
+    for row in kept:
+        flags[row] = True
+    groups = groupby(zip(flags, lengths, strict=True), itemgetter(0))
+    return [(sum(length for _, length in group), is_kept) for is_kept, group in groups]
+
+
+def _ignored(out: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
+    """`instead`; `out` is there for its gradient alone, which is zero."""
+    return torch.where(out.new_zeros((), dtype=torch.bool), out, instead)
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:

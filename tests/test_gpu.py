@@ -1,0 +1,258 @@
+"""On a GPU: the CPU's loss and gradient, no waiting for the device within an update, the kernels that are meant, and the scripts, end to end."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import NO_DROPOUT, make_batch, run_here, tiny_config, write_csv, write_tones
+from test_finetune_ctc import command, write_manifest
+from test_model import gradients, pair
+from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
+
+import finetune_ctc
+import pretrain
+from w2v2 import objective
+from w2v2.attention import Rows, attend, attend_from, takes_any_lengths
+from w2v2.metrics import read_metrics
+from w2v2.model import PretrainingModel
+from w2v2.training import seed_noise
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+LENGTHS = [24_000, 16_400, 16_400, 9_000]
+NOISY = dict.fromkeys(NO_DROPOUT, 0.1)
+TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
+
+
+def passes(model, batch, device, dtype=None):
+    """(loss, gradient) of one micro-batch on this device, under autocast where a type is given."""
+    model.zero_grad()
+    model.to(device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        loss = model(batch.to(device), 1.3).loss
+    loss.backward()
+    return loss.item(), {name: g.cpu().double() for name, g in gradients(model).items()}
+
+
+def distance(found, expected) -> float:
+    """Of two whole gradients, relative to the second."""
+    assert found.keys() == expected.keys()
+    error = sum(float((found[name] - g).pow(2).sum()) for name, g in expected.items())
+    return (error / sum(float(g.pow(2).sum()) for g in expected.values())) ** 0.5
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """Gumbel noise that does not come from the device's generator."""
+
+    def noise(logits):
+        draws = torch.empty(logits.shape, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(5))
+        return -draws.log().to(logits)
+
+    monkeypatch.setattr(objective, "gumbel_noise", noise)
+
+
+@pytest.fixture
+def given_codes(monkeypatch):
+    """Codes that no rounding flips, which would change the loss."""
+    choose, generator = objective.choose_codes, torch.Generator().manual_seed(0)
+
+    def chosen(logits, temperature):
+        given = torch.randint(0, 12, logits.shape[:-1], generator=generator.manual_seed(0)).to(logits.device)
+        return choose(logits + 50.0 * F.one_hot(given, logits.shape[-1]), temperature)
+
+    monkeypatch.setattr(objective, "choose_codes", chosen)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("in_blocks", [None, False], ids=["blocks", "stock"])
+def test_loss_and_gradient_are_those_of_the_cpu(same_noise, large, in_blocks):
+    config = tiny_config(large, layerdrop=0.4)
+    model, _ = pair(config, torch.float64, feature_penalty_weight=10.0)
+    model.positional_in_blocks = in_blocks
+    batch = make_batch(config, LENGTHS, dtype=torch.float64)
+    (expected, reference), (found, gradient) = (passes(model, batch, d) for d in (torch.device("cpu"), DEVICE))
+    assert found == pytest.approx(expected, rel=1e-8)  # seen: 2e-10, and 1e-8 of the gradient
+    assert distance(gradient, reference) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_training_in_16_bits_stays_close_to_the_cpu_in_float32(same_noise, given_codes, large, dtype, compiled):
+    config = tiny_config(large, layerdrop=0.4)
+    model, _ = pair(config, feature_penalty_weight=1.0)
+    batch = make_batch(config, LENGTHS)
+    expected, reference = passes(model, batch, torch.device("cpu"))
+    if compiled:
+        model.compile_layers()
+    found, gradient = passes(model, batch, DEVICE, dtype)
+    assert found == pytest.approx(expected, rel=2e-2)
+    assert 0 < distance(gradient, reference) < 0.1
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_neither_pass_waits_for_the_device(large, compiled):
+    config = tiny_config(large, **NOISY)
+    model = PretrainingModel(config).train().to(DEVICE)
+    if compiled:
+        model.compile_layers()
+    waiting = make_batch(config, LENGTHS).pin_memory()
+
+    def update():
+        batch = waiting.to(DEVICE)
+        seed_noise(0, 0, 0)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            sums = model(batch)
+        (sums.loss * 0.5).backward()
+        return sums
+
+    update()  # libraries are loaded, memory is taken, graphs are compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = update()
+        with pytest.raises(RuntimeError):
+            sums.loss.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_call_of_the_flash_kernel_attends_within_each_utterance(monkeypatch):
+    """Against the library's kernel, utterance by utterance, in float64: output and gradient, of all frames and of some."""
+    lengths, M = [96, 96, 80, 64, 1], 16
+    rows = Rows(lengths, torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int())
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 12, 64, dtype=torch.bfloat16, device=DEVICE, generator=generator)
+    asked = torch.randn(len(lengths), M, 12, 64, dtype=torch.bfloat16, device=DEVICE, generator=generator)
+    found = []
+    for x, query, own in (
+        (qkv, asked, rows),
+        (*(t.cpu().double() for t in (qkv, asked)), Rows(lengths, rows.bounds.cpu())),
+    ):
+        x, query = x.clone().requires_grad_(), query.clone().requires_grad_()
+        assert takes_any_lengths(x) == (x.device == qkv.device)
+        outputs = attend(x, own), attend_from(query, x[:, 1:], own)
+        sum(out.double().pow(2).sum() for out in outputs).backward()
+        found.append([t.cpu().double() for t in (*outputs, x.grad, query.grad)])
+    for ours, exact in zip(*found, strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < 2e-2
+
+
+def test_attention_with_dropout_keeps_the_mean_and_is_drawn_from_the_seed():
+    rows = Rows([64, 32], torch.tensor([0, 64, 96], dtype=torch.int32, device=DEVICE))
+    qkv = torch.randn(96, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE)
+    draws = []
+    for seed in (*range(200), 0):
+        torch.manual_seed(seed)
+        draws.append(attend(qkv, rows, dropout=0.3).double())
+    assert torch.equal(draws[0], draws[-1]) and not torch.equal(draws[0], draws[1])
+    mean, exact = torch.stack(draws[:-1]).mean(0), attend(qkv, rows).double()
+    assert float((mean - exact).norm() / exact.norm()) < 0.15
+
+
+# -- the scripts
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A corpus, a tiny model with noise of every kind, and the flags of a run over them, as a YAML file."""
+    folder = tmp_path_factory.mktemp("gpu")
+    seconds = np.random.default_rng(0).uniform(1.0, 3.0, 24).round(2).tolist()
+    paths = write_tones(folder / "audio", seconds)
+    tiny_config(**NOISY).save_pretrained(folder / "model")
+    values = dict(
+        train_data=[str(write_csv(folder / "train.csv", paths[:20], seconds[:20]))],
+        validation_data=[str(write_csv(folder / "dev.csv", paths[20:], seconds[20:]))],
+        config_name=str(folder / "model"),
+        min_seconds=0.5,
+        batch_hours=0.004,
+        micro_batch_seconds=6.0,
+        max_steps=8,
+        warmup_steps=4,
+        learning_rate=0.001,
+        logging_steps=1,
+        eval_steps=4,
+        save_steps=4,
+        save_total_limit=0,
+        dataloader_num_workers=2,
+        collapse_action="none",
+        report_to=["none"],
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder / "config.yaml"
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_run_is_whole_and_goes_on_from_its_checkpoint(monkeypatch, flags, tmp_path, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    assert run_here(pretrain.main, flags, "--output_dir", tmp_path / "whole") == 0
+    records = read_metrics(tmp_path / "whole/metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
+    assert all(math.isfinite(v) for r in records for v in r.values() if precision != "fp16" and v is not None)
+    assert precision == "fp16" or records[-1].get("skipped_updates", 0) == 0
+    model = Wav2Vec2ForPreTraining.from_pretrained(tmp_path / "whole")
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+
+    (tmp_path / "half").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "half/checkpoint-4")
+    (tmp_path / "half/metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records if r["step"] <= 4))
+    assert run_here(pretrain.main, flags, "--output_dir", tmp_path / "half", "--resume_from_checkpoint", "auto") == 0
+    resumed = read_metrics(tmp_path / "half/metrics.jsonl")
+    assert [r["step"] for r in resumed] == [r["step"] for r in records]
+    if precision == "fp16":
+        return  # its loss scaler starts afresh, and skips updates of its own
+    for ours, theirs in zip(resumed, records, strict=True):
+        for name in theirs.keys() - set(TIMINGS) - {"accuracy", "distractors_left", "codebook_perplexity_hard"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), (name, ours["step"])
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_with_the_same_batches(flags, tmp_path):
+    run = ["--output_dir", tmp_path / "run", "--resume_from_checkpoint", "auto"]
+    assert run_here(pretrain.main, flags, *run) == 0
+    expected = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]
+    shutil.rmtree(tmp_path / "run/checkpoint-8")
+    assert run_here(pretrain.main, flags, *run, "--use_cpu") == 0
+    found = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]
+    for name in ("step", "masked_frames", "audio_hours", "learning_rate"):
+        assert [r[name] for r in found] == [r[name] for r in expected]
+
+
+def test_auto_finds_a_micro_batch(monkeypatch, flags, tmp_path, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run_here(pretrain.main, flags, "--output_dir", tmp_path, "--micro_batch_seconds", "auto") == 0
+    assert "that is the device's share of an effective batch" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "pretrain_config.yaml").read_text())["micro_batch_seconds"] > 6
+
+
+def test_memory_that_does_not_suffice_ends_a_run_with_one_line(flags, tmp_path, capsys):
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 48 * 2**20) / total)
+    try:
+        status = run_here(
+            pretrain.main, flags, "--output_dir", tmp_path, "--batch_hours", "0.4", "--micro_batch_seconds", "1000"
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert status == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--micro_batch_seconds" in said
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fine_tuning_on_a_gpu(tmp_path, precision):
+    write_manifest(tmp_path / "train.csv", ["One two.", "two", "three one", "two three", "one", ""], seed=0)
+    write_manifest(tmp_path / "dev.csv", ["two one", "three"], seed=1)
+    Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(tmp_path / "pretrained")
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path / "pretrained")
+    finetune_ctc.main([word for word in command(tmp_path, f"--{precision}") if word != "--use_cpu"])
+    model = Wav2Vec2ForCTC.from_pretrained(tmp_path / "run")
+    assert all(p.isfinite().all() for p in model.parameters())
