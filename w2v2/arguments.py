@@ -51,8 +51,8 @@ class DataArguments:
     batch_hours: float = _flag(1.6, "Effective batch: hours of speech, after cropping, in one update over all devices.")
     micro_batch_seconds: str = _flag(  # text on the command line; a float from then on, or "auto" until the search is done
         "200",
-        "Most seconds of padded audio that a device holds at a time; `auto` tries before the first update what it can hold (a resumed "
-        "run on as many processes keeps what was found).",
+        "Most seconds of padded audio that a device holds at a time; `auto` tries before the first update what it can hold, up to what "
+        "keeps it busy (a resumed run on as many processes keeps what was found).",
     )
     max_skipped_fraction: float = _flag(
         0.01, "Largest fraction of unreadable files that is skipped; beyond it the run stops."
