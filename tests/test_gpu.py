@@ -107,7 +107,7 @@ def test_neither_pass_waits_for_the_device(large, compiled):
 
     def update():
         batch = waiting.to(DEVICE)
-        seed_noise(0, 0, 0)
+        seed_noise(0, 0, 0, DEVICE)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             sums = model(batch)
         (sums.loss * 0.5).backward()

@@ -240,6 +240,28 @@ def test_layerdrop_drops_utterances_not_parameters():
     torch.testing.assert_close(with_layers, take(model._context(normed, batch), batch.positions)[None])
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+def test_layerdrop_in_a_micro_batch_is_that_of_each_utterance_alone(monkeypatch, large):
+    """Of seven utterances of several lengths each layer leaves out others, in the middle and at the ends; the loss and the gradient add up."""
+    monkeypatch.setattr(objective, "gumbel_noise", torch.zeros_like)
+    config = tiny_config(large, layerdrop=0.5, num_hidden_layers=4, diversity_loss_weight=0.0)
+    model, _ = pair(config, torch.float64)
+    lengths = [24_000, 16_400, 16_400, 9_999, 9_999, 9_000, 5_440]
+    batch = make_batch(config, lengths, dtype=torch.float64)
+    assert {bool(rows) and len(rows) < len(lengths) for rows in batch.kept_rows} == {True}
+    sums = model(batch, TEMPERATURE)
+    sums.loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    total = 0.0
+    for row, length in enumerate(lengths):
+        alone = model(make_batch(config, [length], first=row, dtype=torch.float64), TEMPERATURE).loss
+        alone.backward()
+        total += alone.item()
+    assert sums.loss.item() == pytest.approx(total, rel=1e-10)
+    assert_same_gradients(found, gradients(model), rtol=1e-9)
+
+
 def test_gradient_checkpointing_changes_nothing():
     config = tiny_config(**{k: 0.1 for k in NO_DROPOUT})
     batch = make_batch(config, [16_400, 9_000])

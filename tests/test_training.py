@@ -106,7 +106,7 @@ def test_two_processes_have_the_gradient_of_one(accelerator, two_ranks, deal, sh
 def test_noise_depends_on_seed_update_and_piece_alone(accelerator):
     def drawn(*arguments):
         torch.rand(int(torch.randint(1, 100, ())))  # whatever was drawn before
-        seed_noise(*arguments)
+        seed_noise(*arguments, torch.device("cpu"))
         return torch.rand(4).tolist()
 
     assert drawn(1, 2, 3) == drawn(1, 2, 3)
@@ -152,7 +152,7 @@ def test_update_divides_by_the_masked_frames_of_all_pieces(accelerator):
     model.load_state_dict(before, strict=False)
     total = 0.0
     for batch in batches:
-        seed_noise(update.seed, update.step, batch.plan.piece)
+        seed_noise(update.seed, update.step, batch.plan.piece, torch.device("cpu"))
         total = total + model(batch, update.gumbel_temperature, 0.0).loss
     masked = sum(int(batch.mask.sum()) for batch in batches)
     (total / masked).backward()

@@ -79,7 +79,7 @@ class Trial:
                 batch = worst_case(n, self.longest, self.grid_samples, self.framing, self.settings.seed).to(device)
                 beside = self._stand_ins(bare)
                 bare.train()
-                seed_noise(self.settings.seed, self.settings.step, 0)
+                seed_noise(self.settings.seed, self.settings.step, 0, device)
                 with self.accelerator.autocast():
                     sums = bare(batch, self.settings.gumbel_temperature, self.settings.diversity_weight)
                 sums.loss.backward()

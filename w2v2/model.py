@@ -3,7 +3,7 @@
 What the stock forward computes for all frames and then ignores is computed for masked frames only, and nothing sees padding, so the
 loss of a micro-batch is the sum of the stock model's losses on each of its utterances alone.
 
-Shapes: B utterances, S samples, T latent frames of the longest, N frames of all of them, M masked frames of the row that has most, C conv channels, D width, G codebook
+Shapes: B utterances, S samples, T latent frames of the longest, N of all of them, M masked frames of the row that has most, C conv channels, D width, G codebook
 groups, V entries of a group.
 """
 
