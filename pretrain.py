@@ -95,6 +95,7 @@ def main() -> None:
     state.micro_batch_seconds, state.num_processes = args.micro_batch_seconds, accelerator.num_processes
     pusher = start_pusher(args, accelerator)
     write_config(args, accelerator)
+    memory.settle()
     feed = Feed(training_loader(run, training, batches))
     with StopRequest(args.max_hours) as stop, ExitStack() as files:
         train(run, training, feed, validation_loader(run, validation), skipped, pusher, stop, files)
