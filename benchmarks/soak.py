@@ -6,7 +6,7 @@
 Of the run, every few seconds: resident memory of the main process and of its loader workers, open files, threads, bytes under the
 checkpoints, bytes of logs, and the seconds of an update (from metrics.jsonl, without validation and saves). The first five minutes (or sixth
 part), and all before the first rotation, are left out as warm-up; the rest is cut into 40 blocks of equal time, and a straight line is
-fitted to their medians by least squares. *Flat*: with 95 % confidence a quantity changes in an hour by less than its tolerance (2 % of
+fitted to their medians (of files and threads: to the least) by least squares. *Flat*: with 95 % confidence a quantity changes in an hour by less than its tolerance (2 % of
 its mean; one file or thread). *Grows*: with 95 % confidence by more. Else *open*: a longer run would tell. Logs have a line for every
 logged update, and are reported only. The last line is JSON; exit status 1 if something grows or a resume goes elsewhere.
 """
@@ -39,7 +39,7 @@ EVERY = dict(eval_steps=40, save_steps=40)
 SETTLED = (RECIPE["save_total_limit"] + 1) * EVERY[
     "save_steps"
 ]  # updates after which checkpoints are as many as they stay
-COUNTED = ("open files", "threads")  # tolerance: one
+COUNTED = ("open files", "threads")  # tolerance: one; the least of a block: batches on their way come and go
 REPORTED = ("MB of logs",)  # grow as they are meant to
 LIBRISPEECH = 281_241
 UNINTERRUPTED = 2_000  # updates: 3.4 epochs of 960 h
@@ -57,15 +57,15 @@ class Trend(NamedTuple):
     verdict: str
 
 
-def fit(hours: np.ndarray, values: np.ndarray, tolerance: float | None) -> Trend:
-    """Least squares over the medians of `NUM_BLOCKS` blocks of equal time; see the module's docstring for the verdict.
+def fit(hours: np.ndarray, values: np.ndarray, tolerance: float | None = None, of_block=np.median) -> Trend:
+    """Least squares over `NUM_BLOCKS` blocks of equal time, of which `of_block` says one value; see the module's docstring for the verdict.
 
     Neighbouring samples are alike, blocks less so: of single samples the standard error would come out too small.
     """
     edges = np.linspace(hours[0], hours[-1], NUM_BLOCKS + 1)[1:-1]
     block = np.digitize(hours, edges)
     kept = [block == number for number in np.unique(block)]
-    x, y = (np.array([np.median(column[rows]) for rows in kept]) for column in (hours, values))
+    x, y = (np.array([f(column[rows]) for rows in kept]) for f, column in ((np.median, hours), (of_block, values)))
     if len(x) < 3:
         raise UserError("--minutes: too few samples for a line; let it run longer")
     centred = x - x.mean()
@@ -145,10 +145,11 @@ def soak(args, folder: Path) -> dict:
     trends = {}
     for name, values in columns.items():
         later = hours > warm_up
-        trends[name] = fit(hours[later], values[later], 1.0 if name in COUNTED else None)
+        kind = dict(tolerance=1.0, of_block=np.min) if name in COUNTED else {}
+        trends[name] = fit(hours[later], values[later], **kind)
     hours_of_updates, seconds, num_updates = update_seconds(metrics)
     later = hours_of_updates > warm_up
-    trends["ms of an update"] = fit(hours_of_updates[later], 1000 * seconds[later], None)
+    trends["ms of an update"] = fit(hours_of_updates[later], 1000 * seconds[later])
     for name in REPORTED:
         trends[name] = trends[name]._replace(verdict="reported")
     print_table([[name, *trend] for name, trend in trends.items()], ["", "mean", "slope an hour", "± (s.e.)", ""])

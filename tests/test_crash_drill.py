@@ -161,6 +161,9 @@ def test_a_line_is_fitted_as_by_numpy_and_judged_by_its_error():
     assert soak.fit(hours, 500 + 30 * hours + noise, None).verdict == "grows"
     assert soak.fit(hours, 500 + 10 * hours + 30 * noise, None).verdict == "open"
     assert soak.fit(hours, 20 + 2 * hours, 1.0).verdict == "grows"
+    in_flight = 10 * (np.random.default_rng(1).random(len(hours)) < 0.4)
+    assert soak.fit(hours, 20 + in_flight, 1.0, np.min).verdict == "flat"
+    assert soak.fit(hours, 20 + in_flight + np.floor(4 * hours), 1.0, np.min).verdict == "grows"
     with pytest.raises(UserError, match="--minutes"):
         soak.fit(hours[:2], noise[:2], None)
 
