@@ -95,12 +95,12 @@ def main() -> None:
     state.micro_batch_seconds, state.num_processes = args.micro_batch_seconds, accelerator.num_processes
     pusher = start_pusher(args, accelerator)
     write_config(args, accelerator)
-    memory.settle()
-    feed = Feed(training_loader(run, training, batches))
-    with StopRequest(args.max_hours) as stop, ExitStack() as files:
-        train(run, training, feed, validation_loader(run, validation), skipped, pusher, stop, files)
-        if state.step == args.max_steps:
-            finish(run, training, validation, pusher)
+    with memory.settled():
+        feed = Feed(training_loader(run, training, batches))
+        with StopRequest(args.max_hours) as stop, ExitStack() as files:
+            train(run, training, feed, validation_loader(run, validation), skipped, pusher, stop, files)
+            if state.step == args.max_steps:
+                finish(run, training, validation, pusher)
     end_training(accelerator)
     if state.step < args.max_steps:
         if pusher:

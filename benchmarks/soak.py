@@ -6,11 +6,12 @@
 Of the run, every few seconds: resident memory of the main process and of its loader workers, open files, threads, bytes under the
 checkpoints, bytes of logs, and the seconds of an update (from metrics.jsonl, without validation and saves). The first five minutes (or sixth
 part), and all before the first rotation, are left out as warm-up; the rest is cut into 40 blocks of equal time, and a straight line is
-fitted to their medians (of files and threads: to the least) by least squares. *Flat*: with 95 % confidence a quantity changes in an hour by less than its tolerance (2 % of
-its mean; one file or thread). *Grows*: with 95 % confidence by more. Else *open*: a longer run would tell. Logs have a line for every
-logged update, and are reported only. The last line is JSON; exit status 1 if something grows or a resume goes elsewhere.
+fitted to their medians by least squares. *Flat*: with 95 % confidence a quantity changes in an hour by less than its tolerance (2 % of
+its mean; one file or thread; of the files of shared memory in which batches come from the workers, one micro-batch). *Grows*: with 95 %
+confidence by more. Else *open*: a longer run would tell. Logs have a line for every logged update, and are reported only. The last line is JSON; exit status 1 if something grows or a resume goes elsewhere.
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -39,7 +40,11 @@ EVERY = dict(eval_steps=40, save_steps=40)
 SETTLED = (RECIPE["save_total_limit"] + 1) * EVERY[
     "save_steps"
 ]  # updates after which checkpoints are as many as they stay
-COUNTED = ("open files", "threads")  # tolerance: one; the least of a block: batches on their way come and go
+COUNTED = {
+    "open files": 1.0,
+    "threads": 1.0,
+    "files of batches": 11.0,
+}  # with their tolerance: a micro-batch on its way is so many files
 REPORTED = ("MB of logs",)  # grow as they are meant to
 LIBRISPEECH = 281_241
 UNINTERRUPTED = 2_000  # updates: 3.4 epochs of 960 h
@@ -57,15 +62,15 @@ class Trend(NamedTuple):
     verdict: str
 
 
-def fit(hours: np.ndarray, values: np.ndarray, tolerance: float | None = None, of_block=np.median) -> Trend:
-    """Least squares over `NUM_BLOCKS` blocks of equal time, of which `of_block` says one value; see the module's docstring for the verdict.
+def fit(hours: np.ndarray, values: np.ndarray, tolerance: float | None = None) -> Trend:
+    """Least squares over the medians of `NUM_BLOCKS` blocks of equal time; see the module's docstring for the verdict.
 
     Neighbouring samples are alike, blocks less so: of single samples the standard error would come out too small.
     """
     edges = np.linspace(hours[0], hours[-1], NUM_BLOCKS + 1)[1:-1]
     block = np.digitize(hours, edges)
     kept = [block == number for number in np.unique(block)]
-    x, y = (np.array([f(column[rows]) for rows in kept]) for f, column in ((np.median, hours), (of_block, values)))
+    x, y = (np.array([np.median(column[rows]) for rows in kept]) for column in (hours, values))
     if len(x) < 3:
         raise UserError("--minutes: too few samples for a line; let it run longer")
     centred = x - x.mean()
@@ -85,15 +90,27 @@ def sample(life: Life, output_dir: Path) -> dict[str, float] | None:
         values = {
             "MB of the main process": main.memory_info().rss / 1e6,
             "MB of its workers": sum(worker.memory_info().rss for worker in workers) / 1e6,
-            "open files": float(main.num_fds()),
+            **open_files(main.pid),
             "threads": float(main.num_threads()),
         }
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, FileNotFoundError):
         return None
     folders = list(output_dir.glob("*checkpoint-*"))
     saved = sum(map(tree_bytes, folders))
     values["newest"] = max((int(path.name.rpartition("-")[2]) for path in folders), default=0)
     return values | {"MB of checkpoints": saved / 1e6, "MB of logs": tree_bytes(output_dir) / 1e6 - saved / 1e6}
+
+
+def open_files(pid: int) -> dict[str, float]:
+    """How many files a process has open: those that batches come in, which come and go, and the others."""
+    batches = others = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            is_batch = os.readlink(link).startswith(("/dev/shm/", "/memfd:"))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        batches, others = batches + is_batch, others + (not is_batch)
+    return {"open files": float(others), "files of batches": float(batches)}
 
 
 def tree_bytes(folder: Path) -> int:
@@ -145,8 +162,7 @@ def soak(args, folder: Path) -> dict:
     trends = {}
     for name, values in columns.items():
         later = hours > warm_up
-        kind = dict(tolerance=1.0, of_block=np.min) if name in COUNTED else {}
-        trends[name] = fit(hours[later], values[later], **kind)
+        trends[name] = fit(hours[later], values[later], COUNTED.get(name))
     hours_of_updates, seconds, num_updates = update_seconds(metrics)
     later = hours_of_updates > warm_up
     trends["ms of an update"] = fit(hours_of_updates[later], 1000 * seconds[later])

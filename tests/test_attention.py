@@ -1,4 +1,4 @@
-"""Attention by runs of equal rows, and the CPU's own form with dropout, against the library's kernel and the textbook's formula."""
+"""Attention by runs of equal utterances, and the CPU's own form with dropout, against the library's kernel and the textbook's formula."""
 
 import pytest
 import torch

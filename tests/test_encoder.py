@@ -91,4 +91,4 @@ def test_compiled_layers_give_the_loss_and_gradient_of_plain_ones_with_few_graph
             loss.backward()
             found.append((loss.detach(), gradients(model)))
         torch.testing.assert_close(found[0], found[1], rtol=2e-4, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # one utterance, and more
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # whatever the lengths

@@ -99,11 +99,14 @@ def test_training_in_16_bits_stays_close_to_the_cpu_in_float32(same_noise, given
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_neither_pass_waits_for_the_device(large, compiled):
-    config = tiny_config(large, **NOISY)
+    config = tiny_config(large, **NOISY | dict(layerdrop=0.6, num_hidden_layers=8))
     model = PretrainingModel(config).train().to(DEVICE)
     if compiled:
         model.compile_layers()
-    waiting = make_batch(config, LENGTHS).pin_memory()
+    batches = (make_batch(config, LENGTHS, epoch=epoch) for epoch in range(1_000))
+    waiting = next(
+        b for b in batches if () in b.kept_rows[:-1] and 0 < len(b.kept_rows[-1]) < len(LENGTHS)
+    ).pin_memory()
 
     def update():
         batch = waiting.to(DEVICE)
@@ -124,7 +127,7 @@ def test_neither_pass_waits_for_the_device(large, compiled):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_one_call_of_the_flash_kernel_attends_within_each_utterance(monkeypatch):
+def test_one_call_of_the_flash_kernel_attends_within_each_utterance():
     """Against the library's kernel, utterance by utterance, in float64: output and gradient, of all frames and of some."""
     lengths, M = [96, 96, 80, 64, 1], 16
     rows = Rows(lengths, torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int())
@@ -195,8 +198,11 @@ def test_a_run_is_whole_and_goes_on_from_its_checkpoint(monkeypatch, flags, tmp_
     assert run_here(pretrain.main, flags, "--output_dir", tmp_path / "whole") == 0
     records = read_metrics(tmp_path / "whole/metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
-    assert all(math.isfinite(v) for r in records for v in r.values() if precision != "fp16" and v is not None)
-    assert precision == "fp16" or records[-1].get("skipped_updates", 0) == 0
+    training = [r for r in records if "loss" in r]
+    assert precision == "fp16" or all(
+        math.isfinite(r["loss"] + r["grad_norm"]) for r in training
+    )  # null where not finite
+    assert training[-1]["skipped_updates"] <= (4 if precision == "fp16" else 0)  # its loss scaler begins too high
     model = Wav2Vec2ForPreTraining.from_pretrained(tmp_path / "whole")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
 
@@ -206,10 +212,11 @@ def test_a_run_is_whole_and_goes_on_from_its_checkpoint(monkeypatch, flags, tmp_
     assert run_here(pretrain.main, flags, "--output_dir", tmp_path / "half", "--resume_from_checkpoint", "auto") == 0
     resumed = read_metrics(tmp_path / "half/metrics.jsonl")
     assert [r["step"] for r in resumed] == [r["step"] for r in records]
-    if precision == "fp16":
-        return  # its loss scaler starts afresh, and skips updates of its own
+    names = set().union(*records) - set(TIMINGS) - {"accuracy", "distractors_left", "codebook_perplexity_hard"}
+    if precision == "fp16":  # one overflow more or less changes the course
+        names = {"step", "masked_frames", "audio_hours", "learning_rate"}
     for ours, theirs in zip(resumed, records, strict=True):
-        for name in theirs.keys() - set(TIMINGS) - {"accuracy", "distractors_left", "codebook_perplexity_hard"}:
+        for name in names & theirs.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), (name, ours["step"])
 
 
@@ -219,6 +226,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_with_the_same_batches(flags, tmp
     expected = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]
     shutil.rmtree(tmp_path / "run/checkpoint-8")
     assert run_here(pretrain.main, flags, *run, "--use_cpu") == 0
+    assert (tmp_path / "run/checkpoint-8").exists()
     found = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]
     for name in ("step", "masked_frames", "audio_hours", "learning_rate"):
         assert [r[name] for r in found] == [r[name] for r in expected]

@@ -119,7 +119,7 @@ class OptimizationArguments:
         choices=["encoder", "convs"],
     )
     torch_compile: bool = _flag(
-        False, "Fuse what the transformer does frame by frame (needs a C compiler; pays on a GPU)."
+        False, "Fuse what the transformer does frame by frame (needs a C compiler; try whether it pays)."
     )
     positional_conv: str = _flag(
         "auto",

@@ -66,7 +66,7 @@ def layer(
         rows: where each utterance lies.
         dtype: of the products. The post-norm residual is of this type too; the pre-norm one, to which every layer adds, stays as it comes.
         rest: `after_attention`, perhaps compiled.
-        positions: (B, M) int64, frames that the output is wanted of, which then is (B, M, D): the others are attended to, no more.
+        positions: (B, M) int64, those of the N frames that the output is wanted of, which then is (B, M, D): the others are attended to, no more.
     """
     attention, before = module.attention, is_pre_norm(module)
     x = norm(module.layer_norm, hidden).to(dtype) if before else hidden

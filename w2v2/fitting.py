@@ -35,7 +35,7 @@ DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication
 # grow to more than twice what one of 400 s takes, and to four times what one of 46 s takes of a small model.
 CPU_SHARE = 0.4
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
-# Nor does a GPU from so large ones: the device is busy long before (docs/benchmarks.md), and fewer pieces of an update pad more.
+# These keep a GPU busy with BASE (docs/benchmarks.md), and fewer pieces of an update pad more.
 ACCELERATOR_SECONDS = 800.0
 
 
@@ -190,13 +190,13 @@ def worthwhile(trial: Trial, bound: int, seconds: float, device: str) -> tuple[i
     """Crops beyond which nothing is gained, and why."""
     cap = max(1, int(seconds * SAMPLING_RATE / trial.longest))
     if cap < bound:
-        return cap, f"more than {seconds:g} s are no faster on a {device}"
+        return cap, f"{seconds:g} s are enough for {device}"
     return bound, "that is the device's share of an effective batch"
 
 
 def search_accelerator(trial: Trial, bound: int) -> Finding:
     """Try until memory ends, within the part of it that `DEVICE_SHARE` leaves, or more is no faster."""
-    cap, most = worthwhile(trial, bound, ACCELERATOR_SECONDS, "GPU")
+    cap, most = worthwhile(trial, bound, ACCELERATOR_SECONDS, "a GPU")
     trial.free()
     with limited_memory(trial.accelerator.device) as limit:
         crops = largest(trial.fits, cap)
@@ -222,7 +222,7 @@ def limited_memory(device: torch.device) -> Iterator[float]:
 
 def search_cpu(trial: Trial, bound: int) -> Finding:
     """Carry on the growth of the peak from one crop to two, up to `CPU_SHARE` of this process's part of the free memory."""
-    cap, most = worthwhile(trial, bound, CPU_SECONDS, "CPU")
+    cap, most = worthwhile(trial, bound, CPU_SECONDS, "a CPU")
     before, free = memory.resident(), memory.available()
     first = None if before is None or free is None else memory.peak_of(lambda: trial.run(1))
     if first is None:

@@ -1,8 +1,10 @@
-"""Main memory: what this process takes of it at most, and what it may take. Linux; elsewhere the answer is None.
+"""Main memory: what this process takes of it at most, what it may take, and what it keeps of what was freed. Linux; elsewhere the answer
+is None.
 
 Bytes throughout.
 """
 
+import contextlib
 import ctypes
 import gc
 import re
@@ -60,15 +62,20 @@ def give_back() -> None:
         trim(0)
 
 
-def settle() -> None:
-    """Tell Python's collector that what is alive now stays. Call when all is built, before workers are forked.
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Python's collector takes it that what is alive now stays. Enter when all is built, before workers are forked.
 
     It looks through all that is old only when a quarter as much has come to it again, and libraries and model are a million objects: what
-    training leaves in cycles would pile up for days. It also no longer writes into memory that workers share.
+    training leaves in cycles would pile up for days. It also does not write into memory that workers share.
     """
     gc.collect()
     gc.freeze()
     gc.collect()  # the quarter is of what this one finds
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _highest() -> int:
