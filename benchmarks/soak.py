@@ -40,11 +40,8 @@ EVERY = dict(eval_steps=40, save_steps=40)
 SETTLED = (RECIPE["save_total_limit"] + 1) * EVERY[
     "save_steps"
 ]  # updates after which checkpoints are as many as they stay
-COUNTED = {
-    "open files": 1.0,
-    "threads": 1.0,
-    "files of batches": 11.0,
-}  # with their tolerance: a micro-batch on its way is so many files
+# What is counted, and its tolerance: a micro-batch on its way from a worker is 11 files.
+COUNTED = {"open files": 1.0, "threads": 1.0, "files of batches": 11.0}
 REPORTED = ("MB of logs",)  # grow as they are meant to
 LIBRISPEECH = 281_241
 UNINTERRUPTED = 2_000  # updates: 3.4 epochs of 960 h

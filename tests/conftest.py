@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from accelerate.state import AcceleratorState, PartialState
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
@@ -99,6 +100,30 @@ def write_csv(path: Path, audio, seconds=None) -> Path:
     )
     path.write_text("\n".join(["audio,duration" if seconds else "audio", *rows]) + "\n")
     return path
+
+
+# Seconds of the utterances of `write_recipe`: twenty to train on, four to validate on.
+_SECONDS = np.random.default_rng(0).uniform(1.0, 3.0, 24).round(2).tolist()
+TRAINED, VALIDATED = _SECONDS[:20], _SECONDS[20:]
+
+
+def write_recipe(folder: Path, noise: dict[str, float], **flags) -> Path:
+    """A corpus of tones, a tiny model with this noise, and the flags of a run of pretrain.py over them, as a YAML file."""
+    paths = write_tones(folder / "audio", [*TRAINED, *VALIDATED])
+    tiny_config(**noise).save_pretrained(folder / "model")
+    values = dict(
+        train_data=[str(write_csv(folder / "train.csv", paths[: len(TRAINED)], TRAINED))],
+        validation_data=[str(write_csv(folder / "dev.csv", paths[len(TRAINED) :], VALIDATED))],
+        config_name=str(folder / "model"),
+        min_seconds=0.5,
+        warmup_steps=4,
+        learning_rate=0.001,
+        logging_steps=1,
+        save_steps=4,
+        save_total_limit=0,
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(values | flags))
+    return folder / "config.yaml"
 
 
 def run_here(main, *argv) -> int:

@@ -4,12 +4,11 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import NO_DROPOUT, make_batch, run_here, tiny_config, write_csv, write_tones
+from conftest import NO_DROPOUT, make_batch, run_here, tiny_config, write_recipe
 from test_finetune_ctc import command, write_manifest
 from test_model import gradients, pair
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
@@ -165,31 +164,17 @@ def test_attention_with_dropout_keeps_the_mean_and_is_drawn_from_the_seed():
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """A corpus, a tiny model with noise of every kind, and the flags of a run over them, as a YAML file."""
-    folder = tmp_path_factory.mktemp("gpu")
-    seconds = np.random.default_rng(0).uniform(1.0, 3.0, 24).round(2).tolist()
-    paths = write_tones(folder / "audio", seconds)
-    tiny_config(**NOISY).save_pretrained(folder / "model")
-    values = dict(
-        train_data=[str(write_csv(folder / "train.csv", paths[:20], seconds[:20]))],
-        validation_data=[str(write_csv(folder / "dev.csv", paths[20:], seconds[20:]))],
-        config_name=str(folder / "model"),
-        min_seconds=0.5,
+    return write_recipe(
+        tmp_path_factory.mktemp("gpu"),
+        NOISY,
         batch_hours=0.004,
         micro_batch_seconds=6.0,
         max_steps=8,
-        warmup_steps=4,
-        learning_rate=0.001,
-        logging_steps=1,
         eval_steps=4,
-        save_steps=4,
-        save_total_limit=0,
         dataloader_num_workers=2,
         collapse_action="none",
         report_to=["none"],
     )
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return folder / "config.yaml"
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

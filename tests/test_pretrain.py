@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_here, tiny_config, write_csv, write_tones
+from conftest import TRAINED, run_here, write_recipe
 from hub_stand_in import HubStandIn
 from safetensors.torch import load_file, save_file
 from tiny_run import flip, tensors
@@ -46,33 +46,20 @@ PLAN_KEYS = set(
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """A corpus, a tiny model with every kind of noise on, and the flags of a run over them, as a YAML file."""
-    folder = tmp_path_factory.mktemp("pretrain")
-    seconds = np.random.default_rng(0).uniform(1.0, 3.0, 24).round(2).tolist()
-    paths = write_tones(folder / "audio", seconds)
-    tiny_config(**NOISY).save_pretrained(folder / "model")
-    values = dict(
-        train_data=[str(write_csv(folder / "train.csv", paths[:20], seconds[:20]))],
-        validation_data=[str(write_csv(folder / "dev.csv", paths[20:], seconds[20:]))],
-        config_name=str(folder / "model"),
-        min_seconds=0.5,
+    return write_recipe(
+        tmp_path_factory.mktemp("pretrain"),
+        NOISY,
         batch_hours=BATCH_HOURS,
-        micro_batch_seconds=even_budget(seconds[:20]),
+        micro_batch_seconds=even_budget(TRAINED),
         length_grid_seconds=GRID_SECONDS,
         max_steps=STEPS,
-        warmup_steps=4,
-        learning_rate=0.001,
-        logging_steps=1,
         eval_steps=6,
         save_steps=SAVE_STEPS,
-        save_total_limit=0,
         dataloader_num_workers=0,
         seed=SEED,
         report_to=["tensorboard"],
         use_cpu=True,
     )
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return folder / "config.yaml"
 
 
 def even_budget(seconds) -> float:
