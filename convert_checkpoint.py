@@ -19,9 +19,9 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from w2v2.arguments import run_script
+from w2v2.convert.from_fairseq import convert_fairseq
+from w2v2.convert.from_speechbrain import convert_speechbrain, convert_without_positions
 from w2v2.errors import UserError
-from w2v2.from_fairseq import convert_fairseq
-from w2v2.from_speechbrain import convert_speechbrain, convert_without_positions
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,26 +16,26 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
-from w2v2 import ctc, labels
 from w2v2.arguments import parse_command_line, run_script
-from w2v2.audio import SAMPLING_RATE
-from w2v2.backbone import load_config, load_feature_extractor, min_samples
-from w2v2.classification import ClassificationTrainer, build_classifier, check_classes, score, write_results
-from w2v2.classification_arguments import ClassificationArguments, LabelArguments
+from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.finetuning import describe_best
-from w2v2.finetuning_arguments import (
+from w2v2.evaluate.scores import MEASURES, classification_scores, describe_scores, mean_and_deviation
+from w2v2.finetune import ctc, labels
+from w2v2.finetune.classification import ClassificationTrainer, build_classifier, check_classes, score, write_results
+from w2v2.finetune.classification_arguments import ClassificationArguments, LabelArguments
+from w2v2.finetune.finetuning import describe_best
+from w2v2.finetune.finetuning_arguments import (
     CONFIG_FILE,
     RESULTS_FILE,
     SKIPPED_FILE,
     prepare_output_dir,
     write_config,
 )
-from w2v2.folds import Split, group_splits, shared_groups
-from w2v2.hub_callback import HubCallback
-from w2v2.scores import MEASURES, classification_scores, describe_scores, mean_and_deviation
-from w2v2.speech_sets import CACHE_FOLDER, name_sets, say
-from w2v2.teardown import settle
+from w2v2.finetune.folds import Split, group_splits, shared_groups
+from w2v2.finetune.speech_sets import CACHE_FOLDER, name_sets, say
+from w2v2.hub.hub_callback import HubCallback
+from w2v2.model.backbone import load_config, load_feature_extractor, min_samples
+from w2v2.train.teardown import settle
 
 FOLDS_FILE = "folds.json"
 

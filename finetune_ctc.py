@@ -13,20 +13,26 @@ from pathlib import Path
 
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, set_seed
 
-from w2v2 import ctc
 from w2v2.arguments import parse_command_line, run_script
-from w2v2.audio import SAMPLING_RATE
-from w2v2.backbone import hide_padding, load_config, load_feature_extractor, load_with_head
-from w2v2.ctc_arguments import CTCArguments, follow_folder
-from w2v2.ctc_trainer import CTCTrainer
+from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.finetuning_arguments import CONFIG_FILE, FineTuningArguments, check_metric, prepare_output_dir, write_config
-from w2v2.hub_callback import HubCallback
-from w2v2.recognition import conclude, describe_unknown, load_decoder, score
-from w2v2.scoring import RATES
-from w2v2.speech_sets import as_audio, read_sets, say, select_training
-from w2v2.text import BLANK, build_vocabulary
-from w2v2.vocabulary import make_processor, read_vocabulary
+from w2v2.evaluate.scoring import RATES
+from w2v2.finetune import ctc
+from w2v2.finetune.ctc_arguments import CTCArguments, follow_folder
+from w2v2.finetune.ctc_trainer import CTCTrainer
+from w2v2.finetune.finetuning_arguments import (
+    CONFIG_FILE,
+    FineTuningArguments,
+    check_metric,
+    prepare_output_dir,
+    write_config,
+)
+from w2v2.finetune.recognition import conclude, describe_unknown, load_decoder, score
+from w2v2.finetune.speech_sets import as_audio, read_sets, say, select_training
+from w2v2.finetune.text import BLANK, build_vocabulary
+from w2v2.finetune.vocabulary import make_processor, read_vocabulary
+from w2v2.hub.hub_callback import HubCallback
+from w2v2.model.backbone import hide_padding, load_config, load_feature_extractor, load_with_head
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,27 +20,27 @@ from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2FeatureExtractor
 
-from w2v2 import heartbeat, memory, sharding
 from w2v2.arguments import PretrainArguments, parse_command_line, run_script
-from w2v2.audio import SAMPLING_RATE
-from w2v2.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
-from w2v2.checkpoint import load_optimizer, save_checkpoint, save_model
-from w2v2.collate import CropDataset, Framing, build_loader
-from w2v2.fitting import Trial, fit, share
-from w2v2.hub import HubPusher, draw_plots, write_model_card
-from w2v2.interruption import Stopped, StopRequest
-from w2v2.launch import device_name, end_training, start_accelerator, start_trackers
-from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
-from w2v2.metrics import RunLog, read_metrics
-from w2v2.non_finite import NonFiniteUpdates
-from w2v2.plan import SkippedAudio, build_batches, present_plan
-from w2v2.resuming import choose_checkpoint
-from w2v2.run_folder import claim
-from w2v2.schedule import gumbel_temperature, lr_factor, ramp
-from w2v2.state import RunState
-from w2v2.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
-from w2v2.utterances import Utterances, check_validation, load_utterances, probe_some
-from w2v2.watch import Watch
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
+from w2v2.data.collate import CropDataset, Framing, build_loader
+from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
+from w2v2.hub.hub import HubPusher, draw_plots, write_model_card
+from w2v2.model.loading import build_config, build_feature_extractor, build_framing, build_model
+from w2v2.train import heartbeat, memory, sharding
+from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
+from w2v2.train.fitting import Trial, fit, share
+from w2v2.train.interruption import Stopped, StopRequest
+from w2v2.train.launch import device_name, end_training, start_accelerator, start_trackers
+from w2v2.train.metrics import RunLog, read_metrics
+from w2v2.train.non_finite import NonFiniteUpdates
+from w2v2.train.plan import SkippedAudio, build_batches, present_plan
+from w2v2.train.resuming import choose_checkpoint
+from w2v2.train.run_folder import claim
+from w2v2.train.schedule import gumbel_temperature, lr_factor, ramp
+from w2v2.train.state import RunState
+from w2v2.train.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
+from w2v2.train.watch import Watch
 
 
 def main() -> None:

@@ -19,18 +19,18 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
 from ways_to_batch import speech_lengths
 
-import w2v2.attention
-import w2v2.collate
-import w2v2.encoder
-import w2v2.model
-import w2v2.products
+import w2v2.data.collate
+import w2v2.model.attention
+import w2v2.model.encoder
+import w2v2.model.model
+import w2v2.model.products
 from w2v2.arguments import PretrainArguments
-from w2v2.audio import SAMPLING_RATE
-from w2v2.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
-from w2v2.collate import CropDataset, PretrainBatch
-from w2v2.loading import build_config, build_framing, build_model
-from w2v2.memory import keep_freed
-from w2v2.training import UpdateSettings, build_optimizer, train_update
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
+from w2v2.data.collate import CropDataset, PretrainBatch
+from w2v2.model.loading import build_config, build_framing, build_model
+from w2v2.train.memory import keep_freed
+from w2v2.train.training import UpdateSettings, build_optimizer, train_update
 
 NUM_UTTERANCES = 20_000
 
@@ -167,7 +167,7 @@ class Ours(Contender):
 
 
 def last_layer_of_all_frames(
-    module, hidden, rows, dtype, rest=None, positions=None, layer=w2v2.encoder.layer, take=w2v2.encoder.take
+    module, hidden, rows, dtype, rest=None, positions=None, layer=w2v2.model.encoder.layer, take=w2v2.model.encoder.take
 ):
     """A layer that is computed for all frames, also where some are wanted alone."""
     out = layer(module, hidden, rows, dtype, rest)
@@ -182,7 +182,7 @@ class Without(Ours):
         "cpu_attention": lambda args: setattr(w2v2.attention, "has_kernel", lambda device: True),
         "one_dnn": lambda args: setattr(w2v2.products, "_ONE_DNN", None),
         "cheap_draws": lambda args: [
-            setattr(module, "dropout", torch.nn.functional.dropout) for module in (w2v2.encoder, w2v2.model)
+            setattr(module, "dropout", torch.nn.functional.dropout) for module in (w2v2.encoder, w2v2.model.model)
         ],
         "masked_last_layer": lambda args: setattr(w2v2.model, "layer", last_layer_of_all_frames),
         "allocator": lambda args: setattr(Without, "keep_memory", staticmethod(lambda: None)),

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from w2v2.audio import SAMPLING_RATE, probe, read_pcm
+from w2v2.data.audio import SAMPLING_RATE, probe, read_pcm
+from w2v2.data.manifest import load_manifest
+from w2v2.data.packed import BYTES_PER_SAMPLE, parse_address, quantized
 from w2v2.errors import UserError
-from w2v2.manifest import load_manifest
-from w2v2.packed import BYTES_PER_SAMPLE, parse_address, quantized
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_scripts"))
 

@@ -19,7 +19,7 @@ import yaml
 from corpus import sample_manifest, synthesize
 from transformers import Wav2Vec2Config
 
-from w2v2.audio import SAMPLING_RATE
+from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

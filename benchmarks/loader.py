@@ -22,16 +22,16 @@ from corpus_files import Parser, exit_status
 from report import environment, json_line, median_spread, print_table
 
 from w2v2.arguments import PretrainArguments
-from w2v2.audio import SAMPLING_RATE, read_pcm
-from w2v2.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
-from w2v2.collate import CropDataset, Framing, build_loader
+from w2v2.data.audio import SAMPLING_RATE, read_pcm
+from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
+from w2v2.data.collate import CropDataset, Framing, build_loader
+from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.errors import UserError
-from w2v2.launch import start_accelerator
-from w2v2.loading import build_config, build_feature_extractor, build_framing, build_model
-from w2v2.plan import build_batches
-from w2v2.schedule import lr_factor
-from w2v2.training import Feed, UpdateSettings, build_optimizer, train_update
-from w2v2.utterances import Utterances, load_utterances
+from w2v2.model.loading import build_config, build_feature_extractor, build_framing, build_model
+from w2v2.train.launch import start_accelerator
+from w2v2.train.plan import build_batches
+from w2v2.train.schedule import lr_factor
+from w2v2.train.training import Feed, UpdateSettings, build_optimizer, train_update
 
 COMPARED = ("flac", "packed")
 SETTINGS = ("manifest", "pairs", "num_workers", "updates", "config_name", "device")

@@ -21,10 +21,10 @@ import numpy as np
 from report import environment, json_line, median_spread, print_table
 from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets, speech_lengths
 
-from w2v2.audio import SAMPLING_RATE
-from w2v2.batching import Cursor, EffectiveBatches, plan_update
-from w2v2.plan import build_batches, identity, make_plan
-from w2v2.utterances import Utterances
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
+from w2v2.data.utterances import Utterances
+from w2v2.train.plan import build_batches, identity, make_plan
 
 LIBRISPEECH = 281_241
 PAPER_CROP_SECONDS = 15.6

@@ -27,11 +27,11 @@ from stages import synchronize  # noqa: E402
 from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from w2v2 import checksums  # noqa: E402
-from w2v2.backbone import load_config  # noqa: E402
-from w2v2.checkpoint import save_checkpoint  # noqa: E402
-from w2v2.model import PretrainingModel  # noqa: E402
-from w2v2.resuming import find_damage  # noqa: E402
+from w2v2.model.backbone import load_config  # noqa: E402
+from w2v2.model.model import PretrainingModel  # noqa: E402
+from w2v2.train import checksums  # noqa: E402
+from w2v2.train.checkpoint import save_checkpoint  # noqa: E402
+from w2v2.train.resuming import find_damage  # noqa: E402
 
 
 @dataclass

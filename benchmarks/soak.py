@@ -31,8 +31,8 @@ from drill_runs import RECIPE, Failed, Life, prepare, read_lines  # noqa: E402
 from report import environment, json_line, print_table  # noqa: E402
 from ways_to_batch import speech_lengths  # noqa: E402
 
-from w2v2.audio import SAMPLING_RATE  # noqa: E402
-from w2v2.batching import Cursor, EffectiveBatches, MicroBatchPlan, PlanStream  # noqa: E402
+from w2v2.data.audio import SAMPLING_RATE  # noqa: E402
+from w2v2.data.batching import Cursor, EffectiveBatches, MicroBatchPlan, PlanStream  # noqa: E402
 from w2v2.errors import UserError  # noqa: E402
 
 NUM_BLOCKS = 40

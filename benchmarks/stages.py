@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from w2v2.audio import SAMPLING_RATE
-from w2v2.encoder import linear, norm, positional
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.model.encoder import linear, norm, positional
 
 REPEATS = 3
 

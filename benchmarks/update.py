@@ -26,8 +26,8 @@ from report import environment, json_line, median_spread, print_table  # noqa: E
 from stages import stage_table  # noqa: E402
 
 from w2v2.arguments import PretrainArguments  # noqa: E402
-from w2v2.audio import SAMPLING_RATE  # noqa: E402
-from w2v2.loading import build_config  # noqa: E402
+from w2v2.data.audio import SAMPLING_RATE  # noqa: E402
+from w2v2.model.loading import build_config  # noqa: E402
 
 FLAGS = ("config_name", "config_overrides", "gradient_checkpointing", "torch_compile", "positional_conv")
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from w2v2.audio import SAMPLING_RATE
-from w2v2.batching import Cursor, EffectiveBatches
-from w2v2.cutting import cut, deal, padded_sizes
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.batching import Cursor, EffectiveBatches
+from w2v2.data.cutting import cut, deal, padded_sizes
 
 Step = list[np.ndarray]
 MEGABATCH = 50

@@ -18,10 +18,10 @@ from pathlib import Path
 from corpus_files import Parser, exit_status
 from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
-from w2v2.audio import probe
+from w2v2.data.audio import probe
+from w2v2.data.manifest import read_manifests
 from w2v2.errors import UserError
-from w2v2.manifest import read_manifests
-from w2v2.text import CASES, DROPPED_CHARACTERS, TARGET_UNITS, TextRules
+from w2v2.finetune.text import CASES, DROPPED_CHARACTERS, TARGET_UNITS, TextRules
 
 MANIFESTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from w2v2.audio import SAMPLING_RATE, AudioError, probe
+from w2v2.data.audio import SAMPLING_RATE, AudioError, probe
 from w2v2.errors import UserError, printable
 
 COLUMNS = ("id", "audio", "duration", "text", "speaker")

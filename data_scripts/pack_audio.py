@@ -39,10 +39,10 @@ from packed_folder import (
 )
 from tqdm import tqdm
 
-from w2v2.audio import SAMPLING_RATE, probe
+from w2v2.data.audio import SAMPLING_RATE, probe
+from w2v2.data.manifest import read_manifests
+from w2v2.data.packed import INDEX, SHARDS, find_index, sha256_of
 from w2v2.errors import UserError, printable
-from w2v2.manifest import read_manifests
-from w2v2.packed import INDEX, SHARDS, find_index, sha256_of
 
 FORMAT = 1  # raise it when the same audio and flags would give other files
 DIGEST_ROWS = 1 << 16

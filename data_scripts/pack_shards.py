@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from packed_folder import AGAIN, written_aside
 
-from w2v2.audio import MAX_PADDING, MAX_SHIFT, AudioError, probe, read_pcm
+from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, AudioError, probe, read_pcm
+from w2v2.data.packed import quantized, sha256_of, write_shard
 from w2v2.errors import UserError
-from w2v2.packed import quantized, sha256_of, write_shard
 
 
 @dataclass

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from w2v2.data.packed import INDEX, SETTINGS, SHARDS, locate, sha256_of
 from w2v2.errors import UserError
-from w2v2.packed import INDEX, SETTINGS, SHARDS, locate, sha256_of
 
 SKIPPED = "skipped.jsonl"
 CACHE = "cache"  # measured lengths, where the manifest has none

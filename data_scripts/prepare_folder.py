@@ -16,7 +16,7 @@ from pathlib import Path
 
 from corpus_files import Parser, exit_status, measure, write_manifest
 
-from w2v2.audio import AudioError
+from w2v2.data.audio import AudioError
 from w2v2.errors import UserError, printable
 
 EXTENSIONS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64", "sph")

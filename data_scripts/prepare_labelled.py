@@ -19,7 +19,7 @@ from corpus_files import Parser, exit_status, measure, write_manifest
 from prepare_folder import EXTENSIONS, find_audio, report_skipped
 
 from w2v2.errors import UserError
-from w2v2.labels import parse_label_map
+from w2v2.finetune.labels import parse_label_map
 
 CORPORA = {
     "emodb": (

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from w2v2.audio import AudioError, probe, read_pcm
-from w2v2.packed import locate, parse_address, write_shard
+from w2v2.data.audio import AudioError, probe, read_pcm
+from w2v2.data.packed import locate, parse_address, write_shard
 
 RATE, SECONDS = 16_000, 1.5
 FORMATS = {

@@ -16,10 +16,10 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
-from w2v2 import products
-from w2v2.batching import Crops, Cursor, MicroBatchPlan
-from w2v2.collate import PretrainBatch, build_batch
-from w2v2.loading import build_framing
+from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
+from w2v2.data.collate import PretrainBatch, build_batch
+from w2v2.model import products
+from w2v2.model.loading import build_framing
 
 NO_DROPOUT = dict(
     hidden_dropout=0.0,

@@ -15,11 +15,11 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPr
 
 import finetune_ctc
 import pretrain
-from w2v2 import objective
-from w2v2.attention import Rows, attend, attend_from, takes_any_lengths
-from w2v2.metrics import read_metrics
-from w2v2.model import PretrainingModel
-from w2v2.training import seed_noise
+from w2v2.model import objective
+from w2v2.model.attention import Rows, attend, attend_from, takes_any_lengths
+from w2v2.model.model import PretrainingModel
+from w2v2.train.metrics import read_metrics
+from w2v2.train.training import seed_noise
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

@@ -14,8 +14,8 @@ from conftest import make_batch, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2FeatureExtractor
 
-from w2v2.checkpoint import save_checkpoint
-from w2v2.model import PretrainingModel
+from w2v2.model.model import PretrainingModel
+from w2v2.train.checkpoint import save_checkpoint
 
 MODEL, OPTIMIZER = "model.safetensors", "training_state/optimizer.safetensors"
 STATE, CHECKSUMS = "training_state/state.json", "training_state/checksums.json"
@@ -106,7 +106,7 @@ class Tap:
         self.made, self.synced, self._at, self._mishap = [], set(), at, mishap
         for name in ("replace", "mkdir", "rmdir", "unlink", "fsync"):
             patch.setattr(os, name, self._before(name, getattr(os, name)))
-        for writer in ("w2v2.checkpoint.save_file", "transformers.modeling_utils.safe_save_file"):
+        for writer in ("w2v2.train.checkpoint.save_file", "transformers.modeling_utils.safe_save_file"):
             patch.setattr(writer, self._before("save_file", save_file))
         for module in (io, builtins):
             patch.setattr(module, "open", self._before("open", open))

@@ -15,13 +15,14 @@ from conftest import tiny_config  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC  # noqa: E402
 
-from w2v2 import backbone, ctc  # noqa: E402
-from w2v2.ctc_trainer import CTCTrainer  # noqa: E402
-from w2v2.decoding import BeamDecoder, Setting  # noqa: E402
-from w2v2.finetuning_arguments import FineTuningArguments  # noqa: E402
-from w2v2.teardown import settle  # noqa: E402
-from w2v2.text import build_vocabulary  # noqa: E402
-from w2v2.vocabulary import make_processor  # noqa: E402
+from w2v2.finetune import ctc  # noqa: E402
+from w2v2.finetune.ctc_trainer import CTCTrainer  # noqa: E402
+from w2v2.finetune.decoding import BeamDecoder, Setting  # noqa: E402
+from w2v2.finetune.finetuning_arguments import FineTuningArguments  # noqa: E402
+from w2v2.finetune.text import build_vocabulary  # noqa: E402
+from w2v2.finetune.vocabulary import make_processor  # noqa: E402
+from w2v2.model import backbone  # noqa: E402
+from w2v2.train.teardown import settle  # noqa: E402
 
 WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
 VOCABULARY = build_vocabulary(WORDS)

@@ -13,10 +13,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from tiny_run import MODEL, Run, file_size_limit, flip  # noqa: E402
 from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 
-from w2v2.checkpoint import save_model  # noqa: E402
 from w2v2.errors import UserError  # noqa: E402
-from w2v2.resuming import choose_checkpoint  # noqa: E402
-from w2v2.teardown import settle  # noqa: E402
+from w2v2.train.checkpoint import save_model  # noqa: E402
+from w2v2.train.resuming import choose_checkpoint  # noqa: E402
+from w2v2.train.teardown import settle  # noqa: E402
 
 
 def outcome(action):

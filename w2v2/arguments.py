@@ -18,12 +18,12 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from w2v2 import console, heartbeat
+from w2v2.data.workers import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
-from w2v2.interruption import Stopped, leave
-from w2v2.schedule import SCHEDULES
-from w2v2.teardown import settle
-from w2v2.workers import explain_loss
+from w2v2.train import console, heartbeat
+from w2v2.train.interruption import Stopped, leave
+from w2v2.train.schedule import SCHEDULES
+from w2v2.train.teardown import settle
 
 
 def _flag(default: Any, help: str, **metadata) -> Any:

@@ -1,0 +1,98 @@
+"""`benchmarks/plan.py`: the rivals are what they are said to be, and the figures are those of a sum done by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets, speech_lengths  # noqa: E402
+
+from w2v2.data.batching import EffectiveBatches  # noqa: E402
+
+SECOND = 16_000
+HOUR = 3600 * SECOND
+BATCH, BUDGET = HOUR // 5, 100 * SECOND
+
+
+def make_lengths(n=4_000):
+    """Each length once, so that a length stands for its utterance."""
+    return np.random.default_rng(0).permutation(np.arange(2 * SECOND, 2 * SECOND + 40 * n, 40, dtype=np.int32))
+
+
+WAYS = {
+    "random": lambda lengths, ranks: fixed_counts(lengths, ranks, BUDGET, BATCH, grouped=False),
+    "grouped": lambda lengths, ranks: fixed_counts(lengths, ranks, BUDGET, BATCH, grouped=True),
+    "buckets": lambda lengths, ranks: quantile_buckets(lengths, ranks, BUDGET, BATCH),
+    "ours": lambda lengths, ranks: effective_batches(
+        EffectiveBatches(lengths, batch_samples=BATCH, crop_samples=20 * SECOND, grid_samples=0, seed=0),
+        ranks,
+        BUDGET,
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_keeps_the_budget_fills_its_rounds_and_hears_no_utterance_twice(way, num_ranks):
+    lengths = make_lengths()
+    steps = list(WAYS[way](lengths, num_ranks))
+    assert len(steps) >= 4
+    heard = np.concatenate([rows for step in steps for rows in step if rows[0] > 0])
+    assert np.isin(heard, lengths).all() and len(np.unique(heard)) == len(heard)
+    for step in steps:
+        assert len(step) % num_ranks == 0
+        assert all(len(rows) * np.abs(rows).max() <= BUDGET for rows in step)
+    hours = np.mean([sum(int(rows.sum()) for rows in step) for step in steps])
+    assert hours == pytest.approx(BATCH, rel=0.12)
+
+
+def test_grouping_makes_lengths_alike_and_random_padding_does_not():
+    lengths = make_lengths()
+    alikeness = {way: measure(WAYS[way](lengths, 1), 1)["alikeness"] for way in ("random", "grouped")}
+    assert alikeness["random"] < 2 < 5 < alikeness["grouped"]
+
+
+def test_the_figures_are_those_of_a_sum_by_hand():
+    """Two ranks, two updates; the second has one round that ends in a dummy of 1 s."""
+    seconds = [[[4, 2], [6], [3], [5]], [[8, 8], [-1]]]
+    steps = [[np.array(rows) * SECOND for rows in step] for step in seconds]
+    found = measure(iter(steps), 2)
+    assert found["padded_fraction"] == pytest.approx(1 - (20 + 16) / (22 + 16))
+    assert found["rank_imbalance"] == pytest.approx(np.mean([0, 1 - 8.5 / 16]))  # ranks 8 + 3 and 6 + 5, then 16 and 1
+    assert found["round_imbalance"] == pytest.approx(np.mean([np.mean([1 - 7 / 8, 1 - 4 / 5]), 1 - 8.5 / 16]))
+    assert found["idle_or_padding"] == pytest.approx(np.mean([1 - 20 / 22, 1 - 16 / 32]))
+    assert found["hours_spread"] == pytest.approx(4 / 3600) and found["batch_hours"] == pytest.approx(18 / 3600)
+    everything = np.array([4, 2, 6, 3, 5, 8, 8])
+    assert found["alikeness"] == pytest.approx(np.var([4, 8]) / (everything.var() * np.mean([1 / 5, 1 / 2])))
+
+
+def test_the_lengths_are_like_librispeechs():
+    seconds = speech_lengths(281_241) / SECOND
+    assert seconds.sum() / 3600 == pytest.approx(960.9, rel=0.002)
+    assert 0.8 <= seconds.min() and 17 < seconds.max() <= 35
+    assert 0.7 < ((seconds > 11) & (seconds < 17)).mean() < 0.75
+    assert np.median(seconds) > seconds.mean() + 1, "skewed towards short ones"
+
+
+def test_the_script_prints_its_figures_as_json_in_the_last_line():
+    command = [sys.executable, "benchmarks/plan.py", "--scales", "3000", "20000", "--trials", "1", "--updates", "2"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert {
+        "machine",
+        "versions",
+        "command",
+        "date",
+        "seconds_3000",
+        "cropped_fraction",
+        "padded_fraction",
+    } <= found.keys()
+    assert {"rank_imbalance", "rank_imbalance_64", "bytes_per_utterance", "ways", "scales"} <= found.keys()

@@ -1,0 +1,325 @@
+"""Checkpoints in the layouts of fairseq and SpeechBrain, written here from the names they publish, come back as the stock model."""
+
+import argparse
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_here, tiny_config, write_csv, write_tones
+from transformers import AutoFeatureExtractor, AutoModel, Wav2Vec2ForPreTraining
+
+import convert_checkpoint
+import pretrain
+from w2v2.convert.from_fairseq import conv_layers, convert_fairseq
+from w2v2.convert.from_speechbrain import convert_speechbrain, convert_without_positions
+from w2v2.errors import UserError
+
+CONVS = "[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16,2,2)] + [(16,2,2)]"
+
+
+def make_model(large=False):
+    torch.manual_seed(1)
+    model = Wav2Vec2ForPreTraining(tiny_config(large)).eval()
+    for parameter in model.parameters():  # norms and biases would otherwise be ones and zeros, and a mix-up unseen
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def fairseq_weights(model):
+    """The weights under fairseq's names, going through its module tree rather than through a table of names."""
+    weights = {}
+
+    def put(name, module):
+        weights.update({f"{name}.{part}": value.detach().clone() for part, value in module.named_parameters()})
+
+    inner = model.wav2vec2
+    weights["mask_emb"] = inner.masked_spec_embed.detach().clone()
+    for i, block in enumerate(inner.feature_extractor.conv_layers):
+        put(f"feature_extractor.conv_layers.{i}.0", block.conv)
+        if hasattr(
+            block, "layer_norm"
+        ):  # after the conv (0) and its dropout (1); a layer norm sits between two transposes
+            is_group = isinstance(block.layer_norm, torch.nn.GroupNorm)
+            put(f"feature_extractor.conv_layers.{i}.2" + ("" if is_group else ".1"), block.layer_norm)
+    put("layer_norm", inner.feature_projection.layer_norm)
+    put("post_extract_proj", inner.feature_projection.projection)
+    positions = inner.encoder.pos_conv_embed.conv
+    norm = positions.parametrizations.weight
+    weights["encoder.pos_conv.0.bias"] = positions.bias.detach().clone()
+    weights["encoder.pos_conv.0.weight_g"] = norm.original0.detach().clone()
+    weights["encoder.pos_conv.0.weight_v"] = norm.original1.detach().clone()
+    for i, layer in enumerate(inner.encoder.layers):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            put(f"encoder.layers.{i}.self_attn.{name}", getattr(layer.attention, name))
+        put(f"encoder.layers.{i}.self_attn_layer_norm", layer.layer_norm)
+        put(f"encoder.layers.{i}.fc1", layer.feed_forward.intermediate_dense)
+        put(f"encoder.layers.{i}.fc2", layer.feed_forward.output_dense)
+        put(f"encoder.layers.{i}.final_layer_norm", layer.final_layer_norm)
+    put("encoder.layer_norm", inner.encoder.layer_norm)
+    weights["quantizer.vars"] = model.quantizer.codevectors.detach().clone()
+    put("quantizer.weight_proj", model.quantizer.weight_proj)
+    put("project_q", model.project_q)
+    put("final_proj", model.project_hid)
+    return weights
+
+
+def fairseq_options(large=False, **changes):
+    options = dict(
+        extractor_mode="layer_norm" if large else "default", layer_norm_first=large, conv_bias=large,
+        conv_feature_layers=CONVS, encoder_layers=2, encoder_embed_dim=32, encoder_ffn_embed_dim=48,
+        encoder_attention_heads=2, activation_fn="gelu", dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        encoder_layerdrop=0.05, dropout_input=0.1, dropout_features=0.1, quantize_targets=True, quantize_input=False,
+        target_glu=False, final_dim=16, latent_vars=12, latent_groups=2, latent_dim=0, conv_pos=16, conv_pos_groups=2,
+        mask_prob=0.65, mask_length=10, num_negatives=100, logit_temp=0.1,
+    )  # fmt: skip
+    return options | changes
+
+
+def save_fairseq(path, weights, options, normalize=False, **more):
+    cfg = {"model": {"_name": "wav2vec2", **options}, "task": {"_name": "audio_pretraining", "normalize": normalize},
+           "criterion": {"_name": "wav2vec", "loss_weights": [0.2, 10.0]}}  # fmt: skip
+    torch.save({"args": None, "cfg": cfg, "model": weights, "optimizer_history": [{"num_updates": 4}], **more}, path)
+    return path
+
+
+def outputs(model):
+    waveforms = torch.randn(2, 6_000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(waveforms)
+    return found.projected_states, found.projected_quantized_states
+
+
+def assert_same(model, other):
+    for ours, theirs in zip(outputs(model), outputs(other), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+def test_a_fairseq_checkpoint_becomes_a_folder_that_stock_classes_load_whole(tmp_path, large, capsys):
+    model = make_model(large)
+    path = save_fairseq(tmp_path / "checkpoint.pt", fairseq_weights(model), fairseq_options(large), normalize=large)
+    assert run_here(convert_checkpoint.main, path, "--output_dir", tmp_path / "out") == 0
+    loaded, report = Wav2Vec2ForPreTraining.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert_same(model, loaded.eval())
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").do_normalize == large
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "out").masked_spec_embed, model.wav2vec2.masked_spec_embed)
+    config = loaded.config
+    assert (config.layerdrop, config.feat_proj_dropout, config.num_negatives) == (0.05, 0.1, 100)
+    assert (config.diversity_loss_weight, config.contrastive_logits_temperature) == (0.2, 0.1)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
+
+
+def test_older_checkpoints_keep_their_options_in_a_namespace_and_may_be_of_the_older_format(tmp_path):
+    model, options = make_model(), argparse.Namespace(**fairseq_options(), normalize=True)
+    for new_format in (True, False):
+        path = tmp_path / f"{new_format}.pt"
+        content = {"args": options, "model": fairseq_weights(model)}
+        torch.save(content, path, _use_new_zipfile_serialization=new_format)
+        converted, extractor = convert_fairseq(path)
+        assert_same(model, converted)
+        assert extractor.do_normalize
+
+
+def test_weights_in_half_precision_become_32_bits(tmp_path):
+    weights = {key: value.half() for key, value in fairseq_weights(make_model()).items()}
+    converted, _ = convert_fairseq(save_fairseq(tmp_path / "half.pt", weights, fairseq_options()))
+    assert {value.dtype for value in converted.state_dict().values()} == {torch.float32}
+
+
+def test_classes_that_are_not_installed_do_not_matter_and_calls_are_never_made(tmp_path, monkeypatch):
+    names = ("fairseq", "fairseq.data", "fairseq.data.dictionary")
+    for name in names:
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+    module.Dictionary = type("Dictionary", (), {"__module__": module.__name__})
+    dictionary = module.Dictionary()
+    dictionary.symbols = ["a"]
+
+    class Attack:
+        def __reduce__(self):
+            return subprocess.call, (["touch", str(tmp_path / "executed")],)
+
+    model = make_model()
+    path = save_fairseq(
+        tmp_path / "odd.pt", fairseq_weights(model), fairseq_options(), task_state=dictionary, extra_state=Attack()
+    )
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    assert_same(model, convert_fairseq(path)[0])
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weights: weights.pop("quantizer.vars"), "has no weights for quantizer.codevectors"),
+        (lambda weights: weights.pop("encoder.layers.1.fc1.bias"), "has no weights for .*layers.1.feed_forward"),
+        (lambda weights: weights.update(target_glu=torch.ones(1)), "no place for target_glu"),
+        (lambda weights: weights.update({"encoder.layers.2.fc1.bias": torch.ones(48)}), "no place for .*layers.2"),
+        (lambda weights: weights.update({"project_q.bias": torch.ones(3)}), r"project_q.bias has the shape \(3,\)"),
+        (lambda weights: weights.update({"w2v_encoder.proj.weight": torch.ones(3)}), "fine-tuned model"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_naming_the_first(tmp_path, change, message):
+    weights = fairseq_weights(make_model())
+    change(weights)
+    with pytest.raises(UserError, match=message):
+        convert_fairseq(save_fairseq(tmp_path / "odd.pt", weights, fairseq_options()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"quantize_targets": False}, {"quantize_input": True}, {"target_glu": True}, {"pos_conv_depth": 5},
+     {"layer_type": "conformer"}, {"activation_fn": "gelu_fast"}, {"extractor_mode": "other"},
+     {"conv_feature_layers": "__import__('os').getcwd()"}, {"conv_feature_layers": "[(16, 10)]"}],
+    ids=str,
+)  # fmt: skip
+def test_what_the_stock_model_cannot_compute_is_refused_by_name(tmp_path, changes):
+    path = save_fairseq(tmp_path / "odd.pt", fairseq_weights(make_model()), fairseq_options(**changes))
+    with pytest.raises(UserError, match=next(iter(changes))):
+        convert_fairseq(path)
+
+
+def test_the_conv_layers_are_read_as_python_would():
+    for text in (CONVS, "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]", "[(4, 3, 2)]"):
+        assert conv_layers(text, Path("x.pt")) == eval(text)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None], ids=["empty", "text", "a list"])
+def test_a_file_that_is_no_checkpoint_is_the_users_slip(tmp_path, content):
+    path = tmp_path / "odd.pt"
+    torch.save([1, 2], path) if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="odd.pt"):
+        convert_fairseq(path)
+
+
+def speechbrain_weights(model, old_names):
+    """The state of SpeechBrain's `Wav2Vec2Pretrain`, which holds the stock model as `self.model`."""
+    weights = {f"model.{key}": value for key, value in model.state_dict().items()}
+    if old_names:  # weight norm before torch 2.0
+        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+            key = f"model.wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.{new}"
+            weights[f"model.wav2vec2.encoder.pos_conv_embed.conv.{old}"] = weights.pop(key)
+    return weights
+
+
+@pytest.mark.parametrize("old_names", [True, False])
+def test_a_speechbrain_checkpoint_of_the_stock_model_comes_back(tmp_path, old_names):
+    model = make_model()
+    folder = tmp_path / "CKPT+2024-01-31+12-00-00+00"
+    folder.mkdir()
+    model.config.save_pretrained(tmp_path / "architecture")
+    torch.save(speechbrain_weights(model, old_names), folder / "wav2vec2.ckpt")
+    flags = [folder, "--output_dir", tmp_path / "out", "--config_name", tmp_path / "architecture"]
+    assert run_here(convert_checkpoint.main, *flags) == 0
+    assert_same(model, Wav2Vec2ForPreTraining.from_pretrained(tmp_path / "out").eval())
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").do_normalize
+
+
+def test_speechbrains_own_architecture_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "latent_encoder.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match="sinusoidal positions"):
+        convert_speechbrain(tmp_path, "base")
+
+
+def speechbrains_own(model):
+    """File → weights of SpeechBrain's own architecture, going through the stock module tree."""
+
+    def put(name, module, into):
+        into.update({f"{name}{part}": value.detach().clone() for part, value in module.named_parameters()})
+
+    inner, files = (
+        model.wav2vec2,
+        {name: {} for name in ("latent_extractor", "latent_encoder", "target_quantiser", "feat_proj")},
+    )
+    for i, block in enumerate(inner.feature_extractor.conv_layers):
+        put(f"extractor.convblock_{i}.convs.conv_0.conv.", block.conv, files["latent_extractor"])
+        put(f"extractor.convblock_{i}.convs.norm_0.norm.", block.layer_norm, files["latent_extractor"])
+    put("norm.", inner.feature_projection.layer_norm, files["latent_extractor"])
+    encoder = files["latent_encoder"]
+    encoder["mask_emb"] = inner.masked_spec_embed.detach().clone()
+    encoder["positional_encoding.pe"] = torch.ones(1, 2500, 32)
+    put("input_projector.", inner.feature_projection.projection, encoder)
+    for i, layer in enumerate(inner.encoder.layers):
+        name, attention = f"latent_encoder.layers.{i}.", layer.attention
+        for part in ("weight", "bias"):
+            packed = [getattr(getattr(attention, f"{which}_proj"), part).detach() for which in "qkv"]
+            encoder[f"{name}self_att.att.in_proj_{part}"] = torch.cat(packed)
+        put(f"{name}self_att.att.out_proj.", attention.out_proj, encoder)
+        put(f"{name}norm1.norm.", layer.layer_norm, encoder)
+        put(f"{name}norm2.norm.", layer.final_layer_norm, encoder)
+        put(f"{name}pos_ffn.ffn.0.", layer.feed_forward.intermediate_dense, encoder)
+        put(f"{name}pos_ffn.ffn.3.", layer.feed_forward.output_dense, encoder)
+    put("latent_encoder.norm.norm.", inner.encoder.layer_norm, encoder)
+    files["target_quantiser"] = {
+        "quantiser.vars": model.quantizer.codevectors.detach().clone(),
+        "quantiser.max_ent": torch.ones(()),
+    }
+    put("quantiser.weight_proj.", model.quantizer.weight_proj, files["target_quantiser"])
+    put("proj.", model.project_q, files["target_quantiser"])
+    put("", model.project_hid, files["feat_proj"])
+    return files
+
+
+def test_all_but_the_positions_of_speechbrains_own_architecture_is_taken_over_on_request(tmp_path):
+    torch.manual_seed(2)
+    model = Wav2Vec2ForPreTraining(tiny_config(large=True, conv_bias=False, layer_norm_eps=1e-6)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    positions = model.wav2vec2.encoder.pos_conv_embed.conv
+    for parameter in (positions.parametrizations.weight.original0, positions.bias):
+        parameter.data.zero_()
+    for name, weights in speechbrains_own(model).items():
+        torch.save(weights, tmp_path / f"{name}.ckpt")
+    converted, extractor = convert_without_positions(tmp_path, 2, model.config.conv_stride)
+    assert_same(model, converted)
+    assert extractor.do_normalize
+    norm = converted.wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight
+    assert norm.original1.norm() > 0  # where the gradient of the zero norm comes from
+    with pytest.raises(UserError, match="strides"):
+        convert_without_positions(tmp_path, 2, [5] * 8)
+    (tmp_path / "feat_proj.ckpt").unlink()
+    with pytest.raises(UserError, match="feat_proj.ckpt: no such file"):
+        convert_without_positions(tmp_path, 2, model.config.conv_stride)
+
+
+def test_a_speechbrain_encoder_without_its_quantizer_is_refused(tmp_path):
+    model = make_model()
+    model.config.save_pretrained(tmp_path / "architecture")
+    torch.save({f"model.{key}": value for key, value in model.wav2vec2.state_dict().items()}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="no place for masked_spec_embed"):
+        convert_speechbrain(tmp_path / "x.ckpt", str(tmp_path / "architecture"))
+
+
+def test_another_architecture_than_the_checkpoints_is_refused(tmp_path):
+    torch.save(speechbrain_weights(make_model(), False), tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="the architecture"):
+        convert_speechbrain(tmp_path / "x.ckpt", "base")
+
+
+def test_the_script_leaves_existing_folders_alone_and_says_what_it_misses(tmp_path, capsys):
+    path = save_fairseq(tmp_path / "checkpoint.pt", fairseq_weights(make_model()), fairseq_options())
+    (tmp_path / "out").mkdir()
+    assert run_here(convert_checkpoint.main, path, "--output_dir", tmp_path / "out") == 2
+    assert run_here(convert_checkpoint.main, tmp_path / "absent.pt", "--output_dir", tmp_path / "new") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "exists already" in errors[0] and "absent.pt" in errors[1]
+
+
+def test_pretraining_goes_on_from_a_converted_folder(tmp_path):
+    path = save_fairseq(tmp_path / "checkpoint.pt", fairseq_weights(make_model()), fairseq_options())
+    assert run_here(convert_checkpoint.main, path, "--output_dir", tmp_path / "model") == 0
+    seconds = [2.5, 3.0]
+    manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", seconds), seconds)
+    flags = ["--train_data", manifest, "--output_dir", tmp_path / "run", "--model_name_or_path", tmp_path / "model",
+             "--batch_hours", 0.001, "--max_steps", 1, "--report_to", "none", "--use_cpu", "--warmup_steps", 1,
+             "--dataloader_num_workers", 0]  # fmt: skip
+    assert run_here(pretrain.main, *flags) == 0
+    assert (tmp_path / "run" / "model.safetensors").exists()

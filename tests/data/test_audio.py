@@ -1,0 +1,251 @@
+"""`w2v2.audio`: crops equal the same part of the whole file, and no bad file gives an array."""
+
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
+
+FORMATS = [
+    ("wav", {}),
+    ("flac", {}),
+    ("ogg", {}),  # Vorbis
+    ("opus", {"format": "OGG", "subtype": "OPUS"}),
+    ("mp3", {}),
+]
+
+
+def noise(num_frames: int, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(num_frames)).clip(-1, 1).astype(np.float32)
+
+
+def write(path, samples, rate=SAMPLING_RATE, **options):
+    soundfile.write(str(path), samples, rate, **options)
+    return str(path)
+
+
+def set_flac_length(path, num_frames: int):
+    """Overwrite the 36-bit number of samples in the FLAC's STREAMINFO block."""
+    content = bytearray(path.read_bytes())
+    content[21] = (content[21] & 0xF0) | (num_frames >> 32)
+    content[22:26] = (num_frames & 0xFFFFFFFF).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix, options", FORMATS, ids=[suffix for suffix, _ in FORMATS])
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 48_000])
+def test_a_crop_equals_the_same_part_of_the_whole_resampled_file(tmp_path, suffix, options, rate):
+    if suffix == "opus" and rate == 22_050:
+        pytest.skip("Opus knows no 22.05 kHz")
+    path = write(tmp_path / f"speech.{suffix}", noise(4 * rate), rate, **options)
+    decoded, _ = soundfile.read(path, dtype="float32")
+    whole = soxr.resample(decoded, rate, SAMPLING_RATE, quality="HQ")
+    assert probe(path) == len(read_crop(path)) == len(decoded) * SAMPLING_RATE // rate
+    for start in (0, 1, 777, 16_001, 31_999, probe(path) - 5_000):
+        crop = read_crop(path, start, 5_000)
+        assert crop.dtype == np.float32 and crop.shape == (5_000,)
+        np.testing.assert_allclose(crop, whole[start : start + 5_000], atol=1e-5)
+
+
+def test_44_1_khz_is_cut_where_both_rates_have_a_sample(tmp_path):
+    path = write(tmp_path / "cd.wav", noise(3 * 44_100), 44_100, subtype="FLOAT")
+    whole = soxr.resample(noise(3 * 44_100), 44_100, SAMPLING_RATE, quality="HQ")
+    for start in np.random.default_rng(1).integers(0, 40_000, 20):
+        np.testing.assert_allclose(read_crop(path, int(start), 1_234), whole[start : start + 1_234], atol=1e-5)
+
+
+def test_resampling_keeps_a_tone_in_its_place(tmp_path):
+    time = np.arange(2 * 44_100) / 44_100
+    path = write(tmp_path / "tone.wav", 0.5 * np.sin(2 * np.pi * 440 * time), 44_100, subtype="FLOAT")
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(10_000, 14_000) / SAMPLING_RATE)
+    np.testing.assert_allclose(read_crop(path, 10_000, 4_000), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix, rate", [("ogg", 22_050), ("mp3", 16_000)])
+def test_lossy_files_are_decoded_rightly_right_after_a_seek(tmp_path, suffix, rate):
+    path = write(tmp_path / f"speech.{suffix}", (3 * noise(6 * rate)).clip(-1, 1), rate)
+    decoded, _ = soundfile.read(path, dtype="float32")
+    whole = soxr.resample(decoded, rate, SAMPLING_RATE, quality="HQ")
+    for start in range(20_000, 94_000, 307):
+        np.testing.assert_allclose(read_crop(path, start, 2_000), whole[start : start + 2_000], atol=1e-5)
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = noise(16_000, 1), noise(16_000, 2)
+    path = write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), subtype="FLOAT")
+    np.testing.assert_allclose(read_crop(path, 100, 500), (left + right)[100:600] / 2, atol=1e-7)
+
+
+def test_names_with_spaces_quotes_and_other_scripts_work(tmp_path):
+    path = write(tmp_path / "a 'b\" $(x) ü 語.flac", noise(16_000))
+    assert probe(path) == 16_000 and len(read_crop(path, 10, 20)) == 20
+
+
+def test_a_window_that_overshoots_a_little_moves_back(tmp_path):
+    path = write(tmp_path / "a.wav", noise(16_000), subtype="FLOAT")
+    np.testing.assert_array_equal(read_crop(path, 15_000, 1_100), noise(16_000)[-1_100:])
+
+
+def test_a_duration_rounded_up_is_filled_with_zeros(tmp_path):
+    path = write(tmp_path / "a.wav", noise(15_950), subtype="FLOAT")
+    crop = read_crop(path, 0, 16_000)
+    np.testing.assert_array_equal(crop, np.pad(noise(15_950), (0, 50)))
+
+
+@pytest.mark.parametrize("start, num_samples", [(0, 16_200), (15_000, 12_000), (50_000, 1_000), (16_000, None)])
+def test_a_file_shorter_than_its_manifest_says_is_an_error(tmp_path, start, num_samples):
+    path = write(tmp_path / "a.wav", noise(16_000))
+    with pytest.raises(AudioError, match="shorter than its manifest says"):
+        read_crop(path, start, num_samples)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "mp3", "wav", "ogg"])
+def test_a_truncated_file_gives_an_error_never_a_short_array(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write(path, noise(320_000))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AudioError):
+        read_crop(str(path), 0, 320_000)
+    with pytest.raises(AudioError):
+        read_crop(str(path), 300_000, 4_000)
+    assert len(read_crop(str(path), 0, 16_000)) == 16_000  # the part that is whole serves
+
+
+def test_a_flac_damaged_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "a.flac"
+    write(path, noise(320_000))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 3_000] = bytes(3_000)
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match="damaged"):
+        read_crop(str(path))
+
+
+@pytest.mark.parametrize("claimed", [0, 2**36 - 1], ids=["unknown", "absurd"])
+def test_a_header_with_no_or_an_absurd_length_is_not_believed(tmp_path, claimed):
+    path = tmp_path / "a.flac"
+    write(path, noise(40_000))
+    whole, _ = soundfile.read(path, dtype="float32")
+    set_flac_length(path, claimed)
+    assert probe(str(path)) == 40_000
+    np.testing.assert_array_equal(read_crop(str(path), 5_000, 777), whole[5_000:5_777])
+    assert len(read_crop(str(path))) == 40_000
+
+
+def test_a_header_that_claims_too_much_is_an_error(tmp_path):
+    path = tmp_path / "a.flac"
+    write(path, noise(40_000))
+    set_flac_length(path, 50_000)
+    with pytest.raises(AudioError):
+        read_crop(str(path), 0, 50_000)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rate", [16_000, 8_000])
+def test_nan_and_infinity_are_errors_only_where_the_crop_meets_them(tmp_path, bad, rate):
+    samples = noise(4 * rate)
+    samples[100] = bad
+    path = write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
+    with pytest.raises(AudioError, match="NaN or infinite"):
+        read_crop(path, 0, 4_000)
+    assert np.isfinite(read_crop(path, 40_000, 4_000)).all()
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("nothing.wav", None, "does not exist"),
+        ("empty.wav", b"", "empty file"),
+        ("text.wav", b"this is no audio at all", "not audio"),
+        ("text.mp3", b"this is no audio at all" * 99, "not audio"),
+        ("headerless.raw", b"1234", "not audio"),
+        ("cut.flac", b"fLaC", "not audio"),
+    ],
+)
+def test_what_is_no_audio_says_why(tmp_path, name, content, reason):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    for read in (probe, read_crop):
+        with pytest.raises(AudioError, match=reason) as error:
+            read(str(path))
+        assert error.value.path == str(path) and "\n" not in str(error.value)
+
+
+def test_a_folder_and_a_file_without_samples_are_errors(tmp_path):
+    with pytest.raises(AudioError, match="folder"):
+        probe(str(tmp_path))
+    path = write(tmp_path / "a.wav", noise(0))
+    for read in (probe, read_crop):
+        with pytest.raises(AudioError, match="holds no audio"):
+            read(path)
+
+
+def test_an_audio_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(AudioError("a b.wav", "is gone")))
+    assert (error.path, error.reason, str(error)) == ("a b.wav", "is gone", "a b.wav: is gone")
+
+
+EXACT = [
+    ("wav", "PCM_16"),
+    ("flac", "PCM_16"),
+    ("aiff", "PCM_16"),
+    ("wav", "PCM_U8"),
+    ("flac", "PCM_S8"),
+    ("au", "ULAW"),
+    ("wav", "ALAW"),
+]
+
+
+@pytest.mark.parametrize("suffix, subtype", EXACT)
+def test_16_bit_samples_stay_as_they_stand(tmp_path, suffix, subtype):
+    path = write(tmp_path / f"a.{suffix}", 8 * noise(40_000), subtype=subtype)  # full scale, both ends clipped
+    as_int16, _ = soundfile.read(path, dtype="int16")
+    as_float, _ = soundfile.read(path, dtype="float32")
+    crop = read_pcm(path, 777, 30_000)
+    assert crop.dtype == np.int16 and crop.flags.c_contiguous
+    np.testing.assert_array_equal(crop, as_int16[777:30_777])
+    np.testing.assert_array_equal(read_crop(path, 777, 30_000), as_float[777:30_777])
+    np.testing.assert_array_equal(crop / 32_768, as_float[777:30_777])
+
+
+@pytest.mark.parametrize(
+    "suffix, rate, channels, options",
+    [
+        ("wav", 16_000, 1, dict(subtype="PCM_24")),
+        ("wav", 16_000, 1, dict(subtype="FLOAT")),
+        ("flac", 16_000, 1, dict(subtype="PCM_24")),
+        ("wav", 16_000, 2, dict(subtype="PCM_16")),
+        ("flac", 8_000, 1, dict(subtype="PCM_16")),
+        ("mp3", 16_000, 1, {}),
+        ("ogg", 16_000, 1, {}),
+    ],
+)
+def test_what_16_bits_would_not_hold_is_float32(tmp_path, suffix, rate, channels, options):
+    samples = np.stack([noise(2 * rate, seed) for seed in range(channels)], axis=1)
+    path = write(tmp_path / f"a.{suffix}", samples, rate, **options)
+    crop = read_pcm(path, 100, 5_000)
+    assert crop.dtype == np.float32
+    assert (np.rint(crop * 32_768) != crop * 32_768).any()
+    np.testing.assert_array_equal(crop, read_crop(path, 100, 5_000))
+
+
+def test_16_bit_samples_are_padded_and_moved_back_like_others(tmp_path):
+    path = write(tmp_path / "a.wav", noise(15_950))
+    whole, _ = soundfile.read(path, dtype="int16")
+    padded = read_pcm(path, 0, 16_000)
+    assert padded.dtype == np.int16
+    np.testing.assert_array_equal(padded, np.pad(whole, (0, 50)))
+    np.testing.assert_array_equal(read_pcm(path, 15_000, 1_100), whole[-1_100:])
+
+
+def test_16_bit_samples_of_a_flac_that_does_not_tell_its_length(tmp_path):
+    path = tmp_path / "a.flac"
+    write(path, noise(40_000))
+    whole, _ = soundfile.read(path, dtype="int16")
+    set_flac_length(path, 0)
+    np.testing.assert_array_equal(read_pcm(str(path), 5_000, 777), whole[5_000:5_777])
+    assert read_pcm(str(path), 5_000, 777).dtype == np.int16

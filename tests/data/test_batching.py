@@ -1,0 +1,427 @@
+"""Order, draw, crop and cut: nothing lost, nothing twice, the same for every number of ranks and workers."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from w2v2.data import cutting
+from w2v2.data.batching import (
+    Crops,
+    Cursor,
+    EffectiveBatches,
+    EpochOrder,
+    PlanStream,
+    crop_length,
+    plan_update,
+    plan_validation,
+)
+from w2v2.data.collate import build_loader
+from w2v2.data.cutting import cut, deal, idle_fraction, padded_sizes
+from w2v2.data.hashing import ORDER, derive
+from w2v2.data.masking import latent_lengths
+from w2v2.errors import UserError
+
+SECOND = 16_000
+GRID = 5_120  # 0.32 s
+START = Cursor()
+
+
+def speech_lengths(n, seed=0):
+    """Like LibriSpeech: most between 11 and 17 s, a tail of short ones, none under 2 s."""
+    rng = np.random.default_rng(seed)
+    long = rng.normal(14, 1.5, n)
+    short = rng.uniform(2, 13, n)
+    return (np.where(rng.random(n) < 0.7, long, short).clip(2, 35) * SECOND).astype(np.int64)
+
+
+def make_batches(n=60, seed=0, batch_seconds=100, crop_seconds=10.0, grid=GRID, lengths=None):
+    lengths = speech_lengths(n, seed) if lengths is None else np.asarray(lengths)
+    return EffectiveBatches(lengths, batch_samples=round(batch_seconds * SECOND), crop_samples=round(crop_seconds * SECOND),
+                            grid_samples=grid, seed=seed)  # fmt: skip
+
+
+def plans_of(batches, updates, num_ranks, cursor=START, budget=30 * SECOND):
+    """For each rank, its plans of `updates`."""
+    cut_arguments = dict(num_ranks=num_ranks, micro_batch_samples=budget)
+    return [list(PlanStream(batches, cursor, updates, rank=rank, **cut_arguments)) for rank in range(num_ranks)]
+
+
+def rows(crops):
+    """A multiset of (utterance, epoch, start, samples), comparable."""
+    return sorted(zip(*(column.tolist() for column in crops), strict=True))
+
+
+def heard(plans):
+    return sorted(row for plan in plans if not plan.dummy for row in rows(plan.crops))
+
+
+# -- order
+
+
+@pytest.mark.parametrize("first", range(1, 260, 37))
+def test_order_of_any_small_n_is_a_permutation(first):
+    for n in range(first, first + 37):
+        for epoch in (0, 5):
+            assert EpochOrder(n, seed=n)(epoch, torch.arange(n)).sort().values.tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("n", [1023, 1024, 1025, 2500, 4096, 4097, 20_001])
+def test_order_of_larger_n_is_a_permutation_and_another_in_each_epoch_and_seed(n):
+    orders = [EpochOrder(n, seed)(epoch, torch.arange(n)) for seed, epoch in [(0, 0), (0, 1), (0, 7), (1, 0)]]
+    for order in orders:
+        assert torch.equal(order.sort().values, torch.arange(n))
+    for a, b in itertools.combinations([*orders, torch.arange(n)], 2):
+        assert (a == b).sum() < 12  # two random permutations agree in about one place
+
+
+def test_any_part_of_an_order_can_be_asked_for_alone():
+    order = EpochOrder(777, seed=3)
+    whole = order(2, torch.arange(777))
+    some = torch.tensor([776, 0, 300, 301, 5])
+    assert torch.equal(order(2, some), whole[some])
+    assert some.tolist() == [776, 0, 300, 301, 5], "the question is left as it was"
+
+
+@pytest.mark.parametrize("n", [1, 2, 777, 1025, 100_000_000])
+def test_the_order_is_a_feistel_network_of_hashes_that_walks_until_it_is_inside(n):
+    """One position at a time. Runs that are under way rely on these very orders."""
+    bits = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    for seed, epoch in ((0, 0), (7, 3)):
+        keys = [derive(seed, ORDER, epoch, number) for number in range(6)]
+        positions, expected = [place * n // 40 for place in range(40)], []
+        for x in positions:
+            while True:
+                left, right = x >> bits, x % 2**bits
+                for key in keys:
+                    left, right = right, left ^ (int(derive(key, right)) >> 1) % 2**bits
+                x = left * 2**bits + right
+                if x < n:
+                    break
+            expected.append(x)
+        assert EpochOrder(n, seed)(epoch, torch.tensor(positions)).tolist() == expected
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 11])
+def test_every_utterance_stands_equally_often_in_every_place(n):
+    epochs = 400
+    counts = torch.zeros(n, n)
+    order = EpochOrder(n, seed=0)
+    for epoch in range(epochs):
+        counts[torch.arange(n), order(epoch, torch.arange(n))] += 1
+    expected, freedom = epochs / n, (n - 1) ** 2
+    assert float(((counts - expected) ** 2 / expected).sum()) < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_neighbours_in_the_manifest_are_strangers_in_the_order():
+    order = EpochOrder(5_000, seed=1)(0, torch.arange(5_000)).double()
+    step = (order[1:] - order[:-1]).abs().mean()
+    assert abs(float(step) - 5_000 / 3) < 100  # mean distance of two random numbers of 0…n
+    assert abs(float(torch.corrcoef(torch.stack([order[1:], order[:-1]]))[0, 1])) < 0.05
+
+
+# -- crops
+
+
+def test_crop_lengths_are_the_longest_on_the_grid():
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([np.arange(1, 12_000, 13), rng.integers(1, 40 * SECOND, 3_000)])
+    for crop in (3 * SECOND, 250_000):
+        cropped = crop_length(lengths, crop, GRID)
+        longest = np.minimum(lengths, crop)
+        assert (cropped <= longest).all() and (cropped > longest - GRID).all()
+        on_grid = longest >= 320 + GRID
+        assert ((cropped[on_grid] - 320) % GRID == 0).all()
+        assert (cropped[~on_grid] == longest[~on_grid]).all()
+        assert np.array_equal(crop_length(lengths, crop, 0), longest)
+
+
+def test_the_default_grid_makes_multiples_of_16_latent_frames():
+    lengths = torch.from_numpy(crop_length(np.arange(2 * SECOND, 16 * SECOND, 997), 249_600, GRID))
+    frames = latent_lengths(lengths, (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
+    assert (frames % 16 == 0).all() and frames.max() == 768
+
+
+def test_crops_lie_inside_their_utterance_and_reach_both_of_its_ends():
+    batches = make_batches(n=400)
+    starts_fraction = []
+    for epoch in range(5):
+        crops = batches.crops(np.arange(400), epoch)
+        spare = batches.num_samples - crops.num_samples
+        assert (crops.start >= 0).all() and (crops.start <= spare).all()
+        starts_fraction.append(crops.start[spare > 1000] / spare[spare > 1000])
+    fractions = np.concatenate(starts_fraction)
+    assert fractions.min() < 0.01 and fractions.max() > 0.99
+    assert abs(fractions.mean() - 0.5) < 5 * (1 / 12 / len(fractions)) ** 0.5
+
+
+def test_a_crop_depends_on_seed_epoch_and_utterance_alone():
+    batches = make_batches(n=50)
+    whole = batches.crops(np.arange(50), epoch=3)
+    some = np.array([41, 7, 7, 0])
+    assert all(np.array_equal(a, b[some]) for a, b in zip(batches.crops(some, epoch=3), whole, strict=True))
+    for other in (
+        batches.crops(np.arange(50), epoch=4),
+        make_batches(n=50, lengths=batches.num_samples, seed=1).crops(np.arange(50), 3),
+    ):
+        assert np.array_equal(other.num_samples, whole.num_samples)  # hours a batch do not depend on the epoch
+        assert (other.start != whole.start).mean() > 0.9
+
+
+# -- draw
+
+
+@pytest.mark.parametrize("n, batch_seconds", [(60, 100), (60, 11), (3, 100), (1, 35), (500, 300)])
+def test_a_draw_is_the_order_until_the_batch_is_full(n, batch_seconds):
+    """Against one utterance at a time; batches larger than an epoch too."""
+    batches = make_batches(n=n, batch_seconds=batch_seconds)
+
+    def one_by_one():
+        for epoch in itertools.count():
+            for utterance in batches.order(epoch, torch.arange(n)).tolist():
+                yield rows(batches.crops(np.array([utterance]), epoch))[0]
+
+    utterances, cursor = one_by_one(), START
+    for _ in range(12):
+        expected = []
+        while sum(row[3] for row in expected) < batches.batch_samples:
+            expected.append(next(utterances))
+        crops, cursor = batches.draw(cursor)
+        assert list(zip(*(column.tolist() for column in crops), strict=True)) == expected
+        assert 0 <= cursor.position < n
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_an_epoch_hears_every_utterance_exactly_once(num_ranks):
+    n = 43
+    batches = make_batches(n=n)
+    everything = [row for plans in plans_of(batches, range(15), num_ranks) for row in heard(plans)]
+    last = max(row[1] for row in everything)
+    assert last >= 3
+    for epoch in range(last):  # the last one is unfinished
+        assert sorted(row[0] for row in everything if row[1] == epoch) == list(range(n))
+
+
+def test_the_batches_are_the_same_for_1_2_and_8_ranks():
+    batches, cursor = make_batches(n=70), START
+    for update in range(12):
+        drawn, cursor = batches.draw(cursor)
+        for num_ranks in (1, 2, 8):
+            plans = [p for rank in range(num_ranks) for p in plan_update(
+                drawn, update, cursor, rank=rank, num_ranks=num_ranks, micro_batch_samples=30 * SECOND)]  # fmt: skip
+            assert heard(plans) == rows(drawn)  # nothing lost, nothing twice, no crop moved
+            assert {p.batch_samples for p in plans} == {drawn.num_samples.sum()}
+            assert {p.following for p in plans} == {cursor}
+
+
+def test_a_batch_goes_on_in_the_next_epoch():
+    crops, cursor = make_batches(n=43).draw(Cursor(4, 40))
+    assert sorted(set(crops.epoch.tolist())) == [4, 5] and cursor == (5, len(crops.epoch) - 3)
+
+
+def test_batches_depend_on_the_seed():
+    lengths = speech_lengths(100)
+    first, second = (make_batches(lengths=lengths, seed=seed).draw(START)[0] for seed in (0, 1))
+    assert first.utterance.tolist() != second.utterance.tolist()
+
+
+@pytest.mark.parametrize("num_ranks, resumed_ranks", [(1, 1), (2, 2), (1, 8), (8, 3)])
+def test_resuming_after_any_update_goes_on_with_the_very_same_batches(num_ranks, resumed_ranks):
+    batches = make_batches(n=40)
+    straight = plans_of(batches, range(8), num_ranks)
+    for done in (1, 2, 4, 5, 7):
+        cursor = next(p.following for p in straight[0] if p.update == done - 1)
+        resumed = plans_of(make_batches(n=40), range(done, 8), resumed_ranks, cursor)
+        for update in range(done, 8):
+            before, after = ([p for plans in run for p in plans if p.update == update] for run in (straight, resumed))
+            assert heard(before) == heard(after) and before[0].following == after[0].following
+            if num_ranks == resumed_ranks:
+                assert [(rows(p.crops), p.piece, p.dummy) for p in before] == [
+                    (rows(p.crops), p.piece, p.dummy) for p in after
+                ]
+
+
+class Echo(Dataset):
+    """Gives back what it is asked for, from whichever worker."""
+
+    def __getitem__(self, plan):
+        return repr((plan.update, plan.piece, plan.dummy, rows(plan.crops)))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_number_of_workers_changes_nothing(num_workers):
+    stream = PlanStream(make_batches(), START, range(4), rank=1, num_ranks=2, micro_batch_samples=30 * SECOND)
+    loader = build_loader(Echo(), stream, num_workers=num_workers, prefetch_factor=2, pin_memory=False)
+    assert list(loader) == [Echo()[plan] for plan in stream]
+
+
+# -- cut
+
+
+def padded(plan):
+    return len(plan.crops.utterance) * int(plan.crops.num_samples.max())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8, 30])
+def test_every_rank_runs_the_same_number_of_micro_batches(num_ranks):
+    batches = make_batches(n=70)
+    for update in range(0, 6, 2):
+        ranks = plans_of(batches, range(update, update + 1), num_ranks, Cursor(0, 5 * update))
+        assert {len(plans) for plans in ranks} == {p.num_rounds for plans in ranks for p in plans}
+        pieces = sorted(p.piece for plans in ranks for p in plans)
+        assert pieces == list(range(num_ranks * ranks[0][0].num_rounds)), (
+            "a piece's number seeds its noise: no two alike"
+        )
+
+
+def test_dummies_are_single_utterances_of_the_batch_and_fewer_than_the_ranks():
+    drawn, cursor = make_batches(n=70).draw(START)
+    for num_ranks in (2, 7, 50):
+        plans = [p for rank in range(num_ranks) for p in plan_update(
+            drawn, 0, cursor, rank=rank, num_ranks=num_ranks, micro_batch_samples=30 * SECOND)]  # fmt: skip
+        dummies = [p for p in plans if p.dummy]
+        assert all(len(p.crops.utterance) == 1 and rows(p.crops)[0] in rows(drawn) for p in dummies)
+        assert len(plans) - len(dummies) > num_ranks * (plans[0].num_rounds - 1), "no round of dummies alone"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_the_padded_budget_is_kept(num_ranks):
+    rng = np.random.default_rng(4)
+    for _ in range(40):
+        lengths = np.sort(rng.integers(2 * SECOND, 16 * SECOND, rng.integers(1, 80)))[::-1]
+        budget = int(rng.integers(lengths[0], 60 * SECOND))
+        crops = Crops(np.arange(len(lengths)), np.zeros_like(lengths), np.zeros_like(lengths), lengths)
+        for rank in range(num_ranks):
+            for plan in plan_update(crops, 0, START, rank=rank, num_ranks=num_ranks, micro_batch_samples=budget):
+                assert padded(plan) <= budget
+
+
+def fewest_pieces(lengths, budget):
+    """Over *all* partitions of at most seven utterances, by subsets: fewest groups with rows × longest ≤ budget."""
+    n = len(lengths)
+    fits = [mask for mask in range(1, 1 << n)
+            if mask.bit_count() * max(lengths[i] for i in range(n) if mask >> i & 1) <= budget]  # fmt: skip
+    best = [0] + [math.inf] * ((1 << n) - 1)
+    for mask in range(1, 1 << n):
+        best[mask] = min((best[mask ^ part] + 1 for part in fits if part & mask == part), default=math.inf)
+    return best[-1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_cut_takes_the_fewest_rounds_and_the_smallest_budget_that_gives_them(seed):
+    rng = np.random.default_rng(seed)
+    lengths = np.sort(rng.integers(5, 30, rng.integers(1, 8)))[::-1].copy()
+    budget, num_ranks = int(rng.integers(lengths[0], 80)), int(rng.integers(1, 4))
+    rounds, pieces = cut(lengths, num_ranks, budget)
+    assert rounds == math.ceil(fewest_pieces(lengths.tolist(), budget) / num_ranks)
+    assert [i for piece in pieces for i in range(len(lengths))[piece]] == list(range(len(lengths)))
+    largest = max(len(lengths[piece]) * int(lengths[piece][0]) for piece in pieces)
+    assert fewest_pieces(lengths.tolist(), largest) <= rounds * num_ranks
+    assert fewest_pieces(lengths.tolist(), largest - 1) > rounds * num_ranks, "a smaller budget would have done"
+
+
+@pytest.mark.parametrize("num_ranks, rounds", [(1, 5), (2, 1), (3, 4), (8, 4), (64, 2)])
+def test_every_piece_is_dealt_once_and_like_sizes_share_a_round(num_ranks, rounds):
+    sizes = np.random.default_rng(num_ranks).integers(50, 100, num_ranks * rounds)
+    dealt = deal(sizes, num_ranks)
+    assert dealt.shape == (num_ranks, rounds)
+    assert sorted(dealt.ravel().tolist()) == list(range(len(sizes)))
+    in_rounds = np.sort(sizes[dealt], axis=0)[::-1].T.ravel()  # (m · ranks,): the largest of the first round first
+    assert in_rounds.tolist() == sorted(sizes.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_exchange_of_two_pieces_in_a_round_brings_the_busiest_and_the_idlest_rank_closer(seed):
+    rng = np.random.default_rng(seed)
+    num_ranks, rounds = int(rng.integers(2, 9)), int(rng.integers(2, 7))
+    sizes = rng.integers(10, 100, num_ranks * rounds)
+    given = sizes[deal(sizes, num_ranks)]
+    load = given.sum(1)
+    most, least = given[load.argmax()], given[load.argmin()]
+    for larger, smaller in zip(most, least, strict=True):
+        assert not 0 < larger - smaller < np.ptp(load)
+
+
+def test_ranks_finish_an_update_of_1_6_hours_together_where_they_have_several_pieces():
+    """Padded samples of a rank over the update: dealt out in turn the average rank idles 1.8 %."""
+    batches, idle = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.6), []
+    ranks = plans_of(batches, range(6), 8, budget=200 * SECOND)
+    for update in range(6):
+        load = [sum(padded(plan) for plan in plans if plan.update == update) for plans in ranks]
+        idle.append(1 - np.mean(load) / max(load))
+    assert np.mean(idle) < 0.006
+
+
+@pytest.mark.parametrize("num_ranks", [8, 64])
+def test_ranks_are_even_at_1_6_hours_in_micro_batches_of_200_seconds(num_ranks):
+    batches, idle = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.38), []
+    ranks = plans_of(batches, range(4), num_ranks, budget=200 * SECOND)
+    for update in range(4):
+        load = [sum(padded(plan) for plan in plans if plan.update == update) for plans in ranks]
+        idle.append(1 - np.mean(load) / max(load))
+    assert np.mean(idle) <= 0.06
+
+
+def test_uneven_ranks_get_another_round_while_its_pieces_are_large(monkeypatch):
+    batches = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.38)
+    lengths = np.sort(batches.draw(Cursor())[0].num_samples)[::-1]
+    rounds, pieces = cut(lengths, 64, 200 * SECOND)
+    sizes = padded_sizes(lengths, pieces, rounds * 64)
+    assert rounds == 2 and idle_fraction(sizes, 64) <= cutting.MOST_IDLE
+    assert sum(piece.stop - piece.start for piece in pieces) == len(lengths)
+    monkeypatch.setattr(cutting, "EFFICIENT_SAMPLES", 60 * SECOND)
+    rounds, pieces = cut(lengths, 64, 200 * SECOND)
+    assert rounds == 1 and idle_fraction(padded_sizes(lengths, pieces, 64), 64) > cutting.MOST_IDLE
+
+
+def test_a_dummy_costs_the_shortest_row():
+    lengths = np.array([9, 7, 7, 2])
+    assert padded_sizes(lengths, [slice(0, 1), slice(1, 4)], 4).tolist() == [9, 21, 2, 2]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 8])
+def test_a_batch_of_1_6_hours_of_librispeech_like_lengths_pads_little(num_ranks):
+    batches = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.6)
+    plans = list(itertools.chain(*plans_of(batches, range(1), num_ranks, budget=200 * SECOND)))
+    real = [p for p in plans if not p.dummy]
+    assert 1 - real[0].batch_samples / sum(map(padded, real)) < 0.05
+
+
+def test_utterances_of_one_length_are_cut_without_padding():
+    batches = make_batches(lengths=[8 * SECOND] * 40)
+    for plan in plans_of(batches, range(3), 1)[0]:
+        assert padded(plan) == plan.crops.num_samples.sum()
+
+
+# -- validation and slips
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_validation_hears_every_utterance_once_with_the_same_crops_on_any_number_of_ranks(num_ranks):
+    batches = make_batches(n=45)
+    ranks = [
+        plan_validation(batches, rank=rank, num_ranks=num_ranks, micro_batch_samples=30 * SECOND)
+        for rank in range(num_ranks)
+    ]
+    assert len({len(plans) for plans in ranks}) == 1
+    assert sorted(row for plans in ranks for row in heard(plans)) == rows(batches.crops(np.arange(45), epoch=0))
+
+
+def test_a_batch_smaller_than_one_utterance_is_refused():
+    with pytest.raises(UserError, match="--batch_hours 0.001 is smaller than one utterance"):
+        make_batches(batch_seconds=3.6)
+    lengths = [30 * SECOND, 40 * SECOND]
+    longest = make_batches(lengths=lengths).longest  # one utterance, once it is cropped, may fill a batch
+    assert longest <= 10 * SECOND
+    drawn, _ = make_batches(lengths=lengths, batch_seconds=longest / SECOND).draw(START)
+    assert len(drawn.utterance) == 1
+
+
+def test_a_micro_batch_that_cannot_hold_the_longest_crop_is_refused():
+    batches = make_batches(lengths=[9 * SECOND] * 30)
+    with pytest.raises(UserError, match=r"--micro_batch_seconds 4 is less than the longest crop \(8.98 s\)"):
+        plan_validation(batches, rank=0, num_ranks=1, micro_batch_samples=4 * SECOND)
+    batches.check_budget(batches.longest)

@@ -1,0 +1,434 @@
+"""Audio that is not what it says: every file gives exactly the samples asked for, or a reason; a bad one costs the batch nothing but itself."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from audio_mutants import speech, write_originals
+from conftest import run_here, tiny_config, write_csv, write_tones
+from safetensors.torch import load_file
+from transformers import Wav2Vec2FeatureExtractor
+
+import pretrain
+from w2v2.data import collate, sound_file
+from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
+from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
+from w2v2.data.collate import CropDataset
+from w2v2.data.durations import measure_lengths
+from w2v2.data.manifest import load_manifest
+from w2v2.data.packed import write_shard
+from w2v2.model.loading import build_framing
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_hang():
+    """A reader that waits for what never comes fails its test within a minute and a half."""
+
+    def ring(*_):
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(90)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def run_mutants(folder, seed, count, timeout):
+    command = [sys.executable, str(ROOT / "tests" / "audio_mutants.py"), str(folder), str(seed), str(count)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"hangs at {(folder / 'last.txt').read_text()}")
+    assert result.returncode == 0, f"{(folder / 'last.txt').read_text()}: {result.returncode} {result.stderr[-2000:]}"
+    return json.loads(result.stdout)
+
+
+def test_damaged_files_give_what_was_asked_for_or_a_reason(tmp_path):
+    total = run_mutants(tmp_path, seed=0, count=450, timeout=80)
+    assert total["read"] > 100 and total["refused"] > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_thousands_of_damaged_files_give_what_was_asked_for_or_a_reason(tmp_path, seed):
+    signal.alarm(0)
+    total = run_mutants(tmp_path, seed, count=3_000, timeout=900)
+    assert total["read"] > 1_000 and total["refused"] > 1_000
+
+
+def test_files_cut_at_every_kind_of_place(tmp_path):
+    """Each prefix of a few dozen bytes, then ever longer ones: none gives other samples than the whole file."""
+    for original in write_originals(tmp_path)[:-1]:
+        whole = read_pcm(str(original))
+        content = original.read_bytes()
+        cut = tmp_path / f"cut.{original.suffix}"
+        for length in [*range(0, 64, 7), *(int(share * len(content)) for share in (0.1, 0.5, 0.9, 0.99)), len(content)]:
+            cut.write_bytes(content[:length])
+            try:
+                samples = read_pcm(str(cut), 0, 4_000)
+            except AudioError as error:
+                assert length < len(content) and error.reason
+                continue
+            assert len(samples) == 4_000
+            if original.suffix not in (".opus", ".ogg", ".mp3"):  # lossy ones need the end for their length alone
+                np.testing.assert_allclose(samples, whole[:4_000], atol=1e-6)
+
+
+def odd_files(folder: Path) -> dict[str, str]:
+    """Path → a word of the reason why it cannot be read."""
+    speech_file = folder / "speech.wav"
+    soundfile.write(speech_file, speech(48_000), SAMPLING_RATE)
+    text = b"these are words and no audio at all\n" * 200
+    found = {}
+    for name in ("text.flac", "text.wav", "text.au", "text.snd", "text.vox", "text.gsm", "text.mp3", "text.raw"):
+        (folder / name).write_bytes(text)
+        found[name] = "not audio"
+    (folder / "empty.wav").touch()
+    found["empty.wav"] = "empty file"
+    (folder / "folder.wav").mkdir()
+    found["folder.wav"] = "is a folder"
+    os.mkfifo(folder / "pipe.wav")
+    found["pipe.wav"] = "is a pipe"
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = os.getcwd()
+        os.chdir(folder)  # a socket's name may not be long
+        listener.bind("socket.wav")
+        os.chdir(here)
+    found["socket.wav"] = "cannot be opened"
+    (folder / "endless.wav").symlink_to("/dev/zero")
+    found["endless.wav"] = "or a device"
+    (folder / "dangling.wav").symlink_to(folder / "gone.wav")
+    found["dangling.wav"] = "does not exist"
+    (folder / "circle.wav").symlink_to(folder / "circle.wav")
+    found["circle.wav"] = "symbolic links"
+    found["speech.wav/inside.wav"] = "does not exist"
+    found["gone.wav"] = "does not exist"
+    found[f"{'long' * 100}.wav"] = "too long"
+    found["null\0.wav"] = "null"
+    soundfile.write(folder / "nothing.wav", np.zeros(0), SAMPLING_RATE)
+    found["nothing.wav"] = "holds no audio"
+    for value in (np.nan, np.inf, -np.inf, 3e38):
+        soundfile.write(folder / f"{value}.wav", np.full(48_000, value, np.float32), SAMPLING_RATE, subtype="FLOAT")
+        found[f"{value}.wav"] = "holds samples up to 3e+38" if value == 3e38 else "NaN or infinite"
+    for rate in (1, 999, 900_000, 2**31 - 1):
+        content = bytearray(speech_file.read_bytes())
+        content[24:28] = struct.pack("<I", rate)
+        (folder / f"rate{rate}.wav").write_bytes(content)
+        found[f"rate{rate}.wav"] = f"claims {rate} samples a second"
+    (folder / "shard-00001.arrow").symlink_to(folder / "pipe.wav")
+    found["shard-00001.arrow#8+48000"] = "it is no file"
+    if os.geteuid():
+        (folder / "secret.wav").write_bytes(speech_file.read_bytes())
+        (folder / "secret.wav").chmod(0)
+        found["secret.wav"] = "permissions"
+    return {str(folder / name): reason for name, reason in found.items()}
+
+
+def test_what_cannot_be_read_says_why_at_once(tmp_path):
+    for path, reason in odd_files(tmp_path).items():
+        for read in (lambda path: read_pcm(path, 100, 40_000), read_crop):
+            with pytest.raises(AudioError, match=reason.replace("+", r"\+")) as error:
+                read(path)
+            assert error.value.path == path and error.value.reason.isprintable()
+
+
+def test_measuring_meets_them_all_and_lists_them(tmp_path):
+    bad = {path: reason for path, reason in odd_files(tmp_path).items() if "#" not in path}
+    good = str(tmp_path / "speech.wav")
+    found = measure_lengths([good, *bad], probe, tmp_path / "cache")
+    assert found[good] == 48_000
+    loud = [str(tmp_path / f"{value}.wav") for value in ("nan", "inf", "-inf", "3e+38")]  # their headers are fine
+    for path, reason in bad.items():
+        assert found[path] == 48_000 if path in loud else reason in found[path], path
+
+
+@pytest.mark.parametrize(
+    ("name", "written_as"), [("a.wav", "FLAC"), ("a.ogg", "MP3"), ("a.mp3", "WAV"), ("a.flac", "OGG"), ("a.txt", "WAV")]
+)
+def test_a_wrong_name_is_no_obstacle(tmp_path, name, written_as):
+    soundfile.write(tmp_path / name, speech(40_000), SAMPLING_RATE, format=written_as)
+    assert read_pcm(str(tmp_path / name), 5_000, 20_000).shape == (20_000,)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000, 192_000])
+def test_eight_channels_at_any_rate(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", speech(2 * rate, 8), rate)
+    assert probe(str(tmp_path / "a.wav")) == 32_000
+    assert read_pcm(str(tmp_path / "a.wav"), 31_000, 1_000).shape == (1_000,)
+
+
+def peak_of(path: str, start: int, num_samples: int) -> float:
+    tracemalloc.start()
+    try:
+        assert len(read_pcm(path, start, num_samples)) == num_samples
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_crop_of_two_hours_takes_the_memory_of_a_crop(tmp_path):
+    path = tmp_path / "long.wav"
+    with soundfile.SoundFile(path, "w", 48_000, 2) as file:
+        file.write(speech(48_000, 2))
+    num_bytes = 2 * 3600 * 48_000 * 4
+    with open(path, "r+b") as file:  # zeros that take no room on the disk
+        file.truncate(44 + num_bytes)
+        for at, size in ((4, 36 + num_bytes), (40, num_bytes)):
+            file.seek(at)
+            file.write(struct.pack("<I", size))
+    assert probe(str(path)) == 2 * 3600 * SAMPLING_RATE
+    assert peak_of(str(path), 3600 * SAMPLING_RATE, 15 * SAMPLING_RATE) < 40
+
+
+def test_a_flac_that_hides_its_length_takes_the_memory_of_a_crop(tmp_path):
+    path = tmp_path / "piped.flac"
+    with soundfile.SoundFile(path, "w", SAMPLING_RATE, 1) as file:
+        for _ in range(20):
+            file.write(np.zeros(60 * SAMPLING_RATE, np.int16))  # 38 MB once decoded
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    assert peak_of(str(path), 600 * SAMPLING_RATE, 15 * SAMPLING_RATE) < 20
+
+
+@pytest.mark.parametrize("kind", ["w64", "flac", "caf", "sparse"])
+def test_a_header_that_claims_2_40_frames_takes_no_memory(tmp_path, kind):
+    path = tmp_path / f"a.{'w64' if kind == 'sparse' else kind}"
+    soundfile.write(path, speech(32_000), SAMPLING_RATE, subtype="PCM_16")
+    content = bytearray(path.read_bytes())
+    if kind == "flac":
+        content[21] |= 0x0F
+        content[22:26] = b"\xff\xff\xff\xff"  # 2**36 - 1: it holds no more
+    else:
+        at = content.index(b"data") + (4 if kind == "caf" else 16)
+        content[at : at + 8] = struct.pack(">q" if kind == "caf" else "<q", 1 << 41)
+    path.write_bytes(content)
+    if kind == "sparse":
+        try:
+            os.truncate(path, 1 << 41)
+        except OSError:
+            pytest.skip("this file system holds no file of 2 TB")
+    tracemalloc.start()
+    try:
+        samples = read_pcm(str(path), 16_000, 8_000)
+        assert len(samples) == 8_000
+    except AudioError as error:
+        assert error.reason
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("change", ["vanishes", "shrinks", "becomes a pipe"])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "shard-00000.arrow"])
+def test_a_file_that_changes_after_it_was_measured(tmp_path, name, change):
+    path = tmp_path / name
+    if name.startswith("shard"):
+        write_shard(path, [("u", np.arange(32_000, dtype=np.int16))])
+        audio = f"{path}#328+32000"
+    else:
+        soundfile.write(path, speech(32_000), SAMPLING_RATE)
+        audio = str(path)
+        assert probe(audio) == 32_000
+    content = path.read_bytes()
+    path.unlink()
+    if change == "shrinks":
+        path.write_bytes(content[: len(content) // 3])
+    elif change == "becomes a pipe":
+        os.mkfifo(path)
+    with pytest.raises(AudioError):
+        read_pcm(audio, 8_000, 16_000, stop=32_000)
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "after it was opened"])
+def test_a_file_that_vanishes_under_the_reader(tmp_path, monkeypatch, moment):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, speech(32_000), SAMPLING_RATE)
+    descriptor = sound_file._descriptor
+
+    def vanish(name):
+        if moment == "before it is opened":
+            path.unlink()
+            return descriptor(name)
+        found = descriptor(name)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(sound_file, "_descriptor", vanish)
+    if moment == "before it is opened":
+        with pytest.raises(AudioError, match="does not exist"):
+            read_pcm(str(path), 0, 1_000)
+    else:
+        assert len(read_pcm(str(path), 0, 1_000)) == 1_000  # whoever has it open still has it
+
+
+@pytest.mark.parametrize("claimed", [3.6, 10.0, 1e4, 1e8])
+def test_a_file_shorter_than_its_manifest_says_is_found_whichever_crop_is_drawn(tmp_path, claimed):
+    soundfile.write(tmp_path / "a.wav", speech(48_000), SAMPLING_RATE)
+    with pytest.raises(AudioError, match="has 48000 samples .* shorter than its manifest says"):
+        read_pcm(str(tmp_path / "a.wav"), 0, 16_000, stop=round(claimed * SAMPLING_RATE))
+
+
+def test_a_file_longer_than_its_manifest_says_is_heard_as_far_as_that(tmp_path):
+    samples = speech(48_000)
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLING_RATE)
+    whole = read_pcm(str(tmp_path / "a.wav"))
+    manifest = write_csv(tmp_path / "a.csv", ["a.wav"], [1.0])
+    table, skipped = load_manifest([str(manifest)], probe=probe)
+    assert (table["num_samples"][:], skipped) == ([16_000], [])
+    framing = build_framing(tiny_config(), Wav2Vec2FeatureExtractor(do_normalize=False))
+    batch = CropDataset(table, framing, seed=0)[plan_of([0], [0], [16_000])]
+    np.testing.assert_array_equal(batch.waveforms[0].numpy(), whole[:16_000])
+
+
+def plan_of(rows, starts, lengths):
+    columns = (np.asarray(x, np.int64) for x in (rows, np.zeros(len(rows)), starts, lengths))
+    return MicroBatchPlan(Crops(*columns), 0, 0, 1, sum(lengths), False, Cursor())
+
+
+def mixed_manifest(folder: Path) -> tuple[Path, list[str], list[str]]:
+    """Good and bad files in turn, with durations; the ids of the good and of the bad."""
+    folder.mkdir()
+    bad = {path: 3.0 for path in odd_files(folder) if "\0" not in path and "inside" not in path}
+    soundfile.write(folder / "short.wav", speech(32_000), SAMPLING_RATE)
+    bad[str(folder / "short.wav")] = 9.0
+    originals = write_originals(folder)[:-1]
+    for path in originals:
+        if path.suffix in (".flac", ".ogg", ".opus", ".mp3"):
+            cut = path.with_name(f"cut-{path.name}")
+            cut.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+            bad[str(cut)] = 3.0
+    good = {str(path): 1.4 for path in originals}
+    good |= {str(path): 2.0 for path in write_tones(folder / "tones", [2.0] * (len(bad) - len(good) + 2))}
+    rows, ids = [], {"good": [], "bad": []}
+    for number in range(max(len(good), len(bad))):
+        for kind, files in (("good", good), ("bad", bad)):
+            if number < len(files):
+                path, seconds = list(files.items())[number]
+                rows.append({"id": f"{kind}{number}", "audio": path, "duration": seconds})
+                ids[kind].append(f"{kind}{number}")
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path, ids["good"], ids["bad"]
+
+
+def test_a_batch_with_bad_files_is_the_batch_without_them(tmp_path):
+    manifest, good, bad = mixed_manifest(tmp_path / "audio")
+    table, _ = load_manifest([str(manifest)], probe=probe)
+    framing = build_framing(tiny_config(layerdrop=0.3), Wav2Vec2FeatureExtractor(do_normalize=False))
+    data = CropDataset(table, framing, seed=3)
+    lengths = [20_000] * len(table)
+    batch = data[plan_of(range(len(table)), [100] * len(table), lengths)]
+    readable = [row for row, name in enumerate(table["id"]) if name in good]
+    alone = data[plan_of(readable, [100] * len(readable), [20_000] * len(readable))]
+    assert {entry["id"] for entry in batch.skipped} == set(bad) and alone.skipped == []
+    assert all(entry["reason"] and entry["audio"] for entry in batch.skipped)
+    for name in ("waveforms", "num_samples", "frames", "keys", "mask", "positions", "num_masked", "kept"):
+        assert torch.equal(getattr(batch, name), getattr(alone, name)), name
+    assert (batch.heard_samples, batch.original_samples) == (alone.heard_samples, alone.original_samples)
+    assert torch.isfinite(batch.waveforms.float()).all()
+
+
+def flags_for(folder: Path, manifest: Path, output_dir: Path, **changes) -> list[str]:
+    tiny_config().save_pretrained(folder / "model")
+    values = dict(train_data=[str(manifest)], config_name=str(folder / "model"), output_dir=str(output_dir))
+    values |= dict(min_seconds=0.5, crop_seconds=1.3, batch_hours=0.006, micro_batch_seconds=12, max_steps=12)
+    values |= dict(warmup_steps=2, logging_steps=1, save_steps=100, max_skipped_fraction=0.9, dataloader_num_workers=2)
+    values |= dict(report_to=["none"], use_cpu=True, learning_rate=0.001) | changes
+    config = folder / f"{output_dir.name}.yaml"
+    config.write_text(yaml.safe_dump(values))
+    return [str(config)]
+
+
+def test_a_run_hears_every_good_file_and_lists_exactly_the_bad_ones(tmp_path, monkeypatch):
+    """The oracle: the same run where every bad file is simply missing ends with the same weights, to the bit."""
+    manifest, good, bad = mixed_manifest(tmp_path / "audio")
+    assert run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "run")) == 0
+    listed = [json.loads(line) for line in (tmp_path / "run/skipped_audio.jsonl").read_text().splitlines()]
+    assert sorted(entry["id"] for entry in listed) == sorted(bad)
+    assert all(entry["reason"] for entry in listed)
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["epoch"] > 1 and metrics[-1]["skipped_audio"] == len(bad)
+    assert all(np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]) for record in metrics)
+
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    missing = [row | ({"audio": "/nowhere/at/all.wav"} if row["id"] in bad else {}) for row in rows]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in missing))
+    assert run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "other")) == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "other"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def child_of(pid: int) -> int:
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                return int(status.parent.name)
+    raise AssertionError(f"{pid} has no child")
+
+
+def test_a_loaders_worker_that_is_killed_ends_the_run_with_one_line(tmp_path):
+    manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", [2.0] * 12), [2.0] * 12)
+    arguments = flags_for(tmp_path, manifest, tmp_path / "run", max_steps=100_000)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
+    log, errors = tmp_path / "run" / "metrics.jsonl", tmp_path / "errors.txt"
+    with open(errors, "w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as run:
+        try:
+            while not (log.exists() and log.stat().st_size):
+                assert run.poll() is None, errors.read_text()
+                time.sleep(0.1)
+            os.kill(child_of(run.pid), signal.SIGKILL)
+            status = run.wait(timeout=60)
+        finally:
+            run.kill()
+    lines = [line for line in errors.read_text().splitlines() if "error:" in line]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in errors.read_text(), errors.read_text()
+    assert "a process that decodes audio" in lines[0] and "(Killed)" in lines[0] and "memory ran out" in lines[0]
+    assert "--resume_from_checkpoint" in lines[0]
+
+
+def test_a_decode_that_never_ends_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
+    manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", [2.0] * 12), [2.0] * 12)
+    monkeypatch.setattr(collate, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(CropDataset, "read", lambda *_: threading.Event().wait(30))
+    status = run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "run"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert status == 2 and len(lines) == 1 and "no audio came for 2 s" in lines[0]
+    assert re.search(r"while reading \S*/tone\d+\.wav", lines[0])
+
+
+def test_a_file_that_crashes_the_decoder_is_named(tmp_path, monkeypatch, capfd):
+    paths = write_tones(tmp_path / "audio", [2.0] * 12)
+    manifest = write_csv(tmp_path / "train.csv", paths, [2.0] * 12)
+    read = CropDataset.read
+
+    def crash(dataset, entry, start, num_samples):
+        if entry["audio"] == str(paths[7]):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return read(dataset, entry, start, num_samples)
+
+    monkeypatch.setattr(CropDataset, "read", crash)
+    assert run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "run")) == 2
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert f"while reading {paths[7]}" in line and "Segmentation fault" in line

@@ -1,0 +1,360 @@
+"""`w2v2.manifest`: every kind of manifest gives the same table, lengths are known, and slips are named in one line."""
+
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import soundfile
+
+from w2v2.data.manifest import load_manifest
+from w2v2.errors import UserError
+
+LENGTHS = {"a b.wav": 24_000, "deep/é 'q\".flac": 16_001}
+
+
+class Unreadable(Exception):
+    reason = "is no audio"
+
+
+def probe(path):
+    try:
+        return soundfile.info(path).frames
+    except soundfile.SoundFileError:
+        raise Unreadable from None
+
+
+def no_probe(path):
+    raise AssertionError(f"{path} was measured although its length is known")
+
+
+def load(*paths, probe=no_probe, **options):
+    data, skipped = load_manifest([str(path) for path in paths], probe=probe, **options)
+    assert skipped == []
+    return data
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "my corpus"
+    (folder / "deep").mkdir(parents=True)
+    for name, length in LENGTHS.items():
+        soundfile.write(folder / name, np.full(length, 0.1, np.float32), 16_000)
+    return folder
+
+
+def write(path, content):
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+# Our own, SpeechBrain's, NeMo's, fairseq's and Kaldi's way of writing the same two utterances.
+NAMES = list(LENGTHS)
+CSV_NAMES = ["a b.wav", '"deep/é \'q"".flac"']
+NEMO = [
+    {"audio_filepath": NAMES[0], "duration": 1.5, "text": "HELLO, YOU", "speaker": "s1"},
+    {"audio_filepath": NAMES[1], "duration": 1.0001, "text": "", "speaker": "s2"},
+]
+SPEECHBRAIN = {
+    "u1": {"wav": "{data_root}/" + NAMES[0], "length": 1.5, "words": "HELLO, YOU", "spk_id": "s1"},
+    "u2": {"wav": "{data_root}/" + NAMES[1], "length": 1.0001, "words": "", "spk_id": "s2"},
+}
+OURS = f'audio,duration,text,speaker\n{CSV_NAMES[0]},1.5,"HELLO, YOU",s1\n{CSV_NAMES[1]},1.0001,,s2\n'
+FILES = {
+    "ours.csv": OURS,
+    "samples.tsv": f"id\taudio\tnum_samples\ttext\tspeaker\nu1\t{NAMES[0]}\t24000\tHELLO, YOU\ts1\nu2\t{NAMES[1]}\t16002\t\ts2\n",
+    "bom_and_crlf.csv": "\ufeff" + OURS.replace("\n", "\r\n"),
+    "speechbrain.csv": "ID,duration,wav,spk_id,wrd\n"
+    f'u1,1.5,$data_root/{CSV_NAMES[0]},s1,"HELLO, YOU"\nu2,1.0001,"$data_root/{CSV_NAMES[1][1:]},s2,\n',
+    "speechbrain_old.csv": "ID, duration, wav, spk_id, wrd\n"
+    f'u1, 1.5, {CSV_NAMES[0]}, s1, "HELLO, YOU"\nu2, 1.0001, {CSV_NAMES[1]}, s2, \n',
+    "speechbrain.json": json.dumps(SPEECHBRAIN, indent=1),
+    "speechbrain_one_line.json": json.dumps(SPEECHBRAIN),
+    "nemo.jsonl": "\n".join(map(json.dumps, NEMO)),
+    "nemo.json": "\n\n".join(map(json.dumps, NEMO)) + "\n",
+    "list.json": json.dumps(NEMO),
+    "mixed_types.jsonl": "\n".join(json.dumps(row | {"duration": str(row["duration"])}) for row in NEMO[:1])
+    + "\n"
+    + json.dumps(NEMO[1] | {"text": None}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_manifest_gives_the_same_table(corpus, name):
+    data = load(write(corpus / name, FILES[name]), data_root=str(corpus))
+    assert data["audio"][:] == [str(corpus / audio) for audio in NAMES]
+    assert data["num_samples"][:] == [24_000, 16_002]
+    assert data["start"][:] == [0.0, 0.0]
+    assert data["text"][:] == ["HELLO, YOU", ""] and data["speaker"][:] == ["s1", "s2"]
+    assert data["id"][:] == (["u1", "u2"] if name.startswith(("samples", "speechbrain")) else NAMES)
+    assert [str(data.features[column].dtype) for column in ("id", "start", "num_samples")] == [
+        "string",
+        "float64",
+        "int64",
+    ]
+    assert "label" not in data.column_names
+
+
+def test_parquet_reads_like_the_rest_and_labels_may_be_numbers(corpus):
+    table = pa.table({"Audio": NAMES, "duration": pa.array([1.5, 2], pa.float32()), "label": [3, 4], "other": [1, 2]})
+    pyarrow.parquet.write_table(table, corpus / "a.parquet")
+    data = load(corpus / "a.parquet")
+    assert data["num_samples"][:] == [24_000, 32_000] and data["label"][:] == ["3", "4"]
+
+
+@pytest.mark.parametrize("root", [".", "", "deep/..", "{absolute}"])
+def test_fairseq_roots(corpus, root):
+    root = root.format(absolute=corpus)
+    data = load(write(corpus / "train.tsv", f"{root}\n{NAMES[0]}\t24000\n{NAMES[1]}\t16001\n"))
+    assert [os.path.realpath(path) for path in data["audio"]] == [str(corpus / name) for name in NAMES]
+    assert data["num_samples"][:] == list(LENGTHS.values()) and data["id"][:] == NAMES
+
+
+def test_a_tsv_is_read_without_quotes_that_swallow_rows(corpus):
+    rows = 'client_id\tpath\tsentence\tduration\nc\ta.mp3\t"Yes he said\t1\nc\tb.mp3\t"A ""B"""\t1\n'
+    data = load(write(corpus / "cv.tsv", rows))
+    assert data["text"][:] == ['"Yes he said', 'A "B"']
+
+
+def test_line_breaks_within_quotes_stay_within_their_cells_however_long_the_file(corpus):
+    rows = 'a.wav,1,"one\ntwo"\n' * 70_000  # more than one block of Arrow's reader
+    data = load(write(corpus / "a.csv", "audio,duration,text\n" + rows))
+    assert len(data) == 70_000 and set(data["text"][:]) == {"one\ntwo"}
+
+
+def test_relative_paths_start_at_data_root_or_else_beside_the_manifest(corpus, tmp_path):
+    manifest = write(corpus / "a.csv", "audio,duration\nx/a.wav,1\n/abs/b.wav,1\n")
+    assert load(manifest)["audio"][:] == [str(corpus / "x/a.wav"), "/abs/b.wav"]
+    assert load(manifest, data_root=str(tmp_path))["audio"][:] == [str(tmp_path / "x/a.wav"), "/abs/b.wav"]
+
+
+def test_nemo_offsets_are_seconds(corpus):
+    rows = [{"audio_filepath": "a.wav", "duration": 2.5, "offset": start} for start in (0, 3.5)]
+    data = load(write(corpus / "a.json", "\n".join(map(json.dumps, rows))))
+    assert data["start"][:] == [0.0, 3.5] and data["num_samples"][:] == [40_000, 40_000]
+    assert data["id"][:] == ["a.wav", "a.wav:56000"]
+
+
+@pytest.mark.parametrize(
+    "rows, start, num_samples",
+    [
+        ("ID,duration,wav,start,stop,spk_id\nu,9.0,a b.wav,16000,56000,s\n", 1.0, 40_000),  # VoxCeleb: samples
+        ("ID,duration,wav,start,stop,spk_id\nu,9.0,a b.wav,1.5,4,s\n", 1.5, 144_000),  # not whole: seconds
+        ("ID,duration,wav,start,stop\nu,10,a b.wav,2,12\n", 2.0, 160_000),  # stop - start is the duration: seconds
+        ("ID,wav,start\nu,a b.wav,0.5\n", 0.5, 16_000),  # no stop: seconds, and the rest of the file
+        ("audio,start,end\na b.wav,1,3\n", 1.0, 32_000),  # our names: seconds
+    ],
+)
+def test_start_and_stop(corpus, rows, start, num_samples):
+    data = load(write(corpus / "a.csv", rows), probe=probe)
+    assert (data["start"][0], data["num_samples"][0]) == (start, num_samples)
+
+
+def test_speechbrains_wav_may_be_an_object_with_samples(corpus):
+    rows = {"u": {"wav": {"file": "/a.wav", "start": 16_000, "stop": 24_000}, "words": "X"}}
+    data = load(write(corpus / "a.json", json.dumps(rows)))
+    assert data[0] == {"id": "u", "audio": "/a.wav", "start": 1.0, "num_samples": 8_000, "text": "X"}
+
+
+def test_kaldi_folder_with_segments(corpus):
+    write(corpus / "wav.scp", "r1 a b.wav\nr2 /x/r2.wav\n")
+    write(corpus / "segments", "u1 r1 0.5 1.5\nu2 r2 1 2.25\n")
+    write(corpus / "text", "u1 HI  THERE\nu2\n")
+    write(corpus / "utt2spk", "u1 s\nu2 t\n")
+    data = load(corpus)
+    assert data[0] == {"id": "u1", "audio": str(corpus / "a b.wav"), "start": 0.5, "num_samples": 16_000} | {
+        "text": "HI  THERE",
+        "speaker": "s",
+    }
+    assert data[1]["num_samples"] == 20_000 and data[1]["text"] == "" and data[1]["audio"] == "/x/r2.wav"
+
+
+def test_kaldi_folder_without_segments_takes_utt2dur_and_measures_the_rest(corpus):
+    write(corpus / "wav.scp", f"r1 {NAMES[0]}\nr2 {NAMES[1]}\n")
+    write(corpus / "utt2dur", "r2 1.25\n")
+    assert load(corpus, probe=probe)["num_samples"][:] == [24_000, 20_000]
+
+
+def test_a_kaldi_segment_to_the_end_of_its_recording_is_measured(corpus):
+    write(corpus / "wav.scp", f"r1 {NAMES[0]}\n")
+    write(corpus / "segments", "u1 r1 0.5 -1\n")
+    assert load(corpus, probe=probe)["num_samples"][:] == [16_000]
+
+
+def test_a_kaldi_pipe_is_refused_and_never_run(corpus):
+    write(corpus / "wav.scp", f"r1 touch {corpus}/ran |\n")
+    with pytest.raises(UserError, match="wav.scp: entry 'r1' is a shell pipe"):
+        load(corpus)
+    assert not (corpus / "ran").exists()
+
+
+def test_a_folder_is_searched_for_audio_and_measured(corpus):
+    write(corpus / "notes.txt", "no audio")
+    write(corpus / "._a b.wav", "macOS")
+    os.symlink(corpus, corpus / "deep" / "round")
+    data = load(corpus, probe=probe)
+    assert dict(zip(data["id"], data["num_samples"], strict=True)) == LENGTHS
+    assert data["audio"][:] == [str(corpus / name) for name in NAMES]
+
+
+def test_missing_durations_are_measured_once_and_again_only_after_a_change(corpus, tmp_path):
+    manifest = write(corpus / "a.csv", f"audio,duration\n{CSV_NAMES[0]},\n{CSV_NAMES[1]},7\n")
+    calls = []
+
+    def counting(path):
+        calls.append(path)
+        return probe(path)
+
+    for _ in range(2):
+        assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [24_000, 112_000]
+    assert calls == [str(corpus / NAMES[0])]
+    soundfile.write(corpus / NAMES[0], np.zeros(100, np.float32), 16_000)
+    assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [100, 112_000]
+
+
+def test_a_torn_cache_is_no_obstacle(corpus, tmp_path):
+    load(corpus, probe=probe, cache_dir=tmp_path)
+    cache = tmp_path / "durations.jsonl"
+    cache.write_text(cache.read_text() + '["/x", 1')
+    assert load(corpus, probe=no_probe, cache_dir=tmp_path)["num_samples"][:] == list(LENGTHS.values())
+
+
+def test_files_that_cannot_be_measured_are_left_out_and_listed(corpus):
+    write(corpus / "bad.wav", "no audio")
+    manifest = write(corpus / "a.csv", "id,audio,start\nu1,a b.wav,0\nu2,bad.wav,0\nu3,gone.wav,0\nu4,a b.wav,9\n")
+    data, skipped = load_manifest(str(manifest), probe=probe)
+    assert data["id"][:] == ["u1"]
+    assert [(row["id"], row["audio"]) for row in skipped] == [
+        ("u2", str(corpus / "bad.wav")),
+        ("u3", str(corpus / "gone.wav")),
+        ("u4", str(corpus / "a b.wav")),
+    ]
+    assert [row["reason"] for row in skipped][:2] == ["is no audio", "does not exist"]
+    assert "ends before 9 s" in skipped[2]["reason"]
+
+
+def test_a_probe_with_a_bug_is_not_taken_for_a_bad_file(corpus):
+    with pytest.raises(ZeroDivisionError):
+        load(corpus, probe=lambda path: 1 // 0)
+
+
+def test_several_manifests_are_joined_and_what_one_lacks_is_empty(corpus):
+    first = write(corpus / "a.csv", "audio,duration,text\na.wav,1,HI\n")
+    second = write(corpus / "b.jsonl", '{"audio": "b.wav", "duration": 2, "label": "x"}')
+    data = load(first, second)
+    assert data["id"][:] == ["a.wav", "b.wav"] and data["num_samples"][:] == [16_000, 32_000]
+    assert data["text"][:] == ["HI", ""] and data["label"][:] == ["", "x"]
+
+
+def test_manifests_that_share_ids_get_them_prefixed(corpus, tmp_path):
+    rows = "id,audio,duration\nu1,a.wav,1\n"
+    assert load(write(corpus / "a.csv", rows), write(corpus / "b.csv", rows))["id"][:] == ["a/u1", "b/u1"]
+    ids = load(corpus / "a.csv", write(tmp_path / "a.csv", rows))["id"][:]
+    assert len(set(ids)) == 2
+
+
+def test_the_same_audio_twice_without_ids_is_two_utterances(corpus):
+    data = load(write(corpus / "a.csv", "audio,duration\na.wav,1\na.wav,1\n"))
+    assert data["id"][:] == ["a.wav", "a.wav#2"]
+
+
+def test_ids_that_look_like_dates_stay_as_written(corpus):
+    data = load(write(corpus / "a.jsonl", '{"id": "2020-01-01", "audio": "a", "duration": 1}\n'))
+    assert data["id"][:] == ["2020-01-01"]
+
+
+def test_equal_content_has_an_equal_fingerprint(corpus):
+    manifest = write(corpus / "a.csv", OURS)
+    first = load(manifest)._fingerprint
+    assert load(manifest)._fingerprint == first
+    assert load(write(corpus / "b.csv", OURS.replace("1.5", "1.6")))._fingerprint != first
+
+
+GOOD = '{"audio": "a.wav", "duration": 1}\n'
+SLIPS = [
+    ("missing.csv", None, "missing.csv does not exist"),
+    ("empty.csv", "", "empty.csv is empty"),
+    ("empty.jsonl", "\n\n", "empty.jsonl is empty"),
+    ("header.csv", "audio,duration\n", "header.csv has no rows"),
+    ("list.txt", "a.wav\n", "unknown suffix '.txt': use .csv"),
+    ("a.csv", "foo,bar\n1,2\n", "no audio column: it has foo, bar; name one of them audio or wav"),
+    ("a.jsonl", '{"foo": 1}\n', "no audio column: it has foo;"),
+    ("a.csv", "audio,duration\na.wav,1\nb.wav,-1\n", r"row 2 \(line 3\): duration is -1"),
+    ("a.csv", "audio,duration\na.wav,1\nb.wav,0\n", r"row 2 \(line 3\): duration is 0"),
+    ("a.csv", "audio,duration\na.wav,1\n\nb.wav,nan\n", r"row 2 \(line 4\): duration is nan"),
+    ("a.csv", "audio,duration\na.wav,inf\n", r"row 1 \(line 2\): duration is inf"),
+    ("a.csv", "audio,duration\na.wav,long\n", r"row 1 \(line 2\): duration 'long' is not a number"),
+    ("a.tsv", "/root\na.wav\t16000\nb.wav\tx\n", r"row 2 \(line 3\): num_samples 'x' is not a number"),
+    ("a.tsv", "/root\na.wav\tx\n", r"row 1 \(line 2\): num_samples 'x' is not a number"),
+    ("a.csv", "audio,duration,start\na.wav,1,-2\n", r"row 1 \(line 2\): start is -2"),
+    ("a.csv", "audio,start,end\na.wav,3,2\n", r"row 1 \(line 2\) stops at 2 s"),
+    ("a.jsonl", GOOD + "\n" + '{"audio": "b.wav", "duration": -3}\n', r"row 2 \(line 3\): duration is -3"),
+    ("a.jsonl", GOOD + '{"audio": "b.wav", "duration": NaN}\n', r"row 2 \(line 2\): duration is nan"),
+    ("a.jsonl", GOOD + '{"audio": "b.wav", "dur\n', "a.jsonl: line 2, column .* not valid JSON"),
+    ("a.jsonl", GOOD + "[1]\n", "line 2 is not a JSON object"),
+    ("a.json", '[{"audio": "a.wav"},\n {"audio"}]', "a.json: line 2, column 10 is not valid JSON"),
+    ("a.json", "3", "a.json: use a list of objects"),
+    ("a.csv", "audio,duration\n,1\n", r"row 1 \(line 2\) has no audio path"),
+    ("a.jsonl", GOOD + '{"audio": null, "duration": 1}\n', r"row 2 \(line 2\) has no audio path"),
+    ("a.csv", "audio,duration,text\na.wav,1,hi, you\n", r"row 1 \(line 2\) has 4 cells where the header has 3"),
+    ("a.csv", "audio,audio,duration\na,b,1\n", "more than one column 'audio'"),
+    ("a.csv", "audio,AUDIO,duration\na,b,1\n", "more than one column 'audio'"),
+    ("a.csv", "id,audio,duration\nx,a,1\ny,b,1\nx,c,1\n", r"row 3 \(line 4\) has the id 'x' of row 1"),
+    ("a.csv", "id,audio,duration\nx,a,1\n,b,1\n", r"row 2 \(line 3\) has no id"),
+    ("a.csv", "ID,duration,wav\nx,1,$data_root/a.wav\n", r"row 1 \(line 2\) holds \$data_root: pass --data_root"),
+    ("a.csv", "audio,duration\nhttps://x/a.wav,1\n", "names the URL https://x/a.wav"),
+    ("a.csv", "audio\ngone.wav\n", "no audio file could be measured.*gone.wav, which does not exist"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", SLIPS)
+def test_a_slip_is_named_in_one_line(tmp_path, name, content, message):
+    if content is not None:
+        write(tmp_path / name, content)
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path / name, probe=probe)
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_text_in_another_encoding_is_a_slip(tmp_path):
+    (tmp_path / "a.csv").write_bytes("audio,duration\né.wav,1\n".encode("latin-1"))
+    with pytest.raises(UserError, match="a.csv is not UTF-8"):
+        load(tmp_path / "a.csv")
+
+
+def test_a_parquet_that_is_none_or_embeds_its_audio_is_a_slip(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR0")
+    with pytest.raises(UserError, match="a.parquet is not a Parquet file"):
+        load(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pa.table({"audio": [{"bytes": b"", "path": "x"}]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: the column for audio holds struct"):
+        load(tmp_path / "b.parquet")
+
+
+def test_arguments_that_name_nothing_are_slips(corpus):
+    manifest = write(corpus / "a.csv", OURS)
+    for paths, options, message in (
+        ([], {}, "no manifest"),
+        ([manifest, manifest], {}, "given twice"),
+        ([manifest], {"data_root": str(corpus / "gone")}, "--data_root .* is not a folder"),
+        ([corpus / "nowhere"], {}, "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(*paths, **options)
+
+
+def test_an_empty_folder_is_a_slip(tmp_path):
+    with pytest.raises(UserError, match="holds no audio files"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "segments", ["u1 r9 0 1\n", "u1 r1 0\n", "u1 r1 0 x\n", "u1 r1 2 1\n", "u1 r1 0 1\nu1 r1 1 2\n"]
+)
+def test_bad_kaldi_segments_are_slips(tmp_path, segments):
+    write(tmp_path / "wav.scp", "r1 a.wav\n")
+    write(tmp_path / "segments", segments)
+    with pytest.raises(UserError, match="u1|row 1"):
+        load(tmp_path)

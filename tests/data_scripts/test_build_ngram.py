@@ -1,0 +1,164 @@
+"""Kneser-Ney against its definition: probabilities that sum to one, a brute-force evaluation, KenLM as a reader."""
+
+import math
+import random
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_scripts"))
+
+import build_ngram
+from kneser_ney import FALLBACK, adjusted_counts, discounts, estimate, write_arpa
+
+
+def text(num=400, seed=0):
+    """Sentences of up to six words, few of them common and many rare, as words are."""
+    r = random.Random(seed)
+    words = [f"w{i}" for i in range(60)]
+    return [r.choices(words, [1 / (i + 1) for i in range(60)], k=r.randrange(7)) for _ in range(num)]
+
+
+def contexts(sentences, n):
+    """Histories of up to n words that a text has, and some that it has not."""
+    found = {("zz",), ("w1", "zz"), ("zz", "w1")}
+    for sentence in sentences:
+        padded = ["<s>", *sentence]
+        found |= {tuple(padded[max(0, i - k) : i]) for i in range(len(padded) + 1) for k in range(n + 1)}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_probabilities_sum_to_one_after_every_history(order):
+    sentences = text(100)
+    model = estimate(sentences, order)
+    words = [gram[0] for gram in model.probabilities[0] if gram != ("<s>",)]
+    assert {"</s>", "<unk>"} < set(words)
+    for history in contexts(sentences, order - 1):
+        assert sum(model.probability(history, word) for word in words) == pytest.approx(1, abs=1e-12)
+        assert all(model.probability(history, word) > 0 for word in words)
+
+
+def brute_force(sentences, order, gram, num_words):
+    """p(last word | the others) straight from the text by Chen and Goodman's recursion, with nothing of the program's."""
+    padded = [["<s>", *sentence, "</s>"] for sentence in sentences]
+
+    @cache
+    def grams(n):
+        return [(tuple(p[i : i + n]), p[i - 1] if i else None) for p in padded for i in range(len(p) - n + 1)]
+
+    @cache
+    def count(g):
+        """Adjusted count: how often, or after how many words."""
+        before = [left for found, left in grams(len(g)) if found == g]
+        return len(before) if len(g) == order or g[0] == "<s>" else len(set(before))
+
+    @cache
+    def discount(n):
+        counts = [count(g) for g in {g for g, _ in grams(n)} - {("<s>",)}]
+        n1, n2, n3, n4 = (counts.count(k) for k in (1, 2, 3, 4))
+        y = n1 / (n1 + 2 * n2)
+        return 0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3
+
+    def probability(gram):
+        below = probability(gram[1:]) if len(gram) > 1 else 1 / num_words
+        after = {g: count(g) for g in {g for g, _ in grams(len(gram))} if g[:-1] == gram[:-1] and g != ("<s>",)}
+        if not after:
+            return below
+        taken = sum(discount(len(gram))[min(c, 3)] for c in after.values())
+        seen = after.get(gram, 0)
+        return (seen - discount(len(gram))[min(seen, 3)] + taken * below) / sum(after.values())
+
+    return probability(gram)
+
+
+def test_probabilities_are_those_of_the_definition():
+    sentences = text(150)  # enough for discounts of every order
+    model = estimate(sentences, 3)
+    assert not model.fallbacks
+    words = sorted({word for sentence in sentences for word in sentence})
+    r = random.Random(5)
+    seen = [tuple(s[i : i + 3]) for s in sentences for i in range(len(s) - 2)]
+    starts = [("<s>", "<s>", s[0])[1:] for s in sentences if s] + [
+        ("<s>", s[0], "</s>") for s in sentences if len(s) == 1
+    ]
+    unseen = [tuple(r.choices(words, k=3)) for _ in range(6)]
+    for gram in [*r.sample(seen, 6), *r.sample(starts, 4), *unseen]:
+        expected = brute_force(sentences, 3, gram, len(words) + 2)
+        assert model.probability(gram[:-1], gram[-1]) == pytest.approx(expected, rel=1e-9), gram
+
+
+def test_lower_orders_count_the_words_before_and_not_the_occurrences():
+    counts = adjusted_counts([["san", "francisco"], ["san", "francisco"], ["old", "dog"], ["a", "dog"]], 2)
+    assert counts[0]["francisco",] == 1 and counts[0]["dog",] == 2
+    assert counts[1]["san", "francisco"] == 2
+    assert ("<s>",) not in counts[0]
+
+
+def test_discounts_follow_the_counts_of_counts_or_are_not_there():
+    found = discounts([1] * 50 + [2] * 20 + [3] * 10 + [4] * 6 + [9] * 3)
+    y = 50 / 90
+    assert found == pytest.approx((1 - 2 * y * 20 / 50, 2 - 3 * y * 10 / 20, 3 - 4 * y * 6 / 10))
+    assert discounts([1, 1, 2]) is None
+    assert estimate([["one"]], 2).discounts == [FALLBACK, FALLBACK]
+
+
+def test_kenlm_reads_the_same_probabilities_from_the_file(tmp_path):
+    from flashlight.lib.text.decoder.kenlm import KenLM
+    from flashlight.lib.text.dictionary import Dictionary
+
+    sentences = text()
+    model = estimate(sentences, 3)
+    with open(tmp_path / "lm.arpa", "w") as file:
+        write_arpa(model, file)
+    words = sorted({word for sentence in sentences for word in sentence}) + ["<unk>"]
+    dictionary = Dictionary(words)
+    reader = KenLM(str(tmp_path / "lm.arpa"), dictionary)
+    r = random.Random(1)
+    for _ in range(30):
+        sentence = r.choices(words, k=6)
+        state, theirs, ours = reader.start(False), 0.0, 0.0
+        for i, word in enumerate(sentence):
+            state, score = reader.score(state, dictionary.get_index(word))
+            theirs, ours = theirs + score, ours + math.log10(model.probability(["<s>", *sentence[:i]], word))
+        theirs += reader.finish(state)[1]
+        ours += math.log10(model.probability(["<s>", *sentence], "</s>"))
+        assert theirs == pytest.approx(ours, abs=1e-4)
+
+
+def test_text_and_manifests_are_normalised_alike_and_counted_together(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("One, two!\n\nthree-four\n")
+    (tmp_path / "b.csv").write_text('audio,duration,text\nx.wav,1.0,"one two"\ny.wav,1.0,\n')
+    output = tmp_path / "deep" / "lm.arpa"
+    command = [str(tmp_path / "a.txt"), str(tmp_path / "b.csv"), "--order", "2", "--output", str(output)]
+    assert build_ngram.main(command) == 0
+    assert "3 sentences, 6 words" in capsys.readouterr().out
+    words = {line.split("\t")[1] for line in output.read_text().split("\\1-grams:\n")[1].split("\n\n")[0].splitlines()}
+    assert words == {"<s>", "</s>", "<unk>", "ONE", "TWO", "THREE", "FOUR"}
+    assert "ngram 2=6" in output.read_text()  # <s> one, one two, two </s>, <s> three, three four, four </s>
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["{0}/absent.txt"], "absent.txt"),
+        (["{0}/empty.txt"], "no words"),
+        (["{0}/bare.csv"], "no transcripts"),
+        (["{0}/binary.txt"], "not UTF-8"),
+        (["{0}/good.txt", "--order", "1"], "--order 1"),
+        (["{0}/good.txt", "{0}/reserved.txt", "--text_case", "keep", "--drop_characters", "."], "the word </s>"),
+    ],
+)
+def test_a_slip_is_one_line_and_status_2(flags, message, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n ?! \n")
+    (tmp_path / "good.txt").write_text("one\n")
+    (tmp_path / "reserved.txt").write_text("<s> one </s>\n")
+    (tmp_path / "bare.csv").write_text("audio,duration\nx.wav,1.0\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00word")
+    command = [flag.format(tmp_path) for flag in flags]
+    assert build_ngram.main([*command, "--output", str(tmp_path / "lm.arpa")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "lm.arpa").exists()

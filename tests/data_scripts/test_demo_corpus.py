@@ -1,0 +1,127 @@
+"""The demo corpus: the same bytes for the same arguments, nothing shared between splits, manifests that are true."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = REPOSITORY / "data_scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import demo_speech  # noqa: E402
+import make_demo_corpus  # noqa: E402
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def speak(output_dir, *flags, ok=True):
+    command = [sys.executable, str(SCRIPTS / "make_demo_corpus.py"), str(output_dir), *map(str, flags)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode == 0) == ok, result.stderr
+    return result
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def corpus_flags():
+    """Few voices, among them one with breath noise, which espeak-ng by itself seeds from the clock."""
+    seeds = (s for s in range(1000) if any("+f2" in v.espeak_name for v in make_demo_corpus.plan_voices(4, 0.5, s)))
+    return ["--minutes", 0.5, "--num_voices", 4, "--labelled_minutes", 0.1, "--seed", next(seeds)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, corpus_flags):
+    folder = tmp_path_factory.mktemp("demo") / "corpus"
+    speak(folder, *corpus_flags, "--num_workers", 2)
+    return folder
+
+
+def test_demo_corpus_is_the_same_bytes_for_any_number_of_workers(corpus, corpus_flags, tmp_path):
+    speak(tmp_path / "again", *corpus_flags, "--num_workers", 1)
+    assert contents(tmp_path / "again") == contents(corpus)
+
+
+def test_demo_splits_share_no_speaker_no_timbre_and_no_sentence(corpus):
+    voices = json.loads((corpus / "corpus.json").read_text())["voices"]
+    for values in (
+        {s: {v["espeak_name"].split("+")[1] for v in voices if v["split"] == s} for s in ("train", "dev", "test")},
+        {s: {row["speaker"] for row in rows_of(corpus / f"{s}.csv")} for s in ("train", "dev", "test")},
+        {s: {row["text"] for row in rows_of(corpus / f"{s}.csv")} for s in ("train", "dev", "test")},
+    ):
+        assert all(values.values())
+        assert len(set.union(*values.values())) == sum(map(len, values.values()))
+
+
+def test_every_split_of_a_large_plan_has_its_own_timbres_and_distinct_voices():
+    voices = make_demo_corpus.plan_voices(240, 60, 1)
+    assert len({voice.espeak_name for voice in voices}) == 240
+    timbres = {s: {v.espeak_name.split("+")[1] for v in voices if v.split == s} for s in ("train", "dev", "test")}
+    assert len(set.union(*timbres.values())) == sum(map(len, timbres.values())) == len(demo_speech.TIMBRES)
+
+
+def test_default_plan_gives_at_least_five_minutes_of_test_and_the_minutes_asked_for():
+    for minutes in (30, 45, 60):
+        voices = make_demo_corpus.plan_voices(60, minutes, 0)
+        assert sum(voice.seconds for voice in voices) == pytest.approx(60 * minutes)
+        assert sum(voice.seconds for voice in voices if voice.split == "test") >= 300
+
+
+def test_demo_manifests_tell_the_truth_about_their_files(corpus):
+    listed = [row for split in ("train", "dev", "test") for row in rows_of(corpus / f"{split}.csv")]
+    assert {row["audio"] for row in listed} == {p.relative_to(corpus).as_posix() for p in corpus.rglob("*.flac")}
+    assert len({row["id"] for row in listed}) == len(listed)
+    for row in listed:
+        info = soundfile.info(corpus / row["audio"])
+        assert (info.samplerate, info.channels, info.subtype) == (16_000, 1, "PCM_16")
+        assert float(row["duration"]) == info.frames / 16_000
+        samples = soundfile.read(corpus / row["audio"])[0]
+        assert 0.1 < np.abs(samples).max() < 0.99
+
+
+def test_labelled_part_comes_from_train_and_holds_all_its_voices(corpus):
+    train = {row["id"]: row for row in rows_of(corpus / "train.csv")}
+    labelled = rows_of(corpus / "train_labelled.csv")
+    assert 0 < len(labelled) < len(train)
+    assert all(train[row["id"]] == row for row in labelled)
+    assert {row["speaker"] for row in labelled} == {row["speaker"] for row in train.values()}
+
+
+def test_demo_corpus_made_twice_costs_nothing_and_mends_what_is_missing(corpus, corpus_flags):
+    before, stamps = contents(corpus), {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
+    speak(corpus, *corpus_flags)
+    assert stamps == {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
+    next(corpus.rglob("*.flac")).unlink()
+    speak(corpus, *corpus_flags)
+    assert contents(corpus) == before
+
+
+def test_another_demo_corpus_in_the_way_is_refused(corpus):
+    result = speak(corpus, "--minutes", 1, ok=False)
+    assert result.returncode == 2 and "holds another corpus" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_demo_sentences_keep_to_their_split_their_length_and_over_a_hundred_words():
+    words, drawn = set(), {}
+    for split in ("train", "dev", "test"):
+        stream = demo_speech.sentences(split, random.Random(split))
+        drawn[split] = {next(stream) for _ in range(400)}
+        assert len(drawn[split]) == 400
+        assert all(3 <= len(sentence.split()) <= 14 for sentence in drawn[split])
+        words |= {word for sentence in drawn[split] for word in sentence.split()}
+    assert not drawn["train"] & drawn["test"] and not drawn["train"] & drawn["dev"] and not drawn["dev"] & drawn["test"]
+    assert len(words) >= 100 and all(word.isalpha() and word.islower() for word in words)

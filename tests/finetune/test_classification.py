@@ -1,0 +1,207 @@
+"""The classifier and its trainer: padding unseen, accumulation without influence, a frozen encoder that stays frozen."""
+
+import copy
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tiny_config
+from datasets import Dataset
+from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining, Wav2Vec2ForSequenceClassification
+
+from w2v2.finetune import labels
+from w2v2.finetune.classification import ClassificationTrainer, build_classifier
+from w2v2.finetune.classification_arguments import ClassificationArguments
+from w2v2.finetune.ctc import longest_first
+
+LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+CLASSES = ["a", "b", "c"]
+LENGTHS = (16_000, 9_123, 4_000, 700)
+QUIET = dict(mask_time_prob=0.0, mask_feature_prob=0.0, classifier_proj_size=16)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audio")
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        path, length = str(folder / f"{i}.wav"), 8_000 + 2_347 * i
+        soundfile.write(path, random.uniform(-0.3, 0.3, length), 16_000)
+        rows.append({"id": str(i), "audio": path, "start": 0.0, "num_samples": length, "target": CLASSES[i * i % 3]})
+    rows[2]["target"] = "c"
+    return Dataset.from_list(rows)
+
+
+def make_trainer(table, output_dir, *, model_changes=None, weights=None, freeze_encoder=False, **flags):
+    """A trainer without anything random but the order of utterances, unless `model_changes` says so."""
+    quiet = dict(train_data=["t"], validation_data=["v"], config_name="c", report_to=["none"], use_cpu=True,
+                 dataloader_num_workers=0, max_steps=4, eval_steps=2, save_steps=2, logging_steps=1,
+                 per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3)  # fmt: skip
+    args = ClassificationArguments(output_dir=str(output_dir), **(quiet | flags))
+    output_dir.mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(0)
+    config = tiny_config(**(QUIET | dict(use_weighted_layer_sum=freeze_encoder) | (model_changes or {})))
+    model = build_classifier(config, CLASSES, None, freeze_encoder=freeze_encoder)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
+    shared = dict(min_samples=400, skip_log=output_dir / "skipped_audio.jsonl")
+    train = labels.LabelledDataset(table, CLASSES, extractor, substitute=True, crop_seconds=args.crop_seconds, **shared)
+    held = labels.LabelledDataset(longest_first(table), CLASSES, extractor, substitute=False, **shared)
+    return ClassificationTrainer(
+        model, args, data_collator=labels.collate_labelled, train_dataset=train, eval_dataset=held,
+        processing_class=extractor, class_weights=weights,
+    )  # fmt: skip
+
+
+def weights_of(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def items(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"input_values": torch.randn(n, generator=generator).numpy(), "labels": [i % 3]} for i, n in enumerate(LENGTHS)
+    ]
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_utterance_in_a_padded_batch_comes_out_as_alone_in_the_stock_model(large, weighted):
+    torch.manual_seed(0)
+    config = tiny_config(large, **QUIET, use_weighted_layer_sum=weighted, num_labels=3)
+    stock = Wav2Vec2ForSequenceClassification(config).eval()
+    ours = build_classifier(copy.deepcopy(config), CLASSES, None).eval()
+    ours.load_state_dict(stock.state_dict())
+    with torch.no_grad():
+        together = ours(**labels.collate_labelled(items())).logits
+        alone = torch.cat([stock(torch.tensor(item["input_values"])[None]).logits for item in items()])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_scores_and_probabilities_do_not_move_with_the_evaluation_batch_size(table, tmp_path, large):
+    outputs = []
+    for batch in (1, 3, 8):
+        trainer = make_trainer(
+            table, tmp_path / str(batch), model_changes=LARGE if large else None, per_device_eval_batch_size=batch
+        )
+        outputs.append(trainer.predict(trainer.eval_dataset))
+    assert len(np.unique(outputs[0].predictions.round(6), axis=0)) > 1
+    for output in outputs[1:]:
+        np.testing.assert_allclose(output.predictions, outputs[0].predictions, atol=1e-5)
+        for name in ("loss", "accuracy", "uar", "macro_f1", "utterances"):
+            assert output.metrics[f"test_{name}"] == pytest.approx(outputs[0].metrics[f"test_{name}"], abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, [0.4, 2.5, 1.1]])
+def test_accumulating_four_batches_of_one_equals_one_batch_of_four(table, tmp_path, weights):
+    flags = dict(max_steps=1, eval_steps=1, save_steps=1, optim="sgd", warmup_steps=0.0, max_grad_norm=1e9)
+    norms, changes = [], []
+    for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
+        trainer = make_trainer(
+            table.select(range(4)), tmp_path / str(batch), weights=weights, **flags,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        before = weights_of(trainer)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+        changes.append({name: value - before[name] for name, value in weights_of(trainer).items()})
+    assert norms[0] > 0.01 and norms == pytest.approx([norms[0]] * 3, rel=1e-3)
+    for change in changes[1:]:
+        for name, expected in changes[0].items():
+            torch.testing.assert_close(change[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_without_weights_the_loss_is_the_stock_models(table, tmp_path):
+    trainer = make_trainer(table, tmp_path)
+    batch = labels.collate_labelled(items())
+    trainer.model.eval()
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), trainer.model(**batch).loss)
+
+
+def test_class_weights_multiply_an_utterances_loss(table, tmp_path):
+    trainer = make_trainer(table, tmp_path, weights=[0.0, 1.0, 3.0])
+    logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, -100])
+    losses = -logits.log_softmax(-1)
+    expected = (losses[1, 1] + 3 * losses[2, 2]) / 3
+    torch.testing.assert_close(trainer._loss(logits, targets), expected)
+
+
+def test_a_frozen_encoder_is_left_as_it_was_and_neither_drops_nor_masks(table, tmp_path):
+    noisy = dict(hidden_dropout=0.5, attention_dropout=0.5, layerdrop=0.5, mask_time_prob=0.5, mask_time_length=2)
+    trainer = make_trainer(table, tmp_path, model_changes=noisy, freeze_encoder=True)
+    before = weights_of(trainer)
+    trainer.train()
+    changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
+    assert changed == {"layer_weights", "projector.weight", "projector.bias", "classifier.weight", "classifier.bias"}
+    batch = labels.collate_labelled(items())
+    losses = {trainer.compute_loss(trainer.model.train(), dict(batch)).item() for _ in range(4)}
+    assert len(losses) == 1
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == changed
+
+
+def test_the_convs_never_learn_and_the_rest_does(table, tmp_path):
+    trainer = make_trainer(table, tmp_path)
+    before = weights_of(trainer)
+    trainer.train()
+    changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("wav2vec2.feature_extractor") for name in changed)
+    assert {"wav2vec2.encoder.layers.0.attention.q_proj.weight", "classifier.weight", "projector.bias"} <= changed
+
+
+def test_layer_weights_begin_even_whatever_the_folder_holds(tmp_path):
+    config = tiny_config(**QUIET, use_weighted_layer_sum=True)
+    Wav2Vec2ForPreTraining(config).save_pretrained(tmp_path / "pretrained")
+    model = build_classifier(config, CLASSES, str(tmp_path / "pretrained"))
+    torch.testing.assert_close(model.layer_weights.data, torch.full((3,), 1 / 3))
+    with torch.no_grad():
+        model.layer_weights.copy_(torch.tensor([5.0, 1.0, 2.0]))
+    model.save_pretrained(tmp_path / "tuned")
+    again = build_classifier(config, ["x", "y"], str(tmp_path / "tuned"))
+    torch.testing.assert_close(again.layer_weights.data, torch.full((3,), 1 / 3))
+    assert again.classifier.out_features == 2 and again.config.id2label == {0: "x", 1: "y"}
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 5])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(table, tmp_path, interrupted_at):
+    random = dict(mask_time_prob=0.3, mask_time_length=4, layerdrop=0.3, activation_dropout=0.1)
+    flags = dict(max_steps=7, eval_steps=1, save_steps=1, save_total_limit=9, load_best_model_at_end=False,
+                 crop_seconds=0.4)  # fmt: skip
+    whole = make_trainer(table, tmp_path / "run", model_changes=random, **flags)
+    whole.train()
+    again = make_trainer(table, tmp_path / "again", model_changes=random, **flags)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{interrupted_at}"))
+    expected = weights_of(whole)
+    for name, value in weights_of(again).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_unreadable_utterances_are_neither_scored_nor_predicted(table, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"no audio")
+    rows = table.to_list()
+    rows[3]["audio"] = str(tmp_path / "broken.wav")
+    trainer = make_trainer(Dataset.from_list(rows), tmp_path / "run", max_skipped_fraction=0.2)
+    output = trainer.predict(trainer.eval_dataset)
+    lost = [
+        row["id"] for row, p in zip(trainer.eval_dataset.table, output.predictions, strict=True) if np.isnan(p).all()
+    ]
+    assert (lost, output.metrics["test_utterances"]) == (["3"], 7)
+    whole = make_trainer(table.select([row for row in range(8) if row != 3]), tmp_path / "whole")
+    expected = whole.predict(whole.eval_dataset).metrics
+    assert output.metrics["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
+    assert output.metrics["test_uar"] == pytest.approx(expected["test_uar"])
+
+
+def test_the_mode_decides_learning_rate_masks_and_layer_sum(tmp_path):
+    shared = dict(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"], config_name="c", use_cpu=True)
+    whole = ClassificationArguments(**shared)
+    frozen = ClassificationArguments(**shared, mode="probe", layerdrop=0.3)
+    assert (whole.learning_rate, frozen.learning_rate) == (3e-5, 1e-3)
+    assert ClassificationArguments(**shared, mode="probe", learning_rate=0.5).learning_rate == 0.5
+    changes = frozen.model_changes()
+    noise = [name for name in changes if name.endswith(("_prob", "dropout", "layerdrop"))]
+    assert len(noise) == 8 and not any(changes[name] for name in noise) and changes["use_weighted_layer_sum"]
+    assert whole.model_changes()["mask_time_prob"] == 0.05 and not whole.model_changes()["use_weighted_layer_sum"]
+    assert whole.greater_is_better
+    assert not ClassificationArguments(**shared, metric_for_best_model="loss").greater_is_better

@@ -1,0 +1,171 @@
+"""Batching by seconds through `Trainer`: one gradient however it is cut; scoring that no batch size moves; blanks that are noticed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from two_ranks_ctc import ARPA, CASES, VOCABULARY, make_trainer, one_update, transcribe, write_speech
+
+from w2v2.evaluate.scoring import error_rates
+from w2v2.finetune.ctc_trainer import plateau_causes
+from w2v2.finetune.decoding import BeamDecoder, Setting
+from w2v2.finetune.text import build_vocabulary
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audio")
+    table = write_speech(folder)
+    table.save_to_disk(folder / "table")
+    (folder / "lm.arpa").write_text(ARPA)
+    return table
+
+
+def assert_same(found, expected, tolerance):
+    assert found[1] == pytest.approx(expected[1], rel=tolerance)
+    assert found[0].keys() == expected[0].keys() and len(expected[0]) > 0
+    for name, gradient in expected[0].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=tolerance, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("case", ["mean", "sum"])
+def test_the_gradient_is_the_same_in_one_micro_batch_and_in_many(table, tmp_path, case):
+    results = [
+        one_update(table, tmp_path / str(micro), case, batch_seconds=1_000.0, micro_batch_seconds=micro)
+        for micro in (1_000.0, 4.0, 1.2)
+    ]
+    assert results[0][1]["grad_norm"] > 0
+    for result in results[1:]:
+        assert_same(result, results[0], 1e-4)
+
+
+def test_accumulation_four_times_one_has_the_gradient_of_one_times_four(table, tmp_path):
+    """`gradient_accumulation_steps` times `micro_batch_seconds` is the effective batch where no other is given."""
+    seconds = sum(table["num_samples"]) / 16_000
+    results = [
+        one_update(table, tmp_path / str(steps), micro_batch_seconds=seconds / steps, gradient_accumulation_steps=steps)
+        for steps in (1, 4)
+    ]
+    assert_same(results[1], results[0], 1e-4)
+
+
+def test_the_loss_is_the_mean_over_the_effective_batch(table, tmp_path):
+    """The plain alternative, all in one batch, is the reference."""
+    plain = one_update(table, tmp_path / "plain", per_device_train_batch_size=len(table))
+    assert_same(one_update(table, tmp_path / "s", batch_seconds=1_000.0, micro_batch_seconds=3.0), plain, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(table, tmp_path_factory):
+    """What two gloo processes found, in one launch for all the cases."""
+    folder = Path(table["audio"][0]).parent
+    script = Path(__file__).parents[1] / "two_ranks_ctc.py"
+    run_ranks(folder, script, folder, folder / "found.pt", ACCELERATE_USE_CPU="true")
+    return torch.load(folder / "found.pt")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_gradient_of_one(table, tmp_path, two_ranks, case):
+    expected = one_update(table, tmp_path, case, batch_seconds=1_000.0, micro_batch_seconds=1_000.0)
+    assert set(expected[0]) == ({"lm_head.weight", "lm_head.bias"} if case == "frozen" else set(two_ranks[case][0]))
+    found = {name: two_ranks[case][0][name] for name in expected[0]}
+    assert_same((found, two_ranks[case][1]), expected, 1e-4)
+
+
+def test_two_processes_write_what_one_writes(table, tmp_path, two_ranks):
+    """Eight utterances in batches of three: neither batches nor ranks come out even."""
+    texts, beams = transcribe(table, tmp_path, str(Path(table["audio"][0]).with_name("lm.arpa")))
+    assert two_ranks["texts"] == (texts, beams)
+    assert any(texts) and len(texts) == len(table) and beams[0] != beams[1]
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 4])  # in the middle of an epoch of 4 updates, and at its end
+def test_a_run_by_seconds_resumes_exactly(table, tmp_path, interrupted_at):
+    random = dict(mask_time_prob=0.3, mask_time_length=4, layerdrop=0.3, activation_dropout=0.1)
+    flags = dict(max_steps=7, eval_steps=1, save_steps=1, save_total_limit=9, load_best_model_at_end=False,
+                 batch_seconds=sum(table["num_samples"]) / 16_000 / 4, micro_batch_seconds=1.5)  # fmt: skip
+    whole = make_trainer(table, tmp_path / "run", random, **flags)
+    whole.train()
+    again = make_trainer(table, tmp_path / "again", random, **flags)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{interrupted_at}"))
+    assert len(whole.sampler) == 4
+    expected = dict(whole.model.state_dict())
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    epochs = [entry["epoch"] for entry in whole.state.log_history if "loss" in entry]
+    assert epochs == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_beam_search_and_loss_do_not_move_with_the_batch_size(table, tmp_path, reduction):
+    arpa = tmp_path / "lm.arpa"
+    arpa.write_text(ARPA)
+    found, losses = [], []
+    for batch in (1, 3, 8):
+        trainer = make_trainer(
+            table, tmp_path / str(batch), dict(ctc_loss_reduction=reduction), per_device_eval_batch_size=batch
+        )
+        trainer.decoder = BeamDecoder(str(arpa), VOCABULARY, [Setting(0.1, 3.0), Setting(1.0, 0.0)])
+        output = trainer.predict(trainer.eval_dataset)
+        found.append((output.predictions, trainer.beam_texts, output.metrics["test_wer"]))
+        losses.append(output.metrics["test_loss"])
+        assert trainer.model.config.ctc_loss_reduction == reduction
+    assert any(found[0][1][0]) and found[0][1][0] != found[0][1][1]
+    assert found[1] == found[0] and found[2] == found[0]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_a_set_without_text_is_transcribed_and_not_scored(table, tmp_path):
+    trainer = make_trainer(table, tmp_path)
+    scored = trainer.predict(trainer.eval_dataset)
+    trainer.eval_dataset.table = trainer.eval_dataset.table.map(lambda row: {"text": ""})
+    silent = trainer.predict(trainer.eval_dataset)
+    assert silent.predictions == scored.predictions
+    assert "test_wer" in scored.metrics and "test_wer" not in silent.metrics
+
+
+def test_a_model_of_tokens_reports_their_rate(table, tmp_path):
+    vocabulary = build_vocabulary(table["text"], "tokens")
+    trainer = make_trainer(table, tmp_path, vocabulary=vocabulary, metric_for_best_model="per")
+    trainer.train()
+    output = trainer.predict(trainer.eval_dataset)
+    expected = error_rates(trainer.eval_dataset.table["text"][:], output.predictions, "tokens")
+    assert output.metrics["test_per"] == expected["per"] and "test_cer" not in output.metrics
+    assert any(" " in text for text in output.predictions)
+
+
+def write_blanks(trainer):
+    with torch.no_grad():
+        trainer.model.lm_head.weight.zero_()
+        trainer.model.lm_head.bias.zero_()
+        trainer.model.lm_head.bias[0] = 3.0
+
+
+def test_nothing_but_blanks_is_warned_of_after_a_while(table, tmp_path, capsys):
+    trainer = make_trainer(table, tmp_path, max_steps=4, eval_steps=1, save_steps=1, learning_rate=1e-9)
+    trainer.blanks.patience = 2
+    write_blanks(trainer)
+    trainer.train()
+    assert [warning.split(":")[0] for warning in trainer.blanks.warnings] == ["update 2", "update 3", "update 4"]
+    assert "learning rate reached only 1.0e-09" in trainer.blanks.warnings[0]
+    assert capsys.readouterr().out.count("warning: update") == 3
+
+
+def test_a_model_that_writes_something_is_not_warned_of(table, tmp_path):
+    trainer = make_trainer(table, tmp_path, max_steps=2, eval_steps=1, save_steps=1, learning_rate=1e-9)
+    trainer.blanks.patience = 1
+    assert any(trainer.predict(trainer.eval_dataset).predictions)
+    trainer.train()
+    assert trainer.blanks.warnings == []
+
+
+def test_the_causes_of_blanks_follow_the_run(table, tmp_path):
+    args = make_trainer(table, tmp_path, freeze_encoder_steps=100, learning_rate=1e-3).args
+    state = type("State", (), {"global_step": 150, "log_history": [{"learning_rate": 1e-3}]})
+    causes = plateau_causes(args, state)
+    assert "frozen for 100 updates" in causes[0] and not any("learning rate" in cause for cause in causes)
+    state.global_step = 400
+    assert not any("frozen" in cause for cause in plateau_causes(args, state))
+    assert np.all([len(cause) for cause in causes])

@@ -1,0 +1,245 @@
+import errno
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from two_ranks_ctc import make_trainer, write_speech
+
+from w2v2.errors import UserError
+from w2v2.evaluate.scoring import error_rates
+from w2v2.finetune import ctc
+from w2v2.finetune.finetuning import LengthGroupedSampler
+from w2v2.train.schedule import lr_factor
+
+LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return write_speech(tmp_path_factory.mktemp("audio"))
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def batches(sampler, size):
+    order = list(sampler)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def test_an_epoch_holds_every_utterance_once():
+    for n in (1, 5, 64, 203):
+        assert sorted(LengthGroupedSampler(list(range(n)), 8, seed=1)) == list(range(n))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    sampler = LengthGroupedSampler(list(range(100)), 8, seed=1)
+    first = list(sampler)
+    assert list(sampler) == first
+    assert list(LengthGroupedSampler(list(range(100)), 8, seed=2)) != first
+    sampler.epoch = 1
+    assert list(sampler) != first
+
+
+def test_batches_are_of_like_length_and_in_random_order():
+    lengths = np.random.default_rng(0).integers(1, 1_000, 800).tolist()
+    drawn = batches(LengthGroupedSampler(lengths, 8, seed=0), 8)
+    spread = np.mean([np.ptp([lengths[i] for i in batch]) for batch in drawn])
+    means = [np.mean([lengths[i] for i in batch]) for batch in drawn]
+    assert spread < 50  # a random batch of eight spreads over about 780
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.35  # sorted batches: above 0.9
+
+
+def test_accumulating_four_batches_of_one_equals_one_batch_of_four(table, tmp_path):
+    flags = dict(max_steps=1, eval_steps=1, save_steps=1, optim="sgd", warmup_steps=0.0)
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
+        trainer = make_trainer(
+            table.select(range(4)), tmp_path / f"{batch}", **flags,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        before = weights(trainer)
+        trainer.train()
+        after = weights(trainer)
+        results.append(({k: after[k] - before[k] for k in after}, trainer.state.log_history[0]["loss"]))
+    for change, loss in results[1:]:
+        assert loss == pytest.approx(results[0][1], rel=1e-4)
+        for name, expected in results[0][0].items():
+            torch.testing.assert_close(change[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_learning_rate_follows_the_tri_stage_schedule(table, tmp_path):
+    trainer = make_trainer(table, tmp_path, max_steps=10, eval_steps=10, save_steps=10)
+    trainer.train()
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [entry["learning_rate"] for entry in logged if "loss" in entry]
+    expected = [1e-3 * lr_factor(step, 10, 0.1, "tri_stage", 0.4, 0.05) for step in range(10)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert rates[:5] == [1e-3] * 5 and rates[-1] < 2e-4
+
+
+def test_a_disk_that_is_full_for_logs_and_trackers_changes_no_run(table, tmp_path, monkeypatch, caplog):
+    """Two of five lines are refused at first; TensorBoard's thread dies of its third record."""
+    flags = dict(max_steps=5, eval_steps=5, save_steps=5, report_to=["tensorboard"])
+    whole, disturbed = (make_trainer(table, tmp_path / name, **flags) for name in ("whole", "disturbed"))
+    whole.train()
+    opened, records = [], []
+
+    def full_at_times(path, *args, **kwargs):
+        opened.append(path)
+        if len(opened) in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open(path, *args, **kwargs)
+
+    def full_from_the_third_on(writer, record):
+        records.append(record)
+        if len(records) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("w2v2.train.line_file.open", full_at_times, raising=False)
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full_from_the_third_on)
+    with caplog.at_level(logging.WARNING):
+        disturbed.train()
+    assert len(records) == 3 and len(opened) > 3
+    (warning,) = [line for line in caplog.messages if "TensorBoardCallback" in line]
+    assert "No space left on device" in warning and "it gets nothing from update" in warning
+    (missing,) = [line for line in caplog.messages if "is written again; no line is missing" in line]
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "disturbed")
+    ]
+    assert len(lines[0]) == 6
+    for theirs, ours in zip(*lines, strict=True):
+        timed = {name for name in theirs if name.endswith(("_runtime", "_per_second"))}
+        assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
+    expected = weights(whole)
+    for name, value in weights(disturbed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_tracker_that_cannot_start_still_ends_the_run(table, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("not logged in")
+
+    monkeypatch.setattr("transformers.integrations.TensorBoardCallback.on_train_begin", fail)
+    with pytest.raises(ValueError, match="not logged in"):
+        make_trainer(table, tmp_path, max_steps=1, report_to=["tensorboard"]).train()
+
+
+def test_a_finished_run_is_resumed_to_no_effect_though_it_ended_inside_an_epoch(table, tmp_path):
+    flags = dict(max_steps=3, eval_steps=1, save_steps=1, load_best_model_at_end=False)  # an epoch has four updates
+    whole, again = (make_trainer(table, tmp_path / name, **flags) for name in ("whole", "again"))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert again.state.global_step == 3
+    expected = weights(whole)
+    for name, value in weights(again).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_best_update_is_one_that_was_saved(table, tmp_path, monkeypatch):
+    rates = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.4}  # the best two are validated only
+    for load in (True, False):
+        flags = dict(eval_steps=1, save_steps=2, save_total_limit=1, load_best_model_at_end=load)
+        trainer = make_trainer(table, tmp_path / str(load), **flags)
+        monkeypatch.setattr(trainer, "evaluate", lambda **_: {"eval_wer": rates[trainer.state.global_step]})  # noqa: B023
+        trainer.train()
+        assert trainer.best_update == (2 if load else None)
+        if load:
+            saved = load_file(tmp_path / str(load) / "checkpoint-2" / "model.safetensors")
+            for name, value in weights(trainer).items():
+                assert torch.equal(value, saved[name]), name
+
+
+def test_at_first_only_the_head_learns_and_the_convs_never_do(table, tmp_path):
+    changed = []
+    for steps in (2, 3):
+        trainer = make_trainer(
+            table, tmp_path / str(steps), max_steps=steps, eval_steps=steps, save_steps=steps, freeze_encoder_steps=2
+        )
+        before = weights(trainer)
+        trainer.train()
+        changed.append({name for name, value in weights(trainer).items() if not torch.equal(value, before[name])})
+    assert changed[0] == {"lm_head.weight", "lm_head.bias"}
+    assert "wav2vec2.encoder.layers.0.attention.q_proj.weight" in changed[1]
+    assert "wav2vec2.feature_projection.projection.weight" in changed[1]
+    assert not any(name.startswith("wav2vec2.feature_extractor") for name in changed[1])
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_predictions_and_error_rates_do_not_move_with_the_batch_size(table, tmp_path, large):
+    outputs = []
+    for batch in (1, 3, 8):
+        trainer = make_trainer(
+            table, tmp_path / str(batch), LARGE if large else None,
+            per_device_eval_batch_size=batch,
+        )  # fmt: skip
+        outputs.append(trainer.predict(trainer.eval_dataset))
+    assert any(outputs[0].predictions)
+    for output in outputs[1:]:
+        assert output.predictions == outputs[0].predictions
+        for rate in ("test_wer", "test_cer"):
+            assert output.metrics[rate] == outputs[0].metrics[rate]
+
+
+def test_error_rates_are_those_of_the_predictions_and_the_written_references(table, tmp_path):
+    written = table.map(lambda row: {"text": row["text"] + " ÉTÉ"})  # É and T are unknown to the vocabulary
+    trainer = make_trainer(table, tmp_path)
+    trainer.eval_dataset.table = ctc.longest_first(written)
+    output = trainer.predict(trainer.eval_dataset)
+    rates = error_rates(trainer.eval_dataset.table["text"], output.predictions)
+    assert (output.metrics["test_wer"], output.metrics["test_cer"]) == (rates["wer"], rates["cer"])
+
+
+def test_unreadable_utterances_are_neither_scored_nor_predicted(table, tmp_path):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no audio")
+    rows = table.to_list()
+    rows[3]["audio"] = str(broken)
+    trainer = make_trainer(Dataset.from_list(rows), tmp_path / "run", max_skipped_fraction=0.2)
+    output = trainer.predict(trainer.eval_dataset)
+    missing = [
+        row["id"] for row, text in zip(trainer.eval_dataset.table, output.predictions, strict=True) if text is None
+    ]
+    assert (missing, output.metrics["test_utterances"]) == (["3"], 7)
+
+
+def test_too_many_undecodable_files_stop_the_run(table, tmp_path):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no audio")
+    rows = table.to_list()
+    rows[3]["audio"] = str(broken)
+    trainer = make_trainer(Dataset.from_list(rows), tmp_path / "run", per_device_train_batch_size=8)
+    for act in (trainer.train, lambda: trainer.predict(trainer.eval_dataset)):
+        with pytest.raises(UserError, match="1 of 8 .*broken.wav.*--max_skipped_fraction"):
+            act()
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 5])  # in the middle of the first epoch of 4 updates, and of the second
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(table, tmp_path, interrupted_at):
+    random = dict(mask_time_prob=0.3, mask_time_length=4, layerdrop=0.3, activation_dropout=0.1)
+    flags = dict(max_steps=7, eval_steps=1, save_steps=1, save_total_limit=9, load_best_model_at_end=False)
+    whole = make_trainer(table, tmp_path / "run", random, **flags)
+    whole.train()
+    again = make_trainer(table, tmp_path / "again", random, **flags)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{interrupted_at}"))
+    expected = weights(whole)
+    for name, value in weights(again).items():
+        assert torch.equal(value, expected[name]), name
+    losses = [[e.get("loss") for e in trainer.state.log_history if "loss" in e] for trainer in (whole, again)]
+    assert losses[0] == losses[1]
+    assert len((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()) == 14
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(table, tmp_path):
+    trainer = make_trainer(table, tmp_path, max_steps=6, save_total_limit=1, learning_rate=1e-2)
+    trainer.train()
+    rates = {e["step"]: e["eval_wer"] for e in trainer.state.log_history if "eval_wer" in e}
+    best = min(rates, key=lambda step: (rates[step], step))
+    assert trainer.state.best_global_step == best
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in weights(trainer).items())

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datasets import Dataset
+from transformers import Wav2Vec2FeatureExtractor
+
+from w2v2.errors import UserError
+from w2v2.finetune import labels
+
+
+def write_manifest(folder, header, *rows):
+    for i in range(len(rows)):
+        soundfile.write(folder / f"{i}.wav", np.full(16_000 + 1_600 * i, i / 100), 16_000)
+    (folder / "m.csv").write_text("\n".join([header, *rows]) + "\n")
+    return [str(folder / "m.csv")]
+
+
+def read(paths, columns, tmp_path):
+    table, _ = labels.read_utterances(
+        paths, columns, data_root=None, cache_dir=tmp_path / "cache", max_skipped_fraction=0.0
+    )
+    return table
+
+
+def targets(tmp_path, header, rows, column="label", **rules):
+    table = read(write_manifest(tmp_path, header, *rows), [column], tmp_path)
+    return labels.with_targets(table, "m.csv", column, **rules)
+
+
+def test_any_column_may_be_the_label(tmp_path):
+    rows = ["0.wav,ang,f1,7", "1.wav,sad,m2,8"]
+    for column, expected in (("label", ["ang", "sad"]), ("speaker", ["f1", "m2"]), ("Session", ["7", "8"])):
+        table, dropped = targets(tmp_path, "audio,emotion,spk_id,Session", rows, column)
+        assert (table["target"], dropped) == (expected, 0)
+    table, _ = targets(tmp_path, "audio,emotion,spk_id,Session", rows, "emotion")
+    assert table["target"] == ["ang", "sad"]
+
+
+def test_a_column_that_is_asked_for_by_its_own_name_is_not_taken_for_another(tmp_path):
+    table, _ = targets(tmp_path, "audio,label,emotion", ["0.wav,x,ang", "1.wav,y,sad"], "emotion")
+    assert table["target"] == ["ang", "sad"] and table["label"] == ["x", "y"]
+
+
+def test_labels_are_merged_and_others_left_out(tmp_path):
+    rows = [f"{i}.wav,{label}" for i, label in enumerate(["exc", "hap", "xxx", "ang", "fru"])]
+    table, dropped = targets(tmp_path, "audio,label", rows, label_map=["exc=hap"], labels=["hap", "ang"])
+    assert table["target"] == ["hap", "hap", "ang"] and dropped == 2
+    assert labels.known_labels(table["target"], ["hap", "ang"]) == ["hap", "ang"]
+    assert labels.known_labels(table["target"]) == ["ang", "hap"]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "rules", "message"),
+    [
+        ("audio,label", ["0.wav,a", "1.wav,"], {}, "m.csv: utterance 1.wav has an empty label"),
+        ("audio,text", ["0.wav,a"], {}, "m.csv: has no column 'label', which --label_column asks for .it has text."),
+        ("audio,label", ["0.wav,a"], dict(labels=["b"]), "--labels b; label holds a"),
+        ("audio,label", ["0.wav,a"], dict(label_map=["a"]), "--label_map 'a'"),
+        ("audio,label", ["0.wav,a"], dict(label_map=["a="]), "--label_map 'a='"),
+    ],
+)
+def test_what_is_wrong_with_labels_is_told_in_one_line(tmp_path, header, rows, rules, message):
+    with pytest.raises(UserError, match=message) as caught:
+        targets(tmp_path, header, rows, **rules)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_class_and_unseen_or_absent_labels_are_refused():
+    with pytest.raises(UserError, match="single class .a."):
+        labels.known_labels(["a", "a"])
+    with pytest.raises(UserError, match="--labels c"):
+        labels.known_labels(["a", "b"], ["a", "b", "c"])
+    with pytest.raises(UserError, match="test.csv: 2 utterances have the label 'z' and 1 more"):
+        labels.check_known(["a", "b"], ["a", "z", "z", "y"], "test.csv")
+    labels.check_known(["a", "b"], ["a", "b", "b"], "test.csv")
+
+
+def test_balanced_weights_give_every_class_the_same_say_and_average_to_one():
+    found = ["a"] * 6 + ["b"] * 3 + ["c"]
+    weights = dict(zip("abc", labels.balanced_weights(found, list("abc")), strict=True))
+    assert np.mean([weights[label] for label in found]) == pytest.approx(1.0)
+    assert len({round(weights[label] * found.count(label), 9) for label in "abc"}) == 1
+
+
+def make_dataset(tmp_path, crop_seconds, **options):
+    path = tmp_path / "ramp.wav"
+    soundfile.write(path, np.arange(32_000) / 32_768, 16_000)
+    rows = [{"id": f"u{i}", "audio": str(path), "start": 0.5, "num_samples": 20_000 - 18_000 * (i == 3), "target": "b"}
+            for i in range(4)]  # fmt: skip
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
+    return labels.LabelledDataset(Dataset.from_list(rows), ["a", "b"], extractor, min_samples=400,
+                                  skip_log=tmp_path / "skipped.jsonl", crop_seconds=crop_seconds, **options)  # fmt: skip
+
+
+def test_a_crop_is_a_piece_of_the_utterance_and_a_function_of_seed_epoch_and_utterance(tmp_path):
+    data = make_dataset(tmp_path, 0.25, substitute=True)
+    assert data.lengths == [4_000, 4_000, 4_000, 2_000]
+
+    def starts(data):
+        found = []
+        for row in range(3):
+            values = np.round(data[row]["input_values"] * 32_768).astype(int)
+            assert len(values) == 4_000 and (np.diff(values) == 1).all()
+            assert 8_000 <= values[0] and values[-1] < 28_000
+            found.append(int(values[0]))
+        return found
+
+    first = starts(data)
+    assert starts(data) == first and len(set(first)) == 3
+    data.epoch = 1
+    assert starts(data) != first
+    assert starts(make_dataset(tmp_path, 0.25, substitute=True, seed=1)) != first
+    assert len(make_dataset(tmp_path, 0.0, substitute=True)[0]["input_values"]) == 20_000
+
+
+def test_unreadable_audio_has_no_label_to_score(tmp_path):
+    data = make_dataset(tmp_path, 0.0, substitute=False)
+    items = [data[0], data[3]]
+    (tmp_path / "ramp.wav").write_bytes(b"no audio")
+    batch = labels.collate_labelled([*items, data[1]])
+    assert batch["labels"].tolist() == [1, 1, -100]
+    assert batch["input_values"].shape == (3, 20_000)
+    assert batch["attention_mask"].sum(1).tolist() == [20_000, 2_000, 400]
+    assert torch.equal(labels.collate_labelled(items)["labels"], torch.tensor([1, 1]))
+
+
+def test_lengths_choose_training_utterances(tmp_path):
+    table = make_dataset(tmp_path, 0.0, substitute=True).table
+    kept, dropped = labels.select_lengths(table, 0.2, None)
+    assert (len(kept), dropped) == (3, 1)
+    assert len(labels.select_lengths(table, 0.0, 1.0)[0]) == 1
+    with pytest.raises(UserError, match="--min_seconds"):
+        labels.select_lengths(table, 5.0, None)

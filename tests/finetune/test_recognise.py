@@ -1,0 +1,237 @@
+"""The recognition script beyond training: a fine-tuned folder scored and set to work, a language model, few labels, phonemes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+from test_finetune_ctc import command, data, read_json, read_lines, write_manifest, write_rows  # noqa: F401
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining, pipeline
+
+import finetune_ctc
+from w2v2.errors import UserError
+from w2v2.evaluate.scoring import word_error_rate
+from w2v2.finetune.speech_sets import name_sets
+
+ARPA = ("\\data\\\nngram 1=6\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t-0.3\n-1\t</s>\n-0.5\t{0}\t-0.2\n"
+        "-0.7\t{1}\n-0.9\t{2}\n\n\\2-grams:\n-0.2\t{0} {1}\n\n\\end\\\n")  # fmt: skip
+
+
+def test_every_test_set_has_a_name_of_its_own():
+    assert name_sets(["a/test.csv", "b.tsv"]) == {"test": "a/test.csv", "b": "b.tsv"}
+    paths = ["x/a.csv", "y/a.csv", "a_2.csv", "z/a.csv", "train.csv", "validation.csv"]
+    named = name_sets(paths)
+    assert sorted(named.values()) == sorted(paths) and not {"train", "validation", "run"} & set(named)
+
+
+@pytest.fixture(scope="module")
+def more(data):  # noqa: F811
+    """Beside the fine-tuned run: a set without text, a language model."""
+    for name in ("silent", "empty"):
+        rows = []
+        for i in range(2):
+            samples = np.random.default_rng(i).uniform(-0.3, 0.3, 9_000 + 3_000 * i)
+            soundfile.write(data / f"{name}_{i}.wav", samples, 16_000)
+            rows.append({"audio": f"{name}_{i}.wav"} | ({"text": ""} if name == "empty" else {}))
+        write_rows(data / f"{name}.csv", rows)
+    (data / "lm.arpa").write_text(ARPA.format("ONE", "TWO", "THREE"))
+    return data
+
+
+def evaluate(folder, output, *flags, model="run"):
+    finetune_ctc.main([
+        "--do_train", "false", "--model_name_or_path", str(folder / model), "--output_dir", str(folder / output),
+        "--use_cpu", "--report_to", "none", "--dataloader_num_workers", "0", *flags,
+    ])  # fmt: skip
+    return read_json(folder / output / "results.json"), read_lines(folder / output / "predictions.jsonl")
+
+
+def test_a_fine_tuned_folder_alone_gives_the_results_of_its_run(more):
+    expected = read_json(more / "run" / "results.json")
+    results, lines = evaluate(
+        more, "scores", "--test_data", str(more / "test.csv"), str(more / "silent.csv"), str(more / "empty.csv")
+    )
+    same = ("wer", "cer", "utterances", "edits", "unknown_characters", "worst_utterances")
+    assert {key: results["test"][key] for key in same} == {key: expected["test"][key] for key in same}
+    assert results["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=1e-5)
+    ran = [line for line in read_lines(more / "run" / "predictions.jsonl") if line["set"] == "test"]
+    assert [line for line in lines if line["set"] == "test"] == ran
+    for name in ("silent", "empty"):
+        assert set(results[name]) == {"utterances", "hours"}
+        found = [line for line in lines if line["set"] == name]
+        assert {line["id"] for line in found} == {f"{name}_0.wav", f"{name}_1.wav"}
+        assert all(
+            line["reference"] is None and set(line) == {"set", "id", "reference", "hypothesis"} for line in found
+        )
+    assert not list((more / "scores").glob("checkpoint-*")) and not (more / "scores" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_can_be_scored_as_well(more):
+    results, _ = evaluate(more, "scores_4", "--validation_data", str(more / "dev.csv"), model="run/checkpoint-4")
+    assert set(results) == {"validation", "run"}
+
+
+def test_results_hold_what_is_wrong_and_what_is_worst(more):
+    results = read_json(more / "run" / "results.json")
+    lines = [line for line in read_lines(more / "run" / "predictions.jsonl") if line["set"] == "validation"]
+    validation = results["validation"]
+    assert validation["unknown_characters"] == {"total": 3, "counts": {"Q": 1, "Ü": 1, "X": 1}}
+    edits = validation["edits"]
+    assert edits["words"] == sum(len(line["reference"].split()) for line in lines)
+    assert validation["wer"] == pytest.approx(
+        sum(v for k, v in edits.items() if k not in ("words", "hits")) / edits["words"]
+    )
+    worst = validation["worst_utterances"]
+    assert [line["wer"] for line in worst] == sorted((line["wer"] for line in lines if line["wer"]), reverse=True)
+
+
+def test_a_language_model_is_tuned_on_the_validation_data_and_reported_beside_greedy(more):
+    flags = [
+        "--validation_data",
+        str(more / "dev.csv"),
+        "--test_data",
+        str(more / "test.csv"),
+        str(more / "silent.csv"),
+    ]
+    results, lines = evaluate(more, "beam", *flags, "--lm", str(more / "lm.arpa"), "--tune_lm", "--beam_size", "20")
+    greedy = read_json(more / "run" / "results.json")
+    assert results["test"]["wer"] == greedy["test"]["wer"]
+    run = results["run"]["lm"]
+    best = min(run["grid"], key=lambda entry: entry["wer"])
+    assert (run["lm_weight"], run["word_score"]) == (best["lm_weight"], best["word_score"])
+    assert run["tuned_on"] == 3 and len(run["grid"]) == 25 and run["words"] == 3
+    assert results["validation"]["lm"]["wer"] == pytest.approx(best["wer"], abs=1e-5)
+    for line in lines:
+        assert set(line["lm_hypothesis"].split()) <= {"ONE", "TWO", "THREE"}
+        if line["reference"]:
+            assert line["lm_wer"] == word_error_rate(line["reference"], line["lm_hypothesis"])
+    assert any(line["lm_hypothesis"] for line in lines)
+
+
+def test_the_settings_of_the_search_are_taken_as_given_without_tuning(more):
+    flags = [
+        "--test_data",
+        str(more / "test.csv"),
+        "--lm",
+        str(more / "lm.arpa"),
+        "--lm_weight",
+        "0.5",
+        "--word_score",
+        "2",
+    ]
+    results, _ = evaluate(more, "given", *flags)
+    assert (results["run"]["lm"]["lm_weight"], results["run"]["lm"]["word_score"]) == (0.5, 2.0)
+
+
+def test_few_labels_by_seconds_and_by_list(more):
+    flags = ["--train_hours", "0.0009", "--micro_batch_seconds", "2", "--batch_seconds", "3"]
+    finetune_ctc.main(command(more, *flags, output="few"))
+    run = read_json(more / "few" / "results.json")["run"]
+    assert 0 < run["train_hours"] <= 0.0009 and 1 <= run["train_utterances"] < 5
+    assert run["updates"] == 4
+    (more / "list.txt").write_text("train_3.wav\ntrain_0\n")
+    finetune_ctc.main(command(more, "--train_list", str(more / "list.txt"), output="listed"))
+    assert read_json(more / "listed" / "results.json")["run"]["train_utterances"] == 2
+    assert set(read_json(more / "listed" / "vocab.json")) == {"<pad>", "<unk>", "|", *"ONETWHR"}
+
+
+def test_phonemes_are_learnt_scored_and_written_by_the_stock_pipeline(more):
+    texts = {"train": ["W AH1 N sil T UW1", "T UW1", "W AH1 N"] * 2, "dev": ["T UW1 sil", "W AH1 ZH"]}
+    for seed, (name, lines) in enumerate(texts.items()):
+        write_manifest(more / f"phone_{name}.csv", lines, seed=10 + seed)
+    flags = ["--train_data", str(more / "phone_train.csv"), "--validation_data", str(more / "phone_dev.csv"),
+             "--target_unit", "tokens", "--drop_tokens", "sil"]  # fmt: skip
+    finetune_ctc.main(command(more, *flags, output="phones"))
+    results = read_json(more / "phones" / "results.json")
+    assert set(read_json(more / "phones" / "vocab.json")) == {"<pad>", "<unk>", "AH1", "N", "T", "UW1", "W"}
+    assert results["validation"]["unknown_tokens"]["counts"] == {"ZH": 1} and "cer" not in results["validation"]
+    assert results["validation"]["edits"]["words"] == 5
+    lines = read_lines(more / "phones" / "predictions.jsonl")
+    recognise = pipeline("automatic-speech-recognition", model=str(more / "phones"), device="cpu")
+    for line in lines:
+        samples, rate = soundfile.read(more / line["id"], dtype="float32")
+        assert " ".join(recognise({"raw": samples, "sampling_rate": rate})["text"].split()) == line["hypothesis"]
+    again, _ = evaluate(more, "phone_scores", "--test_data", str(more / "phone_dev.csv"), model="phones")
+    assert again["phone_dev"]["per"] == results["validation"]["per"]
+    assert again["phone_dev"]["edits"]["words"] == 5  # the folder says that sil is left out
+
+
+def slips(folder, kind):
+    """Flags that are wrong in one way, the model to start from, and what the message has to name."""
+    lower, test = str(folder / "lower.arpa"), ["--test_data", str(folder / "test.csv")]
+    if kind == "no_vocabulary":
+        return test, "pretrained", "vocab.json"
+    if kind == "vocabulary_without_head":
+        shutil.copytree(folder / "pretrained", folder / "headless", dirs_exist_ok=True)
+        shutil.copy(folder / "run" / "vocab.json", folder / "headless")
+        return test, "headless", "vocab.json has"
+    if kind == "torn_vocabulary":
+        shutil.copytree(folder / "run", folder / "torn", dirs_exist_ok=True)
+        (folder / "torn" / "vocab.json").write_text("{")
+        return test, "torn", "not a vocabulary"
+    if kind == "another_architecture":
+        shutil.copytree(folder / "run", folder / "other_model", dirs_exist_ok=True)
+        config = read_json(folder / "run" / "config.json") | {"model_type": "hubert"}
+        (folder / "other_model" / "config.json").write_text(json.dumps(config))
+        return test, "other_model", "hubert"
+    if kind == "nothing_to_do":
+        return [], "run", "--test_data"
+    if kind == "lower_case_lm":
+        (folder / "lower.arpa").write_text(ARPA.format("one", "two", "three"))
+        return [*test, "--lm", lower], "run", "'one'"
+    if kind == "absent_lm":
+        return [*test, "--lm", str(folder / "absent.arpa")], "run", "absent.arpa: no such file"
+    if kind == "garbage_lm":
+        return [*test, "--lm", str(folder / "run" / "model.safetensors")], "run", "no list of words"
+    if kind == "tuning_without_data":
+        return [*test, "--lm", str(folder / "lm.arpa"), "--tune_lm"], "run", "--validation_data"
+    if kind == "words_of_tokens":
+        return [*test, "--target_unit", "tokens", "--word_score", "1"], "run", "--word_score"
+    if kind == "only_unknown_marks":
+        write_rows(folder / "marks.csv", [{"audio": "test_0.wav", "text": "?!"}])
+        return ["--test_data", str(folder / "marks.csv")], "run", "marks.csv: none of its 1"
+    raise AssertionError(kind)
+
+
+KINDS = ["no_vocabulary", "vocabulary_without_head", "torn_vocabulary", "another_architecture", "nothing_to_do", "lower_case_lm",
+         "absent_lm", "garbage_lm", "tuning_without_data", "words_of_tokens", "only_unknown_marks"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slip_is_one_line_that_names_the_culprit(more, kind):
+    flags, model, culprit = slips(more, kind)
+    with pytest.raises(UserError) as caught:
+        evaluate(more, f"slip_{kind}", *flags, model=model)
+    assert culprit in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_lm_slips_show_before_any_training(more):
+    (more / "lower.arpa").write_text(ARPA.format("one", "two", "three"))
+    with pytest.raises(UserError, match="'one'"):
+        finetune_ctc.main(command(more, "--lm", str(more / "lower.arpa"), output="lm_slip"))
+    assert not list((more / "lm_slip").glob("checkpoint-*"))
+
+
+def test_characters_that_the_model_lacks_are_counted_in_evaluation(more):
+    write_manifest(more / "strange.csv", ["one zwölf", "zwo"], seed=20)
+    results, _ = evaluate(more, "strange", "--test_data", str(more / "strange.csv"))
+    assert results["strange"]["unknown_characters"] == {"total": 5, "counts": {"Z": 2, "Ö": 1, "L": 1, "F": 1}}
+
+
+def test_a_folder_of_lower_case_is_scored_in_lower_case(more):
+    finetune_ctc.main(command(more, "--text_case", "lower", output="lower"))
+    (more / "lower" / "finetune_config.yaml").unlink()  # the vocabulary tells it too
+    results, lines = evaluate(more, "lower_scores", "--test_data", str(more / "test.csv"), model="lower")
+    assert results["test"]["unknown_characters"]["total"] == 0
+    assert {line["reference"] for line in lines} == {"three two", "one one"}
+
+
+def test_a_wider_pretrained_model_of_another_kind_is_no_start(more):
+    Wav2Vec2ForPreTraining(Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8] * 7,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)).save_pretrained(more / "narrow")  # fmt: skip
+    Wav2Vec2FeatureExtractor().save_pretrained(more / "narrow")
+    shutil.copy(more / "pretrained" / "config.json", more / "narrow")
+    with pytest.raises(UserError, match="narrow.* weights, such as"):
+        finetune_ctc.main(command(more, model="narrow", output="narrow_run"))

@@ -1,0 +1,110 @@
+"""Few labels: draws that nest, share evenly and do not depend on the order of rows; lists in the forms that exist."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from w2v2.errors import UserError
+from w2v2.finetune.subsets import draw_hours, take_listed
+
+
+def corpus(num=300, speakers=12, seed=0):
+    random = np.random.default_rng(seed)
+    names = random.integers(0, speakers, num)
+    return Dataset.from_list([
+        {"id": f"{s}-{i}", "audio": f"/audio/{s}/{s}-{i}.flac", "num_samples": int(random.integers(16_000, 400_000)), "speaker": f"s{s}"}
+        for i, s in enumerate(names)
+    ])  # fmt: skip
+
+
+def hours(table):
+    return sum(table["num_samples"]) / 16_000 / 3600
+
+
+@pytest.mark.parametrize("wanted", [0.02, 0.1, 0.5])
+def test_a_draw_is_as_long_as_asked_for_within_one_utterance(wanted):
+    longest = 400_000 / 16_000 / 3600
+    assert wanted - longest < hours(draw_hours(corpus(), wanted, seed=1)) <= wanted
+
+
+def test_draws_nest_and_another_seed_draws_others():
+    small, middle, large = (set(draw_hours(corpus(), h, seed=1)["id"]) for h in (0.05, 0.2, 0.6))
+    assert small < middle < large
+    assert set(draw_hours(corpus(), 0.2, seed=2)["id"]) != middle
+
+
+def test_the_order_of_rows_does_not_matter_and_is_kept():
+    table = corpus()
+    turned = table.select(range(len(table) - 1, -1, -1))
+    one, other = draw_hours(table, 0.2, seed=3)["id"][:], draw_hours(turned, 0.2, seed=3)["id"][:]
+    assert one == other[::-1]
+
+
+def test_speakers_share_evenly():
+    drawn = draw_hours(corpus(), 0.4, seed=4)
+    seconds = {}
+    for speaker, samples in zip(drawn["speaker"], drawn["num_samples"], strict=True):
+        seconds[speaker] = seconds.get(speaker, 0) + samples / 16_000
+    assert len(seconds) == 12
+    assert max(seconds.values()) - min(seconds.values()) <= 2 * 25  # an utterance has up to 25 s
+
+
+def test_without_speakers_a_draw_is_still_a_draw():
+    table = corpus().remove_columns("speaker")
+    assert set(draw_hours(table, 0.1, seed=0)["id"]) < set(draw_hours(table, 0.3, seed=0)["id"])
+
+
+def test_more_than_there_is_and_less_than_an_utterance_are_refused():
+    with pytest.raises(UserError, match="--train_hours 9: .* hold"):
+        draw_hours(corpus(), 9.0, seed=0)
+    with pytest.raises(UserError, match="shorter than one utterance"):
+        draw_hours(corpus(), 1e-6, seed=0)
+
+
+LISTS = {
+    "ids": "{0}\n\n{1}\n",
+    "paths": "/elsewhere/{0}.flac\nfar/away/{1}.wav\n",
+    "wav2letter": "{0} /elsewhere/{0}.flac 4075 chapter one\n{1} /elsewhere/{1}.flac 2740 not a word\n",
+    "fairseq": "/root/of all\n3/{0}.flac\t4075\n4/{1}.flac\t2740\n",
+    "transcripts": "{0} CHAPTER ONE\n{1} NOT A WORD\n",
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_lists_of_every_form_name_their_utterances(form, tmp_path):
+    table = corpus()
+    wanted = [table["id"][200], table["id"][7]]
+    (tmp_path / "list").write_text(LISTS[form].format(*wanted))
+    assert take_listed(table, str(tmp_path / "list"))["id"][:] == wanted[::-1]  # in the table's order
+
+
+def test_a_folder_of_audio_is_a_list(tmp_path):
+    table = corpus()
+    wanted = table["id"][5:9]
+    for number, name in enumerate(wanted):
+        folder = tmp_path / "1h" / str(number) / "clean" / "12"
+        folder.mkdir(parents=True)
+        (folder / f"{name}.flac").touch()
+        (folder / "12.trans.txt").write_text("no audio")
+    assert take_listed(table, str(tmp_path / "1h"))["id"][:] == wanted
+
+
+def test_ids_that_are_paths_are_known_by_their_last_part(tmp_path):
+    table = Dataset.from_list([{"id": f"train/{i}", "audio": f"/a/{i}.flac", "num_samples": 1} for i in "abc"])
+    (tmp_path / "list").write_text("b\n")
+    assert take_listed(table, str(tmp_path / "list"))["id"][:] == ["train/b"]
+
+
+def test_lists_that_do_not_fit_are_refused_by_name(tmp_path):
+    table = corpus()
+    path = tmp_path / "list"
+    for text, message in (("", "names no utterance"), (f"{table['id'][0]}\nabsent-1\n", "1 of its 2 .* absent-1")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            take_listed(table, str(path))
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        take_listed(table, str(tmp_path / "nowhere"))
+    twins = Dataset.from_list([{"id": f"{x}/1", "audio": f"/{x}/1.wav", "num_samples": 1} for x in "ab"])
+    path.write_text("1\n")
+    with pytest.raises(UserError, match="1 stands for 2 utterances"):
+        take_listed(twins, str(path))

@@ -1,0 +1,240 @@
+"""Folders of ours in other people's hands: each tool loads them as its users would, and computes what the stock model computes.
+
+transformers is always there. Tests of other tools are skipped where the tool is not installed (docs/interoperate.md).
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_here, tiny_config, write_csv, write_tones
+from test_finetune_ctc import command, write_manifest
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCTC,
+    AutoModelForPreTraining,
+    AutoProcessor,
+    Trainer,
+    TrainingArguments,
+    Wav2Vec2FeatureExtractor,
+    pipeline,
+)
+
+import finetune_ctc
+import pretrain
+from w2v2.convert.from_fairseq import convert_fairseq
+from w2v2.convert.from_speechbrain import convert_speechbrain, convert_without_positions
+from w2v2.model.loading import build_model
+
+SECONDS = [2.5, 3.0, 2.2]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["base", "large"])
+def pretrained(request, tmp_path_factory):
+    """What pretrain.py leaves after an update of a tiny model of either family."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    tiny_config(request.param).save_pretrained(folder / "architecture")
+    Wav2Vec2FeatureExtractor(do_normalize=request.param).save_pretrained(folder / "architecture")
+    manifest = write_csv(folder / "train.csv", write_tones(folder / "audio", SECONDS), SECONDS)
+    flags = ["--train_data", manifest, "--output_dir", folder / "run", "--config_name", folder / "architecture",
+             "--batch_hours", 0.001, "--max_steps", 1, "--warmup_steps", 1, "--report_to", "none", "--use_cpu",
+             "--dataloader_num_workers", 0]  # fmt: skip
+    assert run_here(pretrain.main, *flags) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def recogniser(pretrained, tmp_path_factory):
+    """What finetune_ctc.py makes of it."""
+    folder = tmp_path_factory.mktemp("recogniser")
+    write_manifest(folder / "train.csv", ["One two.", "two", "three one", "two three"], seed=0)
+    write_manifest(folder / "dev.csv", ["two one", "three"], seed=1)
+    finetune_ctc.main(command(folder, "--model_name_or_path", str(pretrained), model=None))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def waveform():
+    return 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32) + 0.05
+
+
+def stock_frames(folder, waveform):
+    """(frames, width) and all hidden states of the stock model behind the folder's own feature extractor."""
+    extractor, model = AutoFeatureExtractor.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        found = model(**inputs, output_hidden_states=True)
+    return found.last_hidden_state, found.hidden_states
+
+
+def assert_close(found, expected, within=1e-5):
+    assert found.shape == expected.shape
+    difference = (found - expected).abs().max().item()
+    print(f"largest difference {difference:.2g} of values up to {expected.abs().max().item():.2g}")
+    assert difference <= within
+
+
+def test_auto_classes_load_the_folder_whole_and_agree_with_the_model_that_was_trained(pretrained, waveform):
+    frames, _ = stock_frames(pretrained, waveform)
+    model, report = AutoModelForPreTraining.from_pretrained(pretrained, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    flags = SimpleNamespace(model_name_or_path=str(pretrained), feature_grad_mult=1.0, feature_penalty_weight=0.0,
+                            gradient_checkpointing=False, positional_conv="auto", torch_compile=False)  # fmt: skip
+    ours = build_model(flags, model.config).eval()
+    inputs = AutoFeatureExtractor.from_pretrained(pretrained)(waveform, sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        assert_close(model.eval().wav2vec2(**inputs).last_hidden_state, frames, within=0)
+        assert_close(ours.wav2vec2(**inputs).last_hidden_state, frames)
+
+
+def test_the_stock_trainer_trains_on_from_a_pretrained_folder(pretrained, waveform, tmp_path):
+    model = AutoModelForCTC.from_pretrained(pretrained, vocab_size=5, pad_token_id=0, mask_time_prob=0.0)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    rows = [{"input_values": waveform, "labels": [1, 2, 3]}] * 2
+    args = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+                             disable_tqdm=True, learning_rate=1e-3, remove_unused_columns=False)  # fmt: skip
+    Trainer(model, args, train_dataset=rows).train()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {"lm_head.weight", "wav2vec2.encoder.layers.0.feed_forward.intermediate_dense.weight"} <= moved
+
+
+def test_the_pipeline_recognises_with_a_fine_tuned_folder_as_its_model_does(recogniser, waveform):
+    said = pipeline("automatic-speech-recognition", model=str(recogniser), device="cpu")(waveform.copy())["text"]
+    processor, model = AutoProcessor.from_pretrained(recogniser), AutoModelForCTC.from_pretrained(recogniser).eval()
+    inputs = processor(waveform, sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert said == processor.batch_decode(logits.argmax(-1))[0]
+
+
+def test_torchaudio_imports_it(pretrained, recogniser, waveform):
+    utils = pytest.importorskip("torchaudio.models.wav2vec2.utils", exc_type=(ImportError, OSError))
+    stock = AutoModel.from_pretrained(pretrained).eval()
+    values = torch.from_numpy(waveform)[None]
+    with torch.no_grad():
+        layers, _ = utils.import_huggingface_model(stock).eval().extract_features(values)
+        expected = stock(values, output_hidden_states=True)
+        for theirs, ours in zip(layers[:-1], expected.hidden_states[1:-1], strict=True):
+            assert_close(theirs, ours)
+        last = stock.encoder.layer_norm if stock.config.do_stable_layer_norm else torch.nn.Identity()
+        assert_close(last(layers[-1]), expected.last_hidden_state)
+        tuned = AutoModelForCTC.from_pretrained(recogniser).eval()
+        logits, _ = utils.import_huggingface_model(tuned).eval()(values)
+        assert_close(logits, tuned(values).logits)
+
+
+def speechbrain_module():
+    """As its recipes name it (1.x), or where releases before that have it."""
+    for name in (
+        "speechbrain.integrations.huggingface.wav2vec2",
+        "speechbrain.lobes.models.huggingface_transformers.wav2vec2",
+    ):
+        try:
+            if importlib.util.find_spec(name):
+                return pytest.importorskip(name)
+        except ImportError:
+            pass
+    return pytest.skip("no SpeechBrain")
+
+
+@pytest.mark.parametrize("all_layers", [False, True])
+def test_speechbrains_wrapper_gives_the_same_frames(pretrained, waveform, tmp_path, all_layers):
+    """It normalises as a layer norm does (epsilon 1e-5), the feature extractor with 1e-7: fed the same, the frames are the same."""
+    module = speechbrain_module()
+    recipe = f"""
+wav2vec2: !new:{module.__name__}.Wav2Vec2
+    source: {pretrained}
+    save_path: {tmp_path}
+    freeze: True
+    output_all_hiddens: {all_layers}
+"""
+    wrapper = pytest.importorskip("hyperpyyaml").load_hyperpyyaml(recipe)["wav2vec2"].eval()
+    stock, values = AutoModel.from_pretrained(pretrained).eval(), torch.from_numpy(waveform)[None]
+    assert wrapper.normalize_wav == AutoFeatureExtractor.from_pretrained(pretrained).do_normalize
+    fed = torch.nn.functional.layer_norm(values, values.shape[1:]) if wrapper.normalize_wav else values
+    with torch.no_grad():
+        expected = stock(fed, output_hidden_states=True)
+    frames, hidden = stock_frames(pretrained, waveform)
+    found = wrapper(values)
+    assert_close(found, torch.stack(expected.hidden_states) if all_layers else expected.last_hidden_state)
+    assert_close(found, torch.stack(hidden) if all_layers else frames, within=5e-3)
+
+
+def test_a_checkpoint_that_speechbrain_pretrained_comes_back(pretrained, waveform, tmp_path):
+    module = speechbrain_module()
+    trained = module.Wav2Vec2Pretrain(source=str(pretrained), save_path=str(tmp_path / "cache"))
+    trained.model.quantizer.codevectors.data += 1.0
+    torch.save(trained.state_dict(), tmp_path / "wav2vec2.ckpt")  # as its checkpointer does
+    converted, _ = convert_speechbrain(tmp_path, str(pretrained))
+    expected = trained.model.state_dict()
+    assert converted.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in converted.state_dict().items())
+
+
+def test_speechbrains_own_encoder_without_its_positions_computes_the_same(waveform, tmp_path):
+    speechbrain_module()
+    own, transformer = (
+        importlib.import_module(f"speechbrain.lobes.models.{name}") for name in ("wav2vec", "transformer.Transformer")
+    )
+    torch.manual_seed(0)
+    convs = own.W2VLatentExtractor([16] * 7, [11, 3, 3, 3, 3, 3, 3], [5, 2, 2, 2, 2, 3, 3])
+    layers = transformer.TransformerEncoder(
+        2, 2, 48, d_model=32, dropout=0.1, activation=torch.nn.GELU, normalize_before=True, layerdrop_prob=0.05
+    )
+    encoder = own.EncoderWrapper(16, 32, layers)
+    quantizer, projection = own.W2VTargetQuantiser(16, 16, num_vars=12), torch.nn.Linear(32, 16)
+    modules = dict(latent_extractor=convs, latent_encoder=encoder, target_quantiser=quantizer, feat_proj=projection)
+    for name, module in modules.items():
+        for parameter in module.eval().parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        torch.save(module.state_dict(), tmp_path / f"{name}.ckpt")
+    encoder.positional_encoding.pe.zero_()
+    ours, extractor = convert_without_positions(tmp_path, 2, [5, 2, 2, 2, 2, 3, 3])
+    values = torch.from_numpy(waveform)[None]
+    with torch.no_grad():
+        found = ours(**extractor(waveform, sampling_rate=16_000, return_tensors="pt"))
+        latents = convs(values)
+        assert_close(found.projected_states, projection(encoder(latents)["embeddings"]), within=1e-4)
+        assert_close(found.projected_quantized_states, quantizer(latents)[0], within=1e-4)
+
+
+def test_s3prls_upstream_gives_the_same_hidden_states(pretrained, waveform):
+    expert = pytest.importorskip("s3prl.upstream.hf_wav2vec2.expert")
+    upstream = expert.UpstreamExpert(str(pretrained)).eval()
+    assert upstream.extracter.do_normalize == AutoFeatureExtractor.from_pretrained(pretrained).do_normalize
+    with torch.no_grad():
+        found = upstream([torch.from_numpy(waveform)])["hidden_states"]
+    for ours, theirs in zip(stock_frames(pretrained, waveform)[1], found, strict=True):
+        assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+def test_a_checkpoint_of_fairseqs_own_model_computes_the_same(waveform, tmp_path, large):
+    """s3prl keeps a copy of fairseq's model: its weights, options and forward pass are not of our making."""
+    fairseq = pytest.importorskip("s3prl.upstream.wav2vec2.wav2vec2_model")
+    options = fairseq.Wav2Vec2Config(
+        extractor_mode="layer_norm" if large else "default", layer_norm_first=large, conv_bias=large,
+        conv_feature_layers="[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16,2,2)] * 2", encoder_layers=2, encoder_embed_dim=32,
+        encoder_ffn_embed_dim=48, encoder_attention_heads=2, final_dim=16, latent_vars=12, latent_groups=2, conv_pos=16,
+        conv_pos_groups=2, quantize_targets=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = fairseq.Wav2Vec2Model(options).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    cfg = {"model": dataclasses.asdict(options), "task": {"normalize": large}}
+    torch.save({"cfg": cfg, "model": theirs.state_dict()}, tmp_path / "checkpoint.pt")
+    ours, extractor = convert_fairseq(tmp_path / "checkpoint.pt")
+    assert extractor.do_normalize == large
+    values = torch.from_numpy(waveform)[None]
+    with torch.no_grad():
+        found = ours(values)
+        context = theirs(values, mask=False, features_only=True)["x"]
+        latents = theirs.layer_norm(theirs.feature_extractor(values).transpose(1, 2))
+        assert_close(found.projected_states, theirs.final_proj(context))
+        assert_close(found.projected_quantized_states, theirs.project_q(theirs.quantizer(latents)["x"]))

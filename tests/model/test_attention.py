@@ -1,0 +1,86 @@
+"""Attention by runs of equal utterances, and the CPU's own form with dropout, against the library's kernel and the textbook's formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from w2v2.model.attention import Rows, _AttentionInBlocks, attend, runs
+
+
+def concatenated(x, lengths):
+    """Rows (B, T, …) without their padding, (N, …), and where each lies."""
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    return torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)]), Rows(lengths, ends.int())
+
+
+def inputs(B, T, H=3, d=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, H, d, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def test_runs_are_neighbouring_rows_of_equal_length():
+    assert runs([9, 9, 7, 9, 4, 4, 4]) == [(2, 9), (1, 7), (1, 9), (3, 4)]
+
+
+@pytest.mark.parametrize("lengths", [[7, 7], [7, 5, 5, 2], [3, 7, 3]])
+def test_each_row_attends_to_its_own_frames_alone(lengths):
+    query, key, value = inputs(len(lengths), 7)
+    packed, rows = concatenated(torch.stack([query, key, value], 2), lengths)
+    out = attend(packed, rows)
+    weight = torch.randn_like(query)
+    (out * concatenated(weight, lengths)[0]).sum().backward()
+    found = [x.grad.clone() for x in (query, key, value)]
+    for x in (query, key, value):
+        x.grad = None
+    inside = torch.arange(7) < torch.tensor(lengths)[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None, None]).transpose(1, 2)
+    torch.testing.assert_close(out, concatenated(expected, lengths)[0])
+    (torch.where(inside[..., None, None], expected, 0.0) * weight).sum().backward()
+    for gradient, x in zip(found, (query, key, value), strict=True):
+        torch.testing.assert_close(gradient, x.grad)
+
+
+def test_dropout_zeroes_weights_after_the_softmax_and_scales_the_rest(monkeypatch):
+    """With the dropped weights read from what is kept for the backward pass, the output is the textbook's."""
+    query, key, value = inputs(2, 6, seed=1)
+    out = attend(*concatenated(torch.stack([query, key, value], 2), [6, 6]), dropout=0.4)
+    function = out.grad_fn
+    while "AttentionInBlocks" not in function.name():  # views lie above it
+        function = function.next_functions[0][0]
+    dropped = function.saved_tensors[-1].view(2, 3, 6, 6)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    weights = (q @ k.transpose(2, 3) / 2.0).softmax(-1) * dropped / 0.6
+    torch.testing.assert_close(out, (weights @ v).transpose(1, 2).flatten(0, 1))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_gradient_with_dropout_is_that_of_the_output_for_any_number_of_threads(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    query, key, value = (x.detach().transpose(1, 2).requires_grad_() for x in inputs(2, 5, seed=2))
+
+    def attention(*x):
+        torch.manual_seed(7)
+        return _AttentionInBlocks.apply(*x, 0.3)
+
+    assert torch.autograd.gradcheck(attention, (query, key, value))
+    found = attention(query, key, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert torch.equal(found, attention(query, key, value))
+
+
+def test_so_many_weights_are_dropped_and_no_two_heads_alike():
+    query, key, value = (x.transpose(1, 2) for x in inputs(2, 60, seed=3))
+    out = _AttentionInBlocks.apply(query, key, value, 0.1)
+    kept = out.grad_fn.saved_tensors[-1]  # (B · H, T, T)
+    number = kept.numel()
+    assert abs(float(kept.double().mean()) - 0.9) < 5 * (0.09 / number) ** 0.5
+    flat = kept.flatten(1).double()
+    alike = (flat @ flat.T + (1 - flat) @ (1 - flat).T) / flat.shape[1]
+    assert float((alike - torch.eye(len(flat))).max()) < 0.86  # independent ones agree on 0.82
+
+
+def test_without_dropout_it_is_the_librarys_kernel(monkeypatch):
+    query, key, value = inputs(1, 4)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, dropout_p: q * 0 + dropout_p + 5.0)
+    assert float(attend(*concatenated(torch.stack([query, key, value], 2), [4])).min()) == 5.0

@@ -1,0 +1,341 @@
+"""The model against the stock forward: the same loss and the same gradient, for any masks, distractors and lengths."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from conftest import NO_DROPOUT, make_batch, tiny_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import Wav2Vec2ForPreTraining
+
+from w2v2.data.masking import distractors
+from w2v2.model import convs, objective
+from w2v2.model.model import PretrainingModel
+
+pytestmark = pytest.mark.usefixtures("large_model_kernels")
+
+TEMPERATURE = 1.3
+
+
+def pair(config, dtype=torch.float32, **attributes):
+    """Our model and the stock one with equal weights; codes collide often, so that the collision rule counts."""
+    ours = PretrainingModel(config).to(dtype).train()
+    with torch.no_grad():
+        ours.quantizer.weight_proj.bias.normal_(std=3.0)
+        norm = getattr(ours.wav2vec2.feature_extractor.conv_layers[0], "layer_norm", None)
+        if norm is not None:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(std=0.3)
+    ours.feature_grad_mult, ours.feature_penalty_weight = 1.0, 0.0
+    for name, value in attributes.items():
+        setattr(ours, name, value)
+    stock = Wav2Vec2ForPreTraining(config).to(dtype).train()
+    stock.load_state_dict(ours.state_dict())
+    # The stock forward finds collisions by comparing projected vectors bit by bit, and a matrix product may round equal rows differently
+    # by their place in the matrix: this form does not.
+    project = stock.project_q
+    project.forward = lambda x: (x[..., None, :] * project.weight).sum(-1) + project.bias
+    return ours, stock
+
+
+def stock_negatives(batch, num_negatives):
+    """Our compacted distractors as the flat (row · T + frame) indices of all frames that the stock forward wants."""
+    positions, counts = batch.positions, batch.num_masked
+    chosen = distractors(batch.keys, counts, positions.shape[1], num_negatives)  # (B, M, K)
+    B, T = batch.mask.shape
+    out = torch.zeros(B, T, num_negatives, dtype=torch.long)
+    for row in range(B):
+        count = int(counts[row])
+        out[row, positions[row, :count]] = positions[row][chosen[row, :count]]
+    return out + torch.arange(B)[:, None, None] * T
+
+
+def shared_noise(monkeypatch, batch, config, dtype, rows=slice(None)):
+    """The same Gumbel noise on each frame for both models."""
+    B, T = batch.mask.shape
+    generator = torch.Generator().manual_seed(5)
+    shape = (B, T, config.num_codevector_groups, config.num_codevectors_per_group)
+    noise = -torch.empty(shape, dtype=torch.float64).exponential_(generator=generator).log()
+    index = batch.positions[:, :, None, None].expand(-1, -1, *shape[2:])
+    monkeypatch.setattr(objective, "gumbel_noise", lambda logits: noise.gather(1, index).to(logits.dtype))
+
+    def stock(logits, tau, hard):
+        own = noise[rows].reshape(-1, shape[-1])[: len(logits)] if isinstance(rows, slice) else None
+        soft = ((logits + own.to(logits.dtype)) / tau).softmax(-1)
+        one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+        return one_hot + (soft - soft.detach())
+
+    monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", stock)
+    return noise
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs, rtol):
+    assert ours.keys() == theirs.keys()
+    scale = max(g.abs().max() for g in theirs.values())
+    for name in theirs:
+        error = (ours[name] - theirs[name]).norm()
+        assert error <= rtol * theirs[name].norm() + 1e-7 * scale, name
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("trial", range(3))
+def test_equal_lengths_give_the_stock_loss_and_gradient(monkeypatch, large, trial):
+    config = tiny_config(large, num_negatives=5 + 20 * trial)
+    ours, stock = pair(config)
+    stock.quantizer.temperature = TEMPERATURE
+    rows, length = [(2, 16_400), (3, 9_000 + 1), (1, 24_000)][trial]
+    batch = make_batch(config, [length] * rows, seed=trial)
+    shared_noise(monkeypatch, batch, config, torch.float32)
+
+    sums = ours(batch, TEMPERATURE)
+    sums.loss.backward()
+    expected = stock(
+        batch.waveforms,
+        mask_time_indices=batch.mask,
+        sampled_negative_indices=stock_negatives(batch, config.num_negatives),
+    )
+    expected.loss.backward()
+
+    torch.testing.assert_close(sums.contrastive, expected.contrastive_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sums.diversity, expected.diversity_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    mean_codes = sums.codes_soft / sums.num_masked
+    torch.testing.assert_close(objective.perplexity(mean_codes), expected.codevector_perplexity, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(ours), gradients(stock), rtol=1e-5 if not large else 1e-4)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("path", ["flat", "stock", "blocks", "recomputed"])
+def test_mixed_lengths_give_the_sum_of_stock_losses_of_each_utterance_alone(monkeypatch, large, path):
+    config = tiny_config(large)
+    if path == "stock":
+        monkeypatch.setattr("w2v2.model.model.is_flat", lambda config: False)
+    ours, stock = pair(config, torch.float64)
+    ours.positional_in_blocks = path == "blocks"
+    if path == "recomputed":
+        ours.recomputed = frozenset(["convs", "encoder"])
+    lengths = [24_000, 16_400, 9_999, 5_440]
+    batch = make_batch(config, lengths, dtype=torch.float64)
+    ours.config.diversity_loss_weight = stock.config.diversity_loss_weight = 0.0  # its statistics are a micro-batch's
+    stock.quantizer.temperature = TEMPERATURE
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # keeps the stock forward in float64
+    noise = shared_noise(monkeypatch, batch, config, torch.float64)
+
+    sums = ours(batch, TEMPERATURE)
+    sums.loss.backward()
+    total = 0.0
+    for row, length in enumerate(lengths):
+        alone = make_batch(config, [length], first=row, dtype=torch.float64)
+        frames = alone.mask.shape[1]
+        own = noise[row, :frames].reshape(-1, noise.shape[-1])
+        monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", _with_noise(own))
+        out = stock(
+            alone.waveforms,
+            mask_time_indices=alone.mask,
+            sampled_negative_indices=stock_negatives(alone, config.num_negatives),
+        )
+        out.loss.backward()
+        total += out.loss.item()
+    assert sums.loss.item() == pytest.approx(total, rel=1e-10)
+    assert_same_gradients(gradients(ours), gradients(stock), rtol=1e-9)
+
+
+def _with_noise(noise):
+    def softmax(logits, tau, hard):
+        soft = ((logits + noise) / tau).softmax(-1)
+        one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+        return one_hot + (soft - soft.detach())
+
+    return softmax
+
+
+def test_evaluation_gives_the_stock_loss_without_noise():
+    config = tiny_config()
+    ours, stock = pair(config)
+    ours.eval(), stock.eval()
+    batch = make_batch(config, [16_400] * 2)
+    sums = ours(batch)
+    expected = stock(batch.waveforms, mask_time_indices=batch.mask, sampled_negative_indices=stock_negatives(batch, 20))
+    torch.testing.assert_close(sums.contrastive, expected.contrastive_loss, rtol=1e-5, atol=1e-5)
+    hard = sums.codes_hard / sums.num_masked
+    torch.testing.assert_close(objective.perplexity(hard), expected.codevector_perplexity, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[16_400] * 3, [16_400, 16_081, 9_123]], ids=["equal", "mixed"])
+def test_flat_convs_equal_the_stock_layers(lengths):
+    config = tiny_config()
+    model, _ = pair(config, torch.float64)
+    batch = make_batch(config, lengths, dtype=torch.float64)
+    arguments = batch.waveforms, batch.num_samples, model.wav2vec2.feature_extractor
+    flat, stock = convs.flat_features(*arguments), convs.stock_features(*arguments)
+    for row, frames in enumerate(batch.frames):
+        torch.testing.assert_close(flat[row, :frames], stock[row, :frames], rtol=1e-10, atol=1e-10)
+
+
+def test_padding_and_neighbours_change_nothing():
+    config = tiny_config()
+    model, _ = pair(config, torch.float64)
+    model.eval()
+    together = model(make_batch(config, [20_000, 9_000], dtype=torch.float64), diversity_weight=0.0)
+    apart = [
+        model(make_batch(config, [n], first=i, dtype=torch.float64), diversity_weight=0.0)
+        for i, n in enumerate([20_000, 9_000])
+    ]
+    assert together.loss.item() == pytest.approx(sum(x.loss.item() for x in apart), rel=1e-12)
+
+
+def test_a_dummy_adds_nothing_to_sums_or_gradient():
+    config = tiny_config(layerdrop=0.3)
+    model, _ = pair(config, feature_penalty_weight=10.0)
+    batch = make_batch(config, [9_000], weight=0.0)
+    batch.waveforms.zero_()
+    sums = model(batch)
+    sums.loss.backward()
+    assert all(float(x.abs().sum()) == 0.0 for x in sums)
+    assert all(float(g.abs().sum()) == 0.0 for g in gradients(model).values())
+
+
+def test_conv_gradient_is_scaled_and_no_other():
+    config = tiny_config()
+    batch = make_batch(config, [16_400] * 2)
+    found = []
+    for scale in (1.0, 0.1):
+        torch.manual_seed(1)
+        model, _ = pair(config, feature_grad_mult=scale, feature_penalty_weight=10.0)
+        torch.manual_seed(2)
+        model(batch).loss.backward()
+        found.append(gradients(model))
+    for name in found[0]:
+        factor = 0.1 if "feature_extractor" in name else 1.0
+        torch.testing.assert_close(found[1][name], found[0][name] * factor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_feature_penalty_is_the_mean_square_of_the_convs_output_before_its_norm():
+    config = tiny_config()
+    model, stock = pair(config, feature_penalty_weight=10.0)
+    lengths = [16_400, 9_123]
+    sums = model(make_batch(config, lengths))
+    expected = 0.0
+    for row, n in enumerate(lengths):
+        alone = make_batch(config, [n], first=row)
+        expected += stock.wav2vec2.feature_extractor(alone.waveforms).pow(2).mean() * alone.mask.sum()
+    torch.testing.assert_close(sums.penalty, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_layerdrop_drops_utterances_not_parameters():
+    config = tiny_config(layerdrop=0.5)
+    model, _ = pair(config)
+    model(make_batch(config, [16_400] * 4)).loss.backward()
+    assert set(gradients(model)) == {name for name, _ in model.named_parameters()}
+    config.layerdrop = 1.0
+    batch = make_batch(config, [16_400, 9_000, 9_000])
+    normed = model.wav2vec2.feature_projection.layer_norm(model._features(batch))
+    with_layers = model._context(normed, batch)
+    model.wav2vec2.encoder.layers = torch.nn.ModuleList()
+    frames = model._context(normed, batch).split(batch.lengths)
+    for found, own, row, count in zip(with_layers, frames, batch.positions, batch.num_masked, strict=True):
+        torch.testing.assert_close(found[:count], own[row[:count]])
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+def test_layerdrop_in_a_micro_batch_is_that_of_each_utterance_alone(monkeypatch, large):
+    """Of seven utterances of several lengths each layer leaves out others, in the middle and at the ends; the loss and the gradient add up."""
+    monkeypatch.setattr(objective, "gumbel_noise", torch.zeros_like)
+    config = tiny_config(large, layerdrop=0.5, num_hidden_layers=4, diversity_loss_weight=0.0)
+    model, _ = pair(config, torch.float64)
+    lengths = [24_000, 16_400, 16_400, 9_999, 9_999, 9_000, 5_440]
+    batch = make_batch(config, lengths, dtype=torch.float64)
+    assert {bool(rows) and len(rows) < len(lengths) for rows in batch.kept_rows} == {True}
+    sums = model(batch, TEMPERATURE)
+    sums.loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    total = 0.0
+    for row, length in enumerate(lengths):
+        alone = model(make_batch(config, [length], first=row, dtype=torch.float64), TEMPERATURE).loss
+        alone.backward()
+        total += alone.item()
+    assert sums.loss.item() == pytest.approx(total, rel=1e-10)
+    assert_same_gradients(found, gradients(model), rtol=1e-9)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    config = tiny_config(**{k: 0.1 for k in NO_DROPOUT})
+    batch = make_batch(config, [16_400, 9_000])
+    found = []
+    model, _ = pair(config)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.recomputed = frozenset(["convs", "encoder"])
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(batch).loss.backward()
+        found.append(gradients(model))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_bfloat16_autocast_stays_close_to_float32():
+    config = tiny_config()
+    model, _ = pair(config)
+    batch = make_batch(config, [16_400, 9_000])
+    model.eval()
+    exact = model(batch).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(batch).loss
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=3e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["stock", "blocks"])
+def test_neither_pass_asks_the_device_for_a_value(large, in_blocks):
+    """Tensors without values stand in for a device that is busy: whatever would wait for one (`item`, `bool`, a shape) raises here."""
+    config = tiny_config(large, **{name: 0.1 for name in NO_DROPOUT})
+    batch = make_batch(config, [24_000, 16_400, 16_400, 9_000])
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        model = PretrainingModel(config).train()
+        model.positional_in_blocks = in_blocks
+        values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        fake = replace(batch, **{k: mode.from_tensor(v) for k, v in values.items() if torch.is_tensor(v)})
+        sums = model(fake)
+        sums.loss.backward()
+        with pytest.raises(DataDependentOutputException):
+            sums.loss.item()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("recomputed", [(), ("convs", "encoder")], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+def test_training_in_16_bits_stays_close_to_float32(monkeypatch, large, recomputed, dtype):
+    """Both passes, with layerdrop and rows of several lengths; the codes are given, for a rounding that flips one changes the loss."""
+    config = tiny_config(large, layerdrop=0.4)
+    batch = make_batch(config, [24_000, 16_400, 16_400, 9_000])
+    monkeypatch.setattr(objective, "gumbel_noise", torch.zeros_like)
+    choose = objective.choose_codes
+    given = torch.randint(0, 12, (*batch.positions.shape, 2), generator=torch.Generator().manual_seed(0))
+
+    def chosen(logits, temperature):
+        return choose(logits + 50.0 * torch.nn.functional.one_hot(given, logits.shape[-1]), temperature)
+
+    monkeypatch.setattr(objective, "choose_codes", chosen)
+    model, _ = pair(config, feature_penalty_weight=1.0)
+    model.positional_in_blocks, model.recomputed = True, frozenset(recomputed)
+    found = []
+    for low in (None, dtype):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=low or torch.bfloat16, enabled=low is not None):
+            sums = model(batch)
+        sums.loss.backward()
+        found.append((sums.loss.item(), gradients(model)))
+    (exact, expected), (rough, close) = found
+    assert rough == pytest.approx(exact, rel=2e-2)
+    assert expected.keys() == close.keys()
+    whole = sum(float(g.pow(2).sum()) for g in expected.values()) ** 0.5
+    error = sum(float((close[name] - g).pow(2).sum()) for name, g in expected.items()) ** 0.5
+    assert 0 < error < 0.1 * whole

@@ -1,0 +1,291 @@
+"""The loss terms against brute force, closed forms and the stock functions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2ForPreTraining, Wav2Vec2GumbelVectorQuantizer
+
+from w2v2.model.objective import (
+    choose_codes,
+    code_statistics,
+    contrastive_loss,
+    diversity_loss,
+    feature_penalty,
+    gumbel_noise,
+    look_up,
+    perplexity,
+    scale_gradient,
+    shared_diversity_loss,
+)
+
+G, V = 2, 3  # a codebook of nine combinations: collisions everywhere
+
+
+def random_problem(seed, B=3, M=7, D=6, K=8, num_entries=V):
+    """A micro-batch whose distractors collide with the positive now and then."""
+    torch.manual_seed(seed)
+    codes = torch.randint(num_entries, (B, M, G))
+    codebook = torch.randn(G, num_entries, D // G, dtype=torch.float64)
+    quantized = torch.cat([codebook[g][codes[..., g]] for g in range(G)], -1)
+    counts = torch.randint(2, M + 1, (B,))
+    counts[0] = M
+    valid = torch.arange(M) < counts[:, None]
+    draws = (torch.rand(B, M, K) * counts[:, None, None]).long()
+    context = torch.randn(B, M, D, dtype=torch.float64)
+    return context.requires_grad_(), quantized.requires_grad_(), codes, draws, valid
+
+
+def brute_force(context, quantized, codes, draws, valid, temperature):
+    """Frame by frame: gather the candidates, drop the collisions, cross-entropy with the positive in front."""
+    loss, correct, left = 0.0, 0, 0
+    for b, m in valid.nonzero().tolist():
+        candidates = [m] + [k for k in draws[b, m].tolist() if codes[b, k].tolist() != codes[b, m].tolist()]
+        logits = F.cosine_similarity(context[b, m], quantized[b, candidates], dim=-1) / temperature
+        loss = loss + F.cross_entropy(logits[None], torch.tensor([0]), reduction="sum")
+        left += len(candidates) - 1
+        correct += len(candidates) > 1 and bool((logits[0] > logits[1:]).all())
+    return loss, correct, left
+
+
+# -- contrastive
+
+
+@pytest.mark.parametrize("num_entries", [1, 2, 3, 50])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_contrastive_loss_and_gradient_equal_explicit_gather_and_cross_entropy(num_entries, temperature):
+    for seed in range(5):
+        problem = random_problem(seed, num_entries=num_entries)
+        expected, correct, left = brute_force(*problem, temperature)
+        ours = contrastive_loss(*problem, temperature)
+        torch.testing.assert_close(ours.loss, expected, rtol=1e-12, atol=1e-10)
+        assert (int(ours.correct), int(ours.distractors_left)) == (correct, left)
+        gradients = torch.autograd.grad(ours.loss, problem[:2])
+        for a, b in zip(gradients, torch.autograd.grad(expected, problem[:2]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_contrastive_loss_equals_the_stock_logits_and_cross_entropy():
+    context, quantized, codes, draws, valid = random_problem(3)
+    rows = torch.arange(len(draws))[:, None, None]
+    negatives = quantized[rows, draws].permute(2, 0, 1, 3)
+    logits = Wav2Vec2ForPreTraining.compute_contrastive_logits(quantized[None], negatives, context, 0.1).double()
+    same = (quantized == negatives).all(-1)
+    logits[1:] = logits[1:].masked_fill(same, -torch.inf)
+    expected = F.cross_entropy(
+        logits.permute(1, 2, 0)[valid], torch.zeros(int(valid.sum()), dtype=torch.long), reduction="sum"
+    )
+    torch.testing.assert_close(
+        contrastive_loss(context, quantized, codes, draws, valid, 0.1).loss, expected, rtol=1e-6, atol=1e-5
+    )
+
+
+def test_a_collapsed_codebook_has_no_distractors_no_loss_and_no_accuracy():
+    ours = contrastive_loss(*random_problem(0, num_entries=1), 0.1)
+    assert float(ours.loss.detach().abs()) < 1e-12 and int(ours.correct) == int(ours.distractors_left) == 0
+
+
+def test_unused_slots_count_for_nothing():
+    context, quantized, codes, draws, valid = random_problem(4)
+    ours = contrastive_loss(context, quantized, codes, draws, valid, 0.1)
+    for tensor, gradient in zip(
+        (context, quantized), torch.autograd.grad(ours.loss, (context, quantized)), strict=True
+    ):
+        assert (gradient[~valid] == 0).all() and gradient[valid].abs().max() > 0
+        tensor.data[~valid] = 1e3 * torch.randn_like(tensor[~valid])
+    again = contrastive_loss(context, quantized, codes, draws, valid, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+def test_contrastive_sums_of_the_rows_add_up_to_the_sum_of_the_batch():
+    problem = random_problem(5)
+    whole = torch.stack(contrastive_loss(*problem, 0.1))
+    rows = [torch.stack(contrastive_loss(*(part[b : b + 1] for part in problem), 0.1)) for b in range(3)]
+    torch.testing.assert_close(sum(rows), whole, rtol=1e-12, atol=0)
+
+
+def test_opposite_vectors_at_a_low_temperature_stay_finite_in_single_precision():
+    context = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)
+    codes, draws = torch.tensor([[[0], [1]]]), torch.tensor([[[1], [0]]])
+    ours = contrastive_loss(context, -context.detach(), codes, draws, torch.ones(1, 2, dtype=torch.bool), 0.025)
+    assert ours.loss.item() == pytest.approx(2 * 80)  # each positive at −1/τ, its distractor at 1/τ
+    assert torch.autograd.grad(ours.loss, context)[0].isfinite().all()
+
+
+# -- codes
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.5])
+def test_choice_and_straight_through_gradient_are_those_of_the_gumbel_softmax(temperature):
+    logits = torch.randn(2, 5, G, 8, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, G, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    weights, codes = choose_codes(logits, temperature)
+    torch.manual_seed(1)
+    expected = F.gumbel_softmax(logits, tau=temperature, hard=True)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+    assert torch.equal(codes, expected.argmax(-1))
+    ours, stock = (torch.autograd.grad((w * upstream).sum(), logits)[0] for w in (weights, expected))
+    torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-15)
+
+
+def test_value_is_exactly_one_hot_and_gradient_is_that_of_the_softmax():
+    logits = torch.randn(4, 6, G, V, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(logits)
+    torch.manual_seed(2)
+    weights, codes = choose_codes(logits, 0.7)
+    assert torch.equal(weights, F.one_hot(codes, V).double())
+    torch.manual_seed(2)
+    soft = ((logits + gumbel_noise(logits)) / 0.7).softmax(-1).detach()
+    closed_form = soft * (upstream - (soft * upstream).sum(-1, keepdim=True)) / 0.7
+    torch.testing.assert_close(
+        torch.autograd.grad((weights * upstream).sum(), logits)[0], closed_form, rtol=1e-12, atol=1e-15
+    )
+
+
+def test_without_a_temperature_the_most_likely_entry_is_taken_without_gradient():
+    logits = torch.randn(2, 5, G, V, requires_grad=True)
+    weights, codes = choose_codes(logits, None)
+    assert torch.equal(codes, logits.argmax(-1)) and torch.equal(weights.argmax(-1), codes)
+    assert torch.equal(weights.sum(-1), torch.ones(2, 5, G)) and not weights.requires_grad
+
+
+def test_gumbel_noise_has_the_mean_and_variance_of_the_standard_gumbel():
+    noise = gumbel_noise(torch.empty(400_000, dtype=torch.float64))
+    assert abs(float(noise.mean()) - 0.5772156649) < 5 * math.pi / math.sqrt(6 * len(noise))
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, rel=0.02)
+
+
+def test_the_noise_picks_each_entry_as_often_as_the_softmax_says():
+    logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=torch.float64), 40_000
+    counts = torch.bincount(choose_codes(logits.expand(1, n, 1, 4), 0.5)[1].flatten(), minlength=4)
+    expected = n * logits.softmax(-1)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 3 + 5 * 6**0.5
+
+
+def test_look_up_takes_the_chosen_codevectors_side_by_side_with_their_gradient():
+    codes = torch.randint(V, (2, 4, G))
+    codevectors = torch.randn(1, G * V, 5, requires_grad=True)
+    weights = F.one_hot(codes, V).float().requires_grad_()
+    found = look_up(weights, codevectors)
+    expected = torch.cat([codevectors[0, g * V + codes[..., g]] for g in range(G)], -1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    stock = (weights.reshape(8, G * V, 1) * codevectors).view(8, G, V, -1).sum(-2).view(2, 4, -1)
+    upstream = torch.randn_like(found)
+    for a, b in zip(
+        *(torch.autograd.grad((f * upstream).sum(), (weights, codevectors)) for f in (found, stock)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+# -- use of the codebook
+
+
+def random_logits(seed, B=4, M=9, entries=11):
+    torch.manual_seed(seed)
+    valid = torch.arange(M) < torch.randint(1, M + 1, (B,))[:, None]
+    return (2 * torch.randn(B, M, G, entries, dtype=torch.float64)).requires_grad_(), valid
+
+
+def test_code_statistics_sum_over_the_masked_frames_alone():
+    logits, valid = random_logits(0)
+    ours = code_statistics(logits, valid)
+    p = logits.softmax(-1)[valid]  # (masked, G, V)
+    torch.testing.assert_close(ours.soft, p.sum(0))
+    assert torch.equal(ours.hard, F.one_hot(p.argmax(-1), 11).sum(0).double())
+    torch.testing.assert_close(ours.entropy, torch.distributions.Categorical(probs=p).entropy().mean(-1).sum())
+    assert (
+        not ours.entropy.requires_grad and (torch.autograd.grad(ours.soft.pow(2).sum(), logits)[0][~valid] == 0).all()
+    )
+
+
+@pytest.mark.parametrize("used", [1, 2, 5, 320])
+def test_perplexity_counts_the_entries_in_equal_use(used):
+    mean = torch.zeros(2, 320, dtype=torch.float64)
+    mean[:, :used] = 1 / used
+    assert float(perplexity(mean)) == pytest.approx(2 * used)
+
+
+def test_perplexity_and_diversity_loss_are_the_stock_ones():
+    logits, valid = random_logits(1)
+    num_masked = valid.sum()
+    ours = code_statistics(logits, valid)
+    p = logits.softmax(-1).flatten(0, 1)
+    stock = Wav2Vec2GumbelVectorQuantizer._compute_perplexity(p, valid)
+    torch.testing.assert_close(perplexity(ours.soft / num_masked), stock)
+    size = G * 11
+    torch.testing.assert_close(diversity_loss(ours, num_masked), (size - stock) / size * num_masked)
+
+
+def test_diversity_loss_is_zero_at_even_use_and_greatest_at_collapse():
+    valid = torch.ones(1, V, dtype=torch.bool)
+    even = torch.zeros(1, V, G, V)
+    assert float(diversity_loss(code_statistics(even, valid), valid.sum())) == pytest.approx(0, abs=1e-5)
+    collapsed = code_statistics(1e3 * F.one_hot(torch.zeros(1, V, G, dtype=torch.long), V).float(), valid)
+    assert float(diversity_loss(collapsed, valid.sum())) == pytest.approx((1 - 1 / V) * V)
+
+
+def test_a_batch_without_masked_frames_has_a_diversity_loss_of_zero_and_finite_gradients():
+    logits, valid = random_logits(2)
+    loss = diversity_loss(code_statistics(logits, valid & False), valid.sum() * 0)
+    assert loss.item() == 0.0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shared_diversity_losses_of_the_pieces_add_up_to_that_of_the_whole(seed):
+    logits, valid = random_logits(seed, B=6)
+    whole = code_statistics(logits, valid)
+    loss = diversity_loss(whole, valid.sum())
+    expected = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    mean = whole.soft / valid.sum()
+    for cut in ([6], [1, 5], [2, 1, 3], [1] * 6):
+        total, first = torch.zeros((), dtype=torch.float64), 0
+        for rows in cut:
+            piece = slice(first, first + rows)
+            total = total + shared_diversity_loss(
+                code_statistics(logits[piece], valid[piece]), mean, valid[piece].sum()
+            )
+            first += rows
+        torch.testing.assert_close(total, loss, rtol=1e-12, atol=0)
+        gradient = torch.autograd.grad(total, logits, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_shared_diversity_gradient_survives_entries_that_nobody_uses():
+    """In single precision a sharp softmax underflows to a mean of exactly zero, where the slope of −x log x is infinite."""
+    logits = torch.full((1, 4, 1, 5), -500.0)
+    logits[..., 0] = 500.0
+    logits.requires_grad_()
+    statistics = code_statistics(logits, torch.ones(1, 4, dtype=torch.bool))
+    for loss in (
+        diversity_loss(statistics, torch.tensor(4)),
+        shared_diversity_loss(statistics, statistics.soft.detach() / 4, torch.tensor(4)),
+    ):
+        assert loss.isfinite() and torch.autograd.grad(loss, logits, retain_graph=True)[0].isfinite().all()
+
+
+# -- convs
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0])
+def test_scale_gradient_keeps_the_value_and_scales_the_gradient(scale):
+    x = torch.randn(5, requires_grad=True)
+    y = scale_gradient(x, scale)
+    assert torch.equal(y, x)
+    torch.testing.assert_close(torch.autograd.grad(y.pow(2).sum(), x)[0], scale * 2 * x.detach())
+
+
+def test_feature_penalty_is_each_utterances_mean_square_times_its_masked_frames():
+    features = torch.randn(3, 8, 5, dtype=torch.float64, requires_grad=True)
+    frames, masked = torch.tensor([8, 3, 0]), torch.tensor([4, 2, 0])
+    expected = sum((features[b, : frames[b]] ** 2).mean() * masked[b] for b in (0, 1))
+    ours = feature_penalty(features, frames, masked)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(torch.autograd.grad(ours, features), torch.autograd.grad(expected, features), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_feature_penalty_of_half_precision_features_does_not_overflow():
+    features = torch.full((1, 4, 3), 300.0, dtype=torch.float16)  # 300² is beyond fp16
+    assert float(feature_penalty(features, torch.tensor([4]), torch.tensor([2]))) == 180_000.0

@@ -1,0 +1,72 @@
+"""Products and dropout of the CPU's own form against the stock functions and the definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from w2v2.model import products
+from w2v2.model.products import dropout, linear, product
+
+pytestmark = pytest.mark.usefixtures("large_model_kernels")
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (3, 1, 2, 12)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_product_and_its_gradients_are_the_stock_ones(shape, has_bias):
+    x, weight, bias = torch.randn(shape), torch.randn(8, 12), torch.randn(8) if has_bias else None
+    upstream, found = torch.randn(*shape[:-1], 8), []
+    for function in (linear, F.linear):
+        inputs = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+        out = function(*inputs)
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
+    for ours, stock in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_operands_and_other_types_give_the_same():
+    x, weight = torch.randn(9, 6), torch.randn(6, 4)
+    torch.testing.assert_close(product(x[::2], weight.T), x[::2] @ weight, rtol=1e-5, atol=1e-5)
+    wide = x.double()
+    assert torch.equal(linear(wide, weight.T.double()), F.linear(wide, weight.T.double()))
+
+
+def test_without_the_kernel_it_is_the_stock_product(monkeypatch):
+    monkeypatch.setattr(products, "_ONE_DNN", None)
+    x, weight = torch.randn(9, 6), torch.randn(4, 6)
+    assert torch.equal(linear(x, weight), F.linear(x, weight)) and torch.equal(product(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.skipif(products._ONE_DNN is None, reason="a build without oneDNN")
+def test_only_weights_of_large_models_go_to_one_dnn(monkeypatch):
+    called, kernel = [], products._ONE_DNN
+    monkeypatch.setattr(
+        products, "_ONE_DNN", lambda x, weight, *rest: called.append(weight.shape) or kernel(x, weight, *rest)
+    )
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 100)
+    for rows in (24, 25):
+        linear(torch.randn(3, 4), torch.randn(rows, 4))
+        product(torch.randn(3, 4), torch.randn(rows, 4))
+    assert called == [(25, 4)] * 2
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_leaves_so_many_scales_them_and_sends_the_gradient_the_same_way(p):
+    x = torch.ones(501, 203, requires_grad=True)
+    out = dropout(x, p, training=True)
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+    kept = float((out != 0).double().mean())
+    assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+    columns = (out != 0).double()
+    assert float(torch.corrcoef(columns.T[:40]).fill_diagonal_(0.0).abs().max()) < 0.25  # neighbours decide apart
+    assert dropout(x, p, training=False) is x and dropout(x, 0.0, training=True) is x
+    assert not dropout(x, 1.0, training=True).any()
+
+
+def test_dropout_follows_the_seed():
+    x = torch.randn(40, 30)
+    torch.manual_seed(3)
+    first, second = dropout(x, 0.4, True), dropout(x, 0.4, True)
+    torch.manual_seed(3)
+    assert torch.equal(first, dropout(x, 0.4, True)) and not torch.equal(first, second)

@@ -1,0 +1,286 @@
+"""The real script, end to end, on a few seconds of tones: what it writes, and what it refuses."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tiny_config
+from ranks import run_ranks
+from transformers import (
+    AutoFeatureExtractor,
+    HubertConfig,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForPreTraining,
+    Wav2Vec2ForSequenceClassification,
+    pipeline,
+)
+
+import finetune_classification
+from w2v2.errors import UserError
+from w2v2.evaluate.scores import classification_scores
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--logging_steps", "1", "--use_cpu",
+         "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--learning_rate", "0.01",
+         "--report_to", "none", "--dataloader_num_workers", "0"]  # fmt: skip
+PITCH = {"low": 200, "middle": 700, "high": 2_400}
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_tones(path, count, seed):
+    """Tones whose pitch is the label, of four speakers and two sessions each."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        label, length = list(PITCH)[i % 3], int(16_000 * random.uniform(0.3, 0.6))
+        tone = np.sin(2 * np.pi * PITCH[label] * random.uniform(0.9, 1.1) * np.arange(length) / 16_000)
+        audio = f"{path.stem}_{i}.wav"
+        soundfile.write(path.parent / audio, 0.3 * tone + random.normal(0, 0.02, length), 16_000)
+        rows.append({"audio": audio, "duration": f"{length / 16_000:.3f}", "label": label,
+                     "speaker": f"s{i // 3 % 4}", "room": f"r{i // 3 % 3}"})  # fmt: skip
+    write_rows(path, rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Manifests, a pretrained folder and a run that was fine-tuned from it."""
+    folder = tmp_path_factory.mktemp("classify")
+    for seed, (name, count) in enumerate({"train": 24, "dev": 6, "test": 9}.items()):
+        write_tones(folder / f"{name}.csv", count, seed)
+    torch.manual_seed(0)
+    Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(folder / "pretrained")
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder / "pretrained")
+    finetune_classification.main(command(folder, "--test_data", str(folder / "test.csv")))
+    return folder
+
+
+def command(folder, *more, output="run", validation=True):
+    held = ["--validation_data", str(folder / "dev.csv")] if validation else []
+    return ["--train_data", str(folder / "train.csv"), *held, "--output_dir", str(folder / output),
+            "--model_name_or_path", str(folder / "pretrained"), *SHORT, *more]  # fmt: skip
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_folder_holds_model_extractor_results_and_pictures(data):
+    names = {path.name for path in (data / "run").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "preprocessor_config.json", "predictions.jsonl",
+                     "results.json", "metrics.jsonl", "finetune_config.yaml", "checkpoint-4"}  # fmt: skip
+    pictures = {path.name for path in (data / "run" / "plots").iterdir()}
+    assert pictures >= {"confusion_validation.png", "confusion_test.png", "loss.png", "accuracy.png"}
+    assert (data / "run" / "checkpoint-4" / "preprocessor_config.json").exists()
+    assert AutoFeatureExtractor.from_pretrained(data / "run").do_normalize
+
+
+def test_results_are_the_scores_of_the_predictions(data):
+    results = read_json(data / "run" / "results.json")
+    lines = read_lines(data / "run" / "predictions.jsonl")
+    for name in ("validation", "test"):
+        chosen = [line for line in lines if line["set"] == name]
+        expected = {
+            row["audio"]: row["label"]
+            for row in csv.DictReader(open(data / f"{dict(validation='dev').get(name, name)}.csv"))
+        }
+        assert {line["id"]: line["reference"] for line in chosen} == expected
+        scores = classification_scores([line["reference"] for line in chosen], [line["prediction"] for line in chosen])
+        assert {key: results[name][key] for key in scores} == pytest.approx(scores)
+    assert results["run"]["labels"] == ["high", "low", "middle"]
+    assert results["run"]["train_labels"] == {"low": 8, "middle": 8, "high": 8}
+
+
+def test_the_stock_pipeline_gives_the_same_labels_and_probabilities(data):
+    classify = pipeline("audio-classification", model=str(data / "run"), device="cpu")
+    for line in [line for line in read_lines(data / "run" / "predictions.jsonl") if line["set"] == "test"]:
+        samples, rate = soundfile.read(data / line["id"], dtype="float32")
+        best = classify({"raw": samples, "sampling_rate": rate})[0]
+        assert best["label"] == line["prediction"]
+        assert best["score"] == pytest.approx(line["probability"], abs=2e-4)
+
+
+def test_the_folder_loads_as_stock_without_missing_or_unexpected_keys(data):
+    model, report = Wav2Vec2ForSequenceClassification.from_pretrained(data / "run", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert model.config.id2label == {0: "high", 1: "low", 2: "middle"}
+    assert model.config.label2id == {"high": 0, "low": 1, "middle": 2}
+
+
+def test_metrics_hold_every_logged_step_and_validation(data):
+    lines = read_lines(data / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_uar" in line] == [2, 4]
+
+
+def test_a_probe_learns_what_tones_sound_like_and_says_which_layers_it_reads(data):
+    finetune_classification.main(
+        command(data, "--mode", "probe", "--max_steps", "60", "--eval_steps", "30", "--save_steps", "30",
+                "--learning_rate", "0.02", "--lr_scheduler_type", "constant", output="probe")
+    )  # fmt: skip
+    results = read_json(data / "probe" / "results.json")
+    assert results["validation"]["uar"] > 0.6  # chance is a third
+    assert len(results["run"]["layer_weights"]) == 3 and sum(results["run"]["layer_weights"]) == pytest.approx(1)
+    model, report = Wav2Vec2ForSequenceClassification.from_pretrained(data / "probe", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    pretrained = Wav2Vec2ForPreTraining.from_pretrained(data / "pretrained").state_dict()
+    for name, value in model.state_dict().items():
+        if name.startswith("wav2vec2."):
+            assert torch.equal(value, pretrained[name]), name
+
+
+def test_another_column_serves_as_the_label(data):
+    finetune_classification.main(command(data, "--label_column", "speaker", "--class_weights", "balanced",
+                                         "--validation_data", str(data / "train.csv"), output="speakers"))  # fmt: skip
+    assert read_json(data / "speakers" / "results.json")["run"]["labels"] == ["s0", "s1", "s2", "s3"]
+
+
+def test_folds_test_every_utterance_once_and_never_a_speaker_that_was_heard(data):
+    finetune_classification.main(command(data, "--folds", "speaker", output="folds", validation=False))
+    results = read_json(data / "folds" / "results.json")
+    lines = read_lines(data / "folds" / "predictions.jsonl")
+    rows = {row["audio"]: row for row in csv.DictReader(open(data / "train.csv"))}
+    assert sorted(line["id"] for line in lines) == sorted(rows)
+    assert all(line["reference"] == rows[line["id"]]["label"] for line in lines)
+    assert [fold["groups"] for fold in results["folds"]] == [["s0"], ["s1"], ["s2"], ["s3"]]
+    for number, fold in enumerate(results["folds"]):
+        tested = {rows[line["id"]]["speaker"] for line in lines if line["fold"] == fold["fold"]}
+        assert tested == set(fold["groups"])
+        own = read_lines(data / "folds" / fold["fold"] / "predictions.jsonl")
+        validated = {rows[line["id"]]["speaker"] for line in own if line["set"] == "validation"}
+        assert validated == {f"s{(number + 1) % 4}"} != tested
+        trained = read_json(data / "folds" / fold["fold"] / "results.json")["run"]["train_utterances"]
+        assert trained == len(rows) - sum(row["speaker"] in tested | validated for row in rows.values())
+    pooled = classification_scores([line["reference"] for line in lines], [line["prediction"] for line in lines])
+    assert {key: results["pooled"][key] for key in pooled} == pytest.approx(pooled)
+    scores = [fold["uar"] for fold in results["folds"]]
+    assert results["mean"]["uar"] == pytest.approx(np.mean(scores))
+    assert results["std"]["uar"] == pytest.approx(np.std(scores, ddof=1))
+
+
+def test_folds_on_two_processes_are_those_of_one(data):
+    flags = ["--folds", "room", "--max_steps", "2"]
+    given = command(data, *flags, "--per_device_train_batch_size", "2", output="dealt", validation=False)
+    run_ranks(data / "logs", "finetune_classification.py", *given, ACCELERATE_USE_CPU="true")
+    finetune_classification.main(command(data, *flags, output="whole", validation=False))
+    dealt, whole = (read_json(data / name / "results.json") for name in ("dealt", "whole"))
+    assert [fold["groups"] for fold in dealt["folds"]] == [fold["groups"] for fold in whole["folds"]]
+    assert dealt["pooled"]["utterances"] == whole["pooled"]["utterances"] == 24
+
+
+def test_folds_go_on_where_they_were_and_are_not_overwritten_unasked(data):
+    before = {path: path.read_bytes() for path in (data / "folds").rglob("*.jsonl")}
+    again = command(data, "--folds", "speaker", output="folds", validation=False)
+    with pytest.raises(UserError, match="already holds a run"):
+        finetune_classification.main(again)
+    finetune_classification.main([*again, "--resume_from_checkpoint", "auto"])
+    assert {path: path.read_bytes() for path in (data / "folds").rglob("*.jsonl")} == before
+    with pytest.raises(UserError, match="other folds"):
+        finetune_classification.main([*again, "--num_folds", "3", "--resume_from_checkpoint", "auto"])
+
+
+def test_folds_by_a_further_column_tell_of_shared_speakers(data, capsys):
+    finetune_classification.main(command(data, "--folds", "room", "--max_steps", "2", output="rooms", validation=False))
+    assert "warning: 4 speakers, such as s0" in capsys.readouterr().out
+    assert [fold["groups"] for fold in read_json(data / "rooms" / "results.json")["folds"]] == [["r0"], ["r1"], ["r2"]]
+
+
+def test_the_same_command_gives_the_same_run_and_auto_goes_on(data):
+    finetune_classification.main(command(data, "--test_data", str(data / "test.csv"), output="twin"))
+    for name in ("predictions.jsonl", "model.safetensors"):
+        assert (data / "twin" / name).read_bytes() == (data / "run" / name).read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        finetune_classification.main(command(data, output="twin"))
+    before = (data / "twin" / "metrics.jsonl").read_text()
+    finetune_classification.main(command(data, "--resume_from_checkpoint", "auto", output="twin"))
+    assert (data / "twin" / "metrics.jsonl").read_text() == before
+    with pytest.raises(UserError, match="other labels"):
+        finetune_classification.main(
+            command(data, "--resume_from_checkpoint", "auto", "--label_map", "low=deep", output="twin")
+        )
+
+
+def bad_input(data, kind):
+    """Flags that are wrong in one way, and what the message has to name."""
+    rows = list(csv.DictReader(open(data / "train.csv")))
+    path, flags = data / f"{kind}.csv", ["--train_data", str(data / f"{kind}.csv")]
+    if kind == "empty_label":
+        write_rows(path, [*rows[1:], rows[0] | {"label": ""}])
+    elif kind == "one_class":
+        write_rows(path, [row | {"label": "low"} for row in rows])
+    elif kind == "no_label":
+        write_rows(path, [{"audio": row["audio"], "duration": row["duration"]} for row in rows])
+    elif kind == "unseen_label":
+        write_rows(path, [rows[0] | {"label": "shrill"}])
+        return ["--test_data", str(path)], f"{kind}.csv: 1 utterances have the label 'shrill'"
+    elif kind == "hubert":
+        HubertConfig().save_pretrained(data / "hubert")
+        return ["--model_name_or_path", str(data / "hubert")], "hubert model"
+    elif kind == "absent_audio":
+        write_rows(path, [row | {"audio": "absent_" + row["audio"]} for row in rows])
+    elif kind == "absent_column":
+        return ["--label_column", "mood"], "'mood'"
+    elif kind == "unknown_flag":
+        return ["--fold", "speaker"], "did you mean folds"
+    elif kind == "folds_and_validation":
+        return ["--folds", "speaker"], "--folds takes all from --train_data"
+    elif kind == "lengths":
+        write_rows(path, [row | {"duration": "0.1"} if row["label"] == "low" else row for row in rows])
+        return [*flags, "--class_weights", "balanced"], "they leave no utterance of the label 'low'"
+    elif kind == "metric":
+        return ["--metric_for_best_model", "f1"], "--metric_for_best_model f1"
+    elif kind == "evaluation_alone":
+        return ["--do_train", "false"], "--do_train false"
+    elif kind == "num_folds":
+        return ["--num_folds", "3"], "--num_folds needs --folds"
+    return flags, {"no_label": "no column 'label'", "one_class": "single class (low)"}.get(kind, f"{kind}.csv")
+
+
+KINDS = ["lengths", "metric", "evaluation_alone", "empty_label", "one_class", "no_label", "unseen_label", "hubert", "absent_audio", "absent_manifest",
+         "absent_column", "unknown_flag", "folds_and_validation", "num_folds"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_one_line_that_names_the_culprit(data, kind):
+    flags, culprit = bad_input(data, kind)
+    with pytest.raises(UserError) as caught:
+        finetune_classification.main(command(data, *flags, output=f"bad_{kind}"))
+    assert culprit in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folds_whose_training_would_lack_a_label_are_refused(data):
+    for flags, message in ((["--label_column", "speaker"], "would train without the label 's0'"),
+                           (["--folds", "mood"], "'mood'")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            finetune_classification.main(
+                command(data, "--folds", "speaker", *flags, output=f"bad_{flags[1]}", validation=False)
+            )
+
+
+def test_the_script_itself_runs_from_yaml_and_ends_with_status_2_on_bad_input(data):
+    (data / "config.yaml").write_text(
+        f"train_data: [{data}/train.csv]\nvalidation_data: [{data}/dev.csv]\nmodel_name_or_path: {data}/pretrained\n"
+        f"max_steps: 1\neval_steps: 1\nsave_steps: 1\nuse_cpu: true\noutput_dir: {data}/script\nlabels: [low, high]\n"
+    )
+    script = [sys.executable, "finetune_classification.py", str(data / "config.yaml"), "--report_to", "none"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "UAR" in done.stdout and "8 with other labels" in done.stdout
+    again = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert len(again.stderr.strip().splitlines()) == 1 and "already holds a run" in again.stderr

@@ -1,0 +1,226 @@
+"""The real script, end to end, on a few seconds of audio."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tiny_config
+from transformers import (
+    AutoProcessor,
+    HubertConfig,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForPreTraining,
+    pipeline,
+)
+
+import finetune_ctc
+from w2v2.errors import UserError
+from w2v2.evaluate.scoring import error_rates, word_error_rate
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--logging_steps", "1", "--use_cpu",
+         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--mask_feature_length", "8",
+         "--learning_rate", "0.01", "--report_to", "none", "--dataloader_num_workers", "0"]  # fmt: skip
+
+
+def write_manifest(path, texts, seed, rate=16_000, channels=1):
+    random = np.random.default_rng(seed)
+    rows = []
+    for i, text in enumerate(texts):
+        audio = f"{path.stem}_{i}.wav"
+        shape = (int(rate * random.uniform(0.7, 1.3)), channels)
+        soundfile.write(path.parent / audio, random.uniform(-0.3, 0.3, shape), rate)
+        rows.append({"audio": audio, "duration": f"{shape[0] / rate:.2f}", "text": text})
+    write_rows(path, rows)
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Manifests, a pretrained folder and a run that was fine-tuned from it."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_manifest(folder / "train.csv", ["One two.", "two", "three one", "two three", "one", ""], seed=0)
+    write_manifest(folder / "dev.csv", ["two one", "three", "one qüx"], seed=1)
+    write_manifest(folder / "test.csv", ["three two", "one one"], seed=2, rate=44_100, channels=2)
+    torch.manual_seed(0)  # whatever ran before: four updates of some weights write only blanks
+    Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(folder / "pretrained")
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder / "pretrained")
+    finetune_ctc.main(command(folder, "--test_data", str(folder / "test.csv"), "--freeze_encoder_steps", "1"))
+    return folder
+
+
+def command(folder, *more, output="run", model="pretrained"):
+    start = ["--model_name_or_path", str(folder / model)] if model else []
+    return ["--train_data", str(folder / "train.csv"), "--validation_data", str(folder / "dev.csv"),
+            "--output_dir", str(folder / output), *start, *SHORT, *more]  # fmt: skip
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_folder_holds_model_processor_and_results(data):
+    names = {path.name for path in (data / "run").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "preprocessor_config.json", "vocab.json", "processor_config.json",
+                     "tokenizer_config.json", "predictions.jsonl", "results.json", "metrics.jsonl",
+                     "finetune_config.yaml", "checkpoint-4"}  # fmt: skip
+    assert (data / "run" / "checkpoint-4" / "preprocessor_config.json").exists()
+    assert Wav2Vec2FeatureExtractor.from_pretrained(data / "run").do_normalize
+
+
+def test_the_vocabulary_comes_from_the_training_text_alone(data):
+    vocabulary = read_json(data / "run" / "vocab.json")
+    assert set(vocabulary) == {"<pad>", "<unk>", "|", *"ONETWHR"}
+    unknown = read_json(data / "run" / "results.json")["run"]["unknown_characters"]
+    assert unknown == {"validation": {"Q": 1, "Ü": 1, "X": 1}}
+
+
+def test_results_are_the_error_rates_of_the_predictions(data):
+    results = read_json(data / "run" / "results.json")
+    predictions = read_lines(data / "run" / "predictions.jsonl")
+    for name, references in (("validation", {"TWO ONE", "THREE", "ONE QÜX"}), ("test", {"THREE TWO", "ONE ONE"})):
+        lines = [line for line in predictions if line["set"] == name]
+        assert {line["reference"] for line in lines} == references
+        rates = error_rates([line["reference"] for line in lines], [line["hypothesis"] for line in lines])
+        assert {key: results[name][key] for key in rates} == rates
+    for line in predictions:
+        assert line["wer"] == word_error_rate(line["reference"], line["hypothesis"])
+
+
+def test_the_folder_loads_as_stock_without_missing_or_unexpected_keys(data):
+    model, report = Wav2Vec2ForCTC.from_pretrained(data / "run", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert model.config.architectures == ["Wav2Vec2ForCTC"]
+    processor = AutoProcessor.from_pretrained(data / "run")
+    assert processor.tokenizer.pad_token_id == model.config.pad_token_id == 0
+    assert len(processor.tokenizer) == model.config.vocab_size
+
+
+def test_the_folder_works_in_the_stock_pipeline_and_gives_the_same_texts(data):
+    recognise = pipeline("automatic-speech-recognition", model=str(data / "run"), device="cpu")
+    lines = [line for line in read_lines(data / "run" / "predictions.jsonl") if line["set"] == "validation"]
+    for line in lines:
+        samples, rate = soundfile.read(data / line["id"], dtype="float32")
+        assert " ".join(recognise({"raw": samples, "sampling_rate": rate})["text"].split()) == line["hypothesis"]
+    assert any(line["hypothesis"] for line in lines)
+
+
+def test_metrics_hold_every_logged_step_and_validation(data):
+    lines = read_lines(data / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_wer" in line] == [2, 4]
+    assert read_json(data / "run" / "results.json")["run"]["best_update"] in (2, 4)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_auto_goes_on(data):
+    with pytest.raises(UserError, match="already holds a run"):
+        finetune_ctc.main(command(data))
+    before = (data / "run" / "metrics.jsonl").read_text()
+    finetune_ctc.main(command(data, "--resume_from_checkpoint", "auto", "--test_data", str(data / "test.csv")))
+    assert (data / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_the_same_command_gives_the_same_run(data):
+    finetune_ctc.main(
+        command(data, "--test_data", str(data / "test.csv"), "--freeze_encoder_steps", "1", output="twin")
+    )
+    for name in ("predictions.jsonl", "model.safetensors"):
+        assert (data / "twin" / name).read_bytes() == (data / "run" / name).read_bytes()
+
+
+def test_random_weights_from_a_configuration_are_the_baseline(data):
+    tiny_config().save_pretrained(data / "config")
+    finetune_ctc.main(command(data, "--config_name", str(data / "config"), output="baseline", model=None))
+    assert read_json(data / "baseline" / "results.json")["run"]["model"] is None
+    assert not Wav2Vec2FeatureExtractor.from_pretrained(data / "baseline").do_normalize
+
+
+def test_resuming_with_another_vocabulary_is_refused(data):
+    write_manifest(data / "other.csv", ["zoo", "zebra"], seed=3)
+    with pytest.raises(UserError, match="another vocabulary"):
+        finetune_ctc.main(command(data, "--resume_from_checkpoint", "auto", "--train_data", str(data / "other.csv")))
+
+
+def test_few_unreadable_files_are_skipped_counted_and_listed(data):
+    rows = list(csv.DictReader(open(data / "train.csv")))
+    (data / "broken.wav").write_bytes(b"RIFF no audio")
+    write_rows(data / "some_broken.csv", [*rows, rows[0] | {"audio": "broken.wav"}])
+    more = ["--train_data", str(data / "some_broken.csv"), "--max_skipped_fraction"]
+    with pytest.raises(UserError, match="1 of 7 utterances .*broken.wav.*--max_skipped_fraction"):
+        finetune_ctc.main(command(data, *more, "0.1", output="skip"))
+    finetune_ctc.main(command(data, *more, "0.2", "--resume_from_checkpoint", "auto", output="skip"))
+    listed = read_lines(data / "skip" / "skipped_audio.jsonl")
+    assert [line["audio"] for line in listed] == [str(data / "broken.wav")]
+    assert read_json(data / "skip" / "results.json")["run"]["skipped_audio"] == 1
+
+
+def bad_input(data, kind):
+    """Flags that are wrong in one way, and what the message has to name."""
+    rows = list(csv.DictReader(open(data / "train.csv")))
+    path, train = data / f"{kind}.csv", ["--train_data", str(data / f"{kind}.csv")]
+    if kind == "no_text":
+        write_rows(path, [{"audio": row["audio"], "duration": row["duration"]} for row in rows])
+    elif kind == "blank_text":
+        write_rows(path, [row | {"text": "?"} for row in rows])
+    elif kind == "absent_audio":
+        write_rows(path, [row | {"audio": "absent_" + row["audio"]} for row in rows])
+    elif kind == "short_audio":
+        soundfile.write(data / "short.wav", np.zeros(1_600), 16_000)
+        write_rows(path, [{"audio": "short.wav", "duration": "0.1", "text": "one"}])
+    elif kind == "hubert":
+        HubertConfig().save_pretrained(data / "hubert")
+        return ["--model_name_or_path", str(data / "hubert")], "hubert"
+    elif kind == "absent_model":
+        return ["--model_name_or_path", str(data / "absent")], "absent"
+    elif kind == "narrow_model":
+        return ["--mask_feature_length", "64"], "--mask_feature_length 64"
+    elif kind == "unknown_flag":
+        return ["--warmup_ratio", "0.1"], "warmup"
+    elif kind == "no_model":
+        return ["--model_name_or_path="], "--model_name_or_path"
+    return train, f"{kind}.csv" if kind != "short_audio" else "--min_seconds"
+
+
+KINDS = ["no_text", "blank_text", "absent_audio", "short_audio", "absent_manifest", "hubert", "absent_model",
+         "narrow_model", "unknown_flag", "no_model"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_one_line_that_names_the_culprit(data, kind):
+    flags, culprit = bad_input(data, kind)
+    with pytest.raises(UserError) as caught:
+        finetune_ctc.main(command(data, *flags, output=f"bad_{kind}"))
+    assert culprit in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_script_itself_runs_from_yaml_and_ends_with_status_2_on_bad_input(data):
+    lines = [f"{flag.removeprefix('--')}: {value}" for flag, value in zip(SHORT[::2], SHORT[1::2], strict=False)]
+    assert len(lines) > 5
+    (data / "config.yaml").write_text(
+        f"train_data: [{data}/train.csv]\nvalidation_data: [{data}/dev.csv]\nmodel_name_or_path: {data}/pretrained\n"
+        f"max_steps: 1\neval_steps: 1\nsave_steps: 1\nmask_feature_length: 8\nuse_cpu: true\noutput_dir: {data}/script\n"
+    )
+    script = [sys.executable, "finetune_ctc.py", str(data / "config.yaml"), "--per_device_train_batch_size", "2"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WER" in done.stdout and "vocabulary" in done.stdout
+    again = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert len(again.stderr.strip().splitlines()) == 1 and "already holds a run" in again.stderr

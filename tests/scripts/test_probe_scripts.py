@@ -1,0 +1,186 @@
+"""probe.py and verify_speakers.py, end to end on tones: what they write, and what they refuse."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tiny_config
+from transformers import (
+    HubertConfig,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForPreTraining,
+    Wav2Vec2ForSequenceClassification,
+)
+
+import probe
+import verify_speakers
+from w2v2.errors import UserError
+from w2v2.evaluate.trials import read_trials
+
+ROOT = Path(__file__).parents[2]
+PITCH = {"low": 200, "middle": 700, "high": 2_400}
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tones whose pitch is the label, of four speakers with a texture of their own, and two checkpoints."""
+    folder = tmp_path_factory.mktemp("probe")
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(48):
+        label, length = list(PITCH)[i % 3], int(16_000 * random.uniform(0.3, 0.6))
+        tone = np.sin(2 * np.pi * PITCH[label] * random.uniform(0.9, 1.1) * np.arange(length) / 16_000)
+        soundfile.write(folder / f"{i}.wav", 0.3 * tone + random.normal(0, 0.02, length), 16_000)
+        text = {"low": "lo", "middle": "mid", "high": "hi"}[label]
+        rows.append({"id": f"u{i}", "audio": f"{i}.wav", "duration": f"{length / 16_000:.3f}", "label": label,
+                     "speaker": f"s{i // 3 % 4}", "text": text})  # fmt: skip
+    for name, chosen in (("all", rows), ("train", rows[:36]), ("test", rows[36:])):
+        write_rows(folder / f"{name}.csv", chosen)
+    for step in (10, 5):
+        torch.manual_seed(step)
+        checkpoint = folder / f"checkpoint-{step}"
+        Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(checkpoint)
+        Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(checkpoint)
+        (checkpoint / "training_state").mkdir()
+        (checkpoint / "training_state" / "state.json").write_text(json.dumps({"heard_samples": step * 16_000 * 3600}))
+    return folder
+
+
+def run_probe(data, output, *more, test=True):
+    held = ["--test_data", str(data / "test.csv")] if test else []
+    probe.main(["--checkpoints", str(data / "checkpoint-10"), str(data / "checkpoint-5"), "--use_cpu", "--train_data",
+                str(data / ("train.csv" if test else "all.csv")), *held, "--output_dir", str(data / output), *more])  # fmt: skip
+    return json.loads((data / output / "probe.json").read_text())
+
+
+def test_probes_of_a_label_stand_in_a_table_by_hours_beside_random_weights(data, capsys):
+    results = run_probe(data, "label")
+    assert [model["name"] for model in results["models"]] == ["checkpoint-5", "checkpoint-10", "random weights"]
+    assert [model["hours"] for model in results["models"]] == [5.0, 10.0, None]
+    assert results["chance"] == pytest.approx(1 / 3)
+    for model in results["models"]:
+        assert [layer["layer"] for layer in model["layers"]] == [0, 1, 2]
+        assert model["uar"] == model["layers"][model["best_layer"]]["uar"] > 0.6  # pitch is easily read
+    printed = capsys.readouterr().out
+    assert "layer" in printed and "checkpoint-10" in printed and "chance 33.3%" in printed
+    assert {path.name for path in (data / "label" / "plots").iterdir()} == {"layers.png", "hours.png"}
+
+
+def test_probes_by_folds_test_every_utterance(data):
+    results = run_probe(data, "folds", "--folds", "speaker", "--random_weights", "false", test=False)
+    assert results["run"]["num_folds"] == 4 and results["run"]["tested"] == 48
+    assert [model["name"] for model in results["models"]] == ["checkpoint-5", "checkpoint-10"]
+    assert set(results["models"][0]["layers"][0]) >= {"mean", "std", "uar", "accuracy", "macro_f1", "validation"}
+
+
+def test_characters_are_probed_with_a_linear_ctc_head(data):
+    results = run_probe(
+        data, "characters", "--target", "characters", "--ctc_updates", "20", "--random_weights", "false"
+    )
+    assert (results["measure"], results["chance"], results["run"]["tested"]) == ("cer", None, 12)
+    for model in results["models"]:
+        best = min(model["layers"], key=lambda layer: layer["validation"])
+        assert (model["best_layer"], model["cer"]) == (best["layer"], best["cer"])
+    assert not (data / "characters" / "_frames").exists()
+
+
+def test_the_same_command_gives_the_same_figures_and_results_are_not_replaced_unasked(data):
+    with pytest.raises(UserError, match="already holds probe.json"):
+        run_probe(data, "label")
+    before = json.loads((data / "label" / "probe.json").read_text())
+    assert run_probe(data, "label", "--overwrite_output_dir") == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--folds", "speaker"], "one of --test_data and --folds"),
+        (["--target", "mood"], "'mood'"),
+        (["--labels", "low"], "single class"),
+        (["--config_nam", "x"], "config_name"),
+        (["--checkpoints", "absent"], "absent: no such folder"),
+        (["--checkpoints", "hubert"], "hubert model"),
+        (["--num_folds", "3"], "--num_folds needs --folds"),
+        (["--label_map", "low=dull"], None),
+    ],
+)
+def test_bad_input_of_the_probe_is_one_line(data, flags, message):
+    HubertConfig().save_pretrained(data / "hubert")
+    flags = [str(data / "hubert") if flag == "hubert" else flag for flag in flags]
+    if message is None:  # labels may be renamed in all sets alike
+        assert run_probe(data, "renamed", *flags)["models"]
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        run_probe(data, f"bad_{flags[0]}", *flags)
+    assert "\n" not in str(caught.value)
+
+
+def verify(data, output, *flags, model="checkpoint-10"):
+    source = ["--model_name_or_path", str(data / model)] if model else []
+    verify_speakers.main([*source, "--use_cpu", "--output_dir", str(data / output), *flags])
+    return json.loads((data / output / "verification.json").read_text())
+
+
+def test_verification_by_drawn_trials_scores_every_layer(data):
+    results = verify(data, "drawn", "--manifest", str(data / "all.csv"), "--speaker_column", "label", "--num_trials", "200",
+                     "--cohort", str(data / "train.csv"))  # fmt: skip
+    assert set(results) == {"layer 0", "layer 1", "layer 2", "run"}
+    assert results["layer 1"]["eer"] < 0.35  # pitches are far apart; by chance a half
+    trials = read_trials(data / "drawn" / "trials.txt")
+    assert (len(trials), results["run"]["targets"]) == (200, 100)
+
+
+def test_verification_by_a_list_and_a_fine_tuned_models_projection(data):
+    torch.manual_seed(3)
+    config = tiny_config(num_labels=4, classifier_proj_size=8, mask_time_prob=0.0)
+    Wav2Vec2ForSequenceClassification(config).save_pretrained(data / "tuned")
+    (data / "list.txt").write_text("1 0.wav 3.wav\n0 0.wav 1.wav\n1 1.wav 4.wav\n0 4.wav 2.wav\n")
+    results = verify(data, "listed", "--trials", str(data / "list.txt"), model="tuned")
+    assert set(results) == {"projection", "run"} and 0 <= results["projection"]["eer"] <= 1
+    results = verify(data, "one_layer", "--trials", str(data / "list.txt"), "--layer", "2", model="tuned")
+    assert set(results) == {"layer 2", "run"}
+    moved = data / "lists" / "list.txt"
+    moved.parent.mkdir()
+    moved.write_text((data / "list.txt").read_text())
+    assert (
+        verify(data, "moved", "--trials", str(moved), "--data_root", str(data), "--layer", "2", model="tuned")
+        == results
+    )
+    with pytest.raises(UserError, match="--data_root names the folder"):
+        verify(data, "lost", "--trials", str(moved), model="tuned")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "one of --trials and --manifest"),
+        (["--manifest", "all.csv", "--layer", "3"], "layers 0 to 2"),
+        (["--manifest", "all.csv", "--speaker_column", "voice"], "'voice'"),
+        (["--manifest", "all.csv", "--p_target", "1.5"], "--p_target"),
+    ],
+)
+def test_bad_input_of_the_verification_is_one_line(data, flags, message):
+    flags = [str(data / flag) if flag.endswith(".csv") else flag for flag in flags]
+    with pytest.raises(UserError, match=message) as caught:
+        verify(data, "bad", *flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("script", ["probe.py", "verify_speakers.py"])
+def test_the_scripts_end_with_status_2_and_one_line(script):
+    done = subprocess.run([sys.executable, script, "--output_dir", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"{script}: error: ")

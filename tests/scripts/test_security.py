@@ -1,0 +1,571 @@
+"""Nothing that comes from others is ever executed, nothing secret is ever written down, and nothing outside of the run's folder is touched."""
+
+import ast
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from conftest import run_here, tiny_config, write_tones
+from hub_stand_in import HubStandIn
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import Wav2Vec2FeatureExtractor
+
+import finetune_ctc
+import pretrain
+from w2v2.data.manifest import load_manifest
+from w2v2.data.packed import locate
+from w2v2.errors import UserError
+from w2v2.finetune.finetuning_arguments import FineTuningArguments, prepare_output_dir
+from w2v2.hub.card import write_model_card
+from w2v2.model.loading import build_model
+from w2v2.model.model import PretrainingModel
+from w2v2.train.resuming import claim_output_dir
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "hf_" + "RecognizableSecret" * 2
+SECONDS = [1.0 + number / 10 for number in range(8)]
+SCRIPTS = {"pretrain": pretrain.main, "finetune_ctc": finetune_ctc.main}
+
+
+class Planted:
+    """Unpickled, it creates the file `witness`."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return Path.touch, (self.witness,)
+
+
+def plant(path: Path, witness: Path, kind: str = "zip") -> None:
+    """A pickle, bare or in the form that `torch.save` writes, that shows when it is loaded."""
+    path.write_bytes(pickle.dumps(Planted(witness))) if kind == "bare" else torch.save({"a": Planted(witness)}, path)
+
+
+@pytest.fixture
+def witness(tmp_path):
+    """A path at which nothing may appear; the trap is then shown to have been live."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists()
+    plant(tmp_path / "live.bin", path)
+    torch.load(tmp_path / "live.bin", weights_only=False)
+    assert path.exists()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Eight tones with text, a tiny model's weights, and its bare configuration."""
+    folder = tmp_path_factory.mktemp("security")
+    paths = write_tones(folder / "audio", SECONDS)
+    rows = [{"audio": str(p), "duration": s, "text": "one two"} for p, s in zip(paths, SECONDS, strict=True)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    PretrainingModel(tiny_config()).save_pretrained(folder / "model")
+    Wav2Vec2FeatureExtractor().save_pretrained(folder / "model")
+    shutil.copytree(folder / "model", folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def flags(name, corpus, output_dir, **changes):
+    values = dict(train_data=corpus / "train.jsonl", validation_data=corpus / "train.jsonl", output_dir=output_dir)
+    values |= dict(model_name_or_path=corpus / "model", dataloader_num_workers=0, report_to="none", max_steps=2)
+    values |= dict(eval_steps=2, save_steps=2, logging_steps=1, use_cpu=True)
+    if name == "pretrain":
+        values |= dict(min_seconds=0.5, batch_hours=0.002, micro_batch_seconds=8)
+    else:
+        values |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=1, mask_feature_length=8)
+    return [f"--{key}={value}" for key, value in (values | changes).items() if value is not None]
+
+
+@pytest.fixture(params=SCRIPTS)
+def refused(request, corpus, tmp_path, capsys):
+    """Runs a script, which has to end with status 2 and one line that holds what is named."""
+
+    def check(*named, extra=(), **changes):
+        capsys.readouterr()
+        arguments = flags(request.param, corpus, changes.pop("output_dir", tmp_path / "run"), **changes)
+        status = run_here(SCRIPTS[request.param], *extra, *arguments)
+        error = capsys.readouterr().err
+        lines = [line for line in error.splitlines() if "error:" in line]
+        assert status == 2 and len(lines) == 1 and "Traceback" not in error, error
+        for name in named:
+            assert str(name) in lines[0], lines[0]
+        return lines[0]
+
+    return check
+
+
+# Weights, configurations and checkpoints of others.
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
+@pytest.mark.parametrize("kind", ["bare", "zip"])
+def test_weights_in_a_pickle_are_refused_with_the_way_out(corpus, tmp_path, refused, witness, name, kind):
+    folder = shutil.copytree(corpus / "bare", tmp_path / "model")
+    plant(folder / name, witness, kind)
+    refused(name, "docs/security.md", model_name_or_path=folder)
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(corpus, tmp_path, witness):
+    folder = shutil.copytree(corpus / "model", tmp_path / "model")
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        plant(folder / name, witness)
+    assert run_here(pretrain.main, *flags("pretrain", corpus, tmp_path / "run", model_name_or_path=folder)) == 0
+
+
+def test_a_hub_repository_without_safetensors_is_refused_and_nothing_is_asked_of_anybody_else(
+    corpus, tmp_path, witness
+):
+    plant(tmp_path / "pytorch_model.bin", witness)
+    with HubStandIn() as hub:
+        for path in (*(corpus / "bare").iterdir(), tmp_path / "pytorch_model.bin"):
+            hub.files[path.name] = path.read_bytes()
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        arguments = flags("pretrain", corpus, tmp_path / "run", model_name_or_path="speech-lab/old")
+        command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        lines = [line for line in result.stderr.splitlines() if "error:" in line]
+        assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+        assert "speech-lab/old" in lines[0] and "pytorch_model.bin" in lines[0] and "docs/security.md" in lines[0]
+        assert not [path for path in hub.paths if "discussions" in path or path.endswith("pytorch_model.bin")]
+
+
+def conversion() -> str:
+    return re.search(r"```python\n(.*?)```", (ROOT / "docs/security.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+def test_the_documented_conversion_keeps_every_weight(corpus, tmp_path, monkeypatch):
+    folder = shutil.copytree(corpus / "bare", tmp_path / "model")
+    weights = load_file(corpus / "model" / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    monkeypatch.chdir(folder)
+    exec(conversion(), {})
+    arguments = type("Arguments", (), dict(
+        model_name_or_path=str(folder), feature_grad_mult=1.0, feature_penalty_weight=1.0, gradient_checkpointing=False,
+        positional_conv="auto", torch_compile=False,
+    ))  # fmt: skip
+    loaded = build_model(arguments, tiny_config()).state_dict()
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("kind", ["bare", "zip"])
+def test_the_documented_conversion_runs_nothing_that_was_planted(tmp_path, monkeypatch, witness, kind):
+    plant(tmp_path / "pytorch_model.bin", witness, kind)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pickle.UnpicklingError):
+        exec(conversion(), {})
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(corpus):
+    """A finished run of fine-tuning, of two updates."""
+    output_dir = corpus / "fine_tuned"
+    assert run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, output_dir)) == 0
+    return output_dir
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("kind", ["bare", "zip"])
+def test_fine_tuning_resumes_from_no_planted_state(corpus, fine_tuned, tmp_path, capsys, witness, name, kind):
+    checkpoint = shutil.copytree(fine_tuned / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    plant(checkpoint / name, witness, kind)
+    plant(checkpoint / "training_args.bin", witness, kind)
+    more = dict(resume_from_checkpoint="auto", max_steps=4)
+    assert run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, tmp_path / "run", **more)) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "checkpoint-2" in line and "training state is not loaded" in line
+
+
+def test_fine_tuning_resumes_from_what_it_wrote_itself_and_leaves_no_pickled_flags(corpus, fine_tuned, tmp_path):
+    shutil.copytree(fine_tuned / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    more = dict(resume_from_checkpoint="auto", max_steps=4)
+    assert run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, tmp_path / "run", **more)) == 0
+    assert (tmp_path / "run" / "checkpoint-4").is_dir() and not list((tmp_path / "run").rglob("training_args.bin"))
+
+
+MALICIOUS = [
+    ({"hidden_size": 10**9}, "hidden_size is 1000000000"),
+    ({"hidden_size": 2**60}, "hidden_size"),
+    ({"hidden_size": -32}, "hidden_size is -32"),
+    ({"hidden_size": 0}, "hidden_size is 0"),
+    ({"hidden_size": 33}, "hidden_size 33 cannot be divided"),
+    ({"hidden_size": "wide"}, "hidden_size"),
+    ({"hidden_size": None}, "hidden_size"),
+    ({"hidden_size": [32]}, "hidden_size"),
+    ({"hidden_size": True}, "hidden_size"),
+    ({"hidden_size": 65_536, "num_hidden_layers": 1_000}, "its weights take"),
+    ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"conv_dim": []}, "conv_dim"),
+    ({"conv_dim": [10**9] * 7}, "conv_dim"),
+    ({"conv_dim": "wide"}, "conv_dim"),
+    ({"conv_stride": [0] * 7}, "conv_stride"),
+    ({"conv_kernel": [10, 3]}, "conv_kernel"),
+    ({"num_codevectors_per_group": 10**12}, "num_codevectors_per_group"),
+    ({"num_conv_pos_embedding_groups": 7}, "num_conv_pos_embedding_groups"),
+    ({"hidden_act": "os.system"}, "os.system"),
+    ({"feat_extract_norm": "evil"}, "evil"),
+    (
+        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}},
+        "custom code",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), MALICIOUS, ids=[str(changes)[:40] for changes, _ in MALICIOUS])
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "configuration"])
+def test_a_configuration_that_makes_no_model_is_refused_in_one_line(
+    corpus, tmp_path, refused, witness, changes, named, weights
+):
+    folder = shutil.copytree(corpus / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(witness)!r}).touch()\nEvilConfig = EvilModel = None\n"
+    )
+    source = dict(model_name_or_path=folder) if weights else dict(model_name_or_path=None, config_name=folder)
+    assert named in refused(folder, **source)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '"x"', "null", "{", "[" * 100_000, '{"model_type": ["wav2vec2"]}'])
+def test_a_configuration_that_is_none_is_refused_in_one_line(corpus, tmp_path, refused, text):
+    folder = shutil.copytree(corpus / "model", tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    refused(folder, model_name_or_path=folder)
+
+
+def test_a_model_with_code_beside_it_is_loaded_without_the_code(corpus, tmp_path, witness):
+    folder = shutil.copytree(corpus / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForPreTraining": "evil.EvilModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(witness)!r}).touch()\n")
+    assert run_here(pretrain.main, *flags("pretrain", corpus, tmp_path / "run", model_name_or_path=folder)) == 0
+
+
+def test_a_yaml_file_makes_no_objects(tmp_path, refused, witness):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"seed: !!python/object/apply:os.system ['touch {witness}']\n")
+    refused(config, "not valid YAML", extra=(config,))
+
+
+def test_tables_of_others_make_no_objects(tmp_path, witness):
+    """Arrow once had a type that was stored as a pickle."""
+    metadata = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickle.dumps(Planted(witness)),
+    }
+    audio = pa.field("audio", pa.string(), metadata=metadata)
+    table = pa.table(
+        [pa.array(["a.wav"]), pa.array([1.0])], schema=pa.schema([audio, pa.field("duration", pa.float64())])
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert load_manifest([str(tmp_path / "a.parquet")], probe=None)[0]["num_samples"][:] == [16_000]
+    samples = pa.field("samples", pa.large_list(pa.int16()), metadata=metadata)
+    shard = pa.table(
+        [pa.array(["u"]), pa.array([[1, 2]], samples.type)], schema=pa.schema([pa.field("id", pa.string()), samples])
+    )
+    with pa.ipc.new_file(tmp_path / "shard-00000.arrow", shard.schema) as writer:
+        writer.write_table(shard)
+    assert locate(tmp_path / "shard-00000.arrow")[1].tolist() == [2]
+
+
+# The product's own files.
+
+
+FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "breakpoint"}
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "tarfile",
+    "zipfile",
+    "runpy",
+}
+FORBIDDEN_CALLS = {
+    "os": {"system", "popen", "execv", "execve", "execvp", "spawnl", "spawnv"},
+    "shutil": {"unpack_archive"},
+    "subprocess": {"getoutput", "getstatusoutput"},
+    "yaml": {"load", "load_all", "unsafe_load", "full_load"},
+    "datasets": {"load_dataset", "load_dataset_builder"},
+    "register_for_checkpointing": set(),
+}
+FORBIDDEN_ANYWHERE = {
+    "load_dataset",
+    "unpack_archive",
+    "register_for_checkpointing",
+    "load_state",
+    "read_pickle",
+    "unsafe_load",
+}
+
+
+def dangers(source: str) -> list[str]:
+    """What could run somebody else's code, or write where an archive says."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            module = (node.module or "").split(".")[0]
+            found += [module] if module in FORBIDDEN_MODULES else []
+            found += sorted(names & (FORBIDDEN_CALLS.get(module, set()) | FORBIDDEN_ANYWHERE))
+        elif isinstance(node, ast.Name) and node.id in FORBIDDEN_NAMES:
+            found.append(node.id)
+        elif isinstance(node, ast.Attribute):
+            owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
+            if node.attr in FORBIDDEN_CALLS.get(owner, ()) or node.attr in FORBIDDEN_ANYWHERE:
+                found.append(f"{owner}.{node.attr}")
+        elif isinstance(node, ast.Call):
+            given = {keyword.arg: getattr(keyword.value, "value", "?") for keyword in node.keywords}
+            found += [
+                name for name in ("shell", "allow_pickle", "trust_remote_code") if given.get(name, False) is not False
+            ]
+            called = ast.unparse(node.func)
+            if called == "torch.load" and given.get("weights_only") is not True:
+                found.append("torch.load")
+            if called.endswith("from_pretrained") and "Model" in called and given.get("use_safetensors") is not True:
+                found.append(called)
+            if called.endswith("model_class.from_pretrained") and given.get("use_safetensors") is not True:
+                found.append(called)
+    return found
+
+
+PRODUCT = sorted(
+    path for pattern in ("*.py", "w2v2/**/*.py", "data_scripts/*.py", "benchmarks/*.py") for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=[str(path.relative_to(ROOT)) for path in PRODUCT])
+def test_no_file_of_the_product_can_run_what_others_wrote(path):
+    assert dangers(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import os.path, zipfile",
+        "eval('1')",
+        "f = exec",
+        "import os\nos.system('ls')",
+        "from os import system",
+        "subprocess.run('ls', shell=True)",
+        "subprocess.run('ls', shell=flag)",
+        "yaml.load(text)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(path)",
+        "AutoConfig.from_pretrained(path, trust_remote_code=True)",
+        "datasets.load_dataset('x')",
+        "from datasets import load_dataset",
+        "shutil.unpack_archive(path)",
+        "accelerator.load_state(path)",
+    ],
+)
+def test_every_danger_is_seen(source):
+    assert dangers(source)
+
+
+def test_what_is_no_danger_is_none():
+    fine = "model.eval()\nyaml.safe_load(t)\ntorch.load(p, weights_only=True)\nsubprocess.run(['ls'])\nmodel.load_state_dict(x)\n"
+    assert dangers(fine + "AutoConfig.from_pretrained(p, trust_remote_code=False)\nre.compile('x')") == []
+
+
+# Tokens, and what a run writes where.
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def pushed(request, corpus, tmp_path_factory):
+    """A run in a world of its own, pushed to a stand-in of the Hub with a token that is easy to find again."""
+    world = tmp_path_factory.mktemp(f"pushed_{request.param}")
+    for name in ("home", "cwd", "temporary"):
+        (world / name).mkdir()
+    with HubStandIn() as hub:
+        places = dict(
+            HOME=world / "home", HF_HOME=world / "home" / "hf", TMPDIR=world / "temporary", MPLCONFIGDIR=world / "home"
+        )
+        environment = os.environ | {name: str(path) for name, path in places.items()}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+        environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        more = dict(
+            push_to_hub=True, hub_model_id="speech-lab/tiny", report_to="tensorboard", hub_strategy="every_save"
+        )
+        more |= dict(dataloader_num_workers=1, log_level="debug")
+        command = [
+            sys.executable,
+            str(ROOT / f"{request.param}.py"),
+            *flags(request.param, corpus, world / "out" / "run", **more),
+        ]
+        result = subprocess.run(
+            command, env=environment, cwd=world / "cwd", capture_output=True, text=True, timeout=300, umask=0o027
+        )
+        assert result.returncode == 0, result.stderr[-3_000:]
+        assert f"Bearer {TOKEN}" in hub.tokens and hub.files.get("model.safetensors"), hub.paths
+        yield world, result, dict(hub.files)
+
+
+def test_the_token_is_nowhere(pushed):
+    world, result, files = pushed
+    assert list(world.rglob("events.out.tfevents*"))
+    secret = TOKEN.encode()
+    everything = {str(path): path.read_bytes() for path in world.rglob("*") if path.is_file()}
+    everything |= {f"hub:{name}": content for name, content in files.items()}
+    everything |= {"stdout": result.stdout.encode(), "stderr": result.stderr.encode()}
+    assert len(everything) > 10
+    assert [name for name, content in everything.items() if secret in content or secret[::-1] in content] == []
+
+
+def test_a_run_writes_into_its_folder_and_the_documented_caches_alone(pushed):
+    world, _, _ = pushed
+    outside = {path.relative_to(world).as_posix() for path in world.rglob("*") if path.is_file()}
+    outside = {name for name in outside if not name.startswith("out/run/")}
+    assert {name.split("/")[0] for name in outside} <= {"home"}, outside
+    assert list((world / "cwd").iterdir()) == list((world / "temporary").iterdir()) == []
+    assert {path.name for path in (world / "out").iterdir()} == {"run"}
+
+
+def test_files_have_the_users_umask(pushed):
+    world, _, _ = pushed
+    modes = {path.relative_to(world): stat.S_IMODE(path.stat().st_mode) for path in (world / "out").rglob("*")}
+    wrong = {
+        str(path): oct(mode) for path, mode in modes.items() if mode != (0o750 if (world / path).is_dir() else 0o640)
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("flag", ["hub_model_id", "output_dir", "model_name_or_path"])
+def test_a_token_pasted_into_a_flag_is_refused_and_not_repeated(tmp_path, refused, flag):
+    line = refused(f"--{flag}", "HF_TOKEN", **{flag: f"speech-lab/{TOKEN}"})
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"hub_model_id": TOKEN}))
+    assert TOKEN not in line + refused("--hub_model_id", "HF_TOKEN", extra=(config,))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_takes_no_token_as_a_flag(corpus, tmp_path, capsys):
+    assert (
+        run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, tmp_path / "run", hub_token="of another form")) == 2
+    )
+    error = capsys.readouterr().err
+    assert "--hub_token" in error and "HF_TOKEN" in error and "of another form" not in error
+
+
+# Deleting.
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A folder outside of the run's, and links to it in all places where a run deletes."""
+    folder = tmp_path / "precious"
+    (folder / "training_state").mkdir(parents=True)
+    for name in (
+        "thesis.txt",
+        "config.json",
+        "model.safetensors",
+        "trainer_state.json",
+        "optimizer.pt",
+        "scheduler.pt",
+    ):
+        (folder / name).write_text("years of work")
+    run = tmp_path / "run"
+    (run / "checkpoint-3").mkdir(parents=True)
+    for place in ("checkpoint-1", "checkpoint-3/inside", "plots", "runs", ".unfinished-checkpoint-9"):
+        (run / place).symlink_to(folder, target_is_directory=True)
+    (run / "metrics.jsonl").symlink_to(folder / "thesis.txt")
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    yield run
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not any((run / place).exists() for place in ("checkpoint-1", "checkpoint-3", "runs", "metrics.jsonl"))
+
+
+def test_overwriting_a_run_follows_no_links(precious):
+    claim_output_dir(precious, overwrite=True, resume_from=None)
+
+
+def test_overwriting_a_fine_tuning_run_follows_no_links(precious, corpus):
+    common = dict(output_dir=str(precious), overwrite_output_dir=True, use_cpu=True, report_to="none")
+    data = dict(train_data=["a.csv"], validation_data=["a.csv"], config_name=str(corpus / "bare"))
+    assert prepare_output_dir(FineTuningArguments(**common, **data)) is None
+
+
+# The model card.
+
+
+def card_of(tmp_path, name="run", **config):
+    folder = tmp_path / name
+    folder.mkdir()
+    write_model_card(folder, config=config, summary={}, metrics=[])
+    return ModelCard.load(folder / "README.md")
+
+
+@pytest.mark.parametrize(
+    "licence",
+    [
+        "mit\n---\n# evil",
+        "mit\ntags: [evil]",
+        "[evil]",
+        "{a: b}",
+        "!!python/name:os.system",
+        "&a *a",
+        "'\"",
+        "# x",
+        "yes",
+    ],
+)
+def test_what_the_user_writes_is_a_string_in_the_cards_metadata(tmp_path, licence):
+    card = card_of(tmp_path, hub_license=licence)
+    assert card.data.license == licence and card.data.tags == ["wav2vec2", "pretraining"]
+    assert card.text.lstrip().startswith("# run")
+
+
+@pytest.mark.parametrize(
+    "name", ['x"); open("y", "w"); print("', "x; touch y", "$(touch y)", "a\\", "x\n# evil\n```", "'"]
+)
+def test_a_folders_name_is_no_code_in_the_card(tmp_path, name):
+    card = card_of(tmp_path, name)
+    [assignment] = [
+        node
+        for node in ast.walk(ast.parse(re.search(r"```python\n(.*?)\n```", card.text, re.DOTALL)[1]))
+        if isinstance(node, ast.Assign) and node.targets[0].id == "source"
+    ]
+    shown = name.replace("\n", "\\n")
+    assert assignment.value.value == shown
+    command = shlex.split(re.search(r"```bash\n(.*?)\n```", card.text, re.DOTALL)[1])
+    assert command[command.index("--model_name_or_path") + 1] == shown
+    assert len(command) == 10 and "\n# evil" not in card.text
+
+
+def test_a_data_set_of_any_name_stays_one_cell(tmp_path):
+    card = card_of(tmp_path, train_data=["lists/a`b|c\nd.csv"])
+    [row] = [line for line in card.text.splitlines() if line.startswith("| Training | `")]
+    assert row == "| Training | `lists/a'b\\|c\\nd.csv` |"
+
+
+def test_a_repository_that_is_named_like_a_path_is_refused(tmp_path):
+    from w2v2.hub.hub import HubPusher
+
+    for name in ("../evil", "a/../../b", "/etc", "a/b/c"):
+        with pytest.raises(UserError, match="--hub_model_id"):
+            HubPusher(tmp_path, repo_id=name, private=True, token=None, every_save=False)

@@ -1,0 +1,368 @@
+"""Checkpoints under torn files, flipped bits, full disks, failing system calls and kills: never one lost, never a damaged one taken."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors import SafetensorError
+from tiny_run import CHECKSUMS, MODEL, OPTIMIZER, STATE, Run, Tap, contents, file_size_limit, flip, names, same, tensors
+
+from w2v2.errors import UserError
+from w2v2.train.checkpoint import save_model
+from w2v2.train.resuming import checkpoints, claim_output_dir, find_checkpoint, find_damage
+
+FILES = ["config.json", MODEL, "preprocessor_config.json", OPTIMIZER, STATE, CHECKSUMS]
+
+
+@pytest.fixture(scope="module")
+def run():
+    return Run()
+
+
+@pytest.fixture(scope="module")
+def two_saved(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    run.save(folder, 2)
+    run.update(3)
+    run.save(folder, 4)
+    run.update(4)
+    return folder
+
+
+@pytest.fixture
+def saved(two_saved, tmp_path):
+    """A run's folder with checkpoint-2 and checkpoint-4, which differ."""
+    return Path(shutil.copytree(two_saved, tmp_path / "run"))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def halve(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lengthen(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_last(path):
+    flip(path, 8 * path.stat().st_size - 3)
+
+
+def flip_in_the_middle(path):
+    flip(path, 4 * path.stat().st_size)
+
+
+def make_unreadable(path):
+    path.unlink()
+    path.mkdir()
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "damage", [truncate, lengthen, empty, flip_last, flip_in_the_middle, Path.unlink, make_unreadable]
+)
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(saved, caplog, name, damage):
+    damage(saved / "checkpoint-4" / name)
+    assert find_checkpoint(saved, "auto") == saved / "checkpoint-2"
+    said = [record.getMessage() for record in caplog.records]
+    assert "checkpoint-4 is damaged and passed over" in said[0] and "\n" not in said[0]
+    if name != CHECKSUMS:  # a flip there accuses one of the others
+        assert name in said[0]
+    assert not any("passed over" in line for line in said[1:])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [truncate, flip_in_the_middle, Path.unlink])
+def test_a_named_checkpoint_that_is_damaged_is_refused(saved, name, damage):
+    damage(saved / "checkpoint-4" / name)
+    before = contents(saved)
+    with pytest.raises(UserError, match="--resume_from_checkpoint|no training state") as error:
+        find_checkpoint(saved, str(saved / "checkpoint-4"))
+    assert "\n" not in str(error.value) and "checkpoint-4" in str(error.value)
+    if name != CHECKSUMS:
+        assert Path(name).name in str(error.value)
+    assert contents(saved) == before
+
+
+def test_a_run_never_starts_anew_by_itself_beside_damaged_checkpoints(saved):
+    truncate(saved / "checkpoint-2" / MODEL)
+    flip_last(saved / "checkpoint-4" / OPTIMIZER)
+    before = contents(saved)
+    with pytest.raises(
+        UserError, match="no checkpoint.*checkpoint-4.*optimizer.safetensors has changed.*--overwrite_output_dir"
+    ):
+        find_checkpoint(saved, "auto")
+    assert contents(saved) == before
+    claim_output_dir(saved, True, None)
+    assert names(saved) == []
+
+
+def test_damage_that_only_reading_shows_is_not_counted_by_rotation(run, saved):
+    flip_last(saved / "checkpoint-4" / MODEL)
+    damaged = contents(saved / "checkpoint-4")
+    assert [folder.name for folder in checkpoints(saved)] == ["checkpoint-2", "checkpoint-4"]
+    find_checkpoint(saved, "auto")
+    assert names(saved) == ["checkpoint-2", "checkpoint-4.damaged"]
+    assert contents(saved / "checkpoint-4.damaged") == damaged
+    run.save(saved, 5, keep=2)
+    assert names(saved) == ["checkpoint-2", "checkpoint-4.damaged", "checkpoint-5"]
+    assert find_checkpoint(saved, "auto").name == "checkpoint-5"
+
+    flip_last(saved / "checkpoint-5" / MODEL)  # a second time
+    run.save(saved, 4)
+    flip_last(saved / "checkpoint-4" / MODEL)
+    assert find_checkpoint(saved, "auto").name == "checkpoint-2"
+    assert names(saved) == ["checkpoint-2", "checkpoint-4.damaged", "checkpoint-5.damaged"]
+
+
+def test_rotation_neither_counts_nor_removes_what_is_torn(run, saved):
+    truncate(saved / "checkpoint-4" / MODEL)
+    run.save(saved, 6, keep=2)
+    assert names(saved) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    run.save(saved, 8, keep=1)
+    assert names(saved) == ["checkpoint-4", "checkpoint-8"]
+    assert find_checkpoint(saved, "auto").name == "checkpoint-8"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_in_the_middle, Path.unlink])
+def test_a_run_that_comes_to_a_damaged_step_again_replaces_it(run, saved, damage):
+    damage(saved / "checkpoint-4" / MODEL)
+    find_checkpoint(saved, "auto")
+    folder = run.save(saved, 4, keep=2)
+    assert find_checkpoint(saved, "auto") == folder and find_damage(folder) is None
+    assert (
+        {"checkpoint-2", "checkpoint-4"}
+        <= set(names(saved))
+        <= {"checkpoint-2", "checkpoint-4", "checkpoint-4.damaged"}
+    )
+
+
+def test_a_torn_newer_checkpoint_does_not_forbid_to_go_on_from_an_older_one(saved):
+    truncate(saved / "checkpoint-4" / MODEL)
+    claim_output_dir(saved, False, str(saved / "checkpoint-2"))
+    assert find_checkpoint(saved, str(saved / "checkpoint-2")) == saved / "checkpoint-2"
+
+
+# Checkpoints of versions without checksums
+
+
+@pytest.fixture
+def old(saved):
+    for folder in checkpoints(saved):
+        (folder / CHECKSUMS).unlink()
+        state = json.loads((folder / STATE).read_text())
+        assert state.pop("has_checksums")
+        (folder / STATE).write_text(json.dumps(state))
+    return saved
+
+
+def test_a_checkpoint_without_checksums_is_taken_with_a_note(old, caplog):
+    for resume_from in ("auto", str(old / "checkpoint-4")):
+        caplog.clear()
+        assert find_checkpoint(old, resume_from) == old / "checkpoint-4"
+        (record,) = caplog.records
+        assert "checkpoint-4 is of a version that saved no checksums" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["config.json", MODEL, OPTIMIZER, STATE])
+@pytest.mark.parametrize("damage", [halve, empty, Path.unlink])
+def test_one_that_cannot_be_loaded_is_passed_over(old, caplog, name, damage):
+    damage(old / "checkpoint-4" / name)
+    assert find_checkpoint(old, "auto") == old / "checkpoint-2"
+    assert f"checkpoint-4 is damaged and passed over: {name} is " in caplog.text
+
+
+# Failures while saving
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for one checkpoint and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("cannot mount a file system here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "warn"])
+def test_a_full_disk_costs_the_save_alone(run, small_disk, caplog, on_failure):
+    run.save(small_disk, 2)
+    size = sum(map(len, contents(small_disk).values()))
+    room = shutil.disk_usage(small_disk).free
+    (small_disk / "other").write_bytes(bytes(room - size // 2))
+    before = contents(small_disk)
+    refuse_or_warn(run, small_disk, 4, on_failure, caplog, "No space left on device", "checkpoint-2")
+    assert contents(small_disk) == before and names(small_disk) == ["checkpoint-2", "other"]
+    (small_disk / "other").unlink()
+    assert find_checkpoint(small_disk, "auto").name == "checkpoint-2"
+    assert find_damage(run.save(small_disk, 4, on_failure=on_failure)) is None
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "warn"])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+def test_a_file_that_cannot_grow_costs_the_save_alone(run, saved, caplog, on_failure, name):
+    before = contents(saved)
+    with file_size_limit((saved / "checkpoint-4" / name).stat().st_size - 1):
+        refuse_or_warn(run, saved, 6, on_failure, caplog, "File too large", "checkpoint-4")
+    assert contents(saved) == before and names(saved) == ["checkpoint-2", "checkpoint-4"]
+    assert find_damage(run.save(saved, 6)) is None
+
+
+def refuse_or_warn(run, folder, step, on_failure, caplog, reason, newest):
+    if on_failure == "warn":
+        assert run.save(folder, step, keep=1, on_failure="warn") is None
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert "the run goes on" in said
+    else:
+        with pytest.raises(UserError) as error:
+            run.save(folder, step, keep=1, on_failure="stop")
+        said = str(error.value)
+        assert "--resume_from_checkpoint auto" in said and "free space" in said
+    assert reason in said and f"checkpoint-{step} could not be saved" in said and "\n" not in said
+    assert f"the newest whole checkpoint is {newest}" in said
+
+
+def test_the_first_save_of_all_fails_with_a_line(run, tmp_path):
+    with file_size_limit(100), pytest.raises(UserError, match="there is no other checkpoint yet"):
+        run.save(tmp_path, 2)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_whatever_call_fails_the_save_is_whole_or_as_if_it_had_not_been(run, saved, monkeypatch, step):
+    """Step 4 replaces a checkpoint, step 6 rotates one away; one call after another fails."""
+
+    def fail(name, tap):
+        raise SafetensorError("I/O error: No space left on device") if name == "save_file" else FULL
+
+    old, at, failed = tensors(saved / "checkpoint-4"), 0, set()
+    before, expected = contents(saved), None
+    while True:
+        folder = Path(shutil.copytree(saved, saved.with_name(f"run{at}")))
+        with monkeypatch.context() as patch:
+            tap = Tap(patch, at, fail)
+            try:
+                final = run.save(folder, step, keep=2)
+            except UserError as error:
+                assert "No space left on device" in str(error) and "checkpoint-4" in str(error)
+                final = None
+        failed |= set(tap.made[at : at + 1])
+        if final is None:
+            assert contents(folder) == before, tap.made[at]
+            assert same(tensors(find_checkpoint(folder, "auto")), old)
+        else:
+            expected = expected or tensors(final)
+            assert find_checkpoint(folder, "auto") == final and same(tensors(final), expected)
+        shutil.rmtree(folder)
+        if at >= len(tap.made):
+            break
+        at += 1
+    assert failed == {"replace", "mkdir", "rmdir", "unlink", "fsync", "save_file", "open"}
+    assert not same(expected, old)
+
+
+def test_a_final_model_that_cannot_be_saved_fails_and_leaves_the_old_one(run, tmp_path):
+    extractor = lambda: None  # noqa: E731
+    extractor.save_pretrained = lambda folder: None
+    save_model(tmp_path, run.accelerator, run.model, extractor)
+    before = contents(tmp_path)
+    with (
+        file_size_limit(100_000),
+        pytest.raises(UserError, match="the model could not be saved.*File too large.*auto") as error,
+    ):
+        save_model(tmp_path, run.accelerator, run.model, extractor)
+    assert "\n" not in str(error.value)
+    assert contents(tmp_path) == before
+
+
+# Kills
+
+
+def tear_what_is_not_durable(folder, tap, known):
+    """As a power cut may: of files that nobody waited for, half is there."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_ino not in tap.synced | known:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def save_until(run, folder, step, at, power_cut):
+    """Save in a process of its own, which is killed at the call numbered `at`; whether there was such a call."""
+    known = {path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+
+    def die(name, tap):
+        if power_cut:
+            tear_what_is_not_durable(folder, tap, known)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            Tap(pytest.MonkeyPatch(), at, die)
+            run.save(folder, step, keep=2)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
+@pytest.mark.parametrize("step", [4, 6])
+def test_whenever_a_save_is_killed_auto_finds_the_old_or_the_new_checkpoint(run, saved, step, power_cut):
+    old = tensors(saved / "checkpoint-4")
+    new = tensors(run.save(saved.with_name("new"), step))
+    assert not same(new, old)
+    at, found_new, was_killed = 0, [], True
+    while was_killed:
+        folder = Path(shutil.copytree(saved, saved.with_name(f"run{at}")))
+        was_killed = save_until(run, folder, step, at, power_cut)
+        claim_output_dir(folder, False, "auto")
+        found = find_checkpoint(folder, "auto")
+        found_new.append(same(tensors(found), new))
+        assert found_new[-1] or same(tensors(found), old), at
+        assert len(checkpoints(folder)) >= 2 and not list(folder.glob(".*"))
+        shutil.rmtree(folder)
+        at += 1
+    assert found_new == sorted(found_new) and found_new[-1] and not found_new[0]
+    assert at > 20
+
+
+# Several processes
+
+
+def test_all_ranks_learn_what_became_of_a_save_and_take_the_same_checkpoint(tmp_path):
+    run_ranks(tmp_path / "logs", (Path(__file__).parents[1] / "two_ranks_saving.py"), tmp_path)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert "File too large" in first["stop"] and "checkpoint-2" in first["stop"]
+    assert first["warn"] is None and first["saved"] == "checkpoint-4"
+    assert "the model could not be saved" in first["model"]
+    assert "checkpoint-4" in first["named"] and "has changed" in first["named"]
+    assert first["auto"] == "checkpoint-2"
+    assert "all machines share" in first["unseen"]

@@ -1,0 +1,112 @@
+"""Launches that would not do what they look like end with one line."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DDPCommunicationHookType, DistributedType
+from torch.distributed import HashStore
+
+from w2v2.errors import UserError
+from w2v2.train import launch
+
+RANK = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="node1", MASTER_PORT="29500")
+BY_ACCELERATE = dict(ACCELERATE_MIXED_PRECISION="no")
+
+
+@pytest.mark.parametrize(
+    ("environment", "cpu", "said"),
+    [
+        (dict(ACCELERATE_USE_DEEPSPEED="true"), False, "DeepSpeed steps at every micro-batch.*launch with DDP or FSDP"),
+        (dict(ACCELERATE_USE_MEGATRON_LM="true"), False, "Megatron-LM"),
+        (dict(ACCELERATE_USE_FSDP="true"), True, "FSDP needs accelerators"),
+        (BY_ACCELERATE | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"), True, "started this one alone"),
+        ({k: v for k, v in RANK.items() if k != "LOCAL_RANK"}, False, "WORLD_SIZE is set, but LOCAL_RANK is not"),
+        ({k: v for k, v in RANK.items() if k != "MASTER_PORT"}, True, "WORLD_SIZE is set, but MASTER_PORT is not"),
+    ],
+)
+def test_a_launcher_that_does_something_else_is_refused(environment, cpu, said):
+    with pytest.raises(UserError, match=said) as error:
+        launch.check_environment(environment, cpu)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        BY_ACCELERATE,
+        RANK,
+        RANK | BY_ACCELERATE | dict(ACCELERATE_USE_FSDP="true"),
+        dict(MASTER_ADDR="127.0.0.1"),
+        dict(OMPI_COMM_WORLD_SIZE="2"),
+        BY_ACCELERATE | dict(WORLD_SIZE="1", MASTER_ADDR="node1"),
+    ],
+)
+def test_other_launches_are_not_refused(environment):
+    launch.check_environment(environment, cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "size"), [("WORLD_SIZE", 4), ("SLURM_STEP_NUM_TASKS", 4), ("PMI_SIZE", 4), ("SLURM_NTASKS", 1)]
+)
+def test_how_many_processes_were_launched(variable, size):
+    """An allocation of several tasks is not a launch of several processes, but a step of several is one."""
+    assert launch.expected_processes({variable: "4"}) == size
+    assert launch.expected_processes({variable: "4", "WORLD_SIZE": "2"}) == 2
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, variable):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(variable, "2")
+    made = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="2 processes were launched but each believes to be one of 1"):
+        launch.check(made, SimpleNamespace(gradient_compression="none"))
+
+
+def test_gradients_cross_in_bf16_on_gpus_alone():
+    """torch's hook wants NCCL, so its numbers are not tested here: what it is asked for is."""
+    assert launch.data_parallel("bf16").comm_hook == DDPCommunicationHookType.BF16
+    assert launch.data_parallel("none").comm_hook == DDPCommunicationHookType.NO
+    made = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="gradient_compression bf16 needs GPUs"):
+        launch.check(made, SimpleNamespace(gradient_compression="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_static", "expected"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        (dict(GROUP_WORLD_SIZE="1"), False, False),
+        (dict(TORCHELASTIC_MAX_RESTARTS="0"), False, False),
+        (dict(TORCHELASTIC_USE_AGENT_STORE="False"), False, False),
+    ],
+)
+def test_machines_that_may_count_attempts_differently_are_noticed(changes, is_static, expected):
+    values = dict(GROUP_WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True")
+    store = HashStore()
+    if is_static:
+        store.set("job/torchelastic/assigned_ranks/0", "")
+    assert launch.counts_apart(values | dict(TORCHELASTIC_RUN_ID="job") | changes, store) == expected
+
+
+def test_a_tracker_that_fails_at_the_end_is_a_warning(caplog):
+    done = []
+
+    class Failing:
+        name = "tensorboard"
+
+        def finish(self):
+            raise OSError(28, "No space left on device")
+
+    made = SimpleNamespace(trackers=[Failing(), SimpleNamespace(name="other", finish=lambda: done.append("other"))])
+    made.end_training = lambda: done.extend(["group", *made.trackers])
+    with caplog.at_level(logging.WARNING):
+        launch.end_training(made)
+    assert done == ["other", "group"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "tracker tensorboard cannot be closed (No space left on device)"
+    ]

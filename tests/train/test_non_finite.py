@@ -1,0 +1,348 @@
+"""A loss or gradient that is not finite costs its own update and nothing else: not a weight, not a moment, not the batches to come."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import make_batch, run_here, tiny_config, write_csv, write_tones
+from datasets import Dataset
+from safetensors.torch import load_file
+from two_ranks import FIVE, NOISY, build_model, pieces, settings
+
+import pretrain
+from w2v2.errors import UserError
+from w2v2.model import objective
+from w2v2.train.metrics import read_metrics
+from w2v2.train.non_finite import NON_FINITE_FILE, NonFiniteUpdates
+from w2v2.train.training import train_update
+
+REPOSITORY = Path(__file__).parents[2]
+SPOILED_PIECE = 1  # its only utterance is number 2 of `two_ranks.LENGTHS`
+TABLE = Dataset.from_dict({"id": [f"utterance-{number}" for number in range(7)], "audio": [""] * 7})
+TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
+
+SPOIL = {
+    "nan": lambda sums: sums._replace(loss=sums.loss * math.nan, contrastive=sums.contrastive * math.nan),
+    "infinite_loss_alone": lambda sums: sums._replace(
+        loss=sums.loss + math.inf, contrastive=sums.contrastive + math.inf
+    ),
+    "gradient_alone": lambda sums: sums._replace(loss=objective.scale_gradient(sums.loss, math.inf)),
+}
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """An accelerator as under fp16, but on the CPU: its first loss scale overflows in float32, the next one does not."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+    return accelerator
+
+
+class Trainee:
+    """A small model with its optimizer, and what it was told of its updates."""
+
+    def __init__(self, accelerator, folder, dtype=torch.float64, most_in_a_row=20):
+        self.accelerator, self.model, self.spoil = accelerator, build_model(dtype, **NOISY), None
+        self.batches = pieces(self.model.config, FIVE, dtype)
+        self.optimizer = accelerator.prepare(torch.optim.AdamW(self.model.parameters(), lr=1.0, weight_decay=0.1))
+        self.model.register_forward_hook(self._spoiled)
+        self.notes = NonFiniteUpdates(folder, TABLE, most_in_a_row, accelerator)
+
+    def _spoiled(self, _, arguments, sums):
+        return self.spoil(sums) if self.spoil and arguments[0].plan.piece == SPOILED_PIECE else sums
+
+    def update(self, step, spoil=None, batches=None):
+        self.spoil = spoil
+        update = settings(step=step, learning_rate=1e-3, shared_diversity=False)
+        metrics, _, heard = train_update(self.accelerator, self.model, self.optimizer, batches or self.batches, update)
+        return metrics, self.notes.note(step + 1, metrics, heard)
+
+    def state(self):
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [x.detach().clone() for x in (*self.model.parameters(), *moments)]
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def listed(folder):
+    path = folder / NON_FINITE_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_such_an_update_leaves_no_trace_in_weights_moments_and_the_updates_after_it(accelerator, tmp_path, kind):
+    spoiled, other = Trainee(accelerator, tmp_path), Trainee(accelerator, tmp_path / "other")
+    for trainee in (spoiled, other):
+        assert trainee.update(0)[1] is False
+    before = spoiled.state()
+    metrics, is_skipped = spoiled.update(1, SPOIL[kind])
+    assert is_skipped and same(spoiled.state(), before)
+    assert math.isfinite(metrics["loss"]) == (kind == "gradient_alone")
+    assert math.isfinite(metrics["grad_norm"]) == (kind == "infinite_loss_alone")
+    for trainee in (spoiled, other):
+        assert trainee.update(2)[1] is False
+    assert same(spoiled.state(), other.state()) and not same(spoiled.state(), before)
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_it_is_listed_with_the_utterances_whose_loss_was_not_finite_or_with_all(accelerator, tmp_path, kind):
+    trainee = Trainee(accelerator, tmp_path)
+    trainee.update(0)
+    metrics, _ = trainee.update(1, SPOIL[kind])
+    (line,) = listed(tmp_path)
+    assert line["step"] == 2
+    assert line["loss"] == (metrics["loss"] if kind == "gradient_alone" else None)
+    assert line["grad_norm"] == (metrics["grad_norm"] if kind == "infinite_loss_alone" else None)
+    assert line["ids"] == (TABLE["id"][:] if kind == "gradient_alone" else ["utterance-2"])
+
+
+def test_too_many_in_a_row_end_the_run_and_a_good_one_among_them_does_not(accelerator, tmp_path):
+    trainee = Trainee(accelerator, tmp_path, most_in_a_row=3)
+    for step, kind in enumerate(("nan", "nan", None, "nan", "nan")):
+        trainee.update(step, kind and SPOIL[kind])
+    with pytest.raises(UserError) as caught:
+        trainee.update(5, SPOIL["gradient_alone"])
+    message = str(caught.value)
+    assert "3 updates in a row (4 to 6)" in message and "heard in them: utterance-2, " in message
+    assert "and 2 more" in message and str(tmp_path / NON_FINITE_FILE) in message and "--learning_rate" in message
+    assert "\n" not in message and "fp16" not in message
+
+
+def test_a_loss_scalers_overflow_is_counted_and_not_blamed_on_audio(scaled, tmp_path):
+    trainee = Trainee(scaled, tmp_path, torch.float32)
+    before, scale = trainee.state(), scaled.scaler.get_scale()
+    metrics, is_skipped = trainee.update(0)
+    assert is_skipped and math.isfinite(metrics["loss"]) and not math.isfinite(metrics["grad_norm"])
+    assert same(trainee.state(), before) and scaled.scaler.get_scale() == scale * 2.0**-120
+    metrics, is_skipped = trainee.update(1)
+    assert not is_skipped and math.isfinite(metrics["grad_norm"]) and not same(trainee.state(), before)
+    assert listed(tmp_path) == []
+    _, is_skipped = trainee.update(2, SPOIL["nan"])
+    assert is_skipped and [line["ids"] for line in listed(tmp_path)] == [["utterance-2"]]
+
+
+@pytest.mark.parametrize("kind", ["infinite_loss_alone", "nothing_read"])
+def test_a_loss_scaler_goes_on_after_an_update_without_a_step(scaled, tmp_path, kind):
+    """Its gradients were unscaled, which the scaler allows once a step."""
+    trainee = Trainee(scaled, tmp_path, torch.float32)
+    trainee.update(0)
+    nothing = [make_batch(trainee.model.config, [9_000], weight=0.0)]
+    before, scale = trainee.state(), scaled.scaler.get_scale()
+    _, is_skipped = trainee.update(1, SPOIL.get(kind), nothing if kind == "nothing_read" else None)
+    assert is_skipped == (kind != "nothing_read")
+    assert same(trainee.state(), before) and scaled.scaler.get_scale() == scale
+    assert trainee.update(2)[1] is False and not same(trainee.state(), before)
+
+
+def test_overflows_alone_end_the_run_without_a_word_on_utterances(scaled, tmp_path):
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=0.999)
+    trainee = Trainee(scaled, tmp_path, torch.float32, most_in_a_row=2)
+    trainee.update(0)
+    with pytest.raises(UserError, match=r"2 updates in a row \(1 to 2\).*fp16 overflowed.*use bf16 or fp32") as caught:
+        trainee.update(1)
+    assert "utterance" not in str(caught.value)
+
+
+# -- the whole script, on a file that is finite and far too loud
+
+NUM_FILES, LOUD, STEPS = 16, 5, 8
+UNBOUNDED = """import math
+import w2v2.data.sound_file
+w2v2.data.sound_file.MAX_AMPLITUDE = math.inf
+import pretrain
+pretrain.run_script(pretrain.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Sixteen files of one length, one of which holds finite samples beyond all bounds, and LARGE's architecture in miniature.
+
+    The reader's own bound, which keeps such files away from the model, is lifted.
+    """
+    folder = tmp_path_factory.mktemp("non_finite")
+    paths = write_tones(folder / "audio", [2.0] * NUM_FILES)
+    tone, _ = soundfile.read(paths[LOUD])
+    soundfile.write(paths[LOUD], np.float32(tone / np.abs(tone).max() * 3e38), 16_000, subtype="FLOAT")
+    write_csv(folder / "train.csv", paths, [2.0] * NUM_FILES)
+    write_csv(folder / "loud.csv", [paths[LOUD]], [2.0])
+    tiny_config(large=True, **NOISY).save_pretrained(folder / "model")  # BASE's group norm would bear even these
+    (folder / "unbounded.py").write_text(UNBOUNDED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("w2v2.data.sound_file.MAX_AMPLITUDE", math.inf)
+        yield folder
+
+
+def flags(corpus, output_dir, **changes):
+    """Four utterances an update, each a micro-batch of its own."""
+    values = dict(
+        train_data=corpus / "train.csv",
+        config_name=corpus / "model",
+        output_dir=output_dir,
+        batch_hours=7.7 / 3600,
+        micro_batch_seconds=2,
+        max_steps=STEPS,
+        warmup_steps=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_steps=1,
+        save_total_limit=0,
+        dataloader_num_workers=0,
+        report_to="none",
+        use_cpu=True,
+    )
+    return [f"--{name}={value}" for name, value in (values | changes).items()]
+
+
+@pytest.fixture(scope="module")
+def whole_run(corpus):
+    assert run_here(pretrain.main, *flags(corpus, corpus / "whole")) == 0
+    return corpus / "whole"
+
+
+def records(output_dir):
+    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_metrics(output_dir / "metrics.jsonl")]
+
+
+def tensors(output_dir, step):
+    folder = output_dir / f"checkpoint-{step}"
+    files = (folder / "model.safetensors", folder / "training_state/optimizer.safetensors")
+    return {key: value for path in files for key, value in load_file(path).items()}
+
+
+def test_a_run_skips_the_updates_that_hear_it_lists_it_and_learns_from_the_others(corpus, whole_run):
+    lines = listed(whole_run)
+    skipped = [line["step"] for line in lines]
+    assert 1 < len(skipped) == STEPS * 4 / NUM_FILES  # once an epoch
+    loud = f"tone{LOUD}"
+    assert all(len(line["ids"]) == 1 and loud in line["ids"][0] for line in lines)
+    found = records(whole_run)
+    assert [r["skipped_updates"] for r in found] == [sum(s <= step for s in skipped) for step in range(1, STEPS + 1)]
+    assert [r["step"] for r in found if r["loss"] is None] == skipped
+    for step in range(2, STEPS + 1):
+        ours, before = tensors(whole_run, step), tensors(whole_run, step - 1)
+        is_same = ours.keys() == before.keys() and all(torch.equal(ours[key], before[key]) for key in ours)
+        assert is_same == (step in skipped)
+
+
+def test_its_batches_are_those_of_a_run_on_sound_files(corpus, whole_run, tmp_path):
+    paths = [str(path) for path in write_tones(tmp_path / "audio", [2.0] * NUM_FILES)]
+    sound = write_csv(tmp_path / "train.csv", paths, [2.0] * NUM_FILES)
+    assert run_here(pretrain.main, *flags(corpus, tmp_path / "run", train_data=sound)) == 0
+    for ours, theirs in zip(records(whole_run), records(tmp_path / "run"), strict=True):
+        for name in ("step", "epoch", "audio_hours", "masked_frames", "learning_rate", "gumbel_temperature"):
+            assert ours[name] == theirs[name], name
+    assert listed(tmp_path / "run") == []
+
+
+def test_a_resumed_run_counts_and_lists_as_an_uninterrupted_one(corpus, whole_run, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(whole_run, output_dir)
+    first = listed(whole_run)[0]["step"]
+    for step in range(first + 1, STEPS + 1):
+        shutil.rmtree(output_dir / f"checkpoint-{step}")
+    assert run_here(pretrain.main, *flags(corpus, output_dir, resume_from_checkpoint="auto")) == 0
+    assert records(output_dir) == records(whole_run)
+    assert (output_dir / NON_FINITE_FILE).read_bytes() == (whole_run / NON_FINITE_FILE).read_bytes()
+
+
+def test_lines_that_the_disk_refused_are_on_it_before_the_checkpoint(corpus, tmp_path, monkeypatch):
+    """The disk has room at saves alone, and the run ends without a further line."""
+    silent = tmp_path / "broken.wav"
+    soundfile.write(silent, np.full(32_000, np.nan, np.float32), 16_000, subtype="FLOAT")
+    paths = [*sorted((corpus / "audio").iterdir()), silent]
+    train = write_csv(tmp_path / "train.csv", paths, [2.0] * len(paths))
+    changes = dict(train_data=train, save_steps=2, max_skipped_fraction=0.5)
+    assert run_here(pretrain.main, *flags(corpus, tmp_path / "whole", **changes)) == 0
+
+    names = ("metrics.jsonl", "skipped_audio.jsonl", NON_FINITE_FILE)
+    whole = {name: (tmp_path / "whole" / name).read_bytes().splitlines() for name in names}
+    assert all(whole.values())
+    has_room, saved, synced, fsync = [False], [], {}, os.fsync
+
+    def full(path, mode, **more):
+        if "a" in mode and not has_room[0]:
+            raise OSError(28, "No space left on device", str(path))
+        return open(path, mode, **more)
+
+    def at(what):
+        has_room[0] = what.startswith("saving")
+
+    def note(descriptor):
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def save(output_dir, *rest):
+        folder, step = save_checkpoint(output_dir, *rest), rest[4].step
+        has_room[0] = False
+        for name in names:
+            expected = [line for line in whole[name] if json.loads(line)["step"] <= step]
+            found = (output_dir / name).read_bytes().splitlines() if expected else []
+            assert list(map(untimed, found)) == list(map(untimed, expected)), (name, step)
+            if expected:
+                status = (output_dir / name).stat()
+                assert synced[status.st_ino] == status.st_size, (name, step)
+        saved.append(step)
+        return folder
+
+    save_checkpoint = pretrain.save_checkpoint
+    monkeypatch.setattr("w2v2.train.line_file.open", full, raising=False)
+    monkeypatch.setattr(pretrain.heartbeat, "at", at)
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(pretrain, "save_checkpoint", lambda output_dir, *rest: save(Path(output_dir), *rest))
+    assert run_here(pretrain.main, *flags(corpus, tmp_path / "run", **changes)) == 0
+    assert saved == [2, 4, 6, 8][: STEPS // 2]
+
+
+def untimed(line):
+    return {name: value for name, value in json.loads(line).items() if name not in TIMINGS}
+
+
+def test_two_processes_skip_the_same_updates_and_list_the_same(corpus, whole_run):
+    output_dir = corpus / "two_processes"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2_processes.yaml"]
+    command = [sys.executable, *launcher, str(corpus / "unbounded.py"), *flags(corpus, output_dir)]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert (output_dir / NON_FINITE_FILE).read_bytes() == (whole_run / NON_FINITE_FILE).read_bytes()
+    for ours, theirs in zip(records(output_dir), records(whole_run), strict=True):
+        assert ours["skipped_updates"] == theirs["skipped_updates"]
+        assert ours["loss"] == (theirs["loss"] and pytest.approx(theirs["loss"], rel=1e-3))
+    ours, theirs = tensors(output_dir, STEPS), tensors(whole_run, STEPS)
+    assert all(torch.allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-5) for key in theirs)
+
+
+def test_nothing_else_than_such_audio_stops_the_run_with_one_line(corpus, tmp_path, capsys):
+    changes = dict(train_data=corpus / "loud.csv", max_non_finite_updates=3)
+    assert run_here(pretrain.main, *flags(corpus, tmp_path / "run", **changes)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "3 updates in a row (1 to 3)" in line and f"tone{LOUD}" in line and NON_FINITE_FILE in line
+    assert [entry["step"] for entry in listed(tmp_path / "run")] == [1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_run_that_is_overwritten_forgets_the_list(corpus, whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    changes = dict(max_steps=1, overwrite_output_dir=True)
+    assert run_here(pretrain.main, *flags(corpus, tmp_path / "run", **changes)) == 0
+    assert [line["step"] for line in listed(tmp_path / "run")] == [s for s in [listed(whole_run)[0]["step"]] if s == 1]

@@ -1,0 +1,87 @@
+"""Weights of other programs → the stock `Wav2Vec2ForPreTraining`, quantizer and projections included.
+
+A weight is only ever renamed: a key without a place, a place without a key, another shape, or an option that the stock
+model has no counterpart of is refused, naming the first. Nothing that a file holds is executed: pickles are read by
+torch's weights-only unpickler, in which classes that it does not know become inert stand-ins.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.errors import UserError
+from w2v2.model.backbone import first_line
+
+Rules = Sequence[tuple[str, str]]  # a pattern that a whole key matches, and the stock key
+
+
+class _Inert:
+    """In the place of a class that a checkpoint names beside its weights; it takes anything and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _stand_in(module: str, dot: str, name: str) -> type:
+    return type(name, (_Inert,), {"__module__": module})
+
+
+def read_weights(path: Path) -> Any:
+    """What `torch.save` wrote, without executing any of it. Raises UserError where it cannot be read so."""
+    named = [argparse.Namespace]  # fairseq's older checkpoints keep their options in one
+    try:
+        with torch.serialization.safe_globals(named):
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, OSError):
+        unknown = []  # the format of before torch 1.6, or no checkpoint at all
+    stand_ins = [_stand_in(*name.rpartition(".")) for name in unknown]
+    try:
+        with torch.serialization.safe_globals([*named, *stand_ins]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file shows itself in many ways
+        raise UserError(
+            f"{path}: cannot be read as weights alone ({first_line(error)}); give a whole checkpoint"
+        ) from None
+
+
+def rename(weights: Mapping[str, torch.Tensor], rules: Rules, path: Path) -> dict[str, torch.Tensor]:
+    """The weights in 32 bits under their stock keys. Raises UserError for a key that no rule matches."""
+    renamed = {}
+    for key, tensor in weights.items():
+        new = next((re.sub(old, new, key) for old, new in rules if re.fullmatch(old, key)), None)
+        if new is None:
+            raise UserError(f"{path}: the stock model has no place for {key}")
+        renamed[new] = tensor.float()
+    return renamed
+
+
+def fill_stock(config: Wav2Vec2Config, weights: Mapping[str, torch.Tensor], path: Path) -> Wav2Vec2ForPreTraining:
+    """The stock model with exactly these weights. Raises UserError for the first that is missing, left over or of another shape."""
+    model = Wav2Vec2ForPreTraining(config)
+    places = model.state_dict()
+    for key in weights:
+        if key not in places:
+            raise UserError(f"{path}: the architecture has no place for {key}")
+    for key, place in places.items():
+        if key not in weights:
+            raise UserError(f"{path}: has no weights for {key}")
+        if place.shape != weights[key].shape:
+            found, needed = tuple(weights[key].shape), tuple(place.shape)
+            raise UserError(f"{path}: {key} has the shape {found}, the architecture {needed}: is it another one?")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def feature_extractor(config: Wav2Vec2Config, normalize: bool) -> Wav2Vec2FeatureExtractor:
+    """As the library's own models have it: only layer-normed convs are given an attention mask."""
+    masked = config.feat_extract_norm == "layer"
+    return Wav2Vec2FeatureExtractor(sampling_rate=SAMPLING_RATE, do_normalize=normalize, return_attention_mask=masked)

@@ -1,0 +1,158 @@
+"""fairseq's wav2vec 2.0: its names and options (fairseq/models/wav2vec/wav2vec2.py), and the stock model that is the same."""
+
+import argparse
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
+
+from w2v2.convert.conversion import feature_extractor, fill_stock, read_weights, rename
+from w2v2.errors import UserError
+
+_LAYER = r"encoder\.layers\.(\d+)\."
+_HF_LAYER = r"wav2vec2.encoder.layers.\1."
+_POSITIONS = "wav2vec2.encoder.pos_conv_embed.conv."
+
+# fairseq's names (fairseq/models/wav2vec/wav2vec2.py) as patterns, and ours.
+FAIRSEQ_KEYS = (
+    (r"mask_emb", r"wav2vec2.masked_spec_embed"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(\w+)", r"wav2vec2.feature_extractor.conv_layers.\1.conv.\2"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?\.(\w+)", r"wav2vec2.feature_extractor.conv_layers.\1.layer_norm.\2"),
+    (r"layer_norm\.(\w+)", r"wav2vec2.feature_projection.layer_norm.\1"),
+    (r"post_extract_proj\.(\w+)", r"wav2vec2.feature_projection.projection.\1"),
+    (r"encoder\.pos_conv\.0\.weight_g", _POSITIONS + "parametrizations.weight.original0"),
+    (r"encoder\.pos_conv\.0\.weight_v", _POSITIONS + "parametrizations.weight.original1"),
+    (r"encoder\.pos_conv\.0\.bias", _POSITIONS + "bias"),
+    (_LAYER + r"self_attn\.(q|k|v|out)_proj\.(\w+)", _HF_LAYER + r"attention.\2_proj.\3"),
+    (_LAYER + r"self_attn_layer_norm\.(\w+)", _HF_LAYER + r"layer_norm.\2"),
+    (_LAYER + r"fc1\.(\w+)", _HF_LAYER + r"feed_forward.intermediate_dense.\2"),
+    (_LAYER + r"fc2\.(\w+)", _HF_LAYER + r"feed_forward.output_dense.\2"),
+    (_LAYER + r"final_layer_norm\.(\w+)", _HF_LAYER + r"final_layer_norm.\2"),
+    (r"encoder\.layer_norm\.(\w+)", r"wav2vec2.encoder.layer_norm.\1"),
+    (r"quantizer\.vars", r"quantizer.codevectors"),
+    (r"quantizer\.weight_proj\.(\w+)", r"quantizer.weight_proj.\1"),
+    (r"project_q\.(\w+)", r"project_q.\1"),
+    (r"final_proj\.(\w+)", r"project_hid.\1"),
+)  # fmt: skip
+
+# Key of Wav2Vec2Config: fairseq's option, and fairseq's default.
+_FAIRSEQ_OPTIONS = {
+    "conv_bias": ("conv_bias", False),
+    "hidden_size": ("encoder_embed_dim", 768),
+    "num_hidden_layers": ("encoder_layers", 12),
+    "intermediate_size": ("encoder_ffn_embed_dim", 3072),
+    "num_attention_heads": ("encoder_attention_heads", 12),
+    "hidden_act": ("activation_fn", "gelu"),
+    "do_stable_layer_norm": ("layer_norm_first", False),
+    "num_conv_pos_embeddings": ("conv_pos", 128),
+    "num_conv_pos_embedding_groups": ("conv_pos_groups", 16),
+    "num_codevectors_per_group": ("latent_vars", 320),
+    "num_codevector_groups": ("latent_groups", 2),
+    "hidden_dropout": ("dropout", 0.1),
+    "attention_dropout": ("attention_dropout", 0.1),
+    "activation_dropout": ("activation_dropout", 0.0),
+    "feat_proj_dropout": ("dropout_input", 0.0),
+    "feat_quantizer_dropout": ("dropout_features", 0.0),
+    "layerdrop": ("encoder_layerdrop", 0.0),
+    "mask_time_prob": ("mask_prob", 0.65),
+    "mask_time_length": ("mask_length", 10),
+    "num_negatives": ("num_negatives", 100),
+    "contrastive_logits_temperature": ("logit_temp", 0.1),
+}
+
+# Options that the stock model knows in one way only.
+_FAIRSEQ_FIXED = {
+    "quantize_targets": (False, True),
+    "quantize_input": (False, False),
+    "target_glu": (False, False),
+    "quantizer_depth": (1, 1),
+    "pos_conv_depth": (1, 1),
+    "layer_type": ("transformer", "transformer"),
+}
+
+
+def convert_fairseq(path: Path) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2FeatureExtractor]:
+    """The model of a fairseq pretraining checkpoint (`.pt`), and whether the waveform is normalised.
+
+    Raises UserError where it is none, or one that the stock model cannot hold.
+    """
+    checkpoint = read_weights(path)
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("model"), Mapping):
+        raise UserError(f"{path}: no fairseq checkpoint: it holds no `model`")
+    weights = dict(checkpoint["model"])
+    tuned = next((key for key in weights if key.startswith("w2v_encoder.")), None)
+    if tuned:
+        raise UserError(f"{path}: a fine-tuned model ({tuned}): its quantizer is gone; give the pretraining checkpoint")
+    options = fairseq_options(checkpoint, path)
+    config = fairseq_config(options, path)
+    normalize = bool(options.get("normalize", config.feat_extract_norm == "layer"))
+    model = fill_stock(config, rename(weights, FAIRSEQ_KEYS, path), path)
+    return model, feature_extractor(config, normalize)
+
+
+def fairseq_options(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """fairseq's options in one flat dictionary, from `cfg` (0.10.2 and later) or `args`; the model's own win."""
+    cfg = checkpoint.get("cfg")
+    parts = [checkpoint.get("args")]
+    if isinstance(cfg, Mapping):
+        parts += [cfg.get("task"), cfg.get("criterion"), cfg.get("model")]
+    options: dict[str, Any] = {}
+    for part in parts:
+        part = vars(part) if isinstance(part, argparse.Namespace) else part
+        options |= part if isinstance(part, Mapping) else {}
+    if "conv_feature_layers" not in options:
+        raise UserError(f"{path}: neither `cfg` nor `args` says conv_feature_layers: no wav2vec 2.0 of fairseq's")
+    return options
+
+
+def fairseq_config(options: Mapping[str, Any], path: Path) -> Wav2Vec2Config:
+    """The stock configuration of the same model. Raises UserError for an option without a counterpart."""
+    for name, (default, needed) in _FAIRSEQ_FIXED.items():
+        if options.get(name, default) != needed:
+            found = options.get(name, default)
+            raise UserError(f"{path}: made with {name}={found}, which the stock model has no counterpart of")
+    values = {key: options.get(name, default) for key, (name, default) in _FAIRSEQ_OPTIONS.items()}
+    if values["hidden_act"] not in ("gelu", "relu"):
+        raise UserError(f"{path}: made with activation_fn={values['hidden_act']}: only gelu and relu are the same here")
+    mode = options.get("extractor_mode", "default")
+    if mode not in ("default", "layer_norm"):
+        raise UserError(f"{path}: made with extractor_mode={mode}, which the stock model has no counterpart of")
+    conv_dim, conv_kernel, conv_stride = map(list, zip(*conv_layers(options["conv_feature_layers"], path), strict=True))
+    width = options.get("final_dim") or values["hidden_size"]
+    penalties = options.get("loss_weights")
+    if isinstance(penalties, list | tuple) and penalties:
+        values["diversity_loss_weight"] = float(penalties[0])
+    return Wav2Vec2Config(
+        **values,
+        feat_extract_norm="group" if mode == "default" else "layer",
+        conv_dim=conv_dim,
+        conv_kernel=conv_kernel,
+        conv_stride=conv_stride,
+        proj_codevector_dim=width,
+        codevector_dim=options.get("latent_dim") or width,
+    )
+
+
+def conv_layers(text: str, path: Path) -> list[tuple[int, int, int]]:
+    """(channels, kernel, stride) of each conv, from the Python expression that fairseq evaluates; here it is only read."""
+
+    def value(node: ast.AST) -> Any:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.List | ast.Tuple):
+            return [value(item) for item in node.elts]
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return value(node.left) + value(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            left, right = value(node.left), value(node.right)
+            if isinstance(right, int) and right <= 100:
+                return left * right
+        raise ValueError(ast.dump(node))
+
+    try:
+        layers = value(ast.parse(text, mode="eval").body)
+        return [(channels, kernel, stride) for channels, kernel, stride in layers]
+    except (ValueError, TypeError, SyntaxError):
+        raise UserError(f"{path}: conv_feature_layers {text!r} is no list of (channels, kernel, stride)") from None

@@ -1,0 +1,201 @@
+"""Epoch order, effective batches, and their cut into micro-batches. State = (epoch, position), nothing else.
+
+1. *Order.* An epoch's order is a keyed bijection on 0…n−1 (a Feistel network with cycle walking): no table in memory, any
+   position in O(1).
+2. *Draw.* An effective batch is the next utterances in that order until they hold `batch_samples` after cropping. It depends on the
+   seed and the lengths alone, not on devices, workers or micro-batches; it may span two epochs.
+3. *Crop.* Length and offset are pure functions of utterance, seed and epoch.
+4. *Cut.* Sorted by length, longest first, into few rounds that keep every micro-batch within its padded budget (`cutting.py`); every rank
+   gets the same number, dummies without weight filling up, and about the same padded samples (`cutting.py`).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from w2v2.data.cutting import cut, deal, padded_sizes
+from w2v2.data.hashing import CROP, ORDER, below, derive, derive_many, positive
+from w2v2.errors import UserError
+
+LATENT_STRIDE = 320  # samples between latent frames of the wav2vec 2.0 convs
+CHUNK = (
+    1 << 16
+)  # utterances looked at together where all have to be: temporaries stay small, and in the processor's cache
+
+
+class Cursor(NamedTuple):
+    """Where in the data a run stands: all that has to be saved of it."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+class Crops(NamedTuple):
+    """Utterances with the part of each that is heard: int64 arrays of shape (N,), samples at 16 kHz."""
+
+    utterance: np.ndarray
+    epoch: np.ndarray
+    start: np.ndarray
+    num_samples: np.ndarray
+
+    def take(self, rows) -> "Crops":
+        return Crops(*(column[rows] for column in self))
+
+
+class MicroBatchPlan(NamedTuple):
+    """One micro-batch of one rank, before any audio is read."""
+
+    crops: Crops
+    update: int  # the update (counted from 0) that it belongs to
+    piece: int  # its number among the effective batch's pieces, over all ranks: seeds dropout and Gumbel noise
+    num_rounds: int  # micro-batches of this rank in this update
+    batch_samples: int  # samples of the whole effective batch, over all ranks
+    dummy: bool  # carries no weight: makes the number of micro-batches the same on every rank
+    following: Cursor  # where the data stands after this update
+
+
+class EpochOrder:
+    """A pseudo-random permutation of 0…n−1 for each epoch, evaluated pointwise."""
+
+    NUM_ROUNDS = 6
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed = n, seed
+        self.half_bits = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+
+    def __call__(self, epoch: int, positions: torch.Tensor) -> torch.Tensor:
+        """Utterances at `positions` (int64, each in 0…n−1) of the epoch's order."""
+        keys = derive(self.seed, ORDER, epoch, torch.arange(self.NUM_ROUNDS)).tolist()
+        hashes = [derive_many(key) for key in keys]
+        x = self._permute(hashes, positions.numpy())
+        while len(
+            outside := np.flatnonzero(x >= self.n)
+        ):  # cycle walking: up to three quarters of the domain lie outside
+            x[outside] = self._permute(hashes, x[outside])
+        return torch.from_numpy(x)
+
+    def _permute(self, hashes: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:
+        low = (1 << self.half_bits) - 1
+        left, right = x >> self.half_bits, x & low
+        for hashed in hashes:
+            left, right = right, left ^ (positive(hashed(right)) & low)
+        return (left << self.half_bits) | right
+
+
+def crop_length(num_samples: np.ndarray, crop_samples: int, grid_samples: int) -> np.ndarray:
+    """Longest crop on the grid: 320 + k · grid samples, at most `crop_samples`; with a grid of 0.32 s that is 16·k latent frames.
+
+    An utterance shorter than one grid step keeps its length.
+    """
+    longest = np.minimum(num_samples, crop_samples)
+    if grid_samples <= 0:
+        return longest
+    on_grid = longest - (longest - LATENT_STRIDE) % grid_samples
+    return np.where(on_grid > LATENT_STRIDE, on_grid, longest)
+
+
+class EffectiveBatches:
+    """Draws effective batches from utterances of known lengths.
+
+    Args:
+        num_samples: (n,) lengths at 16 kHz; kept as int32, four bytes an utterance, and not copied where they are int32 already.
+        batch_samples: samples that an effective batch holds at least.
+        crop_samples, grid_samples: see `crop_length`.
+
+    Raises `UserError` when one utterance alone fills an effective batch.
+    """
+
+    def __init__(self, num_samples: np.ndarray, *, batch_samples: int, crop_samples: int, grid_samples: int, seed: int):
+        self.num_samples = np.asarray(num_samples, dtype=np.int32)
+        self.batch_samples, self.seed = batch_samples, seed
+        self.crop_samples = min(crop_samples, np.iinfo(np.int32).max)  # beyond that, as well as no limit
+        self.grid_samples = grid_samples
+        self.order = EpochOrder(len(self.num_samples), seed)
+        self.longest = int(crop_length(self.num_samples.max(keepdims=True), self.crop_samples, grid_samples)[0])
+        if batch_samples < self.longest:
+            raise UserError(
+                f"--batch_hours {batch_samples / 16_000 / 3600:g} is smaller than one utterance "
+                f"({self.longest / 16_000:.1f} s after cropping): raise it (the method needs hours, 1.6 for BASE)"
+            )
+
+    @property
+    def heard_samples(self) -> int:
+        """Samples that an epoch hears: lengths alone decide it."""
+        parts = (self.num_samples[i : i + CHUNK] for i in range(0, len(self.num_samples), CHUNK))
+        return sum(int(crop_length(part, self.crop_samples, self.grid_samples).sum(dtype=np.int64)) for part in parts)
+
+    def check_budget(self, micro_batch_samples: int) -> None:
+        """Raises `UserError` when a micro-batch cannot hold the longest crop."""
+        if micro_batch_samples < self.longest:
+            raise UserError(
+                f"--micro_batch_seconds {micro_batch_samples / 16_000:g} is less than the longest crop "
+                f"({self.longest / 16_000:.2f} s): raise it or lower --crop_seconds"
+            )
+
+    def crops(self, utterance: np.ndarray, epoch: int) -> Crops:
+        """What is heard of these utterances in this epoch."""
+        length = self.num_samples[utterance].astype(np.int64)
+        cropped = crop_length(length, self.crop_samples, self.grid_samples)
+        keys = derive(self.seed, CROP, epoch, torch.from_numpy(utterance))
+        start = below(keys, torch.from_numpy(length - cropped + 1)).numpy()
+        return Crops(utterance, np.full_like(utterance, epoch), start, cropped)
+
+    def draw(self, cursor: Cursor) -> tuple[Crops, Cursor]:
+        """The effective batch that begins at `cursor`, and where the next one begins."""
+        n, epoch, position = len(self.num_samples), *cursor
+        drawn, missing = [], self.batch_samples
+        while missing > 0:
+            stop = min(n, position + max(16, 2 * math.ceil(missing / self.longest)))
+            chunk = self.crops(self.order(epoch, torch.arange(position, stop)).numpy(), epoch)
+            heard = np.cumsum(chunk.num_samples)
+            count = min(int(np.searchsorted(heard, missing)) + 1, len(heard))
+            drawn.append(chunk.take(slice(count)))
+            missing -= int(heard[count - 1])
+            position += count
+            if position == n:
+                epoch, position = epoch + 1, 0
+        return Crops(*(np.concatenate(columns) for columns in zip(*drawn, strict=True))), Cursor(epoch, position)
+
+
+def plan_update(
+    crops: Crops, update: int, following: Cursor, *, rank: int, num_ranks: int, micro_batch_samples: int
+) -> list[MicroBatchPlan]:
+    """This rank's micro-batches of one effective batch, as `deal` shares them out: larger ones first, the last may be a dummy."""
+    crops = crops.take(np.lexsort((crops.utterance, -crops.num_samples)))
+    rounds, pieces = cut(crops.num_samples, num_ranks, micro_batch_samples)
+    sizes = padded_sizes(crops.num_samples, pieces, rounds * num_ranks)
+    total = int(crops.num_samples.sum())
+    plans = []
+    for piece in deal(sizes, num_ranks)[rank].tolist():
+        dummy = piece >= len(pieces)
+        rows = slice(len(crops.utterance) - 1, None) if dummy else pieces[piece]
+        plans.append(MicroBatchPlan(crops.take(rows), update, piece, rounds, total, dummy, following))
+    return plans
+
+
+class PlanStream:
+    """The micro-batch plans of one rank, update after update: the `sampler` of the training `DataLoader`."""
+
+    def __init__(self, batches: EffectiveBatches, cursor: Cursor, updates: range, **cut_arguments):
+        self.batches, self.cursor, self.updates, self.cut_arguments = batches, cursor, updates, cut_arguments
+
+    def __iter__(self) -> Iterator[MicroBatchPlan]:
+        cursor = self.cursor
+        for update in self.updates:
+            crops, cursor = self.batches.draw(cursor)
+            yield from plan_update(crops, update, cursor, **self.cut_arguments)
+
+
+def plan_validation(
+    batches: EffectiveBatches, *, rank: int, num_ranks: int, micro_batch_samples: int
+) -> list[MicroBatchPlan]:
+    """This rank's micro-batches of a whole validation set, with the same crops every time.
+
+    Raises `UserError` when a micro-batch cannot hold the longest of them.
+    """
+    batches.check_budget(micro_batch_samples)
+    crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0)
+    return plan_update(crops, 0, Cursor(), rank=rank, num_ranks=num_ranks, micro_batch_samples=micro_batch_samples)

@@ -1,0 +1,89 @@
+"""Latent lengths, mask spans, distractors and layerdrop: pure functions of an utterance's key, vectorised over the micro-batch.
+
+Each row depends on its own key and length alone, never on the rows beside it, on padding or on a generator's state
+(wav2vec 2.0 paper, sections 3.1 and 3.2; the counts of spans follow `transformers`' rule with one rounding an utterance).
+
+Shapes: B utterances, T latent frames of the longest, M masked frames of the row that has most, K distractors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from w2v2.data.hashing import DISTRACTOR, LAYERDROP, MASK, below, derive, positive, uniform
+
+SLOTS = 16
+
+
+def latent_lengths(num_samples: torch.Tensor, kernels: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """Frames that the convolutions make of `num_samples` samples (any shape); never negative."""
+    for kernel, stride in zip(kernels, strides, strict=True):
+        num_samples = torch.div(num_samples - kernel, stride, rounding_mode="floor") + 1
+    return num_samples.clamp_min(0)
+
+
+def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: int, min_spans: int = 2) -> torch.Tensor:
+    """Which latent frames are masked.
+
+    A row of t frames gets floor(prob · t / length + u) spans of `length` frames, u uniform, at least `min_spans` and at
+    most t // length (and at most the starts there are); starts are uniform without replacement, spans may overlap. With 0.65 and
+    10 about 49 % of the frames are masked.
+
+    Args:
+        keys: (B,) int64, one an utterance and epoch.
+        frames: (B,) int64, latent frames of each row.
+
+    Returns: (B, T) bool, T = frames.max(); false past a row's end, and everywhere in a row shorter than one span.
+    """
+    starts = (frames - length + 1).clamp_min(0)  # (B,) positions where a span can begin
+    rounding = uniform(derive(keys, MASK, 0))
+    spans = (prob * frames.double() / length + rounding).long().clamp_min(min_spans)
+    spans = torch.minimum(torch.minimum(spans, frames // length), starts)
+
+    T = int(frames.max())
+    position = torch.arange(T, device=keys.device)
+    rank = positive(derive(keys[:, None], MASK, 1 + position))
+    rank = rank.masked_fill(position >= starts[:, None], torch.iinfo(torch.int64).max)  # (B, T)
+    most = int(spans.max())
+    chosen = rank.topk(most, dim=1, largest=False).indices  # (B, most) the spans' starts
+    taken = torch.arange(most, device=keys.device) < spans[:, None]
+
+    edges = torch.zeros(len(keys), T + length + 1, dtype=torch.int32, device=keys.device)
+    edges.scatter_add_(1, chosen, taken.int())
+    edges.scatter_add_(1, chosen + length, -taken.int())
+    return edges.cumsum(1)[:, :T] > 0
+
+
+def masked_positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the masked frames, compacted: (B, M) int64 in rising order, and their number in each row, (B,) int64.
+
+    M is the most masked frames of a row, rounded up to `SLOTS` where there are so many frames: few distinct shapes. The slots that a
+    row leaves over point to frames of its own that are not masked, or to padding.
+    """
+    counts = mask.sum(1)
+    slots = min(-(-int(counts.max()) // SLOTS) * SLOTS, mask.shape[1])
+    return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :slots], counts
+
+
+def distractors(keys: torch.Tensor, counts: torch.Tensor, num_slots: int, num_negatives: int) -> torch.Tensor:
+    """Distractors of each masked frame: uniform, with replacement, from the *other* masked frames of the same utterance.
+
+    Args:
+        keys: (B,) int64.
+        counts: (B,) int64, masked frames of each row; the only masked frame of a row draws itself, which is a collision and
+            no distractor.
+        num_slots: M, at least the largest count; known beforehand, so that no device has to be asked.
+
+    Returns: (B, M, K) int64 indices into the compacted masked frames of the row.
+    """
+    frame = torch.arange(num_slots, device=keys.device)[:, None]
+    draw = torch.arange(num_negatives, device=keys.device)
+    h = derive(keys[:, None, None], DISTRACTOR, frame * num_negatives + draw)
+    j = below(h, (counts - 1).clamp_min(1)[:, None, None])
+    return (j + (j >= frame)) % counts.clamp_min(1)[:, None, None]
+
+
+def kept_rows(keys: torch.Tensor, num_layers: int, layerdrop: float) -> torch.Tensor:
+    """Which utterances each transformer layer is computed for (layerdrop, decided by an utterance's key): (layers, B) bool."""
+    layer = torch.arange(num_layers, device=keys.device)[:, None]
+    return uniform(derive(keys[None], LAYERDROP, layer)) >= layerdrop

@@ -1,0 +1,165 @@
+"""A label for a whole utterance: `Wav2Vec2ForSequenceClassification`, and `Trainer` with scores for it.
+
+The stock model averages a projection of the frames over time, padding left out, and has one linear layer above. Either all but the
+convs learns, or the encoder is frozen and a softmax-weighted sum of its layers feeds the head (SUPERB, Yang et al. 2021).
+
+Shapes: B utterances, C classes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+from transformers.trainer_utils import EvalLoopOutput
+
+from w2v2.errors import UserError
+from w2v2.evaluate.score_plots import draw_confusion
+from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts
+from w2v2.finetune.ctc import read_skipped
+from w2v2.finetune.finetuning import FineTuner
+from w2v2.model.backbone import hide_padding, load_with_head
+
+_RESULTS, _PREDICTIONS = "results.json", "predictions.jsonl"
+HEAD = ("projector", "classifier", "layer_weights")
+
+
+def build_classifier(
+    config: Wav2Vec2Config,
+    labels: Sequence[str],
+    model_name_or_path: str | None,
+    *,
+    freeze_convs=True,
+    freeze_encoder=False,
+) -> Wav2Vec2ForSequenceClassification:
+    """Pretrained (or random) weights under a new head with an output for each label; an utterance's is the same in any batch.
+
+    A frozen encoder stays in evaluation mode whatever `train()` says, so it neither drops nor masks anything.
+    """
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+    model = hide_padding(load_with_head(Wav2Vec2ForSequenceClassification, model_name_or_path, config, HEAD))
+    if config.use_weighted_layer_sum:  # else it would be whatever the folder had, or nothing that was initialised
+        nn.init.constant_(model.layer_weights, 1 / len(model.layer_weights))
+    if freeze_encoder:
+        model.freeze_base_model()
+        model.wav2vec2.register_forward_pre_hook(_stay_in_evaluation, prepend=True)
+    elif freeze_convs:
+        model.freeze_feature_encoder()
+    return model
+
+
+def _stay_in_evaluation(base: nn.Module, inputs: tuple) -> None:
+    base.eval()
+
+
+class ClassificationTrainer(FineTuner):
+    """Scores labels: `predict` gives probabilities (B, C), and metrics hold accuracy, UAR, macro-F1 and the mean loss.
+
+    The loss is the mean over utterances of the cross-entropy times the class's weight. It is divided by their number, not by the
+    sum of their weights, which would make an update depend on how it is cut into micro-batches.
+    """
+
+    def __init__(self, *args, class_weights: Sequence[float] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights)
+        self.add_callback(_DrawCrops(self.train_dataset))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = self._loss(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of logits (B, C) and labels (B,); those below 0 do not count."""
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        losses = F.cross_entropy(
+            logits.float(), labels, weights, reduction="none", label_smoothing=self.args.label_smoothing_factor
+        )
+        return losses.sum() / (labels >= 0).sum().clamp(min=1)
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, prediction_loss_only=None, ignore_keys=None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """The stock loop; then `predictions` are probabilities, NaN where the audio was unreadable: those are not scored."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        readable = output.label_ids >= 0
+        data = dataloader.dataset
+        if not readable.all():
+            check_unread(data, readable, self.args.max_skipped_fraction)
+        logits = torch.tensor(output.predictions, dtype=torch.float32)
+        references = output.label_ids[readable]
+        scores: dict[str, Any] = classification_scores(references, logits[readable].argmax(-1).numpy())
+        scores["loss"] = float(self._loss(logits, torch.tensor(output.label_ids)))
+        scores["utterances"] = int(readable.sum())
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        probabilities = logits.softmax(-1).numpy()
+        probabilities[~readable] = np.nan
+        return output._replace(predictions=probabilities)
+
+
+def check_unread(data, readable: np.ndarray, max_fraction: float) -> None:
+    """Raises UserError where more of a data set than allowed turned out to be unreadable, or all of it."""
+    unread = {audio for audio, good in zip(data.table["audio"], readable, strict=True) if not good}
+    if len(unread) > max_fraction * len(set(data.table["audio"])) or not readable.any():
+        first = next(entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in unread)
+        raise UserError(
+            f"{len(unread)} audio files cannot be decoded, such as {first['audio']}: {first['reason']}; mend or leave out what "
+            "skipped_audio.jsonl lists, or raise --max_skipped_fraction"
+        )
+
+
+def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str]) -> tuple[dict, list[dict]]:
+    """Scores and predictions of each set with the model as it is now."""
+    results, lines = {}, []
+    for name, dataset in data.items():
+        output = trainer.predict(dataset, metric_key_prefix=name)
+        results[name] = {key: output.metrics[f"{name}_{key}"] for key in (*MEASURES, "loss", "utterances")}
+        for row, probabilities in zip(dataset.table, output.predictions, strict=True):
+            if not np.isnan(probabilities).any():  # NaN: the audio was unreadable
+                best = int(probabilities.argmax())
+                line = {"set": name, "id": row["id"], "reference": row["target"], "prediction": classes[best]}
+                lines.append(line | {"probability": round(float(probabilities[best]), 4)})
+    return results, lines
+
+
+def write_results(output_dir: str, results: Mapping, lines: Sequence[Mapping], classes: Sequence[str]) -> None:
+    """`results.json`, `predictions.jsonl` and a picture of each set's confusions."""
+    folder = Path(output_dir)
+    with open(folder / _PREDICTIONS, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    for name in dict.fromkeys(line["set"] for line in lines):
+        chosen = [line for line in lines if line["set"] == name]
+        counts = confusion_counts(
+            [line["reference"] for line in chosen], [line["prediction"] for line in chosen], classes
+        )
+        draw_confusion(folder / "plots" / f"confusion_{name}.png", counts, classes)
+    (folder / _RESULTS).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_classes(classes: Sequence[str], checkpoint: str | None) -> None:
+    """A run can only go on with the labels that it began with."""
+    if checkpoint is None:
+        return
+    saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["label2id"]
+    if saved != {label: i for i, label in enumerate(classes)}:
+        raise UserError(
+            f"{checkpoint}: made with other labels than --train_data's; resume with the same data and --labels"
+        )
+
+
+class _DrawCrops(TrainerCallback):
+    """Tells the data set which epoch's crops to draw, before its workers start."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.epoch = int(state.epoch or 0)

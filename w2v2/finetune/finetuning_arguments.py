@@ -1,0 +1,252 @@
+"""Flags and folders of the fine-tuning scripts.
+
+The flags are `transformers.TrainingArguments`, with fairseq's fine-tuning recipe as defaults, and ours beside them.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from w2v2.errors import UserError
+from w2v2.train.schedule import SCHEDULES
+
+METRICS_FILE, SKIPPED_FILE, RESULTS_FILE = "metrics.jsonl", "skipped_audio.jsonl", "results.json"
+PREDICTIONS_FILE, CONFIG_FILE = "predictions.jsonl", "finetune_config.yaml"
+_CHECKPOINT_FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
+_OWN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG_FILE, "config.json", "model.safetensors",
+              "vocab.json", "trainer_state.json", "training_args.bin", "preprocessor_config.json",
+              "processor_config.json", "tokenizer_config.json", "runs", "plots")  # fmt: skip
+
+_NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "debug", "disable_tqdm", "hub_token",
+                  "gradient_checkpointing", "dataloader_pin_memory"}  # fmt: skip
+
+
+def flag(default: Any, help: str, **metadata) -> Any:
+    """A dataclass field with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """`TrainingArguments` plus data and model. Defaults: BASE on 100 h of labels (fairseq's base_100h).
+
+    fairseq's effective batch of 1,600 s is 128 utterances of LibriSpeech. Utterances are counted unless `micro_batch_seconds` is given.
+    """
+
+    train_data: list[str] = flag([], "Training manifests.")
+    validation_data: list[str] = flag(
+        [], "Validation manifests: the best checkpoint is chosen on all of them together."
+    )
+    test_data: list[str] = flag([], "Test manifests, each scored by itself at the end with the best checkpoint.")
+    do_train: bool = flag(True, "false: only evaluate the fine-tuned model that model_name_or_path names.")
+    data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
+    min_seconds: float = flag(0.2, "Shorter utterances are left out of training.")
+    max_seconds: float | None = flag(35.0, "Longer utterances are left out of training.")
+    max_skipped_fraction: float = flag(
+        0.01, "Largest fraction of a set's utterances whose audio is unreadable; beyond it the run stops."
+    )
+    model_name_or_path: str | None = flag(None, "Pretrained wav2vec 2.0: a folder or Hub id.")
+    config_name: str | None = flag(None, "Random weights of this configuration instead: the baseline.")
+    freeze_feature_encoder: bool = flag(True, "Keep the convs as they were pretrained.")
+    freeze_encoder_steps: int = flag(0, "First updates in which only the new head learns.")
+    mask_time_prob: float = flag(
+        0.65, "Time mask: expected number of masked frames over frames, overlaps counted twice."
+    )
+    mask_time_length: int = flag(10, "Latent frames in a time mask.")
+    mask_feature_prob: float = flag(0.5, "Channel mask: the same over channels.")
+    mask_feature_length: int = flag(64, "Channels in a channel mask.")
+    layerdrop: float = flag(0.1, "Probability that a transformer layer is left out.")
+    activation_dropout: float = flag(0.1, "Dropout inside the feed-forward blocks.")
+    hidden_dropout: float = flag(0.0, "Dropout of the transformer's hidden states.")
+    attention_dropout: float = flag(0.0, "Dropout of attention weights.")
+    feat_proj_dropout: float = flag(0.0, "Dropout of the convs' projected output.")
+    final_dropout: float = flag(0.0, "Dropout before the new head.")
+    hold_fraction: float = flag(0.4, "tri_stage: fraction of the run at the peak learning rate.")
+    final_lr_scale: float = flag(0.05, "tri_stage: the last learning rate over the peak.")
+    overwrite_output_dir: bool = flag(False, "Delete the run that `output_dir` holds and start anew.")
+
+    max_steps: int = flag(80_000, "Updates in the run.")
+    learning_rate: float = flag(3e-5, "Peak learning rate.")
+    lr_scheduler_type: str = flag("tri_stage", "What follows the warm-up.", choices=list(SCHEDULES))
+    warmup_steps: float = flag(0.1, "Updates of warm-up; under 1: a fraction of the run.")
+    micro_batch_seconds: float | None = flag(
+        None, "Seconds of audio in a micro-batch of a device, padding included; instead of per_device_train_batch_size."
+    )
+    batch_seconds: float | None = flag(
+        None, "Seconds in one update over all devices, for any number of them; left out: micro_batch_seconds × "
+        "gradient_accumulation_steps × devices."
+    )  # fmt: skip
+    per_device_train_batch_size: int = flag(8, "Utterances in a micro-batch.")
+    per_device_eval_batch_size: int = flag(8, "Utterances in a batch of evaluation (no influence on the result).")
+    gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.")
+    weight_decay: float = flag(0.0, "Decoupled weight decay.")
+    adam_beta2: float = flag(0.98, "Adam's second decay.")
+    max_grad_norm: float = flag(0.0, "Clip the gradient's norm to this; 0 does not clip.")
+    eval_strategy: str = flag("steps", "When to validate: `steps`, `epoch`.")
+    save_strategy: str = flag("steps", "When to save: `steps`, `epoch`.")
+    eval_steps: float = flag(1_000, "Updates between two validations; under 1: a fraction of the run.")
+    save_steps: float = flag(1_000, "Updates between two checkpoints; a multiple of eval_steps.")
+    save_total_limit: int | None = flag(2, "Checkpoints that are kept, the best one among them.")
+    logging_steps: float = flag(50, "Updates between two logged lines; under 1: a fraction of the run.")
+    load_best_model_at_end: bool = flag(True, "End with the checkpoint that was best on the validation data.")
+    metric_for_best_model: str | None = flag("wer", "The measure that says which is best.")
+    greater_is_better: bool | None = flag(False, "Whether more of it is better.")
+    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.")
+    report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
+    hub_license: str | None = flag(None, "Licence of the weights, stated in the model card.")
+    data_description: str | None = flag(
+        None, "What the training audio is and where it comes from, in your words, for the model card."
+    )
+    remove_unused_columns: bool = flag(False, "Not used: the data set holds nothing else.")
+
+    def __post_init__(self):
+        for name in ("model_name_or_path", "config_name", "resume_from_checkpoint"):
+            if getattr(self, name) in ("", "none"):  # how a command line takes back what a YAML file says
+                setattr(self, name, None)
+        if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = (
+                True  # as without it: layers dropped, or frozen for a while, have no gradient
+            )
+        self.use_cpu = self.use_cpu or torch.backends.mps.is_available()  # MPS has no float64
+        for name in self.required_flags():
+            if not getattr(self, name):
+                raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
+        if not self.do_train and (self.config_name or not self.model_name_or_path):
+            raise UserError(
+                "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"
+            )
+        if not self.do_train and self.push_to_hub:
+            raise UserError("--do_train false with --push_to_hub: an evaluation makes no model that could be pushed")
+        if bool(self.model_name_or_path) == bool(self.config_name):
+            raise UserError("give one of --model_name_or_path (pretrained weights) and --config_name (random weights)")
+        if self.max_seconds is not None and self.max_seconds < self.min_seconds:
+            raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
+        if self.hub_token:
+            raise UserError(
+                "--hub_token: flags are written to the run's files; set the environment variable HF_TOKEN instead"
+            )
+        schedule, self.lr_scheduler_type = self.lr_scheduler_type, "linear"  # the stock class knows no tri_stage
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise UserError(" ".join(str(error).split())) from None
+        self.lr_scheduler_type = schedule
+        self._n_gpu = min(
+            self.n_gpu, 1
+        )  # one process, one device; `Trainer` would replicate the model within the process
+        self._resolve_seconds()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+
+    def required_flags(self) -> tuple[str, ...]:
+        return ("train_data", "validation_data", "output_dir") if self.do_train else ("output_dir",)
+
+    def _resolve_seconds(self) -> None:
+        """`batch_seconds` where it follows from the rest; `Trainer` then sees an update as one batch, without accumulation."""
+        micro, whole = self.micro_batch_seconds, self.batch_seconds
+        if micro is None and whole is None:
+            return
+        if micro is None:
+            raise UserError("--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once")
+        if micro <= 0 or (whole is not None and whole <= 0):
+            raise UserError("--micro_batch_seconds and --batch_seconds must be more than 0")
+        self.batch_seconds = whole or micro * self.gradient_accumulation_steps * self.world_size
+        self.gradient_accumulation_steps = 1
+
+    def model_changes(self) -> dict[str, Any]:
+        """The flags that are keys of the model's configuration."""
+        names = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop",
+                 "activation_dropout", "hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout")  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {"apply_spec_augment": True}
+
+
+def check_metric(name: str | None, measures: Iterable[str]) -> None:
+    """Raises UserError where no validation has a measure of that name."""
+    known = [*measures, "loss"]
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
+
+
+def prepare_output_dir(args: FineTuningArguments) -> str | None:
+    """Make `output_dir` ready and return the checkpoint to resume from, None for a fresh start.
+
+    Raises UserError where the folder holds a run and nothing says what to do with it. Only a folder that the trainer saved whole
+    counts as a checkpoint; a pretrained model never does.
+    """
+    folder = Path(args.output_dir)
+    with args.main_process_first(local=False):  # the others then find the folder ready
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output_dir {folder}: is a file; give a folder")
+        if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
+            args.resume_from_checkpoint = None
+        checkpoint = _checkpoint_to_resume(args.resume_from_checkpoint, folder)
+        if checkpoint is None:
+            _clear(folder, args)
+        folder.mkdir(parents=True, exist_ok=True)
+    return checkpoint
+
+
+def _clear(folder: Path, args: FineTuningArguments) -> None:
+    """Remove a former run, if there is one and the flags allow it; files that no run of ours writes stay."""
+    old = [*folder.glob("checkpoint-*"), *(folder / name for name in _OWN_FILES if (folder / name).exists())]
+    unfinished = not (folder / "model.safetensors").exists()
+    if old and not (args.overwrite_output_dir or (args.resume_from_checkpoint and unfinished)):
+        raise UserError(
+            f"--output_dir {folder} already holds a run ({old[0].name}): choose another folder, or give "
+            "--resume_from_checkpoint auto or --overwrite_output_dir"
+        )
+    source = Path(args.model_name_or_path or args.config_name).resolve()
+    if old and (source == folder.resolve() or folder.resolve() in source.parents):
+        raise UserError(f"--output_dir {folder} holds the model to start from, {source}: choose another folder")
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
+    if wanted is None:
+        return None
+    if wanted != "auto":
+        if not _is_whole(Path(wanted)):
+            raise UserError(f"--resume_from_checkpoint {wanted}: no whole checkpoint of a fine-tuning run: give its "
+                            "checkpoint-N folder, or auto")  # fmt: skip
+        return wanted
+    numbered = [(p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*")]
+    numbered = sorted((int(number), path) for number, path in numbered if number.isdigit())
+    whole = [str(path) for _, path in numbered if _is_whole(path)]
+    # Trainer writes this file last: what lacks others was saved without them, not cut short.
+    if not whole and (weights := [path for _, path in numbered if (path / _CHECKPOINT_FILES[0]).is_file()]):
+        missing = next(name for name in _CHECKPOINT_FILES if not (weights[-1] / name).is_file())
+        raise UserError(f"--resume_from_checkpoint auto: {weights[-1]} was saved without {missing} (--save_only_model true, FSDP, "
+                        "DeepSpeed?), so nothing can go on from it: start from it (--model_name_or_path) in another --output_dir, or anew "
+                        "with --overwrite_output_dir")  # fmt: skip
+    return whole[-1] if whole else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """`trainer_state.json` is what Trainer writes last."""
+    return all((folder / name).is_file() for name in _CHECKPOINT_FILES)
+
+
+def write_config(path: Path, *arguments: Any) -> None:
+    """The flags that differ from their defaults, as a YAML file that starts the same run again."""
+    changed = {}
+    for instance in arguments:
+        for f in fields(instance):
+            value = getattr(instance, f.name)
+            value = ["none"] if f.name == "report_to" and not value else value  # an empty list is no flag
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            value, default = (v.value if isinstance(v, Enum) else v for v in (value, default))
+            plain = isinstance(value, (bool, int, float, str, list, type(None)))
+            if f.init and plain and (value or 0) != (default or 0) and f.name not in _NOT_IN_CONFIG:
+                changed[f.name] = value
+    path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")

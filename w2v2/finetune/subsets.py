@@ -1,0 +1,117 @@
+"""Which utterances a run with few labels learns from: so many hours drawn, or those that a list names.
+
+A draw is a pure function of the seed and of the utterances' ids, lengths and speakers: the order of rows, of files and of
+machines does not matter. Draws nest: with one seed, the 10 minutes are part of the 1 hour.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.errors import UserError
+
+_AUDIO_ENDINGS = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".sph")
+
+
+def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
+    """At most `hours` of the utterances, less by under one utterance, in the table's order; speakers share evenly where known.
+
+    The utterances stand in one fixed order and the draw is its beginning: first one utterance of every speaker, then always one of
+    the speaker who has had least time.
+    Raises UserError where the table holds less than `hours`.
+    """
+    total = sum(table["num_samples"]) / SAMPLING_RATE / 3600
+    if hours > total:
+        raise UserError(f"--train_hours {hours:g}: the training data hold {total:.2f} h that can be used: ask for less")
+    lengths, left, rows = table["num_samples"][:], round(hours * 3600 * SAMPLING_RATE), []
+    for row in draw_order(table, seed):
+        left -= lengths[row]
+        if left < 0:
+            break
+        rows.append(row)
+    if not rows:
+        raise UserError(f"--train_hours {hours:g} is shorter than one utterance: ask for more")
+    return table.select(sorted(rows))
+
+
+def draw_order(table: Dataset, seed: int) -> list[int]:
+    """All rows in the order in which draws take them: by the time that their speaker has had before them, ties by hash."""
+    ids, lengths = table["id"][:], table["num_samples"][:]
+    speakers = table["speaker"][:] if "speaker" in table.column_names else [""] * len(ids)
+    heard: dict[str, int] = {}
+    keys = {}
+    for row in sorted(range(len(ids)), key=lambda row: _hash(seed, ids[row])):
+        before = heard.get(speakers[row], 0)
+        keys[row] = (before if speakers[row] else 0, _hash(seed, speakers[row] or ids[row]), _hash(seed, ids[row]))
+        heard[speakers[row]] = before + lengths[row]
+    return sorted(keys, key=keys.__getitem__)
+
+
+def _hash(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+
+
+def take_listed(table: Dataset, path: str) -> Dataset:
+    """The utterances that a list names, in the table's order.
+
+    `path` is a text file, or a folder of audio as Libri-Light's `librispeech_finetuning/1h`. In a file the first field of each line
+    counts: an id, or the path of an audio file, which stands for its name without the ending; so wav2letter's lists, fairseq's
+    manifests (root line first) and `.trans.txt` serve. An utterance is known by its id, by the last part of its id, or by its
+    audio file's name.
+    Raises UserError where the list is missing, empty, ambiguous, or names what the table lacks.
+    """
+    wanted = _names_in_folder(Path(path)) if os.path.isdir(path) else _names_in_file(Path(path))
+    if not wanted:
+        raise UserError(f"--train_list {path} names no utterance: write an id or an audio file's path in each line")
+    rows_of: dict[str, set[int]] = {}
+    for row, (id, audio) in enumerate(zip(table["id"], table["audio"], strict=True)):
+        for name in {id, _stem(id), _stem(audio)}:
+            rows_of.setdefault(name, set()).add(row)
+    missing = [name for name in wanted if name not in rows_of and _stem(name) not in rows_of]
+    if missing:
+        raise UserError(
+            f"--train_list {path}: {len(missing)} of its {len(wanted)} utterances are not in --train_data, the first "
+            f"{missing[0]}: give the manifests that hold them all"
+        )
+    found = {name: rows_of.get(name) or rows_of[_stem(name)] for name in wanted}
+    for name, rows in found.items():
+        if len(rows) > 1:
+            raise UserError(
+                f"--train_list {path}: {name} stands for {len(rows)} utterances of --train_data: use their ids"
+            )
+    return table.select(sorted({row for rows in found.values() for row in rows}))
+
+
+def _stem(name: str) -> str:
+    name = name.rsplit("/", 1)[-1]
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in _AUDIO_ENDINGS else name
+
+
+def _names_in_folder(folder: Path) -> list[str]:
+    return sorted({_stem(path.name) for path in folder.rglob("*") if path.suffix.lower() in _AUDIO_ENDINGS})
+
+
+def _names_in_file(path: Path) -> list[str]:
+    try:
+        lines = [line.rstrip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--train_list {path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+        ) from None
+    if len(lines) > 1 and "\t" not in lines[0] and _is_fairseq_row(lines[1]):
+        lines = lines[1:]  # fairseq's root
+    return list(dict.fromkeys(_first_field(line) for line in lines))
+
+
+def _is_fairseq_row(line: str) -> bool:
+    fields: Sequence[str] = line.split("\t")
+    return len(fields) == 2 and fields[1].isdigit()
+
+
+def _first_field(line: str) -> str:
+    return line.split("\t")[0] if "\t" in line else line.split()[0]

@@ -1,0 +1,170 @@
+"""Attention of utterances of different lengths without a mask or padding, on their concatenated frames.
+
+A mask of any form keeps the fast kernels away, and padding is computed for nothing. On a GPU in 16 bits one call of the flash kernel takes
+all utterances, whatever their lengths: its launches do not grow with the number of lengths, and no plan is built for each shape. Elsewhere
+each run of equal utterances goes to the library's kernel by itself; micro-batches are sorted by length, and lengths lie on a grid, so
+there are few runs.
+
+Shapes: B utterances, N their frames altogether, T frames of one, M frames asked from, H heads, d width of a head.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from w2v2.model.products import draw_kept
+
+# The function behind nested tensors' `scaled_dot_product_attention`: differentiable, with dropout, which the public
+# `torch.nn.attention.varlen` has not. Nested tensors would cost the host some hundred microseconds a call.
+_FLASH = getattr(getattr(torch.ops.aten, "_flash_attention_forward", None), "default", None)
+
+
+class Rows(NamedTuple):
+    """Where each utterance lies in the concatenated frames."""
+
+    lengths: Sequence[int]  # frames of each, on the host
+    bounds: torch.Tensor  # (B + 1,) int32, where each begins, and the end, on the device
+
+
+def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive utterances of equal length: (number of them, length)."""
+    return [(len(list(group)), length) for length, group in groupby(lengths)]
+
+
+def attend(projections: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
+    """Scaled dot-product attention of each utterance's frames to one another, (N, 3, H, d) → (N, H, d).
+
+    Args:
+        projections: query, key and value of each frame.
+        dropout: probability with which an attention weight is zeroed.
+    """
+    if takes_any_lengths(projections):
+        longest = max(rows.lengths)
+        return _flash(*projections.unbind(1), (rows.bounds, longest), (rows.bounds, longest), dropout)
+    outputs = [_attention(*part.unbind(2), dropout).flatten(0, 1) for part in _parts(projections, rows.lengths)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_from(query: torch.Tensor, keys_values: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
+    """The same from M frames of each alone: query (B, M, H, d), keys and values of all frames (N, 2, H, d) → (B, M, H, d)."""
+    if takes_any_lengths(keys_values):
+        B, M = query.shape[:2]
+        asked = torch.arange(0, (B + 1) * M, M, dtype=torch.int32, device=query.device)
+        key, value = keys_values.unbind(1)
+        out = _flash(query.flatten(0, 1), key, value, (asked, M), (rows.bounds, max(rows.lengths)), dropout)
+        return out.unflatten(0, (B, M))
+    sizes = [number for number, _ in runs(rows.lengths)]
+    queries = query.split(sizes) if len(sizes) > 1 else [query]
+    parts = zip(queries, _parts(keys_values, rows.lengths), strict=True)
+    outputs = [_attention(own, *part.unbind(2), dropout) for own, part in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def takes_any_lengths(x: torch.Tensor) -> bool:
+    """Whether one call of the flash kernel serves utterances of different lengths: (…, H, d) in 16 bits on an NVIDIA GPU since Ampere."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[-1] % 8 == 0
+        and x.shape[-1] <= 192  # the backward pass of wider ones is not for all devices
+        and _has_flash(x.device)
+    )
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    is_built = torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
+    return _FLASH is not None and is_built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash(query, key, value, asked, attended, dropout) -> torch.Tensor:
+    """Query (n, H, d), key and value (m, H, d) → (n, H, d); `asked` and `attended`: (bounds, longest) of their utterances."""
+    (bounds_q, longest_q), (bounds_k, longest_k) = asked, attended
+    return _FLASH(query, key, value, bounds_q, bounds_k, longest_q, longest_k, dropout, False, False)[0]
+
+
+def _parts(x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Each run's part of (N, …) as (B, T, …). Split at once: a slice of each would fill its gradient up with zeros."""
+    found = runs(lengths)
+    parts = x.split([number * length for number, length in found]) if len(found) > 1 else [x]
+    return [part.unflatten(0, run) for part, run in zip(parts, found, strict=True)]
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Query (B, M, H, d), key and value (B, T, H, d) → (B, M, H, d): all utterances have T frames."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if dropout == 0.0 or has_kernel(query.device):
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    else:
+        out = _AttentionInBlocks.apply(query, key, value, dropout)
+    return out.transpose(1, 2)
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether the library has a fused kernel for attention with dropout."""
+    return device.type != "cpu"
+
+
+class _AttentionInBlocks(torch.autograd.Function):
+    """Attention with dropout on the CPU, where the library has no fused kernel for it: as many heads at a time as there are threads.
+
+    As in flash attention (Dao et al., 2022, algorithm 4) the weights are computed again in the backward pass instead of being kept, and
+    the softmax's gradient needs only D = (output · its gradient) of each query. What is kept beside the inputs is one byte a weight, which
+    says whether it was dropped. The buffers stay in the cache and are used again for the next heads.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, dropout):  # (B, H, M, d), twice (B, H, T, d)
+        B, H, M, d = query.shape
+        query, key, value = (x.reshape(B * H, -1, d) for x in (query * d**-0.5, key, value))
+        out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
+        weights, factor = _buffers(query, value, 2)
+        for heads in _blocks(B * H, len(weights)):
+            p, f = weights[: len(query[heads])], factor[: len(query[heads])]
+            _softmax_scores(query[heads], key[heads], p)
+            draw_kept(kept[heads], dropout)
+            torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
+        out *= 1.0 / (1.0 - dropout)
+        ctx.save_for_backward(query, key, value, out, kept)
+        ctx.dropout = dropout
+        return out.view(B, H, M, d)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, out, kept = ctx.saved_tensors
+        B, H, M, d = gradient.shape
+        gradient = gradient.reshape(B * H, M, d)
+        shift = (gradient * out).sum(-1, keepdim=True)  # (B·H, M, 1)
+        scaled = gradient * (1.0 / (1.0 - ctx.dropout))
+        d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        weights, d_weights, factor = _buffers(query, value, 3)
+        for heads in _blocks(B * H, len(weights)):
+            p, dp, f = (x[: len(query[heads])] for x in (weights, d_weights, factor))
+            _softmax_scores(query[heads], key[heads], p)
+            f.copy_(kept[heads])
+            torch.bmm(scaled[heads], value[heads].transpose(1, 2), out=dp)
+            dp.mul_(f).sub_(shift[heads]).mul_(p)
+            torch.bmm(p.mul_(f).transpose(1, 2), scaled[heads], out=d_value[heads])
+            torch.bmm(dp, key[heads], out=d_query[heads])
+            torch.bmm(dp.transpose(1, 2), query[heads], out=d_key[heads])
+        d_query *= d**-0.5
+        return d_query.view(B, H, M, d), d_key.view(B, H, -1, d), d_value.view(B, H, -1, d), None
+
+
+def _buffers(query: torch.Tensor, key: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """Attention weights (n, M, T) of the heads of query (B·H, M, d) that are computed together."""
+    together = min(len(query), torch.get_num_threads())
+    return [query.new_empty(together, query.shape[1], key.shape[1]) for _ in range(number)]
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, total)) for first in range(0, total, size))
+
+
+def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
+    torch.bmm(query, key.transpose(1, 2), out=out)
+    torch.softmax(out, -1, out=out)

@@ -1,0 +1,132 @@
+"""The transformer as functions over the stock modules' parameters: positional convolution and layers.
+
+The functions compute what the stock modules compute, in the type that they are given (normalisation statistics and softmax in float32,
+inside the kernels), with one product for queries, keys and values, and attention without a mask (`attention.py`).
+
+Shapes: B utterances, T latent frames of the longest, N frames of all of them, M frames of each that are wanted, D width, H heads, G groups
+of the positional convolution, k its taps.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from w2v2.model import products
+from w2v2.model.attention import Rows, attend, attend_from
+from w2v2.model.products import dropout
+
+BLOCK = 8  # frames that one row of the positional convolution's product gives
+
+
+def positional(module: nn.Module, hidden: torch.Tensor, in_blocks: bool) -> torch.Tensor:
+    """Convolutional position embedding (B, T, D) → (B, T, D); frames past a row's end have to be zero."""
+    conv = module.conv
+    if in_blocks:
+        return module.activation(_convolution_in_blocks(hidden, conv))
+    weight, bias = conv.weight.to(hidden.dtype), conv.bias.to(hidden.dtype)
+    out = F.conv1d(hidden.transpose(1, 2), weight, bias, padding=conv.padding, groups=conv.groups)
+    return module.activation(out[..., : hidden.shape[1]].transpose(1, 2))
+
+
+def _convolution_in_blocks(x: torch.Tensor, conv: nn.Conv1d) -> torch.Tensor:
+    """Grouped convolution (B, T, D) as one product a group: its matrix is block-Toeplitz.
+
+    Groups of 48 channels leave the libraries' grouped convolutions far below a device's speed. `BLOCK` neighbouring outputs share a window
+    of k + BLOCK − 1 frames, so rows of windows times a band matrix give them all, at BLOCK − 1 wasted taps in k + BLOCK − 1.
+    """
+    B, T, D = x.shape
+    G, k, R = conv.groups, conv.kernel_size[0], BLOCK
+    width, blocks = k + R - 1, -(-T // R)
+    w = conv.weight.to(x.dtype).view(G, D // G, D // G, k).permute(0, 3, 2, 1)  # (G, k, in, out)
+    band = torch.stack([F.pad(w, (0, 0, 0, 0, r, R - 1 - r)) for r in range(R)], dim=3)  # (G, k + R - 1, in, R, out)
+
+    length = blocks * R + k - 1
+    padded = (
+        F.pad(x, (0, 0, k // 2, length - T - k // 2)).view(B, length, G, -1).permute(2, 0, 1, 3)
+    )  # (G, B, length, in)
+    windows = padded.contiguous().unfold(2, width, R).transpose(-1, -2)  # (G, B, blocks, k + R - 1, in)
+    out = windows.reshape(G, B * blocks, -1) @ band.reshape(G, width * (D // G), -1)  # (G, B · blocks, R · out)
+    out = out.view(G, B, blocks * R, -1)[:, :, :T].permute(1, 2, 0, 3).reshape(B, T, D)
+    return out + conv.bias.to(x.dtype)
+
+
+def layer(
+    module: nn.Module,
+    hidden: torch.Tensor,
+    rows: Rows,
+    dtype: torch.dtype,
+    rest: Callable | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One transformer layer, post-norm (BASE) or pre-norm (LARGE), on concatenated utterances: (N, D) → (N, D).
+
+    Args:
+        rows: where each utterance lies.
+        dtype: of the products. The post-norm residual is of this type too; the pre-norm one, to which every layer adds, stays as it comes.
+        rest: `after_attention`, perhaps compiled.
+        positions: (B, M) int64, those of the N frames that the output is wanted of, which then is (B, M, D): the others are attended to, no more.
+    """
+    attention, before = module.attention, is_pre_norm(module)
+    x = norm(module.layer_norm, hidden).to(dtype) if before else hidden
+    dropped = attention.dropout if module.training else 0.0
+    if positions is None:
+        qkv = _project(x, attention.num_heads, attention.q_proj, attention.k_proj, attention.v_proj)  # (N, 3, H, d)
+        attended = attend(qkv, rows, dropped)
+    else:
+        query = _project(take(x, positions), attention.num_heads, attention.q_proj).view(
+            *positions.shape, -1, attention.head_dim
+        )
+        keys_values = _project(x, attention.num_heads, attention.k_proj, attention.v_proj)  # (N, 2, H, d)
+        attended = attend_from(query, keys_values, rows, dropped).flatten(0, 1)
+        hidden = take(hidden, positions)
+    attended = linear(attention.out_proj, attended.flatten(-2))  # (N, D), or (B · M, D)
+    out = (rest or after_attention)(module, hidden, attended, before)
+    return out if positions is None else out.unflatten(0, positions.shape)
+
+
+def _project(x: torch.Tensor, num_heads: int, *modules: nn.Linear) -> torch.Tensor:
+    """Several linear layers of the same input as one product: (…, D) → (…, layers, H, d)."""
+    weight, bias = (torch.cat([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
+    out = products.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    return out.unflatten(-1, (len(modules), num_heads, -1))
+
+
+def take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Frames (N, D) at `positions` (B, M) → (B · M, D)."""
+    return x.index_select(0, positions.flatten())
+
+
+def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Frames (B, T, D) at each row's own `positions` (B, M) → (B, M, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Tensor, before: bool) -> torch.Tensor:
+    """The part of a layer that works frame by frame, (…, D) → (…, D): whatever a compiler can fuse. `before`: pre-norm."""
+    training, forward = module.training, module.feed_forward
+    hidden = hidden + dropout(attended, module.dropout.p, training)
+    if not before:
+        hidden = norm(module.layer_norm, hidden)
+    x = norm(module.final_layer_norm, hidden).to(attended.dtype) if before else hidden
+    x = forward.intermediate_act_fn(linear(forward.intermediate_dense, x))
+    x = linear(forward.output_dense, dropout(x, forward.intermediate_dropout.p, training))
+    hidden = hidden + dropout(x, forward.output_dropout.p, training)
+    if not before:
+        return norm(module.final_layer_norm, hidden)
+    if module.adapter_layer is not None:
+        hidden = hidden + module.adapter_layer(hidden)
+    return hidden
+
+
+def is_pre_norm(module: nn.Module) -> bool:
+    return hasattr(module, "adapter_layer")
+
+
+def linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return products.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
+
+
+def norm(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, module.normalized_shape, module.weight.to(x.dtype), module.bias.to(x.dtype), module.eps)

@@ -1,0 +1,117 @@
+"""Linear probes: how much of a label a linear classifier reads from each layer of a frozen model.
+
+Features (mean over time) are standardised by the training utterances. The strength of the penalty is chosen on the validation
+utterances, then the probe is fitted once more on both. The best layer is the one that validated best; the test has no say in it.
+
+Shapes: N utterances, L layers, D width.
+"""
+
+import json
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.evaluate.scores import classification_scores, mean_and_deviation
+from w2v2.finetune.folds import Split
+
+STRENGTHS = {"logistic": (0.001, 0.01, 0.1, 1.0, 10.0), "ridge": (1e4, 1e3, 1e2, 1e1, 1.0)}  # weak fits first
+_VALIDATION_SHARE = 5  # one utterance in so many, where there is no validation set
+
+
+def fit(kind: str, strength: float, features: np.ndarray, targets: Sequence[str]):
+    """A fitted scikit-learn pipeline: standardisation, then logistic regression (C) or ridge classification (alpha)."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression, RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = LogisticRegression(C=strength, max_iter=500) if kind == "logistic" else RidgeClassifier(alpha=strength)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of weak penalties, which validation then judges
+        return make_pipeline(StandardScaler(), classifier).fit(features, targets)
+
+
+def probe_layer(
+    kind: str, features: np.ndarray, targets: np.ndarray, split: Split, measure: str
+) -> tuple[np.ndarray, float, float]:
+    """Predictions for the test rows (n,), the score of the best strength on the validation rows, and that strength."""
+    tried = []
+    for strength in STRENGTHS[kind]:
+        probe = fit(kind, strength, features[split.train], targets[split.train])
+        score = classification_scores(targets[split.validation], probe.predict(features[split.validation]))[measure]
+        tried.append((score, -len(tried), strength))
+    score, _, strength = max(tried)
+    both = split.train + split.validation
+    return fit(kind, strength, features[both], targets[both]).predict(features[split.test]), score, strength
+
+
+def probe_layers(
+    kind: str, features: np.ndarray, targets: Sequence[str], splits: Sequence[Split], measure: str
+) -> list[dict[str, Any]]:
+    """For each layer of `features` (N, L, D): test scores over all splits' utterances, their spread, and the validation score."""
+    targets = np.asarray(targets)
+    layers = []
+    for layer in range(features.shape[1]):
+        references, predictions, scores, validation, strengths = [], [], [], [], []
+        for split in splits:
+            predicted, score, strength = probe_layer(kind, features[:, layer], targets, split, measure)
+            references += targets[split.test].tolist()
+            predictions += predicted.tolist()
+            scores.append(classification_scores(targets[split.test], predicted))
+            validation.append(score)
+            strengths.append(strength)
+        result = {"layer": layer, **classification_scores(references, predictions)}
+        result |= mean_and_deviation(scores) if len(splits) > 1 else {}
+        layers.append(result | {"validation": float(np.mean(validation)), "strengths": strengths})
+    return layers
+
+
+def best_layer(layers: Sequence[dict[str, Any]], lower_is_better: bool = False) -> dict[str, Any]:
+    """The layer that validated best; of equals the lowest."""
+    sign = -1 if lower_is_better else 1
+    return max(layers, key=lambda layer: (sign * layer["validation"], -layer["layer"]))
+
+
+def hold_out(ids: Sequence[str], targets: Sequence[str], rows: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Training and validation rows: of each label's utterances, in an order that hangs on their ids alone, every fifth validates."""
+    by_label: dict[str, list[int]] = {}
+    for row in sorted(rows, key=lambda row: (zlib.crc32(ids[row].encode()), ids[row])):
+        by_label.setdefault(targets[row], []).append(row)
+    held = [row for found in by_label.values() for row in found[_VALIDATION_SHARE - 1 :: _VALIDATION_SHARE]]
+    return sorted(set(rows) - set(held)), sorted(held)
+
+
+def heard_hours(folder: str) -> float | None:
+    """Hours of audio that a checkpoint of pretraining had heard, from its state or its metrics; None where neither is there."""
+    try:
+        state = json.loads(Path(folder, "training_state", "state.json").read_text(encoding="utf-8"))
+        return state["heard_samples"] / SAMPLING_RATE / 3600
+    except (OSError, ValueError, KeyError):
+        pass
+    try:
+        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return max(json.loads(line)["audio_hours"] for line in lines if '"audio_hours"' in line)
+    except (OSError, ValueError):
+        return None
+
+
+def table_of(results: Sequence[dict[str, Any]], measure: str) -> str:
+    """Layers down, models across, the test score in each cell; the layer that validated best is starred."""
+    names = [result["name"] for result in results]
+    widths = [max(len(name), 7) for name in names]
+    lines = ["layer  " + "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for layer in range(max(len(result["layers"]) for result in results)):
+        cells = []
+        for result, width in zip(results, widths, strict=True):
+            if layer >= len(result["layers"]):
+                cells.append(" " * width)
+                continue
+            star = "*" if result["best_layer"] == layer else " "
+            cells.append(f"{100 * result['layers'][layer][measure]:.1f}%{star}".rjust(width))
+        lines.append(f"{layer:>5}  " + "  ".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""Flags of the scripts that listen to frozen models: probe.py and verify_speakers.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from w2v2.errors import UserError
+from w2v2.finetune.finetuning_arguments import flag
+
+CHARACTERS = "characters"
+
+
+@dataclass
+class _Frozen:
+    """What both have."""
+
+    output_dir: str | None = flag(None, "Folder for the results.")
+    data_root: str | None = flag(None, "What `$data_root` and relative paths stand for.")
+    max_skipped_fraction: float = flag(0.01, "Largest fraction of a set's utterances whose audio is unreadable.")
+    config_name: str | None = flag(None, "Configuration of the random weights.")
+    seed: int = flag(0, "Of random weights and of whatever is drawn.")
+    use_cpu: bool = flag(False, "Leave a GPU alone.")
+    overwrite_output_dir: bool = flag(False, "Replace the results that `output_dir` holds.")
+
+    @property
+    def device(self) -> str:
+        return "cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu"
+
+    def _require(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name):
+                raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
+
+    def prepare_output_dir(self, results: str) -> Path:
+        """The folder, made; UserError where it has results that may not be replaced."""
+        folder = Path(self.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output_dir {folder}: is a file; give a folder")
+        if (folder / results).exists() and not self.overwrite_output_dir:
+            raise UserError(
+                f"--output_dir {folder} already holds {results}: choose another, or give --overwrite_output_dir"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@dataclass
+class ProbingArguments(_Frozen):
+    """Linear probes of every layer."""
+
+    checkpoints: list[str] = flag([], "Pretrained folders or Hub ids: runs/x/checkpoint-*.")
+    random_weights: bool = flag(
+        True, "Probe random weights as well, of --config_name or of the first checkpoint's configuration."
+    )
+    target: str = flag("label", f"The manifests' column that is read: label, speaker, any other, or `{CHARACTERS}`.")
+    label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW.")
+    labels: list[str] = flag([], "Only these labels (after --label_map); other utterances are left out.")
+    train_data: list[str] = flag([], "Training manifests.")
+    validation_data: list[str] = flag([], "Validation manifests (default: a fifth of the training utterances).")
+    test_data: list[str] = flag([], "Test manifests, scored together.")
+    folds: str | None = flag(None, "Cross-validation over --train_data alone, by this column: speaker, session, …")
+    num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).")
+    min_seconds: float = flag(0.2, "Shorter utterances are left out of training.")
+    max_seconds: float | None = flag(None, "Longer utterances are left out of training.")
+    classifier: str = flag(
+        "logistic", "Linear classifier; ridge is faster with many classes.", choices=["logistic", "ridge"]
+    )
+    measure: str = flag("uar", "What chooses the penalty and is shown.", choices=["uar", "accuracy", "macro_f1"])
+    ctc_updates: int = flag(1_500, f"Updates of 16 utterances for each layer's CTC head ({CHARACTERS}).")
+
+    def __post_init__(self):
+        self._require("train_data", "output_dir")
+        if not self.checkpoints and not (self.random_weights and self.config_name):
+            raise UserError(
+                "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)"
+            )
+        if bool(self.folds) == bool(self.test_data):
+            raise UserError("give one of --test_data and --folds: what is a probe tested on?")
+        if self.folds and (self.validation_data or self.target == CHARACTERS):
+            raise UserError(f"--folds goes with neither --validation_data nor --target {CHARACTERS}: give --test_data")
+        if self.num_folds is not None and not self.folds:
+            raise UserError("--num_folds needs --folds: name the column whose groups stay together, such as speaker")
+        if self.ctc_updates < 1:
+            raise UserError(f"--ctc_updates {self.ctc_updates}: at least one is needed")
+        if len(set(self.checkpoints)) < len(self.checkpoints):
+            raise UserError("--checkpoints names a folder twice: name each once")
+
+
+@dataclass
+class VerificationArguments(_Frozen):
+    """Speaker verification."""
+
+    model_name_or_path: str | None = flag(None, "A pretrained or fine-tuned folder, or a Hub id.")
+    trials: str | None = flag(
+        None, "List of `1 a.wav b.wav` lines (0: two speakers); paths under --data_root or beside it."
+    )
+    manifest: list[str] = flag([], "Instead of --trials: utterances with speakers, among which trials are drawn.")
+    speaker_column: str = flag("speaker", "The manifest's column that tells speakers apart.")
+    num_trials: int = flag(20_000, "Trials drawn from --manifest, half of them of one speaker.")
+    layer: int | None = flag(
+        None,
+        "Average this layer's frames (default: a fine-tuned classifier's projection; of other models every layer in turn).",
+    )
+    cohort: list[str] = flag(
+        [], "Manifests of other utterances, by whose mean and deviation the embeddings are standardised."
+    )
+    p_target: float = flag(0.01, "Prior of a target trial in the detection cost.")
+
+    def __post_init__(self):
+        self._require("output_dir")
+        if bool(self.model_name_or_path) == bool(self.config_name):
+            raise UserError("give one of --model_name_or_path and --config_name (random weights)")
+        if bool(self.trials) == bool(self.manifest):
+            raise UserError("give one of --trials and --manifest")
+        if not 0 < self.p_target < 1:
+            raise UserError(f"--p_target {self.p_target}: give a probability between 0 and 1")
+        if self.num_trials < 2:
+            raise UserError(f"--num_trials {self.num_trials}: at least 2 are needed")

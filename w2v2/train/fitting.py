@@ -1,0 +1,242 @@
+"""`--micro_batch_seconds auto`: the largest micro-batch that the device holds, found by trying the worst that a budget allows.
+
+1. *Unit.* n crops of the longest length. Micro-batches within that budget may have more rows, but no more padded samples, latent
+   frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames than n rows of the longest.
+2. *Trial.* Forward and backward pass of such a micro-batch beside everything else that an update holds. It leaves nothing behind.
+3. *Search.* On an accelerator n is doubled until it no longer fits, then bisected. A CPU's memory ends with a kill, not with an error:
+   there the growth of the peak from one crop to two is carried on. Beyond a device's share of an effective batch nothing is gained, nor
+   beyond what keeps a device busy.
+4. *Agreement.* All ranks take the least of what they found, after one message.
+"""
+
+import contextlib
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.batching import LATENT_STRIDE, Crops, Cursor, EffectiveBatches, MicroBatchPlan
+from w2v2.data.collate import Framing, PretrainBatch, build_batch
+from w2v2.data.masking import masked_positions
+from w2v2.errors import UserError
+from w2v2.train import memory
+from w2v2.train.training import UpdateSettings, seed_noise
+
+DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
+# Likewise, and much more: over micro-batches of many lengths the heap, in which freed memory stays (`memory.keep_freed`), was seen to
+# grow to more than twice what one of 400 s takes, and to four times what one of 46 s takes of a small model.
+CPU_SHARE = 0.4
+CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
+# These keep a GPU busy with BASE (docs/benchmarks.md), and fewer pieces of an update pad more.
+ACCELERATOR_SECONDS = 800.0
+
+
+class Finding(NamedTuple):
+    """What one rank found: 0 crops where not even one fits, -1 where the search itself failed."""
+
+    crops: int
+    why: str  # why not more
+
+
+@dataclass
+class Trial:
+    """Tries micro-batches of n crops of `longest` samples."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module  # prepared
+    optimizer: torch.optim.Optimizer
+    framing: Framing
+    settings: UpdateSettings
+    longest: int
+    grid_samples: int
+
+    def fits(self, n: int) -> bool:
+        """Whether the device does not run out of memory."""
+        try:
+            self.run(n)
+        except torch.OutOfMemoryError:
+            found = False  # leave the handler first: its traceback holds on to the activations
+        else:
+            found = True
+        self.free()
+        return found
+
+    def run(self, n: int) -> None:
+        """Forward and backward pass of the bare model; gradients, weights, modes and generators are then as they were."""
+        device, bare = self.accelerator.device, self.accelerator.unwrap_model(self.model)
+        modes = [(module, module.training) for module in bare.modules()]
+        generators = {} if device.type == "cpu" else {"device_type": device.type}
+        with torch.random.fork_rng([device] if generators else [], **generators):
+            try:
+                batch = worst_case(n, self.longest, self.grid_samples, self.framing, self.settings.seed).to(device)
+                beside = self._stand_ins(bare)
+                bare.train()
+                seed_noise(self.settings.seed, self.settings.step, 0, device)
+                with self.accelerator.autocast():
+                    sums = bare(batch, self.settings.gumbel_temperature, self.settings.diversity_weight)
+                sums.loss.backward()
+                del beside  # not before
+            finally:
+                for parameter in bare.parameters():
+                    parameter.grad = None
+                for module, mode in modes:
+                    module.training = mode
+
+    def _stand_ins(self, bare: torch.nn.Module) -> list[torch.Tensor]:
+        """Fill what an update's later micro-batches find allocated: gradients, and AdamW's two moments where there are none yet.
+
+        Written to, so that they are really there. Under DDP gradients live in buckets that exist already and are counted twice.
+        """
+        missing = []
+        for parameter in bare.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                if parameter not in self.optimizer.state:
+                    missing += [torch.ones_like(parameter), torch.ones_like(parameter)]
+        return missing
+
+    def free(self) -> None:
+        """Give back what a trial took."""
+        gc.collect()
+        if self.accelerator.device.type == "cpu":
+            memory.give_back()
+        else:
+            torch.get_device_module(self.accelerator.device).empty_cache()
+
+
+def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: int) -> PretrainBatch:
+    """The micro-batch of n rows of `longest` samples (noise) that takes most memory.
+
+    No layer leaves out a row, and no two mask spans overlap. The last of several rows is a grid step shorter where that leaves it a
+    masked span, so that what different lengths cost is paid too.
+    """
+    lengths = np.full(n, longest, dtype=np.int64)
+    shorter = longest - (grid_samples or LATENT_STRIDE)
+    if n > 1 and shorter >= framing.min_samples:
+        lengths[-1] = shorter
+    rows = np.arange(n, dtype=np.int64)
+    crops = Crops(rows, np.zeros_like(rows), np.zeros_like(rows), lengths)
+    plan = MicroBatchPlan(crops, 0, 0, 1, int(lengths.sum()), False, Cursor())
+    noise = np.random.default_rng(seed).integers(-3_000, 3_000, longest, dtype=np.int16)
+    batch = build_batch(plan, crops, [noise[:length] for length in lengths], replace(framing, layerdrop=0.0), seed)
+
+    spans = torch.ceil(framing.mask_prob * batch.frames / framing.mask_length).clamp_min(framing.min_masks)
+    mask = torch.arange(batch.mask.shape[1]) < torch.minimum(spans * framing.mask_length, batch.frames)[:, None]
+    positions, num_masked = masked_positions(mask)
+    return replace(batch, mask=mask, positions=positions, num_masked=num_masked)
+
+
+def largest(fits: Callable[[int], bool], bound: int) -> int:
+    """The largest n in 1…bound that fits, 0 if none does, where everything smaller than what fits fits too.
+
+    Tries at most 2 · log2(bound) + 2 of them, and none beyond twice what fits: the bound itself, tried first, could be so far out that a
+    kernel fails at it in ways of its own.
+    """
+    low, high = 0, 1  # `low` fits
+    while fits(high):
+        if high == bound:
+            return bound
+        low, high = high, min(2 * high, bound)
+    while high - low > 1:  # `high` does not fit
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def share(batches: EffectiveBatches, longest: int, num_ranks: int) -> int:
+    """Crops of `longest` samples that hold a rank's share of an effective batch: a larger micro-batch saves no round."""
+    return max(1, math.ceil(batches.batch_samples / num_ranks / longest))
+
+
+def fit(trial: Trial, bound: int) -> tuple[float, str]:
+    """Seconds of the largest micro-batch that every rank's device holds, and the finding for people. Call on all ranks.
+
+    Args:
+        bound: crops beyond which nothing is gained.
+
+    Raises `UserError` if not even one crop fits. What else fails on one rank fails on all of them: none is
+    left waiting for its message.
+    """
+    accelerator, seconds, error = trial.accelerator, trial.longest / SAMPLING_RATE, None
+    search = search_cpu if accelerator.device.type == "cpu" else search_accelerator
+    try:
+        mine = search(trial, bound)
+    except Exception as caught:
+        mine, error = Finding(-1, f"{type(caught).__name__}: {caught}"), caught
+    found = gather_object([mine])
+    if error is not None:
+        raise error
+    crops, why = min(found)
+    if crops < 0:
+        raise RuntimeError(f"--micro_batch_seconds auto failed on another rank: {why}")
+    if crops == 0:
+        raise UserError(
+            f"--micro_batch_seconds auto: not even one crop of {seconds:.2f} s fits: {why}; lower --crop_seconds, use "
+            "--gradient_checkpointing, a smaller model, or a device with more memory"
+        )
+    fit_in = f"{crops} crop{'s' if crops > 1 else ''} of {seconds:.2f} s fit{'' if crops > 1 else 's'}"
+    return crops * seconds, f"{fit_in} ({crops * seconds:.1f} s); {why}"
+
+
+def worthwhile(trial: Trial, bound: int, seconds: float, device: str) -> tuple[int, str]:
+    """Crops beyond which nothing is gained, and why."""
+    cap = max(1, int(seconds * SAMPLING_RATE / trial.longest))
+    if cap < bound:
+        return cap, f"{seconds:g} s are enough for {device}"
+    return bound, "that is the device's share of an effective batch"
+
+
+def search_accelerator(trial: Trial, bound: int) -> Finding:
+    """Try until memory ends, within the part of it that `DEVICE_SHARE` leaves, or more is no faster."""
+    cap, most = worthwhile(trial, bound, ACCELERATOR_SECONDS, "a GPU")
+    trial.free()
+    with limited_memory(trial.accelerator.device) as limit:
+        crops = largest(trial.fits, cap)
+    if crops == cap:
+        return Finding(crops, most)
+    return Finding(crops, f"{crops + 1} would take more than {limit / 1e9:.1f} GB, {DEVICE_SHARE:.0%} of what is free")
+
+
+@contextlib.contextmanager
+def limited_memory(device: torch.device) -> Iterator[float]:
+    """Keep this process to `DEVICE_SHARE` of the memory that it has or could have: the bytes, of which other processes have none."""
+    module = torch.get_device_module(device)
+    if device.index is None:  # as Accelerate names a single device, and the limit's setter does not take
+        device = torch.device(device.type, module.current_device())
+    free, total = module.mem_get_info(device)
+    limit = DEVICE_SHARE * (free + module.memory_reserved(device))
+    module.set_per_process_memory_fraction(limit / total, device)
+    try:
+        yield limit
+    finally:
+        module.set_per_process_memory_fraction(1.0, device)
+
+
+def search_cpu(trial: Trial, bound: int) -> Finding:
+    """Carry on the growth of the peak from one crop to two, up to `CPU_SHARE` of this process's part of the free memory."""
+    cap, most = worthwhile(trial, bound, CPU_SECONDS, "a CPU")
+    before, free = memory.resident(), memory.available()
+    first = None if before is None or free is None else memory.peak_of(lambda: trial.run(1))
+    if first is None:
+        return Finding(cap, f"what it takes cannot be measured here; {most}")
+    room = free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limit, one, each = CPU_SHARE * room, first - before, 0
+    of_limit = f"more than the {limit / 1e9:.1f} GB that are {CPU_SHARE:.0%} of this process's part of what is free"
+    if cap > 1 and one <= limit:
+        second = memory.peak_of(lambda: trial.run(2))  # less than 2 · CPU_SHARE of the room
+        if second is None:
+            return Finding(1, "what more would take cannot be measured here")
+        each = max(0, second - first)
+    trial.free()
+    crops = largest(lambda n: one + (n - 1) * each <= limit, cap)
+    if crops == cap:
+        return Finding(crops, f"about {(one + (crops - 1) * each) / 1e9:.1f} GB at a time; {most}")
+    return Finding(crops, f"{crops + 1} would take about {(one + crops * each) / 1e9:.1f} GB, {of_limit}")

@@ -1,0 +1,249 @@
+"""What a run says of itself: the console line, `metrics.jsonl` and the trackers.
+
+A record is one flat dictionary for one step. Names in training records, all over the whole effective batch:
+
+| name | meaning |
+|---|---|
+| `step`, `epoch` | updates done; passes over the training data, as a fraction |
+| `audio_hours` | hours of audio heard so far, after cropping: the x axis of every curve |
+| `loss`, `contrastive_loss`, `diversity_loss`, `feature_penalty` | means over masked frames |
+| `accuracy` | share of masked frames whose own code beats every distractor |
+| `codebook_perplexity`, `codebook_perplexity_hard` | exp of the entropy of the mean code, summed over groups |
+| `code_entropy` | mean entropy of one frame's code distribution, in nats, averaged over groups |
+| `distractors_left` | mean distractors of a frame that are not the positive's own code |
+| `gumbel_temperature`, `learning_rate`, `grad_norm` | as used in this update; the norm before clipping |
+| `masked_frames`, `batch_hours` | size of the effective batch |
+| `audio_seconds_per_second`, `data_wait_fraction` | throughput; share of the time spent waiting for data |
+| `cropped_fraction`, `padded_fraction` | share of audio cropped away; share of padding in the micro-batches |
+| `skipped_audio` | unreadable files met so far |
+| `num_processes` | devices at work: with hours heard and throughput, the device-hours |
+| `skipped_updates` | updates so far that were not taken, because loss or gradient was not finite |
+
+Validation records hold `step`, `epoch`, `audio_hours` and the same measures under `eval_`.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from w2v2.errors import UserError, as_user_error, one_line
+from w2v2.train.line_file import LineFile, rewrite
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+_BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar}| {desc} | {remaining} left"
+_SECONDS_BETWEEN_REFRESHES = 0.5
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Records of a `metrics.jsonl`, in order; a torn last line (a run killed while writing) is left out.
+
+    Raises:
+        UserError: the file is absent, or a line before the last is no record.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the metrics.jsonl of a run") from None
+    records = []
+    for row, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif line.strip() and row < len(lines):
+            raise UserError(f"{path}: row {row} is no record with a step; remove that line")
+    return records
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A flat record as one line of JSON, which has no word for a number that is not finite: that becomes `null`."""
+    finite = {name: None if _is_odd(value) else value for name, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+class RunLog:
+    """Console, `metrics.jsonl` and trackers of one run; on processes other than the main one it does nothing.
+
+    A run resumed at `first_step` keeps exactly the lines of steps up to it, so that the file of an interrupted
+    and resumed run equals that of an uninterrupted one; `first_step` 0 starts the file afresh.
+
+    A bar is drawn where standard error is a terminal; elsewhere, and with `disable_tqdm`, every logged step is
+    one plain line.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        owes_validation: bool = False,
+        trackers: Any = None,
+        is_main: bool = True,
+        disable_tqdm: bool = False,
+    ) -> None:
+        """`trackers` is anything with `log(values, step=…)`, as an `Accelerator` with `init_trackers` done.
+
+        With `owes_validation` that of `first_step` is still to come: a line of it is of an earlier attempt that made it, and goes.
+        """
+        self.total_steps = total_steps
+        self._first_step = first_step
+        self._is_main = is_main
+        self._trackers = trackers
+        self._file = self._bar = None
+        self._started_at = time.monotonic()
+        self._refreshed_at = -math.inf
+        if not is_main:
+            return
+        threading.excepthook = say_in_a_line
+        path = Path(output_dir) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_steps_up_to(path, first_step, owes_validation)
+        self._file = LineFile(path)
+        self._file.append("")
+        if not disable_tqdm and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                bar_format=_BAR_FORMAT,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Advance the bar to this update; values are looked at (a device sync) only when the bar is redrawn."""
+        if self._bar is None:
+            return
+        now = time.monotonic()
+        if now - self._refreshed_at >= _SECONDS_BETWEEN_REFRESHES:
+            self._refreshed_at = now
+            self._bar.set_description_str(_describe(_plain(record)), refresh=False)
+        self._bar.update(int(record["step"]) - self._bar.n)
+
+    def flush(self) -> None:
+        """Wait until the disk has all lines."""
+        if self._file is not None:
+            self._file.flush()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log one record: a line of `metrics.jsonl`, the trackers, and the console.
+
+        Tensors of one element become numbers. What is not finite becomes `null` in the file, which JSON has no
+        other word for; the trackers get every flat number as it is. A full disk holds up neither the run nor the lines to come.
+        """
+        if not self._is_main:
+            return
+        record = _plain(record)
+        step = int(record["step"])
+        self._file.append(json_line(record))
+        self._track({name: value for name, value in record.items() if name != "step" and _is_number(value)}, step)
+        has_validation = any(name.startswith("eval_") for name in record)
+        if self._bar is None or has_validation:
+            tqdm.write(self._line(record, step, has_validation), file=sys.stderr)
+
+    def close(self) -> None:
+        """Close bar and file; harmless when done twice."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        self._bar = self._file = None
+        self._is_main = False
+
+    def _track(self, numbers: Mapping[str, Any], step: int) -> None:
+        if self._trackers is None:
+            return
+        try:
+            self._trackers.log(numbers, step=step)
+        except Exception as error:  # as what TensorBoard's writing thread met; it is dead from then on
+            logger.warning("trackers cannot write (%s): they get nothing from step %d on", one_line(error), step)
+            self._trackers = None
+
+    def _line(self, record: Mapping[str, Any], step: int, has_validation: bool) -> str:
+        parts = [f"step {step}/{self.total_steps}"]
+        if "loss" in record or not has_validation:
+            parts.append(_describe(record))
+            parts.append(f"{self._time_left(step)} left")
+        if has_validation:
+            parts.append(_describe(record, prefix="eval_"))
+        return " | ".join(part for part in parts if part)
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        if done <= 0:
+            return "?"
+        seconds = (time.monotonic() - self._started_at) / done * max(self.total_steps - step, 0)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def say_in_a_line(arguments: threading.ExceptHookArgs) -> None:
+    """What a thread ends of, as a tracker's that writes to a full disk; a traceback is for bugs."""
+    error = arguments.exc_value
+    if isinstance(error, OSError) and as_user_error(error):
+        logger.warning("%s has ended: %s", arguments.thread.name if arguments.thread else "a thread", one_line(error))
+    else:
+        threading.__excepthook__(arguments)
+
+
+def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
+    """`loss 3.912 | acc 0.183 | ppl 41.2 | 2.1 h heard | 38 x real time`, from the values that are there."""
+    parts = [
+        (prefix + "loss", f"{prefix}loss {{:.3f}}"),
+        (prefix + "accuracy", f"{prefix}acc {{:.3f}}"),
+        (prefix + "codebook_perplexity", f"{prefix}ppl {{:.1f}}"),
+        ("audio_hours", "{:.1f} h heard" if (record.get("audio_hours") or 0) < 1000 else "{:.0f} h heard"),
+        ("audio_seconds_per_second", "{:.0f} x real time"),
+    ]
+    return " | ".join(form.format(record[name]) for name, form in parts if _is_number(record.get(name)))
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors and numpy scalars as Python numbers."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in record.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and _is_number(record.get("step")) else None
+
+
+def keep_steps_up_to(path: Path, first_step: int, owes_validation: bool = False) -> None:
+    """Rewrite a file of records, atomically and byte for byte, with the lines of steps up to `first_step` alone.
+
+    With `owes_validation` without the validation of that step.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for row, line in enumerate(path.read_bytes().splitlines(), start=1):
+        record = _parse(line)
+        if record is None:
+            logger.warning("%s: row %d is no record (a run killed while writing?); dropped", path, row)
+            continue
+        is_owed = owes_validation and record["step"] == first_step and any(n.startswith("eval_") for n in record)
+        if 0 < first_step and record["step"] <= first_step and not is_owed:
+            kept.append(line + b"\n")
+    rewrite(path, b"".join(kept))

@@ -1,0 +1,222 @@
+"""What a run will do with its utterances: everything that is known before the first update, and what a resumed run has to share."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.batching import CHUNK, Cursor, EffectiveBatches
+from w2v2.data.cutting import cut, padded_sizes
+from w2v2.data.utterances import Utterances
+from w2v2.errors import UserError
+from w2v2.train.line_file import LineFile, rewrite
+
+RECOMMENDED_BATCH_HOURS = 1.6
+ASSUMED_SECONDS = 200.0  # in a micro-batch, where it is to be found out and has not been yet
+
+
+class SkippedAudio:
+    """Unreadable files: listed once each in `skipped_audio.jsonl`, and too many of them end the run.
+
+    A line's `step` is the update that met the file, 0 where it was met before the first one. A resumed run forgets what came after
+    its checkpoint (and meets it again), and what came before the first update, which it meets again in `found`: its lines and counts
+    are those of an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        output_dir,
+        num_utterances: int,
+        max_fraction: float,
+        first_step: int = 0,
+        found: Sequence[dict[str, Any]] = (),
+        is_main: bool = True,
+    ):
+        """`found` were met before the first update. Raises `UserError` beyond the tolerated fraction."""
+        self.path = Path(output_dir) / "skipped_audio.jsonl"
+        self.num_utterances, self.max_fraction, self.is_main = num_utterances, max_fraction, is_main
+        before = self.path.read_bytes() if self.path.exists() else b""
+        # Not `splitlines`: Unicode knows more line ends than JSON escapes.
+        lines = filter(None, before.decode(errors="replace").split("\n"))
+        kept = [entry for line in lines if (entry := _parse(line)) and 0 < entry["step"] <= first_step]
+        entries: dict[str, dict[str, Any]] = {}
+        for entry in [*(entry | {"step": 0} for entry in found), *kept]:
+            entries.setdefault(entry["id"], entry)
+        self.ids = set(entries)
+        content = "".join(map(_line, entries.values())).encode()
+        if is_main and content != before:
+            rewrite(self.path, content)
+        self._file = LineFile(self.path)
+        self._check(found)
+
+    def add(self, skipped: Sequence[dict[str, Any]], step: int) -> None:
+        """Note utterances that an update could not read. Raises `UserError` beyond the tolerated fraction."""
+        new = {entry["id"]: entry | {"step": step} for entry in skipped if entry["id"] not in self.ids}
+        self.ids |= new.keys()
+        if self.is_main:
+            self._file.append("".join(map(_line, new.values())))
+        self._check(skipped)
+
+    def flush(self) -> None:
+        """Wait until the disk has all lines."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """The same, and say what could not be written."""
+        self._file.close()
+
+    def _check(self, skipped: Sequence[dict[str, Any]]) -> None:
+        if skipped and len(self.ids) > self.max_fraction * self.num_utterances:
+            first = skipped[0]
+            raise UserError(
+                f"{first['audio']}: {first['reason']}; {len(self.ids)} of {self.num_utterances} files cannot be read, more than "
+                f"--max_skipped_fraction {self.max_fraction:g} allows: mend or remove them (listed in {self.path})"
+            )
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """None for a line that a kill cut short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def identity(args, utterances: Utterances) -> dict[str, Any]:
+    """What the effective batches depend on: a resumed run has to agree in all of it."""
+    digest, lengths = hashlib.sha256(), utterances.num_samples
+    for first in range(0, len(lengths), CHUNK):
+        digest.update(lengths[first : first + CHUNK].astype("<i8"))
+    names = ("seed", "batch_hours", "crop_seconds", "length_grid_seconds")
+    masks = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
+    values = {name: getattr(args, name) for name in names + masks}
+    return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], accept: bool = False) -> list[str]:
+    """What a resumed run's batches have otherwise than those of the checkpoint's run, each with both values: `seed 43 (was 42)`.
+
+    Raises `UserError` if there is anything and it is not accepted.
+    """
+    changed = [f"{name} {value} (was {saved.get(name)})" for name, value in current.items() if saved.get(name) != value]
+    if changed and not accept:
+        raise UserError(
+            f"the batches would be others than those of the checkpoint's run: {', '.join(changed)}; use the old values, go on "
+            "with other batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
+        )
+    return changed
+
+
+def build_batches(utterances: Utterances, args) -> EffectiveBatches:
+    """The flags in hours and seconds, as samples."""
+    return EffectiveBatches(
+        utterances.num_samples,
+        batch_samples=round(args.batch_hours * 3600 * SAMPLING_RATE),
+        crop_samples=round(args.crop_seconds * SAMPLING_RATE),
+        grid_samples=round(args.length_grid_seconds * SAMPLING_RATE),
+        seed=args.seed,
+    )
+
+
+def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks: int) -> dict[str, Any]:
+    """What the run would do, as in plan.json; the figures of a batch are means over the first few.
+
+    With `micro_batch_seconds: auto` they are those of an assumed size, at least the longest crop's.
+    """
+    seconds = args.micro_batch_seconds
+    if seconds == "auto":
+        seconds = max(ASSUMED_SECONDS, batches.longest / SAMPLING_RATE)
+    micro_batch_samples = round(seconds * SAMPLING_RATE)
+    batches.check_budget(micro_batch_samples)
+    cursor, rounds, samples, padded = Cursor(), [], [], []
+    for _ in range(min(8, args.max_steps)):
+        crops, cursor = batches.draw(cursor)
+        lengths = np.sort(crops.num_samples)[::-1]
+        num_rounds, pieces = cut(lengths, num_ranks, micro_batch_samples)
+        rounds.append(num_rounds)
+        samples.append(int(lengths.sum()))
+        padded.append(int(padded_sizes(lengths, pieces, len(pieces)).sum()))
+    heard_samples = float(batches.heard_samples)
+    updates_per_epoch = heard_samples / np.mean(samples)
+    plan = {
+        "utterances": len(utterances.num_samples),
+        "hours": utterances.hours,
+        "dropped": {reason: count for reason, count in utterances.dropped.items() if count},
+        "batch_hours": float(np.mean(samples)) / SAMPLING_RATE / 3600,
+        "micro_batch_seconds": seconds,
+        "micro_batches_per_update": float(np.mean(rounds)),
+        "updates_per_epoch": updates_per_epoch,
+        "epochs": args.max_steps / updates_per_epoch,
+        "cropped_fraction": 1.0 - heard_samples / float(utterances.num_samples.sum(dtype=np.int64)),
+        "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
+        "num_processes": num_ranks,
+    }
+    return plan | {"warnings": _warnings(plan, utterances, args)}
+
+
+def _warnings(plan: dict[str, Any], utterances: Utterances, args) -> list[dict[str, str]]:
+    found = {}
+    if args.micro_batch_seconds == "auto":
+        found["micro_batch_auto"] = (
+            f"micro_batch_seconds is auto: planned with {plan['micro_batch_seconds']:g} s; the run tries what its devices hold"
+        )
+    if args.batch_hours < RECOMMENDED_BATCH_HOURS:
+        found["small_effective_batch"] = (
+            f"batch_hours is {args.batch_hours:g}: BASE needs about {RECOMMENDED_BATCH_HOURS} hours of speech an update; word error "
+            "rates rise steadily below it"
+        )
+    if plan["updates_per_epoch"] < 1:
+        found["batch_exceeds_epoch"] = (
+            f"an effective batch is {1 / plan['updates_per_epoch']:.1f} times the data: it holds utterances more than once"
+        )
+    if args.warmup_steps >= args.max_steps:
+        found["warmup_exceeds_run"] = (
+            f"warmup_steps {args.warmup_steps:g} of max_steps {args.max_steps}: the learning rate never reaches its peak; a fraction "
+            "such as 0.08 follows the run's length"
+        )
+    if args.crop_seconds > 20:
+        found["long_crops"] = f"crop_seconds is {args.crop_seconds:g}: beyond 20 s memory grows and nothing is gained"
+    total = len(utterances.num_samples) + sum(utterances.dropped.values())
+    if sum(utterances.dropped.values()) > 0.1 * total:
+        found["many_dropped"] = (
+            f"{total - len(utterances.num_samples)} of {total} utterances are left out: {plan['dropped']}"
+        )
+    if not args.validation_data:
+        found["no_validation"] = (
+            "no validation_data: a run that learns nothing would show in the training figures alone"
+        )
+    return [{"code": code, "message": message} for code, message in found.items()]
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    rows = [
+        f"data          {plan['hours']:.2f} h in {plan['utterances']:,} utterances"
+        + (f" (left out: {', '.join(f'{n:,} {r}' for r, n in plan['dropped'].items())})" if plan["dropped"] else ""),
+        f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches on each of "
+        f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
+        f"run           {plan['updates_per_epoch']:.1f} updates an epoch, {plan['epochs']:.1f} epochs",
+    ]
+    return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"]])
+
+
+def present_plan(utterances: Utterances, batches: EffectiveBatches, args, accelerator) -> None:
+    """Print what the run will do, and write plan.json into its folder."""
+    plan = make_plan(utterances, batches, args, accelerator.num_processes)
+    accelerator.print(describe(plan))
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "plan.json", plan)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` for people and programs alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,86 @@
+"""Where a run stands: a few numbers, from which everything else follows."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.batching import Cursor
+from w2v2.data.utterances import Utterances
+from w2v2.errors import UserError
+from w2v2.model.loading import check_same_architecture
+from w2v2.train.plan import check_identity, identity
+from w2v2.train.resuming import read_state
+
+
+@dataclass
+class RunState:
+    """What `training_state/state.json` holds."""
+
+    max_steps: int
+    num_utterances: int
+    step: int = 0  # updates done
+    epoch: int = 0
+    position: int = 0  # in the epoch's order
+    heard_samples: int = 0
+    owes_validation: bool = False  # due after this update, but the run was asked to stop
+    skipped_updates: int = 0  # of the updates done, those without a step: loss or gradient was not finite
+    identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
+    # How they were cut, which dropout and Gumbel noise follow; None before it is decided, and from older checkpoints.
+    micro_batch_seconds: float | None = None
+    num_processes: int | None = None
+    # What this run's batches have otherwise than the checkpoint's; not saved.
+    changes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
+        """The beginning of a run, or where `checkpoint` left it.
+
+        Raises `UserError` where the checkpoint is of another architecture or beyond `max_steps`, or where its run had other batches and
+        `accept_changed_batches` is not set. Where it is, the run keeps its step and goes on at the same place of the epoch, though with
+        other data or another seed that is the place of another order: an epoch's rest may then hold what its beginning held. A place
+        beyond the end of fewer data is the beginning of the next epoch.
+        """
+        state = cls(args.max_steps, len(training.table), identity=identity(args, training))
+        if checkpoint:
+            check_same_architecture(config, checkpoint)
+            saved = read_state(checkpoint)
+            state.changes = check_identity(saved["identity"], state.identity, args.accept_changed_batches)
+            for name in ("step", "epoch", "position", "heard_samples"):
+                setattr(state, name, saved[name])
+            if state.step > state.max_steps:
+                raise UserError(
+                    f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already; give as many at least, or start "
+                    "from its weights (--model_name_or_path) in another --output_dir"
+                )
+            if state.position >= state.num_utterances:
+                state.epoch, state.position = state.epoch + 1, 0
+            state.skipped_updates = saved.get("skipped_updates", 0)
+            for name in ("micro_batch_seconds", "num_processes"):
+                setattr(state, name, saved.get(name))
+            state.owes_validation = saved.get("owes_validation", False)
+        return state
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(self.epoch, self.position)
+
+    def advance(self, cursor: Cursor, heard_samples: int) -> None:
+        self.step += 1
+        self.epoch, self.position = cursor
+        self.heard_samples += heard_samples
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many updates, and after the last one, is due."""
+        return self.step % every == 0 or self.step == self.max_steps
+
+    def progress(self) -> dict[str, float]:
+        """The first columns of every record."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch + self.position / self.num_utterances,
+            "audio_hours": self.heard_samples / SAMPLING_RATE / 3600,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "changes"}
