@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from w2v2.hub.curves import chance_accuracy
-from w2v2.train.metrics import read_metrics
+from w2v2.train.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent
 CORPUS, RUNS = Path("data/demo"), Path("runs/demo")

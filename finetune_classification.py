@@ -21,16 +21,16 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import MEASURES, classification_scores, describe_scores, mean_and_deviation
 from w2v2.finetune import ctc, labels
-from w2v2.finetune.classification import ClassificationTrainer, build_classifier, check_classes, score, write_results
-from w2v2.finetune.classification_arguments import ClassificationArguments, LabelArguments
-from w2v2.finetune.finetuning import describe_best
-from w2v2.finetune.finetuning_arguments import (
+from w2v2.finetune.arguments import (
     CONFIG_FILE,
     RESULTS_FILE,
     SKIPPED_FILE,
     prepare_output_dir,
     write_config,
 )
+from w2v2.finetune.classification import ClassificationTrainer, build_classifier, check_classes, score, write_results
+from w2v2.finetune.classification_arguments import ClassificationArguments, LabelArguments
+from w2v2.finetune.finetuning import describe_best
 from w2v2.finetune.folds import Split, group_splits, shared_groups
 from w2v2.finetune.speech_sets import CACHE_FOLDER, name_sets, say
 from w2v2.hub.hub_callback import HubCallback

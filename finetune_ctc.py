@@ -16,17 +16,17 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, set_seed
 from w2v2.arguments import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.evaluate.scoring import RATES
+from w2v2.evaluate.error_rates import RATES
 from w2v2.finetune import ctc
-from w2v2.finetune.ctc_arguments import CTCArguments, follow_folder
-from w2v2.finetune.ctc_trainer import CTCTrainer
-from w2v2.finetune.finetuning_arguments import (
+from w2v2.finetune.arguments import (
     CONFIG_FILE,
     FineTuningArguments,
     check_metric,
     prepare_output_dir,
     write_config,
 )
+from w2v2.finetune.ctc_arguments import CTCArguments, follow_folder
+from w2v2.finetune.ctc_trainer import CTCTrainer
 from w2v2.finetune.recognition import conclude, describe_unknown, load_decoder, score
 from w2v2.finetune.speech_sets import as_audio, read_sets, say, select_training
 from w2v2.finetune.text import BLANK, build_vocabulary

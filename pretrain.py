@@ -25,21 +25,21 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing, build_loader
 from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
-from w2v2.hub.hub import HubPusher, draw_plots, write_model_card
+from w2v2.hub.push import HubPusher, draw_plots, write_model_card
 from w2v2.model.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.train import heartbeat, memory, sharding
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
-from w2v2.train.fitting import Trial, fit, share
-from w2v2.train.interruption import Stopped, StopRequest
 from w2v2.train.launch import device_name, end_training, start_accelerator, start_trackers
-from w2v2.train.metrics import RunLog, read_metrics
+from w2v2.train.log import RunLog, read_metrics
+from w2v2.train.micro_batch import Trial, fit, share
 from w2v2.train.non_finite import NonFiniteUpdates
 from w2v2.train.plan import SkippedAudio, build_batches, present_plan
 from w2v2.train.resuming import choose_checkpoint
 from w2v2.train.run_folder import claim
 from w2v2.train.schedule import gumbel_temperature, lr_factor, ramp
 from w2v2.train.state import RunState
-from w2v2.train.training import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
+from w2v2.train.stop import Stopped, StopRequest
+from w2v2.train.update import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
 from w2v2.train.watch import Watch
 
 

@@ -18,14 +18,14 @@ from datasets import Dataset
 from w2v2.arguments import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.evaluate.score_plots import draw_hours, draw_layers
+from w2v2.evaluate.plots import draw_hours, draw_layers
 from w2v2.finetune import ctc, labels, text
 from w2v2.finetune.folds import Split, group_splits
 from w2v2.model.backbone import num_frames
-from w2v2.probe.ctc_probe import probe_characters
+from w2v2.probe.arguments import CHARACTERS, ProbingArguments
+from w2v2.probe.characters import probe_characters
 from w2v2.probe.features import FrozenModel, concatenate_tables, save_frames
-from w2v2.probe.probing import best_layer, heard_hours, hold_out, probe_layers, table_of
-from w2v2.probe.probing_arguments import CHARACTERS, ProbingArguments
+from w2v2.probe.linear import best_layer, heard_hours, hold_out, probe_layers, table_of
 
 RESULTS_FILE = "probe.json"
 COLUMNS = ("id", "audio", "start", "num_samples", "target")

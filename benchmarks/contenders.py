@@ -21,16 +21,16 @@ from ways_to_batch import speech_lengths
 
 import w2v2.data.collate
 import w2v2.model.attention
-import w2v2.model.encoder
-import w2v2.model.model
-import w2v2.model.products
+import w2v2.model.cpu
+import w2v2.model.pretraining
+import w2v2.model.transformer
 from w2v2.arguments import PretrainArguments
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.data.collate import CropDataset, PretrainBatch
 from w2v2.model.loading import build_config, build_framing, build_model
 from w2v2.train.memory import keep_freed
-from w2v2.train.training import UpdateSettings, build_optimizer, train_update
+from w2v2.train.update import UpdateSettings, build_optimizer, train_update
 
 NUM_UTTERANCES = 20_000
 
@@ -167,7 +167,14 @@ class Ours(Contender):
 
 
 def last_layer_of_all_frames(
-    module, hidden, rows, dtype, rest=None, positions=None, layer=w2v2.model.encoder.layer, take=w2v2.model.encoder.take
+    module,
+    hidden,
+    rows,
+    dtype,
+    rest=None,
+    positions=None,
+    layer=w2v2.model.transformer.layer,
+    take=w2v2.model.transformer.take,
 ):
     """A layer that is computed for all frames, also where some are wanted alone."""
     out = layer(module, hidden, rows, dtype, rest)
@@ -182,7 +189,7 @@ class Without(Ours):
         "cpu_attention": lambda args: setattr(w2v2.attention, "has_kernel", lambda device: True),
         "one_dnn": lambda args: setattr(w2v2.products, "_ONE_DNN", None),
         "cheap_draws": lambda args: [
-            setattr(module, "dropout", torch.nn.functional.dropout) for module in (w2v2.encoder, w2v2.model.model)
+            setattr(module, "dropout", torch.nn.functional.dropout) for module in (w2v2.encoder, w2v2.model.pretraining)
         ],
         "masked_last_layer": lambda args: setattr(w2v2.model, "layer", last_layer_of_all_frames),
         "allocator": lambda args: setattr(Without, "keep_memory", staticmethod(lambda: None)),

@@ -28,7 +28,7 @@ from w2v2.arguments import run_script  # noqa: E402
 from w2v2.data.collate import FULL_SCALE, PretrainBatch  # noqa: E402
 from w2v2.data.masking import distractors  # noqa: E402
 from w2v2.model import objective  # noqa: E402
-from w2v2.train import training  # noqa: E402
+from w2v2.train.update import Feed  # noqa: E402
 
 SLOW = ("fsync", "replace", "unlink", "rmdir")
 
@@ -62,9 +62,9 @@ def delayed(function: Callable, seconds: float) -> Callable:
 def record(folder: Path) -> None:
     """Have every feed write down, once an update has been handed out, what was in it on this rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, hand_out = folder / f"rank{os.environ.get('RANK', 0)}.jsonl", training.Feed.update
+    path, hand_out = folder / f"rank{os.environ.get('RANK', 0)}.jsonl", Feed.update
 
-    def update(feed: training.Feed) -> Iterator[PretrainBatch]:
+    def recorded(feed: Feed) -> Iterator[PretrainBatch]:
         heard: list[str] = []
         for batch in hand_out(feed):
             heard += digests(batch) if batch.weight else []
@@ -73,7 +73,7 @@ def record(folder: Path) -> None:
         with path.open("a") as file:
             file.write(json.dumps({"update": number, "heard": heard}) + "\n")
 
-    training.Feed.update = update
+    Feed.update = recorded
 
 
 def digests(batch: PretrainBatch) -> list[str]:

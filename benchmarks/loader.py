@@ -31,7 +31,7 @@ from w2v2.model.loading import build_config, build_feature_extractor, build_fram
 from w2v2.train.launch import start_accelerator
 from w2v2.train.plan import build_batches
 from w2v2.train.schedule import lr_factor
-from w2v2.train.training import Feed, UpdateSettings, build_optimizer, train_update
+from w2v2.train.update import Feed, UpdateSettings, build_optimizer, train_update
 
 COMPARED = ("flac", "packed")
 SETTINGS = ("manifest", "pairs", "num_workers", "updates", "config_name", "device")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.model.encoder import linear, norm, positional
+from w2v2.model.transformer import linear, norm, positional
 
 REPEATS = 3
 

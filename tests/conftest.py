@@ -18,7 +18,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch, build_batch
-from w2v2.model import products
+from w2v2.model import cpu
 from w2v2.model.loading import build_framing
 
 NO_DROPOUT = dict(
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def large_model_kernels(monkeypatch):
     """What products of a large model's size run through, for small ones too."""
-    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(cpu, "SMALLEST_WEIGHT", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 from two_ranks import DEALS, FIVE, NOISY, build_model, dummy, pieces, settings  # noqa: E402
 
-from w2v2.model.model import PretrainingModel  # noqa: E402
+from w2v2.model.pretraining import PretrainingModel  # noqa: E402
 from w2v2.train import launch, sharding  # noqa: E402
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint  # noqa: E402
 from w2v2.train.teardown import settle  # noqa: E402
-from w2v2.train.training import accumulate, build_optimizer, train_update  # noqa: E402
+from w2v2.train.update import accumulate, build_optimizer, train_update  # noqa: E402
 
 RECIPE = SimpleNamespace(decay_norms_and_biases=False, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.98,
                          adam_epsilon=1e-6, learning_rate=0.01)  # fmt: skip

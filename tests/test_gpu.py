@@ -10,16 +10,16 @@ import torch.nn.functional as F
 import yaml
 from conftest import NO_DROPOUT, make_batch, run_here, tiny_config, write_recipe
 from test_finetune_ctc import command, write_manifest
-from test_model import gradients, pair
+from test_pretraining import gradients, pair
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 import finetune_ctc
 import pretrain
 from w2v2.model import objective
 from w2v2.model.attention import Rows, attend, attend_from, takes_any_lengths
-from w2v2.model.model import PretrainingModel
-from w2v2.train.metrics import read_metrics
-from w2v2.train.training import seed_noise
+from w2v2.model.pretraining import PretrainingModel
+from w2v2.train.log import read_metrics
+from w2v2.train.update import seed_noise
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

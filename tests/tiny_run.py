@@ -14,7 +14,7 @@ from conftest import make_batch, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2FeatureExtractor
 
-from w2v2.model.model import PretrainingModel
+from w2v2.model.pretraining import PretrainingModel
 from w2v2.train.checkpoint import save_checkpoint
 
 MODEL, OPTIMIZER = "model.safetensors", "training_state/optimizer.safetensors"

@@ -13,9 +13,9 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from conftest import make_batch, tiny_config  # noqa: E402
 
-from w2v2.model.model import PretrainingModel  # noqa: E402
+from w2v2.model.pretraining import PretrainingModel  # noqa: E402
 from w2v2.train.teardown import settle  # noqa: E402
-from w2v2.train.training import UpdateSettings, accumulate  # noqa: E402
+from w2v2.train.update import UpdateSettings, accumulate  # noqa: E402
 
 LENGTHS = [24_000, 22_000, 16_400, 16_400, 12_345, 9_000, 6_000]  # samples, longest first, as a cut has them
 FIVE = [2, 1, 2, 1, 1]  # utterances in each of five pieces: every piece has another number of masked frames

@@ -16,9 +16,9 @@ from datasets import Dataset  # noqa: E402
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC  # noqa: E402
 
 from w2v2.finetune import ctc  # noqa: E402
+from w2v2.finetune.arguments import FineTuningArguments  # noqa: E402
 from w2v2.finetune.ctc_trainer import CTCTrainer  # noqa: E402
 from w2v2.finetune.decoding import BeamDecoder, Setting  # noqa: E402
-from w2v2.finetune.finetuning_arguments import FineTuningArguments  # noqa: E402
 from w2v2.finetune.text import build_vocabulary  # noqa: E402
 from w2v2.finetune.vocabulary import make_processor  # noqa: E402
 from w2v2.model import backbone  # noqa: E402

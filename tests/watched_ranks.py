@@ -16,7 +16,7 @@ from torch import distributed  # noqa: E402
 
 from w2v2.errors import UserError  # noqa: E402
 from w2v2.train import heartbeat  # noqa: E402
-from w2v2.train.interruption import RESUMABLE, Stopped  # noqa: E402
+from w2v2.train.stop import RESUMABLE, Stopped  # noqa: E402
 
 STEP_SECONDS = 0.1
 APART = ("fails apart", "slips apart", "stops apart")  # while no exchange is under way that would fail

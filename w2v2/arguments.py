@@ -21,8 +21,8 @@ from transformers import HfArgumentParser
 from w2v2.data.workers import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
 from w2v2.train import console, heartbeat
-from w2v2.train.interruption import Stopped, leave
 from w2v2.train.schedule import SCHEDULES
+from w2v2.train.stop import Stopped, leave
 from w2v2.train.teardown import settle
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from two_ranks_ctc import make_trainer, write_speech
 
 from w2v2.errors import UserError
-from w2v2.evaluate.scoring import error_rates
+from w2v2.evaluate.error_rates import error_rates
 from w2v2.finetune import ctc
 from w2v2.finetune.finetuning import LengthGroupedSampler
 from w2v2.train.schedule import lr_factor

@@ -48,7 +48,7 @@ def hub(monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False, raising=False)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setattr("w2v2.hub.hub.RETRY_DELAYS_SECONDS", (0.01,))
+        monkeypatch.setattr("w2v2.hub.push.RETRY_DELAYS_SECONDS", (0.01,))
         close_session()
         yield stand_in
         close_session()

@@ -15,7 +15,7 @@ from conftest import run_here, tiny_config, write_csv, write_tones
 from transformers import BertConfig, BertModel, Wav2Vec2ForCTC
 
 import pretrain
-from w2v2.train.metrics import read_metrics
+from w2v2.train.log import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = [2.0 + number / 10 for number in range(12)]

@@ -22,10 +22,10 @@ from transformers import Wav2Vec2ForPreTraining
 import pretrain
 from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut
-from w2v2.train import fitting
+from w2v2.train import micro_batch
 from w2v2.train.checksums import seal
-from w2v2.train.fitting import Finding
-from w2v2.train.metrics import read_metrics
+from w2v2.train.log import read_metrics
+from w2v2.train.micro_batch import Finding
 from w2v2.train.resuming import CHECKSUMS, find_damage
 
 REPOSITORY = Path(__file__).parents[2]
@@ -219,7 +219,7 @@ def found_crops(monkeypatch):
             assert 1 < crops < bound and trial.fits(crops)
             return Finding(crops, "more would not fit")
 
-        monkeypatch.setattr(fitting, "search_cpu", search)
+        monkeypatch.setattr(micro_batch, "search_cpu", search)
 
     return find
 
@@ -341,7 +341,7 @@ def test_a_dry_run_with_auto_plans_with_an_assumed_size_and_says_so(flags, tmp_p
 
 
 def test_a_device_that_holds_no_crop_ends_the_run_with_a_line(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fitting, "search_cpu", lambda *_: Finding(0, "1 would take about 9.0 GB"))
+    monkeypatch.setattr(micro_batch, "search_cpu", lambda *_: Finding(0, "1 would take about 9.0 GB"))
     assert auto(flags, tmp_path / "run") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--crop_seconds" in line and "--gradient_checkpointing" in line and "9.0 GB" in line

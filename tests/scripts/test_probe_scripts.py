@@ -21,7 +21,7 @@ from transformers import (
 import probe
 import verify_speakers
 from w2v2.errors import UserError
-from w2v2.evaluate.trials import read_trials
+from w2v2.evaluate.verification import read_trials
 
 ROOT = Path(__file__).parents[2]
 PITCH = {"low": 200, "middle": 700, "high": 2_400}

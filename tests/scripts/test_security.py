@@ -28,10 +28,10 @@ import pretrain
 from w2v2.data.manifest import load_manifest
 from w2v2.data.packed import locate
 from w2v2.errors import UserError
-from w2v2.finetune.finetuning_arguments import FineTuningArguments, prepare_output_dir
+from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir
 from w2v2.hub.card import write_model_card
 from w2v2.model.loading import build_model
-from w2v2.model.model import PretrainingModel
+from w2v2.model.pretraining import PretrainingModel
 from w2v2.train.resuming import claim_output_dir
 
 ROOT = Path(__file__).parents[2]
@@ -564,7 +564,7 @@ def test_a_data_set_of_any_name_stays_one_cell(tmp_path):
 
 
 def test_a_repository_that_is_named_like_a_path_is_refused(tmp_path):
-    from w2v2.hub.hub import HubPusher
+    from w2v2.hub.push import HubPusher
 
     for name in ("../evil", "a/../../b", "/etc", "a/b/c"):
         with pytest.raises(UserError, match="--hub_model_id"):

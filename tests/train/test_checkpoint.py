@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from w2v2.errors import UserError
-from w2v2.hub import hub
-from w2v2.model.model import PretrainingModel
+from w2v2.hub import push
+from w2v2.model.pretraining import PretrainingModel
 from w2v2.train import checksums, folder_swap
 from w2v2.train.checkpoint import load_optimizer
 from w2v2.train.resuming import CHECKSUMS, checkpoints, claim_output_dir, find_checkpoint, read_state
@@ -66,7 +66,7 @@ def test_a_checkpoint_names_the_stock_architecture_and_brings_its_feature_extrac
 
 
 def test_only_what_stock_classes_load_is_published(run, tmp_path):
-    staged = hub._stage(run.save(tmp_path, 2), tmp_path)
+    staged = push._stage(run.save(tmp_path, 2), tmp_path)
     assert names(staged) == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 

@@ -271,6 +271,6 @@ def test_a_small_model_has_causes_of_its_own():
 
 
 def test_the_criteria_read_what_a_record_has():
-    from w2v2.train.metrics import __doc__ as names
+    from w2v2.train.log import __doc__ as names
 
     assert all(f"`{name}`" in names for name in MEASURES)

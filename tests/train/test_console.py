@@ -12,14 +12,14 @@ from ranks import REPOSITORY, environment
 
 from w2v2.errors import UserError
 from w2v2.train import console
-from w2v2.train.metrics import RunLog, read_metrics
+from w2v2.train.log import RunLog, read_metrics
 
 SCRIPT = """
 import json, os, signal, sys
 from w2v2.arguments import run_script
 from w2v2.train.console import say
 from w2v2.errors import UserError
-from w2v2.train.interruption import Stopped, StopRequest
+from w2v2.train.stop import Stopped, StopRequest
 
 def finishes():
     os.fstat(1), os.fstat(2)  # taken: a run's own files must not get these numbers

@@ -16,7 +16,7 @@ from conftest import tiny_config, write_csv, write_tones
 from ranks import REPOSITORY, SECONDS, Ranks, environment, free_port
 from safetensors.torch import load_file
 
-from w2v2.train.metrics import read_metrics
+from w2v2.train.log import read_metrics
 
 NOISY = dict(hidden_dropout=0.1, attention_dropout=0.1, feat_quantizer_dropout=0.1, layerdrop=0.3)
 TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import Ranks
 
-from w2v2.train.interruption import RESUMABLE
+from w2v2.train.stop import RESUMABLE
 
 TIMEOUT = 2
 SCRIPT = Path(__file__).parents[1] / "watched_ranks.py"

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import file_size_limit
 
 from w2v2.train.line_file import LineFile
-from w2v2.train.metrics import RunLog, read_metrics
+from w2v2.train.log import RunLog, read_metrics
 from w2v2.train.plan import SkippedAudio
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

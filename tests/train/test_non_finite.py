@@ -22,9 +22,9 @@ from two_ranks import FIVE, NOISY, build_model, pieces, settings
 import pretrain
 from w2v2.errors import UserError
 from w2v2.model import objective
-from w2v2.train.metrics import read_metrics
+from w2v2.train.log import read_metrics
 from w2v2.train.non_finite import NON_FINITE_FILE, NonFiniteUpdates
-from w2v2.train.training import train_update
+from w2v2.train.update import train_update
 
 REPOSITORY = Path(__file__).parents[2]
 SPOILED_PIECE = 1  # its only utterance is number 2 of `two_ranks.LENGTHS`

@@ -11,15 +11,15 @@ from conftest import tiny_config, write_csv, write_tones
 from ranks import Ranks
 from safetensors.torch import load_file
 from sharded import FIVE, NOISY, RECIPE, UPDATES, loaded, pieces, settings
-from test_training import assert_same_gradient, assert_same_metrics
+from test_update import assert_same_gradient, assert_same_metrics
 from transformers import Wav2Vec2ForPreTraining
 from two_ranks import DEALS
 
 from w2v2.errors import UserError
 from w2v2.train import sharding
 from w2v2.train.checkpoint import load_optimizer
-from w2v2.train.metrics import read_metrics
-from w2v2.train.training import build_optimizer, train_update
+from w2v2.train.log import read_metrics
+from w2v2.train.update import build_optimizer, train_update
 
 CASES = [(deal, shared, False) for deal in DEALS for shared in (True, False)] + [("4/1", True, True)]
 

@@ -16,7 +16,7 @@ import pretrain
 from w2v2.arguments import PretrainArguments
 from w2v2.data.utterances import Utterances, silent_share
 from w2v2.errors import UserError
-from w2v2.train.metrics import json_line, read_metrics
+from w2v2.train.log import json_line, read_metrics
 from w2v2.train.watch import Watch
 
 GOOD = dict(accuracy=0.3, codebook_perplexity_hard=50.0, distractors_left=98.0)

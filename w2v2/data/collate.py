@@ -17,7 +17,7 @@ from w2v2.data.batching import Crops, MicroBatchPlan
 from w2v2.data.hashing import derive
 from w2v2.data.masking import kept_rows, latent_lengths, mask_spans, masked_positions
 from w2v2.data.workers import TIMEOUT_SECONDS, Diary
-from w2v2.train.interruption import shield_worker
+from w2v2.train.stop import shield_worker
 
 FULL_SCALE = 32_768  # of 16-bit samples
 

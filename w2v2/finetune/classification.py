@@ -20,7 +20,7 @@ from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceCla
 from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.errors import UserError
-from w2v2.evaluate.score_plots import draw_confusion
+from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts
 from w2v2.finetune.ctc import read_skipped
 from w2v2.finetune.finetuning import FineTuner

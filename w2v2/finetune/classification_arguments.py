@@ -5,7 +5,7 @@ from typing import Any
 
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import MEASURES
-from w2v2.finetune.finetuning_arguments import FineTuningArguments, check_metric, flag
+from w2v2.finetune.arguments import FineTuningArguments, check_metric, flag
 
 _LEARNING_RATES = {"finetune": 3e-5, "probe": 1e-3}
 

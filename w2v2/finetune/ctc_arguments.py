@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from w2v2.errors import UserError
+from w2v2.finetune.arguments import flag
 from w2v2.finetune.decoding import Setting
-from w2v2.finetune.finetuning_arguments import flag
 from w2v2.finetune.text import CASES, CHARACTERS, DROPPED_CHARACTERS, TARGET_UNITS, TOKENS, TextRules, case_of, unit_of
 from w2v2.finetune.vocabulary import read_text_flags
 

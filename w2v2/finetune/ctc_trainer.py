@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from w2v2.evaluate.scoring import error_rates
+from w2v2.evaluate.error_rates import error_rates
 from w2v2.finetune.ctc import read_skipped
 from w2v2.finetune.decoding import BeamDecoder
 from w2v2.finetune.finetuning import FineTuner, check_skipped

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from w2v2.errors import one_line
 from w2v2.train.line_file import LineFile, rewrite
-from w2v2.train.metrics import METRICS_FILE, json_line, say_in_a_line
+from w2v2.train.log import METRICS_FILE, json_line, say_in_a_line
 
 logger = logging.getLogger(__name__)
 

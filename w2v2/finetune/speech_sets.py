@@ -10,8 +10,8 @@ from w2v2.data.audio import SAMPLING_RATE, probe
 from w2v2.data.manifest import load_manifest
 from w2v2.errors import UserError
 from w2v2.finetune import ctc
+from w2v2.finetune.arguments import SKIPPED_FILE, FineTuningArguments
 from w2v2.finetune.ctc_arguments import CTCArguments
-from w2v2.finetune.finetuning_arguments import SKIPPED_FILE, FineTuningArguments
 from w2v2.finetune.subsets import draw_hours, take_listed
 from w2v2.model.backbone import min_samples, num_frames
 

@@ -15,8 +15,8 @@ from transformers.trainer_utils import HubStrategy
 
 from w2v2.hub.curves import FINETUNING_PICTURES, draw_plots
 from w2v2.hub.finetuned_card import write_finetuned_card
-from w2v2.hub.hub import HubPusher
-from w2v2.train.metrics import read_metrics
+from w2v2.hub.push import HubPusher
+from w2v2.train.log import read_metrics
 
 logger = logging.getLogger(__name__)
 

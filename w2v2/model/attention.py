@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from w2v2.model.products import draw_kept
+from w2v2.model.cpu import draw_kept
 
 # The function behind nested tensors' `scaled_dot_product_attention`: differentiable, with dropout, which the public
 # `torch.nn.attention.varlen` has not. Nested tensors would cost the host some hundred microseconds a call.

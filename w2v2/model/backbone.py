@@ -21,8 +21,8 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncode
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.masking import latent_lengths
 from w2v2.errors import UserError
-from w2v2.model.convs import flat_features, is_flat, stock_features
 from w2v2.model.dimensions import check_dimensions
+from w2v2.model.feature_encoder import flat_features, is_flat, stock_features
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from w2v2.model.backbone import (
     why_not_loaded,
 )
 from w2v2.model.dimensions import check_dimensions
-from w2v2.model.model import PretrainingModel
+from w2v2.model.pretraining import PretrainingModel
 
 # Whatever differs here cannot take over weights.
 ARCHITECTURE = (

@@ -26,7 +26,7 @@ from typing import NoReturn
 from w2v2.errors import UserError, error_line
 from w2v2.train.beats import Beats, Verdict
 from w2v2.train.console import say
-from w2v2.train.interruption import Stopped
+from w2v2.train.stop import Stopped
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 120.0  # longer than anything is known to hold Python's lock, in which time no thread can post

@@ -17,8 +17,8 @@ from accelerate.utils import gather_object
 
 from w2v2.errors import UserError
 from w2v2.train.line_file import LineFile
-from w2v2.train.metrics import json_line, keep_steps_up_to
-from w2v2.train.training import Heard
+from w2v2.train.log import json_line, keep_steps_up_to
+from w2v2.train.update import Heard
 
 NON_FINITE_FILE = "non_finite_updates.jsonl"
 NUM_NAMED = 5  # utterances that the error names

@@ -13,7 +13,7 @@ from w2v2.errors import UserError
 from w2v2.train.causes import likely_causes
 from w2v2.train.checkpoint import checkpoints
 from w2v2.train.collapse import MEASURES, CollapseWatch, Finding, Limits
-from w2v2.train.metrics import METRICS_FILE, read_metrics
+from w2v2.train.log import METRICS_FILE, read_metrics
 
 logger = logging.getLogger(__name__)
 

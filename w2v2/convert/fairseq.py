@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
-from w2v2.convert.conversion import feature_extractor, fill_stock, read_weights, rename
+from w2v2.convert.weights import feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
 
 _LAYER = r"encoder\.layers\.(\d+)\."

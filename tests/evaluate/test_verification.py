@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from w2v2.errors import UserError
-from w2v2.evaluate.trials import Trial, cosine_scores, draw_trials, read_trials, write_trials
+from w2v2.evaluate.verification import Trial, cosine_scores, draw_trials, read_trials, write_trials
 
 SPEAKERS = {f"{speaker}{take}": speaker for speaker in "abcd" for take in range(5)}
 

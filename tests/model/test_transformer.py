@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 from conftest import make_batch, tiny_config
-from test_model import gradients, pair
+from test_pretraining import gradients, pair
 
-from w2v2.model import encoder
+from w2v2.model import transformer
 from w2v2.model.attention import Rows
-from w2v2.model.encoder import after_attention, layer, positional
+from w2v2.model.transformer import after_attention, layer, positional
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
@@ -43,7 +43,7 @@ def test_an_adapter_is_applied_as_in_the_stock_layer():
 @pytest.mark.parametrize("frames", [1, 7, 8, 23, 40])
 @pytest.mark.parametrize(("taps", "groups", "block"), [(16, 2, 8), (5, 4, 3), (128, 16, 8), (4, 1, 1)])
 def test_positional_convolution_in_blocks_is_the_stock_one(monkeypatch, frames, taps, groups, block):
-    monkeypatch.setattr(encoder, "BLOCK", block)
+    monkeypatch.setattr(transformer, "BLOCK", block)
     config = tiny_config(num_conv_pos_embeddings=taps, num_conv_pos_embedding_groups=groups)
     model, _ = pair(config, torch.float64)
     module = model.wav2vec2.encoder.pos_conv_embed

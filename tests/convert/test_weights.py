@@ -13,8 +13,8 @@ from transformers import AutoFeatureExtractor, AutoModel, Wav2Vec2ForPreTraining
 
 import convert_checkpoint
 import pretrain
-from w2v2.convert.from_fairseq import conv_layers, convert_fairseq
-from w2v2.convert.from_speechbrain import convert_speechbrain, convert_without_positions
+from w2v2.convert.fairseq import conv_layers, convert_fairseq
+from w2v2.convert.speechbrain import convert_speechbrain, convert_without_positions
 from w2v2.errors import UserError
 
 CONVS = "[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16,2,2)] + [(16,2,2)]"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import make_batch, tiny_config
-from test_model import pair
+from test_pretraining import pair
 
-from w2v2.model import convs
-from w2v2.model.convs import _affine, _windows, is_flat
+from w2v2.model import feature_encoder
+from w2v2.model.feature_encoder import _affine, _windows, is_flat
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
@@ -55,7 +55,7 @@ def test_layer_norm_convs_in_the_flat_layout_are_the_stock_ones(lengths, bias):
     extractor = model.wav2vec2.feature_extractor
     weight = torch.randn(len(lengths), max(batch.lengths), 16, dtype=torch.float64)
     found = []
-    for encode in (convs.flat_features, convs.stock_features):
+    for encode in (feature_encoder.flat_features, feature_encoder.stock_features):
         out = encode(batch.waveforms, batch.num_samples, extractor)[:, : max(batch.lengths)]
         inside = torch.arange(out.shape[1]) < batch.frames[:, None]
         out = torch.where(inside[..., None], out, 0.0)

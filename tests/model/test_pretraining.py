@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2.data.masking import distractors
-from w2v2.model import convs, objective
-from w2v2.model.model import PretrainingModel
+from w2v2.model import feature_encoder, objective
+from w2v2.model.pretraining import PretrainingModel
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
@@ -113,7 +113,7 @@ def test_equal_lengths_give_the_stock_loss_and_gradient(monkeypatch, large, tria
 def test_mixed_lengths_give_the_sum_of_stock_losses_of_each_utterance_alone(monkeypatch, large, path):
     config = tiny_config(large)
     if path == "stock":
-        monkeypatch.setattr("w2v2.model.model.is_flat", lambda config: False)
+        monkeypatch.setattr("w2v2.model.pretraining.is_flat", lambda config: False)
     ours, stock = pair(config, torch.float64)
     ours.positional_in_blocks = path == "blocks"
     if path == "recomputed":
@@ -171,7 +171,7 @@ def test_flat_convs_equal_the_stock_layers(lengths):
     model, _ = pair(config, torch.float64)
     batch = make_batch(config, lengths, dtype=torch.float64)
     arguments = batch.waveforms, batch.num_samples, model.wav2vec2.feature_extractor
-    flat, stock = convs.flat_features(*arguments), convs.stock_features(*arguments)
+    flat, stock = feature_encoder.flat_features(*arguments), feature_encoder.stock_features(*arguments)
     for row, frames in enumerate(batch.frames):
         torch.testing.assert_close(flat[row, :frames], stock[row, :frames], rtol=1e-10, atol=1e-10)
 

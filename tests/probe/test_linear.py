@@ -7,8 +7,8 @@ import pytest
 
 from w2v2.finetune.folds import Split, group_splits
 from w2v2.finetune.text import build_vocabulary, encode
-from w2v2.probe import probing
-from w2v2.probe.ctc_probe import FrameSet, probe_characters
+from w2v2.probe import linear
+from w2v2.probe.characters import FrameSet, probe_characters
 
 
 def planted(seed=0, n=240):
@@ -27,8 +27,8 @@ def planted(seed=0, n=240):
 def test_the_layer_in_which_the_label_was_planted_is_found(kind):
     features, targets = planted()
     split = Split("test", list(range(120)), list(range(120, 180)), list(range(180, 240)))
-    layers = probing.probe_layers(kind, features, targets, [split], "uar")
-    assert probing.best_layer(layers)["layer"] == 1
+    layers = linear.probe_layers(kind, features, targets, [split], "uar")
+    assert linear.best_layer(layers)["layer"] == 1
     assert (
         layers[1]["uar"] > 0.9 if kind == "logistic" else layers[1]["uar"] > 0.6
     )  # a line of three classes masks the middle one
@@ -41,34 +41,34 @@ def test_the_test_utterances_labels_change_nothing_but_their_scores():
     split = Split("test", list(range(120)), list(range(120, 180)), list(range(180, 240)))
     wrong = targets.copy()
     wrong[180:] = np.random.default_rng(1).permutation(wrong[180:])
-    found = [probing.probe_layers("logistic", features, t, [split], "uar") for t in (targets, wrong)]
+    found = [linear.probe_layers("logistic", features, t, [split], "uar") for t in (targets, wrong)]
     for key in ("validation", "strengths"):
         assert [layer[key] for layer in found[0]] == [layer[key] for layer in found[1]]
-    assert probing.best_layer(found[0])["layer"] == probing.best_layer(found[1])["layer"]
+    assert linear.best_layer(found[0])["layer"] == linear.best_layer(found[1])["layer"]
     assert found[1][1]["uar"] < 0.6 < found[0][1]["uar"]
 
 
 def test_folds_are_pooled_and_spread():
     features, targets = planted(n=120)
     groups = [f"s{i % 4}" for i in range(120)]
-    layers = probing.probe_layers("logistic", features, targets, group_splits(groups, "speaker"), "uar")
+    layers = linear.probe_layers("logistic", features, targets, group_splits(groups, "speaker"), "uar")
     assert len(layers[1]["strengths"]) == 4 and layers[1]["std"]["accuracy"] >= 0
     assert layers[1]["accuracy"] == pytest.approx(layers[1]["mean"]["accuracy"], abs=1e-9)  # folds of one size
 
 
 def test_the_best_layer_is_chosen_by_validation_and_of_equals_the_lowest():
     layers = [dict(layer=i, validation=v, uar=u) for i, (v, u) in enumerate([(0.2, 0.9), (0.5, 0.1), (0.5, 0.3)])]
-    assert probing.best_layer(layers)["layer"] == 1
-    assert probing.best_layer(layers, lower_is_better=True)["layer"] == 0
+    assert linear.best_layer(layers)["layer"] == 1
+    assert linear.best_layer(layers, lower_is_better=True)["layer"] == 0
 
 
 def test_a_fifth_of_each_label_is_held_out_whatever_the_order():
     ids = [f"u{i}" for i in range(100)]
     targets = ["x"] * 50 + ["y"] * 45 + ["z"] * 5
-    train, held = probing.hold_out(ids, targets, range(100))
+    train, held = linear.hold_out(ids, targets, range(100))
     assert sorted(train + held) == list(range(100))
     assert {label: sum(targets[row] == label for row in held) for label in "xyz"} == {"x": 10, "y": 9, "z": 1}
-    backwards = [ids[row] for row in probing.hold_out(ids, targets, range(99, -1, -1))[1]]
+    backwards = [ids[row] for row in linear.hold_out(ids, targets, range(99, -1, -1))[1]]
     assert backwards == [ids[row] for row in held]
 
 
@@ -78,7 +78,7 @@ def test_hours_heard_come_from_the_state_or_the_metrics(tmp_path):
     (checkpoint / "training_state" / "state.json").write_text(json.dumps({"heard_samples": 16_000 * 3600 * 2}))
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1, "audio_hours": 0.5}\n{"step": 2, "audio_hours": 1.25}\n')
-    assert [probing.heard_hours(str(path)) for path in (checkpoint, run, none)] == [2.0, 1.25, None]
+    assert [linear.heard_hours(str(path)) for path in (checkpoint, run, none)] == [2.0, 1.25, None]
 
 
 def test_the_table_has_a_row_a_layer_and_stars_the_chosen_one():
@@ -86,7 +86,7 @@ def test_the_table_has_a_row_a_layer_and_stars_the_chosen_one():
         {"name": "checkpoint-500", "best_layer": 1, "layers": [{"uar": 0.25}, {"uar": 0.5}]},
         {"name": "random", "best_layer": 0, "layers": [{"uar": 0.2}, {"uar": 0.125}]},
     ]
-    assert probing.table_of(results, "uar").splitlines() == [
+    assert linear.table_of(results, "uar").splitlines() == [
         "layer  checkpoint-500   random",
         "    0          25.0%    20.0%*",
         "    1          50.0%*   12.5% ",
@@ -120,7 +120,7 @@ def test_a_linear_ctc_head_reads_characters_where_they_are_and_not_in_noise():
     )
     assert results[1]["cer"] < 0.1 < 0.4 < results[0]["cer"]
     assert results[1]["validation"] < 0.1
-    assert probing.best_layer(results, lower_is_better=True)["layer"] == 1
+    assert linear.best_layer(results, lower_is_better=True)["layer"] == 1
 
 
 def test_frames_are_standardised_by_the_training_utterances():

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from two_ranks import DEALS, FIVE, LENGTHS, NOISY, build_model, gradient, pieces, settings
 
 from w2v2.model import objective
-from w2v2.train.training import Totals, seed_noise, step, train_update, validate
+from w2v2.train.update import Totals, seed_noise, step, train_update, validate
 
 CUTS = {1: [7], 3: [2, 4, 1], 7: [1] * 7}
 PADDING = ("padded_fraction", "eval_padded_fraction")  # the one figure that tells of the cut

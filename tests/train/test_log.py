@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from w2v2.errors import UserError
-from w2v2.train.metrics import RunLog, read_metrics
+from w2v2.train.log import RunLog, read_metrics
 
 RECORD = {
     "step": 120,
@@ -146,7 +146,7 @@ def test_without_a_terminal_or_a_bar_a_logged_step_is_one_plain_line(tmp_path, m
 
 def test_time_left_is_what_the_steps_of_this_run_took(tmp_path, monkeypatch, capsys):
     clock = [1000.0]
-    monkeypatch.setattr("w2v2.train.metrics.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("w2v2.train.log.time.monotonic", lambda: clock[0])
     log = RunLog(tmp_path, total_steps=400, first_step=100)
     clock[0] += 50
     log.write({"step": 150, "loss": 1.0})

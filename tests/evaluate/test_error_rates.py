@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from w2v2.evaluate.scoring import count_edits, error_rates, word_error_rate, worst_utterances
+from w2v2.evaluate.error_rates import count_edits, error_rates, word_error_rate, worst_utterances
 
 
 def edits(a, b):

@@ -16,8 +16,8 @@ import yaml
 from conftest import run_here, tiny_config, write_csv, write_tones
 
 import pretrain
-from w2v2.train.interruption import RESUMABLE, StopRequest
-from w2v2.train.metrics import read_metrics
+from w2v2.train.log import read_metrics
+from w2v2.train.stop import RESUMABLE, StopRequest
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS, ASKED_IN = 6, 3  # updates of the run; the one in which it is asked

@@ -25,9 +25,9 @@ from w2v2.data.collate import PretrainBatch
 from w2v2.data.hashing import NOISE, derive, positive
 from w2v2.errors import UserError
 from w2v2.model import objective
-from w2v2.model.model import PretrainingModel, PretrainSums
+from w2v2.model.pretraining import PretrainingModel, PretrainSums
 from w2v2.train import heartbeat, sharding
-from w2v2.train.interruption import StopRequest
+from w2v2.train.stop import StopRequest
 
 
 @dataclass

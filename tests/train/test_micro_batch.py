@@ -18,11 +18,11 @@ from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
 from w2v2.data.collate import build_batch
 from w2v2.errors import UserError
 from w2v2.model.loading import build_framing
-from w2v2.model.model import PretrainingModel
-from w2v2.train import fitting, memory
-from w2v2.train.fitting import Finding, Trial, fit, largest, search_accelerator, search_cpu, share, worst_case
+from w2v2.model.pretraining import PretrainingModel
+from w2v2.train import memory, micro_batch
 from w2v2.train.memory import keep_freed
-from w2v2.train.training import build_optimizer
+from w2v2.train.micro_batch import Finding, Trial, fit, largest, search_accelerator, search_cpu, share, worst_case
+from w2v2.train.update import build_optimizer
 
 LONGEST, GRID = 320 + 3 * 5120, 5120
 OPTIMIZER = SimpleNamespace(
@@ -243,7 +243,7 @@ def test_an_accelerators_limit_is_found_by_running_into_it(trial, ends_beyond, d
 
 
 def test_an_accelerator_is_not_filled_beyond_what_keeps_it_busy(trial, ends_beyond, device_module, monkeypatch):
-    monkeypatch.setattr(fitting, "ACCELERATOR_SECONDS", 3.5 * LONGEST / SAMPLING_RATE)
+    monkeypatch.setattr(micro_batch, "ACCELERATOR_SECONDS", 3.5 * LONGEST / SAMPLING_RATE)
     tried = ends_beyond(12, "forward")
     found = search_accelerator(trial, 12)
     assert found.crops == max(tried) == 3 and "enough for a GPU" in found.why
@@ -332,8 +332,8 @@ def ranks(monkeypatch):
             return mine
 
         sent = []
-        monkeypatch.setattr(fitting, "search_cpu", search)
-        monkeypatch.setattr(fitting, "gather_object", lambda found: sent.extend(found) or [*found, *others])
+        monkeypatch.setattr(micro_batch, "search_cpu", search)
+        monkeypatch.setattr(micro_batch, "gather_object", lambda found: sent.extend(found) or [*found, *others])
         return sent
 
     return build

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from w2v2.model import products
-from w2v2.model.products import dropout, linear, product
+from w2v2.model import cpu
+from w2v2.model.cpu import dropout, linear, product
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
@@ -31,18 +31,18 @@ def test_strided_operands_and_other_types_give_the_same():
 
 
 def test_without_the_kernel_it_is_the_stock_product(monkeypatch):
-    monkeypatch.setattr(products, "_ONE_DNN", None)
+    monkeypatch.setattr(cpu, "_ONE_DNN", None)
     x, weight = torch.randn(9, 6), torch.randn(4, 6)
     assert torch.equal(linear(x, weight), F.linear(x, weight)) and torch.equal(product(x, weight), F.linear(x, weight))
 
 
-@pytest.mark.skipif(products._ONE_DNN is None, reason="a build without oneDNN")
+@pytest.mark.skipif(cpu._ONE_DNN is None, reason="a build without oneDNN")
 def test_only_weights_of_large_models_go_to_one_dnn(monkeypatch):
-    called, kernel = [], products._ONE_DNN
+    called, kernel = [], cpu._ONE_DNN
     monkeypatch.setattr(
-        products, "_ONE_DNN", lambda x, weight, *rest: called.append(weight.shape) or kernel(x, weight, *rest)
+        cpu, "_ONE_DNN", lambda x, weight, *rest: called.append(weight.shape) or kernel(x, weight, *rest)
     )
-    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 100)
+    monkeypatch.setattr(cpu, "SMALLEST_WEIGHT", 100)
     for rows in (24, 25):
         linear(torch.randn(3, 4), torch.randn(rows, 4))
         product(torch.randn(3, 4), torch.randn(rows, 4))

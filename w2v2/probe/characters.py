@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from w2v2.evaluate.scoring import error_rates
+from w2v2.evaluate.error_rates import error_rates
 from w2v2.finetune.text import encode, greedy_decode
 
 BATCH_SIZE = 16

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from w2v2.data.masking import latent_lengths
-from w2v2.model.products import linear, product
+from w2v2.model.cpu import linear, product
 
 
 def is_flat(config) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from w2v2.errors import UserError
-from w2v2.finetune.finetuning_arguments import flag
+from w2v2.finetune.arguments import flag
 
 CHARACTERS = "characters"
 

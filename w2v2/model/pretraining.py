@@ -20,9 +20,9 @@ from w2v2.data.collate import PretrainBatch, sound
 from w2v2.data.masking import distractors
 from w2v2.model import objective
 from w2v2.model.attention import Rows
-from w2v2.model.convs import flat_features, is_flat, stock_features
-from w2v2.model.encoder import after_attention, gather, layer, linear, norm, positional, take
-from w2v2.model.products import dropout
+from w2v2.model.cpu import dropout
+from w2v2.model.feature_encoder import flat_features, is_flat, stock_features
+from w2v2.model.transformer import after_attention, gather, layer, linear, norm, positional, take
 
 
 class PretrainSums(NamedTuple):

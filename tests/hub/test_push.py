@@ -16,7 +16,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPr
 
 from w2v2.errors import UserError
 from w2v2.hub.card_parts import device_hours
-from w2v2.hub.hub import HubPusher, draw_plots, write_model_card
+from w2v2.hub.push import HubPusher, draw_plots, write_model_card
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "SecretOfTheTest" * 2
@@ -237,7 +237,7 @@ def test_a_failing_hub_only_warns_and_never_shows_the_token(tmp_path, hub, caplo
     push = pusher(make_folder(tmp_path / "run"))
     push.push(tmp_path / "run", "the end")
     assert push.finish(60) is None and hub.commits == []
-    warnings = [record.message for record in caplog.records if record.name == "w2v2.hub.hub"]
+    warnings = [record.message for record in caplog.records if record.name == "w2v2.hub.push"]
     assert any("speech-lab/tiny" in text and (str(status) in text or status == 0) for text in warnings)
     assert "offline" not in caplog.text and "SecretOfTheTest" not in caplog.text
 
@@ -310,7 +310,7 @@ def test_a_slow_hub_holds_up_nobody_and_gets_everything(tmp_path, hub):
 
 
 def test_a_hub_that_falls_silent_is_given_up_and_tried_again(tmp_path, hub, monkeypatch, caplog):
-    monkeypatch.setattr("w2v2.hub.hub.SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("w2v2.hub.push.SILENCE_SECONDS", 0.3)
     hub.gate.clear()
     push = pusher(make_folder(tmp_path / "run"), delays=(0.01, 0.01, 0.01))
     push.push(tmp_path / "run", "the end")
@@ -332,7 +332,7 @@ def test_a_program_ends_though_its_push_never_does(tmp_path, hub):
     hub.gate.clear()
     make_folder(tmp_path / "run")
     program = f"""
-from w2v2.hub.hub import HubPusher
+from w2v2.hub.push import HubPusher
 push = HubPusher({str(tmp_path / "run")!r}, repo_id="speech-lab/tiny", private=True, every_save=False)
 push.push({str(tmp_path / "run")!r}, "the end")
 print(push.finish(3))

@@ -28,7 +28,7 @@ from w2v2.data.collate import Framing, PretrainBatch, build_batch
 from w2v2.data.masking import masked_positions
 from w2v2.errors import UserError
 from w2v2.train import memory
-from w2v2.train.training import UpdateSettings, seed_noise
+from w2v2.train.update import UpdateSettings, seed_noise
 
 DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
 # Likewise, and much more: over micro-batches of many lengths the heap, in which freed memory stays (`memory.keep_freed`), was seen to

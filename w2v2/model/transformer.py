@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from w2v2.model import products
+from w2v2.model import cpu
 from w2v2.model.attention import Rows, attend, attend_from
-from w2v2.model.products import dropout
+from w2v2.model.cpu import dropout
 
 BLOCK = 8  # frames that one row of the positional convolution's product gives
 
@@ -64,7 +64,7 @@ def layer(
 
     Args:
         rows: where each utterance lies.
-        dtype: of the products. The post-norm residual is of this type too; the pre-norm one, to which every layer adds, stays as it comes.
+        dtype: of the cpu. The post-norm residual is of this type too; the pre-norm one, to which every layer adds, stays as it comes.
         rest: `after_attention`, perhaps compiled.
         positions: (B, M) int64, those of the N frames that the output is wanted of, which then is (B, M, D): the others are attended to, no more.
     """
@@ -89,7 +89,7 @@ def layer(
 def _project(x: torch.Tensor, num_heads: int, *modules: nn.Linear) -> torch.Tensor:
     """Several linear layers of the same input as one product: (…, D) → (…, layers, H, d)."""
     weight, bias = (torch.cat([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
-    out = products.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    out = cpu.linear(x, weight.to(x.dtype), bias.to(x.dtype))
     return out.unflatten(-1, (len(modules), num_heads, -1))
 
 
@@ -125,7 +125,7 @@ def is_pre_norm(module: nn.Module) -> bool:
 
 
 def linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return products.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
+    return cpu.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
 
 
 def norm(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
