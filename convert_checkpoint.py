@@ -18,7 +18,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from w2v2.arguments import run_script
+from w2v2.cli import run_script
 from w2v2.convert.fairseq import convert_fairseq
 from w2v2.convert.speechbrain import convert_speechbrain, convert_without_positions
 from w2v2.errors import UserError

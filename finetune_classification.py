@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
-from w2v2.arguments import parse_command_line, run_script
+from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import MEASURES, classification_scores, describe_scores, mean_and_deviation

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, set_seed
 
-from w2v2.arguments import parse_command_line, run_script
+from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import RATES

@@ -20,7 +20,8 @@ from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2FeatureExtractor
 
-from w2v2.arguments import PretrainArguments, parse_command_line, run_script
+from w2v2.arguments import PretrainArguments
+from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing, build_loader

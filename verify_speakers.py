@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from w2v2.arguments import parse_command_line, run_script
+from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import AudioError, probe
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import equal_error_rate, min_detection_cost

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from drill_runs import MODEL  # noqa: E402
 
 import pretrain  # noqa: E402
-from w2v2.arguments import run_script  # noqa: E402
+from w2v2.cli import run_script  # noqa: E402
 from w2v2.data.collate import FULL_SCALE, PretrainBatch  # noqa: E402
 from w2v2.data.masking import distractors  # noqa: E402
 from w2v2.model import objective  # noqa: E402

@@ -120,7 +120,7 @@ def update_once(accelerator: Accelerator, model, optimizer, step: int) -> dict:
 def pretrain_sharded() -> None:
     """The whole program, its checks included, but for the one that there is an accelerator."""
     import pretrain
-    from w2v2.arguments import run_script
+    from w2v2.cli import run_script
 
     def sharded_accelerator(**arguments) -> Accelerator:
         accelerator = Accelerator(**arguments)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from w2v2.arguments import PretrainArguments, parse_command_line, run_script
+from w2v2.arguments import PretrainArguments
+from w2v2.cli import parse_command_line, run_script
 from w2v2.errors import UserError
 
 GIVEN = ["--train_data", "train.csv", "--output_dir", "run"]
@@ -292,7 +293,7 @@ def test_a_device_whose_memory_does_not_suffice_is_a_line(capsys, monkeypatch, r
 
 def test_memory_that_suffices_for_an_hour_is_worth_another_attempt(monkeypatch):
     def main():
-        monkeypatch.setattr("w2v2.arguments.time.monotonic", lambda: 1e9)
+        monkeypatch.setattr("w2v2.cli.time.monotonic", lambda: 1e9)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(torch.OutOfMemoryError):

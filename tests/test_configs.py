@@ -9,7 +9,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
-from w2v2.arguments import PretrainArguments, parse_command_line
+from w2v2.arguments import PretrainArguments
+from w2v2.cli import parse_command_line
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.classification_arguments import ClassificationArguments, LabelArguments
 from w2v2.finetune.ctc_arguments import CTCArguments

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from w2v2.arguments import parse_command_line
+from w2v2.cli import parse_command_line
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir, write_config
 from w2v2.finetune.ctc_arguments import CTCArguments, follow_folder

@@ -16,7 +16,7 @@ from w2v2.train.log import RunLog, read_metrics
 
 SCRIPT = """
 import json, os, signal, sys
-from w2v2.arguments import run_script
+from w2v2.cli import run_script
 from w2v2.train.console import say
 from w2v2.errors import UserError
 from w2v2.train.stop import Stopped, StopRequest

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from w2v2.arguments import PretrainArguments, parse_command_line
+from w2v2.arguments import PretrainArguments
+from w2v2.cli import parse_command_line
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "configs/slurm/pretrain.sbatch"
