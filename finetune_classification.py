@@ -20,7 +20,7 @@ from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import MEASURES, classification_scores, describe_scores, mean_and_deviation
-from w2v2.finetune import ctc, labels
+from w2v2.finetune import ctc_data, labels
 from w2v2.finetune.arguments import (
     CONFIG_FILE,
     RESULTS_FILE,
@@ -29,10 +29,10 @@ from w2v2.finetune.arguments import (
     write_config,
 )
 from w2v2.finetune.classification import ClassificationTrainer, build_classifier, check_classes, score, write_results
-from w2v2.finetune.classification_arguments import ClassificationArguments, LabelArguments
-from w2v2.finetune.finetuning import describe_best
-from w2v2.finetune.folds import Split, group_splits, shared_groups
-from w2v2.finetune.speech_sets import CACHE_FOLDER, name_sets, say
+from w2v2.finetune.ctc_data import CACHE_FOLDER, name_sets, say
+from w2v2.finetune.labels import Split, group_splits, shared_groups
+from w2v2.finetune.task_arguments import ClassificationArguments, LabelArguments
+from w2v2.finetune.trainer import describe_best
 from w2v2.hub.hub_callback import HubCallback
 from w2v2.model.backbone import load_config, load_feature_extractor, min_samples
 from w2v2.train.teardown import settle
@@ -173,7 +173,7 @@ def train_and_score(
         train, classes, extractor, substitute=True, crop_seconds=args.crop_seconds, seed=args.seed, **shared
     )
     data = {
-        name: labels.LabelledDataset(ctc.longest_first(table), classes, extractor, substitute=False, **shared)
+        name: labels.LabelledDataset(ctc_data.longest_first(table), classes, extractor, substitute=False, **shared)
         for name, table in sets.items()
     }
 
@@ -206,7 +206,7 @@ def train_and_score(
         "train_labels": dict(Counter(train["target"])),
         "labels": classes,
         "seed": args.seed,
-        "skipped_audio": len(ctc.read_skipped(Path(args.output_dir, SKIPPED_FILE))),
+        "skipped_audio": len(ctc_data.read_skipped(Path(args.output_dir, SKIPPED_FILE))),
     }
     if args.mode == "probe":
         results["run"]["layer_weights"] = model.layer_weights.detach().softmax(0).tolist()
@@ -225,7 +225,7 @@ def read_set(
             cache_dir=Path(args.output_dir, CACHE_FOLDER), max_skipped_fraction=args.max_skipped_fraction,
         )  # fmt: skip
     if skipped and args.process_index == 0:
-        ctc.log_skipped(Path(args.output_dir, SKIPPED_FILE), skipped)
+        ctc_data.log_skipped(Path(args.output_dir, SKIPPED_FILE), skipped)
     table, others = labels.with_targets(
         table, ", ".join(paths), label_args.label_column, label_args.label_map, label_args.labels
     )

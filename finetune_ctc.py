@@ -17,7 +17,7 @@ from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import RATES
-from w2v2.finetune import ctc
+from w2v2.finetune import ctc_data
 from w2v2.finetune.arguments import (
     CONFIG_FILE,
     FineTuningArguments,
@@ -25,12 +25,11 @@ from w2v2.finetune.arguments import (
     prepare_output_dir,
     write_config,
 )
-from w2v2.finetune.ctc_arguments import CTCArguments, follow_folder
-from w2v2.finetune.ctc_trainer import CTCTrainer
+from w2v2.finetune.ctc import CTCTrainer
+from w2v2.finetune.ctc_data import as_audio, read_sets, say, select_training
 from w2v2.finetune.recognition import conclude, describe_unknown, load_decoder, score
-from w2v2.finetune.speech_sets import as_audio, read_sets, say, select_training
-from w2v2.finetune.text import BLANK, build_vocabulary
-from w2v2.finetune.vocabulary import make_processor, read_vocabulary
+from w2v2.finetune.task_arguments import CTCArguments, follow_folder
+from w2v2.finetune.text import BLANK, build_vocabulary, make_processor, read_vocabulary
 from w2v2.hub.hub_callback import HubCallback
 from w2v2.model.backbone import hide_padding, load_config, load_feature_extractor, load_with_head
 
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = CTCTrainer(
         model,
         args,
-        data_collator=ctc.collate_ctc,
+        data_collator=ctc_data.collate_ctc,
         train_dataset=as_audio(train, vocabulary, extractor, config, args, train=True),
         eval_dataset=sets["validation"],
         processing_class=make_processor(vocabulary, extractor),
@@ -101,7 +100,7 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
     trainer = CTCTrainer(
         model,
         args,
-        data_collator=ctc.collate_ctc,
+        data_collator=ctc_data.collate_ctc,
         eval_dataset=next(iter(sets.values())),  # `Trainer` wants one
         processing_class=make_processor(vocabulary, extractor),
         vocabulary=vocabulary,

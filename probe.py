@@ -19,8 +19,8 @@ from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_hours, draw_layers
-from w2v2.finetune import ctc, labels, text
-from w2v2.finetune.folds import Split, group_splits
+from w2v2.finetune import ctc_data, labels, text
+from w2v2.finetune.labels import Split, group_splits
 from w2v2.model.backbone import num_frames
 from w2v2.probe.arguments import CHARACTERS, ProbingArguments
 from w2v2.probe.characters import probe_characters
@@ -110,7 +110,7 @@ def gather_characters(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
 
     def read(paths: list[str]) -> Dataset:
         table = read_audio(paths, [], args)
-        table, _ = ctc.prepare_texts(table, ", ".join(paths), text.TextRules())
+        table, _ = ctc_data.prepare_texts(table, ", ".join(paths), text.TextRules())
         return table.add_column("target", table["text"])
 
     train, _ = labels.select_lengths(read(args.train_data), args.min_seconds, args.max_seconds)

@@ -12,8 +12,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line
 from w2v2.finetune.arguments import FineTuningArguments
-from w2v2.finetune.classification_arguments import ClassificationArguments, LabelArguments
-from w2v2.finetune.ctc_arguments import CTCArguments
+from w2v2.finetune.task_arguments import ClassificationArguments, CTCArguments, LabelArguments
 from w2v2.model.backbone import load_config
 from w2v2.model.loading import build_config
 

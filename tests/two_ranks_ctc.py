@@ -1,4 +1,4 @@
-"""An update by seconds and a transcription, on one process or dealt to two: what `test_ctc_trainer.py` compares, and the script it launches twice.
+"""An update by seconds and a transcription, on one process or dealt to two: what `test_ctc.py` compares, and the script it launches twice.
 
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks_ctc.py FOLDER OUT.pt
 """
@@ -15,12 +15,11 @@ from conftest import tiny_config  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC  # noqa: E402
 
-from w2v2.finetune import ctc  # noqa: E402
+from w2v2.finetune import ctc_data  # noqa: E402
 from w2v2.finetune.arguments import FineTuningArguments  # noqa: E402
-from w2v2.finetune.ctc_trainer import CTCTrainer  # noqa: E402
+from w2v2.finetune.ctc import CTCTrainer  # noqa: E402
 from w2v2.finetune.decoding import BeamDecoder, Setting  # noqa: E402
-from w2v2.finetune.text import build_vocabulary  # noqa: E402
-from w2v2.finetune.vocabulary import make_processor  # noqa: E402
+from w2v2.finetune.text import build_vocabulary, make_processor  # noqa: E402
 from w2v2.model import backbone  # noqa: E402
 from w2v2.train.teardown import settle  # noqa: E402
 
@@ -64,9 +63,9 @@ def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, *
     return CTCTrainer(
         model,
         args,
-        data_collator=ctc.collate_ctc,
-        train_dataset=ctc.SpeechDataset(table, substitute=True, **kwargs),
-        eval_dataset=ctc.SpeechDataset(ctc.longest_first(table), substitute=False, **kwargs),
+        data_collator=ctc_data.collate_ctc,
+        train_dataset=ctc_data.SpeechDataset(table, substitute=True, **kwargs),
+        eval_dataset=ctc_data.SpeechDataset(ctc_data.longest_first(table), substitute=False, **kwargs),
         processing_class=make_processor(vocabulary, extractor),
         vocabulary=vocabulary,
     )

@@ -1,132 +1,171 @@
-import json
+"""Batching by seconds through `Trainer`: one gradient however it is cut; scoring that no batch size moves; blanks that are noticed."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-from datasets import Dataset
-from tiny_run import file_size_limit
-from transformers import Wav2Vec2FeatureExtractor
+import torch
+from ranks import run_ranks
+from two_ranks_ctc import ARPA, CASES, VOCABULARY, make_trainer, one_update, transcribe, write_speech
 
-from w2v2.errors import UserError
-from w2v2.finetune import ctc
-from w2v2.finetune.text import TextRules, build_vocabulary
-
-VOCABULARY = build_vocabulary(["HELLO THERE", "A BAD CAB"])
-RAW = Wav2Vec2FeatureExtractor(do_normalize=False)
+from w2v2.evaluate.error_rates import error_rates
+from w2v2.finetune.ctc import plateau_causes
+from w2v2.finetune.decoding import BeamDecoder, Setting
+from w2v2.finetune.text import build_vocabulary
 
 
-def table(rows):
-    return Dataset.from_list(
-        [{"id": f"u{i}", "audio": "a.wav", "start": 0.0, "num_samples": 16_000, **row} for i, row in enumerate(rows)]
-    )
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audio")
+    table = write_speech(folder)
+    table.save_to_disk(folder / "table")
+    (folder / "lm.arpa").write_text(ARPA)
+    return table
 
 
-def test_utterances_without_text_are_dropped_and_counted():
-    kept, dropped = ctc.prepare_texts(table([{"text": "a b"}, {"text": "?"}, {"text": None}]), "m", TextRules())
-    assert (kept["text"][:], dropped) == (["A B"], {"no_text": 2})
+def assert_same(found, expected, tolerance):
+    assert found[1] == pytest.approx(expected[1], rel=tolerance)
+    assert found[0].keys() == expected[0].keys() and len(expected[0]) > 0
+    for name, gradient in expected[0].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=tolerance, atol=1e-6, msg=name)
 
 
-def test_missing_text_names_the_manifest():
-    with pytest.raises(UserError, match="m.csv.*text"):
-        ctc.prepare_texts(table([{}]), "m.csv", TextRules())
-    with pytest.raises(UserError, match="m.csv.*none of its 1"):
-        ctc.prepare_texts(table([{"text": ""}]), "m.csv", TextRules())
-
-
-def test_where_transcripts_are_not_needed_a_set_without_any_stays_whole():
-    for rows in ([{}, {}], [{"text": ""}, {"text": None}]):
-        kept, dropped = ctc.prepare_texts(table(rows), "m", TextRules(), needed=False)
-        assert (kept["text"][:], dropped) == (["", ""], {"no_text": 0})
-    kept, dropped = ctc.prepare_texts(table([{"text": ""}, {"text": "a"}]), "m", TextRules(), needed=False)
-    assert (kept["text"][:], dropped) == (["A"], {"no_text": 1})
-    with pytest.raises(UserError, match="none of its 1"):  # there is text, but nothing is left of it
-        ctc.prepare_texts(table([{"text": "?"}]), "m", TextRules(), needed=False)
-
-
-def test_training_leaves_out_what_it_cannot_learn_from_and_says_why():
-    rows = [
-        {"text": "AB"},
-        {"text": "LL", "num_samples": 800},
-        {"text": "A", "num_samples": 100},
-        {"text": "A", "num_samples": 10**6},
+@pytest.mark.parametrize("case", ["mean", "sum"])
+def test_the_gradient_is_the_same_in_one_micro_batch_and_in_many(table, tmp_path, case):
+    results = [
+        one_update(table, tmp_path / str(micro), case, batch_seconds=1_000.0, micro_batch_seconds=micro)
+        for micro in (1_000.0, 4.0, 1.2)
     ]
-    kept, dropped = ctc.select_trainable(table(rows), "characters", lambda samples: samples // 400, 0.01, 10.0)
-    assert kept["id"][:] == ["u0"]
-    assert dropped == {"text_longer_than_audio": 1, "too_short": 1, "too_long": 1}
+    assert results[0][1]["grad_norm"] > 0
+    for result in results[1:]:
+        assert_same(result, results[0], 1e-4)
 
 
-@pytest.fixture
-def audio(tmp_path):
-    good, torn = tmp_path / "good.wav", tmp_path / "torn.flac"
-    samples = np.random.default_rng(0).uniform(-0.1, 0.1, 32_000)
-    soundfile.write(good, samples, 16_000)
-    soundfile.write(torn, samples, 16_000)
-    torn.write_bytes(torn.read_bytes()[:30_000])
-    (tmp_path / "empty.wav").touch()
-    return tmp_path
+def test_accumulation_four_times_one_has_the_gradient_of_one_times_four(table, tmp_path):
+    """`gradient_accumulation_steps` times `micro_batch_seconds` is the effective batch where no other is given."""
+    seconds = sum(table["num_samples"]) / 16_000
+    results = [
+        one_update(table, tmp_path / str(steps), micro_batch_seconds=seconds / steps, gradient_accumulation_steps=steps)
+        for steps in (1, 4)
+    ]
+    assert_same(results[1], results[0], 1e-4)
 
 
-def test_files_that_do_not_open_are_found_before_training(audio):
-    paths = ["good.wav", "empty.wav", "absent.wav"]
-    kept, skipped = ctc.drop_unreadable(table([{"audio": str(audio / path)} for path in paths]))
-    assert kept["id"][:] == ["u0"]
-    assert [entry["id"] for entry in skipped] == ["u1", "u2"]
-    assert "empty" in skipped[0]["reason"] and "exist" in skipped[1]["reason"]
+def test_the_loss_is_the_mean_over_the_effective_batch(table, tmp_path):
+    """The plain alternative, all in one batch, is the reference."""
+    plain = one_update(table, tmp_path / "plain", per_device_train_batch_size=len(table))
+    assert_same(one_update(table, tmp_path / "s", batch_seconds=1_000.0, micro_batch_seconds=3.0), plain, 1e-4)
 
 
-def speech(audio, substitute, names=("torn.flac", "good.wav")):
-    rows = table([{"audio": str(audio / name), "num_samples": 32_000, "text": "A"} for name in names])
-    return ctc.SpeechDataset(
-        rows, VOCABULARY, RAW, min_samples=400, skip_log=audio / "skipped.jsonl", substitute=substitute
-    )
+@pytest.fixture(scope="module")
+def two_ranks(table, tmp_path_factory):
+    """What two gloo processes found, in one launch for all the cases."""
+    folder = Path(table["audio"][0]).parent
+    script = Path(__file__).parents[1] / "two_ranks_ctc.py"
+    run_ranks(folder, script, folder, folder / "found.pt", ACCELERATE_USE_CPU="true")
+    return torch.load(folder / "found.pt")
 
 
-def test_training_takes_another_utterance_for_one_that_does_not_decode(audio):
-    data = speech(audio, substitute=True)
-    np.testing.assert_array_equal(data[0]["input_values"], data[1]["input_values"])
-    assert [entry["id"] for entry in ctc.read_skipped(data.skip_log).values()] == ["u0"]
-    assert json.loads(data.skip_log.read_text().splitlines()[0])["audio"] == str(audio / "torn.flac")
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_gradient_of_one(table, tmp_path, two_ranks, case):
+    expected = one_update(table, tmp_path, case, batch_seconds=1_000.0, micro_batch_seconds=1_000.0)
+    assert set(expected[0]) == ({"lm_head.weight", "lm_head.bias"} if case == "frozen" else set(two_ranks[case][0]))
+    found = {name: two_ranks[case][0][name] for name in expected[0]}
+    assert_same((found, two_ranks[case][1]), expected, 1e-4)
 
 
-def test_evaluation_marks_an_utterance_that_does_not_decode_by_having_no_labels(audio):
-    data = speech(audio, substitute=False)
-    assert (data[0]["labels"], data[1]["labels"]) == ([], [VOCABULARY["A"]])
-    assert len(ctc.read_skipped(data.skip_log)) == 1
+def test_two_processes_write_what_one_writes(table, tmp_path, two_ranks):
+    """Eight utterances in batches of three: neither batches nor ranks come out even."""
+    texts, beams = transcribe(table, tmp_path, str(Path(table["audio"][0]).with_name("lm.arpa")))
+    assert two_ranks["texts"] == (texts, beams)
+    assert any(texts) and len(texts) == len(table) and beams[0] != beams[1]
 
 
-def test_an_utterance_without_text_is_told_from_one_without_audio(audio):
-    data = speech(audio, substitute=False)
-    data.table = data.table.map(lambda row: {"text": ""})
-    assert (data[0]["labels"], data[1]["labels"]) == ([], [VOCABULARY["<unk>"]])
+@pytest.mark.parametrize("interrupted_at", [3, 4])  # in the middle of an epoch of 4 updates, and at its end
+def test_a_run_by_seconds_resumes_exactly(table, tmp_path, interrupted_at):
+    random = dict(mask_time_prob=0.3, mask_time_length=4, layerdrop=0.3, activation_dropout=0.1)
+    flags = dict(max_steps=7, eval_steps=1, save_steps=1, save_total_limit=9, load_best_model_at_end=False,
+                 batch_seconds=sum(table["num_samples"]) / 16_000 / 4, micro_batch_seconds=1.5)  # fmt: skip
+    whole = make_trainer(table, tmp_path / "run", random, **flags)
+    whole.train()
+    again = make_trainer(table, tmp_path / "again", random, **flags)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{interrupted_at}"))
+    assert len(whole.sampler) == 4
+    expected = dict(whole.model.state_dict())
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    epochs = [entry["epoch"] for entry in whole.state.log_history if "loss" in entry]
+    assert epochs == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
 
 
-def test_audio_shorter_than_a_frame_is_padded_to_one(audio):
-    soundfile.write(audio / "blip.wav", np.full(100, 0.5), 16_000)
-    data = speech(audio, substitute=False, names=["blip.wav"])
-    data.table = data.table.map(lambda row: {"num_samples": 100})
-    values = data[0]["input_values"]
-    assert len(values) == 400 and values[:100].all() and not values[100:].any()
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_beam_search_and_loss_do_not_move_with_the_batch_size(table, tmp_path, reduction):
+    arpa = tmp_path / "lm.arpa"
+    arpa.write_text(ARPA)
+    found, losses = [], []
+    for batch in (1, 3, 8):
+        trainer = make_trainer(
+            table, tmp_path / str(batch), dict(ctc_loss_reduction=reduction), per_device_eval_batch_size=batch
+        )
+        trainer.decoder = BeamDecoder(str(arpa), VOCABULARY, [Setting(0.1, 3.0), Setting(1.0, 0.0)])
+        output = trainer.predict(trainer.eval_dataset)
+        found.append((output.predictions, trainer.beam_texts, output.metrics["test_wer"]))
+        losses.append(output.metrics["test_loss"])
+        assert trainer.model.config.ctc_loss_reduction == reduction
+    assert any(found[0][1][0]) and found[0][1][0] != found[0][1][1]
+    assert found[1] == found[0] and found[2] == found[0]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
 
 
-def test_a_window_of_a_file_is_read(audio):
-    data = speech(audio, substitute=False, names=["good.wav"])
-    data.table = data.table.map(lambda row: {"start": 0.5, "num_samples": 8_000})
-    expected = soundfile.read(audio / "good.wav", dtype="float32")[0][8_000:16_000]
-    np.testing.assert_array_equal(data[0]["input_values"], expected)
+def test_a_set_without_text_is_transcribed_and_not_scored(table, tmp_path):
+    trainer = make_trainer(table, tmp_path)
+    scored = trainer.predict(trainer.eval_dataset)
+    trainer.eval_dataset.table = trainer.eval_dataset.table.map(lambda row: {"text": ""})
+    silent = trainer.predict(trainer.eval_dataset)
+    assert silent.predictions == scored.predictions
+    assert "test_wer" in scored.metrics and "test_wer" not in silent.metrics
 
 
-def test_batches_are_padded_and_masked_only_where_lengths_differ():
-    items = [{"input_values": np.ones(n, np.float32), "labels": labels} for n, labels in ((5, [3]), (3, [4, 5]))]
-    batch = ctc.collate_ctc(items)
-    assert batch["input_values"].tolist() == batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[3, -100], [4, 5]]
-    assert "attention_mask" not in ctc.collate_ctc([items[0], items[0]])
+def test_a_model_of_tokens_reports_their_rate(table, tmp_path):
+    vocabulary = build_vocabulary(table["text"], "tokens")
+    trainer = make_trainer(table, tmp_path, vocabulary=vocabulary, metric_for_best_model="per")
+    trainer.train()
+    output = trainer.predict(trainer.eval_dataset)
+    expected = error_rates(trainer.eval_dataset.table["text"][:], output.predictions, "tokens")
+    assert output.metrics["test_per"] == expected["per"] and "test_cer" not in output.metrics
+    assert any(" " in text for text in output.predictions)
 
 
-def test_a_full_disk_under_the_list_of_skipped_audio_ends_nothing(tmp_path, caplog):
-    path, entry = tmp_path / "skipped_audio.jsonl", {"id": "a", "audio": "a.wav", "reason": "torn"}
-    with file_size_limit(14):
-        ctc.log_skipped(path, [entry])
-    assert "cannot be written" in caplog.text and path.stat().st_size <= 14
-    ctc.log_skipped(path, [entry])
-    assert list(ctc.read_skipped(path).values()) == [entry]
+def write_blanks(trainer):
+    with torch.no_grad():
+        trainer.model.lm_head.weight.zero_()
+        trainer.model.lm_head.bias.zero_()
+        trainer.model.lm_head.bias[0] = 3.0
+
+
+def test_nothing_but_blanks_is_warned_of_after_a_while(table, tmp_path, capsys):
+    trainer = make_trainer(table, tmp_path, max_steps=4, eval_steps=1, save_steps=1, learning_rate=1e-9)
+    trainer.blanks.patience = 2
+    write_blanks(trainer)
+    trainer.train()
+    assert [warning.split(":")[0] for warning in trainer.blanks.warnings] == ["update 2", "update 3", "update 4"]
+    assert "learning rate reached only 1.0e-09" in trainer.blanks.warnings[0]
+    assert capsys.readouterr().out.count("warning: update") == 3
+
+
+def test_a_model_that_writes_something_is_not_warned_of(table, tmp_path):
+    trainer = make_trainer(table, tmp_path, max_steps=2, eval_steps=1, save_steps=1, learning_rate=1e-9)
+    trainer.blanks.patience = 1
+    assert any(trainer.predict(trainer.eval_dataset).predictions)
+    trainer.train()
+    assert trainer.blanks.warnings == []
+
+
+def test_the_causes_of_blanks_follow_the_run(table, tmp_path):
+    args = make_trainer(table, tmp_path, freeze_encoder_steps=100, learning_rate=1e-3).args
+    state = type("State", (), {"global_step": 150, "log_history": [{"learning_rate": 1e-3}]})
+    causes = plateau_causes(args, state)
+    assert "frozen for 100 updates" in causes[0] and not any("learning rate" in cause for cause in causes)
+    state.global_step = 400
+    assert not any("frozen" in cause for cause in plateau_causes(args, state))
+    assert np.all([len(cause) for cause in causes])

@@ -7,7 +7,7 @@ import yaml
 from w2v2.cli import parse_command_line
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir, write_config
-from w2v2.finetune.ctc_arguments import CTCArguments, follow_folder
+from w2v2.finetune.task_arguments import CTCArguments, follow_folder
 from w2v2.finetune.text import build_vocabulary
 
 CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "config.json")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from w2v2.errors import UserError
-from w2v2.finetune.folds import group_splits, shared_groups
+from w2v2.finetune.labels import group_splits, shared_groups
 
 
 def draw_groups(seed):

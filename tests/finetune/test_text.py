@@ -12,11 +12,11 @@ from w2v2.finetune.text import (
     encode,
     frames_needed,
     greedy_decode,
+    make_processor,
     split_units,
     unit_of,
     unknown_units,
 )
-from w2v2.finetune.vocabulary import make_processor
 
 VOCABULARY = build_vocabulary(["HELLO THERE", "A BAD CAB"])
 PHONEMES = build_vocabulary(["HH AH0 L OW1", "DH EH1 R"], "tokens")

@@ -27,8 +27,8 @@ from transformers.trainer_utils import HubStrategy
 import finetune_classification
 import finetune_ctc
 from w2v2.errors import UserError
-from w2v2.finetune.ctc_arguments import TEXT_FLAGS, CTCArguments, follow_folder
-from w2v2.finetune.vocabulary import read_text_flags, read_vocabulary
+from w2v2.finetune.task_arguments import TEXT_FLAGS, CTCArguments, follow_folder
+from w2v2.finetune.text import read_text_flags, read_vocabulary
 from w2v2.hub.finetuned_card import write_finetuned_card
 from w2v2.hub.hub_callback import HubCallback
 

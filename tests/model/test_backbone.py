@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 from w2v2.errors import UserError
-from w2v2.finetune.ctc import collate_ctc
+from w2v2.finetune.ctc_data import collate_ctc
 from w2v2.model import backbone
 
 LENGTHS = (16_000, 9_123, 4_000, 700)

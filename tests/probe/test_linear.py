@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from w2v2.finetune.folds import Split, group_splits
+from w2v2.finetune.labels import Split, group_splits
 from w2v2.finetune.text import build_vocabulary, encode
 from w2v2.probe import linear
 from w2v2.probe.characters import FrameSet, probe_characters

@@ -22,8 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts
-from w2v2.finetune.ctc import read_skipped
-from w2v2.finetune.finetuning import FineTuner
+from w2v2.finetune.ctc_data import read_skipped
+from w2v2.finetune.trainer import FineTuner
 from w2v2.model.backbone import hide_padding, load_with_head
 
 _RESULTS, _PREDICTIONS = "results.json", "predictions.jsonl"

@@ -1,204 +1,152 @@
-"""Transcribed speech for CTC: tables of utterances, the data set that decodes them, and its collator.
+"""`FineTuner` for CTC: error rates that the batch size does not move, a beam search on request, a watch over blanks.
 
-Shapes: B utterances, S samples, U units of a transcript.
+Shapes: B utterances, T latent frames, V entries of the vocabulary, W words of a hypothesis, K settings of the decoder.
 """
 
-import contextlib
-import errno
-import json
-import logging
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import itertools
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from transformers import Wav2Vec2FeatureExtractor
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop
-from w2v2.errors import UserError
-from w2v2.finetune.text import UNKNOWN, encode, frames_needed, split_units
+from w2v2.evaluate.error_rates import error_rates
+from w2v2.finetune.ctc_data import read_skipped
+from w2v2.finetune.decoding import BeamDecoder
+from w2v2.finetune.text import greedy_decode, unit_of
+from w2v2.finetune.trainer import FineTuner, check_skipped
 
-logger = logging.getLogger(__name__)
-
-_IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
-
-
-def prepare_texts(
-    table: Dataset, name: str, normalize: Callable[[str], str], *, needed: bool = True
-) -> tuple[Dataset, dict[str, int]]:
-    """The utterances that have a transcript, normalised, and how many were dropped by reason.
-
-    A set without a single transcript raises UserError where they are `needed`; otherwise all of it comes back, with "" for text.
-    """
-    written = table["text"][:] if "text" in table.column_names else []
-    if not needed and not any(written):
-        table = table.remove_columns("text") if written else table
-        return table.add_column("text", [""] * len(table)), {"no_text": 0}
-    if not written:
-        raise UserError(f"{name}: no text in this manifest: CTC needs a column `text` (or wrd, transcript, sentence)")
-    texts = [normalize(text or "") for text in written]
-    kept = [row for row, text in enumerate(texts) if text]
-    if not kept:
-        raise UserError(f"{name}: none of its {len(table)} utterances has a transcript: fill in its column `text`")
-    table = table.remove_columns("text").add_column("text", texts).select(kept)
-    return table, {"no_text": len(texts) - len(kept)}
+BLANK_LOSS = 2.0  # a character's loss: a model that writes blanks alone cannot be far below it
 
 
-def select_trainable(
-    table: Dataset,
-    unit: str,
-    num_frames: Callable[[int], int],
-    min_seconds: float,
-    max_seconds: float | None,
-) -> tuple[Dataset, dict[str, int]]:
-    """Utterances within the lengths, and long enough for their transcript (CTC's loss is infinite otherwise).
+class CTCTrainer(FineTuner):
+    """Scores by greedy decoding: `predict` gives texts, and metrics hold WER and CER (PER for tokens).
 
-    Returns them and how many were dropped by reason. `num_frames` gives latent frames from samples.
-    """
-    longest = float("inf") if max_seconds is None else max_seconds
-    reasons: Counter[str] = Counter()
-    kept = []
-    for row, (samples, text) in enumerate(zip(table["num_samples"], table["text"], strict=True)):
-        seconds = samples / SAMPLING_RATE
-        if seconds < min_seconds:
-            reasons["too_short"] += 1
-        elif seconds > longest:
-            reasons["too_long"] += 1
-        elif num_frames(samples) < frames_needed(split_units(text, unit)):
-            reasons["text_longer_than_audio"] += 1
-        else:
-            kept.append(row)
-    return table.select(kept), dict(reasons)
-
-
-def longest_first(table: Dataset) -> Dataset:
-    """By length, so that evaluation pads little and memory runs out at once, if it does."""
-    lengths = table["num_samples"]
-    return table.select(sorted(range(len(table)), key=lambda row: -lengths[row]))
-
-
-def drop_unreadable(table: Dataset, num_threads: int = 16) -> tuple[Dataset, list[dict[str, str]]]:
-    """The utterances whose file opens as audio, by its header, and a list of {id, audio, reason} of the others."""
-    paths = sorted(set(table["audio"]))
-    with ThreadPoolExecutor(num_threads) as threads:
-        reasons = dict(zip(paths, threads.map(_why_unreadable, paths), strict=True))
-    rows = list(zip(table["id"], table["audio"], strict=True))
-    skipped = [{"id": id, "audio": audio, "reason": reasons[audio]} for id, audio in rows if reasons[audio]]
-    return table.select([row for row, (_, audio) in enumerate(rows) if not reasons[audio]]), skipped
-
-
-def _why_unreadable(path: str) -> str | None:
-    try:
-        probe(path)
-    except AudioError as error:
-        return error.reason
-    return None
-
-
-class SpeechDataset(torch.utils.data.Dataset):
-    """Utterances decoded when they are asked for; nothing is cached.
-
-    An item is {"input_values": (S,) float32, "labels": (U,) ids}. Audio that turns out to be unreadable is appended to
-    `skip_log` by whichever worker meets it, one JSON line; in its place comes the next utterance that reads where `substitute`
-    (training), else a silence without labels (evaluation: whoever scores leaves out items without labels).
+    While `decoder` is set, `predict` searches with it too: `beam_texts` then holds the texts of each of its settings, lists of
+    strings in the data set's order, None where the audio was unreadable.
     """
 
-    def __init__(
-        self,
-        table: Dataset,
-        vocabulary: dict[str, int],
-        feature_extractor: Wav2Vec2FeatureExtractor,
-        *,
-        min_samples: int,
-        skip_log: str | os.PathLike,
-        substitute: bool,
-    ):
-        self.table, self.vocabulary, self.feature_extractor = table, vocabulary, feature_extractor
-        self.min_samples, self.skip_log, self.substitute = min_samples, skip_log, substitute
-        self.lengths = list(table["num_samples"])
+    def __init__(self, *args, vocabulary: dict[str, int], blank_warning_steps: int = 1_000, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.vocabulary = vocabulary
+        self.decoder: BeamDecoder | None = None
+        self.beam_texts: list[list[str | None]] = []
+        self.blanks = WatchBlanks(blank_warning_steps)
+        self.add_callback(self.blanks)
 
-    def __len__(self) -> int:
-        return len(self.table)
+    def loss_weight(self, inputs: dict[str, torch.Tensor]) -> float:
+        """As many as the loss is summed over, or, for a mean over utterances, these; see `FineTuner.training_step`."""
+        if self.model.config.ctc_loss_reduction == "mean":
+            return super().loss_weight(inputs)
+        return float((inputs["labels"] >= 0).sum())
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        for candidate in range(row, row + (len(self) if self.substitute else 1)):
-            utterance = self.table[candidate % len(self)]
-            try:
-                return self._item(self._read(utterance), self._labels(utterance))
-            except AudioError as error:
-                log_skipped(self.skip_log, [{"id": utterance["id"], "audio": error.path, "reason": error.reason}])
-        if self.substitute:
-            raise UserError(f"none of the {len(self)} training utterances can be decoded: see {self.skip_log}")
-        return self._item(np.zeros(self.min_samples, np.float32), [])
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's loss; with `batch_seconds` a sum over labels is divided by their number, as `loss_weight` expects."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.args.batch_seconds and self.model.config.ctc_loss_reduction == "sum":
+            loss = loss / (inputs["labels"] >= 0).sum().clamp_min(1)
+        return (loss, outputs) if return_outputs else loss
 
-    def _read(self, utterance: dict[str, Any]) -> np.ndarray:
-        return read_crop(utterance["audio"], round(utterance["start"] * SAMPLING_RATE), utterance["num_samples"])
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, best path (B, T) with -1 past each utterance's end, and labels (B, U); with a decoder, words (B, W, K) beside the path.
 
-    def _labels(self, utterance: dict[str, Any]) -> list[int]:
-        """Of a text that is not known: a single unknown, to tell it from audio that cannot be read."""
-        return encode(utterance["text"], self.vocabulary) or [self.vocabulary[UNKNOWN]]
+        The loss is the mean over utterances of the loss a label, whatever training minimises: the batch size does not move it.
+        """
+        config = self.model.config
+        reduction, config.ctc_loss_reduction = config.ctc_loss_reduction, "mean"
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        finally:
+            config.ctc_loss_reduction = reduction
+        num_frames = torch.full((len(logits),), logits.shape[1], device=logits.device)
+        if "attention_mask" in inputs:
+            num_samples = inputs["attention_mask"].sum(-1).to(logits.device)
+            num_frames = self.model._get_feat_extract_output_lengths(num_samples)
+        past_end = torch.arange(logits.shape[1], device=logits.device) >= num_frames[:, None]
+        best_path = logits.argmax(-1).masked_fill(past_end, -1)
+        if self.decoder is None:
+            return loss, best_path, labels
+        log_probs = logits.float().log_softmax(-1).cpu().numpy()
+        searched = [self.decoder(row[:n]) for row, n in zip(log_probs, num_frames.tolist(), strict=True)]
+        words = self.decoder.stack(searched)
+        return loss, (best_path, torch.from_numpy(words).to(best_path.device)), labels
 
-    def _item(self, samples: np.ndarray, labels: list[int]) -> dict[str, Any]:
-        samples = np.pad(samples, (0, max(0, self.min_samples - len(samples))))
-        values = self.feature_extractor(samples, sampling_rate=SAMPLING_RATE).input_values[0]
-        return {"input_values": np.asarray(values, np.float32), "labels": labels}
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, prediction_loss_only=None, ignore_keys=None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """The stock loop; then `predictions` are texts, None where the audio was unreadable: those are not scored.
+
+        A set without any transcript gets no rates.
+        """
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        paths, words = output.predictions if self.decoder is not None else (output.predictions, None)
+        readable = (output.label_ids >= 0).any(1)
+        texts = [greedy_decode(path, self.vocabulary) if ok else None for path, ok in zip(paths, readable, strict=True)]
+        self._check_readable(dataloader.dataset, texts)
+        if words is not None:
+            self.beam_texts = [
+                [self.decoder.text(row[:, k]) if ok else None for row, ok in zip(words, readable, strict=True)]
+                for k in range(words.shape[2])
+            ]
+        rates = self.rates(dataloader.dataset.table["text"][:], texts)
+        rates |= {"utterances": sum(text is not None for text in texts), "empty_fraction": _empty_fraction(texts)}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in rates.items()})
+        return output._replace(predictions=texts)
+
+    def rates(self, references: list[str], hypotheses: list[str | None]) -> dict[str, float]:
+        """Error rates of the utterances that have a hypothesis; none for a set without references."""
+        pairs = [pair for pair in zip(references, hypotheses, strict=True) if pair[1] is not None]
+        return error_rates(*zip(*pairs, strict=True), unit_of(self.vocabulary)) if any(references) and pairs else {}
+
+    def _check_readable(self, data, texts: list[str | None]) -> None:
+        unread = {audio for audio, text in zip(data.table["audio"], texts, strict=True) if text is None}
+        skipped = [entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in unread]
+        check_skipped(skipped, len(set(data.table["audio"])), self.args.max_skipped_fraction)
 
 
-def log_skipped(path: str | os.PathLike, entries: Iterable[dict[str, str]]) -> None:
-    """Append what is new to `skipped_audio.jsonl`; each line is one write, so that processes do not tear one another's.
+def _empty_fraction(texts: list[str | None]) -> float:
+    """Share of the hypotheses in which there is nothing."""
+    known = [text for text in texts if text is not None]
+    return sum(not text for text in known) / max(1, len(known))
 
-    What a full disk refuses is warned of, and written when the file is met again, in the next epoch.
-    """
-    known = read_skipped(path)
-    lines = [json.dumps(e, ensure_ascii=False) + "\n" for e in entries if (e["id"], e["audio"]) not in known]
-    try:
-        with open(path, "ab", buffering=0) as file:
-            for line in lines:
-                if _is_torn(path):
-                    line = "\n" + line
-                data = line.encode("utf-8", "surrogateescape")
-                if file.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    except OSError as error:
-        logger.warning(
-            "%s cannot be written (%s): %d files that were skipped may not be in it", path, error.strerror, len(lines)
+
+class WatchBlanks(TrainerCallback):
+    """Warns where a model still writes nothing but blanks `patience` updates after its encoder began to learn."""
+
+    def __init__(self, patience: int):
+        self.patience = patience
+        self.warnings: list[str] = []
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        due = args.freeze_encoder_steps + self.patience
+        if not self.patience or state.global_step < due or metrics.get("eval_empty_fraction", 0.0) < 1.0:
+            return
+        loss = metrics.get("eval_loss", float("nan"))
+        if not loss >= BLANK_LOSS:  # it writes nothing, but has learnt something: not this plateau
+            return
+        causes = "; ".join(plateau_causes(args, state))
+        self.warnings.append(f"update {state.global_step}: nothing but blanks, validation loss {loss:.2f}: {causes}")
+        if state.is_world_process_zero:
+            print(f"     warning: {self.warnings[-1]}", flush=True)
+
+
+def plateau_causes(args: Any, state: Any) -> list[str]:
+    """Why a model may still be on the all-blank plateau, likeliest first."""
+    causes = []
+    rates = [entry["learning_rate"] for entry in state.log_history if "learning_rate" in entry]
+    if args.freeze_encoder_steps and state.global_step < 2 * args.freeze_encoder_steps:
+        causes.append(f"the encoder was frozen for {args.freeze_encoder_steps} updates (--freeze_encoder_steps lower?)")
+    if rates and max(rates) < 2e-5:
+        causes.append(
+            f"the learning rate reached only {max(rates):.1e} so far (--learning_rate higher, shorter warm-up?)"
         )
-
-
-def _is_torn(path: str | os.PathLike) -> bool:
-    """Whether the last line of a file is not a whole one."""
-    with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
-        return end > 0 and file.read(1) != b"\n"
-
-
-def read_skipped(path: str | os.PathLike) -> dict[tuple[str, str], dict[str, str]]:
-    """Unreadable utterances met so far, by id and path; several workers may have met the same one."""
-    if not os.path.exists(path):
-        return {}
-    entries = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
-                entry = json.loads(line)
-                entries[entry["id"], entry["audio"]] = entry
-    return entries
-
-
-def collate_ctc(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Items → input_values (B, S) padded with zeros, labels (B, U) padded with -100, attention_mask (B, S) if lengths differ."""
-    lengths = torch.tensor([len(item["input_values"]) for item in items])
-    input_values = torch.zeros(len(items), int(lengths.max()))
-    labels = torch.full((len(items), max(1, *(len(item["labels"]) for item in items))), _IGNORED)
-    for row, item in enumerate(items):
-        input_values[row, : lengths[row]] = torch.from_numpy(item["input_values"])
-        labels[row, : len(item["labels"])] = torch.tensor(item["labels"], dtype=torch.long)
-    batch = {"input_values": input_values, "labels": labels}
-    if int(lengths.min()) < int(lengths.max()):
-        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    return batch
+    if args.mask_time_prob > 0.3 or args.mask_feature_prob > 0.3:
+        causes.append("masks may be too heavy for a small model (--mask_time_prob, --mask_feature_prob)")
+    if args.config_name:
+        causes.append("random weights leave it late, if at all")
+    if state.global_step < 3_000:
+        causes.append("small models and few labels take a few thousand updates")
+    causes.append("transcripts that do not belong to their audio, or weights that were not pretrained, never leave it")
+    return list(itertools.islice(causes, 3))

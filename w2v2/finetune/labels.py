@@ -6,6 +6,7 @@ Shapes: B utterances, S samples.
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from w2v2.data.audio import SAMPLING_RATE, probe, read_crop
 from w2v2.data.hashing import CROP, below, derive
 from w2v2.data.manifest import COLUMNS, EXTRAS, load_manifest
 from w2v2.errors import UserError
-from w2v2.finetune import ctc
+from w2v2.finetune import ctc_data
 
 
 def read_utterances(
@@ -29,7 +30,7 @@ def read_utterances(
     """
     table, skipped = load_manifest(list(paths), data_root=data_root, cache_dir=cache_dir, probe=probe, further=columns)
     num_utterances = len(table) + len(skipped)
-    table, unopened = ctc.drop_unreadable(table)
+    table, unopened = ctc_data.drop_unreadable(table)
     skipped += unopened
     if len(skipped) > max_skipped_fraction * num_utterances:
         first = skipped[0]
@@ -115,8 +116,8 @@ def balanced_weights(targets: Sequence[str], labels: Sequence[str]) -> list[floa
     return [len(targets) / (len(labels) * counts[label]) for label in labels]
 
 
-class LabelledDataset(ctc.SpeechDataset):
-    """Utterances decoded when they are asked for, with one label: items as in `ctc.SpeechDataset`, `labels` of length 1.
+class LabelledDataset(ctc_data.SpeechDataset):
+    """Utterances decoded when they are asked for, with one label: items as in `ctc_data.SpeechDataset`, `labels` of length 1.
 
     Where `crop_seconds` is not 0, of a longer utterance only a piece of that length is read, which one is a pure function of (seed,
     epoch, utterance).
@@ -144,7 +145,7 @@ class LabelledDataset(ctc.SpeechDataset):
 
 def collate_labelled(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Items → input_values (B, S), labels (B,), -100 where the audio was unreadable, attention_mask (B, S) if lengths differ."""
-    batch = ctc.collate_ctc(items)
+    batch = ctc_data.collate_ctc(items)
     return batch | {"labels": batch["labels"][:, 0]}
 
 
@@ -155,3 +156,58 @@ def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None
     if not kept:
         raise UserError("--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds")
     return table.select(kept), len(table) - len(kept)
+
+
+LEAST_FOLDS = 3  # one to train on, one to validate, one to test
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of a table, by what they are for."""
+
+    name: str
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def group_splits(groups: Sequence[str], column: str, num_folds: int | None = None) -> list[Split]:
+    """One split a fold. A fold is one group, or, where `num_folds` is given, several, as even in utterances as they come.
+
+    Raises UserError where an utterance has no group, or there are too few groups.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    names = sorted(set(groups))
+    if "" in names:
+        raise UserError(
+            f"--folds {column}: utterance {groups.index('') + 1} has no {column}: fill it in, or leave it out"
+        )
+    num_folds = num_folds or len(names)
+    if num_folds < LEAST_FOLDS:
+        raise UserError(
+            f"--folds {column} makes {num_folds} folds; {LEAST_FOLDS} are needed, to train, validate and test"
+        )
+    if num_folds > len(names):
+        raise UserError(f"--num_folds {num_folds} is more than there are in {column}, {len(names)}: lower it")
+    if num_folds == len(names):
+        test_rows = [np.flatnonzero(np.array(groups) == name) for name in names]
+    else:
+        test_rows = [rows for _, rows in GroupKFold(num_folds).split(groups, groups=groups)]
+    folds = [sorted(map(int, rows)) for rows in test_rows]
+    return [_split(k, folds) for k in range(num_folds)]
+
+
+def _split(k: int, folds: list[list[int]]) -> Split:
+    validation = (k + 1) % len(folds)
+    rest = sorted(row for fold, rows in enumerate(folds) if fold not in (k, validation) for row in rows)
+    return Split(f"fold-{k + 1}", rest, folds[validation], folds[k])
+
+
+def shared_groups(splits: Sequence[Split], groups: Sequence[str]) -> list[str]:
+    """Groups (such as speakers, where folds are sessions) that both train and are tested in some split, the nameless one aside."""
+    shared: set[str] = set()
+    for split in splits:
+        heard = {groups[row] for row in split.train + split.validation}
+        shared |= {groups[row] for row in split.test} & heard
+    return sorted(shared - {""})

@@ -9,14 +9,13 @@ from typing import Any
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import NAMES, RATES, count_edits, word_error_rate, worst_utterances
 from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE, SKIPPED_FILE, FineTuningArguments
-from w2v2.finetune.ctc import SpeechDataset, read_skipped
-from w2v2.finetune.ctc_arguments import CTCArguments
-from w2v2.finetune.ctc_trainer import CTCTrainer
+from w2v2.finetune.ctc import CTCTrainer
+from w2v2.finetune.ctc_data import SpeechDataset, as_audio, num_hours, read_skipped, say
 from w2v2.finetune.decoding import BeamDecoder, tuning_grid
-from w2v2.finetune.finetuning import describe_best
-from w2v2.finetune.speech_sets import as_audio, num_hours, say
 from w2v2.finetune.subsets import draw_order
+from w2v2.finetune.task_arguments import CTCArguments
 from w2v2.finetune.text import CHARACTERS, unit_of, unknown_units
+from w2v2.finetune.trainer import describe_best
 
 MOST_WORST = 10
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.evaluate.scores import classification_scores, mean_and_deviation
-from w2v2.finetune.folds import Split
+from w2v2.finetune.labels import Split
 
 STRENGTHS = {"logistic": (0.001, 0.01, 0.1, 1.0, 10.0), "ridge": (1e4, 1e3, 1e2, 1e1, 1.0)}  # weak fits first
 _VALIDATION_SHARE = 5  # one utterance in so many, where there is no validation set

@@ -12,7 +12,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPr
 import finetune_ctc
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import word_error_rate
-from w2v2.finetune.speech_sets import name_sets
+from w2v2.finetune.ctc_data import name_sets
 
 ARPA = ("\\data\\\nngram 1=6\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t-0.3\n-1\t</s>\n-0.5\t{0}\t-0.2\n"
         "-0.7\t{1}\n-0.9\t{2}\n\n\\2-grams:\n-0.2\t{0} {1}\n\n\\end\\\n")  # fmt: skip

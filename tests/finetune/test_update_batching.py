@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from w2v2.finetune.update_batches import UpdateSampler
+from w2v2.finetune.batching import UpdateSampler
 
 SECOND = 16_000
 LENGTHS = (np.random.default_rng(0).uniform(1, 20, 400) * SECOND).astype(int)

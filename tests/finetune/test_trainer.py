@@ -11,8 +11,8 @@ from two_ranks_ctc import make_trainer, write_speech
 
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import error_rates
-from w2v2.finetune import ctc
-from w2v2.finetune.finetuning import LengthGroupedSampler
+from w2v2.finetune import ctc_data
+from w2v2.finetune.trainer import LengthGroupedSampler
 from w2v2.train.schedule import lr_factor
 
 LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
@@ -189,7 +189,7 @@ def test_predictions_and_error_rates_do_not_move_with_the_batch_size(table, tmp_
 def test_error_rates_are_those_of_the_predictions_and_the_written_references(table, tmp_path):
     written = table.map(lambda row: {"text": row["text"] + " ÉTÉ"})  # É and T are unknown to the vocabulary
     trainer = make_trainer(table, tmp_path)
-    trainer.eval_dataset.table = ctc.longest_first(written)
+    trainer.eval_dataset.table = ctc_data.longest_first(written)
     output = trainer.predict(trainer.eval_dataset)
     rates = error_rates(trainer.eval_dataset.table["text"], output.predictions)
     assert (output.metrics["test_wer"], output.metrics["test_cer"]) == (rates["wer"], rates["cer"])

@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from datasets import Dataset
+from tiny_run import file_size_limit
+from transformers import Wav2Vec2FeatureExtractor
+
+from w2v2.errors import UserError
+from w2v2.finetune import ctc_data
+from w2v2.finetune.text import TextRules, build_vocabulary
+
+VOCABULARY = build_vocabulary(["HELLO THERE", "A BAD CAB"])
+RAW = Wav2Vec2FeatureExtractor(do_normalize=False)
+
+
+def table(rows):
+    return Dataset.from_list(
+        [{"id": f"u{i}", "audio": "a.wav", "start": 0.0, "num_samples": 16_000, **row} for i, row in enumerate(rows)]
+    )
+
+
+def test_utterances_without_text_are_dropped_and_counted():
+    kept, dropped = ctc_data.prepare_texts(table([{"text": "a b"}, {"text": "?"}, {"text": None}]), "m", TextRules())
+    assert (kept["text"][:], dropped) == (["A B"], {"no_text": 2})
+
+
+def test_missing_text_names_the_manifest():
+    with pytest.raises(UserError, match="m.csv.*text"):
+        ctc_data.prepare_texts(table([{}]), "m.csv", TextRules())
+    with pytest.raises(UserError, match="m.csv.*none of its 1"):
+        ctc_data.prepare_texts(table([{"text": ""}]), "m.csv", TextRules())
+
+
+def test_where_transcripts_are_not_needed_a_set_without_any_stays_whole():
+    for rows in ([{}, {}], [{"text": ""}, {"text": None}]):
+        kept, dropped = ctc_data.prepare_texts(table(rows), "m", TextRules(), needed=False)
+        assert (kept["text"][:], dropped) == (["", ""], {"no_text": 0})
+    kept, dropped = ctc_data.prepare_texts(table([{"text": ""}, {"text": "a"}]), "m", TextRules(), needed=False)
+    assert (kept["text"][:], dropped) == (["A"], {"no_text": 1})
+    with pytest.raises(UserError, match="none of its 1"):  # there is text, but nothing is left of it
+        ctc_data.prepare_texts(table([{"text": "?"}]), "m", TextRules(), needed=False)
+
+
+def test_training_leaves_out_what_it_cannot_learn_from_and_says_why():
+    rows = [
+        {"text": "AB"},
+        {"text": "LL", "num_samples": 800},
+        {"text": "A", "num_samples": 100},
+        {"text": "A", "num_samples": 10**6},
+    ]
+    kept, dropped = ctc_data.select_trainable(table(rows), "characters", lambda samples: samples // 400, 0.01, 10.0)
+    assert kept["id"][:] == ["u0"]
+    assert dropped == {"text_longer_than_audio": 1, "too_short": 1, "too_long": 1}
+
+
+@pytest.fixture
+def audio(tmp_path):
+    good, torn = tmp_path / "good.wav", tmp_path / "torn.flac"
+    samples = np.random.default_rng(0).uniform(-0.1, 0.1, 32_000)
+    soundfile.write(good, samples, 16_000)
+    soundfile.write(torn, samples, 16_000)
+    torn.write_bytes(torn.read_bytes()[:30_000])
+    (tmp_path / "empty.wav").touch()
+    return tmp_path
+
+
+def test_files_that_do_not_open_are_found_before_training(audio):
+    paths = ["good.wav", "empty.wav", "absent.wav"]
+    kept, skipped = ctc_data.drop_unreadable(table([{"audio": str(audio / path)} for path in paths]))
+    assert kept["id"][:] == ["u0"]
+    assert [entry["id"] for entry in skipped] == ["u1", "u2"]
+    assert "empty" in skipped[0]["reason"] and "exist" in skipped[1]["reason"]
+
+
+def speech(audio, substitute, names=("torn.flac", "good.wav")):
+    rows = table([{"audio": str(audio / name), "num_samples": 32_000, "text": "A"} for name in names])
+    return ctc_data.SpeechDataset(
+        rows, VOCABULARY, RAW, min_samples=400, skip_log=audio / "skipped.jsonl", substitute=substitute
+    )
+
+
+def test_training_takes_another_utterance_for_one_that_does_not_decode(audio):
+    data = speech(audio, substitute=True)
+    np.testing.assert_array_equal(data[0]["input_values"], data[1]["input_values"])
+    assert [entry["id"] for entry in ctc_data.read_skipped(data.skip_log).values()] == ["u0"]
+    assert json.loads(data.skip_log.read_text().splitlines()[0])["audio"] == str(audio / "torn.flac")
+
+
+def test_evaluation_marks_an_utterance_that_does_not_decode_by_having_no_labels(audio):
+    data = speech(audio, substitute=False)
+    assert (data[0]["labels"], data[1]["labels"]) == ([], [VOCABULARY["A"]])
+    assert len(ctc_data.read_skipped(data.skip_log)) == 1
+
+
+def test_an_utterance_without_text_is_told_from_one_without_audio(audio):
+    data = speech(audio, substitute=False)
+    data.table = data.table.map(lambda row: {"text": ""})
+    assert (data[0]["labels"], data[1]["labels"]) == ([], [VOCABULARY["<unk>"]])
+
+
+def test_audio_shorter_than_a_frame_is_padded_to_one(audio):
+    soundfile.write(audio / "blip.wav", np.full(100, 0.5), 16_000)
+    data = speech(audio, substitute=False, names=["blip.wav"])
+    data.table = data.table.map(lambda row: {"num_samples": 100})
+    values = data[0]["input_values"]
+    assert len(values) == 400 and values[:100].all() and not values[100:].any()
+
+
+def test_a_window_of_a_file_is_read(audio):
+    data = speech(audio, substitute=False, names=["good.wav"])
+    data.table = data.table.map(lambda row: {"start": 0.5, "num_samples": 8_000})
+    expected = soundfile.read(audio / "good.wav", dtype="float32")[0][8_000:16_000]
+    np.testing.assert_array_equal(data[0]["input_values"], expected)
+
+
+def test_batches_are_padded_and_masked_only_where_lengths_differ():
+    items = [{"input_values": np.ones(n, np.float32), "labels": labels} for n, labels in ((5, [3]), (3, [4, 5]))]
+    batch = ctc_data.collate_ctc(items)
+    assert batch["input_values"].tolist() == batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[3, -100], [4, 5]]
+    assert "attention_mask" not in ctc_data.collate_ctc([items[0], items[0]])
+
+
+def test_a_full_disk_under_the_list_of_skipped_audio_ends_nothing(tmp_path, caplog):
+    path, entry = tmp_path / "skipped_audio.jsonl", {"id": "a", "audio": "a.wav", "reason": "torn"}
+    with file_size_limit(14):
+        ctc_data.log_skipped(path, [entry])
+    assert "cannot be written" in caplog.text and path.stat().st_size <= 14
+    ctc_data.log_skipped(path, [entry])
+    assert list(ctc_data.read_skipped(path).values()) == [entry]
