@@ -27,6 +27,7 @@ from w2v2.data.batching import EffectiveBatches, MicroBatchPlan, PlanStream, pla
 from w2v2.data.collate import CropDataset, Framing, build_loader
 from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
 from w2v2.hub.push import HubPusher, draw_plots, write_model_card
+from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_config, build_feature_extractor, build_framing, build_model
 from w2v2.train import heartbeat, memory, sharding
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
@@ -229,7 +230,7 @@ def train(
         if state.is_due(args.logging_steps) or state.step == 1:
             log.write(record | clock.lap())
             watch.see(record)
-            memory.give_back()  # what micro-batches of many lengths left in the heap
+            give_back()  # what micro-batches of many lengths left in the heap
         if validation and state.is_due(args.eval_steps) and is_stopping:
             state.owes_validation = True
         elif validation and state.is_due(args.eval_steps):

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from w2v2.model.attention import Rows, _AttentionInBlocks, attend, runs
+from w2v2.model.attention import Rows, attend, runs
+from w2v2.model.cpu import attend_in_blocks
 
 
 def concatenated(x, lengths):
@@ -61,7 +62,7 @@ def test_gradient_with_dropout_is_that_of_the_output_for_any_number_of_threads(m
 
     def attention(*x):
         torch.manual_seed(7)
-        return _AttentionInBlocks.apply(*x, 0.3)
+        return attend_in_blocks(*x, 0.3)
 
     assert torch.autograd.gradcheck(attention, (query, key, value))
     found = attention(query, key, value)
@@ -71,7 +72,7 @@ def test_gradient_with_dropout_is_that_of_the_output_for_any_number_of_threads(m
 
 def test_so_many_weights_are_dropped_and_no_two_heads_alike():
     query, key, value = (x.transpose(1, 2) for x in inputs(2, 60, seed=3))
-    out = _AttentionInBlocks.apply(query, key, value, 0.1)
+    out = attend_in_blocks(query, key, value, 0.1)
     kept = out.grad_fn.saved_tensors[-1]  # (B · H, T, T)
     number = kept.numel()
     assert abs(float(kept.double().mean()) - 0.9) < 5 * (0.09 / number) ** 0.5

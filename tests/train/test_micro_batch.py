@@ -17,10 +17,10 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
 from w2v2.data.collate import build_batch
 from w2v2.errors import UserError
+from w2v2.model.cpu import keep_freed
 from w2v2.model.loading import build_framing
 from w2v2.model.pretraining import PretrainingModel
 from w2v2.train import memory, micro_batch
-from w2v2.train.memory import keep_freed
 from w2v2.train.micro_batch import Finding, Trial, fit, largest, search_accelerator, search_cpu, share, worst_case
 from w2v2.train.update import build_optimizer
 

@@ -8,7 +8,7 @@ there are few runs.
 Shapes: B utterances, N their frames altogether, T frames of one, M frames asked from, H heads, d width of a head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from w2v2.model.cpu import draw_kept
+from w2v2.model.cpu import attend_in_blocks
 
 # The function behind nested tensors' `scaled_dot_product_attention`: differentiable, with dropout, which the public
 # `torch.nn.attention.varlen` has not. Nested tensors would cost the host some hundred microseconds a call.
@@ -100,71 +100,10 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, drop
     if dropout == 0.0 or has_kernel(query.device):
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     else:
-        out = _AttentionInBlocks.apply(query, key, value, dropout)
+        out = attend_in_blocks(query, key, value, dropout)
     return out.transpose(1, 2)
 
 
 def has_kernel(device: torch.device) -> bool:
     """Whether the library has a fused kernel for attention with dropout."""
     return device.type != "cpu"
-
-
-class _AttentionInBlocks(torch.autograd.Function):
-    """Attention with dropout on the CPU, where the library has no fused kernel for it: as many heads at a time as there are threads.
-
-    As in flash attention (Dao et al., 2022, algorithm 4) the weights are computed again in the backward pass instead of being kept, and
-    the softmax's gradient needs only D = (output · its gradient) of each query. What is kept beside the inputs is one byte a weight, which
-    says whether it was dropped. The buffers stay in the cache and are used again for the next heads.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, dropout):  # (B, H, M, d), twice (B, H, T, d)
-        B, H, M, d = query.shape
-        query, key, value = (x.reshape(B * H, -1, d) for x in (query * d**-0.5, key, value))
-        out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
-        weights, factor = _buffers(query, value, 2)
-        for heads in _blocks(B * H, len(weights)):
-            p, f = weights[: len(query[heads])], factor[: len(query[heads])]
-            _softmax_scores(query[heads], key[heads], p)
-            draw_kept(kept[heads], dropout)
-            torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
-        out *= 1.0 / (1.0 - dropout)
-        ctx.save_for_backward(query, key, value, out, kept)
-        ctx.dropout = dropout
-        return out.view(B, H, M, d)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        query, key, value, out, kept = ctx.saved_tensors
-        B, H, M, d = gradient.shape
-        gradient = gradient.reshape(B * H, M, d)
-        shift = (gradient * out).sum(-1, keepdim=True)  # (B·H, M, 1)
-        scaled = gradient * (1.0 / (1.0 - ctx.dropout))
-        d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        weights, d_weights, factor = _buffers(query, value, 3)
-        for heads in _blocks(B * H, len(weights)):
-            p, dp, f = (x[: len(query[heads])] for x in (weights, d_weights, factor))
-            _softmax_scores(query[heads], key[heads], p)
-            f.copy_(kept[heads])
-            torch.bmm(scaled[heads], value[heads].transpose(1, 2), out=dp)
-            dp.mul_(f).sub_(shift[heads]).mul_(p)
-            torch.bmm(p.mul_(f).transpose(1, 2), scaled[heads], out=d_value[heads])
-            torch.bmm(dp, key[heads], out=d_query[heads])
-            torch.bmm(dp.transpose(1, 2), query[heads], out=d_key[heads])
-        d_query *= d**-0.5
-        return d_query.view(B, H, M, d), d_key.view(B, H, -1, d), d_value.view(B, H, -1, d), None
-
-
-def _buffers(query: torch.Tensor, key: torch.Tensor, number: int) -> list[torch.Tensor]:
-    """Attention weights (n, M, T) of the heads of query (B·H, M, d) that are computed together."""
-    together = min(len(query), torch.get_num_threads())
-    return [query.new_empty(together, query.shape[1], key.shape[1]) for _ in range(number)]
-
-
-def _blocks(total: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, total)) for first in range(0, total, size))
-
-
-def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
-    torch.bmm(query, key.transpose(1, 2), out=out)
-    torch.softmax(out, -1, out=out)

@@ -1,19 +1,32 @@
-"""Matrix products and dropout through the fastest kernels that the library has for them on a CPU; elsewhere the stock functions.
+"""What only a CPU needs: faster kernels for products, dropout and attention with dropout, and settings of the allocator.
 
-On x86 PyTorch sends float32 products to MKL. oneDNN, which it brings along for other uses, was 7 to 18 % faster at the shapes of this
-model on an AMD processor in the forward pass and for the input's gradient; for the weight's gradient MKL is kept. PyTorch's bernoulli
-generator takes about 5 ns an element; a quarter of a 64-bit draw decides as well.
+On every other device these functions fall back to the stock ones.
 
-oneDNN keeps what it has compiled for each shape (up to 1,024 of them). Small models gain nothing from it, hear batches of many shapes, and
-would grow by that: theirs stay with MKL.
+Products: on x86 PyTorch sends float32 products to MKL. oneDNN, which PyTorch brings along, was 7 to 18 % faster at this model's
+shapes on an AMD processor, in the forward pass and for the input's gradient. The weight's gradient stays with MKL. oneDNN keeps
+what it compiles for each shape (up to 1,024 of them). Small models gain nothing from it, and batches of many shapes would make
+them grow. So their products stay with MKL.
+
+Dropout: PyTorch's Bernoulli generator takes about 5 ns an element. A quarter of a 64-bit draw decides as well.
+
+Shapes: B utterances, M frames that ask, T frames that are attended to, H heads, d width of a head.
 """
+
+import ctypes
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
 SMALLEST_WEIGHT = 2**17  # elements: below the narrowest projection of BASE, above the widest of `configs/models/small`
+
+# Parameters of glibc's `mallopt` (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes: the most that glibc accepts
+
+
+# -- products
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,10 +56,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
+        flat = gradient.reshape(-1, gradient.shape[-1])  # (…, N) -> (rows, N)
         d_x = product(flat, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None
         d_weight = flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
         return d_x, d_weight, flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+
+
+# -- dropout
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
@@ -74,10 +90,114 @@ class _Dropout(torch.autograd.Function):
 
 
 def draw_kept(kept: torch.Tensor, p: float) -> None:
-    """Fill `kept` (n, …) (bool, on the CPU) with what dropout of probability p leaves: true with probability 1 − p.
+    """Fill `kept` (n, …), a bool tensor, with what dropout of probability p leaves: true with probability 1 − p.
 
-    Its rows draw one after the other, so that it does not matter how many are drawn at a time.
+    Rows are drawn one after the other, so it does not matter how many of them are drawn in one call.
     """
+    # Each 64-bit draw holds four decisions of 16 bits.
     number = kept[0].numel()
-    draws = torch.empty(len(kept), -(-number // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    torch.ge(draws[:, :number].view(kept.shape), round(p * 65_536) - 32_768, out=kept)
+    draws = torch.empty(len(kept), -(-number // 4), dtype=torch.int64).random_(-(2**63), None)
+    draws = draws.view(torch.int16)[:, :number].view(kept.shape)  # (n, number / 4) -> (n, …)
+    torch.ge(draws, round(p * 65_536) - 32_768, out=kept)
+
+
+# -- attention with dropout
+
+
+def attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Attention with dropout, for which the library has no fused kernel on a CPU.
+
+    Args:
+        query: (B, H, M, d); key and value: (B, H, T, d).
+        dropout: probability with which an attention weight is zeroed.
+
+    Returns: (B, H, M, d).
+    """
+    return _AttentionInBlocks.apply(query, key, value, dropout)
+
+
+class _AttentionInBlocks(torch.autograd.Function):
+    """Computes as many heads at a time as there are threads, so that their weights stay in the cache.
+
+    As in flash attention (Dao et al., 2022, algorithm 4), the backward pass computes the weights again. The softmax's gradient
+    needs only D = (output · its gradient) of each query. Beside the inputs, one byte a weight is kept: whether it was dropped.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, dropout):
+        B, H, M, d = query.shape
+        # (B, H, M, d) -> (B · H, M, d), and (B, H, T, d) -> (B · H, T, d)
+        query, key, value = (x.reshape(B * H, -1, d) for x in (query * d**-0.5, key, value))
+        out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
+        weights, factor = _buffers(query, value, 2)
+        for heads in _blocks(B * H, len(weights)):
+            p, f = weights[: len(query[heads])], factor[: len(query[heads])]  # (heads, M, T)
+            _softmax_scores(query[heads], key[heads], p)
+            draw_kept(kept[heads], dropout)
+            torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
+        out *= 1.0 / (1.0 - dropout)
+        ctx.save_for_backward(query, key, value, out, kept)
+        ctx.dropout = dropout
+        return out.view(B, H, M, d)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, out, kept = ctx.saved_tensors
+        B, H, M, d = gradient.shape
+        gradient = gradient.reshape(B * H, M, d)
+        shift = (gradient * out).sum(-1, keepdim=True)  # (B · H, M, 1)
+        scaled = gradient * (1.0 / (1.0 - ctx.dropout))
+        d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        weights, d_weights, factor = _buffers(query, value, 3)
+        for heads in _blocks(B * H, len(weights)):
+            p, dp, f = (x[: len(query[heads])] for x in (weights, d_weights, factor))  # (heads, M, T)
+            # 1. The weights again, and which of them were kept.
+            _softmax_scores(query[heads], key[heads], p)
+            f.copy_(kept[heads])
+            # 2. Through dropout and softmax to the gradient of the scores.
+            torch.bmm(scaled[heads], value[heads].transpose(1, 2), out=dp)
+            dp.mul_(f).sub_(shift[heads]).mul_(p)
+            # 3. The gradients of value, query and key.
+            torch.bmm(p.mul_(f).transpose(1, 2), scaled[heads], out=d_value[heads])
+            torch.bmm(dp, key[heads], out=d_query[heads])
+            torch.bmm(dp.transpose(1, 2), query[heads], out=d_key[heads])
+        d_query *= d**-0.5
+        return d_query.view(B, H, M, d), d_key.view(B, H, -1, d), d_value.view(B, H, -1, d), None
+
+
+def _buffers(query: torch.Tensor, key: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """Buffers (heads, M, T) for the heads that are computed together, of query (B · H, M, d) and key (B · H, T, d)."""
+    together = min(len(query), torch.get_num_threads())
+    return [query.new_empty(together, query.shape[1], key.shape[1]) for _ in range(number)]
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, total)) for first in range(0, total, size))
+
+
+def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
+    torch.bmm(query, key.transpose(1, 2), out=out)
+    torch.softmax(out, -1, out=out)
+
+
+# -- memory
+
+
+def keep_freed() -> None:
+    """Let the C library (glibc) keep what a micro-batch freed for the next one, as a GPU's allocator does.
+
+    By default glibc returns it at once, and every activation is mapped, cleared page by page and unmapped again. The largest
+    ones still come and go, because they would leave the largest gaps. Micro-batches of many lengths make the heap grow all the
+    same: call `give_back` from time to time. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def give_back() -> None:
+    """Let the C library (glibc) return freed memory to the system, which `keep_freed` prevents."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -13,7 +13,8 @@ from torch.distributed import PrefixStore, Store, rendezvous
 from transformers.utils.logging import disable_progress_bar
 
 from w2v2.errors import UserError, one_line
-from w2v2.train import heartbeat, memory, sharding
+from w2v2.model.cpu import keep_freed
+from w2v2.train import heartbeat, sharding
 from w2v2.train.teardown import settle
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def start_accelerator(args) -> Accelerator:
     cpu = args.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or device is None or device.type == "mps"
     check_environment(os.environ, cpu)
     if cpu:
-        memory.keep_freed()
+        keep_freed()
     meet(args.ddp_timeout, cpu)
     trackers = [name for name in args.report_to if name != "none"]
     try:

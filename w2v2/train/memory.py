@@ -5,15 +5,14 @@ Bytes throughout.
 """
 
 import contextlib
-import ctypes
 import gc
 import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGE = 32 << 20  # the most that glibc takes for this threshold
+from w2v2.model.cpu import give_back
+
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -40,26 +39,6 @@ def peak_of(work: Callable[[], object]) -> int | None:
     if is_reset:
         return _kilobytes(_PROC / "self/status", "VmHWM")
     return found if (found := _highest()) > record else None
-
-
-def keep_freed() -> None:
-    """Let the C library (glibc) keep what a micro-batch freed for the next one, instead of giving it back to the system at once.
-
-    Otherwise every activation is mapped, cleared page by page and unmapped again. It is what a GPU's allocator does by itself. The largest
-    ones, which would leave the largest gaps, still come and go. Over micro-batches of many lengths the heap grows all the same: `give_back`
-    at times. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
-
-
-def give_back() -> None:
-    """Let the C library (glibc) return freed memory to the system, which `keep_freed` keeps it from."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 @contextlib.contextmanager

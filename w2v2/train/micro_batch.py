@@ -27,11 +27,12 @@ from w2v2.data.batching import LATENT_STRIDE, Crops, Cursor, EffectiveBatches, M
 from w2v2.data.collate import Framing, PretrainBatch, build_batch
 from w2v2.data.masking import masked_positions
 from w2v2.errors import UserError
+from w2v2.model.cpu import give_back
 from w2v2.train import memory
 from w2v2.train.update import UpdateSettings, seed_noise
 
 DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
-# Likewise, and much more: over micro-batches of many lengths the heap, in which freed memory stays (`memory.keep_freed`), was seen to
+# Likewise, and much more: over micro-batches of many lengths the heap, in which freed memory stays (`cpu.keep_freed`), was seen to
 # grow to more than twice what one of 400 s takes, and to four times what one of 46 s takes of a small model.
 CPU_SHARE = 0.4
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
@@ -107,7 +108,7 @@ class Trial:
         """Give back what a trial took."""
         gc.collect()
         if self.accelerator.device.type == "cpu":
-            memory.give_back()
+            give_back()
         else:
             torch.get_device_module(self.accelerator.device).empty_cache()
 
