@@ -24,7 +24,8 @@ from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
-from w2v2.data.collate import CropDataset, Framing, build_loader
+from w2v2.data.collate import CropDataset, Framing
+from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
 from w2v2.hub.push import HubPusher, draw_plots, write_model_card
 from w2v2.model.cpu import give_back

@@ -24,7 +24,8 @@ from report import environment, json_line, median_spread, print_table
 from w2v2.arguments import PretrainArguments
 from w2v2.data.audio import SAMPLING_RATE, read_pcm
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
-from w2v2.data.collate import CropDataset, Framing, build_loader
+from w2v2.data.collate import CropDataset, Framing
+from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.errors import UserError
 from w2v2.model.loading import build_config, build_feature_extractor, build_framing, build_model

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from w2v2.data.workers import explain_loss
+from w2v2.data.loader import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
 from w2v2.train import console, heartbeat
 from w2v2.train.stop import Stopped, leave

@@ -19,9 +19,9 @@ from w2v2.data.batching import (
     plan_update,
     plan_validation,
 )
-from w2v2.data.collate import build_loader
 from w2v2.data.cutting import cut, deal, idle_fraction, padded_sizes
 from w2v2.data.hashing import ORDER, derive
+from w2v2.data.loader import build_loader
 from w2v2.data.masking import latent_lengths
 from w2v2.errors import UserError
 

@@ -4,20 +4,17 @@ Shapes: B utterances, S samples of the longest, T latent frames of the longest, 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from w2v2.data.audio import AudioError, read_pcm
 from w2v2.data.batching import Crops, MicroBatchPlan
 from w2v2.data.hashing import derive
 from w2v2.data.masking import kept_rows, latent_lengths, mask_spans, masked_positions
-from w2v2.data.workers import TIMEOUT_SECONDS, Diary
-from w2v2.train.stop import shield_worker
 
 FULL_SCALE = 32_768  # of 16-bit samples
 
@@ -87,8 +84,6 @@ class Framing:
 class CropDataset(Dataset):
     """Maps a `MicroBatchPlan` to its `PretrainBatch`. `table` has the columns of `load_manifest`."""
 
-    diary: Diary | None = None  # what this worker reads, for whoever looks after it
-
     def __init__(self, table, framing: Framing, seed: int):
         self.table, self.framing, self.seed = table, framing, seed
 
@@ -99,8 +94,7 @@ class CropDataset(Dataset):
         for row, entry in enumerate(self.entries(plan)):
             start, num_samples = int(plan.crops.start[row]), int(plan.crops.num_samples[row])
             try:
-                with self.diary.reading(entry["audio"]) if self.diary else nullcontext():
-                    waveforms.append(self.read(entry, start, num_samples))
+                waveforms.append(self.read(entry, start, num_samples))
                 rows.append(row)
                 original_samples += entry["num_samples"]
             except AudioError as error:
@@ -189,19 +183,3 @@ def sound(batch: PretrainBatch) -> torch.Tensor:
     centred = torch.where(inside, x - mean, 0.0)
     variance = centred.pow(2).sum(1, keepdim=True) / batch.num_samples[:, None]
     return centred * torch.rsqrt(variance + 1e-7)
-
-
-def build_loader(dataset: CropDataset, plans, num_workers: int, prefetch_factor: int, pin_memory: bool) -> DataLoader:
-    """Decodes the micro-batches of `plans` (any iterable of them) ahead of time and in order."""
-    dataset.diary = Diary(num_workers) if num_workers > 0 else None
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=plans,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers > 0 else None,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=shield_worker,
-        timeout=TIMEOUT_SECONDS if num_workers > 0 else 0,
-    )

@@ -7,7 +7,6 @@ that is asked: the others hear of it in the sums that they exchange at each upda
 import os
 import signal
 import sys
-import threading
 import time
 
 from w2v2.train.console import say
@@ -66,24 +65,6 @@ class StopRequest:
         if self.signal_name is not None:
             return self.signal_name
         return f"--max_hours {self.max_hours:g}" if self.is_asked else "another process was asked to"
-
-
-def shield_worker(worker: int) -> None:
-    """Keep a loader's worker alive when a scheduler or terminal signals every process of the run: the last update still needs it.
-
-    Its parent's SIGTERM, a loader's last resort, ends it; and it ends by itself when its loader does, or its parent is gone.
-    """
-    for number in set(_SIGNALS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, name="sigterm", daemon=True).start()
-
-
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 def leave(stopped: Stopped) -> None:

@@ -1,0 +1,75 @@
+"""The `DataLoader` of micro-batches, its worker processes, and what to tell the user when one of them is lost."""
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterable
+
+from torch.utils.data import DataLoader, Dataset
+
+from w2v2.data.batching import MicroBatchPlan
+
+TIMEOUT_SECONDS = 1_800  # without a micro-batch from a worker: hung storage, or a decoder that never ends
+_IGNORED = ("SIGUSR1", "SIGHUP", "SIGINT")  # Slurm's warning, a closed terminal, Ctrl-C
+
+
+def build_loader(
+    dataset: Dataset, plans: Iterable[MicroBatchPlan], num_workers: int, prefetch_factor: int, pin_memory: bool
+) -> DataLoader:
+    """A loader that decodes the micro-batches of `plans` ahead of time, in their order."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=plans,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers > 0 else None,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=shield_worker,
+        timeout=TIMEOUT_SECONDS if num_workers > 0 else 0,
+    )
+
+
+def shield_worker(worker: int) -> None:
+    """Keep a worker alive when a scheduler or a terminal signals every process of the run: the last update needs it.
+
+    A SIGTERM from its own parent ends it, which is the loader's last resort. It also ends when its parent is gone.
+    """
+    for name in _IGNORED:
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, name="sigterm", daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def explain_loss(error: BaseException) -> str | None:
+    """One line for a worker that was lost or hangs, with the likely cause and the remedy; None for any other error.
+
+    torch raises a bare RuntimeError from wherever the main process is when it hears of its child's death.
+    """
+    text = " ".join(f"{error.__cause__ or ''} {error}".split())  # the cause, where there is one, knows the signal
+    if hung := re.search(r"DataLoader timed out after ([\d.]+)", text):
+        return (
+            f"no audio came for {float(hung[1]):,.0f} s from the processes that decode it: the storage does not answer, or "
+            "the decoder never ends with a damaged file"
+        )
+    lost = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) (?:is killed by signal: (\w[\w ]*))?", text)
+    if not lost:
+        return None
+    how = lost[2] or "it ended by itself"
+    if re.search("egmentation|loating|Abort", how):
+        cause = "a damaged file crashed the decoder: find it and leave it out of the manifest"
+    else:
+        cause = "memory ran out, or shared memory (in a container: --shm-size=2g): use fewer --dataloader_num_workers"
+    return (
+        f"a process that decodes audio (pid {lost[1]}) was lost ({how}): probably {cause}; --resume_from_checkpoint auto "
+        "goes on from the last checkpoint"
+    )
