@@ -21,7 +21,8 @@ from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 from w2v2.data.audio import probe
 from w2v2.data.manifest import read_manifests
 from w2v2.errors import UserError
-from w2v2.finetune.text import CASES, DROPPED_CHARACTERS, TARGET_UNITS, TextRules
+from w2v2.evaluate.error_rates import TARGET_UNITS
+from w2v2.finetune.text import CASES, DROPPED_CHARACTERS, TextRules
 
 MANIFESTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 

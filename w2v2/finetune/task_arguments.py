@@ -4,15 +4,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from w2v2.errors import UserError
+from w2v2.evaluate.error_rates import CHARACTERS, TARGET_UNITS, TOKENS
 from w2v2.evaluate.scores import MEASURES
 from w2v2.finetune.arguments import FineTuningArguments, check_metric, flag
 from w2v2.finetune.decoding import Setting
 from w2v2.finetune.text import (
     CASES,
-    CHARACTERS,
     DROPPED_CHARACTERS,
-    TARGET_UNITS,
-    TOKENS,
     TextRules,
     case_of,
     read_text_flags,

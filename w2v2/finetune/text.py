@@ -29,11 +29,11 @@ from transformers import (
 from transformers.utils import cached_file
 
 from w2v2.errors import UserError
+from w2v2.evaluate.error_rates import CHARACTERS, TOKENS
 from w2v2.model.backbone import locate
 
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
 SPECIAL = (BLANK, UNKNOWN, "<s>", "</s>")  # never written; the last two in vocabularies that others made
-CHARACTERS, TOKENS = TARGET_UNITS = ("characters", "tokens")
 CASES = ("upper", "lower", "keep")
 DROPPED_CHARACTERS = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~¡¿«»“”„‚‘…–—'
 _TO_SPACE = "-/_–—"  # where one of these is dropped, a word ends
