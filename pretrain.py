@@ -35,11 +35,11 @@ from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.launch import device_name, end_training, start_accelerator, start_trackers
 from w2v2.train.log import RunLog, read_metrics
 from w2v2.train.micro_batch import Trial, fit, share
-from w2v2.train.non_finite import NonFiniteUpdates
-from w2v2.train.plan import SkippedAudio, build_batches, present_plan
+from w2v2.train.plan import build_batches, present_plan
 from w2v2.train.resuming import choose_checkpoint
 from w2v2.train.run_folder import claim
 from w2v2.train.schedule import gumbel_temperature, lr_factor, ramp
+from w2v2.train.skipped import SkippedAudio, SkippedUpdates
 from w2v2.train.state import RunState
 from w2v2.train.stop import Stopped, StopRequest
 from w2v2.train.update import Clock, Feed, UpdateSettings, build_optimizer, train_update, validate
@@ -200,12 +200,13 @@ def train(
         is_main=accelerator.is_main_process,
         disable_tqdm=args.disable_tqdm,
     )
-    non_finite = NonFiniteUpdates(
+    skipped_updates = SkippedUpdates(
         args.output_dir, training.table, args.max_non_finite_updates, accelerator, first_step=state.step
     )
-    lines = (log, skipped, non_finite)
-    for file in lines:
-        files.callback(file.close)
+    lines = (log.records, skipped.records, skipped_updates.records)
+    files.callback(log.close)
+    for records in lines:
+        files.callback(records.close)
     watch = Watch(args, accelerator.unwrap_model(run.model).config, training, accelerator, first_step=state.step)
     clock = Clock(feed)
     if validation and state.owes_validation:
@@ -217,7 +218,7 @@ def train(
         metrics, totals, heard = train_update(accelerator, run.model, run.optimizer, feed.update(), settings, stop)
         if totals.num_skipped:
             skipped.add(gather_object(heard.skipped), state.step + 1)
-        state.skipped_updates += non_finite.note(state.step + 1, metrics, heard)
+        state.skipped_updates += skipped_updates.note(state.step + 1, metrics, heard)
         state.advance(feed.cursor, totals.heard_samples)
         is_stopping = totals.is_stop_asked and state.step < args.max_steps
         clock.heard_samples += totals.heard_samples
@@ -239,8 +240,8 @@ def train(
             clock.lap()
         if state.is_due(args.save_steps) or is_stopping:
             heartbeat.at(f"saving checkpoint-{state.step}")
-            for file in lines:
-                file.flush()
+            for records in lines:
+                records.sync()
             folder = save_checkpoint(
                 args.output_dir,
                 accelerator,
@@ -254,8 +255,9 @@ def train(
             if pusher and folder:
                 pusher.push(folder, f"Weights after {state.step} updates")
             clock.lap()
-    for file in lines:
-        file.close()
+    log.close()
+    for records in lines:
+        records.close()
 
 
 def update_settings(args, model, step: int) -> UpdateSettings:

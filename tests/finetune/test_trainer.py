@@ -101,7 +101,7 @@ def test_a_disk_that_is_full_for_logs_and_trackers_changes_no_run(table, tmp_pat
         if len(records) > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("w2v2.train.line_file.open", full_at_times, raising=False)
+    monkeypatch.setattr("w2v2.train.records.open", full_at_times, raising=False)
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full_from_the_third_on)
     with caplog.at_level(logging.WARNING):
         disturbed.train()

@@ -22,7 +22,7 @@ from w2v2.data.manifest import load_manifest
 from w2v2.errors import printable
 from w2v2.finetune.ctc_data import log_skipped, read_skipped
 from w2v2.finetune.text import build_vocabulary
-from w2v2.train.plan import SkippedAudio
+from w2v2.train.skipped import SkippedAudio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_scripts"))
 

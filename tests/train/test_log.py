@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -177,3 +178,24 @@ def test_the_bar_shows_loss_accuracy_perplexity_hours_and_speed_within_100_colum
     for part in ("120/400000", "loss 3.912", "acc 0.183", "ppl 41.2", "12346 h heard", "3800 x real time", "left"):
         assert part in shown
     assert len(shown) <= 100
+
+
+def test_a_thread_that_meets_a_full_disk_says_so(tmp_path, caplog, capsys, monkeypatch):
+    """As TensorBoard's does; a bug keeps its traceback."""
+
+    def run(error):
+        def fail():
+            raise error
+
+        thread = threading.Thread(target=fail, name="writer")
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    RunLog(tmp_path, total_steps=4).close()
+    run(OSError(28, "No space left on device", "events"))
+    assert capsys.readouterr().err == ""
+    (record,) = caplog.records
+    assert record.getMessage() == "writer has ended: events: No space left on device"
+    run(ZeroDivisionError())
+    assert "Traceback" in capsys.readouterr().err

@@ -16,7 +16,8 @@ import pretrain
 from w2v2.arguments import PretrainArguments
 from w2v2.data.utterances import Utterances, silent_share
 from w2v2.errors import UserError
-from w2v2.train.log import json_line, read_metrics
+from w2v2.train.log import read_metrics
+from w2v2.train.records import json_line
 from w2v2.train.watch import Watch
 
 GOOD = dict(accuracy=0.3, codebook_perplexity_hard=50.0, distractors_left=98.0)
@@ -131,7 +132,7 @@ def test_no_checkpoint_is_removed_while_the_next_ones_may_be_of_a_collapsed_mode
 
 def test_a_resumed_run_has_seen_what_was_logged(build, tmp_path):
     lines = [json_line(entry) for entry in records() if entry["step"] <= 150]
-    (tmp_path / "metrics.jsonl").write_text("".join([*lines, json_line({"step": 150, "eval_loss": 1.0})]))
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([*lines, json_line({"step": 150, "eval_loss": 1.0})]))
     watch = build(first_step=150)
     assert watch.keep(3) == 0
     show(watch, after=150, until=200)
@@ -142,7 +143,7 @@ def test_a_resumed_run_has_seen_what_was_logged(build, tmp_path):
 def test_a_collapse_that_was_sure_before_a_resume_is_not_forgotten(build, tmp_path, caplog):
     """The earlier part only warned of it, or looked over a longer window."""
     lines = [json_line(entry) for entry in records() if entry["step"] <= 250]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
     with pytest.raises(UserError, match="since update 110"):
         show(build(first_step=250), after=250)
     show(build("warn", first_step=250), after=250)
@@ -223,9 +224,9 @@ def test_lines_that_the_disk_refused_are_written_when_a_collapse_ends_the_run(co
 
     def stop_at_the_third(watch, entry):
         if entry["step"] == 2:
-            monkeypatch.setattr("w2v2.train.line_file.open", full, raising=False)
+            monkeypatch.setattr("w2v2.train.records.open", full, raising=False)
         if entry["step"] == 3:
-            monkeypatch.setattr("w2v2.train.line_file.open", open, raising=False)
+            monkeypatch.setattr("w2v2.train.records.open", open, raising=False)
             raise UserError("the codes have collapsed")
 
     monkeypatch.setattr(Watch, "see", stop_at_the_third)

@@ -28,8 +28,8 @@ from w2v2.errors import UserError, one_line
 from w2v2.finetune.batching import MicroBatches, UpdateSampler, collate_update
 from w2v2.finetune.ctc_data import SpeechDataset, read_skipped
 from w2v2.train.folder_swap import open_to_others
-from w2v2.train.line_file import LineFile, rewrite
-from w2v2.train.log import METRICS_FILE, json_line, say_in_a_line
+from w2v2.train.log import METRICS_FILE, say_in_a_line
+from w2v2.train.records import StepRecords
 from w2v2.train.schedule import lr_factor
 from w2v2.train.teardown import settle
 
@@ -333,8 +333,9 @@ class RunLog(ProgressCallback):
             unit="update",
             disable=args.disable_tqdm,
         )
-        lines = map(_json, state.log_history)  # resumed: what the checkpoint knows, no more
-        rewrite(Path(args.output_dir) / METRICS_FILE, "".join(lines).encode())
+        # Resumed: what the checkpoint knows, no more.
+        history = [dict(sorted(entry.items())) for entry in state.log_history]
+        self._records = StepRecords(Path(args.output_dir) / METRICS_FILE, head=history)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not args.disable_tqdm:
@@ -344,26 +345,17 @@ class RunLog(ProgressCallback):
         if not state.is_world_process_zero or not state.log_history or "train_runtime" in logs:
             return
         entry = state.log_history[-1]
-        self._file(args).append(_json(entry))
+        self._records.append(dict(sorted(entry.items())))
         tqdm.write(f"update {state.global_step}/{state.max_steps} · " + _line(entry))
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self._file(args).flush()
+            self._records.sync()
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)
         if state.is_world_process_zero:
-            self._file(args).close()
-
-    def _file(self, args) -> LineFile:
-        if not hasattr(self, "_lines"):
-            self._lines = LineFile(Path(args.output_dir) / METRICS_FILE)
-        return self._lines
-
-
-def _json(entry: dict[str, Any]) -> str:
-    return json_line(dict(sorted(entry.items())))
+            self._records.close()
 
 
 def _line(entry: dict[str, Any]) -> str:

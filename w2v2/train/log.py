@@ -22,7 +22,6 @@ A record is one flat dictionary for one step. Names in training records, all ove
 Validation records hold `step`, `epoch`, `audio_hours` and the same measures under `eval_`.
 """
 
-import json
 import logging
 import math
 import os
@@ -36,7 +35,7 @@ from typing import Any
 from tqdm import tqdm
 
 from w2v2.errors import UserError, as_user_error, one_line
-from w2v2.train.line_file import LineFile, rewrite
+from w2v2.train.records import StepRecords, parse_record
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +57,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the metrics.jsonl of a run") from None
     records = []
     for row, line in enumerate(lines, start=1):
-        record = _parse(line)
+        record = parse_record(line)
         if record is not None:
             records.append(record)
         elif line.strip() and row < len(lines):
             raise UserError(f"{path}: row {row} is no record with a step; remove that line")
     return records
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """A flat record as one line of JSON, which has no word for a number that is not finite: that becomes `null`."""
-    finite = {name: None if _is_odd(value) else value for name, value in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 class RunLog:
@@ -101,17 +94,22 @@ class RunLog:
         self._first_step = first_step
         self._is_main = is_main
         self._trackers = trackers
-        self._file = self._bar = None
+        self._bar = None
         self._started_at = time.monotonic()
         self._refreshed_at = -math.inf
+        if is_main:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        self.records = StepRecords(
+            Path(output_dir) / METRICS_FILE,
+            first_step,
+            is_main=is_main,
+            drop=lambda record: (
+                owes_validation and record["step"] == first_step and any(name.startswith("eval_") for name in record)
+            ),
+        )
         if not is_main:
             return
         threading.excepthook = say_in_a_line
-        path = Path(output_dir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep_steps_up_to(path, first_step, owes_validation)
-        self._file = LineFile(path)
-        self._file.append("")
         if not disable_tqdm and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps,
@@ -131,11 +129,6 @@ class RunLog:
             self._bar.set_description_str(_describe(_plain(record)), refresh=False)
         self._bar.update(int(record["step"]) - self._bar.n)
 
-    def flush(self) -> None:
-        """Wait until the disk has all lines."""
-        if self._file is not None:
-            self._file.flush()
-
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record: a line of `metrics.jsonl`, the trackers, and the console.
 
@@ -146,7 +139,7 @@ class RunLog:
             return
         record = _plain(record)
         step = int(record["step"])
-        self._file.append(json_line(record))
+        self.records.append(record)
         self._track({name: value for name, value in record.items() if name != "step" and _is_number(value)}, step)
         has_validation = any(name.startswith("eval_") for name in record)
         if self._bar is None or has_validation:
@@ -156,9 +149,8 @@ class RunLog:
         """Close bar and file; harmless when done twice."""
         if self._bar is not None:
             self._bar.close()
-        if self._file is not None:
-            self._file.close()
-        self._bar = self._file = None
+        self.records.close()
+        self._bar = None
         self._is_main = False
 
     def _track(self, numbers: Mapping[str, Any], step: int) -> None:
@@ -216,34 +208,3 @@ def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_odd(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and _is_number(record.get("step")) else None
-
-
-def keep_steps_up_to(path: Path, first_step: int, owes_validation: bool = False) -> None:
-    """Rewrite a file of records, atomically and byte for byte, with the lines of steps up to `first_step` alone.
-
-    With `owes_validation` without the validation of that step.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for row, line in enumerate(path.read_bytes().splitlines(), start=1):
-        record = _parse(line)
-        if record is None:
-            logger.warning("%s: row %d is no record (a run killed while writing?); dropped", path, row)
-            continue
-        is_owed = owes_validation and record["step"] == first_step and any(n.startswith("eval_") for n in record)
-        if 0 < first_step and record["step"] <= first_step and not is_owed:
-            kept.append(line + b"\n")
-    rewrite(path, b"".join(kept))

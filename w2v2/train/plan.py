@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,81 +12,9 @@ from w2v2.data.batching import CHUNK, Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
-from w2v2.train.line_file import LineFile, rewrite
 
 RECOMMENDED_BATCH_HOURS = 1.6
 ASSUMED_SECONDS = 200.0  # in a micro-batch, where it is to be found out and has not been yet
-
-
-class SkippedAudio:
-    """Unreadable files: listed once each in `skipped_audio.jsonl`, and too many of them end the run.
-
-    A line's `step` is the update that met the file, 0 where it was met before the first one. A resumed run forgets what came after
-    its checkpoint (and meets it again), and what came before the first update, which it meets again in `found`: its lines and counts
-    are those of an uninterrupted one.
-    """
-
-    def __init__(
-        self,
-        output_dir,
-        num_utterances: int,
-        max_fraction: float,
-        first_step: int = 0,
-        found: Sequence[dict[str, Any]] = (),
-        is_main: bool = True,
-    ):
-        """`found` were met before the first update. Raises `UserError` beyond the tolerated fraction."""
-        self.path = Path(output_dir) / "skipped_audio.jsonl"
-        self.num_utterances, self.max_fraction, self.is_main = num_utterances, max_fraction, is_main
-        before = self.path.read_bytes() if self.path.exists() else b""
-        # Not `splitlines`: Unicode knows more line ends than JSON escapes.
-        lines = filter(None, before.decode(errors="replace").split("\n"))
-        kept = [entry for line in lines if (entry := _parse(line)) and 0 < entry["step"] <= first_step]
-        entries: dict[str, dict[str, Any]] = {}
-        for entry in [*(entry | {"step": 0} for entry in found), *kept]:
-            entries.setdefault(entry["id"], entry)
-        self.ids = set(entries)
-        content = "".join(map(_line, entries.values())).encode()
-        if is_main and content != before:
-            rewrite(self.path, content)
-        self._file = LineFile(self.path)
-        self._check(found)
-
-    def add(self, skipped: Sequence[dict[str, Any]], step: int) -> None:
-        """Note utterances that an update could not read. Raises `UserError` beyond the tolerated fraction."""
-        new = {entry["id"]: entry | {"step": step} for entry in skipped if entry["id"] not in self.ids}
-        self.ids |= new.keys()
-        if self.is_main:
-            self._file.append("".join(map(_line, new.values())))
-        self._check(skipped)
-
-    def flush(self) -> None:
-        """Wait until the disk has all lines."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """The same, and say what could not be written."""
-        self._file.close()
-
-    def _check(self, skipped: Sequence[dict[str, Any]]) -> None:
-        if skipped and len(self.ids) > self.max_fraction * self.num_utterances:
-            first = skipped[0]
-            raise UserError(
-                f"{first['audio']}: {first['reason']}; {len(self.ids)} of {self.num_utterances} files cannot be read, more than "
-                f"--max_skipped_fraction {self.max_fraction:g} allows: mend or remove them (listed in {self.path})"
-            )
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """None for a line that a kill cut short."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def identity(args, utterances: Utterances) -> dict[str, Any]:

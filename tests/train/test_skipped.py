@@ -23,7 +23,7 @@ import pretrain
 from w2v2.errors import UserError
 from w2v2.model import objective
 from w2v2.train.log import read_metrics
-from w2v2.train.non_finite import NON_FINITE_FILE, NonFiniteUpdates
+from w2v2.train.skipped import NON_FINITE_FILE, SkippedUpdates
 from w2v2.train.update import train_update
 
 REPOSITORY = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ class Trainee:
         self.batches = pieces(self.model.config, FIVE, dtype)
         self.optimizer = accelerator.prepare(torch.optim.AdamW(self.model.parameters(), lr=1.0, weight_decay=0.1))
         self.model.register_forward_hook(self._spoiled)
-        self.notes = NonFiniteUpdates(folder, TABLE, most_in_a_row, accelerator)
+        self.notes = SkippedUpdates(folder, TABLE, most_in_a_row, accelerator)
 
     def _spoiled(self, _, arguments, sums):
         return self.spoil(sums) if self.spoil and arguments[0].plan.piece == SPOILED_PIECE else sums
@@ -305,7 +305,7 @@ def test_lines_that_the_disk_refused_are_on_it_before_the_checkpoint(corpus, tmp
         return folder
 
     save_checkpoint = pretrain.save_checkpoint
-    monkeypatch.setattr("w2v2.train.line_file.open", full, raising=False)
+    monkeypatch.setattr("w2v2.train.records.open", full, raising=False)
     monkeypatch.setattr(pretrain.heartbeat, "at", at)
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(pretrain, "save_checkpoint", lambda output_dir, *rest: save(Path(output_dir), *rest))

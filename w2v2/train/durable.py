@@ -1,0 +1,119 @@
+"""Files and folders that are whole or absent under their names, whenever the process or the machine dies.
+
+A folder is filled as `.unfinished-NAME`, made durable together with the checksums of its files, and renamed:
+
+    {"config.json": {"size": 2043, "sha256": "9f86d081…"}, "model.safetensors": …}
+
+What a disk makes of the files later shows in these checksums.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+UNFINISHED = ".unfinished-"
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file's content: after a kill or a full disk it holds the old or the new one. Raises `OSError`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def unfinished(final: Path) -> Iterator[Path]:
+    """A new folder beside `final` to write into; an error removes it."""
+    folder = final.with_name(UNFINISHED + final.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Rename a folder whose content is durable to `final`. A folder of that name is removed first. Raises `OSError`."""
+    remove(final)
+    os.replace(folder, final)
+    sync(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it exists. A folder is renamed first, so that no half-deleted one keeps the name."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = path.with_name(UNFINISHED + "deleted-" + path.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checksums(folder: Path, name: str) -> None:
+    """Make all files under `folder` durable, with their sizes and SHA-256 sums in its file `name`. Raises `OSError`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / name)
+    with ThreadPoolExecutor() as pool:  # reading one file overlaps with waiting for the disk to take another
+        entries = list(pool.map(_make_durable, paths))
+    record = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
+    (folder / name).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    sync(folder / name)
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync(path)
+
+
+def find_mismatch(folder: Path, name: str, required: Iterable[str] = (), contents: bool = True) -> str | None:
+    """Which file under `folder` differs from its checksum in the file `name`, and how. None: none does.
+
+    `required` files need a checksum; other files without one do not matter. Without `contents` only presence and sizes
+    are compared, which takes no time. Raises `OSError` where a file cannot be read.
+    """
+    try:
+        record = json.loads((folder / name).read_bytes())
+        sizes = {file: entry["size"] for file, entry in record.items()}
+        sums = {file: entry["sha256"] for file, entry in record.items()}
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return f"{name} is damaged"
+    if not sums.keys() >= set(required):
+        return f"{name} is damaged"
+    for file, size in sizes.items():
+        if not (folder / file).is_file():
+            return f"{file} is missing"
+        if (found := (folder / file).stat().st_size) != size:
+            return f"{file} has {found} bytes, was saved with {size}"
+    if not contents:
+        return None
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(_sha256, [folder / file for file in sums]))
+    changed = [file for file, digest in zip(sums, found, strict=True) if digest != sums[file]]
+    return f"{changed[0]} has changed since it was saved (its SHA-256 differs)" if changed else None
+
+
+def _make_durable(path: Path) -> dict[str, int | str]:
+    sync(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
