@@ -31,7 +31,9 @@ from w2v2.finetune.recognition import conclude, describe_unknown, load_decoder, 
 from w2v2.finetune.task_arguments import CTCArguments, follow_folder
 from w2v2.finetune.text import BLANK, build_vocabulary, make_processor, read_vocabulary
 from w2v2.hub.hub_callback import HubCallback
-from w2v2.model.backbone import hide_padding, load_config, load_feature_extractor, load_with_head
+from w2v2.model.config import load_config
+from w2v2.model.feature_encoder import hide_padding
+from w2v2.model.loading import load_feature_extractor, load_with_head
 
 
 def main(argv: list[str] | None = None) -> None:

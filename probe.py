@@ -21,7 +21,7 @@ from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_hours, draw_layers
 from w2v2.finetune import ctc_data, labels, text
 from w2v2.finetune.labels import Split, group_splits
-from w2v2.model.backbone import num_frames
+from w2v2.model.feature_encoder import num_frames
 from w2v2.probe.arguments import CHARACTERS, ProbingArguments
 from w2v2.probe.characters import probe_characters
 from w2v2.probe.features import FrozenModel, concatenate_tables, save_frames

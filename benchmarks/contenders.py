@@ -28,8 +28,9 @@ from w2v2.arguments import PretrainArguments
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.data.collate import CropDataset, PretrainBatch
+from w2v2.model.config import build_config
 from w2v2.model.cpu import keep_freed
-from w2v2.model.loading import build_config, build_framing, build_model
+from w2v2.model.loading import build_framing, build_model
 from w2v2.train.update import UpdateSettings, build_optimizer, train_update
 
 NUM_UTTERANCES = 20_000

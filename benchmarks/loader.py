@@ -28,7 +28,8 @@ from w2v2.data.collate import CropDataset, Framing
 from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.errors import UserError
-from w2v2.model.loading import build_config, build_feature_extractor, build_framing, build_model
+from w2v2.model.config import build_config
+from w2v2.model.loading import build_feature_extractor, build_framing, build_model
 from w2v2.train.launch import start_accelerator
 from w2v2.train.plan import build_batches
 from w2v2.train.schedule import lr_factor

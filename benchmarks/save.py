@@ -27,7 +27,7 @@ from stages import synchronize  # noqa: E402
 from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from w2v2.model.backbone import load_config  # noqa: E402
+from w2v2.model.config import load_config  # noqa: E402
 from w2v2.model.pretraining import PretrainingModel  # noqa: E402
 from w2v2.train import checksums  # noqa: E402
 from w2v2.train.checkpoint import save_checkpoint  # noqa: E402

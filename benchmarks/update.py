@@ -27,7 +27,7 @@ from stages import stage_table  # noqa: E402
 
 from w2v2.arguments import PretrainArguments  # noqa: E402
 from w2v2.data.audio import SAMPLING_RATE  # noqa: E402
-from w2v2.model.loading import build_config  # noqa: E402
+from w2v2.model.config import build_config  # noqa: E402
 
 FLAGS = ("config_name", "config_overrides", "gradient_checkpointing", "torch_compile", "positional_conv")
 

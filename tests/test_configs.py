@@ -13,8 +13,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.task_arguments import ClassificationArguments, CTCArguments, LabelArguments
-from w2v2.model.backbone import load_config
-from w2v2.model.loading import build_config
+from w2v2.model.config import build_config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPTS = {"pretrain": [PretrainArguments], "finetune": [CTCArguments, FineTuningArguments],

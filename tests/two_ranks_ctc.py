@@ -20,7 +20,7 @@ from w2v2.finetune.arguments import FineTuningArguments  # noqa: E402
 from w2v2.finetune.ctc import CTCTrainer  # noqa: E402
 from w2v2.finetune.decoding import BeamDecoder, Setting  # noqa: E402
 from w2v2.finetune.text import build_vocabulary, make_processor  # noqa: E402
-from w2v2.model import backbone  # noqa: E402
+from w2v2.model.feature_encoder import hide_padding  # noqa: E402
 from w2v2.train.teardown import settle  # noqa: E402
 
 WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
@@ -55,7 +55,7 @@ def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, *
     torch.manual_seed(0)
     head = dict(vocab_size=len(vocabulary), pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True)
     off = dict(mask_time_prob=0.0, mask_feature_prob=0.0, final_dropout=0.0, bos_token_id=None, eos_token_id=None)
-    model = backbone.hide_padding(Wav2Vec2ForCTC(tiny_config(**(head | off | (model_changes or {})))))
+    model = hide_padding(Wav2Vec2ForCTC(tiny_config(**(head | off | (model_changes or {})))))
     model.freeze_feature_encoder()
     extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
     kwargs = dict(vocabulary=vocabulary, feature_extractor=extractor, min_samples=400)

@@ -1,18 +1,30 @@
-"""The first convolution in a 16-bit type: as exact as the type of its output, where a plain product is not."""
+"""The convs against the stock layers; a 16-bit first convolution as exact as its output's type; fine-tuning without padding."""
+
+import copy
 
 import pytest
 import torch
 from conftest import make_batch, tiny_config
 from test_pretraining import pair
+from transformers import Wav2Vec2ForCTC
 
-from w2v2.model import feature_encoder
-from w2v2.model.feature_encoder import _affine, _windows, is_flat
+from w2v2.finetune.ctc_data import collate_ctc
+from w2v2.model.feature_encoder import (
+    _affine,
+    _windows,
+    flat_features,
+    hide_padding,
+    is_flat,
+    min_samples,
+    num_frames,
+    stock_features,
+)
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_product_in_halves_loses_no_more_than_the_rounding_of_its_result(dtype):
+def test_a_product_in_halves_loses_only_the_rounding(dtype):
     generator = torch.Generator().manual_seed(0)
     waveforms = (
         torch.cumsum(torch.randn(3, 2_000, generator=generator), 1) * 0.02
@@ -33,7 +45,7 @@ def test_a_product_in_halves_loses_no_more_than_the_rounding_of_its_result(dtype
     assert (plain - exact).abs().mean() > 3 * (found.double() - exact).abs().mean()
 
 
-def test_gradients_of_the_product_in_halves_are_those_of_the_product():
+def test_a_product_in_halves_has_the_products_gradients():
     windows = _windows(torch.randn(2, 500), 10, 5)
     weight, offset = torch.randn(2, 4, 10, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
     found = []
@@ -47,7 +59,7 @@ def test_gradients_of_the_product_in_halves_are_those_of_the_product():
 
 @pytest.mark.parametrize("lengths", [[16_400] * 3, [16_400, 16_081, 9_123]], ids=["equal", "mixed"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_layer_norm_convs_in_the_flat_layout_are_the_stock_ones(lengths, bias):
+def test_layer_norm_convs_are_the_stock_ones(lengths, bias):
     config = tiny_config(large=True, conv_bias=bias)
     assert is_flat(config)
     model, _ = pair(config, torch.float64)
@@ -55,7 +67,7 @@ def test_layer_norm_convs_in_the_flat_layout_are_the_stock_ones(lengths, bias):
     extractor = model.wav2vec2.feature_extractor
     weight = torch.randn(len(lengths), max(batch.lengths), 16, dtype=torch.float64)
     found = []
-    for encode in (feature_encoder.flat_features, feature_encoder.stock_features):
+    for encode in (flat_features, stock_features):
         out = encode(batch.waveforms, batch.num_samples, extractor)[:, : max(batch.lengths)]
         inside = torch.arange(out.shape[1]) < batch.frames[:, None]
         out = torch.where(inside[..., None], out, 0.0)
@@ -70,3 +82,75 @@ def test_layer_norm_convs_in_the_flat_layout_are_the_stock_ones(lengths, bias):
 )
 def test_other_convolutions_stay_with_the_stock_layers(changes):
     assert is_flat(tiny_config()) and not is_flat(tiny_config(**changes))
+
+
+def test_frames_are_the_stock_models():
+    config = tiny_config()
+    stock = Wav2Vec2ForCTC(config)
+    for samples in range(400, 2_000, 37):
+        assert num_frames(config, samples) == stock._get_feat_extract_output_lengths(samples)
+    assert min_samples(config) == 400
+    assert (num_frames(config, 400), num_frames(config, 399)) == (1, 0)
+
+
+# -- padding hidden from a stock model with a head
+
+
+def ctc_models(large=False, **changes):
+    """The stock model, and the same one with padding hidden."""
+    head = dict(vocab_size=8, pad_token_id=0, ctc_zero_infinity=True, ctc_loss_reduction="mean", final_dropout=0.0)
+    stock = Wav2Vec2ForCTC(tiny_config(large, **(head | changes)))
+    return stock, hide_padding(copy.deepcopy(stock))
+
+
+def utterances():
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(n, generator=generator).numpy() for n in (16_000, 9_123, 4_000, 700))
+    return [{"input_values": x, "labels": [3, 4]} for x in noise]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_padded_utterances_come_out_as_alone_in_the_stock_model(large):
+    stock, ours = (model.eval() for model in ctc_models(large))
+    items = utterances()
+    with torch.no_grad():
+        together = ours(**collate_ctc(items)).logits
+        for row, item in enumerate(items):
+            alone = stock(torch.tensor(item["input_values"])[None]).logits[0]
+            torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_padded_batch_has_the_mean_of_the_stock_gradients(large):
+    stock, ours = (model.train() for model in ctc_models(large, mask_time_prob=0.0))
+    items = utterances()
+    ours(**collate_ctc(items)).loss.backward()
+    for item in items:
+        (stock(**collate_ctc([item])).loss / len(items)).backward()
+    expected = dict(stock.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if expected[name].grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_keys_and_class_stay_stock():
+    stock, ours = ctc_models()
+    assert type(ours) is Wav2Vec2ForCTC and ours.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_a_batch_shorter_than_a_mask_span_trains_unmasked():
+    stock, ours = (model.train() for model in ctc_models(mask_time_length=10))
+    batch = collate_ctc(utterances()[-1:])
+    with pytest.raises(ValueError, match="mask_length"):
+        stock(**batch)
+    assert ours(**batch).loss.isfinite()
+    _, ours = ctc_models(mask_time_prob=0.0, mask_feature_prob=0.0)
+    assert ours.train()(**batch).loss.isfinite()
+
+
+def test_freezing_the_convs_holds_after_padding_is_hidden():
+    _, ours = ctc_models()
+    ours.freeze_feature_encoder()
+    ours.train()(**collate_ctc(utterances()[:2])).loss.backward()
+    assert all(p.grad is None for p in ours.wav2vec2.feature_extractor.parameters())
+    assert ours.wav2vec2.feature_projection.projection.weight.grad is not None

@@ -12,7 +12,8 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPr
 
 from w2v2.convert.weights import feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
-from w2v2.model.backbone import building, load_config
+from w2v2.model.config import load_config
+from w2v2.model.loading import make_model
 
 # The interface to the stock model: its own attribute in front, and weight norm as torch named it before 2.0.
 INTERFACE_KEYS = (
@@ -79,8 +80,7 @@ def convert_without_positions(
     weights = {key: tensor for key, tensor in _split_attention(weights).items() if key not in _NOT_WEIGHTS}
     renamed = rename(weights, OWN_KEYS, folder)
     config = _own_config(renamed, num_attention_heads, conv_stride, folder)
-    with building(str(folder)):
-        positions = Wav2Vec2ForPreTraining(config).state_dict()
+    positions = make_model(Wav2Vec2ForPreTraining, config).state_dict()
     for key, tensor in positions.items():
         if key.startswith("wav2vec2.encoder.pos_conv_embed."):
             renamed[key] = (

@@ -24,7 +24,8 @@ from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts
 from w2v2.finetune.ctc_data import read_skipped
 from w2v2.finetune.trainer import FineTuner
-from w2v2.model.backbone import hide_padding, load_with_head
+from w2v2.model.feature_encoder import hide_padding
+from w2v2.model.loading import load_with_head
 
 _RESULTS, _PREDICTIONS = "results.json", "predictions.jsonl"
 HEAD = ("projector", "classifier", "layer_weights")

@@ -27,7 +27,7 @@ from w2v2.finetune.arguments import SKIPPED_FILE, FineTuningArguments
 from w2v2.finetune.subsets import draw_hours, take_listed
 from w2v2.finetune.task_arguments import CTCArguments
 from w2v2.finetune.text import UNKNOWN, encode, frames_needed, split_units
-from w2v2.model.backbone import min_samples, num_frames
+from w2v2.model.feature_encoder import min_samples, num_frames
 
 logger = logging.getLogger(__name__)
 

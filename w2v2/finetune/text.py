@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import CHARACTERS, TOKENS
-from w2v2.model.backbone import locate
+from w2v2.model.config import locate
 
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
 SPECIAL = (BLANK, UNKNOWN, "<s>", "</s>")  # never written; the last two in vocabularies that others made

@@ -16,6 +16,8 @@ Shapes: B utterances, S samples (a multiple of the stride), T frames, C channels
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel, Wav2Vec2Config
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 
 from w2v2.data.masking import latent_lengths
 from w2v2.model.cpu import linear, product
@@ -170,3 +172,63 @@ def stock_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extr
     for layer in rest:
         x = layer(x)
     return x.transpose(1, 2)
+
+
+def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
+    """Latent frames of so many samples."""
+    return int(latent_lengths(torch.tensor(num_samples), config.conv_kernel, config.conv_stride))
+
+
+def min_samples(config: Wav2Vec2Config) -> int:
+    """Samples of a single latent frame: less than that is no input."""
+    samples = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
+    """The stock convs and their parameters, but each row comes out as if it were alone in the batch.
+
+    BASE's first conv is group-normed over time, so in the stock encoder padding changes every frame: word error rates would move
+    with the batch size, and training would differ from inference.
+    """
+
+    num_samples: torch.Tensor | None = None  # (B,) of the batch at hand; None: no padding
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__(config)
+        self._features = flat_features if is_flat(config) else stock_features
+        self._kernels, self._strides = config.conv_kernel, config.conv_stride
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        B, S = input_values.shape
+        whole = torch.full((B,), S, device=input_values.device)
+        num_frames = int(latent_lengths(whole[:1].cpu(), self._kernels, self._strides))
+        features = self._features(input_values, whole if self.num_samples is None else self.num_samples, self)
+        return features[:, :num_frames].transpose(1, 2)  # (B, C, T)
+
+
+def hide_padding(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model's output for an utterance independent of its neighbours in the batch, in training and evaluation.
+
+    Weights, keys and class stay stock. Besides the convs, a batch too short for one mask span goes unmasked, where the stock
+    model raises.
+    """
+    base = model.wav2vec2
+    encoder = LoneRowsFeatureEncoder(model.config)
+    encoder.load_state_dict(base.feature_extractor.state_dict())
+    base.feature_extractor = encoder.to(base.device, base.dtype)
+    base.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    return model
+
+
+def _before_forward(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    input_values = args[0] if args else kwargs["input_values"]
+    attention_mask = kwargs.get("attention_mask")
+    base.feature_extractor.num_samples = None if attention_mask is None else attention_mask.sum(-1)
+    num_frames = int(base._get_feat_extract_output_lengths(input_values.shape[1]))
+    if base.training and base.config.mask_time_prob > 0 and num_frames < base.config.mask_time_length:
+        shape = (len(input_values), num_frames)
+        kwargs["mask_time_indices"] = torch.zeros(shape, dtype=torch.bool, device=input_values.device)
+    return args, kwargs

@@ -1,109 +1,34 @@
-"""The model to pretrain, and what belongs to it: fresh, from given weights, or from a checkpoint."""
+"""Weights and feature extractors: fresh, or from a folder, the Hub or a checkpoint. Stock weights go in and out.
 
+Weights that do not fit their configuration raise `UserError`, and so does a pickle.
+"""
+
+import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.collate import Framing
 from w2v2.errors import UserError
-from w2v2.model.backbone import (
-    building,
-    first_line,
-    load_config,
-    load_feature_extractor,
-    locate,
-    refuse_pickles,
-    why_not_loaded,
-)
-from w2v2.model.dimensions import check_dimensions
+from w2v2.model.config import first_line, locate
 from w2v2.model.pretraining import PretrainingModel
 
-# Whatever differs here cannot take over weights.
-ARCHITECTURE = (
-    "conv_dim", "conv_kernel", "conv_stride", "conv_bias", "feat_extract_norm", "feat_extract_activation", "hidden_size",
-    "hidden_act", "num_hidden_layers", "num_attention_heads", "intermediate_size", "do_stable_layer_norm",
-    "num_conv_pos_embeddings", "num_conv_pos_embedding_groups", "num_codevector_groups", "num_codevectors_per_group",
-    "codevector_dim", "proj_codevector_dim",
-)  # fmt: skip
+# Without it transformers may load, in place of a Hub repository's weights, those of a stranger's pull request to it.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
-
-FLAGS = (
-    "mask_time_prob",
-    "mask_time_length",
-    "mask_time_min_masks",
-    "diversity_loss_weight",
-)  # keys that are flags here
-
-
-def override(config: Wav2Vec2Config, overrides: str) -> None:
-    """Apply `key=value,…` in place. Raises `UserError` for an unknown key or a value of another kind."""
-    for pair in overrides.split(","):
-        key, separator, text = pair.partition("=")
-        key, text = key.strip(), text.strip()
-        if key in FLAGS:
-            raise UserError(f"--config_overrides {pair!r}: use the flag --{key}, which would overrule it")
-        if not separator or key not in Wav2Vec2Config().to_dict():
-            raise UserError(
-                f"--config_overrides {pair!r}: {key!r} is no key of Wav2Vec2Config (write key=value,key=value)"
-            )
-        old = getattr(config, key)
-        if not isinstance(old, bool | int | float | str | None):
-            raise UserError(f"--config_overrides {pair!r}: {key} is a {type(old).__name__}: change it in a config.json")
-        try:
-            if isinstance(old, bool):
-                value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-            else:
-                value = text if old is None else type(old)(text)
-        except (KeyError, ValueError, TypeError):
-            raise UserError(f"--config_overrides {pair!r}: {key} takes a {type(old).__name__}") from None
-        try:
-            setattr(config, key, value)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--config_overrides {pair!r}: {first_line(error)}") from None
-
-
-def build_config(args) -> Wav2Vec2Config:
-    """The run's configuration: its source, the overrides, and the flags that concern the objective, all of which end up in config.json."""
-    config = load_config(args.model_name_or_path, args.config_name or "base")
-    if args.config_overrides:
-        override(config, args.config_overrides)
-        check_dimensions(config, f"--config_overrides {args.config_overrides}")
-    for name in FLAGS[:3]:
-        setattr(config, name, getattr(args, name))
-    if args.diversity_loss_weight is not None:
-        config.diversity_loss_weight = args.diversity_loss_weight
-    return config
-
-
-def check_same_architecture(config: Wav2Vec2Config, checkpoint: Path) -> None:
-    """Raises `UserError` naming the first difference."""
-    saved = load_config(str(checkpoint), None)
-    for key in ARCHITECTURE:
-        ours, theirs = getattr(config, key), getattr(saved, key)
-        if (list(ours) if isinstance(ours, list | tuple) else ours) != (
-            list(theirs) if isinstance(theirs, list | tuple) else theirs
-        ):
-            raise UserError(
-                f"checkpoint {checkpoint} is of another architecture: its {key} is {theirs}, this run's is {ours}; resume with the "
-                "run's own configuration"
-            )
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MASK_EMBEDDING = "wav2vec2.masked_spec_embed"  # a model that masks nothing has none
 
 
 def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) -> PretrainingModel:
-    """Model from a checkpoint, from `model_name_or_path`, or with random weights.
-
-    Raises `UserError` when weights are missing or have another shape.
-    """
+    """Model to pretrain: from a checkpoint, from `model_name_or_path`, or with random weights."""
     source = str(checkpoint) if checkpoint else args.model_name_or_path
-    if source is None:
-        with building(config.name_or_path):
-            model = PretrainingModel._from_config(config, attn_implementation="sdpa")
-    else:
-        model = _load_weights(locate(source), config)
+    model = load_weights(PretrainingModel, source, config) if source else make_model(PretrainingModel, config)
     model.feature_grad_mult = args.feature_grad_mult
     model.feature_penalty_weight = args.feature_penalty_weight
     if args.gradient_checkpointing:
@@ -115,33 +40,99 @@ def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) ->
     return model.train()
 
 
-def _load_weights(source: str, config: Wav2Vec2Config) -> PretrainingModel:
-    refuse_pickles(source)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what matters of its report becomes our error below
+def load_with_head(
+    model_class: type[PreTrainedModel], source: str | None, config: Wav2Vec2Config, head: tuple[str, ...]
+) -> PreTrainedModel:
+    """`model_class` with pretrained weights below and a new, random head, or all random where `source` is None.
+
+    The quantizer and projections of pretraining are left behind.
+
+    Args:
+        head: what is new, even if the folder was fine-tuned before. Modules get their values here. A single parameter may be
+            missing, and is the caller's to fill.
+    """
+    if source is None:
+        return make_model(model_class, config)
+    model = load_weights(model_class, source, config, head)
+    for module in (module for name, module in model.named_modules() if name in head):
+        nn.init.normal_(module.weight, std=config.initializer_range)
+        nn.init.zeros_(module.bias)
+    return model
+
+
+def make_model(model_class: type[PreTrainedModel], config: Wav2Vec2Config) -> PreTrainedModel:
+    """A model of random weights. Raises UserError for an activation, norm or dropout that does not exist."""
     try:
-        model, report = PretrainingModel.from_pretrained(
-            source, config=config, use_safetensors=True, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+        return model_class(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{config.name_or_path}: its config.json makes no model ({first_line(error)}): mend it"
+        ) from None
+
+
+def load_weights(
+    model_class: type[PreTrainedModel], source: str, config: Wav2Vec2Config, head: tuple[str, ...] | None = None
+) -> PreTrainedModel:
+    """Model with the weights in `source`, which have to fit `config`: any key that does not raises `UserError`.
+
+    Args:
+        head: beginnings of keys that may be missing or of another shape. Without a head the model is one to pretrain, and may
+            take over some of the layers.
+    """
+    folder = locate(source)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of keys becomes our error below
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = model_class.from_pretrained(
+            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = why_not_loaded(source, error)
-        raise UserError(f"{source}: weights cannot be loaded ({reason}): give a folder that holds them whole") from None
+        raise UserError(f"{source}: weights cannot be loaded ({_explain(folder, error)})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    for problem in ("mismatched_keys", "missing_keys"):
-        if report[problem]:
-            key = sorted(map(str, report[problem]))[0]
-            raise UserError(
-                f"{source} is of another architecture: {len(report[problem])} {problem.replace('_', ' ')}, the first is {key}; it has "
-                "to be a Wav2Vec2ForPreTraining folder, quantizer included, that fits the configuration"
-            )
+
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
+    left = set() if head is None else {key for key in report["unexpected_keys"] if key.startswith("wav2vec2.")}
+    hint = "; a whole Wav2Vec2ForPreTraining folder, quantizer included, is needed" if head is None else ""
+    for problem, keys in (
+        ("lacks", report["missing_keys"]),
+        ("has another shape for", mismatched),
+        ("has no place for", left),
+    ):
+        keys = sorted(key for key in keys if not key.startswith((*(head or ()), MASK_EMBEDDING)))
+        if keys:
+            what = f"{problem} {len(keys)} weights, such as {keys[0]}"
+            raise UserError(f"{source} is of another architecture than its configuration: it {what}{hint}")
     return model
+
+
+def _explain(folder: str, error: BaseException) -> str:
+    """The error's first line, and where there are no safetensors, what to do about a pickle."""
+    if any(Path(folder).glob("*.safetensors")):
+        return first_line(error)
+    pickles = sorted(path.name for path in Path(folder).glob("*") if path.suffix in PICKLES)
+    return (
+        f"{first_line(error)}; only safetensors are loaded, because a pickle such as {(pickles or ['pytorch_model.bin'])[0]} "
+        "can run programs: docs/security.md has the lines that convert one"
+    )
 
 
 def build_feature_extractor(args, config: Wav2Vec2Config) -> Wav2Vec2FeatureExtractor:
     """That of the run's source, or the one that `config` implies: LARGE normalises the waveform, BASE does not."""
     return load_feature_extractor(args.model_name_or_path or args.config_name or "base", config)
+
+
+def load_feature_extractor(source: str | None, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
+    """The folder's own feature extractor (whether to normalise the waveform), else the one that `config` implies."""
+    try:
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(locate(source))
+    except (OSError, ValueError, TypeError, AttributeError):
+        norm = config.feat_extract_norm == "layer"
+        return Wav2Vec2FeatureExtractor(sampling_rate=SAMPLING_RATE, do_normalize=norm, return_attention_mask=norm)
+    if extractor.sampling_rate != SAMPLING_RATE:
+        raise UserError(f"{source}: made for {extractor.sampling_rate} Hz; this program feeds {SAMPLING_RATE} Hz")
+    return extractor
 
 
 def build_framing(config: Wav2Vec2Config, feature_extractor: Wav2Vec2FeatureExtractor) -> Framing:

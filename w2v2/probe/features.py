@@ -17,7 +17,9 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassifica
 from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
 from w2v2.errors import UserError
 from w2v2.finetune.classification import HEAD
-from w2v2.model.backbone import hide_padding, load_config, load_feature_extractor, load_with_head, locate, min_samples
+from w2v2.model.config import load_config, locate
+from w2v2.model.feature_encoder import hide_padding, min_samples
+from w2v2.model.loading import load_feature_extractor, load_with_head
 
 BATCH_SECONDS = 60.0  # padding included
 

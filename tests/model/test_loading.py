@@ -1,0 +1,106 @@
+"""What a model is built of: configurations, weights and feature extractors of other folders, taken over or refused."""
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+from transformers import HubertConfig, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
+
+from w2v2.errors import UserError
+from w2v2.model.config import load_config
+from w2v2.model.loading import load_feature_extractor, load_weights, load_with_head
+from w2v2.model.pretraining import PretrainingModel
+
+HEAD = ("lm_head",)
+
+
+def ctc_config(**changes):
+    return tiny_config(vocab_size=8, **changes)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    torch.manual_seed(1)
+    Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+# -- weights
+
+
+def test_pretrained_weights_are_taken_and_the_quantizer_left(pretrained):
+    saved = load_file(pretrained / "model.safetensors")
+    loaded = load_with_head(Wav2Vec2ForCTC, str(pretrained), ctc_config(), HEAD).state_dict()
+    assert set(loaded) - set(saved) == {"lm_head.weight", "lm_head.bias"}
+    assert all(torch.equal(loaded[key], saved[key]) for key in loaded if key.startswith("wav2vec2."))
+
+
+def test_pretraining_may_begin_with_some_of_the_layers(pretrained):
+    saved = load_file(pretrained / "model.safetensors")
+    loaded = load_weights(PretrainingModel, str(pretrained), tiny_config(num_hidden_layers=1)).state_dict()
+    assert all(torch.equal(loaded[key], saved[key]) for key in loaded) and len(loaded) < len(saved)
+
+
+def test_a_model_that_masks_nothing_needs_no_mask_embedding(pretrained, tmp_path):
+    plain = ctc_config(mask_time_prob=0.0, mask_feature_prob=0.0)
+    model = load_with_head(Wav2Vec2ForCTC, str(pretrained), plain, HEAD)
+    assert not hasattr(model.wav2vec2, "masked_spec_embed")
+    model.save_pretrained(tmp_path / "plain")
+    again = load_with_head(Wav2Vec2ForCTC, str(tmp_path / "plain"), ctc_config(), HEAD)
+    assert again.wav2vec2.masked_spec_embed.isfinite().all()
+
+
+def test_the_head_is_new_even_from_a_fine_tuned_folder(tmp_path):
+    stock = Wav2Vec2ForCTC(ctc_config())
+    stock.save_pretrained(tmp_path)
+    model = load_with_head(Wav2Vec2ForCTC, str(tmp_path), ctc_config(), HEAD)
+    assert not torch.equal(model.lm_head.weight, stock.lm_head.weight)
+    torch.testing.assert_close(model.wav2vec2.encoder.layer_norm.weight, stock.wav2vec2.encoder.layer_norm.weight)
+    wider = ctc_config()
+    wider.vocab_size = 11
+    assert load_with_head(Wav2Vec2ForCTC, str(tmp_path), wider, HEAD).lm_head.out_features == 11
+
+
+@pytest.mark.parametrize("change", ["lacks", "has another shape", "no place"])
+def test_weights_that_do_not_fit_their_configuration_are_refused(pretrained, change):
+    path = pretrained / "model.safetensors"
+    weights = load_file(path)
+    name = "wav2vec2.encoder.layers.1.final_layer_norm.weight"
+    if change == "lacks":
+        del weights[name]
+    elif change == "has another shape":
+        weights[name] = torch.zeros(3)
+    else:
+        weights[name.replace("layers.1", "layers.7")] = weights[name].clone()
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{change}.* such as wav2vec2.encoder.layers"):
+        load_with_head(Wav2Vec2ForCTC, str(pretrained), ctc_config(), HEAD)
+
+
+# -- configurations and feature extractors
+
+
+def test_what_is_no_wav2vec2_is_refused_by_name(tmp_path):
+    HubertConfig().save_pretrained(tmp_path / "hubert")
+    (tmp_path / "nothing").mkdir()
+    for folder, reason in (("hubert", "hubert model"), ("nothing", "config.json"), ("absent", "no such folder")):
+        with pytest.raises(UserError, match=f"--model_name_or_path .*{folder}.*{reason}"):
+            load_config(str(tmp_path / folder), None)
+
+
+def test_a_channel_mask_wider_than_the_model_is_refused(pretrained):
+    with pytest.raises(UserError, match="--mask_feature_length 64 .* 32"):
+        load_config(str(pretrained), None, mask_feature_prob=0.5, mask_feature_length=64)
+
+
+def test_waveforms_are_normalised_as_folder_or_architecture_say(tmp_path):
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path)
+    assert load_feature_extractor(str(tmp_path), tiny_config()).do_normalize
+    assert not load_feature_extractor(str(tmp_path / "absent"), tiny_config()).do_normalize
+    assert load_feature_extractor(str(tmp_path / "absent"), tiny_config(large=True)).do_normalize
+
+
+def test_shipped_configurations_are_known_by_name():
+    config = load_config(None, "large")
+    assert config.hidden_size == 1024
+    assert load_feature_extractor(config.name_or_path, config).do_normalize
