@@ -6,6 +6,8 @@
 (SUPERB, Yang et al. 2021). Scores: accuracy, unweighted average recall (UAR) and macro-F1; `--folds speaker` cross-validates.
 """
 
+import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
+
 import copy
 import json
 import shutil
@@ -37,7 +39,7 @@ from w2v2.hub.hub_callback import HubCallback
 from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_feature_extractor
-from w2v2.train.teardown import settle
+from w2v2.train.launch import leave_group
 
 FOLDS_FILE = "folds.json"
 
@@ -114,7 +116,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         lines += [{"fold": split.name, **line} for line in found if line["set"] == "test"]
     if args.process_index == 0:
         conclude_folds(results, lines, classes, args)
-    settle()
+    leave_group()
     PartialState().destroy_process_group()
 
 

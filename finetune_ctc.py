@@ -8,6 +8,8 @@ top, one output a character; convs frozen; time and channel masks; a tri-stage l
 beam search with an n-gram beside it.
 """
 
+import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
+
 import json
 from pathlib import Path
 

@@ -6,6 +6,8 @@ For a label (emotion, speaker, …) a linear classifier reads the mean over time
 reads its frames. Features are computed once. Beside several checkpoints stand random weights, and the hours that each had heard.
 """
 
+import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
+
 import json
 import shutil
 from collections import Counter

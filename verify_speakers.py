@@ -5,6 +5,8 @@
 Embeddings are a fine-tuned classifier's projection averaged over time, or, of any model, the mean of a layer's frames (`--layer`).
 """
 
+import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
+
 import json
 from collections.abc import Sequence
 from pathlib import Path

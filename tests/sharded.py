@@ -22,9 +22,9 @@ from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 from two_ranks import DEALS, FIVE, NOISY, build_model, dummy, pieces, settings  # noqa: E402
 
 from w2v2.model.pretraining import PretrainingModel  # noqa: E402
-from w2v2.train import launch, sharding  # noqa: E402
+from w2v2.train import launch  # noqa: E402
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint  # noqa: E402
-from w2v2.train.teardown import settle  # noqa: E402
+from w2v2.train.launch import leave_group  # noqa: E402
 from w2v2.train.update import accumulate, build_optimizer, train_update  # noqa: E402
 
 RECIPE = SimpleNamespace(decay_norms_and_biases=False, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.98,
@@ -41,7 +41,7 @@ def told(accelerator: Accelerator, sharded: bool, **settings) -> Accelerator:
         state["distributed_type"] = kind
         state["fsdp_plugin"] = plugin
     if sharded:
-        sharding.settle(accelerator, FLAGS)
+        launch.configure_fsdp(accelerator, FLAGS)
     return accelerator
 
 
@@ -67,7 +67,7 @@ def gradients(accelerator: Accelerator, out: str) -> None:
             told(accelerator, sharded)
             model = build_model(**NOISY)
             model.recomputed = frozenset(["encoder", "convs"] if recomputed else [])
-            model, _ = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
+            model, _ = launch.prepare_model(accelerator, model, build_optimizer(model, RECIPE))
             bare = accelerator.unwrap_model(model)
             assert any(isinstance(p, DTensor) for p in bare.parameters()) == sharded
             update = settings(shared_diversity=shared)
@@ -85,7 +85,7 @@ def updates(accelerator: Accelerator, folder: str) -> None:
     """Two updates under FSDP, a checkpoint, and a third one: straight on, and resumed under FSDP and under DDP."""
     told(accelerator, sharded=True)
     model = build_model(**NOISY)
-    model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
+    model, optimizer = launch.prepare_model(accelerator, model, build_optimizer(model, RECIPE))
     for step in range(UPDATES):
         update_once(accelerator, model, optimizer, step)
     state = SimpleNamespace(step=UPDATES, as_dict=lambda: {"step": UPDATES})
@@ -94,7 +94,7 @@ def updates(accelerator: Accelerator, folder: str) -> None:
     for sharded in (True, False):
         told(accelerator, sharded)
         model = loaded(saved)
-        model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
+        model, optimizer = launch.prepare_model(accelerator, model, build_optimizer(model, RECIPE))
         load_optimizer(saved, accelerator, model, optimizer)
         found["FSDP" if sharded else "DDP"] = update_once(accelerator, model, optimizer, UPDATES)
     if accelerator.is_main_process:
@@ -140,5 +140,5 @@ if __name__ == "__main__":
         pretrain_sharded()
     else:
         {"gradients": gradients, "updates": updates}[what](Accelerator(cpu=True), *rest)
-        settle()
+        leave_group()
         torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from accelerate import Accelerator  # noqa: E402
 from conftest import make_batch, tiny_config  # noqa: E402
 
 from w2v2.model.pretraining import PretrainingModel  # noqa: E402
-from w2v2.train.teardown import settle  # noqa: E402
+from w2v2.train.launch import leave_group  # noqa: E402
 from w2v2.train.update import UpdateSettings, accumulate  # noqa: E402
 
 LENGTHS = [24_000, 22_000, 16_400, 16_400, 12_345, 9_000, 6_000]  # samples, longest first, as a cut has them
@@ -79,7 +79,7 @@ def main(out: str) -> None:
             found[deal, shared]["metrics"] = totals.metrics()
     if accelerator.is_main_process:
         torch.save(found, out)
-    settle()
+    leave_group()
     accelerator.end_training()
 
 

@@ -21,7 +21,7 @@ from w2v2.finetune.ctc import CTCTrainer  # noqa: E402
 from w2v2.finetune.decoding import BeamDecoder, Setting  # noqa: E402
 from w2v2.finetune.text import build_vocabulary, make_processor  # noqa: E402
 from w2v2.model.feature_encoder import hide_padding  # noqa: E402
-from w2v2.train.teardown import settle  # noqa: E402
+from w2v2.train.launch import leave_group  # noqa: E402
 
 WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
 VOCABULARY = build_vocabulary(WORDS)
@@ -107,7 +107,7 @@ def main(folder: str, out: str) -> None:
     found["texts"] = transcribe(table, Path(folder) / "texts", f"{folder}/lm.arpa", per_device_eval_batch_size=3)
     if torch.distributed.get_rank() == 0:
         torch.save(found, out)
-    settle()
+    leave_group()
     torch.distributed.destroy_process_group()
 
 

@@ -15,8 +15,8 @@ from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 
 from w2v2.errors import UserError  # noqa: E402
 from w2v2.train.checkpoint import save_model  # noqa: E402
+from w2v2.train.launch import leave_group  # noqa: E402
 from w2v2.train.resuming import choose_checkpoint  # noqa: E402
-from w2v2.train.teardown import settle  # noqa: E402
 
 
 def outcome(action):
@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
         Path.is_dir = lambda path: False
     found["unseen"] = outcome(lambda: choose_checkpoint(accelerator, runs, "auto"))
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(found))
-    settle()
+    leave_group()
     accelerator.end_training()
 
 

@@ -1,6 +1,5 @@
 """The flags of pretrain.py: dataclasses with help texts and ranges. The defaults are BASE's."""
 
-import math
 from dataclasses import dataclass, field
 
 from w2v2.data.flags import check_ranges, flag
@@ -29,10 +28,13 @@ class DataArguments:
     batch_hours: float = flag(
         1.6, "Effective batch: hours of speech, after cropping, in one update over all devices.", above=0
     )
-    micro_batch_seconds: str = flag(  # text on the command line; a float from then on, or "auto" until the search is done
-        "200",
+    micro_batch_seconds: float | None = flag(
+        200.0,
         "Most seconds of padded audio that a device holds at a time; `auto` tries before the first update what it can hold, up to what "
         "keeps it busy (a resumed run on as many processes keeps what was found).",
+        above=0,
+        max=1e6,
+        words={"auto": None},
     )
     max_skipped_fraction: float = flag(
         0.01, "Largest fraction of unreadable files that is skipped; beyond it the run stops."
@@ -188,8 +190,6 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
         for name in ("train_data", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
-        if self.micro_batch_seconds != "auto":
-            self.micro_batch_seconds = _seconds("micro_batch_seconds", self.micro_batch_seconds)
         check_ranges(self)
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
             raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
@@ -201,13 +201,3 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
             raise UserError("--gradient_checkpointing_stages needs --gradient_checkpointing")
         if self.model_name_or_path and self.config_name:
             raise UserError("--model_name_or_path and --config_name exclude one another: weights come from one place")
-
-
-def _seconds(name: str, value: str | float) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise UserError(f"--{name} is {value}: it has to be a number of seconds greater than 0, or `auto`")
-    return seconds

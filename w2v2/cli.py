@@ -6,10 +6,10 @@ and both go through the same checks.
 
 import contextlib
 import difflib
+import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -19,19 +19,30 @@ from transformers import HfArgumentParser
 
 from w2v2.data.loader import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
-from w2v2.train import console, heartbeat
-from w2v2.train.stop import Stopped, leave
-from w2v2.train.teardown import settle
+from w2v2.train.launch import leave_group
+from w2v2.train.stop import Stopped, exit_stopped
 
 
 class _Parser(HfArgumentParser):
     """`HfArgumentParser` whose errors are one line. It leaves the fields' limits to `check_ranges`."""
 
-    def add_argument(self, *names: str, limits: dict | None = None, **options) -> Any:
+    def add_argument(self, *names: str, limits: dict | None = None, words: dict | None = None, **options) -> Any:
+        if words:
+            options["type"] = _number_or_word(words)
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def _number_or_word(words: dict[str, Any]) -> Callable[[str], Any]:
+    """Parser of a number, or of one of `words`, which stand for values of their own."""
+
+    def parse(text: str) -> Any:
+        return words[text] if text in words else float(text)
+
+    parse.__name__ = f"number or `{'`, `'.join(words)}`"  # argparse names it: invalid … value
+    return parse
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -111,45 +122,53 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
             )
 
 
-@contextlib.contextmanager
-def _memory_explained() -> Iterator[None]:
-    """A device's memory that does not suffice is a setting to change: the same batches would not fit at the next attempt either.
-
-    After an hour of work it is not: memory that is fragmented, or another program's, is worth another attempt.
-    """
-    started = time.monotonic()
-    try:
-        yield
-    except RuntimeError as error:
-        is_full = type(error).__name__ == "OutOfMemoryError"  # torch's; torch itself need not be loaded
-        if not is_full or time.monotonic() - started > 3600:
-            raise
-        first = str(error).strip().splitlines()[0]
-        raise LocalError(f"{first} Give a device less at once: a smaller --micro_batch_seconds (pretrain.py: or `auto`), "
-                         "--per_device_train_batch_size (fine-tuning) or --gradient_checkpointing; the run goes on with "
-                         "--resume_from_checkpoint auto") from error  # fmt: skip
-
-
-@console.outlived()
 def run_script(main: Callable[[], Any]) -> None:
-    """Run an entry point: a `UserError` ends it with exit status 2 and one line on standard error; so does a lost worker of a loader.
+    """Run an entry point. A user's slip, a full disk or memory, or a lost loader process is one line on standard error and status 2.
 
-    `Stopped` ends it with 75, or with 0 under a launcher that would start it again (`leave`). A console that cannot be written any more changes none of these.
+    `Stopped` gives status 75, or 0 under a launcher that would start the run again. Any other error is a bug and keeps its traceback.
     """
+    logging.raiseExceptions = False  # a stream that cannot be written any more ends no run
     try:
-        with heartbeat.explained(), _memory_explained():
-            main()
+        main()
     except Stopped as stopped:
-        leave(stopped)
+        exit_stopped(stopped)
     except (UserError, OSError, RuntimeError) as error:
-        lost = explain_loss(error)
-        found = as_user_error(error) if isinstance(error, OSError) else error
-        if lost is None and not isinstance(found, UserError):
+        message = explain_error(error)
+        if message is None:
             raise
-        # A UserError raised in a loader's worker brings its traceback along.
-        message = lost or str(found).rpartition("UserError: ")[2].strip()
-        if lost or isinstance(found, LocalError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(error_line(message), file=sys.stderr)
+        # What one rank alone may meet is said by that rank, anything else by the first of its machine.
+        is_local = not isinstance(error, UserError) or isinstance(error, LocalError)
+        if is_local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            with contextlib.suppress(OSError):
+                print(error_line(message), file=sys.stderr)
         sys.exit(2)
     finally:
-        settle()
+        leave_group()
+        flush_streams()
+
+
+def explain_error(error: Exception) -> str | None:
+    """The line for an error that the user can mend; None for a bug."""
+    if isinstance(error, UserError):
+        # One that was raised in a loader's worker brings its traceback along.
+        return str(error).rpartition("UserError: ")[2].strip()
+    if isinstance(error, OSError):
+        found = as_user_error(error)
+        return found and str(found)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        first = str(error).strip().splitlines()[0]
+        return (
+            f"{first} Use a smaller --micro_batch_seconds (pretrain.py: or `auto`), a smaller --per_device_train_batch_size "
+            "(fine-tuning) or --gradient_checkpointing; the run goes on with --resume_from_checkpoint auto"
+        )
+    return explain_loss(error)
+
+
+def flush_streams() -> None:
+    """Flush; a dead stream goes nowhere from now on, as its last flush would change the exit status (Python's `signal` docs)."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

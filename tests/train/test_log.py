@@ -81,14 +81,6 @@ def test_a_resumed_run_keeps_exactly_the_lines_up_to_its_first_step(tmp_path, to
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_an_owed_validation_is_that_of_the_first_step_alone(tmp_path):
-    trained, validated = lines_of(1, 2), '{"step": 1, "eval_loss": 3.0}\n{"step": 2, "eval_loss": 2.0}\n'
-    for owes, kept in ((False, trained + validated), (True, trained + validated.splitlines(keepends=True)[0])):
-        (tmp_path / "metrics.jsonl").write_text(trained + validated)
-        RunLog(tmp_path, total_steps=9, first_step=2, owes_validation=owes).close()
-        assert written(tmp_path) == kept
-
-
 def test_a_kept_line_without_its_newline_gets_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(lines_of(1, 2)[:-1])
     RunLog(tmp_path, total_steps=9, first_step=2).close()

@@ -141,7 +141,7 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     heard = crop_length(samples, 8 * SAMPLING_RATE, round(grid * SAMPLING_RATE)).sum()
 
     data = Utterances(None, samples.astype(np.int32), {"too_short": 4, "too_long": 0})
-    found = make_plan(data, build_batches(data, args), args, num_ranks)
+    found = make_plan(data, build_batches(data, args), args, num_ranks, 30.0)
     assert found["utterances"] == len(samples) and found["dropped"] == {"too_short": 4}
     assert found["hours"] == pytest.approx(samples.sum() / SAMPLING_RATE / 3600)
     assert found["batch_hours"] == pytest.approx(np.mean(drawn) / SAMPLING_RATE / 3600)

@@ -16,7 +16,7 @@ from transformers import Wav2Vec2ForPreTraining
 from two_ranks import DEALS
 
 from w2v2.errors import UserError
-from w2v2.train import sharding
+from w2v2.train import launch
 from w2v2.train.checkpoint import load_optimizer
 from w2v2.train.log import read_metrics
 from w2v2.train.update import build_optimizer, train_update
@@ -74,7 +74,7 @@ def test_a_sharded_checkpoint_goes_on_under_everything(updates, where):
     if where == "one process":
         accelerator, saved = Accelerator(cpu=True), folder / f"checkpoint-{UPDATES}"
         model = loaded(saved)
-        model, optimizer = sharding.prepare(accelerator, model, build_optimizer(model, RECIPE))
+        model, optimizer = launch.prepare_model(accelerator, model, build_optimizer(model, RECIPE))
         load_optimizer(saved, accelerator, model, optimizer)
         update = settings(step=UPDATES, learning_rate=0.01, max_grad_norm=0.5)
         metrics, _, _ = train_update(accelerator, model, optimizer, pieces(model.config, FIVE), update)
@@ -110,9 +110,9 @@ def test_a_whole_sharded_run_is_that_of_ddp(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "flags", "said"),
     [
-        (dict(fsdp_version=1), {}, "FSDP1"),
+        (dict(fsdp_version=1), {}, "version 1"),
         (dict(fsdp_version=2, cpu_offload=True), {}, "fsdp_offload_params"),
-        (dict(fsdp_version=2), dict(micro_batch_seconds="auto"), "micro_batch_seconds auto"),
+        (dict(fsdp_version=2), dict(micro_batch_seconds=None), "micro_batch_seconds auto"),
         (dict(fsdp_version=2), dict(gradient_compression="bf16"), "gradient_compression"),
     ],
 )
@@ -123,8 +123,8 @@ def test_what_cannot_be_sharded_is_refused(settings, flags, said):
         mixed_precision="bf16",
         parallelism_config=None,
         num_processes=2,
-        print=print,
+        is_main_process=True,
     )
     args = SimpleNamespace(**(dict(gradient_compression="none", micro_batch_seconds=200.0) | flags))
     with pytest.raises(UserError, match=said):
-        sharding.settle(accelerator, args)
+        launch.configure_fsdp(accelerator, args)

@@ -11,7 +11,8 @@ from ranks import run_ranks
 from two_ranks import DEALS, FIVE, LENGTHS, NOISY, build_model, gradient, pieces, settings
 
 from w2v2.model import objective
-from w2v2.train.update import Totals, seed_noise, step, train_update, validate
+from w2v2.train.totals import Totals
+from w2v2.train.update import seed_noise, take_step, train_update, validate
 
 CUTS = {1: [7], 3: [2, 4, 1], 7: [1] * 7}
 PADDING = ("padded_fraction", "eval_padded_fraction")  # the one figure that tells of the cut
@@ -113,13 +114,14 @@ def test_noise_depends_on_seed_update_and_piece_alone(accelerator):
     assert len({tuple(drawn(*arguments)) for arguments in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}) == 4
 
 
-def closed_form(accelerator, gradient, *arguments):
-    """Run `step` of plain gradient descent on one weight vector of zeros: (weights after it, the norm returned)."""
+def closed_form(accelerator, gradient, factor, learning_rate, max_grad_norm, *is_finite):
+    """Run `take_step` of plain gradient descent on one weight vector of zeros: (weights after it, the norm returned)."""
     weight = torch.nn.Parameter(torch.zeros(len(gradient), dtype=torch.float64))
     optimizer = accelerator.prepare(torch.optim.SGD([weight], lr=123.0, momentum=0.9))
     for part in gradient, gradient:  # two backward passes accumulate
         (weight * torch.tensor(part, dtype=torch.float64) / 2).sum().backward()
-    norm = step(accelerator, optimizer, *arguments)
+    update = settings(learning_rate=learning_rate, max_grad_norm=max_grad_norm)
+    norm = take_step(accelerator, optimizer, factor, update, *is_finite)
     assert weight.grad is None or not weight.grad.any()
     return weight.detach(), norm, optimizer
 
@@ -168,17 +170,17 @@ def test_update_divides_by_the_masked_frames_of_all_pieces(accelerator):
 def test_validation_is_the_same_each_time_and_for_every_cut(accelerator):
     model = build_model(**NOISY)
     whole = pieces(model.config, [7])
-    first = validate(accelerator, model, whole, settings())
+    first = validate(accelerator, model, whole, 0.1)
     torch.manual_seed(99)
-    assert validate(accelerator, model, whole, settings(step=50)) == first
+    assert validate(accelerator, model, whole, 0.1) == first
     assert model.training
     for sizes in (CUTS[3], CUTS[7]):
-        assert_same_metrics(validate(accelerator, model, pieces(model.config, sizes), settings()), first, 1e-9)
+        assert_same_metrics(validate(accelerator, model, pieces(model.config, sizes), 0.1), first, 1e-9)
 
 
 def test_validation_loss_is_the_weighted_sum_of_its_terms(accelerator):
     model = build_model()
-    found = validate(accelerator, model, pieces(model.config, FIVE), settings(diversity_weight=0.7))
+    found = validate(accelerator, model, pieces(model.config, FIVE), 0.7)
     size = model.quantizer.num_groups * model.quantizer.num_vars
     assert found["eval_diversity_loss"] == pytest.approx(1.0 - found["eval_codebook_perplexity"] / size, rel=1e-9)
     expected = (

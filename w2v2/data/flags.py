@@ -15,10 +15,15 @@ def flag(
     above: float | None = None,
     max: float | None = None,
     choices: Sequence[str] | None = None,
+    words: dict[str, Any] | None = None,
 ) -> Any:
-    """A field for `HfArgumentParser`. Values are at least `min`, greater than `above`, at most `max`; None is always allowed."""
+    """A field for `cli.parse_command_line`, which is an `HfArgumentParser`.
+
+    Values are at least `min`, greater than `above`, at most `max`; None is always allowed. `words` are texts that stand for values.
+    """
     limits = {name: limit for name, limit in (("min", min), ("above", above), ("max", max)) if limit is not None}
-    metadata = {"help": help, "limits": limits} | ({"choices": list(choices)} if choices else {})
+    metadata = {"help": help, "limits": limits}
+    metadata |= ({"choices": list(choices)} if choices else {}) | ({"words": words} if words else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -37,6 +42,7 @@ def check_ranges(args: Any) -> None:
         elif "above" in limits and not value > limits["above"]:
             found = f"greater than {limits['above']:g}"
         elif "max" in limits and not value <= limits["max"]:
-            found = f"{limits['max']:,} or less"
+            found = f"{limits['max']:.15g} or less"
         if found:
-            raise UserError(f"--{one.name} is {value}: it has to be {found}")
+            words = "".join(f", or `{word}`" for word in one.metadata.get("words", ()))
+            raise UserError(f"--{one.name} is {value:g}: it has to be {found}{words}")

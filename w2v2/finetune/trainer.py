@@ -28,10 +28,10 @@ from w2v2.errors import UserError, one_line
 from w2v2.finetune.batching import MicroBatches, UpdateSampler, collate_update
 from w2v2.finetune.ctc_data import SpeechDataset, read_skipped
 from w2v2.train.folder_swap import open_to_others
+from w2v2.train.launch import leave_group
 from w2v2.train.log import METRICS_FILE, say_in_a_line
 from w2v2.train.records import StepRecords
 from w2v2.train.schedule import lr_factor
-from w2v2.train.teardown import settle
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -153,7 +153,7 @@ class FineTuner(Trainer):
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
     def end(self) -> None:
-        settle()
+        leave_group()
         super().end()
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from w2v2.errors import UserError, one_line
 from w2v2.train import checksums
 from w2v2.train.folder_swap import discard, open_to_others, publish, unfinished
-from w2v2.train.main_process import on_main_process
+from w2v2.train.launch import on_main_process
 from w2v2.train.resuming import CHECKSUMS, checkpoints, read_state, step_of
 
 logger = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ A record is one flat dictionary for one step. Names in training records, all ove
 Validation records hold `step`, `epoch`, `audio_hours` and the same measures under `eval_`.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -81,15 +82,11 @@ class RunLog:
         *,
         total_steps: int,
         first_step: int = 0,
-        owes_validation: bool = False,
         trackers: Any = None,
         is_main: bool = True,
         disable_tqdm: bool = False,
     ) -> None:
-        """`trackers` is anything with `log(values, step=…)`, as an `Accelerator` with `init_trackers` done.
-
-        With `owes_validation` that of `first_step` is still to come: a line of it is of an earlier attempt that made it, and goes.
-        """
+        """`trackers` is anything with `log(values, step=…)`, as an `Accelerator` with `init_trackers` done."""
         self.total_steps = total_steps
         self._first_step = first_step
         self._is_main = is_main
@@ -99,14 +96,7 @@ class RunLog:
         self._refreshed_at = -math.inf
         if is_main:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-        self.records = StepRecords(
-            Path(output_dir) / METRICS_FILE,
-            first_step,
-            is_main=is_main,
-            drop=lambda record: (
-                owes_validation and record["step"] == first_step and any(name.startswith("eval_") for name in record)
-            ),
-        )
+        self.records = StepRecords(Path(output_dir) / METRICS_FILE, first_step, is_main=is_main)
         if not is_main:
             return
         threading.excepthook = say_in_a_line
@@ -124,10 +114,11 @@ class RunLog:
         if self._bar is None:
             return
         now = time.monotonic()
-        if now - self._refreshed_at >= _SECONDS_BETWEEN_REFRESHES:
-            self._refreshed_at = now
-            self._bar.set_description_str(_describe(_plain(record)), refresh=False)
-        self._bar.update(int(record["step"]) - self._bar.n)
+        with self._console():
+            if now - self._refreshed_at >= _SECONDS_BETWEEN_REFRESHES:
+                self._refreshed_at = now
+                self._bar.set_description_str(_describe(_plain(record)), refresh=False)
+            self._bar.update(int(record["step"]) - self._bar.n)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record: a line of `metrics.jsonl`, the trackers, and the console.
@@ -143,15 +134,21 @@ class RunLog:
         self._track({name: value for name, value in record.items() if name != "step" and _is_number(value)}, step)
         has_validation = any(name.startswith("eval_") for name in record)
         if self._bar is None or has_validation:
-            tqdm.write(self._line(record, step, has_validation), file=sys.stderr)
+            with self._console():
+                tqdm.write(self._line(record, step, has_validation), file=sys.stderr)
 
     def close(self) -> None:
         """Close bar and file; harmless when done twice."""
         if self._bar is not None:
-            self._bar.close()
+            with self._console():
+                self._bar.close()
         self.records.close()
         self._bar = None
         self._is_main = False
+
+    def _console(self) -> contextlib.AbstractContextManager:
+        """Around writing to the terminal, which a run outlives: closed, on a full disk, or a pipe without a reader."""
+        return contextlib.suppress(OSError, ValueError)
 
     def _track(self, numbers: Mapping[str, Any], step: int) -> None:
         if self._trackers is None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import CHUNK, Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
+from w2v2.train.launch import announce
 
 RECOMMENDED_BATCH_HOURS = 1.6
 ASSUMED_SECONDS = 200.0  # in a micro-batch, where it is to be found out and has not been yet
@@ -53,14 +55,14 @@ def build_batches(utterances: Utterances, args) -> EffectiveBatches:
     )
 
 
-def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks: int) -> dict[str, Any]:
+def make_plan(
+    utterances: Utterances, batches: EffectiveBatches, args, num_ranks: int, micro_batch_seconds: float | None
+) -> dict[str, Any]:
     """What the run would do, as in plan.json; the figures of a batch are means over the first few.
 
-    With `micro_batch_seconds: auto` they are those of an assumed size, at least the longest crop's.
+    Where `micro_batch_seconds` is still to be found (None), an assumed size is planned with, at least the longest crop's.
     """
-    seconds = args.micro_batch_seconds
-    if seconds == "auto":
-        seconds = max(ASSUMED_SECONDS, batches.longest / SAMPLING_RATE)
+    seconds = micro_batch_seconds or max(ASSUMED_SECONDS, batches.longest / SAMPLING_RATE)
     micro_batch_samples = round(seconds * SAMPLING_RATE)
     batches.check_budget(micro_batch_samples)
     cursor, rounds, samples, padded = Cursor(), [], [], []
@@ -86,15 +88,15 @@ def make_plan(utterances: Utterances, batches: EffectiveBatches, args, num_ranks
         "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
         "num_processes": num_ranks,
     }
-    return plan | {"warnings": _warnings(plan, utterances, args)}
+    warnings = _warnings(plan, utterances, args)
+    if micro_batch_seconds is None:
+        message = f"micro_batch_seconds is auto: planned with {seconds:g} s; the run tries what its devices hold"
+        warnings.insert(0, {"code": "micro_batch_auto", "message": message})
+    return plan | {"warnings": warnings}
 
 
 def _warnings(plan: dict[str, Any], utterances: Utterances, args) -> list[dict[str, str]]:
     found = {}
-    if args.micro_batch_seconds == "auto":
-        found["micro_batch_auto"] = (
-            f"micro_batch_seconds is auto: planned with {plan['micro_batch_seconds']:g} s; the run tries what its devices hold"
-        )
     if args.batch_hours < RECOMMENDED_BATCH_HOURS:
         found["small_effective_batch"] = (
             f"batch_hours is {args.batch_hours:g}: BASE needs about {RECOMMENDED_BATCH_HOURS} hours of speech an update; word error "
@@ -135,15 +137,13 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"]])
 
 
-def present_plan(utterances: Utterances, batches: EffectiveBatches, args, accelerator) -> None:
+def present_plan(
+    utterances: Utterances, batches: EffectiveBatches, args, accelerator: Accelerator, micro_batch_seconds: float | None
+) -> None:
     """Print what the run will do, and write plan.json into its folder."""
-    plan = make_plan(utterances, batches, args, accelerator.num_processes)
-    accelerator.print(describe(plan))
+    plan = make_plan(utterances, batches, args, accelerator.num_processes, micro_batch_seconds)
+    announce(accelerator, describe(plan))
     if accelerator.is_main_process:
-        write_json(Path(args.output_dir) / "plan.json", plan)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` for people and programs alike."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from w2v2.data.patience import patiently
 from w2v2.errors import UserError, one_line
 from w2v2.train import checksums
 from w2v2.train.folder_swap import UNFINISHED, put_all_back, remove
-from w2v2.train.main_process import on_main_process
+from w2v2.train.launch import on_main_process
 
 logger = logging.getLogger(__name__)
 

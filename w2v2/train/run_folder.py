@@ -15,8 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from w2v2.errors import UserError
-from w2v2.train.launch import is_restart
-from w2v2.train.main_process import on_main_process
+from w2v2.train.launch import is_restart, on_main_process
 from w2v2.train.resuming import claim_output_dir, whole_checkpoints
 
 logger = logging.getLogger(__name__)

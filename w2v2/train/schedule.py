@@ -1,6 +1,7 @@
 """Learning rate and Gumbel temperature as pure functions of the update: nothing to save, nothing to restore."""
 
 import math
+from dataclasses import dataclass
 
 from w2v2.errors import UserError
 
@@ -53,3 +54,33 @@ def gumbel_temperature(step: int, maximum: float, minimum: float, decay: float) 
 def ramp(step: int, delay_steps: int, warmup_steps: int) -> float:
     """0 before `delay_steps` updates, then linearly up to 1 over `warmup_steps`."""
     return min(1.0, max(0.0, (step - delay_steps + 1) / max(1, warmup_steps)))
+
+
+@dataclass
+class UpdateSettings:
+    """What one update depends on, besides its batch."""
+
+    step: int  # updates finished before this one
+    seed: int
+    learning_rate: float
+    gumbel_temperature: float
+    diversity_weight: float
+    shared_diversity: bool  # diversity_scope: effective_batch
+    max_grad_norm: float  # 0: no clipping
+
+    @classmethod
+    def at(cls, step: int, args, diversity_weight: float) -> "UpdateSettings":
+        """What the schedules give for the update that follows `step` finished ones."""
+        rate = lr_factor(step, args.max_steps, args.warmup_steps, args.lr_scheduler_type)
+        temperature = gumbel_temperature(
+            step, args.max_gumbel_temperature, args.min_gumbel_temperature, args.gumbel_temperature_decay
+        )
+        return cls(
+            step=step,
+            seed=args.seed,
+            learning_rate=args.learning_rate * rate,
+            gumbel_temperature=temperature,
+            diversity_weight=diversity_weight * ramp(step, args.diversity_delay_steps, args.diversity_warmup_steps),
+            shared_diversity=args.diversity_scope == "effective_batch",
+            max_grad_norm=args.max_grad_norm,
+        )

@@ -23,7 +23,6 @@ class RunState:
     epoch: int = 0
     position: int = 0  # in the epoch's order
     heard_samples: int = 0
-    owes_validation: bool = False  # due after this update, but the run was asked to stop
     skipped_updates: int = 0  # of the updates done, those without a step: loss or gradient was not finite
     identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
     # How they were cut, which dropout and Gumbel noise follow; None before it is decided, and from older checkpoints.
@@ -58,7 +57,6 @@ class RunState:
             state.skipped_updates = saved.get("skipped_updates", 0)
             for name in ("micro_batch_seconds", "num_processes"):
                 setattr(state, name, saved.get(name))
-            state.owes_validation = saved.get("owes_validation", False)
         return state
 
     @property
