@@ -35,7 +35,7 @@ from w2v2.finetune.ctc_data import CACHE_FOLDER, name_sets, say
 from w2v2.finetune.labels import Split, group_splits, shared_groups
 from w2v2.finetune.task_arguments import ClassificationArguments, LabelArguments
 from w2v2.finetune.trainer import describe_best
-from w2v2.hub.hub_callback import HubCallback
+from w2v2.hub.push import HubCallback
 from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_feature_extractor

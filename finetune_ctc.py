@@ -32,7 +32,7 @@ from w2v2.finetune.ctc_data import as_audio, read_sets, say, select_training
 from w2v2.finetune.recognition import conclude, describe_unknown, load_decoder, score
 from w2v2.finetune.task_arguments import CTCArguments, follow_folder
 from w2v2.finetune.text import BLANK, build_vocabulary, make_processor, read_vocabulary
-from w2v2.hub.hub_callback import HubCallback
+from w2v2.hub.push import HubCallback
 from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import hide_padding
 from w2v2.model.loading import load_feature_extractor, load_with_head

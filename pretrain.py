@@ -30,7 +30,9 @@ from w2v2.data.batching import EffectiveBatches, MicroBatchPlan, PlanStream, pla
 from w2v2.data.collate import CropDataset, Framing
 from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
-from w2v2.hub.push import HubPusher, draw_plots, write_model_card
+from w2v2.hub.card import write_model_card
+from w2v2.hub.curves import draw_plots
+from w2v2.hub.push import HubPusher
 from w2v2.model.config import build_config
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_feature_extractor, build_framing, build_model

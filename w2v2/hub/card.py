@@ -1,142 +1,42 @@
-"""The model card of a pretraining run: what it did and measured, and nothing that it did not."""
+"""Model cards: what a run did and measured, and nothing that it did not.
+
+The text is in templates/*.md; this file gathers the facts that fill it. Anybody may read a card, so paths of this machine are
+shortened to their last part and nothing named a token is written.
+"""
 
 import json
 import os
 import shlex
-import string
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from w2v2.errors import printable
-from w2v2.hub.card_parts import (
-    NOT_MEASURED,
-    UNKNOWN_TO_THE_PROGRAM,
-    data_row,
-    device_hours,
-    fill,
-    hub_id,
-    in_hours,
-    licence,
-    publishable,
-    stated_rows,
-    table,
-)
-from w2v2.hub.curves import PICTURES, chance_accuracy, model_config
+from w2v2.hub.curves import FINETUNING_PICTURES, PICTURES, Pictures, chance_accuracy, model_config
 
-_RECIPE = [
-    ("Initial weights", "{model_name_or_path}"),
-    ("Model configuration", "{config_name}"),
-    ("Changed in it", "{config_overrides}"),
-    ("Transformer", "{num_hidden_layers} layers, width {hidden_size}, {num_attention_heads} heads"),
-    ("Parameters", "{num_parameters:,}"),
-    ("Effective batch", "{batch_hours} h of audio"),
-    ("Updates", "{updates_done} of {max_steps}"),
-    ("Longest crop", "{crop_seconds} s"),
-    ("Peak learning rate", "{learning_rate}"),
-    ("Schedule", "{lr_scheduler_type}, warm-up {warmup_steps}"),
-    ("Weight decay", "{weight_decay}"),
-    ("Gradient clipped at", "{max_grad_norm}"),
-    ("Masks", "probability {mask_time_prob}, spans of {mask_time_length} frames"),
-    ("Distractors", "{num_negatives}"),
-    ("Codebook", "{num_codevector_groups} groups of {num_codevectors_per_group} entries"),
-    ("Contrastive temperature", "{contrastive_logits_temperature}"),
-    ("Gumbel temperature", "{max_gumbel_temperature} to {min_gumbel_temperature}"),
-    ("Gumbel temperature's decay", "{gumbel_temperature_decay} an update"),
-    ("Diversity weight", "{diversity_loss_weight}"),
-    ("Feature penalty's weight", "{feature_penalty_weight}"),
-    ("Gradient into the convolutions", "× {feature_grad_mult}"),
-    ("Seed", "{seed}"),
-    ("Devices at the end of the run", "{devices}"),
-    (
-        "Device-hours",
-        "{device_hours}, from the logged throughput; updates alone, without validation, saving and start-up",
-    ),
-]
-
-_MEASURES = {
-    "loss": "Loss",
-    "contrastive_loss": "Contrastive loss",
-    "diversity_loss": "Diversity loss",
-    "accuracy": "Accuracy",
-    "codebook_perplexity": "Codebook perplexity (soft)",
-    "codebook_perplexity_hard": "Codebook perplexity (hard)",
-    "code_entropy": "Entropy of a frame's codes (nats)",
+_TEMPLATES = Path(__file__).parent / "templates"
+_TASKS = {
+    "Wav2Vec2ForCTC": "automatic-speech-recognition",
+    "Wav2Vec2ForSequenceClassification": "audio-classification",
 }
 
-_CODES = (
-    "A perplexity is the number of codes in even use, summed over the {num_codevector_groups} codebooks: at most "
-    "{num_codevector_groups} × {num_codevectors_per_group}."
-)
 
-_CARD = string.Template("""
-# $title
+class Measure(NamedTuple):
+    name: str
+    hub_name: str
+    form: str = "{:.2%}"
 
-A wav2vec 2.0 speech encoder, pretrained by self-supervision on unlabelled audio. It turns speech into one vector
-a latent frame. **It is no speech recogniser**: it has no vocabulary and writes no text until it is fine-tuned.
 
-## Recipe
-
-| | |
-|---|---|
-$recipe
-
-All settings, as resolved, are in `pretrain_config.yaml`.
-
-## Data
-
-| | |
-|---|---|
-$data
-
-$unknown
-
-## Results
-
-$results
-
-Losses are means over masked frames. Accuracy is the share of masked frames whose true code was told from its
-distractors; by chance it is $chance. $codes $heard
-
-$curves
-
-## How to load it
-
-```python
-import torch
-from transformers import AutoFeatureExtractor, AutoModel
-
-source = $literal
-extractor = AutoFeatureExtractor.from_pretrained(source)
-model = AutoModel.from_pretrained(source).eval()
-
-waveform = torch.randn(16_000).numpy()  # put your speech here: mono, 16 kHz
-inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt")
-with torch.no_grad():
-    frames = model(**inputs).last_hidden_state  # (1, latent frames, width)
-```
-
-`Wav2Vec2ForPreTraining.from_pretrained(source)` has the quantizer and the projections too, to pretrain further.
-
-To recognise speech, fine-tune it on transcribed audio with CTC:
-
-```bash
-python finetune_ctc.py --model_name_or_path $argument --train_data train.csv --validation_data dev.csv --output_dir asr
-```
-
-## Licence
-
-$licence
-
-## Limits
-
-- It expects mono speech sampled at 16 kHz, and knows the kinds of speech in its training audio only.
-- Bias in that audio, of voices, accents or topics, has neither been measured nor reduced.
-- The figures above say how well the pretraining task is solved. What the encoder is worth for recognition or any
-  other use was not measured here: fine-tune it and see.
-""")
+# By their keys in results.json, where those of a beam search with a language model stand under `lm`.
+MEASURES = {name: Measure(name.upper(), name) for name in ("wer", "cer", "per")}
+MEASURES |= {f"lm_{name}": Measure(f"{name.upper()} with the language model", name) for name in ("wer", "cer", "per")}
+MEASURES |= {
+    "accuracy": Measure("Accuracy", "accuracy"),
+    "uar": Measure("Unweighted average recall", "recall"),
+    "macro_f1": Measure("Macro-F1", "f1", "{:.4f}"),
+}
 
 
 def write_model_card(
@@ -146,44 +46,163 @@ def write_model_card(
     summary: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write `README.md`: what was done and measured, and nothing that was not.
+    """Write the `README.md` of a pretraining run.
 
     Args:
         config: the resolved flags; the folder's `config.json` is consulted for the model's own values.
-        summary: of `utterances`, `hours`, `validation_utterances`, `validation_hours` and `num_parameters`,
+        summary: of `utterances`, `hours`, `validation_utterances`, `validation_hours`, `devices` and `num_parameters`,
             whichever are known.
         metrics: records as in `metrics.jsonl`. The pictures that `draw_plots` left in the folder are embedded.
     """
-    output_dir = Path(output_dir)
-    config = publishable(config)
-    trained = _last(metrics, "loss")
-    given = {name: value for name, value in config.items() if value is not None}
-    facts = {**model_config(output_dir), **given, **summary, "updates_done": trained.get("step", 0)}
-    facts["device_hours"] = in_hours(device_hours(metrics))
-    heard = max((record.get("audio_hours") or 0 for record in metrics), default=0)
-    source = printable(config.get("hub_model_id") or output_dir.resolve().name)
-    pictures = [name for name in PICTURES if (output_dir / "plots" / f"{name}.png").exists()]
-    text = _CARD.substitute(
-        title=source.split("/")[-1],
-        recipe=table(fill(_RECIPE, facts)),
-        data=table(_data_rows(config, summary) + stated_rows(config)),
-        unknown=UNKNOWN_TO_THE_PROGRAM,
-        results=_results_table(trained, _last(metrics, "eval_")),
-        chance=f"{chance_accuracy(output_dir):.4f}",
-        codes="".join(text for _, text in fill([("", _CODES)], facts)),
-        heard=f"Hours of audio heard in all, counting repetitions: {f'{heard:,.2f}' if heard else NOT_MEASURED}.",
-        curves="\n\n".join(f"![{PICTURES[name][0]}](plots/{name}.png)" for name in pictures),
-        licence=licence(config),
-        literal=json.dumps(source, ensure_ascii=False),
-        argument=shlex.quote(source),
+    output_dir, config = Path(output_dir), publishable(config)
+    trained, validated = _last(metrics, "loss"), _last(metrics, "eval_")
+    facts = _merge(model_config(output_dir), config, summary) | {
+        "updates_done": trained.get("step", 0),
+        "device_hours": device_hours(metrics),
+        "train": _describe_set(config, "train", summary.get("utterances"), summary.get("hours")),
+        "validation": _describe_set(
+            config, "validation", summary.get("validation_utterances"), summary.get("validation_hours")
+        ),
+    }
+    values = dict(
+        trained=trained,
+        validated=validated,
+        heard=max((record.get("audio_hours") or 0 for record in metrics), default=0),
+        chance=chance_accuracy(output_dir),
     )
+    _save_card(output_dir, "pretrained.md", facts, PICTURES, dict(tags=["wav2vec2", "pretraining"]), **values)
+
+
+def write_finetuned_card(
+    output_dir: str | os.PathLike,
+    *,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    device_hours: float | None = None,
+) -> bool:
+    """Write the `README.md` of a fine-tuned folder; the scores are also in its metadata, for the Hub (`model-index`).
+
+    Args:
+        config: the resolved flags, and `batch`, the effective batch in words, where it is known.
+        results: as in `results.json`: name of a set → its measures; under `run` what was done.
+        device_hours: hours of training times processes; None where they were not measured.
+
+    Returns:
+        False, without a card, where the folder's `config.json` names another kind of model.
+    """
+    output_dir, config = Path(output_dir), publishable(config)
+    model = model_config(output_dir)
+    task = _TASKS.get((model.get("architectures") or [None])[0])
+    if task is None:
+        return False
+    run, scores = publishable(results.get("run") or {}), _read_scores(results)
+    facts = _merge(model, config, run) | {
+        "device_hours": device_hours,
+        "train": _describe_set(config, "train", run.get("train_utterances"), run.get("train_hours")),
+        "validation": _describe_set(config, "validation"),
+        "test": _describe_set(config, "test"),
+    }
+    shown = [key for key in MEASURES if any(key in found for found in scores.values())]
+    values = dict(task=task, scores=scores, shown=shown, measures=MEASURES)
+    metadata = dict(tags=["wav2vec2"], pipeline_tag=task, eval_results=_eval_results(task, scores))
+    _save_card(output_dir, "finetuned.md", facts, FINETUNING_PICTURES, metadata, **values)
+    return True
+
+
+def _save_card(
+    output_dir: Path, template: str, facts: Mapping[str, Any], pictures: Pictures, metadata: Mapping, **values: Any
+) -> None:
+    """Fill a template with `facts` and `values`, under the card's metadata (YAML), into `README.md`."""
+    source = printable(facts.get("hub_model_id") or output_dir.resolve().name)
+    title, base = source.split("/")[-1], facts.get("model_name_or_path") or ""
     data = ModelCardData(
         library_name="transformers",
-        tags=["wav2vec2", "pretraining"],
-        license=config.get("hub_license"),
-        base_model=hub_id(config.get("model_name_or_path")),
+        license=facts.get("hub_license"),
+        base_model=base if base.count("/") == 1 and not os.path.exists(base) else None,  # a repository, no folder
+        model_name=title if metadata.get("eval_results") else None,
+        **metadata,
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(output_dir / "README.md")
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATES / template),
+        title=title,
+        literal=json.dumps(source, ensure_ascii=False),  # in Python
+        argument=shlex.quote(source),  # in a shell
+        facts=facts,
+        row=_row_writer(facts),
+        cell=_cell,
+        pictures={name: title for name, (title, _) in pictures.items() if (output_dir / f"plots/{name}.png").exists()},
+        **values,
+    )
+    card.save(output_dir / "README.md")
+
+
+def _row_writer(facts: Mapping[str, Any]) -> Callable[[str, str], str]:
+    """A function that makes a table's row of a label and a format string; empty where one of its facts is not known."""
+    known = {name: fact for name, fact in facts.items() if fact not in (None, "")}
+
+    def write_row(label: str, form: str) -> str:
+        try:
+            return f"\n| {label} | {_cell(form.format_map(known))} |"
+        except KeyError:
+            return ""
+
+    return write_row
+
+
+def _cell(text: str) -> str:
+    """Text that others wrote, for one cell of a table: without line breaks and bars."""
+    return printable(text.replace("\n", " ")).replace("|", "\\|")
+
+
+def _describe_set(
+    config: Mapping[str, Any], name: str, utterances: int | None = None, hours: float | None = None
+) -> str:
+    """Manifests as they were given, with what was counted in them."""
+    sources = config.get(f"{name}_data") or []
+    sources = [sources] if isinstance(sources, str) else sources
+    parts = ["`" + printable(source).replace("`", "'") + "`" for source in sources] or ["none"]
+    parts += [] if utterances is None else [f"{utterances:,} utterances"]
+    parts += [] if hours is None else [f"{hours:,.2f} h"]
+    return ", ".join(parts)
+
+
+def publishable(value: Any) -> Any:
+    """Resolved flags without tokens and without paths of this machine but their last part, at any depth."""
+    if isinstance(value, Mapping):
+        kept = {name: item for name, item in value.items() if not str(name).endswith("token")}
+        return {name: item if name == "data_description" else publishable(item) for name, item in kept.items()}
+    if isinstance(value, list | tuple):
+        return [publishable(item) for item in value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and PureWindowsPath(value).is_absolute():
+        return PureWindowsPath(value).name
+    if isinstance(value, str) and value.startswith(("/", "~", "..")):
+        return PurePath(value).name
+    return value
+
+
+def device_hours(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """Hours of all devices in updates: audio heard between records, over the throughput there, times the processes.
+
+    None where a record of training lacks one of the three. What a resumed run had to repeat is not in it.
+    """
+    total, before = 0.0, 0.0
+    for record in metrics:
+        if "audio_seconds_per_second" not in record:
+            continue
+        hours, rate, processes = map(record.get, ("audio_hours", "audio_seconds_per_second", "num_processes"))
+        if hours is None or not rate or not processes:
+            return None
+        total += (hours - before) / rate * processes
+        before = hours
+    return total or None
+
+
+def _merge(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Later facts win over earlier ones, where they are known."""
+    return {name: value for source in sources for name, value in source.items() if value is not None}
 
 
 def _last(metrics: Sequence[Mapping[str, Any]], prefix: str) -> Mapping[str, Any]:
@@ -191,22 +210,32 @@ def _last(metrics: Sequence[Mapping[str, Any]], prefix: str) -> Mapping[str, Any
     return next((record for record in reversed(metrics) if any(name.startswith(prefix) for name in record)), {})
 
 
-def _data_rows(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _read_scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Set → the measures that a card shows, as numbers."""
+    scores = {}
+    for name, values in results.items():
+        if name == "run" or not isinstance(values, Mapping):
+            continue
+        values = {**values, **{f"lm_{key}": value for key, value in (values.get("lm") or {}).items()}}
+        numbers = {key: values[key] for key in ("utterances", *MEASURES) if isinstance(values.get(key), int | float)}
+        if numbers.keys() & MEASURES.keys():
+            scores[name] = numbers
+    return scores
+
+
+def _eval_results(task: str, scores: Mapping[str, Mapping[str, float]]) -> list[EvalResult] | None:
+    """One entry for each set and measure; values are fractions, as everywhere in the program."""
     return [
-        data_row(label, config.get(flag), summary.get(f"{prefix}utterances"), summary.get(f"{prefix}hours"))
-        for label, flag, prefix in (("Training", "train_data", ""), ("Validation", "validation_data", "validation_"))
-    ]
-
-
-def _results_table(trained: Mapping[str, Any], validated: Mapping[str, Any]) -> str:
-    def cell(value: Any) -> str:
-        return NOT_MEASURED if value is None else f"{value:.4g}"
-
-    def head(name: str, record: Mapping[str, Any]) -> str:
-        return f"{name}, update {record['step']}" if record else name
-
-    rows = [
-        f"| {label} | {cell(trained.get(name))} | {cell(validated.get('eval_' + name))} |"
-        for name, label in _MEASURES.items()
-    ]
-    return "\n".join([f"| | {head('Training', trained)} | {head('Validation', validated)} |", "|---|---|---|", *rows])
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split="validation" if name == "validation" else "test",
+            metric_type=MEASURES[key].hub_name,
+            metric_name=f"{MEASURES[key].name} (fraction)",
+            metric_value=value,
+        )
+        for name, values in scores.items()
+        for key, value in values.items()
+        if key in MEASURES
+    ] or None

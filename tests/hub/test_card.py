@@ -1,0 +1,206 @@
+"""Model cards tell what was done and measured, and nothing else; curves."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import tiny_config
+from huggingface_hub import ModelCard
+from transformers import (
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForPreTraining,
+    Wav2Vec2ForSequenceClassification,
+)
+
+from w2v2.hub.card import device_hours, write_finetuned_card, write_model_card
+from w2v2.hub.curves import FINETUNING_PICTURES, draw_plots
+
+TOKEN = "hf_" + "SecretOfTheTest" * 2
+CONFIG = {
+    "hub_model_id": "speech-lab/tiny",
+    "hub_token": TOKEN,
+    "train_data": ["/home/somebody/corpus/train.csv", "lists/more.tsv"],
+    "validation_data": ["/home/somebody/corpus/dev.csv"],
+    "output_dir": "/home/somebody/runs/tiny",
+    "batch_hours": 0.25,
+    "max_steps": 400,
+    "learning_rate": 0.0005,
+    "mask_time_prob": None,
+    "max_gumbel_temperature": 2.0,
+    "min_gumbel_temperature": 0.5,
+    "data_description": "~3 h of read speech | openslr.org/0",
+}
+SUMMARY = {"utterances": 1234, "hours": 3.5, "validation_utterances": 56, "validation_hours": 0.2, "devices": "2 × CPU"}
+METRICS = [
+    {"step": 10, "audio_hours": 2.5, "loss": 4.6, "contrastive_loss": 4.5, "accuracy": 0.02, "learning_rate": 1e-4},
+    {"step": 20, "audio_hours": 5.0, "loss": None, "contrastive_loss": None, "accuracy": 0.1875, "learning_rate": 2e-4},
+    {"step": 20, "audio_hours": 5.0, "eval_loss": 4.125, "eval_contrastive_loss": 4.0, "eval_accuracy": 0.15625},
+]
+
+
+def card_of(folder, config=CONFIG, metrics=METRICS):
+    write_model_card(folder, config=config, summary=SUMMARY, metrics=metrics)
+    return ModelCard.load(folder / "README.md")
+
+
+def finetuned_card_of(folder, **arguments):
+    assert write_finetuned_card(folder, **arguments)
+    return ModelCard.load(folder / "README.md")
+
+
+def run_code_of(card, folder):
+    """The names that the card's own code leaves, with a folder in the place of the repository."""
+    names = {}
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    exec(re.sub(r'source = ".*?"', f"source = {str(folder)!r}", code), names)
+    return names
+
+
+def test_a_card_tells_recipe_data_and_results(tmp_path):
+    tiny_config(num_negatives=9, num_codevectors_per_group=8, mask_time_prob=0.05).save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    for row in (
+        "| Effective batch | 0.25 h of audio |",
+        "| Updates | 20 of 400 |",
+        "| Gumbel temperature | 2.0 to 0.5 |",
+        "| Distractors | 9 |",
+        "| Masks | probability 0.05, spans of 10 frames |",
+        "| Training | `train.csv`, `lists/more.tsv`, 1,234 utterances, 3.50 h |",
+        "| | Training, update 20 | Validation, update 20 |",
+        "| Accuracy | 0.1875 | 0.1562 |",
+        "| Loss | not measured | 4.125 |",
+        "| Codebook perplexity (hard) | not measured | not measured |",
+        "| Sources, as stated by who trained the model | ~3 h of read speech \\| openslr.org/0 |",
+        "| Devices at the end of the run | 2 × CPU |",
+    ):
+        assert row in card.text
+    assert "by chance it is 0.1000" in card.text and "counting repetitions: 5.00" in card.text
+    assert "no speech recogniser" in card.text and "codebooks: at most 2 × 8." in card.text
+    assert "No licence was stated" in card.text and "Device-hours" not in card.text
+    for secret in (TOKEN, "somebody", str(tmp_path)):
+        assert secret not in card.content
+
+
+def test_a_card_without_any_record_invents_nothing(tmp_path):
+    card = card_of(tmp_path, config={}, metrics=[])
+    assert "| Accuracy | not measured | not measured |" in card.text
+    assert "counting repetitions: not measured" in card.text
+    assert not any(left in card.content for left in ("{{", "{%", "None"))
+
+
+def test_device_hours_are_those_of_all_devices(tmp_path):
+    rates = dict(audio_seconds_per_second=1000.0, loss=1.0)
+    records = [
+        {"step": 1, "audio_hours": 10.0, "num_processes": 2, **rates},  # 10 h at 1000 h an hour on two devices
+        {"step": 1, "audio_hours": 10.0, "eval_loss": 1.0},
+        {"step": 2, "audio_hours": 110.0, "num_processes": 4, **rates},
+    ]
+    assert device_hours(records) == pytest.approx(0.01 * 2 + 0.1 * 4)
+    assert "| Device-hours | 0.42, " in card_of(tmp_path, metrics=records).text
+    del records[0]["num_processes"]
+    assert device_hours(records) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "base"), [("facebook/wav2vec2-base", "facebook/wav2vec2-base"), ("runs/a/b", None), ("base", None)]
+)
+def test_only_weights_of_the_hub_are_the_base_model(tmp_path, source, base):
+    assert card_of(tmp_path, config={**CONFIG, "model_name_or_path": source}).data.base_model == base
+
+
+def test_metadata_claims_a_licence_only_if_stated(tmp_path):
+    expected = {"library_name": "transformers", "tags": ["wav2vec2", "pretraining"]}
+    assert card_of(tmp_path).data.to_dict() == expected
+    stated = card_of(tmp_path, config={**CONFIG, "hub_license": "cc-by-4.0"})
+    assert stated.data.to_dict() == expected | {"license": "cc-by-4.0"} and "`cc-by-4.0`, as stated" in stated.text
+
+
+def test_a_cards_own_code_loads_the_folder(tmp_path):
+    Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    frames = run_code_of(card_of(tmp_path), tmp_path)["frames"]
+    assert frames.shape == (1, 49, 32) and torch.isfinite(frames).all()
+
+
+def test_a_recognisers_card_has_scores_recipe_and_code(tmp_path, capsys):
+    config = tiny_config(vocab_size=5, pad_token_id=0)
+    Wav2Vec2ForCTC(config).save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "A": 3, "B": 4}))
+    Wav2Vec2CTCTokenizer(tmp_path / "vocab.json").save_pretrained(tmp_path)
+    draw_plots(tmp_path, [{"step": 1, "loss": 2.0}], FINETUNING_PICTURES, over=("step", "update"))
+    rates = {"wer": 0.5, "cer": 0.25, "utterances": 9, "lm": {"wer": 0.125, "worst_utterances": []}}
+    run = {"lm": {"path": "/home/me/x.arpa"}, "updates": 4, "train_utterances": 4, "train_hours": 0.5}
+    flags = dict(train_data=["/home/me/train.csv"], test_data=["test.csv"], max_steps=4, batch="1600 s of audio")
+    results = {"validation": {"wer": 0.4}, "test": rates, "run": run}
+    card = finetuned_card_of(tmp_path, config=flags, results=results, device_hours=1.5)
+    for line in (
+        "| Set | Utterances | WER | CER | WER with the language model |",
+        "| `validation` |  | 40.00% | not measured | not measured |",
+        "| `test` | 9 | 50.00% | 25.00% | 12.50% |",
+        "| Language model of the search | x.arpa |",
+        "| Effective batch | 1600 s of audio |",
+        "| Updates | 4 of 4 |",
+        "| Device-hours, validation in between included | 1.50 |",
+        "| Training | `train.csv`, 4 utterances, 0.50 h |",
+        "| Test | `test.csv` |",
+        "![Loss](plots/loss.png)",
+        "The best update was chosen on the set `validation`.",
+        "No licence was stated.",
+    ):
+        assert line in card.text
+    assert "| Validation |" not in card.text
+    assert not any(left in card.content for left in ("{{", "{%", "None", "/home"))
+    assert card.data.pipeline_tag == "automatic-speech-recognition"
+    assert {(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results} == {
+        ("validation", "wer", 0.4), ("test", "wer", 0.5), ("test", "cer", 0.25), ("test", "wer", 0.125)
+    }  # fmt: skip
+    run_code_of(card, tmp_path)
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_a_classifiers_card_has_scores_classes_and_code(tmp_path, capsys):
+    config = tiny_config(num_labels=2, id2label={0: "calm", 1: "angry"}, classifier_proj_size=8)
+    Wav2Vec2ForSequenceClassification(config).save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    scores = {"accuracy": 0.75, "uar": 0.5, "macro_f1": 0.25, "loss": 1.0, "utterances": 8, "confusion": []}
+    card = finetuned_card_of(tmp_path, config={"train_data": ["train.csv"]}, results={"test": scores, "run": {}})
+    assert "| `test` | 8 | 75.00% | 50.00% | 0.2500 |" in card.text and "| Classes | 2: calm, angry |" in card.text
+    assert {(r.task_type, r.metric_type, r.metric_value) for r in card.data.eval_results} == {
+        ("audio-classification", "accuracy", 0.75), ("audio-classification", "recall", 0.5), ("audio-classification", "f1", 0.25)
+    }  # fmt: skip
+    assert "Device-hours" not in card.text
+    run_code_of(card, tmp_path)
+    assert "'calm'" in capsys.readouterr().out
+
+
+def test_a_model_of_another_kind_gets_no_card(tmp_path):
+    assert not write_finetuned_card(tmp_path, config={}, results={})
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_pictures_show_what_was_logged_and_are_embedded(tmp_path):
+    drawn = draw_plots(tmp_path, METRICS)
+    names = ["plots/loss.png", "plots/accuracy.png", "plots/schedule.png"]
+    assert [path.relative_to(tmp_path).as_posix() for path in drawn] == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert re.findall(r"!\[.*\]\((.*)\)", card_of(tmp_path).text) == names
+    assert draw_plots(tmp_path / "empty", []) == []
+
+
+def test_curves_run_over_hours_heard_beside_chance(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append((path.stem, figure)))
+    (tmp_path / "config.json").write_text(json.dumps({"num_negatives": 9}))
+    draw_plots(tmp_path, METRICS)
+    axes = dict(figures)["accuracy"].axes[0]
+    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert curves["training"] == ([2.5, 5.0], [0.02, 0.1875])
+    assert curves["validation"] == ([5.0], [0.15625])
+    assert curves["chance"][1] == [0.1, 0.1]
+    assert "hours" in axes.get_xlabel()
