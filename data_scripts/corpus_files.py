@@ -1,13 +1,15 @@
-"""What the data scripts share: measuring files, writing manifests, ending on a user's slip with one line."""
+"""What the data scripts share: measuring files, writing files whole, ending with one line on a user's slip."""
 
 import argparse
+import contextlib
 import csv
+import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from tqdm import tqdm
 
@@ -28,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_status(prog: str, action: Callable[[], object]) -> int:
-    """Run `action`; 0, or 2 and one line on standard error where it met a user's slip or an unusable path."""
+    """Run `action`. Returns 0, or 2 after one line on standard error for a user's slip or an unusable path."""
     try:
         action()
     except (UserError, OSError) as error:
@@ -38,29 +40,59 @@ def exit_status(prog: str, action: Callable[[], object]) -> int:
 
 
 def measure(paths: Sequence[str], num_workers: int) -> tuple[list[float | None], list[AudioError]]:
-    """Seconds of each file from its header (None: unusable), and the reasons of those; read by `num_workers` threads."""
+    """Seconds of each file from its header (None: unusable), and the reasons for the unusable ones."""
 
-    def length(path: str) -> float | AudioError:
+    def read_length(path: str) -> float | AudioError:
         try:
             return probe(path) / SAMPLING_RATE
         except AudioError as error:
             return error
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        bar = tqdm(pool.map(length, paths), total=len(paths), desc="Measuring", unit="file", disable=None)
-        lengths = list(bar)
+        results = pool.map(read_length, paths)
+        lengths = list(tqdm(results, total=len(paths), desc="Measuring", unit="file", disable=None))
     errors = [length for length in lengths if isinstance(length, AudioError)]
     return [None if isinstance(length, AudioError) else length for length in lengths], errors
 
 
-def write_manifest(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS):
-    """Write a CSV manifest whole or not at all; columns that a row lacks stay empty."""
+@contextlib.contextmanager
+def open_atomic(path: Path, mode: str = "w", **options) -> Iterator[IO]:
+    """A file that takes its place as `path`, whole and on the disk, when the block ends well; else `path` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+    if "b" not in mode:
+        options = {"encoding": "utf-8", "newline": ""} | options
+    try:
+        with open(unfinished, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, values: Iterable[dict]) -> None:
+    """A JSON object a line."""
+    with open_atomic(path) as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+
+
+def list_skipped(path: Path, skipped: Sequence[dict]) -> None:
+    """List unusable files (`audio`, `reason`, perhaps `id`) in `path`, and show the first few. An old list goes."""
+    path.unlink(missing_ok=True)
+    if skipped:
+        write_lines(path, skipped)
+        print(f"{len(skipped):,} left out, listed in {path}:", file=sys.stderr)
+    for entry in skipped[:5]:
+        print(printable(f"  {entry['audio']}: {entry['reason']}"), file=sys.stderr)
+
+
+def write_manifest(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
+    """Write a CSV manifest. Columns that a row lacks stay empty."""
+    with open_atomic(path) as file:
         quoting = csv.QUOTE_MINIMAL, csv.QUOTE_ALL  # the former leaves a carriage return bare, which then ends the row
         minimal, quoted = (csv.DictWriter(file, columns, lineterminator="\n", quoting=kind) for kind in quoting)
         minimal.writeheader()
         for row in rows:
             (quoted if any("\r" in str(cell) for cell in row.values()) else minimal).writerow(row)
-    os.replace(unfinished, path)

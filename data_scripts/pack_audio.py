@@ -1,199 +1,247 @@
-"""Pack a manifest's audio into few files of bare 16-bit samples, so that training reads crops instead of decoding files.
+"""Pack a manifest's audio into a few large WAV files, so that training reads crops instead of decoding thousands of files.
 
     python data_scripts/pack_audio.py data/train.csv --output_dir data/packed
     python data_scripts/pack_audio.py --verify data/packed
     python pretrain.py --train_data data/packed …
 
-Takes every manifest that pretrain.py takes. The packed folder serves as a manifest itself: the same utterances with the same
-ids, order and lengths, so the effective batches are the same, and a run may even change over to it when it resumes (only a segment
-whose manifest makes it end after its file's end is packed as it fits, moved back by up to half a second). The folder may be moved. 16-bit mono audio at 16 kHz is kept bit for bit; other audio is resampled and averaged as in training, and
-rounded to 16 bits. An hour takes 115 MB.
+Takes every manifest that pretrain.py takes. The folder that it writes may be moved and holds
 
-Killed in the middle, the same command goes on with the shards that are missing. Utterances that cannot be read are left out
-and listed in OUTPUT_DIR/skipped.jsonl. The same audio and flags give the same bytes, whatever the number of workers.
+    shard-00000.wav …   ordinary WAV files, 16 kHz, mono, 16 bits: the utterances one after another
+    manifest.parquet    id, audio (the shard), start (seconds), num_samples; text, speaker and label where there are any
+    SHA256SUMS          of all of these, for --verify or sha256sum -c
+    packing.jsonl       what was packed; then a line a shard
+
+The utterances keep their ids, order and lengths, so the effective batches stay the same. 16-bit mono audio at 16 kHz stays the
+same bit for bit. Other audio is resampled and averaged as in training, then rounded to 16 bits. An hour takes 115 MB.
+
+After an interruption, the same command goes on with the missing shards. Unreadable utterances are left out and listed in
+skipped_audio.jsonl; once they are mended, pack anew with --overwrite. The same audio and flags give the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import wave
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-from corpus_files import Parser, exit_status
-from pack_shards import ShardTask, pack_all
-from packed_folder import (
-    CACHE,
-    SKIPPED,
-    alone_in,
-    check_free,
-    claim,
-    fault,
-    read_records,
-    verify,
-    write_index,
-    write_json_lines,
-    write_settings,
-)
+import pyarrow.parquet as pq
+import soundfile
+from corpus_files import Parser, exit_status, list_skipped, open_atomic, write_lines
 from tqdm import tqdm
 
-from w2v2.data.audio import SAMPLING_RATE, probe
-from w2v2.data.manifest import read_manifests
-from w2v2.data.packed import INDEX, SHARDS, find_index, sha256_of
-from w2v2.errors import UserError, printable
+from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, AudioError, probe, read_pcm
+from w2v2.data.manifest import load_manifest
+from w2v2.errors import UserError
 
-FORMAT = 1  # raise it when the same audio and flags would give other files
-DIGEST_ROWS = 1 << 16
+FORMAT = 2  # raise it when the same audio and flags would give other files
+MAX_SHARD_HOURS = 18.0  # the file stays below 2 GiB, as its 32-bit sizes demand
+MANIFEST, SUMS, LOG, SKIPPED = "manifest.parquet", "SHA256SUMS", "packing.jsonl", "skipped_audio.jsonl"
+CACHE = "cache"  # measured lengths, until the packing is finished
 
 
 def pack(args) -> None:
-    """The whole job; UserError where the folder is not free for it, or nothing can be read."""
+    """Plan the shards, write the missing ones, then the sums and the manifest. Raises UserError for a user's slips."""
     folder = args.output_dir
     check_flags(args)
-    table, unmeasured = read_manifests(
-        args.manifests, data_root=args.data_root, cache_dir=folder / CACHE, num_workers=args.num_workers, probe=probe
-    )
-    bounds = cut_shards(table["num_samples"].to_numpy(), args.shard_hours)
-    settings = {"format": FORMAT, "shard_hours": args.shard_hours, "shards": len(bounds)}
-    settings |= {"utterances": len(table), "utterances_sha256": digest(table)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder):
-        claim(folder, settings, args.overwrite)
-        records = pack_missing(folder, table, bounds, args.num_workers)
-        skipped = unmeasured + unread(table, bounds, records)
-        list_skipped(folder / SKIPPED, skipped)
-        write_index(folder, table, bounds, records)
-        write_settings(folder, settings | {"index_sha256": sha256_of(folder / INDEX)})
-    report(folder, records, skipped)
+    options = dict(data_root=args.data_root, cache_dir=folder / CACHE, num_workers=args.num_workers, probe=probe)
+    table, unmeasured = load_manifest(args.manifests, **options)
+    shards = cut_shards(table["num_samples"], args.shard_hours)
+    settings = {"format": FORMAT, "shard_hours": args.shard_hours, "rows_sha256": hash_rows(table)}
+    finished = claim_folder(folder, settings, args.overwrite)
+    records = pack_missing(folder, table, shards, finished, args.num_workers)
+    write_lines(folder / LOG, [settings, *records])  # in order
+    skipped = unmeasured + [entry for record in records for entry in record["skipped"]]
+    list_skipped(folder / SKIPPED, skipped)
+    if len(skipped) > args.max_skipped_fraction * (total := len(table) + len(unmeasured)) or len(skipped) == total:
+        raise UserError(f"{skipped[0]['audio']}: {skipped[0]['reason']}; {len(skipped)} of {total} utterances cannot be read, more "
+                        f"than --max_skipped_fraction {args.max_skipped_fraction:g} allows: mend or remove them")  # fmt: skip
+    write_index(folder, table, shards, records)
+    shutil.rmtree(folder / CACHE, ignore_errors=True)
+    report(folder, records, len(skipped))
 
 
 def check_flags(args) -> None:
-    """UserError for values that cannot serve, before anything is read."""
-    if not args.shard_hours > 0:
-        raise UserError(f"--shard_hours {args.shard_hours:g}: give a positive number")
-    check_free(args.output_dir)
-    for name in args.manifests:
-        index = find_index(Path(name).expanduser())
-        if index and index.parent.resolve() == args.output_dir.resolve():
-            raise UserError(f"{name} is --output_dir itself: name another folder")
+    """UserError for flags that cannot serve, before anything is read or deleted."""
+    folder, sources = args.output_dir, [Path(name).expanduser().resolve() for name in args.manifests]
+    found = {path.name for path in folder.iterdir()} - {CACHE} if folder.is_dir() else set()
+    if not 0 < args.shard_hours <= MAX_SHARD_HOURS:
+        raise UserError(f"--shard_hours {args.shard_hours:g}: give a number above 0, at most {MAX_SHARD_HOURS:g}")
+    if folder.is_file() or (found and LOG not in found):
+        raise UserError(f"--output_dir {folder}: {min(found, default='it')} is in the way: name a new folder")
+    if any(folder.resolve() in (path, path.parent) for path in sources):
+        raise UserError(f"--output_dir {folder} is the manifest itself: name another folder")
 
 
-def cut_shards(num_samples: np.ndarray, shard_hours: float) -> list[tuple[int, int]]:
-    """First and last (exclusive) row of every shard: consecutive rows, so many that a shard holds about `shard_hours`."""
-    begins = np.cumsum(num_samples) - num_samples
-    number = begins // max(1, round(shard_hours * 3600 * SAMPLING_RATE))
-    firsts = np.flatnonzero(np.diff(number, prepend=-1)).tolist()
-    return list(zip(firsts, [*firsts[1:], len(num_samples)], strict=True))
+def hash_rows(table) -> str:
+    """SHA-256 of all that the manifest says, paths included."""
+    digest = hashlib.sha256()
+    for first in range(0, len(table), 1 << 16):
+        digest.update(json.dumps(table[first : first + (1 << 16)]).encode())
+    return digest.hexdigest()
 
 
-def digest(table: pa.Table) -> str:
-    """SHA-256 of what the manifest says, paths included, however the table is cut up in memory."""
-    content = hashlib.sha256()
-    for first in range(0, len(table), DIGEST_ROWS):
-        rows = table.slice(first, DIGEST_ROWS).replace_schema_metadata(None)
-        content.update(rows.combine_chunks().to_batches()[0].serialize())
-    return content.hexdigest()
+def cut_shards(num_samples: Iterable[int], shard_hours: float) -> dict[str, range]:
+    """Shard's name → its rows of the manifest: consecutive rows, as many as fit into `shard_hours`, at least one."""
+    room, most = (round(hours * 3600 * SAMPLING_RATE) for hours in (shard_hours, MAX_SHARD_HOURS))
+    bounds, held = [0], 0
+    for row, length in enumerate(num_samples):
+        if length > most:
+            raise UserError(f"utterance {row + 1} holds more than {MAX_SHARD_HOURS:g} hours: cut it into several")
+        if held and held + length > room:
+            bounds.append(row)
+            held = 0
+        held += length
+    bounds.append(row + 1)
+    return {f"shard-{n:05d}.wav": range(*bounds[n : n + 2]) for n in range(len(bounds) - 1)}
 
 
-def pack_missing(folder: Path, table: pa.Table, bounds: list[tuple[int, int]], num_workers: int) -> list[dict]:
-    """Pack the shards that are not there whole. Returns the records of all, in order, as they stand in `shards.jsonl`."""
-    names = [f"shard-{number:05d}.arrow" for number in range(len(bounds))]
-    records = {name: record for name, record in read_records(folder).items() if not fault(folder, record)}
-    records = {name: records[name] for name in names if name in records}
-    write_json_lines(folder / SHARDS, records.values())
-    missing = {name: part for name, part in zip(names, bounds, strict=True) if name not in records}
-    num_samples = {name: samples_in(table.slice(a, b - a)) for name, (a, b) in zip(names, bounds, strict=True)}
-    bar = tqdm(
-        desc="Packing",
-        total=samples_in(table),
-        initial=sum(num_samples[name] for name in records),
-        unit_scale=1 / SAMPLING_RATE / 3600,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}]",
-        disable=None,
-    )
-    with bar, open(folder / SHARDS, "a", encoding="utf-8") as lines:
-        for record in pack_all(tasks(folder, table, missing), num_workers):
-            records[record["shard"]] = record
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-            bar.update(num_samples[record["shard"]])
-    write_json_lines(folder / SHARDS, [records[name] for name in names])
-    return [records[name] for name in names]
+def claim_folder(folder: Path, settings: dict, overwrite: bool) -> dict[str, dict]:
+    """Records of the shards that are there already, by name. UserError where something else was packed."""
+    if overwrite:
+        for path in (*folder.glob("shard-*.wav"), folder / LOG):
+            path.unlink(missing_ok=True)
+    lines = []
+    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: a kill cut the last line short
+        lines.extend(map(json.loads, (folder / LOG).read_text(encoding="utf-8").splitlines()))
+    if lines and lines[0] != settings:
+        raise UserError(f"--output_dir {folder} was packed from other utterances or with another --shard_hours: name another "
+                        "folder, or pack it anew with --overwrite")  # fmt: skip
+    (folder / MANIFEST).unlink(missing_ok=True)  # without it, the packing is unfinished
+    sizes = {path.name: path.stat().st_size for path in folder.glob("shard-*.wav")}
+    finished = [record for record in lines[1:] if sizes.get(record["shard"]) == record["bytes"]]
+    write_lines(folder / LOG, [settings, *finished])
+    return {record["shard"]: record for record in finished}
 
 
-def tasks(folder: Path, table: pa.Table, parts: dict[str, tuple[int, int]]) -> Iterator[ShardTask]:
-    for name, (first, last) in parts.items():
-        rows = table.slice(first, last - first)
-        starts = np.rint(rows["start"].to_numpy() * SAMPLING_RATE).astype(np.int64).tolist()
-        columns = (rows[column].to_pylist() for column in ("id", "audio", "num_samples"))
-        yield ShardTask(folder, name, *columns, starts)
+def pack_missing(folder: Path, table, shards: dict[str, range], records: dict, num_workers: int) -> list[dict]:
+    """Write the shards without a record, in threads: decoding and hashing run side by side. Returns all records, in order."""
+    bar = tqdm(desc="Packing", total=len(table), unit="utterance", disable=None)
+    bar.update(sum(len(shards[name]) for name in records))
+    with bar, open(folder / LOG, "a", encoding="utf-8") as log, ThreadPoolExecutor(max(1, num_workers)) as pool:
+        missing = [name for name in shards if name not in records]
+        futures = [pool.submit(pack_shard, folder / name, table, shards[name]) for name in missing]
+        try:
+            for future in as_completed(futures):
+                record = future.result()
+                records[record["shard"]] = record
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                bar.update(len(shards[record["shard"]]))
+        finally:
+            pool.shutdown(cancel_futures=True)  # an error ends the packing once the shards at work are written
+    return [records[name] for name in shards]
 
 
-def unread(table: pa.Table, bounds: list[tuple[int, int]], records: list[dict]) -> list[dict]:
-    """The utterances that are in no shard, in order, with the reason."""
-    lost = [
-        (first + row, reason) for (first, _), r in zip(bounds, records, strict=True) for row, reason in r["skipped"]
-    ]
-    rows = table.select(["id", "audio"]).take(pa.array([row for row, _ in lost], pa.int64())).to_pylist()
-    return [row | {"reason": reason} for row, (_, reason) in zip(rows, lost, strict=True)]
+def pack_shard(path: Path, table, rows: range) -> dict:
+    """Write one shard. Returns its line of the log, in which an utterance that cannot be read has 0 samples."""
+    record = {"shard": path.name, "num_samples": [], "skipped": [], "shortened": 0, "clipped_samples": 0}
+    columns = table[rows.start : rows.stop]  # one look into the table for all of them
+    try:
+        with open_atomic(path, "w+b") as file:
+            with wave.open(file, "wb") as shard:
+                shard.setparams((1, 2, SAMPLING_RATE, 0, "NONE", ""))  # channels, bytes a sample, …
+                for values in zip(*columns.values(), strict=True):
+                    samples = read_utterance(dict(zip(columns, values, strict=True)), record)  # (S,) int16
+                    shard.writeframesraw(samples.astype("<i2").tobytes())
+                    record["num_samples"].append(len(samples))
+            file.seek(0)
+            record |= {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}: mend that and run the same command again, which "
+                        "keeps the finished shards") from None  # fmt: skip
+    return record
 
 
-def list_skipped(path: Path, skipped: list[dict]) -> None:
-    """An old list goes, even where there is nothing to list."""
-    path.unlink(missing_ok=True)
-    if skipped:
-        write_json_lines(path, skipped)
+def read_utterance(entry: dict, record: dict) -> np.ndarray:
+    """An utterance as int16 of shape (S,), empty where it cannot be read. `record` counts what changed."""
+    start, num_samples = round(entry["start"] * SAMPLING_RATE), entry["num_samples"]
+    try:
+        excess = num_samples - probe(entry["audio"])
+        if start == 0 and MAX_PADDING < excess <= MAX_SHIFT + MAX_PADDING:  # the manifest's duration is rounded
+            num_samples -= excess
+            record["shortened"] += 1
+        samples = read_pcm(entry["audio"], start, num_samples)
+    except AudioError as error:
+        record["skipped"].append({"id": entry["id"], "audio": entry["audio"], "reason": error.reason})
+        return np.empty(0, np.int16)
+    if samples.dtype != np.int16:
+        scaled = np.rint(samples * np.float32(32_768))
+        samples = np.clip(scaled, -32_768, 32_767).astype(np.int16)
+        record["clipped_samples"] += int((samples != scaled).sum())
+    return samples
 
 
-def samples_in(table: pa.Table) -> int:
-    return int(table["num_samples"].to_numpy().sum())
+def write_index(folder: Path, table, shards: dict[str, range], records: list[dict]) -> None:
+    """Write SHA256SUMS and, last, manifest.parquet: the source's rows in their order, without the unreadable ones."""
+    lengths = [np.array(record["num_samples"]) for record in records]
+    starts = np.concatenate([np.cumsum(part) - part for part in lengths])  # (rows,) from the shard's beginning
+    lengths = np.concatenate(lengths)  # (rows,)
+    source = table.with_format("arrow")[:]
+    columns = {"id": source["id"], "audio": np.repeat(list(shards), list(map(len, shards.values())))}
+    columns |= {"start": starts / SAMPLING_RATE, "num_samples": lengths}
+    columns |= {name: source[name] for name in source.column_names if name not in columns}
+    with open_atomic(folder / MANIFEST, "w+b") as file:
+        pq.write_table(pa.table(columns).filter(lengths > 0), file)
+        file.seek(0)
+        sums = {record["shard"]: record["sha256"] for record in records}
+        sums[MANIFEST] = hashlib.file_digest(file, "sha256").hexdigest()
+        with open_atomic(folder / SUMS) as sums_file:
+            sums_file.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
-def report(folder: Path, records: list[dict], skipped: list[dict]) -> None:
-    """What the folder holds; what is not as it was in the sources is said."""
-    total = {
-        name: sum(record[name] for record in records)
-        for name in records[0]
-        if name not in ("shard", "sha256", "skipped")
-    }
-    print(
-        f"{folder}: {total['utterances']:,} utterances, {total['samples'] / SAMPLING_RATE / 3600:.2f} hours, "
-        f"{total['bytes'] / 1e9:.3f} GB in {len(records):,} shards; {len(skipped):,} skipped, {total['rounded']:,} rounded to "
-        f"16 bits, {total['clipped']:,} clipped ({total['clipped_samples']:,} samples)"
-    )
-    if skipped:
-        print(
-            f"{len(skipped):,} utterances are left out, so the effective batches are not the manifest's; they are listed in "
-            f"{folder / SKIPPED}; once they are mended pack anew with --overwrite:",
-            file=sys.stderr,
-        )
-    for entry in skipped[:5]:
-        print(f"  {printable(entry['audio'])}: {entry['reason']}", file=sys.stderr)
+def report(folder: Path, records: list[dict], num_skipped: int) -> None:
+    """Say what the folder holds, and what is not as it was in the sources."""
+    num_samples = np.concatenate([record["num_samples"] for record in records])
+    shortened, clipped = (sum(record[name] for record in records) for name in ("shortened", "clipped_samples"))
+    hours = num_samples.sum() / SAMPLING_RATE / 3600
+    print(f"{folder}: {np.count_nonzero(num_samples):,} utterances, {hours:.2f} hours in {len(records):,} shards; {num_skipped:,} "
+          f"skipped, {shortened:,} shorter than their manifest says, {clipped:,} samples clipped")  # fmt: skip
 
 
-def check(folder: Path, num_workers: int) -> None:
-    """What `--verify` does."""
-    records = list(verify(folder, num_workers).values())
-    num_bytes = sum(record["bytes"] for record in records)
-    print(f"{folder}: {len(records):,} shards and the index are as they were written ({num_bytes / 1e9:.3f} GB)")
+def verify(folder: Path, num_workers: int) -> None:
+    """Hold each file against its sum, and the manifest's rows against their shards. UserError names what is wrong."""
+    if not (folder / SUMS).is_file() or not (folder / MANIFEST).is_file():
+        raise UserError(f"--verify {folder} holds no finished packing: run the command that packs it again")
+    sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+
+    def is_whole(name: str) -> bool:
+        with contextlib.suppress(FileNotFoundError), open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sums[name]
+        return False
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        wrong = [name for name, whole in zip(sums, pool.map(is_whole, sums), strict=True) if not whole]
+    if not wrong:
+        rows = pd.read_parquet(folder / MANIFEST, columns=["audio", "start", "num_samples"])
+        ends = ((rows["start"] * SAMPLING_RATE).round() + rows["num_samples"]).groupby(rows["audio"]).max()
+        wrong = [n for n, end in ends.items() if n not in sums or end > soundfile.info(folder / n).frames]
+    if wrong:
+        names = ", ".join(wrong[:5])
+        raise UserError(f"{folder}: missing or damaged: {names}: delete them and run the command that packs it again")
+    print(f"{folder}: {len(sums) - 1:,} shards and the manifest are as they were written")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("manifests", nargs="*", metavar="MANIFEST", help="what pretrain.py takes as --train_data")
-    parser.add_argument("--output_dir", type=Path, help="folder for the shards and their index")
+    parser.add_argument("--output_dir", type=Path, help="folder for the shards and their manifest")
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
-    parser.add_argument("--shard_hours", type=float, default=2.0, help="audio in a shard (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--shard_hours", type=float, default=2.0, help="most audio in a shard (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="threads (default: one a core)")
     parser.add_argument("--overwrite", action="store_true", help="delete what was packed into OUTPUT_DIR before")
-    parser.add_argument(
-        "--verify", type=Path, metavar="FOLDER", help="read a packed folder against its checksums instead"
-    )
+    parser.add_argument("--max_skipped_fraction", type=float, default=0.01, help="left out (default: %(default)s)")
+    parser.add_argument("--verify", type=Path, metavar="FOLDER", help="check a packed folder against its sums instead")
     args = parser.parse_args(argv)
     if args.verify and not args.manifests and not args.output_dir:
-        return exit_status(parser.prog, lambda: check(args.verify, args.num_workers))
+        return exit_status(parser.prog, lambda: verify(args.verify, args.num_workers))
     if args.verify or not args.manifests or not args.output_dir:
         parser.error("give manifests and --output_dir, or --verify FOLDER alone")
     return exit_status(parser.prog, lambda: pack(args))

@@ -14,7 +14,6 @@ import numpy as np
 import soundfile
 
 from w2v2.data.audio import AudioError, probe, read_pcm
-from w2v2.data.packed import locate, parse_address, write_shard
 
 RATE, SECONDS = 16_000, 1.5
 FORMATS = {
@@ -43,13 +42,12 @@ def speech(num_frames: int, channels: int = 1) -> np.ndarray:
 
 
 def write_originals(folder: Path) -> list[Path]:
-    """One file of each format, and a packed shard."""
+    """One file of each format."""
     for name, options in FORMATS.items():
         options = dict(samplerate=RATE, channels=1) | options
         samples = speech(round(SECONDS * options["samplerate"]), options.pop("channels"))
         soundfile.write(folder / name, samples, **options)
-    write_shard(folder / "shard-00000.arrow", [(f"u{i}", np.arange(6_000 * i, dtype=np.int16)) for i in range(1, 5)])
-    return [folder / name for name in FORMATS] + [folder / "shard-00000.arrow"]
+    return [folder / name for name in FORMATS]
 
 
 def damage(content: bytes, rng: np.random.Generator) -> bytes:
@@ -98,15 +96,10 @@ def length_of(path: str) -> int | None:
     return length
 
 
-def addresses(path: Path) -> list[str]:
-    return [f"{path}#{first}+{count}" for first, count in zip(*locate(path), strict=True)]
-
-
 def fuzz(folder: Path, seed: int, count: int) -> dict[str, int]:
     """`count` mutants, one after the other."""
     originals = write_originals(folder)
     contents = {path: path.read_bytes() for path in originals}
-    packed = [parse_address(address) for address in addresses(originals[-1])]
     whole = {name: read_pcm(str(folder / name)) for name in LOSSLESS}
     total = {"read": 0, "refused": 0}
     for number in range(count):
@@ -117,14 +110,8 @@ def fuzz(folder: Path, seed: int, count: int) -> dict[str, int]:
         mutant = folder / "mutants" / original.name
         mutant.parent.mkdir(exist_ok=True)
         (folder / "last.txt").write_text(f"seed {seed}, mutant {number} of {original.name}")
-        mutant.unlink(missing_ok=True)  # a shard that is kept open must not change under its reader
         mutant.write_bytes(content)
         name = str(mutant)
-        if original is originals[-1]:
-            number_of_shard = f"shard-{number:05d}.arrow"
-            mutant = mutant.rename(mutant.with_name(number_of_shard))
-            address = packed[int(rng.integers(len(packed)))]
-            name = f"{mutant}#{address.first_byte}+{address.num_samples}"
         length = length_of(name)
         expected = round(SECONDS * RATE)
         for start, num_samples in ((0, 4_000), (int(rng.integers(12_000)), 7_777), (16_000, 8_000)):
@@ -136,8 +123,6 @@ def fuzz(folder: Path, seed: int, count: int) -> dict[str, int]:
                 )
             checked = outcome(name, start, num_samples, expected)
             assert checked is None or (samples is not None and np.array_equal(checked, samples))
-        if original is originals[-1]:
-            mutant.unlink()
     return total
 
 

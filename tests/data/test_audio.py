@@ -1,5 +1,7 @@
 """`w2v2.audio`: crops equal the same part of the whole file, and no bad file gives an array."""
 
+import errno
+import os
 import pickle
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import soundfile
 import soxr
 
+from w2v2.data import sound_file
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
 
 FORMATS = [
@@ -249,3 +252,25 @@ def test_16_bit_samples_of_a_flac_that_does_not_tell_its_length(tmp_path):
     set_flac_length(path, 0)
     np.testing.assert_array_equal(read_pcm(str(path), 5_000, 777), whole[5_000:5_777])
     assert read_pcm(str(path), 5_000, 777).dtype == np.int16
+
+
+@pytest.mark.parametrize(
+    "number, failures", [(errno.ESTALE, 2), (errno.EMFILE, 1), (errno.ESTALE, 3), (errno.ENOENT, 1)]
+)
+def test_a_transient_error_of_opening_is_tried_again(tmp_path, monkeypatch, number, failures):
+    path, opened, pauses, left = write(tmp_path / "a.wav", noise(16_000)), os.open, [], [failures]
+
+    def fail_first(name, *rest, **more):
+        if name == path and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), name)
+        return opened(name, *rest, **more)
+
+    monkeypatch.setattr(os, "open", fail_first)
+    monkeypatch.setattr(sound_file.time, "sleep", pauses.append)
+    if failures == 3 or number == errno.ENOENT:
+        with pytest.raises(AudioError):
+            probe(path)
+    else:
+        assert probe(path) == 16_000
+    assert len(pauses) == (0 if number == errno.ENOENT else min(failures, 2))

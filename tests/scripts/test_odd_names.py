@@ -186,10 +186,11 @@ def test_packed_audio_keeps_ids_order_and_samples(corpus, tmp_path):
     manifest = write_manifest(corpus / "pack.jsonl", NAMES)
     folder = tmp_path / "packed, \n 'here'"
     assert pack_audio.main([str(manifest), "--output_dir", str(folder), "--num_workers", "1"]) == 0
-    table, _ = load_manifest([str(folder)], probe=probe)
+    table, _ = load_manifest([str(folder / "manifest.parquet")], probe=probe)
     assert table["id"][:] == [f"<{name}>" for name in NAMES] and table["text"][:] == [f"«{name}»" for name in NAMES]
-    for audio, name in zip(table["audio"], NAMES, strict=True):
-        np.testing.assert_array_equal(read_pcm(audio), read_pcm(str(corpus / name)))
+    for row, name in zip(table, NAMES, strict=True):
+        samples = read_pcm(row["audio"], round(row["start"] * 16_000), row["num_samples"])
+        np.testing.assert_array_equal(samples, read_pcm(str(corpus / name)))
 
 
 def test_packing_lists_what_it_cannot_read_a_line_each(tmp_path, capsys):
@@ -198,8 +199,9 @@ def test_packing_lists_what_it_cannot_read_a_line_each(tmp_path, capsys):
     content.append({"id": "good", "audio": "good.wav", "duration": 1.0})
     manifest = tmp_path / "a.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in content))
-    assert pack_audio.main([str(manifest), "--output_dir", str(tmp_path / "packed"), "--num_workers", "1"]) == 0
-    with open(tmp_path / "packed" / "skipped.jsonl", encoding="utf-8") as file:
+    flags = ["--output_dir", str(tmp_path / "packed"), "--max_skipped_fraction", "1"]
+    assert pack_audio.main([str(manifest), *flags]) == 0
+    with open(tmp_path / "packed" / "skipped_audio.jsonl", encoding="utf-8") as file:
         listed = list(map(json.loads, file))
     assert [(entry["id"], entry["audio"]) for entry in listed] == [(row["id"], row["audio"]) for row in content[:-1]]
     shown = [line for line in capsys.readouterr().err.split("\n") if "/gone/" in line]

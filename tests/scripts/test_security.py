@@ -26,7 +26,6 @@ from transformers import Wav2Vec2FeatureExtractor
 import finetune_ctc
 import pretrain
 from w2v2.data.manifest import load_manifest
-from w2v2.data.packed import locate
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir
 from w2v2.hub.card import write_model_card
@@ -275,13 +274,6 @@ def test_tables_of_others_make_no_objects(tmp_path, witness):
     )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert load_manifest([str(tmp_path / "a.parquet")], probe=None)[0]["num_samples"][:] == [16_000]
-    samples = pa.field("samples", pa.large_list(pa.int16()), metadata=metadata)
-    shard = pa.table(
-        [pa.array(["u"]), pa.array([[1, 2]], samples.type)], schema=pa.schema([pa.field("id", pa.string()), samples])
-    )
-    with pa.ipc.new_file(tmp_path / "shard-00000.arrow", shard.schema) as writer:
-        writer.write_table(shard)
-    assert locate(tmp_path / "shard-00000.arrow")[1].tolist() == [2]
 
 
 # The product's own files.
