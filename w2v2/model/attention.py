@@ -1,11 +1,10 @@
-"""Attention of utterances of different lengths without a mask or padding, on their concatenated frames.
+"""Attention of utterances of different lengths, without a mask or padding, on their concatenated frames.
 
-A mask of any form keeps the fast kernels away, and padding is computed for nothing. On a GPU in 16 bits one call of the flash kernel takes
-all utterances, whatever their lengths: its launches do not grow with the number of lengths, and no plan is built for each shape. Elsewhere
-each run of equal utterances goes to the library's kernel by itself; micro-batches are sorted by length, and lengths lie on a grid, so
-there are few runs.
+A mask keeps the fast kernels away, and padding costs time for nothing. On a GPU in 16 bits one call of the flash kernel
+takes all utterances, whatever their lengths. Elsewhere each run of equal lengths goes to the library's kernel by
+itself. There are few runs, because micro-batches are sorted by length and lengths lie on a grid.
 
-Shapes: B utterances, N their frames altogether, T frames of one, M frames asked from, H heads, d width of a head.
+Shapes: B utterances, N frames of all of them, T frames of one, M frames of each that ask, H heads, d width of a head.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 
 from w2v2.model.cpu import attend_in_blocks
 
-# The function behind nested tensors' `scaled_dot_product_attention`: differentiable, with dropout, which the public
-# `torch.nn.attention.varlen` has not. Nested tensors would cost the host some hundred microseconds a call.
+# The function behind nested tensors' `scaled_dot_product_attention`. It is differentiable and has dropout, which the
+# public `torch.nn.attention.varlen` lacks. Nested tensors would cost the host some hundred microseconds a call.
 _FLASH = getattr(getattr(torch.ops.aten, "_flash_attention_forward", None), "default", None)
 
 
@@ -36,41 +35,40 @@ def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def attend(projections: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
-    """Scaled dot-product attention of each utterance's frames to one another, (N, 3, H, d) → (N, H, d).
+    """Scaled dot-product attention among the frames of each utterance, (N, 3, H, d) → (N, H, d).
 
     Args:
         projections: query, key and value of each frame.
         dropout: probability with which an attention weight is zeroed.
     """
     if takes_any_lengths(projections):
-        longest = max(rows.lengths)
-        return _flash(*projections.unbind(1), (rows.bounds, longest), (rows.bounds, longest), dropout)
-    outputs = [_attention(*part.unbind(2), dropout).flatten(0, 1) for part in _parts(projections, rows.lengths)]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        bounds = rows.bounds, max(rows.lengths)
+        return _flash(*projections.unbind(1), bounds, bounds, dropout)
+    parts = _split_runs(projections, rows.lengths)  # each (B, T, 3, H, d)
+    return _join([_attend_alike(*part.unbind(2), dropout).flatten(0, 1) for part in parts])
 
 
 def attend_from(query: torch.Tensor, keys_values: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
-    """The same from M frames of each alone: query (B, M, H, d), keys and values of all frames (N, 2, H, d) → (B, M, H, d)."""
+    """Likewise, but M frames of each utterance ask: query (B, M, H, d), keys and values (N, 2, H, d) → (B, M, H, d)."""
     if takes_any_lengths(keys_values):
         B, M = query.shape[:2]
-        asked = torch.arange(0, (B + 1) * M, M, dtype=torch.int32, device=query.device)
+        bounds = torch.arange(0, (B + 1) * M, M, dtype=torch.int32, device=query.device)
         key, value = keys_values.unbind(1)
-        out = _flash(query.flatten(0, 1), key, value, (asked, M), (rows.bounds, max(rows.lengths)), dropout)
-        return out.unflatten(0, (B, M))
+        out = _flash(query.flatten(0, 1), key, value, (bounds, M), (rows.bounds, max(rows.lengths)), dropout)
+        return out.unflatten(0, (B, M))  # (B · M, H, d) -> (B, M, H, d)
     sizes = [number for number, _ in runs(rows.lengths)]
     queries = query.split(sizes) if len(sizes) > 1 else [query]
-    parts = zip(queries, _parts(keys_values, rows.lengths), strict=True)
-    outputs = [_attention(own, *part.unbind(2), dropout) for own, part in parts]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    parts = _split_runs(keys_values, rows.lengths)  # each (B, T, 2, H, d)
+    return _join([_attend_alike(q, *part.unbind(2), dropout) for q, part in zip(queries, parts, strict=True)])
 
 
 def takes_any_lengths(x: torch.Tensor) -> bool:
-    """Whether one call of the flash kernel serves utterances of different lengths: (…, H, d) in 16 bits on an NVIDIA GPU since Ampere."""
+    """Whether the flash kernel takes (…, H, d) of different lengths: in 16 bits, on an NVIDIA GPU since Ampere."""
     return (
         x.device.type == "cuda"
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[-1] % 8 == 0
-        and x.shape[-1] <= 192  # the backward pass of wider ones is not for all devices
+        and x.shape[-1] <= 192  # not every device has the backward pass of wider ones
         and _has_flash(x.device)
     )
 
@@ -81,27 +79,31 @@ def _has_flash(device: torch.device) -> bool:
     return _FLASH is not None and is_built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _flash(query, key, value, asked, attended, dropout) -> torch.Tensor:
-    """Query (n, H, d), key and value (m, H, d) → (n, H, d); `asked` and `attended`: (bounds, longest) of their utterances."""
-    (bounds_q, longest_q), (bounds_k, longest_k) = asked, attended
+def _flash(query, key, value, asking, attended, dropout) -> torch.Tensor:
+    """Query (n, H, d), key and value (m, H, d) → (n, H, d). `asking`, `attended`: bounds and longest length."""
+    (bounds_q, longest_q), (bounds_k, longest_k) = asking, attended
     return _FLASH(query, key, value, bounds_q, bounds_k, longest_q, longest_k, dropout, False, False)[0]
 
 
-def _parts(x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-    """Each run's part of (N, …) as (B, T, …). Split at once: a slice of each would fill its gradient up with zeros."""
+def _split_runs(x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """(N, …) → for each run (B, T, …). One split, because each slice would fill its gradient up with zeros."""
     found = runs(lengths)
     parts = x.split([number * length for number, length in found]) if len(found) > 1 else [x]
     return [part.unflatten(0, run) for part, run in zip(parts, found, strict=True)]
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Query (B, M, H, d), key and value (B, T, H, d) → (B, M, H, d): all utterances have T frames."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+def _join(outputs: list[torch.Tensor]) -> torch.Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Query (B, M, H, d), key and value (B, T, H, d) → (B, M, H, d): utterances of equal length."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, M or T, H, d) -> (B, H, M or T, d)
     if dropout == 0.0 or has_kernel(query.device):
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     else:
         out = attend_in_blocks(query, key, value, dropout)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)  # (B, H, M, d) -> (B, M, H, d)
 
 
 def has_kernel(device: torch.device) -> bool:

@@ -18,7 +18,8 @@ CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Recur
 CONVS = ("conv_dim", "conv_kernel", "conv_stride")  # lists, of one number a conv
 SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_conv_pos_embeddings",
-    "num_conv_pos_embedding_groups", "num_codevector_groups", "num_codevectors_per_group", "codevector_dim", "proj_codevector_dim",
+    "num_conv_pos_embedding_groups", "num_codevector_groups", "num_codevectors_per_group", "codevector_dim",
+    "proj_codevector_dim",
 )  # fmt: skip
 DIVISORS = {
     "num_attention_heads": "hidden_size",
@@ -33,7 +34,7 @@ MASKING_FLAGS = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
 
 
 def locate(name: str) -> str:
-    """A folder as it is, a name in `configs/models` (with or without that prefix) as its folder, anything else as a Hub id."""
+    """A folder itself, the folder of a name in `configs/models` (with or without that prefix), or else a Hub id."""
     for folder in (Path(name), MODELS / name, MODELS.parents[1] / name):
         if (folder / "config.json").is_file():
             return str(folder)
@@ -68,7 +69,7 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
 
 
 def _check_keys(path: Path) -> None:
-    """Configurations accept any key in silence. One that is nearly a known key is a slip; others may be another program's."""
+    """Refuse a key that is nearly a known one: configurations accept any. Others may be another program's."""
     known = Wav2Vec2Config().to_dict()
     for key in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
@@ -98,7 +99,8 @@ def _check_sizes(config: Wav2Vec2Config, where: str) -> None:
     if 4 * (convs + positions + layers + codebook) > memory:
         largest = max(sizes, key=sizes.get)
         raise UserError(
-            f"{where}: {largest} is {str(sizes[largest])[:60]}: the weights take more than this machine's {memory / 1e9:,.0f} GB"
+            f"{where}: {largest} is {str(sizes[largest])[:60]}: "
+            f"the weights take more than this machine's {memory / 1e9:,.0f} GB"
         )
 
 
@@ -136,8 +138,8 @@ def check_same_architecture(config: Wav2Vec2Config, checkpoint: Path) -> None:
     for key in ARCHITECTURE:
         if ours[key] != theirs[key]:
             raise UserError(
-                f"checkpoint {checkpoint} is of another architecture: its {key} is {theirs[key]}, this run's is {ours[key]}; "
-                "resume with the run's own configuration"
+                f"checkpoint {checkpoint} is of another architecture: its {key} is {theirs[key]}, this run's is "
+                f"{ours[key]}; resume with the run's own configuration"
             )
 
 

@@ -1,11 +1,11 @@
-"""What only a CPU needs: faster kernels for products, dropout and attention with dropout, and settings of the allocator.
+"""What only a CPU needs: faster products, dropout and attention with dropout, and settings of the allocator.
 
 On every other device these functions fall back to the stock ones.
 
-Products: on x86 PyTorch sends float32 products to MKL. oneDNN, which PyTorch brings along, was 7 to 18 % faster at this model's
-shapes on an AMD processor, in the forward pass and for the input's gradient. The weight's gradient stays with MKL. oneDNN keeps
-what it compiles for each shape (up to 1,024 of them). Small models gain nothing from it, and batches of many shapes would make
-them grow. So their products stay with MKL.
+Products: on x86 PyTorch sends float32 products to MKL. oneDNN, which PyTorch brings along, was 7 to 18 % faster at this
+model's shapes on an AMD processor, in the forward pass and for the input's gradient. The weight's gradient stays with
+MKL. oneDNN keeps what it compiles for each shape (up to 1,024 of them). Small models gain nothing from it, and batches
+of many shapes would make them grow. So their products stay with MKL.
 
 Dropout: PyTorch's Bernoulli generator takes about 5 ns an element. A quarter of a 64-bit draw decides as well.
 
@@ -13,7 +13,6 @@ Shapes: B utterances, M frames that ask, T frames that are attended to, H heads,
 """
 
 import ctypes
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +118,9 @@ def attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 class _AttentionInBlocks(torch.autograd.Function):
     """Computes as many heads at a time as there are threads, so that their weights stay in the cache.
 
-    As in flash attention (Dao et al., 2022, algorithm 4), the backward pass computes the weights again. The softmax's gradient
-    needs only D = (output · its gradient) of each query. Beside the inputs, one byte a weight is kept: whether it was dropped.
+    As in flash attention (Dao et al., 2022, algorithm 4), the backward pass computes the weights again. The softmax's
+    gradient needs only D = (output · its gradient) of each query. Beside the inputs, one byte a weight is kept: whether
+    it was dropped.
     """
 
     @staticmethod
@@ -130,8 +130,9 @@ class _AttentionInBlocks(torch.autograd.Function):
         query, key, value = (x.reshape(B * H, -1, d) for x in (query * d**-0.5, key, value))
         out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
         weights, factor = _buffers(query, value, 2)
-        for heads in _blocks(B * H, len(weights)):
-            p, f = weights[: len(query[heads])], factor[: len(query[heads])]  # (heads, M, T)
+        for first in range(0, B * H, len(weights)):
+            heads = slice(first, first + len(weights))
+            p, f = (x[: len(query[heads])] for x in (weights, factor))  # (heads, M, T)
             _softmax_scores(query[heads], key[heads], p)
             draw_kept(kept[heads], dropout)
             torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
@@ -149,7 +150,8 @@ class _AttentionInBlocks(torch.autograd.Function):
         scaled = gradient * (1.0 / (1.0 - ctx.dropout))
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         weights, d_weights, factor = _buffers(query, value, 3)
-        for heads in _blocks(B * H, len(weights)):
+        for first in range(0, B * H, len(weights)):
+            heads = slice(first, first + len(weights))
             p, dp, f = (x[: len(query[heads])] for x in (weights, d_weights, factor))  # (heads, M, T)
             # 1. The weights again, and which of them were kept.
             _softmax_scores(query[heads], key[heads], p)
@@ -171,10 +173,6 @@ def _buffers(query: torch.Tensor, key: torch.Tensor, number: int) -> list[torch.
     return [query.new_empty(together, query.shape[1], key.shape[1]) for _ in range(number)]
 
 
-def _blocks(total: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, total)) for first in range(0, total, size))
-
-
 def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
     torch.bmm(query, key.transpose(1, 2), out=out)
     torch.softmax(out, -1, out=out)
@@ -186,9 +184,9 @@ def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -
 def keep_freed() -> None:
     """Let the C library (glibc) keep what a micro-batch freed for the next one, as a GPU's allocator does.
 
-    By default glibc returns it at once, and every activation is mapped, cleared page by page and unmapped again. The largest
-    ones still come and go, because they would leave the largest gaps. Micro-batches of many lengths make the heap grow all the
-    same: call `give_back` from time to time. Other C libraries are left as they are.
+    By default glibc returns it at once, and every activation is mapped, cleared page by page and unmapped again. The
+    largest ones still come and go, because they would leave the largest gaps. Micro-batches of many lengths make the
+    heap grow all the same: call `give_back` from time to time. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

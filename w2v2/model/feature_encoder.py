@@ -1,16 +1,18 @@
 """The convolutional feature encoder as matrix products on flat, channels-last memory.
 
-Every layer after the first halves the frame rate, so with rows of 320·n samples all rows and layers tile one matrix without gaps:
-a layer is the matrix of its input's frame *pairs* times its weight, plus, for kernels of three, the next pair's first frame.
-One frame a row comes out wrong (it looks into the next row); it is the frame past the row's end and feeds only such frames.
+Every layer after the first halves the frame rate. With rows of 320 · n samples all rows and layers tile one matrix
+without gaps. A layer is the matrix of its input's frame *pairs* times its weight. A kernel of three adds the next
+pair's first frame. One frame a row comes out wrong, because it looks into the next row. It lies past the row's end and
+feeds only such frames.
 
-BASE's group norm over time is folded into the first convolution: mean and variance of a linear map's output are exact functions of
-the mean μ and covariance C of its input windows, var = wᵀCw. Taken over each row's own windows they are at the same time the masked
-group norm, which padding does not reach.
+BASE's group norm over time is folded into the first convolution. Mean and variance of a linear map's output are exact
+functions of the mean μ and covariance Σ of its input windows: var = wᵀΣw. Both are taken over each row's own windows,
+so padding changes nothing.
 
-LARGE's layer norms are over the channels, which lie side by side here, where the stock layers transpose twice for each.
+LARGE's layer norms are over the channels, which lie side by side here. The stock layers transpose twice for each.
 
-Shapes: B utterances, S samples (a multiple of the stride), T frames, C channels, k taps. Only the stock modules' parameters are used.
+Shapes: B utterances, S samples (a multiple of the stride), T frames, N frames of all rows, C channels in, O channels
+out, k taps. Only the stock modules' parameters are used.
 """
 
 import torch
@@ -24,7 +26,7 @@ from w2v2.model.cpu import linear, product
 
 
 def is_flat(config) -> bool:
-    """Whether the flat layout holds: strides of two after the first, kernels of two or three; no bias under a group norm."""
+    """Whether the flat layout holds: strides of 2 after the first, kernels of 2 or 3, no bias under a group norm."""
     first_kernel, first_stride = config.conv_kernel[0], config.conv_stride[0]
     return (
         (config.feat_extract_norm == "layer" or not config.conv_bias)
@@ -37,13 +39,13 @@ def is_flat(config) -> bool:
 class _PairsWithNext(torch.autograd.Function):
     """Convolution of kernel 3 and stride 2 on a flat (N, C) matrix, N even, as two products without copies: (N/2, O).
 
-    Written by hand because the two products read overlapping views, whose gradients autograd would materialise apart.
+    It is written by hand because the two products read overlapping views, and autograd would hold a gradient of each.
     """
 
     @staticmethod
     def forward(ctx, x, weight):  # weight (O, C, 3)
-        pairs = x.view(len(x) // 2, -1)
-        first_two = weight[:, :, :2].transpose(1, 2).flatten(1)  # (O, 2·C)
+        pairs = x.view(len(x) // 2, -1)  # (N, C) -> (N/2, 2 · C)
+        first_two = weight[:, :, :2].transpose(1, 2).flatten(1)  # (O, C, 2) -> (O, 2 · C)
         third = weight[:, :, 2].contiguous()  # (O, C)
         out = product(pairs, first_two)
         out[:-1].addmm_(pairs[1:, : x.shape[1]], third.T)
@@ -53,14 +55,13 @@ class _PairsWithNext(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, first_two, third = ctx.saved_tensors
-        channels = x.shape[1]
-        pairs = x.view(len(x) // 2, -1)
-        weight = torch.empty(len(third), channels, 3, dtype=x.dtype, device=x.device)
-        weight[:, :, :2] = (gradient.T @ pairs).unflatten(1, (2, channels)).transpose(1, 2)
-        weight[:, :, 2] = gradient[:-1].T @ pairs[1:, :channels]
-        back = product(gradient, first_two.T)
-        back[1:, :channels].addmm_(gradient[:-1], third)
-        return back.view(-1, channels), weight
+        channels, pairs = x.shape[1], x.view(len(x) // 2, -1)
+        d_weight = torch.empty(len(third), channels, 3, dtype=x.dtype, device=x.device)
+        d_weight[:, :, :2] = (gradient.T @ pairs).unflatten(1, (2, channels)).transpose(1, 2)  # (O, 2 · C) -> (O, C, 2)
+        d_weight[:, :, 2] = gradient[:-1].T @ pairs[1:, :channels]
+        d_pairs = product(gradient, first_two.T)
+        d_pairs[1:, :channels].addmm_(gradient[:-1], third)
+        return d_pairs.view(-1, channels), d_weight  # (N/2, 2 · C) -> (N, C)
 
 
 def _halve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -76,13 +77,13 @@ def _windows(waveforms_BS: torch.Tensor, kernel: int, stride: int) -> torch.Tens
     return F.pad(waveforms_BS, (0, stride)).as_strided((B, S // stride, kernel), (S + stride, stride, 1))
 
 
-def _folded_norm(windows: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, ...]:
+def _fold_norm(windows: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, ...]:
     """First convolution and group norm as one affine map a row: weight (B, C, k) and offset (B, C), in float64."""
     conv, norm = layer.conv, layer.layer_norm
     with torch.no_grad():
-        count = latent_lengths(num_samples_B, conv.kernel_size, conv.stride)
+        count = latent_lengths(num_samples_B, conv.kernel_size, conv.stride)  # (B,)
         inside = torch.arange(windows.shape[1], device=count.device) < count[:, None]
-        u = torch.where(inside[..., None], windows.double(), 0.0)
+        u = torch.where(inside[..., None], windows.double(), 0.0)  # (B, T, k)
         mean = u.sum(1) / count[:, None]  # (B, k)
         centred = torch.where(inside[..., None], u - mean[:, None], 0.0)
         covariance = centred.transpose(1, 2) @ centred / count[:, None, None]  # (B, k, k)
@@ -96,8 +97,9 @@ def _folded_norm(windows: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.M
 def _affine(windows: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """windows (B, T, k) times weight (B, C, k) plus offset (B, C) → (B, T, C) in `dtype`.
 
-    A 16-bit type alone would round the waveform and the folded weights away: its product is taken over both halves of each, high and low,
-    [x_hi x_lo x_hi 1 1] · [w_hi w_hi w_lo b_hi b_lo], which carries twice the bits (and is 32 wide for ten taps).
+    A 16-bit type alone would round the waveform and the folded weights away. So its product is over the high and low
+    half of each, [x_hi x_lo x_hi 1 1] · [w_hi w_hi w_lo b_hi b_lo], which carries twice the bits (and is 32 wide for
+    ten taps).
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return torch.baddbmm(offset[:, None].to(dtype), windows.to(dtype), weight.transpose(1, 2).to(dtype))
@@ -118,30 +120,33 @@ def flat_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extra
     """
     layers, device = extractor.conv_layers, waveforms_BS.device.type
     first = layers[0]
-    stride = first.conv.stride[0] * 2 ** (len(layers) - 1)
+    kernel, first_stride = first.conv.kernel_size[0], first.conv.stride[0]
+    stride = first_stride * 2 ** (len(layers) - 1)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else waveforms_BS.dtype
     with torch.autocast(device, enabled=False):
+        # 1. The first convolution, with BASE's group norm folded in: (B, S) -> (B, S / first stride, C).
         waveforms_BS = F.pad(waveforms_BS, (0, -waveforms_BS.shape[1] % stride))
-        windows = _windows(waveforms_BS, first.conv.kernel_size[0], first.conv.stride[0])
+        windows = _windows(waveforms_BS, kernel, first_stride)
         if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
-            x = _affine(windows, *_folded_norm(windows, num_samples_B, first), dtype)
-            x = first.activation(x)
+            x = first.activation(_affine(windows, *_fold_norm(windows, num_samples_B, first), dtype))
         else:
-            B, weight = len(windows), first.conv.weight[None, :, 0]
+            B, weight = len(windows), first.conv.weight[None, :, 0]  # (1, C, k)
             bias = weight.new_zeros(weight.shape[:2]) if first.conv.bias is None else first.conv.bias[None]
-            x = _activated(_affine(windows, weight.expand(B, -1, -1), bias.expand(B, -1), dtype), first)
+            x = _activate(_affine(windows, weight.expand(B, -1, -1), bias.expand(B, -1), dtype), first)
+
+        # 2. The others halve the frames: (B · frames, C) -> (B · frames / 2, C).
         B, frames, channels = x.shape
         x = x.reshape(B * frames, channels)
         for layer in layers[1:]:
             x = _halve(x, layer.conv.weight.to(dtype))
             if layer.conv.bias is not None:
                 x = x + layer.conv.bias.to(dtype)
-            x = _activated(x, layer)
+            x = _activate(x, layer)
     return x.view(B, -1, x.shape[-1])
 
 
-def _activated(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Layer norm over the channels, where the layer has one, and activation; the norm's statistics are float32 inside."""
+def _activate(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """Layer norm over the channels, if the layer has one, and activation. The norm's statistics are float32 inside."""
     norm = getattr(layer, "layer_norm", None)
     if norm is not None:
         x = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
@@ -153,25 +158,22 @@ def stock_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extr
 
     A group norm takes its statistics over each row's own frames.
     """
-    x = waveforms_BS[:, None]
-    first = extractor.conv_layers[0]
-    grouped = isinstance(getattr(first, "layer_norm", None), nn.GroupNorm)
-    if grouped and not bool((num_samples_B == waveforms_BS.shape[1]).all()):
-        x = first.conv(x)  # (B, C, T)
+    x, layers = waveforms_BS[:, None], list(extractor.conv_layers)
+    has_group_norm = isinstance(getattr(layers[0], "layer_norm", None), nn.GroupNorm)
+    if has_group_norm and not bool((num_samples_B == waveforms_BS.shape[1]).all()):
+        first = layers.pop(0)
+        norm = first.layer_norm
+        x = first.conv(x)  # (B, 1, S) -> (B, C, T)
         count = latent_lengths(num_samples_B, first.conv.kernel_size, first.conv.stride)[:, None, None]
-        inside = torch.arange(x.shape[-1], device=x.device) < count
+        inside = torch.arange(x.shape[-1], device=x.device) < count  # (B, 1, T)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         mean = torch.where(inside, x, 0.0).sum(-1, keepdim=True) / count
         variance = torch.where(inside, x - mean, 0.0).pow(2).sum(-1, keepdim=True) / count
-        norm = first.layer_norm
         x = (x - mean) * torch.rsqrt(variance + norm.eps) * norm.weight[:, None] + norm.bias[:, None]
         x = first.activation(torch.where(inside, x, 0.0))
-        rest = extractor.conv_layers[1:]
-    else:
-        rest = extractor.conv_layers
-    for layer in rest:
+    for layer in layers:
         x = layer(x)
-    return x.transpose(1, 2)
+    return x.transpose(1, 2)  # (B, C, T) -> (B, T, C)
 
 
 def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
@@ -190,8 +192,8 @@ def min_samples(config: Wav2Vec2Config) -> int:
 class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
     """The stock convs and their parameters, but each row comes out as if it were alone in the batch.
 
-    BASE's first conv is group-normed over time, so in the stock encoder padding changes every frame: word error rates would move
-    with the batch size, and training would differ from inference.
+    BASE's first conv is group-normed over time, so in the stock encoder padding changes every frame. Word error rates
+    would depend on the batch size, and training would differ from inference.
     """
 
     num_samples: torch.Tensor | None = None  # (B,) of the batch at hand; None: no padding
@@ -199,21 +201,19 @@ class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
     def __init__(self, config: Wav2Vec2Config):
         super().__init__(config)
         self._features = flat_features if is_flat(config) else stock_features
-        self._kernels, self._strides = config.conv_kernel, config.conv_stride
+        self.config = config
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         B, S = input_values.shape
         whole = torch.full((B,), S, device=input_values.device)
-        num_frames = int(latent_lengths(whole[:1].cpu(), self._kernels, self._strides))
         features = self._features(input_values, whole if self.num_samples is None else self.num_samples, self)
-        return features[:, :num_frames].transpose(1, 2)  # (B, C, T)
+        return features[:, : num_frames(self.config, S)].transpose(1, 2)  # (B, T, C) -> (B, C, T)
 
 
 def hide_padding(model: PreTrainedModel) -> PreTrainedModel:
     """Make a model's output for an utterance independent of its neighbours in the batch, in training and evaluation.
 
-    Weights, keys and class stay stock. Besides the convs, a batch too short for one mask span goes unmasked, where the stock
-    model raises.
+    Weights, keys and class stay stock. A batch too short for one mask span goes unmasked; the stock model would raise.
     """
     base = model.wav2vec2
     encoder = LoneRowsFeatureEncoder(model.config)
@@ -227,8 +227,7 @@ def _before_forward(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     input_values = args[0] if args else kwargs["input_values"]
     attention_mask = kwargs.get("attention_mask")
     base.feature_extractor.num_samples = None if attention_mask is None else attention_mask.sum(-1)
-    num_frames = int(base._get_feat_extract_output_lengths(input_values.shape[1]))
-    if base.training and base.config.mask_time_prob > 0 and num_frames < base.config.mask_time_length:
-        shape = (len(input_values), num_frames)
+    shape = len(input_values), num_frames(base.config, input_values.shape[1])
+    if base.training and base.config.mask_time_prob > 0 and shape[1] < base.config.mask_time_length:
         kwargs["mask_time_indices"] = torch.zeros(shape, dtype=torch.bool, device=input_values.device)
     return args, kwargs

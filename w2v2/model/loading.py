@@ -48,7 +48,8 @@ def load_with_head(
     The quantizer and projections of pretraining are left behind.
 
     Args:
-        head: what is new, even if the folder was fine-tuned before. Modules get their values here. A single parameter may be
+        head: what is new, even if the folder was fine-tuned before. Modules get their values here. A single parameter
+        may be
             missing, and is the caller's to fill.
     """
     if source is None:
@@ -76,7 +77,8 @@ def load_weights(
     """Model with the weights in `source`, which have to fit `config`: any key that does not raises `UserError`.
 
     Args:
-        head: beginnings of keys that may be missing or of another shape. Without a head the model is one to pretrain, and may
+        head: beginnings of keys that may be missing or of another shape. Without a head the model is one to pretrain,
+        and may
             take over some of the layers.
     """
     folder = locate(source)
@@ -85,7 +87,8 @@ def load_weights(
     transformers_logging.disable_progress_bar()
     try:
         model, report = model_class.from_pretrained(
-            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{source}: weights cannot be loaded ({_explain(folder, error)})") from None
@@ -113,7 +116,7 @@ def _explain(folder: str, error: BaseException) -> str:
         return first_line(error)
     pickles = sorted(path.name for path in Path(folder).glob("*") if path.suffix in PICKLES)
     return (
-        f"{first_line(error)}; only safetensors are loaded, because a pickle such as {(pickles or ['pytorch_model.bin'])[0]} "
+        f"{first_line(error)}; only safetensors are loaded, because a pickle ({(pickles or ['pytorch_model.bin'])[0]}) "
         "can run programs: docs/security.md has the lines that convert one"
     )
 

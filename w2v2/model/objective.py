@@ -1,10 +1,10 @@
 """The loss terms as sums over masked frames, with the counts that later divide them: pure tensors, no modules.
 
-Sums, because an effective batch is cut into micro-batches at will: only sums add up to the same whole (wav2vec 2.0 paper,
-equations 2 to 4; the feature penalty is fairseq's).
+An effective batch is cut into micro-batches at will, and only sums add up to the same whole. The terms are equations 2
+to 4 of the wav2vec 2.0 paper; the feature penalty is fairseq's.
 
-Shapes: B utterances, T latent frames, M masked frames of the row that has most, K distractors, G codebook groups,
-V entries of a group, D width. `valid_BM` says which of the M slots hold a masked frame.
+Shapes: B utterances, T latent frames, M masked frames of the row that has most, K distractors, G codebook groups, V
+entries of a group, D width, d width of a codevector. `valid_BM` says which of the M slots hold a masked frame.
 """
 
 from typing import NamedTuple
@@ -53,8 +53,8 @@ def gumbel_noise(logits: torch.Tensor) -> torch.Tensor:
 def choose_codes(logits_BMGV: torch.Tensor, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Hard codes with a straight-through gradient.
 
-    With a temperature (training) the choice is the Gumbel softmax's (equation 1): value one-hot, gradient of the softmax.
-    Without (evaluation) it is the most likely entry, without gradient.
+    With a temperature (training) the Gumbel softmax chooses (equation 1): its value is one-hot, its gradient the
+    softmax's. Without one (evaluation) the most likely entry is chosen, without gradient.
 
     Returns: one-hot weights (B, M, G, V), and codes (B, M, G) int64.
     """
@@ -73,7 +73,8 @@ def look_up(weights_BMGV: torch.Tensor, codevectors: torch.Tensor) -> torch.Tens
     `codevectors` is the module's (1, G · V, d).
     """
     G, V = weights_BMGV.shape[-2:]
-    return torch.einsum("bmgv,gvd->bmgd", weights_BMGV, codevectors.view(G, V, -1)).flatten(2)
+    chosen = torch.einsum("bmgv,gvd->bmgd", weights_BMGV, codevectors.view(G, V, -1))
+    return chosen.flatten(2)  # (B, M, G, d) -> (B, M, G · d)
 
 
 def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeStatistics:
@@ -81,8 +82,8 @@ def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeSt
     weight = valid_BM.to(logits_BMGV.dtype)
     log_p = logits_BMGV.log_softmax(-1)
     p = log_p.exp()
-    hard = torch.zeros(logits_BMGV.shape[-2:], dtype=weight.dtype, device=weight.device)
-    entry = logits_BMGV.argmax(-1).flatten(0, 1).T  # (G, B·M)
+    hard = torch.zeros(logits_BMGV.shape[-2:], dtype=weight.dtype, device=weight.device)  # (G, V)
+    entry = logits_BMGV.argmax(-1).flatten(0, 1).T  # (B, M, G) -> (G, B · M)
     hard.scatter_add_(1, entry, weight.flatten().expand_as(entry))
     entropy = -(p * log_p).detach().sum(-1).mean(-1)  # (B, M)
     return CodeStatistics(torch.einsum("bmgv,bm->gv", p, weight), hard, (entropy * weight).sum())
@@ -91,7 +92,8 @@ def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeSt
 def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
     """Perplexity of the mean code distribution, summed over groups: from G (collapsed) to G · V (every entry alike).
 
-    The floor keeps the slope finite at an entry that nobody uses, where that of p log p is infinite and its gradient not a number.
+    The floor keeps the slope finite at an entry that nobody uses. There the slope of p log p is infinite, its gradient
+    not a number.
     """
     floored = mean_GV.clamp_min(torch.finfo(mean_GV.dtype).tiny)
     return torch.exp(-torch.xlogy(mean_GV, floored).sum(-1)).sum()
@@ -104,10 +106,10 @@ def diversity_loss(statistics: CodeStatistics, num_masked: torch.Tensor) -> torc
 
 
 def shared_diversity_loss(statistics: CodeStatistics, mean_GV: torch.Tensor, num_masked: torch.Tensor) -> torch.Tensor:
-    """A micro-batch's share in the diversity loss of the whole effective batch, whose mean code distribution is `mean_GV`.
+    """A micro-batch's share in the diversity loss of the effective batch, whose mean code distribution is `mean_GV`.
 
-    The shares' gradients add up to the gradient of `diversity_loss` on the whole: it is linearised at the known mean. The value is
-    the whole's loss times this micro-batch's masked frames.
+    The loss is linearised at the known mean, so the shares' gradients add up to the gradient of `diversity_loss` on the
+    whole. The value is the whole's loss times this micro-batch's masked frames.
     """
     size = mean_GV.numel()
     with torch.enable_grad():
@@ -128,22 +130,32 @@ def contrastive_loss(
 ) -> Contrast:
     """Tell the true quantized frame from its distractors by cosine similarity (equation 3).
 
-    All candidates are masked frames of the same utterance, so their similarities are one M × M product a row, and the K draws
-    of a frame are counts on its columns. A distractor with the positive's own codes is no distractor: it is left out
-    (as fairseq and `transformers` do). With S ≤ 1/τ the sum of exponentials is taken relative to 1/τ and cannot overflow.
+    All candidates are masked frames of the same utterance. So their similarities are one M × M product a row, and the K
+    draws of a frame are counts on its columns. A distractor with the positive's own codes is left out, as in fairseq
+    and `transformers`.
+
+    Args:
+        distractors_BMK: which of the row's M masked frames each frame draws.
+        temperature: τ, which divides the similarities.
     """
+    # 1. Similarities S of every masked frame to every candidate.
     context, quantized = F.normalize(context_BMD, dim=-1, eps=1e-8), F.normalize(quantized_BMD, dim=-1, eps=1e-8)
     similarity = context @ quantized.transpose(1, 2) / temperature  # (B, M, M)
     positive = similarity.diagonal(dim1=1, dim2=2)  # (B, M)
 
+    # 2. How often each candidate was drawn, unless it has the positive's codes.
     draws = torch.zeros_like(similarity)
     draws.scatter_add_(2, distractors_BMK, torch.ones_like(distractors_BMK, dtype=draws.dtype))
     other_code = (codes_BMG[:, :, None] != codes_BMG[:, None]).any(-1)  # (B, M, M)
     draws = draws * other_code
 
+    # 3. Log of the sum of exponentials, with the positive as a candidate. S ≤ 1/τ, so relative to 1/τ it cannot
+    # overflow.
     candidates = draws + torch.eye(draws.shape[-1], dtype=draws.dtype, device=draws.device)
     ceiling = 1.0 / temperature
-    log_sum = ((similarity - ceiling).exp() * candidates).sum(-1).log() + ceiling
+    log_sum = ((similarity - ceiling).exp() * candidates).sum(-1).log() + ceiling  # (B, M)
+
+    # 4. Accuracy: does the positive beat every distractor?
     best_distractor = similarity.detach().masked_fill(draws == 0, -torch.inf).amax(-1)
     correct = (positive.detach() > best_distractor) & best_distractor.isfinite()
 

@@ -1,15 +1,13 @@
 """`Wav2Vec2ForPreTraining` with a forward pass of its own: same parameters, same keys, stock weights in and out.
 
-What the stock forward computes for all frames and then ignores is computed for masked frames only, and nothing sees padding, so the
-loss of a micro-batch is the sum of the stock model's losses on each of its utterances alone.
+The stock forward computes quantizer and loss for all frames, then ignores most of them. This one computes them for
+masked frames only. Nothing sees padding, so the loss of a micro-batch is the sum of the stock model's losses on each of
+its utterances alone.
 
-Shapes: B utterances, S samples, T latent frames of the longest, N of all of them, M masked frames of the row that has most, C conv channels, D width, G codebook
-groups, V entries of a group.
+Shapes: B utterances, S samples, T latent frames of the longest, N frames of all of them, M masked frames of the row
+that has most, C conv channels, D width, G codebook groups, V entries of a group.
 """
 
-from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,17 @@ from w2v2.model import objective
 from w2v2.model.attention import Rows
 from w2v2.model.cpu import dropout
 from w2v2.model.feature_encoder import flat_features, is_flat, stock_features
-from w2v2.model.transformer import after_attention, gather, layer, linear, norm, positional, take
+from w2v2.model.transformer import (
+    after_attention,
+    gather,
+    ignore,
+    layer,
+    linear,
+    norm,
+    positional,
+    split_chosen,
+    take,
+)
 
 
 class PretrainSums(NamedTuple):
@@ -50,7 +58,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
     _after_attention = None  # compiled, if asked for
 
     def get_input_embeddings(self):
-        return None  # there are none, and sharding asks
+        return None  # the model has none, and sharding asks for them
 
     def get_output_embeddings(self):
         return None
@@ -66,62 +74,70 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
         Args:
             gumbel_temperature: used in train mode; in eval mode codes are the most likely ones, without noise.
-            diversity_weight: default the configuration's `diversity_loss_weight`.
-            mean_codes: (G, V) mean code distribution of the whole effective batch; without it the micro-batch's own is used.
+            diversity_weight: default the configuration's `diversity_loss_weight`. mean_codes: (G, V) mean code
+            distribution of the whole effective batch; without it the micro-batch's own is used.
         """
-        masked, positions = batch.num_masked, batch.positions
-        valid = _valid(batch)
-        num_masked = masked.sum() * batch.weight
+        valid = _owned(batch.num_masked, batch.positions.shape[1])  # (B, M), slots that hold a masked frame
+        num_masked = batch.num_masked.sum()
 
+        # 1. Latent frames, and what the transformer and the quantizer make of them.
         features = self._features(batch)  # (B, T, C)
         with torch.autocast(features.device.type, enabled=False):
             normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
-            logits = self._code_logits(normed, positions)  # (B, M, G, V)
+            logits = self._code_logits(normed, batch.positions)  # (B, M, G, V)
             context = self._context(normed, batch)  # (B, M, D)
 
+            # 2. Quantize the masked frames.
             one_hot, codes = objective.choose_codes(logits, gumbel_temperature if self.training else None)
             statistics = objective.code_statistics(logits, valid)
-            quantized = self.project_q(objective.look_up(one_hot, self.quantizer.codevectors))
+            codevectors = objective.look_up(one_hot, self.quantizer.codevectors)  # (B, M, codevector_dim)
+
+            # 3. Contrast them with distractors, other masked frames of the same utterance.
+            draws = distractors(batch.keys, batch.num_masked, batch.positions.shape[1], self.config.num_negatives)
             contrast = objective.contrastive_loss(
                 context_BMD=self.project_hid(_full(context)),
-                quantized_BMD=quantized,
+                quantized_BMD=self.project_q(codevectors),
                 codes_BMG=codes,
-                distractors_BMK=distractors(batch.keys, masked, positions.shape[1], self.config.num_negatives),
+                distractors_BMK=draws,
                 valid_BM=valid,
                 temperature=self.config.contrastive_logits_temperature,
             )
+
+            # 4. The loss: L = L_m + α L_d (equation 2), and fairseq's feature penalty.
             if mean_codes is None:
-                diversity = objective.diversity_loss(statistics, masked.sum())
+                diversity = objective.diversity_loss(statistics, num_masked)
             else:
-                diversity = objective.shared_diversity_loss(statistics, mean_codes, masked.sum())
-            penalty = objective.feature_penalty(features, batch.frames, masked)
+                diversity = objective.shared_diversity_loss(statistics, mean_codes, num_masked)
+            penalty = objective.feature_penalty(features, batch.frames, batch.num_masked)
             weight = self.config.diversity_loss_weight if diversity_weight is None else diversity_weight
             loss = contrast.loss + weight * diversity + self.feature_penalty_weight * penalty
-        sums = (
-            loss,
-            contrast.loss,
-            diversity,
-            penalty,
-            contrast.correct,
-            contrast.distractors_left,
-            statistics.entropy,
+        sums = PretrainSums(
+            loss=loss,
+            contrastive=contrast.loss,
+            diversity=diversity,
+            penalty=penalty,
+            correct=contrast.correct,
+            distractors_left=contrast.distractors_left,
+            code_entropy=statistics.entropy,
+            num_masked=num_masked,
+            codes_soft=statistics.soft,
+            codes_hard=statistics.hard,
         )
-        return PretrainSums(
-            *(batch.weight * x for x in sums),
-            num_masked,
-            batch.weight * statistics.soft,
-            batch.weight * statistics.hard,
-        )
+        return PretrainSums(*(batch.weight * x for x in sums))
 
     @torch.no_grad()
     def code_sums(self, batch: PretrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the code distributions over masked frames (G, V) and their number (): the first pass of `diversity_scope:
-        effective_batch`, convs and `weight_proj` alone. Draws the same dropout as `forward` from the same generator state."""
+        """Sum of the code distributions over masked frames (G, V), and their number ().
+
+        It is the first pass of `diversity_scope: effective_batch`: convs and `weight_proj` alone. From the same
+        generator state it draws the same dropout as `forward`.
+        """
         features = self._features(batch)
         with torch.autocast(features.device.type, enabled=False):
             normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
             logits = self._code_logits(normed, batch.positions)
-            soft = objective.code_statistics(logits, _valid(batch)).soft
+            valid = _owned(batch.num_masked, batch.positions.shape[1])
+            soft = objective.code_statistics(logits, valid).soft
         return batch.weight * soft, batch.weight * batch.num_masked.sum()
 
     def compile_layers(self) -> None:
@@ -136,108 +152,99 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         if torch.is_autocast_enabled(features.device.type):
             features = features.to(torch.get_autocast_dtype(features.device.type))
         if not batch.uniform:
-            features = torch.where(_inside(batch)[..., None], features, 0.0)
+            features = torch.where(_owned(batch.frames, features.shape[1])[..., None], features, 0.0)
         return objective.scale_gradient(features, self.feature_grad_mult)
 
     def _stage(self, name: str, function, *arguments):
-        """`function(*arguments)`, whose activations are thrown away and computed again if `name` is one of `recomputed`."""
+        """`function(*arguments)`. If `name` is in `recomputed`, the backward pass computes its activations again."""
         if name in self.recomputed and self.training:
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
     def _code_logits(self, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Quantizer logits of the masked frames (B, M, G, V), in float32 at least. Its dropout is the forward's first random draw."""
+        """Quantizer logits of the masked frames (B, M, G, V), at least float32. Its dropout is the first draw."""
         quantizer = self.quantizer
-        logits = linear(quantizer.weight_proj, self._dropout(self.dropout_features, gather(normed, positions)))
-        return _full(logits).unflatten(-1, (quantizer.num_groups, quantizer.num_vars))
+        masked = dropout(gather(normed, positions), self.dropout_features.p, self.training)  # (B, M, C)
+        logits = _full(linear(quantizer.weight_proj, masked))  # (B, M, G · V)
+        return logits.unflatten(-1, (quantizer.num_groups, quantizer.num_vars))
 
     def _context(self, normed: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
-        """Transformer over the masked sequence: (B, M, D), the context of the masked frames, which alone the loss looks at."""
+        """Transformer over the masked sequence: (B, M, D), the context of the masked frames. Others are not needed."""
         encoder, projection = self.wav2vec2.encoder, self.wav2vec2.feature_projection
-        hidden = self._dropout(projection.dropout, linear(projection.projection, normed))
+
+        # 1. Project and mask: (B, T, C) -> (B, T, D).
+        hidden = linear(projection.projection, normed)
+        hidden = dropout(hidden, projection.dropout.p, self.training)
         hidden = torch.where(batch.mask[..., None], self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
         if not batch.uniform:
-            hidden = torch.where(_inside(batch)[..., None], hidden, 0.0)
+            hidden = torch.where(_owned(batch.frames, hidden.shape[1])[..., None], hidden, 0.0)
+
+        # 2. Positions.
         in_blocks = hidden.device.type != "cpu" if self.positional_in_blocks is None else self.positional_in_blocks
         hidden = hidden + positional(encoder.pos_conv_embed, hidden, in_blocks)
+
+        # 3. From here on without padding: (B, T, D) -> (N, D).
         hidden = hidden.flatten(0, 1)
         if not batch.uniform:
-            hidden = hidden.index_select(0, batch.inside)  # from here on without padding: (N, D)
+            hidden = hidden.index_select(0, batch.inside)
+
+        # 4. The layers. The last one gives (B, M, D).
         pre_norm = self.config.do_stable_layer_norm
         hidden = _full(hidden) if pre_norm else norm(encoder.layer_norm, hidden)
-        hidden = self._dropout(encoder.dropout, hidden)
+        hidden = dropout(hidden, encoder.dropout.p, self.training)
         for index, module in enumerate(encoder.layers):
             hidden = self._layer(module, hidden, batch, index, normed.dtype)
         return norm(encoder.layer_norm, hidden) if pre_norm else hidden
 
-    def _layer(
-        self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _layer(self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype) -> torch.Tensor:
         """One layer on the concatenated frames (N, D), computed for the utterances that layerdrop leaves it.
 
-        One at least, so that no parameter is without a gradient. The last layer gives the masked frames alone, (B, M, D).
+        At least one utterance is computed, so that every parameter has a gradient. The last layer gives the masked
+        frames, (B, M, D).
         """
         is_last = index == self.config.num_hidden_layers - 1
 
-        def run(x, rows, own=slice(None)):
-            positions = _masked_among(batch, rows, own) if is_last else None
+        def run(x, rows, chosen=slice(None)):
+            positions = _masked_among(batch, rows, chosen) if is_last else None
             return self._stage("encoder", layer, module, x, rows, dtype, self._after_attention, positions)
 
+        # 1. Without layerdrop all utterances go through.
         everyone = Rows(batch.lengths, batch.bounds[-1])
         kept = batch.kept_rows[index]
         if not self.training or len(kept) == len(batch.lengths):
             return run(hidden, everyone)
-        present = kept or (0,)
-        segments = _segments(batch.lengths, present)
-        pieces = hidden.split([frames for frames, _ in segments])
-        chosen = [piece for piece, (_, is_kept) in zip(pieces, segments, strict=True) if is_kept]
-        own = batch.kept[index, : len(present)]
-        rows = Rows([batch.lengths[row] for row in present], batch.bounds[index, : len(present) + 1])
-        out = run(chosen[0] if len(chosen) == 1 else torch.cat(chosen), rows, own)
+
+        # 2. Compute the layer for the kept ones alone, or for the first one if there are none.
+        computed = kept or (0,)
+        pieces, flags = split_chosen(hidden, batch.lengths, computed)
+        inputs = [piece for piece, is_computed in zip(pieces, flags, strict=True) if is_computed]
+        chosen = batch.kept[index, : len(computed)]
+        rows = Rows([batch.lengths[row] for row in computed], batch.bounds[index, : len(computed) + 1])
+        out = run(inputs[0] if len(inputs) == 1 else torch.cat(inputs), rows, chosen)
+
+        # 3. Put them back between the others.
         if is_last:
-            masked = take(hidden, _masked_among(batch, everyone)).unflatten(0, batch.positions.shape)
-            return masked.index_copy(0, own, out if kept else _ignored(out, masked[:1]))
+            masked = take(hidden, _masked_among(batch, everyone)).unflatten(0, batch.positions.shape)  # (B, M, D)
+            return masked.index_copy(0, chosen, out if kept else ignore(out, masked[:1]))
         if not kept:
-            out = _ignored(out, chosen[0])
-        computed = iter(out.split([len(piece) for piece in chosen]))
-        return torch.cat([next(computed) if is_kept else p for p, (_, is_kept) in zip(pieces, segments, strict=True)])
-
-    def _dropout(self, module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
-        return dropout(x, module.p, self.training)
+            out = ignore(out, inputs[0])
+        outputs = iter(out.split([len(piece) for piece in inputs]))
+        return torch.cat([next(outputs) if is_computed else x for x, is_computed in zip(pieces, flags, strict=True)])
 
 
-def _valid(batch: PretrainBatch) -> torch.Tensor:
-    """(B, M) bool: slots that hold a masked frame."""
-    return torch.arange(batch.positions.shape[1], device=batch.mask.device) < batch.num_masked[:, None]
+def _owned(counts_B: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, size) bool: the first slots of each row, as many as it has of its own."""
+    return torch.arange(size, device=counts_B.device) < counts_B[:, None]
 
 
-def _inside(batch: PretrainBatch) -> torch.Tensor:
-    """(B, T) bool: frames that belong to their row."""
-    return torch.arange(batch.mask.shape[1], device=batch.mask.device) < batch.frames[:, None]
+def _masked_among(batch: PretrainBatch, rows: Rows, chosen: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """Where the masked frames of the utterances `chosen` lie among their concatenated frames `rows`: (B, M) int64.
 
-
-def _masked_among(batch: PretrainBatch, rows: Rows, own: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-    """Where the masked frames of the rows `own` lie among the concatenated frames of `rows`, which are the same: (B, M) int64.
-
-    A slot without a masked frame gets another frame of its row, never of the next one.
+    A slot without a masked frame gets another frame of its utterance, never one of the next.
     """
-    return rows.bounds[:-1, None] + torch.minimum(batch.positions[own], batch.frames[own, None] - 1)
-
-
-def _segments(lengths: Sequence[int], kept: Sequence[int]) -> list[tuple[int, bool]]:
-    """Neighbouring utterances that are kept, or not: (their frames, whether they are), in order."""
-    flags = [False] * len(lengths)
-    for row in kept:
-        flags[row] = True
-    groups = groupby(zip(flags, lengths, strict=True), itemgetter(0))
-    return [(sum(length for _, length in group), is_kept) for is_kept, group in groups]
-
-
-def _ignored(out: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
-    """`instead`; `out` is there for its gradient alone, which is zero."""
-    return torch.where(out.new_zeros((), dtype=torch.bool), out, instead)
+    return rows.bounds[:-1, None] + torch.minimum(batch.positions[chosen], batch.frames[chosen, None] - 1)
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
-    """At least float32: the loss head is an island of full precision."""
+    """At least float32: the loss is computed in full precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,13 +1,16 @@
 """The transformer as functions over the stock modules' parameters: positional convolution and layers.
 
-The functions compute what the stock modules compute, in the type that they are given (normalisation statistics and softmax in float32,
-inside the kernels), with one product for queries, keys and values, and attention without a mask (`attention.py`).
+They compute what the stock modules compute, in the type that they are given. Statistics of norms and softmax are
+float32, inside the kernels. Queries, keys and values are one product, and attention needs no mask (`attention.py`).
 
-Shapes: B utterances, T latent frames of the longest, N frames of all of them, M frames of each that are wanted, D width, H heads, G groups
-of the positional convolution, k its taps.
+Shapes: B utterances, T latent frames of the longest, N frames of all of them, M frames of each whose output is asked
+for, D width, H heads, d width of a head, G groups of the positional convolution, k its taps, R frames that a row of its
+product gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -17,38 +20,43 @@ from w2v2.model import cpu
 from w2v2.model.attention import Rows, attend, attend_from
 from w2v2.model.cpu import dropout
 
-BLOCK = 8  # frames that one row of the positional convolution's product gives
+BLOCK = 8  # R
 
 
 def positional(module: nn.Module, hidden: torch.Tensor, in_blocks: bool) -> torch.Tensor:
     """Convolutional position embedding (B, T, D) → (B, T, D); frames past a row's end have to be zero."""
     conv = module.conv
     if in_blocks:
-        return module.activation(_convolution_in_blocks(hidden, conv))
+        return module.activation(_convolve_in_blocks(hidden, conv))
     weight, bias = conv.weight.to(hidden.dtype), conv.bias.to(hidden.dtype)
     out = F.conv1d(hidden.transpose(1, 2), weight, bias, padding=conv.padding, groups=conv.groups)
-    return module.activation(out[..., : hidden.shape[1]].transpose(1, 2))
+    return module.activation(out[..., : hidden.shape[1]].transpose(1, 2))  # (B, D, T or T + 1) -> (B, T, D)
 
 
-def _convolution_in_blocks(x: torch.Tensor, conv: nn.Conv1d) -> torch.Tensor:
+def _convolve_in_blocks(x: torch.Tensor, conv: nn.Conv1d) -> torch.Tensor:
     """Grouped convolution (B, T, D) as one product a group: its matrix is block-Toeplitz.
 
-    Groups of 48 channels leave the libraries' grouped convolutions far below a device's speed. `BLOCK` neighbouring outputs share a window
-    of k + BLOCK − 1 frames, so rows of windows times a band matrix give them all, at BLOCK − 1 wasted taps in k + BLOCK − 1.
+    Groups of 48 channels leave the libraries' grouped convolutions far below a device's speed. R neighbouring outputs
+    share a window of k + R − 1 frames. A band matrix makes all R of each window, and wastes R − 1 of k + R − 1 taps.
     """
     B, T, D = x.shape
     G, k, R = conv.groups, conv.kernel_size[0], BLOCK
     width, blocks = k + R - 1, -(-T // R)
+
+    # 1. The band matrix: the taps, shifted by one frame for each of the R outputs.
     w = conv.weight.to(x.dtype).view(G, D // G, D // G, k).permute(0, 3, 2, 1)  # (G, k, in, out)
     band = torch.stack([F.pad(w, (0, 0, 0, 0, r, R - 1 - r)) for r in range(R)], dim=3)  # (G, k + R - 1, in, R, out)
 
+    # 2. The windows, one for each R frames.
     length = blocks * R + k - 1
-    padded = (
-        F.pad(x, (0, 0, k // 2, length - T - k // 2)).view(B, length, G, -1).permute(2, 0, 1, 3)
-    )  # (G, B, length, in)
-    windows = padded.contiguous().unfold(2, width, R).transpose(-1, -2)  # (G, B, blocks, k + R - 1, in)
+    padded = F.pad(x, (0, 0, k // 2, length - T - k // 2)).view(B, length, G, -1)
+    padded = padded.permute(2, 0, 1, 3).contiguous()  # (B, length, G, in) -> (G, B, length, in)
+    windows = padded.unfold(2, width, R).transpose(-1, -2)  # (G, B, blocks, k + R - 1, in)
+
+    # 3. Their product, back in the order of frames.
     out = windows.reshape(G, B * blocks, -1) @ band.reshape(G, width * (D // G), -1)  # (G, B · blocks, R · out)
-    out = out.view(G, B, blocks * R, -1)[:, :, :T].permute(1, 2, 0, 3).reshape(B, T, D)
+    out = out.view(G, B, blocks * R, -1)[:, :, :T]  # (G, B, T, out)
+    out = out.permute(1, 2, 0, 3).reshape(B, T, D)
     return out + conv.bias.to(x.dtype)
 
 
@@ -63,48 +71,29 @@ def layer(
     """One transformer layer, post-norm (BASE) or pre-norm (LARGE), on concatenated utterances: (N, D) → (N, D).
 
     Args:
-        rows: where each utterance lies.
-        dtype: of the cpu. The post-norm residual is of this type too; the pre-norm one, to which every layer adds, stays as it comes.
-        rest: `after_attention`, perhaps compiled.
-        positions: (B, M) int64, those of the N frames that the output is wanted of, which then is (B, M, D): the others are attended to, no more.
+        rows: where each utterance lies. dtype: of the products. The post-norm residual has it too. The pre-norm
+        residual, to which every layer adds, keeps its own. rest: `after_attention`, perhaps compiled. positions: (B, M)
+        int64, which of the N frames the output is asked for, (B, M, D). The others are only attended to.
     """
     attention, before = module.attention, is_pre_norm(module)
     x = norm(module.layer_norm, hidden).to(dtype) if before else hidden
     dropped = attention.dropout if module.training else 0.0
     if positions is None:
         qkv = _project(x, attention.num_heads, attention.q_proj, attention.k_proj, attention.v_proj)  # (N, 3, H, d)
-        attended = attend(qkv, rows, dropped)
+        attended = attend(qkv, rows, dropped)  # (N, H, d)
     else:
-        query = _project(take(x, positions), attention.num_heads, attention.q_proj).view(
-            *positions.shape, -1, attention.head_dim
-        )
+        query = _project(take(x, positions), attention.num_heads, attention.q_proj)  # (B · M, 1, H, d)
+        query = query.view(*positions.shape, -1, attention.head_dim)  # (B, M, H, d)
         keys_values = _project(x, attention.num_heads, attention.k_proj, attention.v_proj)  # (N, 2, H, d)
-        attended = attend_from(query, keys_values, rows, dropped).flatten(0, 1)
+        attended = attend_from(query, keys_values, rows, dropped).flatten(0, 1)  # (B · M, H, d)
         hidden = take(hidden, positions)
-    attended = linear(attention.out_proj, attended.flatten(-2))  # (N, D), or (B · M, D)
+    attended = linear(attention.out_proj, attended.flatten(-2))  # (N or B · M, H, d) -> (N or B · M, D)
     out = (rest or after_attention)(module, hidden, attended, before)
-    return out if positions is None else out.unflatten(0, positions.shape)
-
-
-def _project(x: torch.Tensor, num_heads: int, *modules: nn.Linear) -> torch.Tensor:
-    """Several linear layers of the same input as one product: (…, D) → (…, layers, H, d)."""
-    weight, bias = (torch.cat([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
-    out = cpu.linear(x, weight.to(x.dtype), bias.to(x.dtype))
-    return out.unflatten(-1, (len(modules), num_heads, -1))
-
-
-def take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Frames (N, D) at `positions` (B, M) → (B · M, D)."""
-    return x.index_select(0, positions.flatten())
-
-
-def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Frames (B, T, D) at each row's own `positions` (B, M) → (B, M, D)."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+    return out if positions is None else out.unflatten(0, positions.shape)  # (N, D), or (B, M, D)
 
 
 def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Tensor, before: bool) -> torch.Tensor:
-    """The part of a layer that works frame by frame, (…, D) → (…, D): whatever a compiler can fuse. `before`: pre-norm."""
+    """The part of a layer that works frame by frame, (…, D) → (…, D): what a compiler can fuse. `before`: pre-norm."""
     training, forward = module.training, module.feed_forward
     hidden = hidden + dropout(attended, module.dropout.p, training)
     if not before:
@@ -122,6 +111,40 @@ def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Ten
 
 def is_pre_norm(module: nn.Module) -> bool:
     return hasattr(module, "adapter_layer")
+
+
+def split_chosen(
+    hidden: torch.Tensor, lengths: Sequence[int], chosen: Sequence[int]
+) -> tuple[tuple[torch.Tensor, ...], list[bool]]:
+    """Concatenated frames (N, D), split between neighbours of which one is chosen; and for each piece whether it is."""
+    flags = [False] * len(lengths)
+    for row in chosen:
+        flags[row] = True
+    groups = groupby(zip(flags, lengths, strict=True), itemgetter(0))
+    segments = [(is_chosen, sum(length for _, length in group)) for is_chosen, group in groups]
+    return hidden.split([frames for _, frames in segments]), [is_chosen for is_chosen, _ in segments]
+
+
+def ignore(out: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
+    """`instead`, with a gradient of zero for `out`."""
+    return torch.where(out.new_zeros((), dtype=torch.bool), out, instead)
+
+
+def _project(x: torch.Tensor, num_heads: int, *modules: nn.Linear) -> torch.Tensor:
+    """Several linear layers of the same input as one product: (…, D) → (…, layers, H, d)."""
+    weight, bias = (torch.cat([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
+    out = cpu.linear(x, weight.to(x.dtype), bias.to(x.dtype))  # (…, layers · H · d)
+    return out.unflatten(-1, (len(modules), num_heads, -1))
+
+
+def take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Frames (N, D) at `positions` (B, M) → (B · M, D)."""
+    return x.index_select(0, positions.flatten())
+
+
+def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Frames (B, T, D) at each row's own `positions` (B, M) → (B, M, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
