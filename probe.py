@@ -150,7 +150,7 @@ def read_characters(model: FrozenModel, table: Dataset, split: Split, args: Prob
 
 
 def read_audio(paths: list[str], columns: list[str], args: ProbingArguments) -> Dataset:
-    table, skipped = labels.read_utterances(
+    table, skipped = ctc_data.read_utterances(
         paths, columns, data_root=args.data_root, cache_dir=Path(args.output_dir, "_cache"),
         max_skipped_fraction=args.max_skipped_fraction,
     )  # fmt: skip

@@ -19,7 +19,8 @@ from w2v2.data.audio import AudioError, probe
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import equal_error_rate, min_detection_cost
 from w2v2.evaluate.verification import Trial, cosine_scores, draw_trials, read_trials, write_trials
-from w2v2.finetune.labels import column_of, read_utterances
+from w2v2.finetune.ctc_data import read_utterances
+from w2v2.finetune.labels import column_of
 from w2v2.probe.arguments import VerificationArguments
 from w2v2.probe.features import FrozenModel
 

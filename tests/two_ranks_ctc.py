@@ -63,7 +63,7 @@ def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, *
     return CTCTrainer(
         model,
         args,
-        data_collator=ctc_data.collate_ctc,
+        data_collator=ctc_data.collate_speech,
         train_dataset=ctc_data.SpeechDataset(table, substitute=True, **kwargs),
         eval_dataset=ctc_data.SpeechDataset(ctc_data.longest_first(table), substitute=False, **kwargs),
         processing_class=make_processor(vocabulary, extractor),

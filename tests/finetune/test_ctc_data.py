@@ -117,10 +117,10 @@ def test_a_window_of_a_file_is_read(audio):
 
 def test_batches_are_padded_and_masked_only_where_lengths_differ():
     items = [{"input_values": np.ones(n, np.float32), "labels": labels} for n, labels in ((5, [3]), (3, [4, 5]))]
-    batch = ctc_data.collate_ctc(items)
+    batch = ctc_data.collate_speech(items)
     assert batch["input_values"].tolist() == batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[3, -100], [4, 5]]
-    assert "attention_mask" not in ctc_data.collate_ctc([items[0], items[0]])
+    assert "attention_mask" not in ctc_data.collate_speech([items[0], items[0]])
 
 
 def test_a_full_disk_under_the_list_of_skipped_audio_ends_nothing(tmp_path, caplog):

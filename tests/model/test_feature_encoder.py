@@ -8,7 +8,7 @@ from conftest import make_batch, tiny_config
 from test_pretraining import pair
 from transformers import Wav2Vec2ForCTC
 
-from w2v2.finetune.ctc_data import collate_ctc
+from w2v2.finetune.ctc_data import collate_speech
 from w2v2.model.feature_encoder import (
     _affine,
     _windows,
@@ -114,7 +114,7 @@ def test_padded_utterances_come_out_as_alone_in_the_stock_model(large):
     stock, ours = (model.eval() for model in ctc_models(large))
     items = utterances()
     with torch.no_grad():
-        together = ours(**collate_ctc(items)).logits
+        together = ours(**collate_speech(items)).logits
         for row, item in enumerate(items):
             alone = stock(torch.tensor(item["input_values"])[None]).logits[0]
             torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
@@ -124,9 +124,9 @@ def test_padded_utterances_come_out_as_alone_in_the_stock_model(large):
 def test_a_padded_batch_has_the_mean_of_the_stock_gradients(large):
     stock, ours = (model.train() for model in ctc_models(large, mask_time_prob=0.0))
     items = utterances()
-    ours(**collate_ctc(items)).loss.backward()
+    ours(**collate_speech(items)).loss.backward()
     for item in items:
-        (stock(**collate_ctc([item])).loss / len(items)).backward()
+        (stock(**collate_speech([item])).loss / len(items)).backward()
     expected = dict(stock.named_parameters())
     for name, parameter in ours.named_parameters():
         if expected[name].grad is not None:
@@ -140,7 +140,7 @@ def test_keys_and_class_stay_stock():
 
 def test_a_batch_shorter_than_a_mask_span_trains_unmasked():
     stock, ours = (model.train() for model in ctc_models(mask_time_length=10))
-    batch = collate_ctc(utterances()[-1:])
+    batch = collate_speech(utterances()[-1:])
     with pytest.raises(ValueError, match="mask_length"):
         stock(**batch)
     assert ours(**batch).loss.isfinite()
@@ -151,6 +151,6 @@ def test_a_batch_shorter_than_a_mask_span_trains_unmasked():
 def test_freezing_the_convs_holds_after_padding_is_hidden():
     _, ours = ctc_models()
     ours.freeze_feature_encoder()
-    ours.train()(**collate_ctc(utterances()[:2])).loss.backward()
+    ours.train()(**collate_speech(utterances()[:2])).loss.backward()
     assert all(p.grad is None for p in ours.wav2vec2.feature_extractor.parameters())
     assert ours.wav2vec2.feature_projection.projection.weight.grad is not None

@@ -1,12 +1,12 @@
-"""Flags and folders of the fine-tuning scripts.
+"""The flags that both fine-tuning scripts share, and the output folder that they ask for.
 
-The flags are `transformers.TrainingArguments`, with fairseq's fine-tuning recipe as defaults, and ours beside them.
+They are `transformers.TrainingArguments`, with fairseq's fine-tuning recipe as defaults, and ours beside them.
 """
 
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,22 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
 from w2v2.train.schedule import SCHEDULES
 
 METRICS_FILE, SKIPPED_FILE, RESULTS_FILE = "metrics.jsonl", "skipped_audio.jsonl", "results.json"
 PREDICTIONS_FILE, CONFIG_FILE = "predictions.jsonl", "finetune_config.yaml"
-_CHECKPOINT_FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
-_OWN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG_FILE, "config.json", "model.safetensors",
-              "vocab.json", "trainer_state.json", "training_args.bin", "preprocessor_config.json",
+CACHE_FOLDER = "_cache"  # tables of the manifests that were read
+_STATE_FILE = "trainer_state.json"  # what `Trainer` writes last into a checkpoint
+_CHECKPOINT_FILES = (_STATE_FILE, "model.safetensors", "optimizer.pt", "scheduler.pt")
+_RUN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG_FILE, "config.json", "model.safetensors",
+              "vocab.json", _STATE_FILE, "training_args.bin", "preprocessor_config.json",
               "processor_config.json", "tokenizer_config.json", "runs", "plots")  # fmt: skip
-
 _NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "debug", "disable_tqdm", "hub_token",
                   "gradient_checkpointing", "dataloader_pin_memory"}  # fmt: skip
-
-
-def flag(default: Any, help: str, **metadata) -> Any:
-    """A dataclass field with its help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+_MODEL_FLAGS = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop",
+                "activation_dropout", "hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout")  # fmt: skip
 
 
 @dataclass
@@ -41,6 +38,7 @@ class FineTuningArguments(TrainingArguments):
     """`TrainingArguments` plus data and model. Defaults: BASE on 100 h of labels (fairseq's base_100h).
 
     fairseq's effective batch of 1,600 s is 128 utterances of LibriSpeech. Utterances are counted unless `micro_batch_seconds` is given.
+    Raises UserError for flags that do not go together, or are out of range.
     """
 
     train_data: list[str] = flag([], "Training manifests.")
@@ -50,58 +48,64 @@ class FineTuningArguments(TrainingArguments):
     test_data: list[str] = flag([], "Test manifests, each scored by itself at the end with the best checkpoint.")
     do_train: bool = flag(True, "false: only evaluate the fine-tuned model that model_name_or_path names.")
     data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
-    min_seconds: float = flag(0.2, "Shorter utterances are left out of training.")
-    max_seconds: float | None = flag(35.0, "Longer utterances are left out of training.")
+    min_seconds: float = flag(0.2, "Shorter utterances are left out of training.", min=0)
+    max_seconds: float | None = flag(35.0, "Longer utterances are left out of training.", above=0)
     max_skipped_fraction: float = flag(
-        0.01, "Largest fraction of a set's utterances whose audio is unreadable; beyond it the run stops."
+        0.01, "Largest fraction of a set's utterances whose audio is unreadable; beyond it the run stops.", min=0, max=1
     )
     model_name_or_path: str | None = flag(None, "Pretrained wav2vec 2.0: a folder or Hub id.")
     config_name: str | None = flag(None, "Random weights of this configuration instead: the baseline.")
     freeze_feature_encoder: bool = flag(True, "Keep the convs as they were pretrained.")
-    freeze_encoder_steps: int = flag(0, "First updates in which only the new head learns.")
-    mask_time_prob: float = flag(
-        0.65, "Time mask: expected number of masked frames over frames, overlaps counted twice."
-    )
-    mask_time_length: int = flag(10, "Latent frames in a time mask.")
-    mask_feature_prob: float = flag(0.5, "Channel mask: the same over channels.")
-    mask_feature_length: int = flag(64, "Channels in a channel mask.")
-    layerdrop: float = flag(0.1, "Probability that a transformer layer is left out.")
-    activation_dropout: float = flag(0.1, "Dropout inside the feed-forward blocks.")
-    hidden_dropout: float = flag(0.0, "Dropout of the transformer's hidden states.")
-    attention_dropout: float = flag(0.0, "Dropout of attention weights.")
-    feat_proj_dropout: float = flag(0.0, "Dropout of the convs' projected output.")
-    final_dropout: float = flag(0.0, "Dropout before the new head.")
-    hold_fraction: float = flag(0.4, "tri_stage: fraction of the run at the peak learning rate.")
-    final_lr_scale: float = flag(0.05, "tri_stage: the last learning rate over the peak.")
+    freeze_encoder_steps: int = flag(0, "First updates in which only the new head learns.", min=0)
+    mask_time_prob: float = flag(0.65, "Time mask: masked frames over frames, overlaps counted twice.", min=0)
+    mask_time_length: int = flag(10, "Latent frames in a time mask.", min=1)
+    mask_feature_prob: float = flag(0.5, "Channel mask: the same over channels.", min=0)
+    mask_feature_length: int = flag(64, "Channels in a channel mask.", min=1)
+    layerdrop: float = flag(0.1, "Probability that a transformer layer is left out.", min=0, max=1)
+    activation_dropout: float = flag(0.1, "Dropout inside the feed-forward blocks.", min=0, max=1)
+    hidden_dropout: float = flag(0.0, "Dropout of the transformer's hidden states.", min=0, max=1)
+    attention_dropout: float = flag(0.0, "Dropout of attention weights.", min=0, max=1)
+    feat_proj_dropout: float = flag(0.0, "Dropout of the convs' projected output.", min=0, max=1)
+    final_dropout: float = flag(0.0, "Dropout before the new head.", min=0, max=1)
+    hold_fraction: float = flag(0.4, "tri_stage: fraction of the run at the peak learning rate.", min=0, max=1)
+    final_lr_scale: float = flag(0.05, "tri_stage: the last learning rate over the peak.", above=0)
     overwrite_output_dir: bool = flag(False, "Delete the run that `output_dir` holds and start anew.")
 
     max_steps: int = flag(80_000, "Updates in the run.")
-    learning_rate: float = flag(3e-5, "Peak learning rate.")
-    lr_scheduler_type: str = flag("tri_stage", "What follows the warm-up.", choices=list(SCHEDULES))
-    warmup_steps: float = flag(0.1, "Updates of warm-up; under 1: a fraction of the run.")
+    learning_rate: float = flag(3e-5, "Peak learning rate.", min=0)
+    lr_scheduler_type: str = flag("tri_stage", "What follows the warm-up.", choices=SCHEDULES)
+    warmup_steps: float = flag(0.1, "Updates of warm-up; under 1: a fraction of the run.", min=0)
     micro_batch_seconds: float | None = flag(
-        None, "Seconds of audio in a micro-batch of a device, padding included; instead of per_device_train_batch_size."
+        None,
+        "Seconds of audio in a micro-batch of a device, padding included; instead of per_device_train_batch_size.",
+        above=0,
     )
     batch_seconds: float | None = flag(
         None, "Seconds in one update over all devices, for any number of them; left out: micro_batch_seconds × "
-        "gradient_accumulation_steps × devices."
+        "gradient_accumulation_steps × devices.", above=0,
     )  # fmt: skip
-    per_device_train_batch_size: int = flag(8, "Utterances in a micro-batch.")
-    per_device_eval_batch_size: int = flag(8, "Utterances in a batch of evaluation (no influence on the result).")
-    gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.")
-    weight_decay: float = flag(0.0, "Decoupled weight decay.")
+    per_device_train_batch_size: int = flag(8, "Utterances in a micro-batch.", min=1)
+    per_device_eval_batch_size: int = flag(
+        8, "Utterances in a batch of evaluation (no influence on the result).", min=1
+    )
+    gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.", min=1)
+    train_sampling_strategy: str = flag(
+        "group_by_length", "Which utterances share a micro-batch, without micro_batch_seconds.",
+        choices=["group_by_length", "random", "sequential"],
+    )  # fmt: skip
+    weight_decay: float = flag(0.0, "Decoupled weight decay.", min=0)
     adam_beta2: float = flag(0.98, "Adam's second decay.")
-    max_grad_norm: float = flag(0.0, "Clip the gradient's norm to this; 0 does not clip.")
+    max_grad_norm: float = flag(0.0, "Clip the gradient's norm to this; 0 does not clip.", min=0)
     eval_strategy: str = flag("steps", "When to validate: `steps`, `epoch`.")
     save_strategy: str = flag("steps", "When to save: `steps`, `epoch`.")
     eval_steps: float = flag(1_000, "Updates between two validations; under 1: a fraction of the run.")
     save_steps: float = flag(1_000, "Updates between two checkpoints; a multiple of eval_steps.")
-    save_total_limit: int | None = flag(2, "Checkpoints that are kept, the best one among them.")
+    save_total_limit: int | None = flag(2, "Checkpoints that are kept, the best one among them.", min=1)
     logging_steps: float = flag(50, "Updates between two logged lines; under 1: a fraction of the run.")
     load_best_model_at_end: bool = flag(True, "End with the checkpoint that was best on the validation data.")
     metric_for_best_model: str | None = flag("wer", "The measure that says which is best.")
     greater_is_better: bool | None = flag(False, "Whether more of it is better.")
-    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.")
+    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.", min=0)
     report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
     hub_license: str | None = flag(None, "Licence of the weights, stated in the model card.")
     data_description: str | None = flag(
@@ -113,11 +117,28 @@ class FineTuningArguments(TrainingArguments):
         for name in ("model_name_or_path", "config_name", "resume_from_checkpoint"):
             if getattr(self, name) in ("", "none"):  # how a command line takes back what a YAML file says
                 setattr(self, name, None)
+        check_ranges(self)
+        self._check_combinations()
         if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = (
-                True  # as without it: layers dropped, or frozen for a while, have no gradient
-            )
+            # Layers that are dropped, or frozen for a while, have no gradient; Trainer says True only without checkpointing.
+            self.ddp_find_unused_parameters = True
         self.use_cpu = self.use_cpu or torch.backends.mps.is_available()  # MPS has no float64
+        schedule, self.lr_scheduler_type = self.lr_scheduler_type, "linear"  # the stock class knows no tri_stage
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise UserError(" ".join(str(error).split())) from None
+        self.lr_scheduler_type = schedule
+        # One process, one device: `Trainer` would replicate the model over all the GPUs that it sees.
+        self._n_gpu = min(self.n_gpu, 1)
+        if self.micro_batch_seconds:
+            micro_batches = self.gradient_accumulation_steps * self.world_size
+            self.batch_seconds = self.batch_seconds or self.micro_batch_seconds * micro_batches
+            self.gradient_accumulation_steps = 1  # `Trainer` sees an update as one batch
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+
+    def _check_combinations(self) -> None:
         for name in self.required_flags():
             if not getattr(self, name):
                 raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
@@ -131,43 +152,24 @@ class FineTuningArguments(TrainingArguments):
             raise UserError("give one of --model_name_or_path (pretrained weights) and --config_name (random weights)")
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
             raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
+        if self.batch_seconds and not self.micro_batch_seconds:
+            raise UserError("--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once")
         if self.hub_token:
             raise UserError(
                 "--hub_token: flags are written to the run's files; set the environment variable HF_TOKEN instead"
             )
-        schedule, self.lr_scheduler_type = self.lr_scheduler_type, "linear"  # the stock class knows no tri_stage
-        try:
-            super().__post_init__()
-        except (ValueError, ImportError) as error:
-            raise UserError(" ".join(str(error).split())) from None
-        self.lr_scheduler_type = schedule
-        self._n_gpu = min(
-            self.n_gpu, 1
-        )  # one process, one device; `Trainer` would replicate the model within the process
-        self._resolve_seconds()
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+
+    def print_once(self, line: str) -> None:
+        """A line on the console of the main process."""
+        if self.process_index == 0:
+            print(line, flush=True)
 
     def required_flags(self) -> tuple[str, ...]:
         return ("train_data", "validation_data", "output_dir") if self.do_train else ("output_dir",)
 
-    def _resolve_seconds(self) -> None:
-        """`batch_seconds` where it follows from the rest; `Trainer` then sees an update as one batch, without accumulation."""
-        micro, whole = self.micro_batch_seconds, self.batch_seconds
-        if micro is None and whole is None:
-            return
-        if micro is None:
-            raise UserError("--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once")
-        if micro <= 0 or (whole is not None and whole <= 0):
-            raise UserError("--micro_batch_seconds and --batch_seconds must be more than 0")
-        self.batch_seconds = whole or micro * self.gradient_accumulation_steps * self.world_size
-        self.gradient_accumulation_steps = 1
-
     def model_changes(self) -> dict[str, Any]:
         """The flags that are keys of the model's configuration."""
-        names = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop",
-                 "activation_dropout", "hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout")  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {"apply_spec_augment": True}
+        return {name: getattr(self, name) for name in _MODEL_FLAGS} | {"apply_spec_augment": True}
 
 
 def check_metric(name: str | None, measures: Iterable[str]) -> None:
@@ -180,25 +182,24 @@ def check_metric(name: str | None, measures: Iterable[str]) -> None:
 def prepare_output_dir(args: FineTuningArguments) -> str | None:
     """Make `output_dir` ready and return the checkpoint to resume from, None for a fresh start.
 
-    Raises UserError where the folder holds a run and nothing says what to do with it. Only a folder that the trainer saved whole
-    counts as a checkpoint; a pretrained model never does.
+    Only a folder that `Trainer` saved whole counts as a checkpoint; a pretrained model never does.
+    Raises UserError where the folder holds a run and no flag says what to do with it.
     """
     folder = Path(args.output_dir)
     with args.main_process_first(local=False):  # the others then find the folder ready
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output_dir {folder}: is a file; give a folder")
-        if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
-            args.resume_from_checkpoint = None
-        checkpoint = _checkpoint_to_resume(args.resume_from_checkpoint, folder)
+        wanted = args.resume_from_checkpoint
+        checkpoint = None if args.overwrite_output_dir and wanted == "auto" else _find_checkpoint(wanted, folder)
         if checkpoint is None:
-            _clear(folder, args)
+            _clear_run(folder, args)
         folder.mkdir(parents=True, exist_ok=True)
     return checkpoint
 
 
-def _clear(folder: Path, args: FineTuningArguments) -> None:
+def _clear_run(folder: Path, args: FineTuningArguments) -> None:
     """Remove a former run, if there is one and the flags allow it; files that no run of ours writes stay."""
-    old = [*folder.glob("checkpoint-*"), *(folder / name for name in _OWN_FILES if (folder / name).exists())]
+    old = [*folder.glob("checkpoint-*"), *(folder / name for name in _RUN_FILES if (folder / name).exists())]
     unfinished = not (folder / "model.safetensors").exists()
     if old and not (args.overwrite_output_dir or (args.resume_from_checkpoint and unfinished)):
         raise UserError(
@@ -212,29 +213,29 @@ def _clear(folder: Path, args: FineTuningArguments) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _checkpoint_to_resume(wanted: str | None, folder: Path) -> str | None:
+def _find_checkpoint(wanted: str | None, folder: Path) -> str | None:
+    """The folder that `--resume_from_checkpoint` names; for `auto` the newest whole checkpoint, None where there is none."""
     if wanted is None:
         return None
     if wanted != "auto":
-        if not _is_whole(Path(wanted)):
+        if _missing_file(Path(wanted)):
             raise UserError(f"--resume_from_checkpoint {wanted}: no whole checkpoint of a fine-tuning run: give its "
                             "checkpoint-N folder, or auto")  # fmt: skip
         return wanted
-    numbered = [(p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*")]
-    numbered = sorted((int(number), path) for number, path in numbered if number.isdigit())
-    whole = [str(path) for _, path in numbered if _is_whole(path)]
-    # Trainer writes this file last: what lacks others was saved without them, not cut short.
-    if not whole and (weights := [path for _, path in numbered if (path / _CHECKPOINT_FILES[0]).is_file()]):
-        missing = next(name for name in _CHECKPOINT_FILES if not (weights[-1] / name).is_file())
-        raise UserError(f"--resume_from_checkpoint auto: {weights[-1]} was saved without {missing} (--save_only_model true, FSDP, "
-                        "DeepSpeed?), so nothing can go on from it: start from it (--model_name_or_path) in another --output_dir, or anew "
-                        "with --overwrite_output_dir")  # fmt: skip
-    return whole[-1] if whole else None
+    numbers = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    newest_first = sorted(map(int, filter(str.isdigit, numbers)), reverse=True)
+    saved = [folder / f"checkpoint-{number}" for number in newest_first]
+    saved = [path for path in saved if (path / _STATE_FILE).is_file()]  # the others were cut short
+    whole = [str(path) for path in saved if not _missing_file(path)]
+    if saved and not whole:
+        raise UserError(f"--resume_from_checkpoint auto: {saved[0]} was saved without {_missing_file(saved[0])} "
+                        "(--save_only_model?), so no run can go on from it: start from it (--model_name_or_path) in another "
+                        "--output_dir, or anew with --overwrite_output_dir")  # fmt: skip
+    return whole[0] if whole else None
 
 
-def _is_whole(folder: Path) -> bool:
-    """`trainer_state.json` is what Trainer writes last."""
-    return all((folder / name).is_file() for name in _CHECKPOINT_FILES)
+def _missing_file(folder: Path) -> str | None:
+    return next((name for name in _CHECKPOINT_FILES if not (folder / name).is_file()), None)
 
 
 def write_config(path: Path, *arguments: Any) -> None:

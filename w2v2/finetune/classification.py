@@ -1,4 +1,4 @@
-"""A label for a whole utterance: `Wav2Vec2ForSequenceClassification`, and `Trainer` with scores for it.
+"""A label for a whole utterance: `Wav2Vec2ForSequenceClassification`, `Trainer` with scores for it, and cross-validation.
 
 The stock model averages a projection of the frames over time, padding left out, and has one linear layer above. Either all but the
 convs learns, or the encoder is frozen and a softmax-weighted sum of its layers feeds the head (SUPERB, Yang et al. 2021).
@@ -7,6 +7,7 @@ Shapes: B utterances, C classes.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
@@ -21,13 +23,15 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_confusion
-from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts
-from w2v2.finetune.ctc_data import read_skipped
+from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
+from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE
+from w2v2.finetune.labels import Split, shared_groups
+from w2v2.finetune.task_arguments import ClassificationArguments
 from w2v2.finetune.trainer import FineTuner
 from w2v2.model.feature_encoder import hide_padding
 from w2v2.model.loading import load_with_head
 
-_RESULTS, _PREDICTIONS = "results.json", "predictions.jsonl"
+FOLDS_FILE = "folds.json"
 HEAD = ("projector", "classifier", "layer_weights")
 
 
@@ -92,9 +96,7 @@ class ClassificationTrainer(FineTuner):
         """The stock loop; then `predictions` are probabilities, NaN where the audio was unreadable: those are not scored."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         readable = output.label_ids >= 0
-        data = dataloader.dataset
-        if not readable.all():
-            check_unread(data, readable, self.args.max_skipped_fraction)
+        self.check_decoded(dataloader.dataset, readable)
         logits = torch.tensor(output.predictions, dtype=torch.float32)
         references = output.label_ids[readable]
         scores: dict[str, Any] = classification_scores(references, logits[readable].argmax(-1).numpy())
@@ -104,17 +106,6 @@ class ClassificationTrainer(FineTuner):
         probabilities = logits.softmax(-1).numpy()
         probabilities[~readable] = np.nan
         return output._replace(predictions=probabilities)
-
-
-def check_unread(data, readable: np.ndarray, max_fraction: float) -> None:
-    """Raises UserError where more of a data set than allowed turned out to be unreadable, or all of it."""
-    unread = {audio for audio, good in zip(data.table["audio"], readable, strict=True) if not good}
-    if len(unread) > max_fraction * len(set(data.table["audio"])) or not readable.any():
-        first = next(entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in unread)
-        raise UserError(
-            f"{len(unread)} audio files cannot be decoded, such as {first['audio']}: {first['reason']}; mend or leave out what "
-            "skipped_audio.jsonl lists, or raise --max_skipped_fraction"
-        )
 
 
 def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str]) -> tuple[dict, list[dict]]:
@@ -134,7 +125,7 @@ def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str])
 def write_results(output_dir: str, results: Mapping, lines: Sequence[Mapping], classes: Sequence[str]) -> None:
     """`results.json`, `predictions.jsonl` and a picture of each set's confusions."""
     folder = Path(output_dir)
-    with open(folder / _PREDICTIONS, "w", encoding="utf-8") as file:
+    with open(folder / PREDICTIONS_FILE, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     for name in dict.fromkeys(line["set"] for line in lines):
         chosen = [line for line in lines if line["set"] == name]
@@ -142,11 +133,11 @@ def write_results(output_dir: str, results: Mapping, lines: Sequence[Mapping], c
             [line["reference"] for line in chosen], [line["prediction"] for line in chosen], classes
         )
         draw_confusion(folder / "plots" / f"confusion_{name}.png", counts, classes)
-    (folder / _RESULTS).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_classes(classes: Sequence[str], checkpoint: str | None) -> None:
-    """A run can only go on with the labels that it began with."""
+    """Raises UserError where a run would go on with other labels than it began with."""
     if checkpoint is None:
         return
     saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["label2id"]
@@ -154,6 +145,60 @@ def check_classes(classes: Sequence[str], checkpoint: str | None) -> None:
         raise UserError(
             f"{checkpoint}: made with other labels than --train_data's; resume with the same data and --labels"
         )
+
+
+def describe_run(trainer: ClassificationTrainer, checkpoint: str | None) -> None:
+    """What this run will do, on the console."""
+    args, train = trainer.args, trainer.train_dataset
+    start = args.model_name_or_path or f"random weights of {args.config_name}"
+    learning = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) / 1e6
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    args.print_once(f"       model: {start}, {parameters:.2f} M parameters, of which {learning:.2f} M learn")
+    counts = Counter(train.table["target"]).most_common()
+    listed = ", ".join(f"{label} {count}" for label, count in counts[:12]) + " …" * (len(counts) > 12)
+    args.print_once(f"      labels: {len(counts)}: {listed}")
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * len(train) / batch)
+    resumed = f", resumed from {checkpoint}" if checkpoint else ""
+    args.print_once(
+        f"     updates: {updates} of {batch} utterances, {updates * batch / len(train):.1f} epochs{resumed}"
+    )
+
+
+def check_folds(splits: list[Split], table: Dataset, groups: list[str], args: ClassificationArguments) -> None:
+    """Write `folds.json`, and warn of speakers in two parts.
+
+    Raises UserError where a fold would train without a label, or the run to resume had other folds.
+    """
+    for split in splits:
+        if absent := sorted(set(table["target"]) - {table["target"][row] for row in split.train}):
+            raise UserError(f"--folds {args.folds}: {split.name} would train without the label {absent[0]!r}: give a smaller "
+                            "--num_folds, leave the label out (--labels), or fold by another column")  # fmt: skip
+    if "speaker" in table.column_names and (shared := shared_groups(splits, table["speaker"])):
+        args.print_once(
+            f"     warning: {len(shared)} speakers, such as {shared[0]}, are in training and in the test of a fold"
+        )
+    path = Path(args.output_dir, FOLDS_FILE)
+    folds = {split.name: sorted({groups[row] for row in split.test}) for split in splits}
+    if args.resume_from_checkpoint and path.exists() and json.loads(path.read_text(encoding="utf-8")) != folds:
+        raise UserError(
+            f"{path}: made with other folds; resume with the same data and --folds, or --overwrite_output_dir"
+        )
+    if args.process_index == 0:
+        path.write_text(json.dumps(folds, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_pooled(results: list[dict], lines: list[dict], classes: list[str], args: ClassificationArguments) -> None:
+    """Scores of all tested utterances together, and the mean and deviation of the folds'."""
+    references, predictions = ([line[key] for line in lines] for key in ("reference", "prediction"))
+    pooled = classification_scores(references, predictions) | {"utterances": len(lines)}
+    spread = mean_and_deviation(results)
+    run = {"model": args.model_name_or_path, "config": args.config_name, "mode": args.mode, "seed": args.seed,
+           "labels": classes, "folds": args.folds}  # fmt: skip
+    write_results(args.output_dir, {"pooled": pooled, **spread, "folds": results, "run": run}, lines, classes)
+    print(f"\n      pooled: {describe_scores(pooled)} over {len(lines)} utterances", flush=True)
+    listed = ", ".join(f"{name} {spread['mean'][name]:.1%} ± {spread['std'][name]:.1%}" for name in MEASURES)
+    print(f"{len(results):>6} folds: {listed} (mean ± standard deviation)", flush=True)
 
 
 class _DrawCrops(TrainerCallback):

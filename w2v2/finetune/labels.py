@@ -1,4 +1,4 @@
-"""Labelled utterances: which column is the label, which labels count, and what `Trainer` draws from.
+"""Labelled utterances: which column is the label, which labels count, what `Trainer` draws from, and folds of whole groups.
 
 Shapes: B utterances, S samples.
 """
@@ -7,39 +7,37 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from w2v2.data.audio import SAMPLING_RATE, probe, read_crop
+from w2v2.data.audio import SAMPLING_RATE, read_crop
 from w2v2.data.hashing import CROP, below, derive
-from w2v2.data.manifest import COLUMNS, EXTRAS, load_manifest
+from w2v2.data.manifest import COLUMNS, EXTRAS
 from w2v2.errors import UserError
-from w2v2.finetune import ctc_data
+from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, read_once
+from w2v2.finetune.subsets import describe_table
+from w2v2.finetune.task_arguments import LabelArguments
+
+LEAST_FOLDS = 3  # one to train on, one to validate, one to test
 
 
-def read_utterances(
-    paths: Sequence[str], columns: Sequence[str], *, data_root: str | None, cache_dir: Path, max_skipped_fraction: float
-) -> tuple[Dataset, list[dict[str, str]]]:
-    """Utterances whose audio opens, with these columns beside the usual ones, and a list of {id, audio, reason} of the others.
-
-    Raises UserError where more than `max_skipped_fraction` of them are unreadable.
-    """
-    table, skipped = load_manifest(list(paths), data_root=data_root, cache_dir=cache_dir, probe=probe, further=columns)
-    num_utterances = len(table) + len(skipped)
-    table, unopened = ctc_data.drop_unreadable(table)
-    skipped += unopened
-    if len(skipped) > max_skipped_fraction * num_utterances:
-        first = skipped[0]
-        raise UserError(
-            f"{', '.join(paths)}: {len(skipped)} of {num_utterances} utterances have unreadable audio, the first "
-            f"{first['audio']}: {first['reason']}; mend the paths (--data_root?) or raise --max_skipped_fraction, now "
-            f"{max_skipped_fraction}"
-        )
-    return table, skipped
+def read_labelled(
+    name: str, paths: Sequence[str], label_args: LabelArguments, args: FineTuningArguments, columns: Sequence[str] = ()
+) -> Dataset:
+    """Utterances of one set that have one of the labels, in the column `target`, and audio that opens."""
+    table, skipped = read_once(paths, args, [label_args.label_column, *columns])
+    table, num_others = with_targets(
+        table, ", ".join(paths), label_args.label_column, label_args.label_map, label_args.labels
+    )
+    left_out = f", {num_others} with other labels" if num_others else ""
+    args.print_once(
+        f"{name:>12}: {describe_table(table)}, {len(set(table['target']))} labels, {len(skipped)} unreadable{left_out}"
+    )
+    return table
 
 
 def column_of(table: Dataset, name: str, flag: str, source: str) -> str:
@@ -116,8 +114,8 @@ def balanced_weights(targets: Sequence[str], labels: Sequence[str]) -> list[floa
     return [len(targets) / (len(labels) * counts[label]) for label in labels]
 
 
-class LabelledDataset(ctc_data.SpeechDataset):
-    """Utterances decoded when they are asked for, with one label: items as in `ctc_data.SpeechDataset`, `labels` of length 1.
+class LabelledDataset(SpeechDataset):
+    """Utterances decoded when they are asked for, with one label: items as in `SpeechDataset`, `labels` of length 1.
 
     Where `crop_seconds` is not 0, of a longer utterance only a piece of that length is read, which one is a pure function of (seed,
     epoch, utterance).
@@ -135,7 +133,7 @@ class LabelledDataset(ctc_data.SpeechDataset):
     def _labels(self, utterance: dict[str, Any]) -> list[int]:
         return [self.vocabulary[utterance["target"]]]
 
-    def _read(self, utterance: dict[str, Any]) -> np.ndarray:
+    def _decode(self, utterance: dict[str, Any]) -> np.ndarray:
         start, length = round(utterance["start"] * SAMPLING_RATE), utterance["num_samples"]
         if self.crop and length > self.crop:
             drawn = derive(self.seed, CROP, self.epoch, zlib.crc32(utterance["id"].encode()))
@@ -145,25 +143,17 @@ class LabelledDataset(ctc_data.SpeechDataset):
 
 def collate_labelled(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Items → input_values (B, S), labels (B,), -100 where the audio was unreadable, attention_mask (B, S) if lengths differ."""
-    batch = ctc_data.collate_ctc(items)
+    batch = collate_speech(items)
     return batch | {"labels": batch["labels"][:, 0]}
-
-
-def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None) -> tuple[Dataset, int]:
-    """The utterances within these lengths, and how many are not."""
-    longest = float("inf") if max_seconds is None else max_seconds
-    kept = [i for i, n in enumerate(table["num_samples"]) if min_seconds <= n / SAMPLING_RATE <= longest]
-    if not kept:
-        raise UserError("--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds")
-    return table.select(kept), len(table) - len(kept)
-
-
-LEAST_FOLDS = 3  # one to train on, one to validate, one to test
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a table, by what they are for."""
+    """Rows of a table, by what they are for.
+
+    Fold k tests, the next one validates (it chooses the checkpoint or the regularisation), and the rest trains: the test fold has
+    no say in anything that is measured on it.
+    """
 
     name: str
     train: list[int]
@@ -195,13 +185,12 @@ def group_splits(groups: Sequence[str], column: str, num_folds: int | None = Non
     else:
         test_rows = [rows for _, rows in GroupKFold(num_folds).split(groups, groups=groups)]
     folds = [sorted(map(int, rows)) for rows in test_rows]
-    return [_split(k, folds) for k in range(num_folds)]
-
-
-def _split(k: int, folds: list[list[int]]) -> Split:
-    validation = (k + 1) % len(folds)
-    rest = sorted(row for fold, rows in enumerate(folds) if fold not in (k, validation) for row in rows)
-    return Split(f"fold-{k + 1}", rest, folds[validation], folds[k])
+    splits = []
+    for k, test in enumerate(folds):
+        validation = folds[(k + 1) % num_folds]
+        train = sorted(set(range(len(groups))) - {*test, *validation})
+        splits.append(Split(f"fold-{k + 1}", train, validation, test))
+    return splits
 
 
 def shared_groups(splits: Sequence[Split], groups: Sequence[str]) -> list[str]:

@@ -1,23 +1,19 @@
-"""Scoring a recogniser: greedy and, with a language model, by beam search; what is written about it."""
+"""What a recognition run tells: its plan, and its scores, greedy and, with a language model, by beam search."""
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import NAMES, RATES, count_edits, word_error_rate, worst_utterances
 from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE, SKIPPED_FILE, FineTuningArguments
 from w2v2.finetune.ctc import CTCTrainer
-from w2v2.finetune.ctc_data import SpeechDataset, as_audio, num_hours, read_skipped, say
+from w2v2.finetune.ctc_data import SpeechDataset, read_skipped
 from w2v2.finetune.decoding import BeamDecoder, tuning_grid
-from w2v2.finetune.subsets import draw_order
+from w2v2.finetune.subsets import draw_order, num_hours
 from w2v2.finetune.task_arguments import CTCArguments
-from w2v2.finetune.text import CHARACTERS, unit_of, unknown_units
-from w2v2.finetune.trainer import describe_best
-
-MOST_WORST = 10
+from w2v2.finetune.text import unit_of, unknown_units
 
 
 def load_decoder(text_args: CTCArguments, vocabulary: dict[str, int], args: FineTuningArguments) -> BeamDecoder | None:
@@ -30,8 +26,43 @@ def load_decoder(text_args: CTCArguments, vocabulary: dict[str, int], args: Fine
         text_args.lm, vocabulary, [text_args.setting], beam_size=text_args.beam_size, lexicon=text_args.lexicon
     )
     left = f", {decoder.unspelled} more cannot be spelled" if decoder.unspelled else ""
-    say(args, f"language model: {text_args.lm}, {len(decoder.words)} words{left}")
+    args.print_once(f"language model: {text_args.lm}, {len(decoder.words)} words{left}")
     return decoder
+
+
+def describe_run(trainer: CTCTrainer, checkpoint: str | None) -> None:
+    """What this run will do, on the console."""
+    args, train, vocabulary = trainer.args, trainer.train_dataset, trainer.vocabulary
+    start = args.model_name_or_path or f"random weights of {args.config_name}"
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    convs = "convs frozen" if args.freeze_feature_encoder else "convs learn"
+    encoder = f", encoder frozen for {args.freeze_encoder_steps} updates" if args.freeze_encoder_steps else ""
+    args.print_once(f"       model: {start}, {parameters:.2f} M parameters, {convs}{encoder}")
+    units = [unit for unit in vocabulary if not unit.startswith("<")]
+    args.print_once(f"  vocabulary: {len(vocabulary)}: {('' if '|' in vocabulary else ' ').join(units)}")
+    heard = sum(train.lengths) / SAMPLING_RATE
+    if args.batch_seconds:
+        updates_per_epoch = len(trainer.sampler)
+        batch = f"{heard / updates_per_epoch:.0f} s, micro-batches of at most {args.micro_batch_seconds:g} s"
+        if updates_per_epoch == 1 and heard < 0.9 * args.batch_seconds:
+            batch += f" (all there is; --batch_seconds asks for {args.batch_seconds:g})"
+    else:
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        updates_per_epoch = len(train) / size
+        batch = f"{size} utterances ({size * heard / len(train):.0f} s)"
+    updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * updates_per_epoch)
+    resumed = f", resumed from {checkpoint}" if checkpoint else ""
+    args.print_once(f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
+
+
+def warn_unknown(sets: dict[str, SpeechDataset], trainer: CTCTrainer) -> None:
+    """A warning for each set with units that the model cannot write."""
+    unit = unit_of(trainer.vocabulary)
+    for name, data in sets.items():
+        if unknown := unknown_units(data.table["text"], trainer.vocabulary):
+            listed = ", ".join(f"{token!r} × {count}" for token, count in list(unknown.items())[:10])
+            trainer.args.print_once(f"     warning: {name} has {sum(unknown.values())} {unit} that the vocabulary lacks, "
+                                    f"always wrong: {listed}")  # fmt: skip
 
 
 def score(
@@ -39,34 +70,25 @@ def score(
 ) -> dict[str, dict]:
     """Results of each set with the model as it is now, and `predictions.jsonl`. The best settings of the search are found first."""
     trainer.decoder = decoder
-    tuned = {}
-    if decoder is not None and text_args.tune_lm:
-        tuned = tune(trainer, sets["validation"], decoder, text_args)
+    tuned = tune_decoder(trainer, sets["validation"], text_args) if decoder is not None and text_args.tune_lm else {}
     results, lines = {}, []
     for name, data in sets.items():
-        result, found = score_set(trainer, name, data)
-        results[name] = result
+        results[name], found = score_set(trainer, name, data)
         lines += found
     if trainer.is_world_process_zero():
         with open(Path(trainer.args.output_dir, PREDICTIONS_FILE), "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if decoder is not None:
-        chosen = decoder.settings[0]._asdict()
-        results["run"] = {
-            "lm": {"path": decoder.lm_path, "beam_size": decoder.beam_size, "words": len(decoder.words)}
-            | chosen
-            | tuned
-        }
+        lm = {"path": decoder.lm_path, "beam_size": decoder.beam_size, "words": len(decoder.words)}
+        results["run"] = {"lm": lm | decoder.settings[0]._asdict() | tuned}
     return results
 
 
-def tune(trainer: CTCTrainer, data: SpeechDataset, decoder: BeamDecoder, text_args: CTCArguments) -> dict[str, Any]:
+def tune_decoder(trainer: CTCTrainer, data: SpeechDataset, text_args: CTCArguments) -> dict[str, Any]:
     """Search some validation utterances with every setting of a small grid and go on with the best; the grid with its error rates."""
-    unit = unit_of(trainer.vocabulary)
+    unit, decoder = unit_of(trainer.vocabulary), trainer.decoder
     grid, name = tuning_grid(unit), RATES[unit][0]
-    table = data.table.select(sorted(draw_order(data.table, text_args.subset_seed)[: text_args.tune_utterances]))
-    args, vocabulary, extractor = trainer.args, trainer.vocabulary, data.feature_extractor
-    some = as_audio(table, vocabulary, extractor, trainer.model.config, args)
+    some = data.take(sorted(draw_order(data.table, text_args.subset_seed)[: text_args.tune_utterances]))
     decoder.use(grid)
     trainer.predict(some, metric_key_prefix="tuning")
     rates = [trainer.rates(some.table["text"][:], texts)[name] for texts in trainer.beam_texts]
@@ -75,22 +97,24 @@ def tune(trainer: CTCTrainer, data: SpeechDataset, decoder: BeamDecoder, text_ar
     axes = zip(grid[best], map(sorted, map(set, zip(*grid, strict=True))), strict=True)
     at_edge = any(len(values) > 1 and value in (values[0], values[-1]) for value, values in axes)
     hint = ", at the grid's edge: try further by hand" if at_edge else ""
-    say(args, f"      tuning: lm_weight {grid[best].lm_weight}, word_score {grid[best].word_score}: {NAMES[name]} "
-              f"{rates[best]:.1%} on {len(table)} validation utterances{hint}")  # fmt: skip
+    trainer.args.print_once(
+        f"      tuning: lm_weight {grid[best].lm_weight}, word_score {grid[best].word_score}: {NAMES[name]} "
+        f"{rates[best]:.1%} on {len(some)} validation utterances{hint}"
+    )
     listed = [setting._asdict() | {name: round(rate, 5)} for setting, rate in zip(grid, rates, strict=True)]
-    return {"tuned_on": len(table), "grid": listed}
+    return {"tuned_on": len(some), "grid": listed}
 
 
 def score_set(trainer: CTCTrainer, name: str, data: SpeechDataset) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `results.json` says of a set, and its lines for `predictions.jsonl`."""
+    """What `results.json` says of a set, and its lines for `predictions.jsonl`; utterances with unreadable audio have none."""
     output = trainer.predict(data, metric_key_prefix=name)
     beams = trainer.beam_texts[0] if trainer.decoder is not None else [None] * len(output.predictions)
     unit = unit_of(trainer.vocabulary)
     rate = RATES[unit][0]
-    scored = f"{name}_{rate}" in output.metrics  # not without transcripts, nor where no audio could be read
+    scored = f"{name}_{rate}" in output.metrics  # not without transcripts
     lines = []
     for row, greedy, beam in zip(data.table, output.predictions, beams, strict=True):
-        if greedy is None:  # the audio was unreadable
+        if greedy is None:
             continue
         line = {"set": name, "id": row["id"], "reference": row["text"] if scored else None, "hypothesis": greedy}
         line |= {rate: word_error_rate(row["text"], greedy)} if scored else {}
@@ -99,37 +123,21 @@ def score_set(trainer: CTCTrainer, name: str, data: SpeechDataset) -> tuple[dict
         lines.append(line)
     result: dict[str, Any] = {"utterances": len(lines), "hours": round(num_hours(data.table), 4)}
     if scored:
+        unknown = unknown_units(data.table["text"], trainer.vocabulary)
         result = {key: output.metrics[f"{name}_{key}"] for key in (*RATES[unit], "loss")} | result
-        result |= _details(data, lines, trainer.vocabulary, rate)
+        result |= {
+            "edits": count_edits([line["reference"] for line in lines], [line["hypothesis"] for line in lines]),
+            f"unknown_{unit}": {"total": sum(unknown.values()), "counts": unknown},
+            "worst_utterances": worst_utterances(lines, rate),
+        }
         if trainer.decoder is not None:
-            result["lm"] = trainer.rates(data.table["text"][:], beams) | {
-                "worst_utterances": worst_utterances(lines, f"lm_{rate}", MOST_WORST)
-            }
+            rates = trainer.rates(data.table["text"][:], beams)
+            result["lm"] = rates | {"worst_utterances": worst_utterances(lines, f"lm_{rate}")}
     return result, lines
 
 
-def _details(data: SpeechDataset, lines: Sequence[dict], vocabulary: dict[str, int], rate: str) -> dict[str, Any]:
-    unit = unit_of(vocabulary)
-    unknown = unknown_units(data.table["text"], vocabulary)
-    return {
-        "edits": count_edits([line["reference"] for line in lines], [line["hypothesis"] for line in lines]),
-        f"unknown_{unit}": {"total": sum(unknown.values()), "counts": unknown},
-        "worst_utterances": worst_utterances(lines, rate, MOST_WORST),
-    }
-
-
-def describe_unknown(sets: dict[str, SpeechDataset], trainer: CTCTrainer) -> None:
-    """A warning for each set with units that the model cannot write."""
-    unit = unit_of(trainer.vocabulary)
-    for name, data in sets.items():
-        if unknown := unknown_units(data.table["text"], trainer.vocabulary):
-            listed = ", ".join(f"{token!r} × {count}" for token, count in list(unknown.items())[:10])
-            say(trainer.args, f"     warning: {name} has {sum(unknown.values())} {unit} that the vocabulary lacks, always "
-                              f"wrong: {listed}")  # fmt: skip
-
-
-def conclude(trainer: CTCTrainer, sets: dict[str, SpeechDataset], results: dict[str, dict]) -> None:
-    """`results.json`, and its gist on the console."""
+def write_results(trainer: CTCTrainer, sets: dict[str, SpeechDataset], results: dict[str, dict]) -> None:
+    """`results.json`, and its gist on the console. The main process alone calls this."""
     args, train, vocabulary = trainer.args, trainer.train_dataset, trainer.vocabulary
     unit = unit_of(vocabulary)
     unknown = {name: results[name].get(f"unknown_{unit}", {}).get("counts") for name in sets}
@@ -154,12 +162,12 @@ def conclude(trainer: CTCTrainer, sets: dict[str, SpeechDataset], results: dict[
     path = Path(args.output_dir, RESULTS_FILE)
     path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in sets:
-        say(args, f"{name:>12}: {_gist(results[name], unit)}")
-    model = "model and " if train is not None else ""
-    say(args, f"{describe_best(run.get('best_update'))}{model}{RESULTS_FILE} in {os.fspath(args.output_dir)}")
+        print(f"{name:>12}: {_describe_result(results[name], unit)}", flush=True)
+    best = f"        best: update {trainer.best_update}; " if trainer.best_update else ""
+    print(f"{best}{'model and ' if train else ''}{RESULTS_FILE} in {args.output_dir}", flush=True)
 
 
-def _gist(result: dict[str, Any], unit: str = CHARACTERS) -> str:
+def _describe_result(result: dict[str, Any], unit: str) -> str:
     if RATES[unit][0] not in result:
         return f"{result['utterances']} utterances transcribed in {PREDICTIONS_FILE}"
     greedy = ", ".join(f"{NAMES[name]} {result[name]:.1%}" for name in RATES[unit])

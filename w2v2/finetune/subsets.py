@@ -1,4 +1,4 @@
-"""Which utterances a run with few labels learns from: so many hours drawn, or those that a list names.
+"""Which utterances a run learns from: within some lengths, so many hours drawn, or those that a list names.
 
 A draw is a pure function of the seed and of the utterances' ids, lengths and speakers: the order of rows, of files and of
 machines does not matter. Draws nest: with one seed, the 10 minutes are part of the 1 hour.
@@ -6,15 +6,62 @@ machines does not matter. Draws nest: with one seed, the 10 minutes are part of 
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
+from transformers import Wav2Vec2Config
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
+from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.task_arguments import CTCArguments
+from w2v2.finetune.text import frames_needed, split_units
+from w2v2.model.feature_encoder import num_frames
 
 _AUDIO_ENDINGS = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".sph")
+
+
+def num_hours(table: Dataset) -> float:
+    return sum(table["num_samples"]) / SAMPLING_RATE / 3600
+
+
+def describe_table(table: Dataset) -> str:
+    return f"{len(table)} utterances, {num_hours(table):.2f} h"
+
+
+def select_training(
+    train: Dataset, config: Wav2Vec2Config, args: FineTuningArguments, text_args: CTCArguments
+) -> Dataset:
+    """What a run learns from: the utterances listed, within the lengths and long enough for their text, and of these so many hours.
+
+    CTC's loss is infinite where an utterance has fewer latent frames than its text needs.
+    """
+    if text_args.train_list:
+        train = take_listed(train, text_args.train_list)
+    kept, num_others = select_lengths(train, args.min_seconds, args.max_seconds)
+    texts = [split_units(text, text_args.target_unit) for text in kept["text"]]
+    fits = [num_frames(config, n) >= frames_needed(t) for n, t in zip(kept["num_samples"], texts, strict=True)]
+    kept = kept.select(np.flatnonzero(fits))
+    dropped = f"{num_others} by their length, {len(fits) - len(kept)} with a text longer than their audio"
+    if not len(kept):
+        raise UserError(f"--train_data: every utterance was dropped ({dropped}): see --min_seconds and --max_seconds")
+    if len(kept) < len(train):
+        args.print_once(f"     dropped: {dropped} (training)")
+    if text_args.train_hours is not None:
+        kept = draw_hours(kept, text_args.train_hours, text_args.subset_seed)
+    if text_args.train_list or text_args.train_hours is not None:
+        args.print_once(f"  learn from: {describe_table(kept)}")
+    return kept
+
+
+def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None) -> tuple[Dataset, int]:
+    """The utterances within these lengths, and how many are not."""
+    longest = float("inf") if max_seconds is None else max_seconds
+    kept = [row for row, n in enumerate(table["num_samples"]) if min_seconds <= n / SAMPLING_RATE <= longest]
+    if not kept:
+        raise UserError("--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds")
+    return table.select(kept), len(table) - len(kept)
 
 
 def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
@@ -24,9 +71,10 @@ def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
     the speaker who has had least time.
     Raises UserError where the table holds less than `hours`.
     """
-    total = sum(table["num_samples"]) / SAMPLING_RATE / 3600
-    if hours > total:
-        raise UserError(f"--train_hours {hours:g}: the training data hold {total:.2f} h that can be used: ask for less")
+    if hours > num_hours(table):
+        raise UserError(
+            f"--train_hours {hours:g}: the training data hold {num_hours(table):.2f} h that can be used: ask for less"
+        )
     lengths, left, rows = table["num_samples"][:], round(hours * 3600 * SAMPLING_RATE), []
     for row in draw_order(table, seed):
         left -= lengths[row]
@@ -103,15 +151,7 @@ def _names_in_file(path: Path) -> list[str]:
         raise UserError(
             f"--train_list {path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
         ) from None
-    if len(lines) > 1 and "\t" not in lines[0] and _is_fairseq_row(lines[1]):
-        lines = lines[1:]  # fairseq's root
-    return list(dict.fromkeys(_first_field(line) for line in lines))
-
-
-def _is_fairseq_row(line: str) -> bool:
-    fields: Sequence[str] = line.split("\t")
-    return len(fields) == 2 and fields[1].isdigit()
-
-
-def _first_field(line: str) -> str:
-    return line.split("\t")[0] if "\t" in line else line.split()[0]
+    # fairseq's manifests name their root first, then `path <tab> samples`.
+    if len(lines) > 1 and "\t" not in lines[0] and lines[1].count("\t") == 1 and lines[1].split("\t")[1].isdigit():
+        lines = lines[1:]
+    return list(dict.fromkeys(line.split("\t" if "\t" in line else None)[0] for line in lines))

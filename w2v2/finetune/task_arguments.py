@@ -1,12 +1,13 @@
-"""Flags of fine-tuning for classification: those of fine-tuning with other defaults, and what is particular to labels."""
+"""The flags of one task: of speech recognition with CTC, and of labels for whole utterances."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import CHARACTERS, TARGET_UNITS, TOKENS
 from w2v2.evaluate.scores import MEASURES
-from w2v2.finetune.arguments import FineTuningArguments, check_metric, flag
+from w2v2.finetune.arguments import FineTuningArguments, check_metric
 from w2v2.finetune.decoding import Setting
 from w2v2.finetune.text import (
     CASES,
@@ -17,12 +18,82 @@ from w2v2.finetune.text import (
     unit_of,
 )
 
+TEXT_FLAGS = {"target_unit", "text_case", "drop_characters", "fold_accents", "drop_tokens"}
 _LEARNING_RATES = {"finetune": 3e-5, "probe": 1e-3}
 
 
 @dataclass
+class CTCArguments:
+    """Transcripts, which of them a run learns from, and the beam search."""
+
+    target_unit: str = flag(
+        CHARACTERS,
+        "What the model writes: characters, or tokens between spaces, as phonemes are.",
+        choices=TARGET_UNITS,
+    )
+    text_case: str = flag("upper", "Case of the transcripts; `keep` leaves it.", choices=CASES)
+    drop_characters: str = flag(DROPPED_CHARACTERS, "Characters that are left out of the transcripts.")
+    fold_accents: bool = flag(False, "Write É as E, ü as u.")
+    drop_tokens: list[str] = flag([], "Tokens that are left out of the transcripts, such as sil spn.")
+    ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.")
+    ctc_loss_reduction: str = flag(
+        "mean", "`mean` over utterances of the loss a character, or `sum`: over characters with --batch_seconds (as fairseq weights "
+        "them), over a micro-batch without.", choices=["mean", "sum"]
+    )  # fmt: skip
+    train_hours: float | None = flag(
+        None, "Learn from so many hours, drawn evenly over speakers, smaller draws within larger ones; 0: from all.", min=0
+    )  # fmt: skip
+    subset_seed: int = flag(0, "Another number draws other hours.")
+    train_list: str | None = flag(
+        None,
+        "Learn from these utterances alone: a file with an id or path a line, or a folder of audio (Libri-Light's 1h).",
+    )
+    blank_warning_steps: int = flag(
+        1_000, "Warn where nothing but blanks is written so many updates after the encoder began to learn; 0 does not."
+    )
+    lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file (also .gz) or a KenLM binary.")
+    lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the n-gram.")
+    beam_size: int = flag(100, "Hypotheses that the search keeps.", min=1)
+    lm_weight: float = flag(1.5, "Weight of the n-gram's log10 probabilities.")
+    word_score: float = flag(0.0, "Bonus of each word.")
+    tune_lm: bool = flag(False, "Choose lm_weight and word_score on the validation data, from a small grid.")
+    tune_utterances: int = flag(500, "Validation utterances to choose them on, at most.", min=1)
+
+    def __post_init__(self):
+        for name in ("lm", "lexicon", "train_list"):
+            if getattr(self, name) in ("", "none"):
+                setattr(self, name, None)
+        check_ranges(self)
+        self.train_hours = self.train_hours or None
+        if self.tune_lm and not self.lm:
+            raise UserError("--tune_lm needs a language model: name it with --lm")
+        if self.target_unit == TOKENS and self.word_score:
+            raise UserError("--word_score is for words; --target_unit tokens has none: leave it out")
+
+    @property
+    def rules(self) -> TextRules:
+        drop_tokens = tuple(self.drop_tokens)
+        return TextRules(self.target_unit, self.text_case, self.drop_characters, self.fold_accents, drop_tokens)
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.lm_weight, self.word_score)
+
+
+def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
+    """Flags that normalise transcripts as for the training of the fine-tuned folder `source`; a flag that was given wins.
+
+    What the folder's own flags do not tell, its vocabulary does: units and case.
+    """
+    trained = {"text_case": case_of(vocabulary)} | read_text_flags(source, TEXT_FLAGS)
+    defaults = CTCArguments()
+    followed = {k: v for k, v in trained.items() if getattr(arguments, k) == getattr(defaults, k)}
+    return replace(arguments, **followed | {"target_unit": unit_of(vocabulary)})
+
+
+@dataclass
 class LabelArguments:
-    """What is particular to labels."""
+    """Which labels the utterances have."""
 
     label_column: str = flag("label", "The manifests' column that holds the label: label, speaker or any other.")
     label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW: exc=hap counts excited as happy.")
@@ -35,7 +106,7 @@ class LabelArguments:
 
 @dataclass
 class ClassificationArguments(FineTuningArguments):
-    """`FineTuningArguments` with defaults for labels of whole utterances (those of the audio classification example of transformers)."""
+    """`FineTuningArguments` with the defaults of transformers' audio classification example."""
 
     mode: str = flag(
         "finetune",
@@ -43,9 +114,9 @@ class ClassificationArguments(FineTuningArguments):
         "head learn (SUPERB's way).",
         choices=["finetune", "probe"],
     )
-    classifier_proj_size: int = flag(256, "Width of the head's projection, which is averaged over time.")
+    classifier_proj_size: int = flag(256, "Width of the head's projection, which is averaged over time.", min=1)
     crop_seconds: float = flag(
-        20.0, "Longest piece of an utterance that training hears, another one each epoch; 0: all of it."
+        20.0, "Longest piece of an utterance that training hears, another one each epoch; 0: all of it.", min=0
     )
     folds: str | None = flag(
         None,
@@ -53,22 +124,19 @@ class ClassificationArguments(FineTuningArguments):
     )
     num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).")
 
-    max_seconds: float | None = flag(None, "Longer utterances are left out of training.")
-    learning_rate: float | None = flag(None, "Peak learning rate (default: 3e-5; 1e-3 in `probe`).")
+    max_seconds: float | None = flag(None, "Longer utterances are left out of training.", above=0)
+    learning_rate: float | None = flag(None, "Peak learning rate (default: 3e-5; 1e-3 in `probe`).", min=0)
     max_steps: int = flag(3_000, "Updates in the run (in each fold).")
-    per_device_train_batch_size: int = flag(8, "Utterances in a micro-batch.")
-    gradient_accumulation_steps: int = flag(4, "Micro-batches of a device in one update.")
+    gradient_accumulation_steps: int = flag(4, "Micro-batches of a device in one update.", min=1)
     lr_scheduler_type: str = flag(
         "linear", "What follows the warm-up.", choices=["linear", "cosine", "constant", "tri_stage"]
     )
-    mask_time_prob: float = flag(
-        0.05, "Time mask: expected number of masked frames over frames, overlaps counted twice."
-    )
-    mask_feature_prob: float = flag(0.0, "Channel mask: the same over channels.")
-    layerdrop: float = flag(0.0, "Probability that a transformer layer is left out.")
-    hidden_dropout: float = flag(0.1, "Dropout of the transformer's hidden states.")
-    attention_dropout: float = flag(0.1, "Dropout of attention weights.")
-    max_grad_norm: float = flag(1.0, "Clip the gradient's norm to this; 0 does not clip.")
+    mask_time_prob: float = flag(0.05, "Time mask: masked frames over frames, overlaps counted twice.", min=0)
+    mask_feature_prob: float = flag(0.0, "Channel mask: the same over channels.", min=0)
+    layerdrop: float = flag(0.0, "Probability that a transformer layer is left out.", min=0, max=1)
+    hidden_dropout: float = flag(0.1, "Dropout of the transformer's hidden states.", min=0, max=1)
+    attention_dropout: float = flag(0.1, "Dropout of attention weights.", min=0, max=1)
+    max_grad_norm: float = flag(1.0, "Clip the gradient's norm to this; 0 does not clip.", min=0)
     eval_steps: float = flag(250, "Updates between two validations; under 1: a fraction of the run.")
     save_steps: float = flag(250, "Updates between two checkpoints; a multiple of eval_steps.")
     metric_for_best_model: str | None = flag(
@@ -90,9 +158,13 @@ class ClassificationArguments(FineTuningArguments):
             raise UserError("--num_folds needs --folds: name the column whose groups stay together, such as speaker")
         if self.folds and (self.validation_data or self.test_data):
             raise UserError("--folds takes all from --train_data: leave --validation_data and --test_data out")
+        if self.folds and self.push_to_hub:
+            raise UserError(
+                "--push_to_hub with --folds: there would be a model a fold; push one that is trained without --folds"
+            )
+        if self.folds and self.resume_from_checkpoint not in (None, "auto"):
+            raise UserError("--resume_from_checkpoint with --folds takes auto alone: each fold goes on where it was")
         check_metric(self.metric_for_best_model, MEASURES)
-        if self.crop_seconds < 0:
-            raise UserError(f"--crop_seconds {self.crop_seconds}: give seconds above 0, or 0 for whole utterances")
 
     def required_flags(self) -> tuple[str, ...]:
         return ("train_data", "output_dir") if self.folds else super().required_flags()
@@ -106,79 +178,3 @@ class ClassificationArguments(FineTuningArguments):
             "use_weighted_layer_sum": self.mode == "probe",
             "classifier_proj_size": self.classifier_proj_size,
         }
-
-
-TEXT_FLAGS = {"target_unit", "text_case", "drop_characters", "fold_accents", "drop_tokens"}
-
-
-@dataclass
-class CTCArguments:
-    """What is particular to transcripts."""
-
-    target_unit: str = flag(
-        CHARACTERS,
-        "What the model writes: characters, or tokens between spaces, as phonemes are.",
-        choices=list(TARGET_UNITS),
-    )
-    text_case: str = flag("upper", "Case of the transcripts; `keep` leaves it.", choices=list(CASES))
-    drop_characters: str = flag(DROPPED_CHARACTERS, "Characters that are left out of the transcripts.")
-    fold_accents: bool = flag(False, "Write É as E, ü as u.")
-    drop_tokens: list[str] = flag([], "Tokens that are left out of the transcripts, such as sil spn.")
-    ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.")
-    ctc_loss_reduction: str = flag(
-        "mean", "`mean` over utterances of the loss a character, or `sum`: over characters with --batch_seconds (as fairseq weights "
-        "them), over a micro-batch without.", choices=["mean", "sum"]
-    )  # fmt: skip
-    train_hours: float | None = flag(
-        None, "Learn from so many hours, drawn evenly over speakers, smaller draws within larger ones; 0: from all."
-    )
-    subset_seed: int = flag(0, "Another number draws other hours.")
-    train_list: str | None = flag(
-        None,
-        "Learn from these utterances alone: a file with an id or path a line, or a folder of audio (Libri-Light's 1h).",
-    )
-    blank_warning_steps: int = flag(
-        1_000, "Warn where nothing but blanks is written so many updates after the encoder began to learn; 0 does not."
-    )
-    lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file (also .gz) or a KenLM binary.")
-    lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the n-gram.")
-    beam_size: int = flag(100, "Hypotheses that the search keeps.")
-    lm_weight: float = flag(1.5, "Weight of the n-gram's log10 probabilities.")
-    word_score: float = flag(0.0, "Bonus of each word.")
-    tune_lm: bool = flag(False, "Choose lm_weight and word_score on the validation data, from a small grid.")
-    tune_utterances: int = flag(500, "Validation utterances to choose them on, at most.")
-
-    def __post_init__(self):
-        for name in ("lm", "lexicon", "train_list"):
-            if getattr(self, name) in ("", "none"):
-                setattr(self, name, None)
-        if self.train_hours is not None and self.train_hours < 0:
-            raise UserError(f"--train_hours {self.train_hours:g} is negative: give hours, or 0 for all there are")
-        self.train_hours = self.train_hours or None
-        if self.beam_size < 1 or self.tune_utterances < 1:
-            raise UserError("--beam_size and --tune_utterances are at least 1")
-        if self.tune_lm and not self.lm:
-            raise UserError("--tune_lm needs a language model: name it with --lm")
-        if self.target_unit == TOKENS and self.word_score:
-            raise UserError("--word_score is for words; --target_unit tokens has none: leave it out")
-
-    @property
-    def rules(self) -> TextRules:
-        return TextRules(
-            self.target_unit, self.text_case, self.drop_characters, self.fold_accents, tuple(self.drop_tokens)
-        )
-
-    @property
-    def setting(self) -> Setting:
-        return Setting(self.lm_weight, self.word_score)
-
-
-def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
-    """Transcripts are normalised as for the training of this fine-tuned folder, where a flag does not say otherwise.
-
-    What the folder does not tell, its vocabulary does: units and case.
-    """
-    trained = {"text_case": case_of(vocabulary)} | read_text_flags(source, TEXT_FLAGS)
-    defaults = CTCArguments()
-    followed = {k: v for k, v in trained.items() if getattr(arguments, k) == getattr(defaults, k)}
-    return replace(arguments, **followed | {"target_unit": unit_of(vocabulary)})

@@ -1,4 +1,4 @@
-"""Transcripts for CTC: normalisation, the vocabulary, labels, and the text of a best path.
+"""Transcripts for CTC: normalisation, the vocabulary and its files, labels, and the text of a best path.
 
 The units of a text are characters with `|` between words, or, where the transcripts are phonemes, the tokens between its spaces.
 The vocabulary says which: one of characters has the entry `|`, one of tokens has not. It comes from the training text alone; a
@@ -8,7 +8,6 @@ Shapes: T latent frames, U units of a transcript.
 """
 
 import json
-import os
 import tempfile
 import unicodedata
 from collections import Counter
@@ -20,7 +19,6 @@ from typing import Any
 
 import yaml
 from transformers import (
-    PreTrainedTokenizer,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2PhonemeCTCTokenizer,
@@ -32,6 +30,7 @@ from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import CHARACTERS, TOKENS
 from w2v2.model.config import locate
 
+VOCABULARY_FILE, FLAGS_FILE = "vocab.json", "finetune_config.yaml"  # the latter says how texts were normalised
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
 SPECIAL = (BLANK, UNKNOWN, "<s>", "</s>")  # never written; the last two in vocabularies that others made
 CASES = ("upper", "lower", "keep")
@@ -120,24 +119,17 @@ def frames_needed(labels: Sequence[Hashable]) -> int:
     return len(labels) + sum(a == b for a, b in zip(labels, labels[1:], strict=False))
 
 
-VOCABULARY_FILE, FLAGS_FILE = "vocab.json", "finetune_config.yaml"
-
-
 def make_processor(vocabulary: dict[str, int], feature_extractor: Wav2Vec2FeatureExtractor) -> Wav2Vec2Processor:
-    """Feature extractor and tokenizer in one, as the stock pipeline wants them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, VOCABULARY_FILE)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(vocabulary, file, ensure_ascii=False)
-        tokenizer = _make_tokenizer(path, vocabulary)
-    return Wav2Vec2Processor(feature_extractor=feature_extractor, tokenizer=tokenizer)
-
-
-def _make_tokenizer(path: str, vocabulary: dict[str, int]) -> PreTrainedTokenizer:
+    """Feature extractor and tokenizer in one, for `pipeline("automatic-speech-recognition")`."""
     special = dict(bos_token=None, eos_token=None, unk_token=UNKNOWN, pad_token=BLANK)
-    if unit_of(vocabulary) == TOKENS:
-        return Wav2Vec2PhonemeCTCTokenizer(path, do_phonemize=False, **special)
-    return Wav2Vec2CTCTokenizer(path, word_delimiter_token=WORD_DELIMITER, **special)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, VOCABULARY_FILE)
+        path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        if unit_of(vocabulary) == TOKENS:
+            tokenizer = Wav2Vec2PhonemeCTCTokenizer(str(path), do_phonemize=False, **special)
+        else:
+            tokenizer = Wav2Vec2CTCTokenizer(str(path), word_delimiter_token=WORD_DELIMITER, **special)
+    return Wav2Vec2Processor(feature_extractor=feature_extractor, tokenizer=tokenizer)
 
 
 def read_vocabulary(source: str) -> dict[str, int]:
@@ -157,11 +149,19 @@ def read_vocabulary(source: str) -> dict[str, int]:
         ids = sorted(vocabulary.values())
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: not a vocabulary: an object of character → id is expected") from None
-    if missing := [token for token in (BLANK, UNKNOWN) if token not in vocabulary]:
-        raise UserError(f"{path}: has no entry {missing[0]}: this program needs {BLANK} as blank and {UNKNOWN}")
-    if ids != list(range(len(ids))):
-        raise UserError(f"{path}: its ids are not 0 to {len(ids) - 1}, each once: not the vocabulary of a CTC model")
+    if not {BLANK, UNKNOWN} <= vocabulary.keys() or ids != list(range(len(ids))):
+        raise UserError(
+            f"{path}: not the vocabulary of a CTC model: it needs {BLANK} as blank, {UNKNOWN}, and ids from 0 to {len(ids) - 1}"
+        )
     return vocabulary
+
+
+def check_vocabulary(vocabulary: dict[str, int], checkpoint: str | None) -> None:
+    """Raises UserError where a run would go on with another vocabulary than it began with."""
+    if checkpoint and json.loads(Path(checkpoint, VOCABULARY_FILE).read_text(encoding="utf-8")) != vocabulary:
+        raise UserError(
+            f"{checkpoint}: made with another vocabulary than --train_data's; resume with the same training text"
+        )
 
 
 def read_text_flags(source: str, names: set[str]) -> dict[str, Any]:
@@ -169,10 +169,8 @@ def read_text_flags(source: str, names: set[str]) -> dict[str, Any]:
     folder = Path(locate(source))
     if folder.is_dir():
         places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
-        found = [place / FLAGS_FILE for place in places if (place / FLAGS_FILE).is_file()]
+        found = next((place / FLAGS_FILE for place in places if (place / FLAGS_FILE).is_file()), None)
     else:
-        found = [cached_file(source, FLAGS_FILE, _raise_exceptions_for_missing_entries=False)]
-    if not found or found[0] is None:
-        return {}
-    written = yaml.safe_load(Path(found[0]).read_text(encoding="utf-8")) or {}
+        found = cached_file(source, FLAGS_FILE, _raise_exceptions_for_missing_entries=False)
+    written = yaml.safe_load(Path(found).read_text(encoding="utf-8")) or {} if found else {}
     return {name: value for name, value in written.items() if name in names}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from w2v2.data.flags import flag
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import flag
 
 CHARACTERS = "characters"
 
