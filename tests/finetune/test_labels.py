@@ -1,3 +1,5 @@
+"""Labels of utterances, and folds: every utterance is tested once, and no group is in two parts of a split."""
+
 import numpy as np
 import pytest
 import soundfile
@@ -7,6 +9,8 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.errors import UserError
 from w2v2.finetune import labels
+from w2v2.finetune.ctc_data import read_utterances
+from w2v2.finetune.labels import group_splits, shared_groups
 
 
 def write_manifest(folder, header, *rows):
@@ -17,9 +21,7 @@ def write_manifest(folder, header, *rows):
 
 
 def read(paths, columns, tmp_path):
-    table, _ = labels.read_utterances(
-        paths, columns, data_root=None, cache_dir=tmp_path / "cache", max_skipped_fraction=0.0
-    )
+    table, _ = read_utterances(paths, columns, data_root=None, cache_dir=tmp_path / "cache", max_skipped_fraction=0.0)
     return table
 
 
@@ -37,7 +39,7 @@ def test_any_column_may_be_the_label(tmp_path):
     assert table["target"] == ["ang", "sad"]
 
 
-def test_a_column_that_is_asked_for_by_its_own_name_is_not_taken_for_another(tmp_path):
+def test_a_column_is_known_by_its_own_name_first(tmp_path):
     table, _ = targets(tmp_path, "audio,label,emotion", ["0.wav,x,ang", "1.wav,y,sad"], "emotion")
     assert table["target"] == ["ang", "sad"] and table["label"] == ["x", "y"]
 
@@ -66,7 +68,7 @@ def test_what_is_wrong_with_labels_is_told_in_one_line(tmp_path, header, rows, r
     assert "\n" not in str(caught.value)
 
 
-def test_a_single_class_and_unseen_or_absent_labels_are_refused():
+def test_single_unseen_and_absent_labels_are_refused():
     with pytest.raises(UserError, match="single class .a."):
         labels.known_labels(["a", "a"])
     with pytest.raises(UserError, match="--labels c"):
@@ -76,7 +78,7 @@ def test_a_single_class_and_unseen_or_absent_labels_are_refused():
     labels.check_known(["a", "b"], ["a", "b", "b"], "test.csv")
 
 
-def test_balanced_weights_give_every_class_the_same_say_and_average_to_one():
+def test_balanced_weights_give_every_class_the_same_say():
     found = ["a"] * 6 + ["b"] * 3 + ["c"]
     weights = dict(zip("abc", labels.balanced_weights(found, list("abc")), strict=True))
     assert np.mean([weights[label] for label in found]) == pytest.approx(1.0)
@@ -93,7 +95,7 @@ def make_dataset(tmp_path, crop_seconds, **options):
                                   skip_log=tmp_path / "skipped.jsonl", crop_seconds=crop_seconds, **options)  # fmt: skip
 
 
-def test_a_crop_is_a_piece_of_the_utterance_and_a_function_of_seed_epoch_and_utterance(tmp_path):
+def test_a_crop_is_a_function_of_seed_epoch_and_utterance(tmp_path):
     data = make_dataset(tmp_path, 0.25, substitute=True)
     assert data.lengths == [4_000, 4_000, 4_000, 2_000]
 
@@ -125,10 +127,55 @@ def test_unreadable_audio_has_no_label_to_score(tmp_path):
     assert torch.equal(labels.collate_labelled(items)["labels"], torch.tensor([1, 1]))
 
 
-def test_lengths_choose_training_utterances(tmp_path):
-    table = make_dataset(tmp_path, 0.0, substitute=True).table
-    kept, dropped = labels.select_lengths(table, 0.2, None)
-    assert (len(kept), dropped) == (3, 1)
-    assert len(labels.select_lengths(table, 0.0, 1.0)[0]) == 1
-    with pytest.raises(UserError, match="--min_seconds"):
-        labels.select_lengths(table, 5.0, None)
+def draw_groups(seed):
+    random = np.random.default_rng(seed)
+    return [f"s{i}" for i in random.integers(0, random.integers(4, 15), 120)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("num_folds", [None, 3, 4])
+def test_groups_are_disjoint_and_all_are_tested_once(seed, num_folds):
+    groups = draw_groups(seed)
+    splits = group_splits(groups, "speaker", num_folds)
+    assert len(splits) == (num_folds or len(set(groups)))
+    assert sorted(row for split in splits for row in split.test) == list(range(len(groups)))
+    for split in splits:
+        parts = [{groups[row] for row in rows} for rows in (split.train, split.validation, split.test)]
+        assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+        assert sorted(split.train + split.validation + split.test) == list(range(len(groups)))
+    assert shared_groups(splits, groups) == []
+
+
+def test_folds_of_several_groups_are_even():
+    groups = [f"s{i}" for i in range(12) for _ in range(10)]
+    assert {len(split.test) for split in group_splits(groups, "speaker", 4)} == {30}
+
+
+def test_the_order_of_rows_does_not_move_folds():
+    groups = draw_groups(3)
+    shuffled = list(np.random.default_rng(0).permutation(groups))
+    tested = [
+        {frozenset(rows[row] for row in split.test) for split in group_splits(list(rows), "speaker", 4)}
+        for rows in (groups, shuffled)
+    ]
+    assert tested[0] == tested[1]
+
+
+def test_a_speaker_in_two_sessions_is_found():
+    sessions, speakers = list("112233"), ["a", "b", "c", "d", "e", "a"]
+    assert shared_groups(group_splits(sessions, "session"), speakers) == ["a"]
+    assert shared_groups(group_splits(sessions, "session"), ["a", "b", "c", "d", "", ""]) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_folds", "message"),
+    [
+        (["a", "", "b", "c"], None, "utterance 2 has no speaker"),
+        (["a", "b", "a", "b"], None, "2 folds; 3 are needed"),
+        (["a", "b", "c", "d"], 2, "2 folds; 3 are needed"),
+        (["a", "b", "c", "d"], 5, "--num_folds 5"),
+    ],
+)
+def test_groups_that_cannot_be_folded_are_refused(groups, num_folds, message):
+    with pytest.raises(UserError, match=message):
+        group_splits(groups, "speaker", num_folds)

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 from datasets import Dataset
 
 from w2v2.errors import UserError
-from w2v2.finetune.subsets import draw_hours, take_listed
+from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.subsets import draw_hours, select_lengths, select_training, take_listed
+from w2v2.finetune.task_arguments import CTCArguments
 
 
 def corpus(num=300, speakers=12, seed=0):
@@ -52,6 +55,31 @@ def test_speakers_share_evenly():
 def test_without_speakers_a_draw_is_still_a_draw():
     table = corpus().remove_columns("speaker")
     assert set(draw_hours(table, 0.1, seed=0)["id"]) < set(draw_hours(table, 0.3, seed=0)["id"])
+
+
+def test_training_leaves_out_what_it_cannot_learn_from(tmp_path, capsys):
+    rows = [
+        ("AB", 16_000),
+        ("LL", 800),
+        ("A", 100),
+        ("A", 10**6),
+    ]  # CTC needs three frames for LL, and 800 samples make two
+    table = Dataset.from_list([{"id": f"u{i}", "text": text, "num_samples": n} for i, (text, n) in enumerate(rows)])
+    args = FineTuningArguments(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"], config_name="c",
+                               use_cpu=True, min_seconds=0.01, max_seconds=10.0)  # fmt: skip
+    assert select_training(table, tiny_config(), args, CTCArguments())["id"][:] == ["u0"]
+    assert "2 by their length, 1 with a text longer than their audio" in capsys.readouterr().out
+    with pytest.raises(UserError, match="every utterance was dropped"):
+        select_training(table.select([1]), tiny_config(), args, CTCArguments())
+
+
+def test_lengths_choose_training_utterances():
+    table = Dataset.from_dict({"num_samples": [2_000, 20_000, 20_000, 20_000]})
+    kept, dropped = select_lengths(table, 0.2, None)
+    assert (len(kept), dropped) == (3, 1)
+    assert len(select_lengths(table, 0.0, 1.0)[0]) == 1
+    with pytest.raises(UserError, match="--min_seconds"):
+        select_lengths(table, 5.0, None)
 
 
 def test_more_than_there_is_and_less_than_an_utterance_are_refused():

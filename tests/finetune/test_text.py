@@ -50,7 +50,7 @@ def test_case_may_be_kept_and_accents_folded():
     assert TextRules(fold_accents=True)("한국 café") == "한국 CAFE"  # syllables are no accents
 
 
-def test_tokens_stay_as_they_are_but_for_those_that_are_dropped():
+def test_tokens_stay_but_for_those_that_are_dropped():
     assert TextRules(unit="tokens", drop_tokens=("sil",))(" sil HH  AH0 | l ow1 sil") == "HH AH0 l ow1"
 
 
@@ -64,7 +64,7 @@ def test_unknown_characters_are_counted():
     assert unknown_units(["HELLO", "ZZ É"], VOCABULARY) == {"Z": 2, "É": 1}
 
 
-def test_labels_spelled_with_blanks_between_repeats_decode_to_their_text():
+def test_labels_with_blanks_between_decode_to_their_text():
     labels = encode("HELLO THERE", VOCABULARY)
     path = [i for label in labels for i in (label, label, 0)] + [-1, -1]
     assert greedy_decode(path, VOCABULARY) == "HELLO THERE"
@@ -80,7 +80,7 @@ def test_greedy_decoding_agrees_with_the_stock_tokenizer():
 
 
 @pytest.mark.parametrize("text", ["A", "HELLO", "LLLL", "A BAD CAB"])
-def test_frames_needed_is_where_the_ctc_loss_becomes_finite(text):
+def test_frames_needed_make_the_ctc_loss_finite(text):
     labels = encode(text, VOCABULARY)
     finite = [
         T
@@ -92,7 +92,7 @@ def test_frames_needed_is_where_the_ctc_loss_becomes_finite(text):
     assert frames_needed(labels) == finite[0]
 
 
-def test_tokens_are_labels_of_their_own_and_need_no_delimiter():
+def test_tokens_need_no_delimiter():
     assert list(PHONEMES) == ["<pad>", "<unk>", "AH0", "DH", "EH1", "HH", "L", "OW1", "R"]
     assert (unit_of(PHONEMES), unit_of(VOCABULARY)) == ("tokens", "characters")
     labels = encode("HH AH0 L OW1", PHONEMES)
@@ -101,7 +101,7 @@ def test_tokens_are_labels_of_their_own_and_need_no_delimiter():
     assert split_units("AA B", "characters") == ["A", "A", "|", "B"]
 
 
-def test_special_entries_of_a_vocabulary_that_others_made_are_not_written():
+def test_special_entries_are_not_written():
     theirs = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5}
     assert greedy_decode([1, 5, 0, 5, 2], theirs) == "AA"
     assert greedy_decode([1, 5, 4, 5], {**theirs, "A": 0, "<pad>": 5}) == ""  # the blank is where the vocabulary says
