@@ -20,7 +20,6 @@ from w2v2.finetune.arguments import (
     CONFIG_FILE,
     SKIPPED_FILE,
     FineTuningArguments,
-    check_metric,
     prepare_output_dir,
     write_config,
 )
@@ -28,7 +27,7 @@ from w2v2.finetune.ctc import CTCTrainer, build_recogniser, load_recogniser
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
 from w2v2.finetune.recognition import describe_run, load_decoder, score, warn_unknown, write_results
 from w2v2.finetune.subsets import select_training
-from w2v2.finetune.task_arguments import CTCArguments, follow_folder
+from w2v2.finetune.task_arguments import CTCArguments, check_metric, follow_folder
 from w2v2.finetune.text import build_vocabulary, check_vocabulary, make_processor, read_vocabulary
 from w2v2.hub.push import HubCallback
 from w2v2.model.config import load_config

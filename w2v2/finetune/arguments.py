@@ -5,7 +5,6 @@ They are `transformers.TrainingArguments`, with fairseq's fine-tuning recipe as 
 
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -170,13 +169,6 @@ class FineTuningArguments(TrainingArguments):
     def model_changes(self) -> dict[str, Any]:
         """The flags that are keys of the model's configuration."""
         return {name: getattr(self, name) for name in _MODEL_FLAGS} | {"apply_spec_augment": True}
-
-
-def check_metric(name: str | None, measures: Iterable[str]) -> None:
-    """Raises UserError where no validation has a measure of that name."""
-    known = [*measures, "loss"]
-    if name is not None and name.removeprefix("eval_") not in known:
-        raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
 
 
 def prepare_output_dir(args: FineTuningArguments) -> str | None:

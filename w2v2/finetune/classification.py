@@ -25,6 +25,7 @@ from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
 from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE
+from w2v2.finetune.ctc_data import check_decoded
 from w2v2.finetune.labels import Split, shared_groups
 from w2v2.finetune.task_arguments import ClassificationArguments
 from w2v2.finetune.trainer import FineTuner
@@ -96,7 +97,7 @@ class ClassificationTrainer(FineTuner):
         """The stock loop; then `predictions` are probabilities, NaN where the audio was unreadable: those are not scored."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         readable = output.label_ids >= 0
-        self.check_decoded(dataloader.dataset, readable)
+        check_decoded(dataloader.dataset, readable, self.args.max_skipped_fraction)
         logits = torch.tensor(output.predictions, dtype=torch.float32)
         references = output.label_ids[readable]
         scores: dict[str, Any] = classification_scores(references, logits[readable].argmax(-1).numpy())

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import error_rates
+from w2v2.finetune.ctc_data import check_decoded
 from w2v2.finetune.decoding import BeamDecoder
 from w2v2.finetune.task_arguments import CTCArguments
 from w2v2.finetune.text import BLANK, greedy_decode, unit_of
@@ -118,7 +119,7 @@ class CTCTrainer(FineTuner):
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         paths, words = output.predictions if self.decoder is not None else (output.predictions, None)
         readable = (output.label_ids >= 0).any(1)  # (N, U) -> (N,), N utterances of the set
-        self.check_decoded(dataloader.dataset, readable)
+        check_decoded(dataloader.dataset, readable, self.args.max_skipped_fraction)
         texts = [greedy_decode(path, self.vocabulary) if ok else None for path, ok in zip(paths, readable, strict=True)]
         if words is not None:
             self.beam_texts = [

@@ -209,6 +209,13 @@ def read_skipped(path: str | os.PathLike) -> dict[tuple[str, str], dict[str, str
         return {(entry["id"], entry["audio"]): entry for entry in map(json.loads, file)}
 
 
+def check_decoded(data: SpeechDataset, readable: Sequence[bool], max_fraction: float) -> None:
+    """`check_skipped` for an evaluated set, of whose utterances these were readable."""
+    unread = {audio for audio, good in zip(data.table["audio"], readable, strict=True) if not good}
+    skipped = [entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in unread]
+    check_skipped(skipped, len(set(data.table["audio"])), max_fraction)
+
+
 def check_skipped(skipped: Sequence[dict[str, str]], num_files: int, max_fraction: float) -> None:
     """Raises UserError where more of some audio files than allowed could not be decoded, or all of them."""
     if len(skipped) > max_fraction * num_files or len(skipped) == num_files:

@@ -1,5 +1,6 @@
 """The flags of one task: of speech recognition with CTC, and of labels for whole utterances."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,7 +8,7 @@ from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import CHARACTERS, TARGET_UNITS, TOKENS
 from w2v2.evaluate.scores import MEASURES
-from w2v2.finetune.arguments import FineTuningArguments, check_metric
+from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.decoding import Setting
 from w2v2.finetune.text import (
     CASES,
@@ -20,6 +21,13 @@ from w2v2.finetune.text import (
 
 TEXT_FLAGS = {"target_unit", "text_case", "drop_characters", "fold_accents", "drop_tokens"}
 _LEARNING_RATES = {"finetune": 3e-5, "probe": 1e-3}
+
+
+def check_metric(name: str | None, measures: Iterable[str]) -> None:
+    """Raises UserError where no validation has a measure of that name."""
+    known = [*measures, "loss"]
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
 
 
 @dataclass

@@ -1,8 +1,7 @@
 """`Trainer` with the wav2vec 2.0 paper's way of fine-tuning (appendix B of the paper, fairseq's configurations).
 
-To the stock one it adds: the tri-stage learning rate, an encoder that stays frozen at first, an order of utterances that is a pure
-function of (seed, epoch), effective batches in seconds with a gradient that no cut changes, the feature extractor in every saved
-folder, and `metrics.jsonl`.
+It adds the tri-stage learning rate, an encoder that stays frozen at first, an order that is a pure function of (seed, epoch),
+effective batches in seconds with a gradient that no cut changes, and `metrics.jsonl`.
 """
 
 import contextlib
@@ -142,12 +141,6 @@ class FineTuner(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def check_decoded(self, data: SpeechDataset, readable: Sequence[bool]) -> None:
-        """Raises UserError where more of an evaluated set than allowed could not be decoded, or all of it."""
-        unread = {audio for audio, good in zip(data.table["audio"], readable, strict=True) if not good}
-        skipped = [entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in unread]
-        check_skipped(skipped, len(set(data.table["audio"])), self.args.max_skipped_fraction)
-
     def end(self) -> None:
         leave_group()
         super().end()
@@ -173,11 +166,11 @@ class FineTuner(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict=state_dict)
-        folder = output_dir or self.args.output_dir
+        folder = Path(output_dir or self.args.output_dir)
         # A processor writes another file alone.
         getattr(self.processing_class, "feature_extractor", self.processing_class).save_pretrained(folder)
-        Path(folder, "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
-        open_to_others(Path(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
+        open_to_others(folder)
 
 
 @contextlib.contextmanager
