@@ -45,7 +45,7 @@ def test_defaults_are_the_recipe_for_100_hours(tmp_path):
         (dict(min_seconds=5.0, max_seconds=2.0), "--max_seconds 2.0"),
         (dict(eval_steps=3, save_steps=4), "saving steps"),
         (dict(batch_seconds=100.0), "--batch_seconds needs --micro_batch_seconds"),
-        (dict(micro_batch_seconds=0.0), "--micro_batch_seconds is 0.0"),
+        (dict(micro_batch_seconds=0.0), "--micro_batch_seconds is 0"),
         (dict(layerdrop=1.5), "--layerdrop is 1.5"),
         (dict(learning_rate=float("nan")), "--learning_rate is nan"),
     ],
