@@ -54,7 +54,7 @@ def brute_force(context, quantized, codes, draws, valid, temperature):
 
 @pytest.mark.parametrize("num_entries", [1, 2, 3, 50])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
-def test_contrastive_loss_and_gradient_equal_explicit_gather_and_cross_entropy(num_entries, temperature):
+def test_contrastive_loss_and_gradient_equal_brute_force(num_entries, temperature):
     for seed in range(5):
         problem = random_problem(seed, num_entries=num_entries)
         expected, correct, left = brute_force(*problem, temperature)
@@ -66,7 +66,7 @@ def test_contrastive_loss_and_gradient_equal_explicit_gather_and_cross_entropy(n
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_contrastive_loss_equals_the_stock_logits_and_cross_entropy():
+def test_contrastive_loss_equals_the_stock_one():
     context, quantized, codes, draws, valid = random_problem(3)
     rows = torch.arange(len(draws))[:, None, None]
     negatives = quantized[rows, draws].permute(2, 0, 1, 3)
@@ -81,7 +81,7 @@ def test_contrastive_loss_equals_the_stock_logits_and_cross_entropy():
     )
 
 
-def test_a_collapsed_codebook_has_no_distractors_no_loss_and_no_accuracy():
+def test_a_collapsed_codebook_has_no_distractors_and_no_loss():
     ours = contrastive_loss(*random_problem(0, num_entries=1), 0.1)
     assert float(ours.loss.detach().abs()) < 1e-12 and int(ours.correct) == int(ours.distractors_left) == 0
 
@@ -98,14 +98,14 @@ def test_unused_slots_count_for_nothing():
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-def test_contrastive_sums_of_the_rows_add_up_to_the_sum_of_the_batch():
+def test_contrastive_sums_of_rows_add_up():
     problem = random_problem(5)
     whole = torch.stack(contrastive_loss(*problem, 0.1))
     rows = [torch.stack(contrastive_loss(*(part[b : b + 1] for part in problem), 0.1)) for b in range(3)]
     torch.testing.assert_close(sum(rows), whole, rtol=1e-12, atol=0)
 
 
-def test_opposite_vectors_at_a_low_temperature_stay_finite_in_single_precision():
+def test_opposite_vectors_at_a_low_temperature_stay_finite():
     context = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)
     codes, draws = torch.tensor([[[0], [1]]]), torch.tensor([[[1], [0]]])
     ours = contrastive_loss(context, -context.detach(), codes, draws, torch.ones(1, 2, dtype=torch.bool), 0.025)
@@ -117,7 +117,7 @@ def test_opposite_vectors_at_a_low_temperature_stay_finite_in_single_precision()
 
 
 @pytest.mark.parametrize("temperature", [2.0, 0.5])
-def test_choice_and_straight_through_gradient_are_those_of_the_gumbel_softmax(temperature):
+def test_choice_and_gradient_are_the_stock_gumbel_softmax(temperature):
     logits = torch.randn(2, 5, G, 8, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(2, 5, G, 8, dtype=torch.float64)
     torch.manual_seed(1)
@@ -130,7 +130,7 @@ def test_choice_and_straight_through_gradient_are_those_of_the_gumbel_softmax(te
     torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-15)
 
 
-def test_value_is_exactly_one_hot_and_gradient_is_that_of_the_softmax():
+def test_the_value_is_one_hot_and_the_gradient_the_softmaxs():
     logits = torch.randn(4, 6, G, V, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn_like(logits)
     torch.manual_seed(2)
@@ -144,14 +144,14 @@ def test_value_is_exactly_one_hot_and_gradient_is_that_of_the_softmax():
     )
 
 
-def test_without_a_temperature_the_most_likely_entry_is_taken_without_gradient():
+def test_evaluation_takes_the_most_likely_entry():
     logits = torch.randn(2, 5, G, V, requires_grad=True)
     weights, codes = choose_codes(logits, None)
     assert torch.equal(codes, logits.argmax(-1)) and torch.equal(weights.argmax(-1), codes)
     assert torch.equal(weights.sum(-1), torch.ones(2, 5, G)) and not weights.requires_grad
 
 
-def test_gumbel_noise_has_the_mean_and_variance_of_the_standard_gumbel():
+def test_gumbel_noise_has_the_standard_mean_and_variance():
     noise = gumbel_noise(torch.empty(400_000, dtype=torch.float64))
     assert abs(float(noise.mean()) - 0.5772156649) < 5 * math.pi / math.sqrt(6 * len(noise))
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, rel=0.02)
@@ -164,7 +164,7 @@ def test_the_noise_picks_each_entry_as_often_as_the_softmax_says():
     assert float(((counts - expected) ** 2 / expected).sum()) < 3 + 5 * 6**0.5
 
 
-def test_look_up_takes_the_chosen_codevectors_side_by_side_with_their_gradient():
+def test_look_up_and_its_gradient_are_the_stock_ones():
     codes = torch.randint(V, (2, 4, G))
     codevectors = torch.randn(1, G * V, 5, requires_grad=True)
     weights = F.one_hot(codes, V).float().requires_grad_()
@@ -218,7 +218,7 @@ def test_perplexity_and_diversity_loss_are_the_stock_ones():
     torch.testing.assert_close(diversity_loss(ours, num_masked), (size - stock) / size * num_masked)
 
 
-def test_diversity_loss_is_zero_at_even_use_and_greatest_at_collapse():
+def test_diversity_loss_is_zero_at_even_use_most_at_collapse():
     valid = torch.ones(1, V, dtype=torch.bool)
     even = torch.zeros(1, V, G, V)
     assert float(diversity_loss(code_statistics(even, valid), valid.sum())) == pytest.approx(0, abs=1e-5)
@@ -226,14 +226,14 @@ def test_diversity_loss_is_zero_at_even_use_and_greatest_at_collapse():
     assert float(diversity_loss(collapsed, valid.sum())) == pytest.approx((1 - 1 / V) * V)
 
 
-def test_a_batch_without_masked_frames_has_a_diversity_loss_of_zero_and_finite_gradients():
+def test_without_masked_frames_the_diversity_loss_is_zero():
     logits, valid = random_logits(2)
     loss = diversity_loss(code_statistics(logits, valid & False), valid.sum() * 0)
     assert loss.item() == 0.0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_shared_diversity_losses_of_the_pieces_add_up_to_that_of_the_whole(seed):
+def test_shared_diversity_losses_add_up_to_that_of_the_whole(seed):
     logits, valid = random_logits(seed, B=6)
     whole = code_statistics(logits, valid)
     loss = diversity_loss(whole, valid.sum())
@@ -252,8 +252,8 @@ def test_shared_diversity_losses_of_the_pieces_add_up_to_that_of_the_whole(seed)
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_shared_diversity_gradient_survives_entries_that_nobody_uses():
-    """In single precision a sharp softmax underflows to a mean of exactly zero, where the slope of −x log x is infinite."""
+def test_the_diversity_gradient_survives_unused_entries():
+    """In single precision a sharp softmax underflows to a mean of zero, where the slope of −x log x is infinite."""
     logits = torch.full((1, 4, 1, 5), -500.0)
     logits[..., 0] = 500.0
     logits.requires_grad_()
@@ -276,7 +276,7 @@ def test_scale_gradient_keeps_the_value_and_scales_the_gradient(scale):
     torch.testing.assert_close(torch.autograd.grad(y.pow(2).sum(), x)[0], scale * 2 * x.detach())
 
 
-def test_feature_penalty_is_each_utterances_mean_square_times_its_masked_frames():
+def test_feature_penalty_is_mean_square_times_masked_frames():
     features = torch.randn(3, 8, 5, dtype=torch.float64, requires_grad=True)
     frames, masked = torch.tensor([8, 3, 0]), torch.tensor([4, 2, 0])
     expected = sum((features[b, : frames[b]] ** 2).mean() * masked[b] for b in (0, 1))
@@ -286,6 +286,6 @@ def test_feature_penalty_is_each_utterances_mean_square_times_its_masked_frames(
         torch.testing.assert_close(a, b)
 
 
-def test_feature_penalty_of_half_precision_features_does_not_overflow():
+def test_feature_penalty_of_half_precision_does_not_overflow():
     features = torch.full((1, 4, 3), 300.0, dtype=torch.float16)  # 300² is beyond fp16
     assert float(feature_penalty(features, torch.tensor([4]), torch.tensor([2]))) == 180_000.0

@@ -16,9 +16,11 @@ pytestmark = pytest.mark.usefixtures("large_model_kernels")
 NINES = Rows([9, 9], torch.tensor([0, 9, 18], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["post-norm", "pre-norm"])
-def test_a_layer_is_the_stock_layer(large):
-    model, _ = pair(tiny_config(large), torch.float64)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(large=True), dict(large=True, adapter_attn_dim=4)], ids=["post-norm", "pre-norm", "adapter"]
+)
+def test_a_layer_is_the_stock_layer(changes):
+    model, _ = pair(tiny_config(**changes), torch.float64)
     module = model.wav2vec2.encoder.layers[0]
     hidden = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(hidden)
@@ -29,15 +31,6 @@ def test_a_layer_is_the_stock_layer(large):
         found.append((out.detach(), *gradient))
     for ours, stock in zip(*found, strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-12)
-
-
-def test_an_adapter_is_applied_as_in_the_stock_layer():
-    config = tiny_config(large=True, adapter_attn_dim=4)
-    model, _ = pair(config, torch.float64)
-    module = model.wav2vec2.encoder.layers[0]
-    hidden = torch.randn(2, 9, 32, dtype=torch.float64)
-    found = layer(module, hidden.flatten(0, 1), NINES, torch.float64).view_as(hidden)
-    torch.testing.assert_close(found, module(hidden), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("frames", [1, 7, 8, 23, 40])
@@ -56,25 +49,9 @@ def test_positional_convolution_in_blocks_is_the_stock_one(monkeypatch, frames, 
             torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-def test_positional_convolution_in_blocks_changes_no_loss_and_no_gradient(large):
-    config = tiny_config(large)
-    model, _ = pair(config, torch.float64)
-    batch = make_batch(config, [16_400, 9_000], dtype=torch.float64)
-    found = []
-    for in_blocks in (False, True):
-        model.zero_grad()
-        model.positional_in_blocks = in_blocks
-        torch.manual_seed(1)
-        loss = model(batch).loss
-        loss.backward()
-        found.append((loss.detach(), gradients(model)))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-def test_compiled_layers_give_the_loss_and_gradient_of_plain_ones_with_few_graphs(large):
+def test_compiled_layers_change_nothing_and_need_one_graph(large):
     config = tiny_config(large, layerdrop=0.3)
     model, _ = pair(config)
     torch._dynamo.reset()

@@ -1,11 +1,8 @@
-"""Main memory: what this process takes of it at most, what it may take, and what it keeps of what was freed. Linux; elsewhere the answer
-is None.
+"""Main memory: what this process takes of it at most, and what it may take. Linux; elsewhere the answer is None.
 
 Bytes throughout.
 """
 
-import contextlib
-import gc
 import re
 import resource
 from collections.abc import Callable, Iterator
@@ -39,22 +36,6 @@ def peak_of(work: Callable[[], object]) -> int | None:
     if is_reset:
         return _kilobytes(_PROC / "self/status", "VmHWM")
     return found if (found := _highest()) > record else None
-
-
-@contextlib.contextmanager
-def settled() -> Iterator[None]:
-    """Python's collector takes it that what is alive now stays. Enter when all is built, before workers are forked.
-
-    It looks through all that is old only when a quarter as much has come to it again, and libraries and model are a million objects: what
-    training leaves in cycles would pile up for days. It also does not write into memory that workers share.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.collect()  # the quarter is of what this one finds
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _highest() -> int:
