@@ -37,8 +37,8 @@ from w2v2.model.config import build_config
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_feature_extractor, build_framing, build_model
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
-from w2v2.train.launch import announce, device_name, end_training, prepare_model, start_accelerator, start_trackers
-from w2v2.train.log import RunLog, read_metrics
+from w2v2.train.launch import announce, device_name, end_training, prepare_model, start_accelerator
+from w2v2.train.log import RunLog, read_metrics, start_trackers
 from w2v2.train.micro_batch import Trial, fit, share
 from w2v2.train.plan import build_batches, present_plan
 from w2v2.train.resuming import choose_checkpoint

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from w2v2.data.loader import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
-from w2v2.train.launch import leave_group
+from w2v2.train.launch import leave_group, lost_rank
 from w2v2.train.stop import Stopped, exit_stopped
 
 
@@ -125,7 +125,7 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
 def run_script(main: Callable[[], Any]) -> None:
     """Run an entry point. A user's slip, a full disk or memory, or a lost loader process is one line on standard error and status 2.
 
-    `Stopped` gives status 75, or 0 under a launcher that would start the run again. Any other error is a bug and keeps its traceback.
+    A rank that lost another one says so and ends with status 1. `Stopped` gives status 75, or 0 under a launcher that would start the run again. Any other error is a bug and keeps its traceback.
     """
     logging.raiseExceptions = False  # a stream that cannot be written any more ends no run
     try:
@@ -133,6 +133,13 @@ def run_script(main: Callable[[], Any]) -> None:
     except Stopped as stopped:
         exit_stopped(stopped)
     except (UserError, OSError, RuntimeError) as error:
+        if reason := lost_rank(error):
+            with contextlib.suppress(OSError):
+                print(
+                    error_line(f"{reason}; --resume_from_checkpoint auto goes on from the last checkpoint"),
+                    file=sys.stderr,
+                )
+            sys.exit(1)
         message = explain_error(error)
         if message is None:
             raise

@@ -126,7 +126,7 @@ def test_ranks_that_were_killed_resume_on_two_processes_to_the_bit(flags, two_pr
         ranks.processes[1].kill()
         assert ranks.statuses(0) == [1]
         (line,) = [line for line in ranks.said(0).splitlines() if line.startswith("pretrain.py: error: ")]
-        assert f"rank 1 (process {ranks.processes[1].pid} on " in line and "Traceback" not in ranks.said(0)
+        assert "another rank has ended" in line and "Traceback" not in ranks.said(0)
     with Ranks(tmp_path / "resumed", *command(flags, output_dir, "--resume_from_checkpoint", "auto")) as ranks:
         assert ranks.statuses() == [0, 0], ranks.said(0) + ranks.said(1)
         assert "resuming      " in ranks.said(0)
@@ -144,23 +144,19 @@ def test_a_second_run_is_kept_out_of_the_folder(flags, tmp_path):
         assert first.processes[0].poll() is None
 
 
-@pytest.mark.slow
-def test_a_rank_whose_loader_is_stuck_is_named(flags, tmp_path):
+def test_a_rank_that_hangs_ends_the_other(flags, tmp_path):
+    """Its loader is stopped, as storage that does not answer would stop it."""
     more = ("--max_steps", 100_000, "--dataloader_num_workers", 1, "--ddp_timeout", 8)
     with Ranks(tmp_path / "logs", *command(flags, tmp_path / "run", *more)) as ranks:
         ranks.wait_until(0, "step 5/")
         (loader, *_) = children(ranks.processes[1].pid)
         os.kill(loader, signal.SIGSTOP)
         try:
-            assert ranks.statuses() == [1, 1]
+            assert ranks.statuses(0) == [1]
         finally:
             os.kill(loader, signal.SIGKILL)
-        (line,) = [line for rank in range(2) for line in ranks.said(rank).splitlines() if ": error: " in line]
-        assert (
-            f"rank 1 (process {ranks.processes[1].pid} on " in line
-            and "waiting for" in line
-            and "--ddp_timeout" in line
-        )
+        (line,) = [line for line in ranks.said(0).splitlines() if ": error: " in line]
+        assert "another rank hangs" in line and "--ddp_timeout" in line
 
 
 def lines(output_dir):

@@ -70,13 +70,12 @@ def start_accelerator(args) -> Accelerator:
 
 def check_environment(environment: Mapping[str, str], cpu: bool) -> None:
     """Raises `UserError` where the launcher's variables ask for what is not supported, or for processes that would not meet."""
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise UserError(
-            "DeepSpeed steps at every micro-batch, so it cannot accumulate an effective batch: launch with DDP or FSDP "
-            "(configs/accelerate)"
-        )
-    if environment.get("ACCELERATE_USE_MEGATRON_LM", "").lower() == "true":
-        raise UserError("Megatron-LM is not supported: launch with DDP or FSDP (configs/accelerate)")
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(
+                f"{name} is not supported (DeepSpeed steps at every micro-batch, so it cannot accumulate an effective batch): launch "
+                "with DDP or FSDP (configs/accelerate)"
+            )
     if cpu and environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UserError("FSDP needs accelerators: on a CPU launch with configs/accelerate/cpu_2_processes.yaml (DDP)")
     several = expected_processes(environment) > 1
@@ -234,15 +233,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
-    """Trackers write to `output_dir/runs`; on resume TensorBoard forgets what came after the checkpoint."""
-    if not accelerator.log_with:
-        return
-    flags = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
-    tensorboard = {"purge_step": first_step + 1} if first_step else {}
-    accelerator.init_trackers(
-        Path(args.output_dir).resolve().name, config=flags, init_kwargs={"tensorboard": tensorboard}
-    )
+def lost_rank(error: BaseException) -> str | None:
+    """What to say of an exchange that failed because another rank has ended or hangs; None for any other error."""
+    text = str(error)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    if not isinstance(error, distributed.DistError) and "gloo" not in text:
+        return None
+    hangs = "another rank hangs, longer than --ddp_timeout allows" if "imed out" in text else "another rank has ended"
+    return f"{hangs} ({text.splitlines()[0].rpartition('] ')[2].split('. ')[0]}): look for the first error among the ranks' lines"
 
 
 def end_training(accelerator: Accelerator) -> None:

@@ -33,6 +33,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from w2v2.errors import UserError, as_user_error, one_line
@@ -175,6 +176,17 @@ class RunLog:
         seconds = (time.monotonic() - self._started_at) / done * max(self.total_steps - step, 0)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
+    """Trackers write to `output_dir/runs`; on resume TensorBoard forgets what came after the checkpoint."""
+    if not accelerator.log_with:
+        return
+    flags = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
+    tensorboard = {"purge_step": first_step + 1} if first_step else {}
+    accelerator.init_trackers(
+        Path(args.output_dir).resolve().name, config=flags, init_kwargs={"tensorboard": tensorboard}
+    )
 
 
 def say_in_a_line(arguments: threading.ExceptHookArgs) -> None:
