@@ -37,8 +37,8 @@ from w2v2.model.config import build_config
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_feature_extractor, build_framing, build_model
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
-from w2v2.train.launch import announce, device_name, end_training, prepare_model, start_accelerator
-from w2v2.train.log import RunLog, read_metrics, start_trackers
+from w2v2.train.launch import end_training, prepare_model, start_accelerator
+from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import Trial, fit, share
 from w2v2.train.plan import build_batches, present_plan
 from w2v2.train.resuming import choose_checkpoint
@@ -270,10 +270,12 @@ def finish(run: Run, pusher: HubPusher | None) -> None:
         return
     metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_plots(output_dir, metrics)
+    device = accelerator.device
+    device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     summary = dict(
         utterances=len(run.training.table),
         hours=run.training.hours,
-        devices=f"{accelerator.num_processes} × {device_name(accelerator.device)}",
+        devices=f"{accelerator.num_processes} × {device}",
         num_parameters=accelerator.unwrap_model(run.model).num_parameters(),
     )
     if run.validation:

@@ -17,8 +17,8 @@ BY_ACCELERATE = dict(ACCELERATE_MIXED_PRECISION="no")
 @pytest.mark.parametrize(
     ("environment", "cpu", "said"),
     [
-        (dict(ACCELERATE_USE_DEEPSPEED="true"), False, "DeepSpeed steps at every micro-batch.*launch with DDP or FSDP"),
-        (dict(ACCELERATE_USE_MEGATRON_LM="true"), False, "Megatron-LM"),
+        (dict(ACCELERATE_USE_DEEPSPEED="true"), False, "DeepSpeed steps at every micro-batch.*DDP or FSDP"),
+        (dict(ACCELERATE_USE_MEGATRON_LM="true"), False, "MEGATRON_LM"),
         (dict(ACCELERATE_USE_FSDP="true"), True, "FSDP needs accelerators"),
         (BY_ACCELERATE | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"), True, "started this one alone"),
         ({k: v for k, v in RANK.items() if k != "LOCAL_RANK"}, False, "WORLD_SIZE is set, but LOCAL_RANK is not"),

@@ -221,18 +221,6 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return result
 
 
-def announce(accelerator: Accelerator, text: str) -> None:
-    """Print a line for people, once for all ranks. A dead stream ends no run."""
-    if accelerator.is_main_process:
-        with contextlib.suppress(OSError, ValueError):
-            print(text, flush=True)
-
-
-def device_name(device: torch.device) -> str:
-    """The model of a GPU, else the kind of device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-
-
 def lost_rank(error: BaseException) -> str | None:
     """What to say of an exchange that failed because another rank has ended or hangs; None for any other error."""
     text = str(error)

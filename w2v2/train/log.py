@@ -178,6 +178,13 @@ class RunLog:
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+def announce(accelerator: Accelerator, text: str) -> None:
+    """Print a line for people, once for all ranks. A dead stream ends no run."""
+    if accelerator.is_main_process:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, flush=True)
+
+
 def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
     """Trackers write to `output_dir/runs`; on resume TensorBoard forgets what came after the checkpoint."""
     if not accelerator.log_with:

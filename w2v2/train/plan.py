@@ -13,7 +13,7 @@ from w2v2.data.batching import CHUNK, Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
-from w2v2.train.launch import announce
+from w2v2.train.log import announce
 
 RECOMMENDED_BATCH_HOURS = 1.6
 ASSUMED_SECONDS = 200.0  # in a micro-batch, where it is to be found out and has not been yet
