@@ -9,17 +9,16 @@ memory: for more than some ten million words use KenLM's lmplz, whose ARPA files
 """
 
 import gzip
-import os
 import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from corpus_files import Parser, exit_status
+from corpus_files import Parser, exit_status, open_atomic
 from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
 from w2v2.data.audio import probe
-from w2v2.data.manifest import read_manifests
+from w2v2.data.manifest import load_manifest
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import TARGET_UNITS
 from w2v2.finetune.text import CASES, DROPPED_CHARACTERS, TextRules
@@ -36,8 +35,8 @@ def read_sentences(path: Path, rules: TextRules, data_root: str | None) -> Itera
 
 
 def _transcripts(path: Path, data_root: str | None) -> list[str]:
-    table, _ = read_manifests([str(path)], data_root=data_root, probe=probe)
-    texts = table["text"].to_pylist() if "text" in table.column_names else []
+    table, _ = load_manifest([str(path)], data_root=data_root, probe=probe)
+    texts = table["text"][:] if "text" in table.column_names else []
     if not any(texts):
         raise UserError(f"{path}: no transcripts in this manifest: give one with a column `text`, or a text file")
     return texts
@@ -66,11 +65,8 @@ def build(args) -> None:
             f"{', '.join(map(str, args.text))}: holds the word {min(reserved)}, which an n-gram keeps for itself: take it out of the text"
         )
     model = estimate(sentences, args.order)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.output.with_name(args.output.name + ".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with open_atomic(args.output) as file:
         write_arpa(model, file)
-    os.replace(unfinished, args.output)
     sizes = ", ".join(f"{len(table)} {n}-grams" for n, table in enumerate(model.probabilities, 1))
     print(f"{args.output}: {len(sentences)} sentences, {sum(map(len, sentences))} words; {sizes}")
     if model.fallbacks:

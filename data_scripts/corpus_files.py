@@ -16,6 +16,7 @@ from tqdm import tqdm
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe
 from w2v2.errors import UserError, printable
 
+EXTENSIONS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64", "sph")
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
 
 
@@ -37,6 +38,32 @@ def exit_status(prog: str, action: Callable[[], object]) -> int:
         print(printable(f"{prog}: error: {error}"), file=sys.stderr)
         return 2
     return 0
+
+
+def check_csv(output: Path) -> None:
+    if output.suffix.lower() != ".csv":
+        raise UserError(f"--output {output}: the manifest is a CSV file, so let its name end in .csv")
+
+
+def find_audio(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
+    """Sorted paths of audio files, relative to `folder`. Links to folders are followed (each real folder once), hidden names are
+    not. UserError where there is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    endings = tuple(f".{extension.lower().lstrip('.')}" for extension in extensions)
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = (name for name in files if not name.startswith(".") and name.lower().endswith(endings))
+        found += [Path(here, name).relative_to(folder) for name in names]
+    if not found:
+        raise UserError(f"{folder}: no file that ends in {', '.join(endings)}")
+    return sorted(found)
 
 
 def measure(paths: Sequence[str], num_workers: int) -> tuple[list[float | None], list[AudioError]]:

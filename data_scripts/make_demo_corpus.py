@@ -18,12 +18,12 @@ import random
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from corpus_files import Parser, exit_status, write_manifest
+from corpus_files import Parser, exit_status, open_atomic, write_manifest
 from demo_speech import ACCENTS, SAMPLING_RATE, TIMBRES, Espeak, Voice, record, sentences
 from tqdm import tqdm
 
@@ -56,19 +56,10 @@ def plan_voices(num_voices: int, minutes: float, seed: int) -> list[Voice]:
         for i in range(count[split]):
             lap, place = divmod(i, len(hands[split]))
             accent = accents[(lap + place) % len(accents)]  # a new accent in each lap over the timbres
-            speaker = f"voice-{len(voices):03d}"
-            voices.append(
-                Voice(
-                    speaker=speaker,
-                    split=split,
-                    espeak_name=f"{accent}+{hands[split][place]}",
-                    words_per_minute=rng.randint(130, 200),
-                    pitch=rng.randint(30, 70),
-                    pitch_range=rng.randint(25, 80),
-                    seconds=60 * budget[split] / count[split],
-                    seed=f"{seed} {speaker}",
-                )
-            )
+            speaker, name = f"voice-{len(voices):03d}", f"{accent}+{hands[split][place]}"
+            rate, pitch, pitch_range = rng.randint(130, 200), rng.randint(30, 70), rng.randint(25, 80)
+            seconds = 60 * budget[split] / count[split]
+            voices.append(Voice(speaker, split, name, rate, pitch, pitch_range, seconds, seed=f"{seed} {speaker}"))
     return voices
 
 
@@ -96,10 +87,6 @@ def speak_voice(voice: Voice, output_dir: Path, library_path: str, data_path: st
             return rows
 
 
-def _child(connection, *arguments):
-    connection.send(speak_voice(*arguments))
-
-
 def speak_all(voices: list[Voice], output_dir: Path, num_workers: int) -> list[list[dict]]:
     """Rows of every voice; each in a process of its own, `num_workers` at a time."""
     try:
@@ -107,32 +94,21 @@ def speak_all(voices: list[Voice], output_dir: Path, num_workers: int) -> list[l
     except ImportError:
         raise UserError("the package espeakng-loader is missing: pip install espeakng-loader") from None
 
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
     context.set_forkserver_preload(["__main__", "numpy", "soundfile", "soxr"])
-
-    with tempfile.TemporaryDirectory() as short:
+    with (
+        tempfile.TemporaryDirectory() as short,
+        ProcessPoolExecutor(max(1, num_workers), context, max_tasks_per_child=1) as pool,
+    ):
         data_path = espeakng_loader.get_data_path()
         if len(os.fsencode(data_path)) > 120:  # the library cuts its data path off at about 160 bytes
             os.symlink(data_path, os.path.join(short, "espeak-ng-data"))
             data_path = os.path.join(short, "espeak-ng-data")
-
-        def speak(voice: Voice) -> list[dict]:
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (sender, voice, output_dir, espeakng_loader.get_library_path(), data_path)
-            process = context.Process(target=_child, args=arguments, daemon=True)
-            process.start()
-            sender.close()  # so that the child's death ends recv
-            try:
-                rows = receiver.recv()
-            except EOFError:
-                process.join()
-                raise RuntimeError(f"synthesis of {voice.speaker} died (exit code {process.exitcode})") from None
-            process.join()
-            return rows
-
-        with ThreadPoolExecutor(max(1, num_workers)) as pool:
-            return list(tqdm(pool.map(speak, voices), total=len(voices), desc="Speaking", unit="voice", disable=None))
+        paths = espeakng_loader.get_library_path(), data_path
+        futures = [pool.submit(speak_voice, voice, output_dir, *paths) for voice in voices]
+        return [future.result() for future in tqdm(futures, desc="Speaking", unit="voice", disable=None)]
 
 
 def labelled_subset(voices_rows: list[list[dict]], minutes: float) -> list[dict]:
@@ -210,9 +186,8 @@ def make_corpus(output_dir: Path, num_workers: int, **asked):
         "manifests": {name: summarize(rows) for name, rows in manifests.items()},
         "voices": [dataclasses.asdict(voice) for voice in voices],
     }
-    unfinished = output_dir / "corpus.json.tmp"
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(unfinished, output_dir / "corpus.json")
+    with open_atomic(output_dir / "corpus.json") as file:
+        file.write(json.dumps(result, indent=1) + "\n")
     report(result)
 
 
@@ -221,9 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("output_dir", type=Path, help="folder for the manifests and for audio/<speaker>/<id>.flac")
     parser.add_argument("--minutes", type=float, default=45.0, help="speech in all (default: %(default)s)")
     parser.add_argument(
-        "--labelled_minutes",
-        type=float,
-        help="speech in train_labelled.csv (default: 20, at most half of --minutes)",
+        "--labelled_minutes", type=float, help="in train_labelled.csv (default: 20, at most half of --minutes)"
     )
     parser.add_argument("--num_voices", type=int, default=60, help="synthetic speakers (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")

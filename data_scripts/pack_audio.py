@@ -51,8 +51,7 @@ def pack(args) -> None:
     """Plan the shards, write the missing ones, then the sums and the manifest. Raises UserError for a user's slips."""
     folder = args.output_dir
     check_flags(args)
-    options = dict(data_root=args.data_root, cache_dir=folder / CACHE, num_workers=args.num_workers, probe=probe)
-    table, unmeasured = load_manifest(args.manifests, **options)
+    table, unmeasured = load_manifest(args.manifests, data_root=args.data_root, cache_dir=folder / CACHE, probe=probe)
     shards = cut_shards(table["num_samples"], args.shard_hours)
     settings = {"format": FORMAT, "shard_hours": args.shard_hours, "rows_sha256": hash_rows(table)}
     finished = claim_folder(folder, settings, args.overwrite)

@@ -8,33 +8,15 @@ cannot be used are listed in OUTPUT.skipped.jsonl and left out. The same files a
 """
 
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
 from pathlib import Path
 
-from corpus_files import Parser, exit_status, measure, write_manifest
+from corpus_files import EXTENSIONS, Parser, check_csv, exit_status, find_audio, list_skipped, measure, write_manifest
 
 from w2v2.data.audio import AudioError
-from w2v2.errors import UserError, printable
-
-EXTENSIONS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64", "sph")
-
-
-def find_audio(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
-    """Sorted paths relative to `folder`; links to folders are followed (each real folder once), hidden names are not."""
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(here) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in extensions and "." in name:
-                found.append(Path(here, name).relative_to(folder))
-    return sorted(found)
+from w2v2.errors import UserError
 
 
 def speaker_of(file: Path, level: int) -> str:
@@ -109,61 +91,44 @@ def split_off(rows: list[dict], fraction: float, seed: int) -> tuple[list[dict],
             heard += seconds[name]
     if not dev:
         dev.add(min(seconds, key=lambda name: (seconds[name], name)))
-    in_dev = [(row["speaker"] or row["id"]) in dev for row in rows]
-    train_rows = [row for row, held_out in zip(rows, in_dev, strict=True) if not held_out]
-    return train_rows, [row for row, held_out in zip(rows, in_dev, strict=True) if held_out]
+    parts: tuple[list[dict], list[dict]] = ([], [])
+    for row in rows:
+        parts[(row["speaker"] or row["id"]) in dev].append(row)
+    return parts
 
 
-def report_skipped(path: Path, skipped: list[AudioError]):
-    """List unusable files in a file of JSON lines and show the first few; an old list goes."""
-    path.unlink(missing_ok=True)
-    if not skipped:
-        return
-    lines = (json.dumps({"audio": e.path, "reason": e.reason}) + "\n" for e in skipped)
-    path.write_text("".join(lines), encoding="utf-8")
-    print(f"{len(skipped)} files left out, listed in {path}:", file=sys.stderr)
-    for error in skipped[:5]:
-        print(f"  {printable(error)}", file=sys.stderr)
-
-
-def check_flags(args):
-    """UserError for values that cannot serve; fills in the default of --valid_output."""
-    if not args.folder.is_dir():
-        raise UserError(f"{args.folder}: no such folder")
-    if args.output.suffix.lower() != ".csv":
-        raise UserError(f"--output {args.output}: the manifest is a CSV file, so let its name end in .csv")
+def check_flags(args) -> None:
+    """UserError for values that cannot serve."""
+    check_csv(args.output)
     if args.speaker_from_parent < 0:
         raise UserError(f"--speaker_from_parent {args.speaker_from_parent}: give 1 for a file's own folder, 2 …")
     if not 0 <= args.valid_fraction < 1:
         raise UserError(f"--valid_fraction {args.valid_fraction}: give a number from 0 to below 1")
-    args.valid_output = args.valid_output or args.output.with_name(f"{args.output.stem}_dev.csv")
-    if args.valid_output.parent.resolve() != args.output.parent.resolve():
-        raise UserError(f"--valid_output {args.valid_output}: put it into the folder of --output, {args.output.parent}")
-    if args.valid_output.name == args.output.name:
-        raise UserError(f"--valid_output {args.valid_output} is --output as well; give it another name")
+    valid = args.valid_output
+    if valid and (valid.parent.resolve() != args.output.parent.resolve() or valid.name == args.output.name):
+        raise UserError(
+            f"--valid_output {valid}: give another name than --output's, in the same folder {args.output.parent}"
+        )
 
 
-def prepare(args):
-    """The whole job; UserError where nothing usable is found or a flag does not fit what is found."""
+def prepare(args) -> None:
+    """The whole job. UserError where nothing usable is found or a flag does not fit what is found."""
     check_flags(args)
-    extensions = tuple(extension.lower().lstrip(".") for extension in args.extensions)
-    files = find_audio(args.folder, extensions)
-    if not files:
-        raise UserError(f"{args.folder}: no file that ends in .{', .'.join(extensions)} (see --extensions)")
+    files = find_audio(args.folder, args.extensions)
     rows, skipped = build_rows(args.folder, args.output.parent, files, args)
     if not rows:
         raise UserError(f"{args.folder}: none of {len(files)} files can be used; the first: {skipped[0]}")
     parts = {args.output: rows}
     if args.valid_fraction:
-        train_rows, dev_rows = split_off(rows, args.valid_fraction, args.seed)
-        parts = {args.output: train_rows, args.valid_output: dev_rows}
+        valid_output = args.valid_output or args.output.with_name(f"{args.output.stem}_dev.csv")
+        parts = dict(zip((args.output, valid_output), split_off(rows, args.valid_fraction, args.seed), strict=True))
     columns = ["id", "audio", "duration", *["text"] * args.text, *["speaker"] * bool(args.speaker_from_parent)]
     for path, part in parts.items():
         write_manifest(path, ({column: row[column] for column in columns} for row in part), columns)
         hours = sum(row["duration"] for row in part) / 3600
         speakers = f", {len({row['speaker'] for row in part})} speakers" if args.speaker_from_parent else ""
         print(f"{path}: {len(part)} utterances, {hours:.2f} hours{speakers}")
-    report_skipped(args.output.with_suffix(".skipped.jsonl"), skipped)
+    list_skipped(args.output.with_suffix(".skipped.jsonl"), [{"audio": e.path, "reason": e.reason} for e in skipped])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,24 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of audio files, in any depth")
     parser.add_argument("--output", type=Path, required=True, help="the manifest to write, a .csv")
     parser.add_argument(
-        "--text",
-        action="store_true",
-        help="take transcripts from the .txt beside each file; files without are left out",
+        "--text", action="store_true", help="take the text from the .txt beside each file, or leave it out"
     )
+    parser.add_argument("--speaker_from_parent", type=int, nargs="?", const=1, default=0, metavar="LEVEL",
+                        help="the folder that a file lies in names its speaker (2: the folder above that one, …)")  # fmt: skip
     parser.add_argument(
-        "--speaker_from_parent",
-        type=int,
-        nargs="?",
-        const=1,
-        default=0,
-        metavar="LEVEL",
-        help="the folder that a file lies in names its speaker (2: the folder above that one, …)",
-    )
-    parser.add_argument(
-        "--valid_fraction",
-        type=float,
-        default=0.0,
-        help="part of the seconds for a dev manifest, whole speakers if known",
+        "--valid_fraction", type=float, default=0.0, help="of the seconds, for a dev manifest; whole speakers"
     )
     parser.add_argument("--valid_output", type=Path, help="the dev manifest (default: OUTPUT's name with _dev)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another dev part (default: %(default)s)")

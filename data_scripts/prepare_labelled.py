@@ -15,8 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from corpus_files import Parser, exit_status, measure, write_manifest
-from prepare_folder import EXTENSIONS, find_audio, report_skipped
+from corpus_files import Parser, check_csv, exit_status, find_audio, list_skipped, measure, write_manifest
 
 from w2v2.errors import UserError
 from w2v2.finetune.labels import parse_label_map
@@ -54,14 +53,9 @@ def compile_pattern(args) -> tuple[re.Pattern, dict[str, str]]:
 
 def prepare(args) -> None:
     """The whole job; UserError where nothing usable is found, or a name does not match."""
-    if not args.folder.is_dir():
-        raise UserError(f"{args.folder}: no such folder")
-    if args.output.suffix.lower() != ".csv":
-        raise UserError(f"--output {args.output}: the manifest is a CSV file, so let its name end in .csv")
+    check_csv(args.output)
     pattern, names = compile_pattern(args)
-    files = find_audio(args.folder, EXTENSIONS)
-    if not files:
-        raise UserError(f"{args.folder}: no file that ends in .{', .'.join(EXTENSIONS)}")
+    files = find_audio(args.folder)
     found = {file: pattern.search(file.with_suffix("").as_posix()) for file in files}
     unmatched = [file for file, match in found.items() if match is None]
     if unmatched and (len(unmatched) == len(files) or not args.skip_unmatched):
@@ -81,13 +75,11 @@ def prepare(args) -> None:
         raise UserError(f"{args.folder}: none of {len(files)} files can be used; the first: {skipped[0]}")
     write_manifest(args.output, rows, ["id", "audio", "duration", *pattern.groupindex])
     hours = sum(row["duration"] for row in rows) / 3600
-    counts = ", ".join(
-        f"{label} {n}" for label, n in Counter(row.get("label", "") for row in rows).most_common(10) if label
-    )
-    print(f"{args.output}: {len(rows)} utterances, {hours:.2f} hours" + (f": {counts}" if counts else ""))
+    labels = Counter(row["label"] for row in rows if row.get("label")).most_common(10)
+    print(f"{args.output}: {len(rows)} utterances, {hours:.2f} hours", ", ".join(f"{label} {n}" for label, n in labels))
     if unmatched:
         print(f"{len(unmatched)} files whose names do not match are left out, such as {unmatched[0]}", file=sys.stderr)
-    report_skipped(args.output.with_suffix(".skipped.jsonl"), skipped)
+    list_skipped(args.output.with_suffix(".skipped.jsonl"), [{"audio": e.path, "reason": e.reason} for e in skipped])
 
 
 def main(argv: list[str] | None = None) -> int:

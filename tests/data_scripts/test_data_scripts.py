@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import prepare_folder
+import prepare_librispeech
 import pytest
 import soundfile
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "data_scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import prepare_folder  # noqa: E402
-import prepare_librispeech  # noqa: E402
 
 
 def rows_of(path):
@@ -39,7 +37,7 @@ def one_line(capsys) -> str:
 # prepare_folder.py
 
 
-def test_folder_lists_every_usable_file_once_and_the_others_apart(tmp_path, capsys):
+def test_folder_lists_usable_files_once_and_others_apart(tmp_path, capsys):
     audio = tmp_path / "audio"
     write_audio(audio / "a.wav", 1.0)
     write_audio(audio / "a.flac", 0.75)
@@ -61,7 +59,7 @@ def test_folder_lists_every_usable_file_once_and_the_others_apart(tmp_path, caps
     assert {Path(entry["audio"]).name for entry in skipped} == {"broken.flac", "empty.wav"}
 
 
-def test_folder_dev_part_is_whole_speakers_and_the_same_each_time(tmp_path):
+def test_folder_dev_part_is_whole_speakers_each_time(tmp_path):
     for speaker in range(20):
         for take in range(3):
             write_audio(tmp_path / "audio" / f"s{speaker}" / "chapter" / f"{take}.flac", 0.2)
@@ -75,7 +73,7 @@ def test_folder_dev_part_is_whole_speakers_and_the_same_each_time(tmp_path):
     assert (train, dev) == (rows_of(tmp_path / "two.csv"), rows_of(tmp_path / "two_dev.csv"))
 
 
-def test_folder_transcripts_are_taken_from_beside_the_audio(tmp_path, capsys):
+def test_folder_takes_transcripts_beside_the_audio(tmp_path, capsys):
     for name in ("said", "unsaid", "mute"):
         write_audio(tmp_path / "audio" / f"{name}.wav")
     (tmp_path / "audio" / "said.txt").write_text("  früh\n am   Morgen\n", encoding="utf-8-sig")
@@ -85,7 +83,7 @@ def test_folder_transcripts_are_taken_from_beside_the_audio(tmp_path, capsys):
     assert len((tmp_path / "t.skipped.jsonl").read_text().splitlines()) == 2
 
 
-def test_folder_slips_end_with_status_2_and_one_line(tmp_path, capsys):
+def test_folder_slips_end_with_one_line(tmp_path, capsys):
     write_audio(tmp_path / "flat" / "a.wav")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.wav").write_bytes(b"no audio")
@@ -139,7 +137,7 @@ def test_librispeech_table_adds_up_to_960_hours():
     assert sum(hours for _, hours in table) == pytest.approx(960.9)
 
 
-def test_librispeech_manifests_join_audio_text_and_speaker(librispeech, tmp_path):
+def test_librispeech_joins_audio_text_and_speaker(librispeech, tmp_path):
     assert prepare(librispeech.parent, tmp_path / "lists") == 0  # the folder above is understood as well
     rows = rows_of(tmp_path / "lists" / "dev-clean.csv")
     assert [row["id"] for row in rows] == ["13-7-0000", "13-7-0001", "23-7-0000", "23-7-0001"]
@@ -151,15 +149,7 @@ def test_librispeech_manifests_join_audio_text_and_speaker(librispeech, tmp_path
     assert not (tmp_path / "lists" / "test-clean.csv").exists()
 
 
-def test_librispeech_prepared_twice_reads_no_audio_and_writes_no_manifest(librispeech, tmp_path, monkeypatch):
-    assert prepare(librispeech, tmp_path / "lists") == 0
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "lists").glob("*.csv")}
-    monkeypatch.setattr(prepare_librispeech, "measure", lambda *_: pytest.fail("audio was read again"))
-    assert prepare(librispeech, tmp_path / "lists") == 0
-    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "lists").glob("*.csv")}
-
-
-def test_librispeech_incomplete_subset_is_named_and_written_only_when_allowed(librispeech, tmp_path, capsys):
+def test_an_incomplete_subset_needs_permission(librispeech, tmp_path, capsys):
     lost = librispeech / "train-clean-360" / "11" / "7" / "11-7-0001.flac"
     audio = lost.read_bytes()
     lost.unlink()
@@ -171,7 +161,7 @@ def test_librispeech_incomplete_subset_is_named_and_written_only_when_allowed(li
     assert "warning: train-clean-360" in capsys.readouterr().err
     assert len(rows_of(tmp_path / "lists" / "train-960.csv")) == 11
     lost.write_bytes(audio)
-    assert prepare(librispeech, tmp_path / "lists") == 0  # now whole: scanned again without being told
+    assert prepare(librispeech, tmp_path / "lists") == 0
     assert len(rows_of(tmp_path / "lists" / "train-960.csv")) == 12
 
 
@@ -193,13 +183,13 @@ def test_librispeech_spoilt_file_is_named(librispeech, tmp_path, capsys, path, c
     assert complaint in one_line(capsys)
 
 
-def test_librispeech_hours_are_checked_where_they_are_known(librispeech, tmp_path, capsys, monkeypatch):
+def test_librispeech_hours_are_checked_where_known(librispeech, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(prepare_librispeech.KNOWN, "train-clean-100", (4, 1.5))
     assert prepare(librispeech, tmp_path / "lists") == 2
     assert "train-clean-100: 0.0 hours found where 1.5 are expected" in one_line(capsys)
 
 
-def test_librispeech_slips_end_with_status_2_and_one_line(librispeech, tmp_path, capsys):
+def test_librispeech_slips_end_with_one_line(librispeech, tmp_path, capsys):
     for root, flags, complaint in [
         (tmp_path / "elsewhere", [], "holds no subset"),
         (librispeech, ["--subsets", "test-other"], "--subsets test-other: not in"),

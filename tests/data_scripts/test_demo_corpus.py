@@ -8,16 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo_speech
+import make_demo_corpus
 import numpy as np
 import pytest
 import soundfile
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "data_scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import demo_speech  # noqa: E402
-import make_demo_corpus  # noqa: E402
 
 
 def rows_of(path):
@@ -51,12 +49,12 @@ def corpus(tmp_path_factory, corpus_flags):
     return folder
 
 
-def test_demo_corpus_is_the_same_bytes_for_any_number_of_workers(corpus, corpus_flags, tmp_path):
+def test_any_number_of_workers_makes_the_same_bytes(corpus, corpus_flags, tmp_path):
     speak(tmp_path / "again", *corpus_flags, "--num_workers", 1)
     assert contents(tmp_path / "again") == contents(corpus)
 
 
-def test_demo_splits_share_no_speaker_no_timbre_and_no_sentence(corpus):
+def test_splits_share_no_speaker_timbre_or_sentence(corpus):
     voices = json.loads((corpus / "corpus.json").read_text())["voices"]
     for values in (
         {s: {v["espeak_name"].split("+")[1] for v in voices if v["split"] == s} for s in ("train", "dev", "test")},
@@ -67,14 +65,14 @@ def test_demo_splits_share_no_speaker_no_timbre_and_no_sentence(corpus):
         assert len(set.union(*values.values())) == sum(map(len, values.values()))
 
 
-def test_every_split_of_a_large_plan_has_its_own_timbres_and_distinct_voices():
+def test_a_large_plan_has_distinct_voices():
     voices = make_demo_corpus.plan_voices(240, 60, 1)
     assert len({voice.espeak_name for voice in voices}) == 240
     timbres = {s: {v.espeak_name.split("+")[1] for v in voices if v.split == s} for s in ("train", "dev", "test")}
     assert len(set.union(*timbres.values())) == sum(map(len, timbres.values())) == len(demo_speech.TIMBRES)
 
 
-def test_default_plan_gives_at_least_five_minutes_of_test_and_the_minutes_asked_for():
+def test_the_plan_gives_the_minutes_asked_for():
     for minutes in (30, 45, 60):
         voices = make_demo_corpus.plan_voices(60, minutes, 0)
         assert sum(voice.seconds for voice in voices) == pytest.approx(60 * minutes)
@@ -93,7 +91,7 @@ def test_demo_manifests_tell_the_truth_about_their_files(corpus):
         assert 0.1 < np.abs(samples).max() < 0.99
 
 
-def test_labelled_part_comes_from_train_and_holds_all_its_voices(corpus):
+def test_the_labelled_part_holds_all_voices_of_train(corpus):
     train = {row["id"]: row for row in rows_of(corpus / "train.csv")}
     labelled = rows_of(corpus / "train_labelled.csv")
     assert 0 < len(labelled) < len(train)
@@ -101,7 +99,7 @@ def test_labelled_part_comes_from_train_and_holds_all_its_voices(corpus):
     assert {row["speaker"] for row in labelled} == {row["speaker"] for row in train.values()}
 
 
-def test_demo_corpus_made_twice_costs_nothing_and_mends_what_is_missing(corpus, corpus_flags):
+def test_a_second_call_costs_nothing_and_mends(corpus, corpus_flags):
     before, stamps = contents(corpus), {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     speak(corpus, *corpus_flags)
     assert stamps == {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
@@ -115,7 +113,7 @@ def test_another_demo_corpus_in_the_way_is_refused(corpus):
     assert result.returncode == 2 and "holds another corpus" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_demo_sentences_keep_to_their_split_their_length_and_over_a_hundred_words():
+def test_sentences_keep_to_their_split_and_length():
     words, drawn = set(), {}
     for split in ("train", "dev", "test"):
         stream = demo_speech.sentences(split, random.Random(split))

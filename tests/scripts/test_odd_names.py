@@ -3,11 +3,12 @@
 import csv
 import json
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pack_audio
+import prepare_folder
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -23,11 +24,6 @@ from w2v2.errors import printable
 from w2v2.finetune.ctc_data import log_skipped, read_skipped
 from w2v2.finetune.text import build_vocabulary
 from w2v2.train.skipped import SkippedAudio
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_scripts"))
-
-import pack_audio
-import prepare_folder
 
 NAMES = [
     "a b.wav",
