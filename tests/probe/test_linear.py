@@ -8,7 +8,7 @@ import pytest
 from w2v2.finetune.labels import Split, group_splits
 from w2v2.finetune.text import build_vocabulary, encode
 from w2v2.probe import linear
-from w2v2.probe.characters import FrameSet, probe_characters
+from w2v2.probe.characters import CharacterProbe, FrameSet
 
 
 def planted(seed=0, n=240):
@@ -86,7 +86,7 @@ def test_the_table_has_a_row_a_layer_and_stars_the_chosen_one():
         {"name": "checkpoint-500", "best_layer": 1, "layers": [{"uar": 0.25}, {"uar": 0.5}]},
         {"name": "random", "best_layer": 0, "layers": [{"uar": 0.2}, {"uar": 0.125}]},
     ]
-    assert linear.table_of(results, "uar").splitlines() == [
+    assert linear.format_table(results, "uar").splitlines() == [
         "layer  checkpoint-500   random",
         "    0          25.0%    20.0%*",
         "    1          50.0%*   12.5% ",
@@ -115,9 +115,8 @@ def spelled_frames(noise):
 def test_a_linear_ctc_head_reads_characters_where_they_are_and_not_in_noise():
     layers, starts = spelled_frames(0.5)
     rows = list(range(len(TEXTS)))
-    results = probe_characters(
-        layers, starts, TEXTS, VOCABULARY, rows[:32], rows[32:40], rows[40:], num_updates=150, seed=0
-    )
+    split = Split("test", rows[:32], rows[32:40], rows[40:])
+    results = CharacterProbe(TEXTS, VOCABULARY, num_updates=150, seed=0).probe_layers(layers, starts, split)
     assert results[1]["cer"] < 0.1 < 0.4 < results[0]["cer"]
     assert results[1]["validation"] < 0.1
     assert linear.best_layer(results, lower_is_better=True)["layer"] == 1
@@ -127,8 +126,8 @@ def test_frames_are_standardised_by_the_training_utterances():
     layers, starts = spelled_frames(0.5)
     data = FrameSet(layers[1], starts, range(20))
     frames = layers[1][: starts[20]].astype(np.float64)
-    np.testing.assert_allclose(data.mean, frames.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(data.deviation, frames.std(0), rtol=1e-4)
+    np.testing.assert_allclose(data.scaler.mean_, frames.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(data.scaler.scale_, frames.std(0), rtol=1e-4)
     batch, lengths = data.batch([3, 4])
     assert lengths.tolist() == [starts[4] - starts[3], starts[5] - starts[4]]
     assert batch.shape == (2, int(lengths.max()), 12) and not batch[1, lengths[1] :].any()

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 
-from w2v2.data.flags import flag
+from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
-
-CHARACTERS = "characters"
+from w2v2.evaluate.error_rates import CHARACTERS
 
 
 @dataclass
-class _Frozen:
+class FrozenArguments:
     """What both have."""
 
     output_dir: str | None = flag(None, "Folder for the results.")
@@ -23,14 +22,14 @@ class _Frozen:
     use_cpu: bool = flag(False, "Leave a GPU alone.")
     overwrite_output_dir: bool = flag(False, "Replace the results that `output_dir` holds.")
 
+    def __post_init__(self):
+        check_ranges(self)
+        if not self.output_dir:
+            raise UserError("--output_dir is required: give it on the command line or in the YAML file")
+
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu"
-
-    def _require(self, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name):
-                raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
 
     def prepare_output_dir(self, results: str) -> Path:
         """The folder, made; UserError where it has results that may not be replaced."""
@@ -46,7 +45,7 @@ class _Frozen:
 
 
 @dataclass
-class ProbingArguments(_Frozen):
+class ProbingArguments(FrozenArguments):
     """Linear probes of every layer."""
 
     checkpoints: list[str] = flag([], "Pretrained folders or Hub ids: runs/x/checkpoint-*.")
@@ -67,10 +66,12 @@ class ProbingArguments(_Frozen):
         "logistic", "Linear classifier; ridge is faster with many classes.", choices=["logistic", "ridge"]
     )
     measure: str = flag("uar", "What chooses the penalty and is shown.", choices=["uar", "accuracy", "macro_f1"])
-    ctc_updates: int = flag(1_500, f"Updates of 16 utterances for each layer's CTC head ({CHARACTERS}).")
+    ctc_updates: int = flag(1_500, f"Updates of 16 utterances for each layer's CTC head ({CHARACTERS}).", min=1)
 
     def __post_init__(self):
-        self._require("train_data", "output_dir")
+        super().__post_init__()
+        if not self.train_data:
+            raise UserError("--train_data is required: give it on the command line or in the YAML file")
         if not self.checkpoints and not (self.random_weights and self.config_name):
             raise UserError(
                 "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)"
@@ -81,14 +82,12 @@ class ProbingArguments(_Frozen):
             raise UserError(f"--folds goes with neither --validation_data nor --target {CHARACTERS}: give --test_data")
         if self.num_folds is not None and not self.folds:
             raise UserError("--num_folds needs --folds: name the column whose groups stay together, such as speaker")
-        if self.ctc_updates < 1:
-            raise UserError(f"--ctc_updates {self.ctc_updates}: at least one is needed")
         if len(set(self.checkpoints)) < len(self.checkpoints):
             raise UserError("--checkpoints names a folder twice: name each once")
 
 
 @dataclass
-class VerificationArguments(_Frozen):
+class VerificationArguments(FrozenArguments):
     """Speaker verification."""
 
     model_name_or_path: str | None = flag(None, "A pretrained or fine-tuned folder, or a Hub id.")
@@ -97,7 +96,7 @@ class VerificationArguments(_Frozen):
     )
     manifest: list[str] = flag([], "Instead of --trials: utterances with speakers, among which trials are drawn.")
     speaker_column: str = flag("speaker", "The manifest's column that tells speakers apart.")
-    num_trials: int = flag(20_000, "Trials drawn from --manifest, half of them of one speaker.")
+    num_trials: int = flag(20_000, "Trials drawn from --manifest, half of them of one speaker.", min=2)
     layer: int | None = flag(
         None,
         "Average this layer's frames (default: a fine-tuned classifier's projection; of other models every layer in turn).",
@@ -108,12 +107,10 @@ class VerificationArguments(_Frozen):
     p_target: float = flag(0.01, "Prior of a target trial in the detection cost.")
 
     def __post_init__(self):
-        self._require("output_dir")
+        super().__post_init__()
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise UserError("give one of --model_name_or_path and --config_name (random weights)")
         if bool(self.trials) == bool(self.manifest):
             raise UserError("give one of --trials and --manifest")
         if not 0 < self.p_target < 1:
             raise UserError(f"--p_target {self.p_target}: give a probability between 0 and 1")
-        if self.num_trials < 2:
-            raise UserError(f"--num_trials {self.num_trials}: at least 2 are needed")

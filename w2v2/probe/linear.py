@@ -18,6 +18,7 @@ import numpy as np
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.evaluate.scores import classification_scores, mean_and_deviation
 from w2v2.finetune.labels import Split
+from w2v2.train.log import read_metrics
 
 STRENGTHS = {"logistic": (0.001, 0.01, 0.1, 1.0, 10.0), "ridge": (1e4, 1e3, 1e2, 1e1, 1.0)}  # weak fits first
 _VALIDATION_SHARE = 5  # one utterance in so many, where there is no validation set
@@ -88,19 +89,14 @@ def hold_out(ids: Sequence[str], targets: Sequence[str], rows: Sequence[int]) ->
 
 def heard_hours(folder: str) -> float | None:
     """Hours of audio that a checkpoint of pretraining had heard, from its state or its metrics; None where neither is there."""
-    try:
-        state = json.loads(Path(folder, "training_state", "state.json").read_text(encoding="utf-8"))
-        return state["heard_samples"] / SAMPLING_RATE / 3600
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return max(json.loads(line)["audio_hours"] for line in lines if '"audio_hours"' in line)
-    except (OSError, ValueError):
-        return None
+    state, log = Path(folder, "training_state", "state.json"), Path(folder, "metrics.jsonl")
+    if state.exists():
+        return json.loads(state.read_text(encoding="utf-8"))["heard_samples"] / SAMPLING_RATE / 3600
+    records = read_metrics(log) if log.exists() else []
+    return max((record["audio_hours"] for record in records if record.get("audio_hours")), default=None)
 
 
-def table_of(results: Sequence[dict[str, Any]], measure: str) -> str:
+def format_table(results: Sequence[dict[str, Any]], measure: str) -> str:
     """Layers down, models across, the test score in each cell; the layer that validated best is starred."""
     names = [result["name"] for result in results]
     widths = [max(len(name), 7) for name in names]
@@ -108,10 +104,8 @@ def table_of(results: Sequence[dict[str, Any]], measure: str) -> str:
     for layer in range(max(len(result["layers"]) for result in results)):
         cells = []
         for result, width in zip(results, widths, strict=True):
-            if layer >= len(result["layers"]):
-                cells.append(" " * width)
-                continue
             star = "*" if result["best_layer"] == layer else " "
-            cells.append(f"{100 * result['layers'][layer][measure]:.1f}%{star}".rjust(width))
+            scores = [f"{100 * scores[measure]:.1f}%{star}" for scores in result["layers"][layer : layer + 1]]
+            cells.append("".join(scores).rjust(width))  # blank where a model has fewer layers
         lines.append(f"{layer:>5}  " + "  ".join(cells))
     return "\n".join(lines)
