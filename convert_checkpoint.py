@@ -10,11 +10,9 @@ Neither program has to be installed, and nothing in the checkpoint is executed. 
 """
 
 import argparse
-import os
 import shutil
-import sys
-import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,34 +20,31 @@ from w2v2.cli import run_script
 from w2v2.convert.fairseq import convert_fairseq
 from w2v2.convert.speechbrain import convert_speechbrain, convert_without_positions
 from w2v2.errors import UserError
+from w2v2.train.durable import publish, unfinished
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoint", type=Path, help="fairseq's .pt file, or SpeechBrain's CKPT+… folder or .ckpt file"
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder")
-    parser.add_argument("--config_name", default="base", help="SpeechBrain only: the architecture (default: base)")
-    parser.add_argument(
-        "--without_positions", action="store_true", help="SpeechBrain's own architecture, but for its positions"
-    )
-    parser.add_argument("--num_attention_heads", type=int, default=8, help="with it: the recipe's `nhead` (default: 8)")
-    parser.add_argument(
-        "--conv_stride",
-        type=int,
-        nargs="+",
-        default=[5, 2, 2, 2, 2, 2, 2],
-        help="with it: the recipe's strides of the convs",
-    )
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="fairseq's .pt file, or SpeechBrain's CKPT+… folder or .ckpt file")
+    add("--output_dir", type=Path, required=True, help="a new folder")
+    add("--config_name", default="base", help="SpeechBrain only: the architecture (default: base)")
+    add("--without_positions", action="store_true", help="SpeechBrain's own architecture, but for its positions")
+    add("--num_attention_heads", type=int, default=8, help="with it: the recipe's `nhead` (default: 8)")
+    strides = [5, 2, 2, 2, 2, 2, 2]
+    add("--conv_stride", type=int, nargs="+", default=strides, help="with it: the recipe's strides of the convs")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     if not args.checkpoint.exists():
         raise UserError(f"{args.checkpoint}: no such file or folder")
     if args.output_dir.exists():
@@ -61,32 +56,14 @@ def main(argv: list[str] | None = None) -> None:
         model, extractor = convert_speechbrain(args.checkpoint, args.config_name)
     else:
         model, extractor = convert_fairseq(args.checkpoint)
-    save_whole(model, extractor, args.output_dir)
+    with unfinished(args.output_dir) as folder:
+        model.save_pretrained(folder)
+        extractor.save_pretrained(folder)
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors keeps others out
+        publish(folder, args.output_dir)
     norm = "normalised" if extractor.do_normalize else "as they are"
     print(f"{args.output_dir}: {model.num_parameters():,} parameters, waveforms {norm}")
 
 
-def save_whole(model, extractor, folder: Path) -> None:
-    """Write the folder under another name first: what has its name is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
-    try:
-        model.save_pretrained(unfinished)
-        extractor.save_pretrained(unfinished)
-        open_as_usual(Path(unfinished))
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def open_as_usual(folder: Path) -> None:
-    """The permissions of new files and folders; temporary folders, and safetensors, keep others out."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
-
-
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    run_script(main)

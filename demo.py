@@ -39,53 +39,39 @@ def main() -> None:
     run("corpus", "data_scripts/make_demo_corpus.py", str(CORPUS))
     run("pretraining", "pretrain.py", "configs/pretrain/demo.yaml")
     pretrained = RUNS / "pretrained"
-    ours = finetune(
-        "fine-tuning the pretrained model", RUNS / "ctc_pretrained", "--model_name_or_path", str(pretrained)
-    )
-    theirs = finetune(
-        "fine-tuning random weights", RUNS / "ctc_random", "--model_name_or_path=", "--config_name", str(pretrained)
-    )
+    weights = ["--model_name_or_path", str(pretrained)]
+    ours = finetune("fine-tuning the pretrained model", RUNS / "ctc_pretrained", *weights)
+    weights = ["--model_name_or_path=", "--config_name", str(pretrained)]
+    theirs = finetune("fine-tuning random weights", RUNS / "ctc_random", *weights)
     report(ours, theirs, ROOT / pretrained)
 
 
 def report(ours: dict, theirs: dict, pretrained: Path) -> None:
     """The table, and a sentence that says what its figures mean."""
     last = [record for record in read_metrics(pretrained / "metrics.jsonl") if "eval_loss" in record][-1]
-    chance = chance_accuracy(pretrained)
-    lines = [
-        "| | pretrained | random weights |",
-        "|---|---|---|",
-        f"| test WER | {ours['wer']:.1%} | {theirs['wer']:.1%} |",
-        f"| test CER | {ours['cer']:.1%} | {theirs['cer']:.1%} |",
-        f"| validation accuracy (chance {chance:.2%}) | {last['eval_accuracy']:.1%} | |",
-        f"| codebook perplexity, soft / hard | {last['eval_codebook_perplexity']:.1f} / "
-        f"{last['eval_codebook_perplexity_hard']:.1f} | |",
-        f"| hours of audio heard | {last['audio_hours']:.2f} | 0 |",
-        "",
-        meaning(last["eval_accuracy"] / chance, last["eval_codebook_perplexity"], ours, theirs),
-        "",
-        f"Curves: {(pretrained / 'plots').relative_to(ROOT)}; model card: {(pretrained / 'README.md').relative_to(ROOT)}",
-    ]
-    text = "\n".join(lines)
-    (ROOT / RUNS / "results.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}")
-
-
-def meaning(times_chance: float, perplexity: float, ours: dict, theirs: dict) -> str:
-    """What the figures say, whichever way they came out."""
-    learned = (
-        f"On voices it never heard, the model tells the true frame from its distractors {times_chance:.0f} times as often as "
-        f"chance, with the equivalent of {perplexity:.0f} codes in even use"
-    )
+    chance, perplexity = chance_accuracy(pretrained), last["eval_codebook_perplexity"]
     words, letters = (1 - ours[rate] / theirs[rate] if theirs[rate] else 0.0 for rate in ("wer", "cer"))
-    use = (
-        f"fine-tuned on the same transcribed speech as random weights, it makes {abs(letters):.0%} "
-        f"{'fewer' if letters >= 0 else 'more'} character errors and {abs(words):.0%} {'fewer' if words >= 0 else 'more'} word errors"
-    )
-    return (
-        f"{learned}; {use}. One run of minutes on synthesized speech shows that the machinery works, not how good wav2vec 2.0 "
-        "can be: docs/results.md has longer runs, several seeds and real speech."
-    )
+    text = f"""| | pretrained | random weights |
+|---|---|---|
+| test WER | {ours["wer"]:.1%} | {theirs["wer"]:.1%} |
+| test CER | {ours["cer"]:.1%} | {theirs["cer"]:.1%} |
+| validation accuracy (chance {chance:.2%}) | {last["eval_accuracy"]:.1%} | |
+| codebook perplexity, soft / hard | {perplexity:.1f} / {last["eval_codebook_perplexity_hard"]:.1f} | |
+| hours of audio heard | {last["audio_hours"]:.2f} | 0 |
+
+On voices it never heard, the model tells the true frame from its distractors {last["eval_accuracy"] / chance:.0f} times as \
+often as chance, with the equivalent of {perplexity:.0f} codes in even use; fine-tuned on the same transcribed speech as random \
+weights, it makes {compare(letters, "character")} and {compare(words, "word")}. One run of minutes on synthesized speech \
+shows that the machinery works, not how good wav2vec 2.0 can be: docs/results.md has longer runs, several seeds and real speech.
+
+Curves: {(pretrained / "plots").relative_to(ROOT)}; model card: {(pretrained / "README.md").relative_to(ROOT)}
+"""
+    (ROOT / RUNS / "results.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}", end="")
+
+
+def compare(saved: float, unit: str) -> str:
+    return f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} {unit} errors"
 
 
 if __name__ == "__main__":

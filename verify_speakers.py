@@ -8,7 +8,6 @@ Embeddings are a fine-tuned classifier's projection averaged over time, or, of a
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +18,31 @@ from w2v2.data.audio import AudioError, probe
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import equal_error_rate, min_detection_cost
 from w2v2.evaluate.verification import Trial, cosine_scores, draw_trials, read_trials, write_trials
-from w2v2.finetune.ctc_data import read_utterances
 from w2v2.finetune.labels import column_of
 from w2v2.probe.arguments import VerificationArguments
-from w2v2.probe.features import FrozenModel
+from w2v2.probe.features import FrozenModel, read_table
 
 RESULTS_FILE = "verification.json"
-PROJECTION = "projection"
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_command_line((VerificationArguments,), argv)
     folder = args.prepare_output_dir(RESULTS_FILE)
     trials, table = listed_trials(args) if args.trials else drawn_trials(args)
-    print(
-        f"{len(trials)} trials, {sum(trial.target for trial in trials)} of one speaker, {len(table)} utterances",
-        flush=True,
-    )
-
-    model = FrozenModel(args.model_name_or_path, args.config_name, seed=args.seed, device=args.device)
-    check_layer(model, args)
-    cohort = embed(model, read(args.cohort, [], args), args) if args.cohort else None
     targets = [trial.target for trial in trials]
+    print(f"{len(trials)} trials, {sum(targets)} of one speaker, {len(table)} utterances", flush=True)
+
+    # Embeddings of every utterance; those of the cohort say what an average voice is.
+    model = FrozenModel(args.model_name_or_path, args.config_name, seed=args.seed, device=args.device)
+    if args.layer is not None and not 0 <= args.layer < model.num_layers:
+        raise UserError(f"--layer {args.layer}: this model has the layers 0 to {model.num_layers - 1}")
+    cohort = embed(model, read_table(args.cohort, [], args), args.layer) if args.cohort else None
+
+    # Scores of every trial, for each kind of embedding.
     results = {}
-    for name, vectors in embed(model, table, args).items():
-        vectors = vectors if cohort is None else standardised(vectors, cohort[name])
+    for name, vectors in embed(model, table, args.layer).items():
+        if cohort is not None:
+            vectors = (vectors - cohort[name].mean(0)) / np.maximum(cohort[name].std(0), 1e-6)
         scores = cosine_scores(trials, dict(zip(table["id"], vectors, strict=True)))
         results[name] = {"eer": equal_error_rate(targets, scores),
                          "min_dcf": min_detection_cost(targets, scores, args.p_target)}  # fmt: skip
@@ -53,55 +52,36 @@ def main(argv: list[str] | None = None) -> None:
     (folder / RESULTS_FILE).write_text(json.dumps(results | {"run": run}, indent=2) + "\n", encoding="utf-8")
 
 
-def check_layer(model: FrozenModel, args: VerificationArguments) -> None:
-    if args.layer is not None and not 0 <= args.layer < model.num_layers:
-        raise UserError(f"--layer {args.layer}: this model has the layers 0 to {model.num_layers - 1}")
-
-
-def embed(model: FrozenModel, table: Dataset, args: VerificationArguments) -> dict[str, np.ndarray]:
+def embed(model: FrozenModel, table: Dataset, layer: int | None) -> dict[str, np.ndarray]:
     """Name of the embedding → one vector an utterance, (N, D)."""
-    if args.layer is None and model.has_head:
-        return {PROJECTION: model.embeddings(table)}
-    means = model.means(table)
-    wanted = range(model.num_layers) if args.layer is None else [args.layer]
-    return {f"layer {layer}": means[:, layer] for layer in wanted}
-
-
-def standardised(vectors: np.ndarray, cohort: np.ndarray) -> np.ndarray:
-    return (vectors - cohort.mean(0)) / np.maximum(cohort.std(0), 1e-6)
+    if layer is None and model.has_head:
+        return {"projection": model.embeddings(table)}
+    means = model.means(table)  # (N, L, D)
+    return {f"layer {i}": means[:, i] for i in (range(model.num_layers) if layer is None else [layer])}
 
 
 def listed_trials(args: VerificationArguments) -> tuple[list[Trial], Dataset]:
     """The trials of a list, and a table of the files that they name."""
     trials = read_trials(args.trials)
-    base = Path(args.data_root or Path(args.trials).parent)
+    base = Path(args.data_root or Path(args.trials).parent).absolute()
     names = sorted({name for trial in trials for name in (trial.first, trial.second)})
-    lengths = []
-    for name in names:
-        try:
-            lengths.append(probe(str(base / name)))
-        except AudioError as error:
-            hint = "" if args.data_root else "; --data_root names the folder that the paths start from"
-            raise UserError(f"--trials {args.trials}: {error.path}: {error.reason}{hint}") from None
-    audio = [str((base / name).absolute()) for name in names]
+    audio = [str(base / name) for name in names]
+    try:
+        lengths = [probe(path) for path in audio]
+    except AudioError as error:
+        hint = "" if args.data_root else "; --data_root names the folder that the paths start from"
+        raise UserError(f"--trials {args.trials}: {error.path}: {error.reason}{hint}") from None
     return trials, Dataset.from_dict({"id": names, "audio": audio, "start": [0.0] * len(names), "num_samples": lengths})
 
 
 def drawn_trials(args: VerificationArguments) -> tuple[list[Trial], Dataset]:
     """Trials among a manifest's utterances, noted in `trials.txt`, and the utterances that they name."""
-    table = read(args.manifest, [args.speaker_column], args)
+    table = read_table(args.manifest, [args.speaker_column], args)
     speakers = table[column_of(table, args.speaker_column, "speaker_column", ", ".join(args.manifest))]
     trials = draw_trials(dict(zip(table["id"], speakers, strict=True)), args.num_trials, args.seed)
     write_trials(Path(args.output_dir, "trials.txt"), trials)
     used = {name for trial in trials for name in (trial.first, trial.second)}
     return trials, table.select([row for row, name in enumerate(table["id"]) if name in used])
-
-
-def read(paths: Sequence[str], columns: Sequence[str], args: VerificationArguments) -> Dataset:
-    return read_utterances(
-        paths, columns, data_root=args.data_root, cache_dir=Path(args.output_dir, "_cache"),
-        max_skipped_fraction=args.max_skipped_fraction,
-    )[0]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """fairseq's wav2vec 2.0: its names and options (fairseq/models/wav2vec/wav2vec2.py), and the stock model that is the same."""
 
 import argparse
-import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,9 @@ _FAIRSEQ_FIXED = {
     "layer_type": ("transformer", "transformer"),
 }
 
+_TRIPLE = r"\((\d+),(\d+),(\d+)\)"
+_CONV_TERM = r"\[(?:\(\d+,\d+,\d+\),?)+\](?:\*\d{1,2})?"
+
 
 def convert_fairseq(path: Path) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2FeatureExtractor]:
     """The model of a fairseq pretraining checkpoint (`.pt`), and whether the waveform is normalised.
@@ -136,23 +139,14 @@ def fairseq_config(options: Mapping[str, Any], path: Path) -> Wav2Vec2Config:
 
 
 def conv_layers(text: str, path: Path) -> list[tuple[int, int, int]]:
-    """(channels, kernel, stride) of each conv, from the Python expression that fairseq evaluates; here it is only read."""
+    """(channels, kernel, stride) of each conv, from the Python expression that fairseq evaluates; here it is only read.
 
-    def value(node: ast.AST) -> Any:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.List | ast.Tuple):
-            return [value(item) for item in node.elts]
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return value(node.left) + value(node.right)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            left, right = value(node.left), value(node.right)
-            if isinstance(right, int) and right <= 100:
-                return left * right
-        raise ValueError(ast.dump(node))
-
-    try:
-        layers = value(ast.parse(text, mode="eval").body)
-        return [(channels, kernel, stride) for channels, kernel, stride in layers]
-    except (ValueError, TypeError, SyntaxError):
-        raise UserError(f"{path}: conv_feature_layers {text!r} is no list of (channels, kernel, stride)") from None
+    It is a sum of lists of triples, each perhaps times a number: `[(512, 10, 5)] + [(512, 3, 2)] * 4`.
+    """
+    compact = re.sub(r"\s", "", text) if isinstance(text, str) else ""
+    if not re.fullmatch(rf"{_CONV_TERM}(\+{_CONV_TERM})*", compact):
+        raise UserError(f"{path}: conv_feature_layers {text!r} is no list of (channels, kernel, stride)")
+    layers = []
+    for triples, times in re.findall(r"\[([^]]*)\](?:\*(\d+))?", compact):
+        layers += [tuple(map(int, triple)) for triple in re.findall(_TRIPLE, triples)] * int(times or 1)
+    return layers
