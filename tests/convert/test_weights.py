@@ -39,9 +39,7 @@ def fairseq_weights(model):
     weights["mask_emb"] = inner.masked_spec_embed.detach().clone()
     for i, block in enumerate(inner.feature_extractor.conv_layers):
         put(f"feature_extractor.conv_layers.{i}.0", block.conv)
-        if hasattr(
-            block, "layer_norm"
-        ):  # after the conv (0) and its dropout (1); a layer norm sits between two transposes
+        if hasattr(block, "layer_norm"):  # after conv (0) and dropout (1); a layer norm sits between two transposes
             is_group = isinstance(block.layer_norm, torch.nn.GroupNorm)
             put(f"feature_extractor.conv_layers.{i}.2" + ("" if is_group else ".1"), block.layer_norm)
     put("layer_norm", inner.feature_projection.layer_norm)
@@ -98,7 +96,7 @@ def assert_same(model, other):
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-def test_a_fairseq_checkpoint_becomes_a_folder_that_stock_classes_load_whole(tmp_path, large, capsys):
+def test_a_fairseq_checkpoint_loads_whole_in_stock_classes(tmp_path, large, capsys):
     model = make_model(large)
     path = save_fairseq(tmp_path / "checkpoint.pt", fairseq_weights(model), fairseq_options(large), normalize=large)
     assert run_here(convert_checkpoint.main, path, "--output_dir", tmp_path / "out") == 0
@@ -116,7 +114,7 @@ def test_a_fairseq_checkpoint_becomes_a_folder_that_stock_classes_load_whole(tmp
     assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
 
 
-def test_older_checkpoints_keep_their_options_in_a_namespace_and_may_be_of_the_older_format(tmp_path):
+def test_older_fairseq_checkpoints_come_back(tmp_path):
     model, options = make_model(), argparse.Namespace(**fairseq_options(), normalize=True)
     for new_format in (True, False):
         path = tmp_path / f"{new_format}.pt"
@@ -125,15 +123,12 @@ def test_older_checkpoints_keep_their_options_in_a_namespace_and_may_be_of_the_o
         converted, extractor = convert_fairseq(path)
         assert_same(model, converted)
         assert extractor.do_normalize
-
-
-def test_weights_in_half_precision_become_32_bits(tmp_path):
-    weights = {key: value.half() for key, value in fairseq_weights(make_model()).items()}
-    converted, _ = convert_fairseq(save_fairseq(tmp_path / "half.pt", weights, fairseq_options()))
+    half = {key: value.half() for key, value in fairseq_weights(model).items()}
+    converted, _ = convert_fairseq(save_fairseq(tmp_path / "half.pt", half, fairseq_options()))
     assert {value.dtype for value in converted.state_dict().values()} == {torch.float32}
 
 
-def test_classes_that_are_not_installed_do_not_matter_and_calls_are_never_made(tmp_path, monkeypatch):
+def test_unknown_classes_are_inert_and_calls_never_made(tmp_path, monkeypatch):
     names = ("fairseq", "fairseq.data", "fairseq.data.dictionary")
     for name in names:
         module = types.ModuleType(name)
@@ -167,7 +162,7 @@ def test_classes_that_are_not_installed_do_not_matter_and_calls_are_never_made(t
         (lambda weights: weights.update({"w2v_encoder.proj.weight": torch.ones(3)}), "fine-tuned model"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_naming_the_first(tmp_path, change, message):
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     weights = fairseq_weights(make_model())
     change(weights)
     with pytest.raises(UserError, match=message):
@@ -181,14 +176,14 @@ def test_weights_that_do_not_fit_are_refused_naming_the_first(tmp_path, change, 
      {"conv_feature_layers": "__import__('os').getcwd()"}, {"conv_feature_layers": "[(16, 10)]"}],
     ids=str,
 )  # fmt: skip
-def test_what_the_stock_model_cannot_compute_is_refused_by_name(tmp_path, changes):
+def test_options_without_a_counterpart_are_named(tmp_path, changes):
     path = save_fairseq(tmp_path / "odd.pt", fairseq_weights(make_model()), fairseq_options(**changes))
     with pytest.raises(UserError, match=next(iter(changes))):
         convert_fairseq(path)
 
 
 def test_the_conv_layers_are_read_as_python_would():
-    for text in (CONVS, "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]", "[(4, 3, 2)]"):
+    for text in (CONVS, "[(512, 10, 5), (4,3,2),]*2 + [ (512, 3, 2)] * 4 + [(512,2,2)]", "[(4, 3, 2)]"):
         assert conv_layers(text, Path("x.pt")) == eval(text)
 
 
@@ -223,7 +218,7 @@ def test_a_speechbrain_checkpoint_of_the_stock_model_comes_back(tmp_path, old_na
     assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").do_normalize
 
 
-def test_speechbrains_own_architecture_is_refused_with_the_reason(tmp_path):
+def test_speechbrains_own_architecture_is_refused(tmp_path):
     (tmp_path / "latent_encoder.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match="sinusoidal positions"):
         convert_speechbrain(tmp_path, "base")
@@ -235,10 +230,8 @@ def speechbrains_own(model):
     def put(name, module, into):
         into.update({f"{name}{part}": value.detach().clone() for part, value in module.named_parameters()})
 
-    inner, files = (
-        model.wav2vec2,
-        {name: {} for name in ("latent_extractor", "latent_encoder", "target_quantiser", "feat_proj")},
-    )
+    inner = model.wav2vec2
+    files = {name: {} for name in ("latent_extractor", "latent_encoder", "target_quantiser", "feat_proj")}
     for i, block in enumerate(inner.feature_extractor.conv_layers):
         put(f"extractor.convblock_{i}.convs.conv_0.conv.", block.conv, files["latent_extractor"])
         put(f"extractor.convblock_{i}.convs.norm_0.norm.", block.layer_norm, files["latent_extractor"])
@@ -268,7 +261,7 @@ def speechbrains_own(model):
     return files
 
 
-def test_all_but_the_positions_of_speechbrains_own_architecture_is_taken_over_on_request(tmp_path):
+def test_speechbrains_own_model_but_for_its_positions(tmp_path):
     torch.manual_seed(2)
     model = Wav2Vec2ForPreTraining(tiny_config(large=True, conv_bias=False, layer_norm_eps=1e-6)).eval()
     for parameter in model.parameters():
@@ -290,21 +283,18 @@ def test_all_but_the_positions_of_speechbrains_own_architecture_is_taken_over_on
         convert_without_positions(tmp_path, 2, model.config.conv_stride)
 
 
-def test_a_speechbrain_encoder_without_its_quantizer_is_refused(tmp_path):
+def test_other_speechbrain_weights_are_refused(tmp_path):
     model = make_model()
     model.config.save_pretrained(tmp_path / "architecture")
-    torch.save({f"model.{key}": value for key, value in model.wav2vec2.state_dict().items()}, tmp_path / "x.ckpt")
+    torch.save({f"model.{key}": value for key, value in model.wav2vec2.state_dict().items()}, tmp_path / "encoder.ckpt")
     with pytest.raises(UserError, match="no place for masked_spec_embed"):
-        convert_speechbrain(tmp_path / "x.ckpt", str(tmp_path / "architecture"))
-
-
-def test_another_architecture_than_the_checkpoints_is_refused(tmp_path):
-    torch.save(speechbrain_weights(make_model(), False), tmp_path / "x.ckpt")
+        convert_speechbrain(tmp_path / "encoder.ckpt", str(tmp_path / "architecture"))
+    torch.save(speechbrain_weights(model, False), tmp_path / "whole.ckpt")
     with pytest.raises(UserError, match="the architecture"):
-        convert_speechbrain(tmp_path / "x.ckpt", "base")
+        convert_speechbrain(tmp_path / "whole.ckpt", "base")
 
 
-def test_the_script_leaves_existing_folders_alone_and_says_what_it_misses(tmp_path, capsys):
+def test_the_script_refuses_existing_and_absent_paths(tmp_path, capsys):
     path = save_fairseq(tmp_path / "checkpoint.pt", fairseq_weights(make_model()), fairseq_options())
     (tmp_path / "out").mkdir()
     assert run_here(convert_checkpoint.main, path, "--output_dir", tmp_path / "out") == 2

@@ -34,16 +34,8 @@ def draw_confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence
         axes.set_xticks(range(len(labels)), labels, rotation=90)
         axes.set_yticks(range(len(labels)), labels)
         for row, column in zip(*np.nonzero(counts), strict=True):
-            dark = shares[row, column] > 0.5
-            axes.text(
-                column,
-                row,
-                counts[row, column],
-                ha="center",
-                va="center",
-                color="white" if dark else "black",
-                fontsize=8,
-            )
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8)
     return _save(figure, path)
 
 
@@ -52,14 +44,8 @@ def draw_layers(path: Path, curves: Mapping[str, Sequence[float]], measure: str,
     figure = _figure((7, 4))
     axes = figure.subplots()
     for name, scores in curves.items():
-        axes.plot(
-            range(len(scores)),
-            scores,
-            marker="o",
-            markersize=4,
-            label=name,
-            linestyle="--" if "random" in name else "-",
-        )
+        style = "--" if "random" in name else "-"
+        axes.plot(range(len(scores)), scores, marker="o", markersize=4, label=name, linestyle=style)
     _finish(axes, "layer", measure, chance)
     axes.set_xticks(range(max(len(scores) for scores in curves.values())))
     return _save(figure, path)
