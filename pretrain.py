@@ -41,8 +41,7 @@ from w2v2.train.launch import end_training, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import Trial, fit, share
 from w2v2.train.plan import build_batches, present_plan
-from w2v2.train.resuming import choose_checkpoint
-from w2v2.train.run_folder import claim
+from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.skipped import SkippedAudio, SkippedUpdates
 from w2v2.train.state import RunState
@@ -90,7 +89,7 @@ def main() -> None:
     (args,) = parse_command_line([PretrainArguments])
     logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     accelerator = start_accelerator(args)
-    claim(args, accelerator)
+    checkpoint = prepare_run_folder(args, accelerator)
 
     # 1. The model's configuration: how many frames a waveform makes, and what is masked.
     config = build_config(args)
@@ -108,7 +107,6 @@ def main() -> None:
         check_validation(validation, lost, args.max_skipped_fraction)
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
-    checkpoint = choose_checkpoint(accelerator, Path(args.output_dir), args.resume_from_checkpoint)
     state = RunState.start(args, training, config, checkpoint)
     skipped = SkippedAudio(
         Path(args.output_dir),
@@ -219,24 +217,11 @@ def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None,
             if state.is_due(args.save_steps) or is_stopping:
                 for lines in records:
                     lines.sync()
-                save(run, watch.keep(args.save_total_limit), "stop" if is_stopping else args.save_failure, pusher)
+                on_failure = "stop" if is_stopping else args.save_failure
+                folder = save_checkpoint(args.output_dir, run, watch.keep(args.save_total_limit), on_failure)
+                if pusher and folder:
+                    pusher.push(folder, f"Weights after {state.step} updates")
                 clock.lap()
-
-
-def save(run: Run, keep: int, on_failure: str, pusher: HubPusher | None) -> None:
-    """A checkpoint of this step, which the Hub gets too if it is to have every one."""
-    folder = save_checkpoint(
-        run.args.output_dir,
-        run.accelerator,
-        run.model,
-        run.optimizer,
-        run.feature_extractor,
-        run.state,
-        keep,
-        on_failure,
-    )
-    if pusher and folder:
-        pusher.push(folder, f"Weights after {run.state.step} updates")
 
 
 def write_config(run: Run) -> None:

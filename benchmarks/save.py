@@ -29,9 +29,9 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from w2v2.model.config import load_config  # noqa: E402
 from w2v2.model.pretraining import PretrainingModel  # noqa: E402
-from w2v2.train import checksums  # noqa: E402
 from w2v2.train.checkpoint import save_checkpoint  # noqa: E402
-from w2v2.train.resuming import find_damage  # noqa: E402
+from w2v2.train.durable import sync, write_checksums  # noqa: E402
+from w2v2.train.resume import find_damage  # noqa: E402
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Saved:
     """A model with moments, and the folder that it is saved to."""
 
     def __init__(self, config_name: str, folder: Path):
-        self.folder = folder
+        self.folder, self.feature_extractor = folder, Wav2Vec2FeatureExtractor()
         disable_progress_bar()
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         model = PretrainingModel._from_config(load_config(None, config_name))
@@ -60,8 +60,8 @@ class Saved:
         self.optimizer.zero_grad()
 
     def save(self, step: int) -> Path:
-        extractor = Wav2Vec2FeatureExtractor()
-        return save_checkpoint(self.folder, self.accelerator, self.model, self.optimizer, extractor, Step(step), keep=1)
+        self.state = Step(step)
+        return save_checkpoint(self.folder, self, keep=1)
 
     def snapshot(self) -> list[torch.Tensor]:
         states = self.optimizer.optimizer.state_dict()["state"].values()
@@ -88,9 +88,9 @@ def parts(checkpoint: Path, scratch: Path) -> dict[str, float]:
         save_file(values, scratch / name)
     written = time.perf_counter()
     for name in tensors:
-        checksums.sync(scratch / name)
+        sync(scratch / name)
     durable = time.perf_counter()
-    checksums.seal(scratch, "checksums.json")
+    write_checksums(scratch, "checksums.json")
     sealed = time.perf_counter()
     found = {"write": written - started, "fsync": durable - written, "sha256": sealed - durable}
     found["verify"] = -time.perf_counter()

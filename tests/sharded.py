@@ -88,8 +88,10 @@ def updates(accelerator: Accelerator, folder: str) -> None:
     model, optimizer = launch.prepare_model(accelerator, model, build_optimizer(model, RECIPE))
     for step in range(UPDATES):
         update_once(accelerator, model, optimizer, step)
-    state = SimpleNamespace(step=UPDATES, as_dict=lambda: {"step": UPDATES})
-    saved = save_checkpoint(folder, accelerator, model, optimizer, Wav2Vec2FeatureExtractor(), state, keep=0)
+    run = SimpleNamespace(accelerator=accelerator, model=model, optimizer=optimizer)
+    run.feature_extractor = Wav2Vec2FeatureExtractor()
+    run.state = SimpleNamespace(step=UPDATES, as_dict=lambda: {"step": UPDATES})
+    saved = save_checkpoint(folder, run, keep=0)
     found = {"straight on": update_once(accelerator, model, optimizer, UPDATES)}
     for sharded in (True, False):
         told(accelerator, sharded)

@@ -7,6 +7,7 @@ import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.model.pretraining import PretrainingModel
 from w2v2.train.checkpoint import save_checkpoint
+from w2v2.train.run_folder import HOLDER_FILE, LOCK_FILE, prepare_run_folder
 
 MODEL, OPTIMIZER = "model.safetensors", "training_state/optimizer.safetensors"
 STATE, CHECKSUMS = "training_state/state.json", "training_state/checksums.json"
@@ -35,6 +37,7 @@ class Run:
     def __init__(self, seed=0, updates=2):
         torch.manual_seed(seed)
         self.accelerator = Accelerator(cpu=True)
+        self.feature_extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
         model = PretrainingModel(tiny_config()).train()
         groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01}]
         groups += [{"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
@@ -50,9 +53,8 @@ class Run:
         self.optimizer.step()
 
     def save(self, folder, step, keep=0, on_failure="stop"):
-        extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
-        state = State(step)
-        return save_checkpoint(folder, self.accelerator, self.model, self.optimizer, extractor, state, keep, on_failure)
+        self.state = State(step)
+        return save_checkpoint(folder, self, keep, on_failure)
 
     def moments(self):
         states = self.optimizer.optimizer.state_dict()["state"]
@@ -60,7 +62,17 @@ class Run:
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """What lies in a run's folder, beside the files that say who is at work there."""
+    return sorted({path.name for path in folder.iterdir()} - {LOCK_FILE, HOLDER_FILE})
+
+
+def prepare(folder, resume=None, overwrite=False, **flags):
+    """What `prepare_run_folder` makes of these flags."""
+    values = dict(dry_run=False, model_name_or_path=None, config_name=None) | flags
+    values |= dict(
+        output_dir=str(folder), resume_from_checkpoint=resume and str(resume), overwrite_output_dir=overwrite
+    )
+    return prepare_run_folder(SimpleNamespace(**values), Accelerator(cpu=True))
 
 
 def tensors(checkpoint):
@@ -74,8 +86,9 @@ def same(found, expected):
 
 
 def contents(folder):
-    """Relative path → bytes, of every file."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Relative path → bytes, of every file but those that say who is at work there."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in (LOCK_FILE, HOLDER_FILE)]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def flip(path: Path, bit: int):

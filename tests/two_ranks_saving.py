@@ -10,13 +10,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from tiny_run import MODEL, Run, file_size_limit, flip  # noqa: E402
+from tiny_run import MODEL, Run, file_size_limit, flip, prepare  # noqa: E402
 from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
 
 from w2v2.errors import UserError  # noqa: E402
 from w2v2.train.checkpoint import save_model  # noqa: E402
 from w2v2.train.launch import leave_group  # noqa: E402
-from w2v2.train.resuming import choose_checkpoint  # noqa: E402
 
 
 def outcome(action):
@@ -43,11 +42,11 @@ def main(folder: Path) -> None:
     if accelerator.is_main_process:
         flip(runs / "checkpoint-4" / MODEL, 5_000)
     accelerator.wait_for_everyone()
-    found["named"] = outcome(lambda: choose_checkpoint(accelerator, runs, str(runs / "checkpoint-4")))
-    found["auto"] = outcome(lambda: choose_checkpoint(accelerator, runs, "auto"))
+    found["named"] = outcome(lambda: prepare(runs, runs / "checkpoint-4"))
+    found["auto"] = outcome(lambda: prepare(runs, "auto"))
     if not accelerator.is_main_process:  # as on a machine that does not share the folder
         Path.is_dir = lambda path: False
-    found["unseen"] = outcome(lambda: choose_checkpoint(accelerator, runs, "auto"))
+    found["unseen"] = outcome(lambda: prepare(runs, "auto"))
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(found))
     leave_group()
     accelerator.end_training()

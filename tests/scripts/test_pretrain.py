@@ -23,10 +23,10 @@ import pretrain
 from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut
 from w2v2.train import micro_batch
-from w2v2.train.checksums import seal
+from w2v2.train.durable import write_checksums
 from w2v2.train.log import read_metrics
 from w2v2.train.micro_batch import Finding
-from w2v2.train.resuming import CHECKSUMS, find_damage
+from w2v2.train.resume import CHECKSUMS, find_damage
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS, SAVE_STEPS = 16, 4
@@ -300,7 +300,7 @@ def test_a_fitted_run_says_what_it_found_and_goes_on_with_it_to_the_bit(flags, t
     ):
         shutil.rmtree(other / "checkpoint-6", ignore_errors=True)
         (other / state).write_text(json.dumps(changed))
-        seal(other / "checkpoint-3", CHECKSUMS)
+        write_checksums(other / "checkpoint-3", CHECKSUMS)
         assert auto(flags, other, "--resume_from_checkpoint", "auto") == 0
         plan = json.loads((other / "plan.json").read_text())
         assert plan["micro_batch_seconds"] == pytest.approx(1.5 * seconds)

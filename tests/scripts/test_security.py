@@ -21,6 +21,7 @@ from conftest import run_here, tiny_config, write_tones
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from tiny_run import prepare
 from transformers import Wav2Vec2FeatureExtractor
 
 import finetune_ctc
@@ -31,7 +32,6 @@ from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir
 from w2v2.hub.card import write_model_card
 from w2v2.model.loading import build_model
 from w2v2.model.pretraining import PretrainingModel
-from w2v2.train.resuming import claim_output_dir
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "RecognizableSecret" * 2
@@ -493,7 +493,7 @@ def precious(tmp_path):
 
 
 def test_overwriting_a_run_follows_no_links(precious):
-    claim_output_dir(precious, overwrite=True, resume_from=None)
+    assert prepare(precious, overwrite=True) is None
 
 
 def test_overwriting_a_fine_tuning_run_follows_no_links(precious, corpus):

@@ -21,7 +21,7 @@ from w2v2.errors import UserError
 from w2v2.finetune.arguments import METRICS_FILE
 from w2v2.finetune.batching import MicroBatches, UpdateSampler, collate_update
 from w2v2.finetune.ctc_data import SpeechDataset, check_skipped, read_skipped
-from w2v2.train.folder_swap import open_to_others
+from w2v2.train.durable import match_modes
 from w2v2.train.launch import leave_group
 from w2v2.train.records import StepRecords
 from w2v2.train.schedule import lr_factor
@@ -170,7 +170,7 @@ class FineTuner(Trainer):
         # A processor writes another file alone.
         getattr(self.processing_class, "feature_extractor", self.processing_class).save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
-        open_to_others(folder)
+        match_modes(folder)
 
 
 @contextlib.contextmanager

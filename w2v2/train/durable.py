@@ -69,6 +69,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def match_modes(folder: Path) -> None:
+    """Give safetensors files, which their owner alone may read whatever the umask says, the mode of `config.json`."""
+    for path in [*folder.glob("*.safetensors"), *folder.glob("training_state/*.safetensors")]:
+        shutil.copymode(folder / "config.json", path)
+
+
 def write_checksums(folder: Path, name: str) -> None:
     """Make all files under `folder` durable, with their sizes and SHA-256 sums in its file `name`. Raises `OSError`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / name)

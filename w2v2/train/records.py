@@ -1,8 +1,10 @@
-"""What a run writes line by line: JSON objects with a `step`, in files that a resumed run cuts back to its checkpoint.
+"""Records: what a run writes line by line, JSON objects with a `step`.
 
-metrics.jsonl               `log.RunLog`
-skipped_audio.jsonl         `SkippedAudio`: files that could not be read
-non_finite_updates.jsonl    `NonFiniteUpdates`: updates that were not taken
+    metrics.jsonl               `log.RunLog`
+    skipped_audio.jsonl         `skipped.SkippedAudio`
+    non_finite_updates.jsonl    `skipped.SkippedUpdates`
+
+A resumed run cuts these files back to its checkpoint.
 """
 
 import json

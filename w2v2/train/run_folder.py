@@ -1,83 +1,134 @@
-"""The run's folder: one run at a time writes into it, and a restarted attempt goes on with what its launch began."""
+"""The run's folder: one run at a time writes into it, no run is overwritten unasked, and a restarted attempt goes on."""
 
-import errno
-import fcntl
-import hashlib
 import json
-import logging
 import os
 import socket
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 
 from w2v2.errors import UserError
+from w2v2.train.durable import UNFINISHED, remove, write_file
 from w2v2.train.launch import is_restart, on_main_process
-from w2v2.train.resuming import claim_output_dir, whole_checkpoints
+from w2v2.train.resume import checkpoints, find_checkpoint
 
-logger = logging.getLogger(__name__)
-
-LOCK_FILE = ".lock"
-NOTE_BYTES = 4096  # one block: written at once or not at all
-MOST_AGENTS = 180  # that a note has room for
-_held: dict[Path, int] = {}  # descriptors: a lock lasts until this process ends
+LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
+RUN_FILES = ("metrics.jsonl", "pretrain_config.yaml", "model.safetensors")
+BESIDE_THEM = ("skipped_audio.jsonl", "non_finite_updates.jsonl", "plots", "runs")
+_locks: dict[Path, FileLock] = {}  # held until this process ends
 
 
-class Launch(NamedTuple):
-    """What is known of the attempt at hand, over all ranks."""
+def prepare_run_folder(args, accelerator: Accelerator) -> Path | None:
+    """Lock `output_dir` for this run and do with it what the flags say. Call on all ranks.
 
-    name: str | None  # of the launcher's run (`--rdzv_id`); None: no launcher that restarts
-    agents: list[str]  # the launcher's processes, one a machine
-    is_counted: bool  # whether any of them counts a restart
+    An attempt that the launcher restarted (`--max_restarts`) goes on with the newest checkpoint, whatever the flags say; the
+    one that they name is the start where there is none yet. A dry run changes nothing.
 
+    Returns:
+        The checkpoint to resume from, whole and seen by all ranks; None: the run starts anew.
 
-def claim(args, accelerator: Accelerator) -> None:
-    """Take `output_dir` for this run, as the flags say (`claim_output_dir`). Call on all ranks.
-
-    A restarted attempt of a launch that had already taken it goes on with the newest checkpoint, whatever the flags say; the one that they
-    name is the start where there is none yet. `args` then say so, on all ranks.
+    Raises `UserError` for a folder that another process writes into, that holds a run which is neither resumed nor to be
+    overwritten, that holds checkpoints newer than the one to resume from, or that is a file or cannot be written.
     """
-    launch = this_launch()
-    args.resume_from_checkpoint, args.overwrite_output_dir = on_main_process(accelerator, lambda: _take(args, launch))
+    # Of several machines, only the one that lost a worker may count the restart.
+    is_restarted = any(gather_object([is_restart()]))
+    checkpoint = on_main_process(accelerator, lambda: _prepare(args, is_restarted))
+    if checkpoint and not all(gather_object([checkpoint.is_dir()])):
+        raise UserError(
+            f"{checkpoint} is not seen by all processes: --output_dir has to be on a file system that all machines share"
+        )
+    return checkpoint
 
 
-def this_launch() -> Launch:
-    """Call on all ranks: of several machines only the one whose worker died counts a restart, and rank 0 may be on any of them."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    told = gather_object([(is_restart(), agent())])
-    return Launch(name and name[:128], list(dict.fromkeys(who for _, who in told)), any(count for count, _ in told))
+def _prepare(args, is_restarted: bool) -> Path | None:
+    output_dir, resume_from = Path(args.output_dir), args.resume_from_checkpoint
+    for folder in (output_dir, *output_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output_dir {output_dir}: {folder} is a file; give a folder")
+    if args.dry_run:
+        return None
 
-
-def agent() -> str:
-    """A digest for this machine's agent of the launcher: the same in all its attempts, and never that of another process."""
-    parent = os.getppid()
-    try:  # where containers call their machines alike, and each has an agent with the number 1
-        started = Path(f"/proc/{parent}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
-    except (OSError, IndexError):
-        started = ""
-    return hashlib.sha256(f"{socket.gethostname()} {parent} {started}".encode()).hexdigest()[:12]
-
-
-def _take(args, launch: Launch) -> tuple[str | None, bool]:
-    """What `resume_from_checkpoint` and `overwrite_output_dir` come to."""
-    output_dir, resume_from, overwrite = Path(args.output_dir), args.resume_from_checkpoint, args.overwrite_output_dir
-    claim_output_dir(output_dir, overwrite, resume_from, dry_run=True)
-    before = {} if args.dry_run else lock(output_dir)
-    if _goes_on(before, launch, output_dir):
-        claim_output_dir(output_dir, False, "auto")
-        overwrite = False
-        if resume_from is None or whole_checkpoints(output_dir):
+    before = lock_folder(output_dir)
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    if is_restarted and before.get("launch") == launch and before.get("is_prepared"):
+        if resume_from is None or checkpoints(output_dir):
             resume_from = "auto"
     else:
-        if overwrite:
-            _refuse_own_source(args)
-        claim_output_dir(output_dir, overwrite, resume_from, args.dry_run)
-    if not args.dry_run:
-        _note(output_dir, dict(launch=launch.name, agents=launch.agents[:MOST_AGENTS]))
-    return resume_from, overwrite
+        # Until the flags are obeyed, a restart of this launch does not go on with what lies here.
+        _write_holder(output_dir, launch=launch, is_prepared=False)
+        _obey_flags(args)
+    for folder in output_dir.glob(UNFINISHED + "*"):
+        remove(folder)
+    _write_holder(output_dir, launch=launch, is_prepared=True)
+    return find_checkpoint(output_dir, resume_from)
+
+
+def lock_folder(folder: Path, wait_seconds: float = 15.0) -> dict[str, Any]:
+    """Keep other runs out of `folder` until this process ends; returns what the last holder noted.
+
+    A run that is just ending is waited for: its data workers may hold the lock some seconds longer.
+    Raises `UserError` that names the process and the machine which hold it, or for a folder that cannot be locked.
+    """
+    path = folder.resolve() / LOCK_FILE
+    lock = _locks.setdefault(path, FileLock(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=wait_seconds)
+    except Timeout:
+        holder = _read_holder(folder)
+        raise UserError(
+            f"--output_dir {folder} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}: wait for "
+            "that run or end it, or give another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"--output_dir {folder} cannot be written or locked ({error}): give another folder") from None
+    return _read_holder(folder)
+
+
+def _read_holder(folder: Path) -> dict[str, Any]:
+    path = folder / HOLDER_FILE
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
+def _write_holder(folder: Path, **launch) -> None:
+    holder = {"pid": os.getpid(), "host": socket.gethostname()} | launch
+    write_file(folder / HOLDER_FILE, json.dumps(holder).encode())
+
+
+def _obey_flags(args) -> None:
+    """Refuse, leave or delete the run that lies in `output_dir`.
+
+    `--overwrite_output_dir` wins over `auto`: whoever asks for both, the one perhaps in a YAML file, starts anew.
+    """
+    output_dir, resume_from = Path(args.output_dir), args.resume_from_checkpoint
+    # A checkpoint of another folder does not make the run in this one ours.
+    is_named = resume_from not in (None, "auto") and Path(resume_from).resolve().parent == output_dir.resolve()
+    remains = [p for name in RUN_FILES if (p := output_dir / name).exists()] + sorted(output_dir.glob("checkpoint-*"))
+    if is_named:
+        _refuse_newer(output_dir, Path(resume_from))
+    elif args.overwrite_output_dir:
+        _refuse_own_source(args)
+        for path in [*remains, *(output_dir / name for name in BESIDE_THEM)]:
+            remove(path)
+    elif remains and resume_from != "auto":
+        raise UserError(
+            f"--output_dir {output_dir} already holds a run ({remains[0].name}): go on with --resume_from_checkpoint auto, "
+            "start anew with --overwrite_output_dir, or give another folder"
+        )
+
+
+def _refuse_newer(output_dir: Path, checkpoint: Path) -> None:
+    """A run that goes back leaves later checkpoints of another past behind, which `auto` would take for its own."""
+    whole = [folder.resolve() for folder in checkpoints(output_dir)]
+    if checkpoint.resolve() in whole[:-1]:
+        newer = whole[whole.index(checkpoint.resolve()) + 1]
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {newer.name} is newer; remove what is newer, or resume into another "
+            "--output_dir"
+        )
 
 
 def _refuse_own_source(args) -> None:
@@ -89,83 +140,3 @@ def _refuse_own_source(args) -> None:
             raise UserError(
                 f"--overwrite_output_dir: {folder} holds {inside}, which --{flag} names; give another --output_dir"
             )
-
-
-def _goes_on(before: dict[str, Any] | None, launch: Launch, output_dir: Path) -> bool:
-    """Whether `before`, the note of who took the folder last, is of an earlier attempt of this launch.
-
-    One of its agents is there again: so it is even where none counts a restart, because machines came or went. Where a restart is
-    counted, the launch's own name does too, and so does a note that cannot be read, lest a run be overwritten for it.
-    """
-    if launch.name is None:
-        return False
-    if before is None:
-        if launch.is_counted:
-            logger.warning(
-                "%s cannot be read: the run in this folder is taken for this launch's", output_dir / LOCK_FILE
-            )
-        return launch.is_counted
-    if before.get("launch") != launch.name:
-        return False
-    return not set(launch.agents).isdisjoint(before.get("agents", ())) or (launch.is_counted and launch.name != "none")
-
-
-def lock(folder: Path, wait_seconds: float = 10.0) -> dict[str, Any] | None:
-    """Keep other runs out of `folder` until this process ends, however it does. Returns what the last holder had noted: nothing where
-    there was none, None where it cannot be read.
-
-    A POSIX record lock: the kernel gives it back, NFS knows it across machines, and the loaders' processes do not inherit it. What a process
-    that is just being killed still holds is waited for.
-
-    Raises `UserError` naming the process and machine that hold it, or for a folder that cannot be written.
-    """
-    path = folder.resolve() / LOCK_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        descriptor = _held.get(path) or os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}): give another folder") from None
-    until = time.monotonic() + wait_seconds
-    while not _try_lock(descriptor, path):
-        if time.monotonic() > until:
-            holder = _read(descriptor) or {}
-            os.close(descriptor)
-            raise UserError(
-                f"--output_dir {folder} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}: wait for that run "
-                "or end it, or give another folder"
-            )
-        time.sleep(0.2)
-    _held[path] = descriptor
-    before = {} if is_new and not os.fstat(descriptor).st_size else _read(descriptor)
-    if before is not None:
-        _note(folder, before)
-    return before
-
-
-def _note(folder: Path, launch: dict[str, Any]) -> None:
-    """Write who holds the lock, beside the launch that the folder's run belongs to, over what stands there: it is never empty."""
-    holder = dict(pid=os.getpid(), host=socket.gethostname())
-    text = json.dumps({name: launch[name] for name in ("launch", "agents") if name in launch} | holder).encode()
-    descriptor = _held[folder.resolve() / LOCK_FILE]
-    if os.pwrite(descriptor, text.ljust(NOTE_BYTES), 0) < NOTE_BYTES:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / LOCK_FILE))
-    os.fsync(descriptor)
-
-
-def _try_lock(descriptor: int, path: Path) -> bool:
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        logger.warning("%s: not locked (%s): make sure that no other run writes into this folder", path, error.strerror)
-    return True
-
-
-def _read(descriptor: int) -> dict[str, Any] | None:
-    try:
-        note = json.loads(os.pread(descriptor, NOTE_BYTES, 0))
-    except (OSError, ValueError):
-        return None
-    return note if isinstance(note, dict) else None

@@ -10,7 +10,7 @@ from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.model.config import check_same_architecture
 from w2v2.train.plan import check_identity, identity
-from w2v2.train.resuming import read_state
+from w2v2.train.resume import read_state
 
 
 @dataclass

@@ -11,9 +11,9 @@ from accelerate.utils import broadcast_object_list
 from w2v2.data.utterances import Utterances, silent_share
 from w2v2.errors import UserError
 from w2v2.train.causes import likely_causes
-from w2v2.train.checkpoint import checkpoints
 from w2v2.train.collapse import MEASURES, CollapseWatch, Finding, Limits
 from w2v2.train.log import METRICS_FILE, read_metrics
+from w2v2.train.resume import checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,106 @@
+"""Checksums find every changed bit of a folder, and folders are whole or absent under their names."""
+
+import os
+import shutil
+
+import pytest
+from tiny_run import contents, flip
+
+from w2v2.train.durable import find_mismatch, publish, remove, unfinished, write_checksums, write_file
+
+RECORD = "inner/sums.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(range(16)))
+    (folder / "empty").touch()
+    (folder / "inner/state").write_text('{"step": 3}')
+    write_checksums(folder, RECORD)
+    return folder
+
+
+def test_a_folder_as_it_was_written_is_whole(folder):
+    before = contents(folder)
+    assert find_mismatch(folder, RECORD, ["weights", "inner/state"]) is None
+    write_checksums(folder, RECORD)
+    assert contents(folder) == before
+    (folder / "notes.txt").write_text("mine")  # a file without a checksum does not matter
+    assert find_mismatch(folder, RECORD) is None
+
+
+def test_every_flipped_bit_is_found_and_its_file_named(folder):
+    """All bits of all files; of the record's own every fifth: a flip there accuses some file, which is as good."""
+    required = ["weights", "empty", "inner/state"]
+    for name, whole in contents(folder).items():
+        for bit in range(0, 8 * len(whole), 5 if name == RECORD else 1):
+            flip(folder / name, bit)
+            damage = find_mismatch(folder, RECORD, required)
+            assert damage is not None, (name, bit)
+            assert name == RECORD or damage.startswith(f"{name} has changed")
+            (folder / name).write_bytes(whole)
+    assert find_mismatch(folder, RECORD, required) is None
+
+
+@pytest.mark.parametrize("name", ["weights", "empty", "inner/state"])
+def test_sizes_tell_what_is_missing_torn_or_longer(folder, name):
+    whole = (folder / name).read_bytes()
+    for changed in [whole + b"x"] + ([whole[:-1], b""] if whole else []):
+        (folder / name).write_bytes(changed)
+        damage = find_mismatch(folder, RECORD, contents=False)
+        assert damage == f"{name} has {len(changed)} bytes, was saved with {len(whole)}"
+    (folder / name).unlink()
+    assert find_mismatch(folder, RECORD, contents=False) == f"{name} is missing"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"weights": 3}', '{"other": {"size": 40, "sha256": ""}}'])
+def test_a_record_that_is_none_accuses_itself(folder, text):
+    (folder / RECORD).write_text(text)
+    assert find_mismatch(folder, RECORD, ["weights"]) == f"{RECORD} is damaged"
+
+
+def test_checksums_wait_for_the_disk_with_all_files_and_folders(folder, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.add(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    write_checksums(folder, RECORD)
+    assert {path.stat().st_ino for path in [folder, *folder.rglob("*")]} <= synced
+
+
+def test_a_half_deleted_folder_has_lost_its_name(folder, monkeypatch):
+    def killed(path, ignore_errors=False):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        remove(folder)
+    assert not folder.exists()
+    folder.symlink_to(folder.parent)
+    remove(folder)
+    assert not folder.is_symlink() and folder.parent.exists()
+
+
+def test_a_new_folder_replaces_the_old_one_and_an_error_removes_it(folder):
+    with pytest.raises(ZeroDivisionError), unfinished(folder) as new:
+        (new / "half").touch()
+        raise ZeroDivisionError
+    assert (folder / "weights").exists() and os.listdir(folder.parent) == ["folder"]
+    with unfinished(folder) as new:
+        (new / "other").touch()
+        publish(new, folder)
+    assert os.listdir(folder) == ["other"] and os.listdir(folder.parent) == ["folder"]
+
+
+def test_a_file_that_cannot_be_replaced_keeps_its_content(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    write_file(tmp_path / "file", b"old")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", full)
+        write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
