@@ -1,4 +1,4 @@
-"""What a run will do with its utterances: everything that is known before the first update, and what a resumed run has to share."""
+"""The plan of a run: all that is known before its first update, and what a resumed run has to agree in."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from w2v2.errors import UserError
 from w2v2.train.log import announce
 
 RECOMMENDED_BATCH_HOURS = 1.6
-ASSUMED_SECONDS = 200.0  # in a micro-batch, where it is to be found out and has not been yet
+ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
 
 
 def identity(args, utterances: Utterances) -> dict[str, Any]:
-    """What the effective batches depend on: a resumed run has to agree in all of it."""
+    """All that the effective batches depend on: a resumed run has to agree in it."""
     digest, lengths = hashlib.sha256(), utterances.num_samples
     for first in range(0, len(lengths), CHUNK):
         digest.update(lengths[first : first + CHUNK].astype("<i8"))
@@ -31,14 +31,14 @@ def identity(args, utterances: Utterances) -> dict[str, Any]:
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], accept: bool = False) -> list[str]:
-    """What a resumed run's batches have otherwise than those of the checkpoint's run, each with both values: `seed 43 (was 42)`.
+    """Settings in which a resumed run's batches differ from the checkpoint's, with both values: `seed 43 (was 42)`.
 
-    Raises `UserError` if there is anything and it is not accepted.
+    Raises `UserError` if there is one and `accept` is false.
     """
     changed = [f"{name} {value} (was {saved.get(name)})" for name, value in current.items() if saved.get(name) != value]
     if changed and not accept:
         raise UserError(
-            f"the batches would be others than those of the checkpoint's run: {', '.join(changed)}; use the old values, go on "
+            f"the batches would differ from those of the checkpoint's run: {', '.join(changed)}; use the old values, go on "
             "with other batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
         )
     return changed

@@ -23,22 +23,24 @@ class RunState:
     epoch: int = 0
     position: int = 0  # in the epoch's order
     heard_samples: int = 0
-    skipped_updates: int = 0  # of the updates done, those without a step: loss or gradient was not finite
+    skipped_updates: int = 0  # updates whose loss or gradient was not finite
     identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
-    # How they were cut, which dropout and Gumbel noise follow; None before it is decided, and from older checkpoints.
+    # The cut of the effective batches, which dropout and Gumbel noise follow. None: not decided yet.
     micro_batch_seconds: float | None = None
     num_processes: int | None = None
-    # What this run's batches have otherwise than the checkpoint's; not saved.
+    # Settings of the batches that differ from the checkpoint's; not saved.
     changes: list[str] = field(default_factory=list)
 
     @classmethod
     def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
-        """The beginning of a run, or where `checkpoint` left it.
+        """The state of a new run, or of one that goes on from `checkpoint`.
 
-        Raises `UserError` where the checkpoint is of another architecture or beyond `max_steps`, or where its run had other batches and
-        `accept_changed_batches` is not set. Where it is, the run keeps its step and goes on at the same place of the epoch, though with
-        other data or another seed that is the place of another order: an epoch's rest may then hold what its beginning held. A place
-        beyond the end of fewer data is the beginning of the next epoch.
+        With `accept_changed_batches` a run keeps its step and its place in the epoch, even if other data or another seed give that
+        epoch another order; what the epoch has heard already may then come again. If fewer data end before that place, the next
+        epoch begins.
+
+        Raises `UserError` for a checkpoint of another architecture, one beyond `max_steps`, or, unless that is accepted, one whose
+        run had other batches.
         """
         state = cls(args.max_steps, len(training.table), identity=identity(args, training))
         if checkpoint:
