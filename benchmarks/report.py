@@ -7,7 +7,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -18,7 +18,7 @@ PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow
 def environment() -> dict:
     """Everything that a number needs beside it to be repeated: date, command, processor, threads, GPU, versions."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
