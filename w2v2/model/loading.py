@@ -49,8 +49,7 @@ def load_with_head(
 
     Args:
         head: what is new, even if the folder was fine-tuned before. Modules get their values here. A single parameter
-        may be
-            missing, and is the caller's to fill.
+            may be missing, and is the caller's to fill.
     """
     if source is None:
         return make_model(model_class, config)
@@ -78,8 +77,7 @@ def load_weights(
 
     Args:
         head: beginnings of keys that may be missing or of another shape. Without a head the model is one to pretrain,
-        and may
-            take over some of the layers.
+            and may take over some of the layers.
     """
     folder = locate(source)
     verbosity = transformers_logging.get_verbosity()
@@ -98,15 +96,12 @@ def load_weights(
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
     left = set() if head is None else {key for key in report["unexpected_keys"] if key.startswith("wav2vec2.")}
     hint = "; a whole Wav2Vec2ForPreTraining folder, quantizer included, is needed" if head is None else ""
-    for problem, keys in (
-        ("lacks", report["missing_keys"]),
-        ("has another shape for", mismatched),
-        ("has no place for", left),
-    ):
-        keys = sorted(key for key in keys if not key.startswith((*(head or ()), MASK_EMBEDDING)))
-        if keys:
+    optional = () if head is None else (*head, MASK_EMBEDDING)
+    problems = {"lacks": report["missing_keys"], "has another shape for": mismatched, "has no place for": left}
+    for problem, keys in problems.items():
+        if keys := sorted(key for key in keys if not key.startswith(optional)):
             what = f"{problem} {len(keys)} weights, such as {keys[0]}"
-            raise UserError(f"{source} is of another architecture than its configuration: it {what}{hint}")
+            raise UserError(f"{source} is of another architecture than the configuration: it {what}{hint}")
     return model
 
 

@@ -74,8 +74,8 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
         Args:
             gumbel_temperature: used in train mode; in eval mode codes are the most likely ones, without noise.
-            diversity_weight: default the configuration's `diversity_loss_weight`. mean_codes: (G, V) mean code
-            distribution of the whole effective batch; without it the micro-batch's own is used.
+            diversity_weight: default the configuration's `diversity_loss_weight`.
+            mean_codes: (G, V) mean code distribution of the effective batch; by default the micro-batch's own.
         """
         valid = _owned(batch.num_masked, batch.positions.shape[1])  # (B, M), slots that hold a masked frame
         num_masked = batch.num_masked.sum()

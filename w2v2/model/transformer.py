@@ -71,9 +71,10 @@ def layer(
     """One transformer layer, post-norm (BASE) or pre-norm (LARGE), on concatenated utterances: (N, D) → (N, D).
 
     Args:
-        rows: where each utterance lies. dtype: of the products. The post-norm residual has it too. The pre-norm
-        residual, to which every layer adds, keeps its own. rest: `after_attention`, perhaps compiled. positions: (B, M)
-        int64, which of the N frames the output is asked for, (B, M, D). The others are only attended to.
+        rows: where each utterance lies.
+        dtype: of the products, and of the post-norm residual. The pre-norm residual, a sum over layers, keeps its own.
+        rest: `after_attention`, perhaps compiled.
+        positions: (B, M) int64, the frames whose output is asked for, (B, M, D). The others are only attended to.
     """
     attention, before = module.attention, is_pre_norm(module)
     x = norm(module.layer_norm, hidden).to(dtype) if before else hidden
