@@ -39,7 +39,7 @@ from w2v2.model.loading import build_feature_extractor, build_framing, build_mod
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.launch import end_training, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
-from w2v2.train.micro_batch import Trial, fit, share
+from w2v2.train.micro_batch import Trial, device_share, fit
 from w2v2.train.plan import build_batches, present_plan
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
@@ -162,7 +162,7 @@ def fit_micro_batch(run: Run, batches: EffectiveBatches) -> float:
         return seconds
     settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
     trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
-    seconds, finding = fit(trial, share(batches, longest, accelerator.num_processes))
+    seconds, finding = fit(trial, device_share(batches, longest, accelerator.num_processes))
     announce(accelerator, f"micro-batch   auto: {finding}")
     return seconds
 

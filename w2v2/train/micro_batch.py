@@ -1,21 +1,20 @@
-"""`--micro_batch_seconds auto`: the largest micro-batch that the device holds, found by trying the worst that a budget allows.
+"""`--micro_batch_seconds auto`: the largest micro-batch that an accelerator holds, found by trying the worst that a budget allows.
 
 1. *Unit.* n crops of the longest length. Micro-batches within that budget may have more rows, but no more padded samples, latent
    frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames than n rows of the longest.
 2. *Trial.* Forward and backward pass of such a micro-batch beside everything else that an update holds. It leaves nothing behind.
-3. *Search.* On an accelerator n is doubled until it no longer fits, then bisected. A CPU's memory ends with a kill, not with an error:
-   there the growth of the peak from one crop to two is carried on. Beyond a device's share of an effective batch nothing is gained, nor
+3. *Search.* n is doubled until it no longer fits, then bisected. Nothing is gained beyond a device's share of an effective batch, nor
    beyond what keeps a device busy.
-4. *Agreement.* All ranks take the least of what they found, after one message.
+4. *Agreement.* All ranks take the least of what they found.
+
+A CPU's memory ends with a kill, not with an error that a trial could meet: a CPU takes `CPU_SECONDS`.
 """
 
 import contextlib
 import gc
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,24 +26,12 @@ from w2v2.data.batching import LATENT_STRIDE, Crops, Cursor, EffectiveBatches, M
 from w2v2.data.collate import Framing, PretrainBatch, build_batch
 from w2v2.data.masking import masked_positions
 from w2v2.errors import UserError
-from w2v2.model.cpu import give_back
-from w2v2.train import memory
 from w2v2.train.update import UpdateSettings, seed_noise
 
 DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
-# Likewise, and much more: over micro-batches of many lengths the heap, in which freed memory stays (`cpu.keep_freed`), was seen to
-# grow to more than twice what one of 400 s takes, and to four times what one of 46 s takes of a small model.
-CPU_SHARE = 0.4
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
 # These keep a GPU busy with BASE (docs/benchmarks.md), and fewer pieces of an update pad more.
 ACCELERATOR_SECONDS = 800.0
-
-
-class Finding(NamedTuple):
-    """What one rank found: 0 crops where not even one fits, -1 where the search itself failed."""
-
-    crops: int
-    why: str  # why not more
 
 
 @dataclass
@@ -107,10 +94,7 @@ class Trial:
     def free(self) -> None:
         """Give back what a trial took."""
         gc.collect()
-        if self.accelerator.device.type == "cpu":
-            give_back()
-        else:
-            torch.get_device_module(self.accelerator.device).empty_cache()
+        torch.get_device_module(self.accelerator.device).empty_cache()
 
 
 def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: int) -> PretrainBatch:
@@ -152,58 +136,42 @@ def largest(fits: Callable[[int], bool], bound: int) -> int:
     return low
 
 
-def share(batches: EffectiveBatches, longest: int, num_ranks: int) -> int:
-    """Crops of `longest` samples that hold a rank's share of an effective batch: a larger micro-batch saves no round."""
+def device_share(batches: EffectiveBatches, longest: int, num_ranks: int) -> int:
+    """Crops of `longest` samples that hold a device's share of an effective batch: a larger micro-batch saves no round."""
     return max(1, math.ceil(batches.batch_samples / num_ranks / longest))
 
 
-def fit(trial: Trial, bound: int) -> tuple[float, str]:
+def fit(trial: Trial, share: int) -> tuple[float, str]:
     """Seconds of the largest micro-batch that every rank's device holds, and the finding for people. Call on all ranks.
 
     Args:
-        bound: crops beyond which nothing is gained.
+        share: crops beyond which nothing is gained (`device_share`).
 
-    Raises `UserError` if not even one crop fits. What else fails on one rank fails on all of them: none is
-    left waiting for its message.
+    Raises `UserError` if not even one crop fits.
     """
-    accelerator, seconds, error = trial.accelerator, trial.longest / SAMPLING_RATE, None
-    search = search_cpu if accelerator.device.type == "cpu" else search_accelerator
-    try:
-        mine = search(trial, bound)
-    except Exception as caught:
-        mine, error = Finding(-1, f"{type(caught).__name__}: {caught}"), caught
-    found = gather_object([mine])
-    if error is not None:
-        raise error
-    crops, why = min(found)
-    if crops < 0:
-        raise RuntimeError(f"--micro_batch_seconds auto failed on another rank: {why}")
+    seconds, device = trial.longest / SAMPLING_RATE, trial.accelerator.device.type
+    enough = CPU_SECONDS if device == "cpu" else ACCELERATOR_SECONDS
+    most = max(1, int(enough / seconds))
+    bound, why = min((share, "that is the device's share of an effective batch"), (most, f"{enough:g} s are enough"))
+    if device == "cpu":
+        return bound * seconds, f"{bound * seconds:.1f} s, not tried on a CPU; {why}"
+
+    crops, limit = min(gather_object([search(trial, bound)]))
+    if crops < bound:
+        why = f"more would take above {limit / 1e9:.1f} GB, {DEVICE_SHARE:.0%} of what is free"
     if crops == 0:
         raise UserError(
             f"--micro_batch_seconds auto: not even one crop of {seconds:.2f} s fits: {why}; lower --crop_seconds, use "
             "--gradient_checkpointing, a smaller model, or a device with more memory"
         )
-    fit_in = f"{crops} crop{'s' if crops > 1 else ''} of {seconds:.2f} s fit{'' if crops > 1 else 's'}"
-    return crops * seconds, f"{fit_in} ({crops * seconds:.1f} s); {why}"
+    return crops * seconds, f"{crops * seconds:.1f} s, {crops} times {seconds:.2f} s; {why}"
 
 
-def worthwhile(trial: Trial, bound: int, seconds: float, device: str) -> tuple[int, str]:
-    """Crops beyond which nothing is gained, and why."""
-    cap = max(1, int(seconds * SAMPLING_RATE / trial.longest))
-    if cap < bound:
-        return cap, f"{seconds:g} s are enough for {device}"
-    return bound, "that is the device's share of an effective batch"
-
-
-def search_accelerator(trial: Trial, bound: int) -> Finding:
-    """Try until memory ends, within the part of it that `DEVICE_SHARE` leaves, or more is no faster."""
-    cap, most = worthwhile(trial, bound, ACCELERATOR_SECONDS, "a GPU")
+def search(trial: Trial, bound: int) -> tuple[int, float]:
+    """The most crops up to `bound` that fit into the memory that `DEVICE_SHARE` leaves, and those bytes."""
     trial.free()
     with limited_memory(trial.accelerator.device) as limit:
-        crops = largest(trial.fits, cap)
-    if crops == cap:
-        return Finding(crops, most)
-    return Finding(crops, f"{crops + 1} would take more than {limit / 1e9:.1f} GB, {DEVICE_SHARE:.0%} of what is free")
+        return largest(trial.fits, bound), limit
 
 
 @contextlib.contextmanager
@@ -219,25 +187,3 @@ def limited_memory(device: torch.device) -> Iterator[float]:
         yield limit
     finally:
         module.set_per_process_memory_fraction(1.0, device)
-
-
-def search_cpu(trial: Trial, bound: int) -> Finding:
-    """Carry on the growth of the peak from one crop to two, up to `CPU_SHARE` of this process's part of the free memory."""
-    cap, most = worthwhile(trial, bound, CPU_SECONDS, "a CPU")
-    before, free = memory.resident(), memory.available()
-    first = None if before is None or free is None else memory.peak_of(lambda: trial.run(1))
-    if first is None:
-        return Finding(cap, f"what it takes cannot be measured here; {most}")
-    room = free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    limit, one, each = CPU_SHARE * room, first - before, 0
-    of_limit = f"more than the {limit / 1e9:.1f} GB that are {CPU_SHARE:.0%} of this process's part of what is free"
-    if cap > 1 and one <= limit:
-        second = memory.peak_of(lambda: trial.run(2))  # less than 2 · CPU_SHARE of the room
-        if second is None:
-            return Finding(1, "what more would take cannot be measured here")
-        each = max(0, second - first)
-    trial.free()
-    crops = largest(lambda n: one + (n - 1) * each <= limit, cap)
-    if crops == cap:
-        return Finding(crops, f"about {(one + (crops - 1) * each) / 1e9:.1f} GB at a time; {most}")
-    return Finding(crops, f"{crops + 1} would take about {(one + crops * each) / 1e9:.1f} GB, {of_limit}")
