@@ -79,7 +79,7 @@ def assert_close(found, expected, within=1e-5):
     assert difference <= within
 
 
-def test_auto_classes_load_the_folder_whole_and_agree_with_the_model_that_was_trained(pretrained, waveform):
+def test_auto_classes_load_the_folder_whole_and_agree(pretrained, waveform):
     frames, _ = stock_frames(pretrained, waveform)
     model, report = AutoModelForPreTraining.from_pretrained(pretrained, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -103,7 +103,7 @@ def test_the_stock_trainer_trains_on_from_a_pretrained_folder(pretrained, wavefo
     assert {"lm_head.weight", "wav2vec2.encoder.layers.0.feed_forward.intermediate_dense.weight"} <= moved
 
 
-def test_the_pipeline_recognises_with_a_fine_tuned_folder_as_its_model_does(recogniser, waveform):
+def test_the_pipeline_recognises_as_the_model_does(recogniser, waveform):
     said = pipeline("automatic-speech-recognition", model=str(recogniser), device="cpu")(waveform.copy())["text"]
     processor, model = AutoProcessor.from_pretrained(recogniser), AutoModelForCTC.from_pretrained(recogniser).eval()
     inputs = processor(waveform, sampling_rate=16_000, return_tensors="pt")
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_speechbrain_pretrained_comes_back(pretrained, wavefor
     assert all(torch.equal(value, expected[key]) for key, value in converted.state_dict().items())
 
 
-def test_speechbrains_own_encoder_without_its_positions_computes_the_same(waveform, tmp_path):
+def test_speechbrains_own_encoder_but_for_its_positions(waveform, tmp_path):
     speechbrain_module()
     own, transformer = (
         importlib.import_module(f"speechbrain.lobes.models.{name}") for name in ("wav2vec", "transformer.Transformer")

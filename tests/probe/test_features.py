@@ -45,7 +45,7 @@ def waveform(row, extractor):
 
 
 @pytest.mark.parametrize("name", ["base", "large"])
-def test_means_are_those_of_the_stock_model_on_each_utterance_alone(corpus, name):
+def test_means_are_the_stock_models_on_each_utterance_alone(corpus, name):
     folder, table = corpus
     stock = Wav2Vec2Model.from_pretrained(folder / name).eval()
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder / name)

@@ -29,14 +29,11 @@ def test_the_layer_in_which_the_label_was_planted_is_found(kind):
     split = Split("test", list(range(120)), list(range(120, 180)), list(range(180, 240)))
     layers = linear.probe_layers(kind, features, targets, [split], "uar")
     assert linear.best_layer(layers)["layer"] == 1
-    assert (
-        layers[1]["uar"] > 0.9 if kind == "logistic" else layers[1]["uar"] > 0.6
-    )  # a line of three classes masks the middle one
-    assert layers[0]["uar"] < 0.5 < layers[1]["uar"]
-    assert layers[0]["uar"] < layers[2]["uar"] + 0.1
+    assert layers[1]["uar"] > (0.9 if kind == "logistic" else 0.6)  # a line of three classes masks the middle one
+    assert layers[0]["uar"] < 0.5 and layers[0]["uar"] < layers[2]["uar"] + 0.1
 
 
-def test_the_test_utterances_labels_change_nothing_but_their_scores():
+def test_the_tests_labels_change_nothing_but_its_scores():
     features, targets = planted()
     split = Split("test", list(range(120)), list(range(120, 180)), list(range(180, 240)))
     wrong = targets.copy()
@@ -56,7 +53,7 @@ def test_folds_are_pooled_and_spread():
     assert layers[1]["accuracy"] == pytest.approx(layers[1]["mean"]["accuracy"], abs=1e-9)  # folds of one size
 
 
-def test_the_best_layer_is_chosen_by_validation_and_of_equals_the_lowest():
+def test_the_best_layer_is_chosen_by_validation():
     layers = [dict(layer=i, validation=v, uar=u) for i, (v, u) in enumerate([(0.2, 0.9), (0.5, 0.1), (0.5, 0.3)])]
     assert linear.best_layer(layers)["layer"] == 1
     assert linear.best_layer(layers, lower_is_better=True)["layer"] == 0
@@ -107,12 +104,11 @@ def spelled_frames(noise):
         pieces.append(directions[ids] + random.normal(0, noise, (len(ids), 12)))
         starts.append(starts[-1] + len(ids))
     frames = np.concatenate(pieces)
-    return [random.normal(size=frames.shape).astype(np.float16), (100 * frames + 30).astype(np.float16)], np.array(
-        starts
-    )
+    layers = [random.normal(size=frames.shape), 100 * frames + 30]
+    return [layer.astype(np.float16) for layer in layers], np.array(starts)
 
 
-def test_a_linear_ctc_head_reads_characters_where_they_are_and_not_in_noise():
+def test_a_ctc_head_reads_characters_but_not_noise():
     layers, starts = spelled_frames(0.5)
     rows = list(range(len(TEXTS)))
     split = Split("test", rows[:32], rows[32:40], rows[40:])

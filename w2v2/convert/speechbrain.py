@@ -62,7 +62,7 @@ def convert_speechbrain(path: Path, config_name: str) -> tuple[Wav2Vec2ForPreTra
             )
         path = path / "wav2vec2.ckpt"
     config = load_config(None, config_name)
-    model = fill_stock(config, rename(_read(path), INTERFACE_KEYS, path), path)
+    model = fill_stock(config, rename(_read_module(path), INTERFACE_KEYS, path), path)
     return model, feature_extractor(config, True)
 
 
@@ -76,7 +76,7 @@ def convert_without_positions(
     """
     weights = {}
     for name in _OWN_FILES:
-        weights |= {f"{name}.{key}": tensor for key, tensor in _read(folder / f"{name}.ckpt").items()}
+        weights |= {f"{name}.{key}": tensor for key, tensor in _read_module(folder / f"{name}.ckpt").items()}
     weights = {key: tensor for key, tensor in _split_attention(weights).items() if key not in _NOT_WEIGHTS}
     renamed = rename(weights, OWN_KEYS, folder)
     config = _own_config(renamed, num_attention_heads, conv_stride, folder)
@@ -89,7 +89,7 @@ def convert_without_positions(
     return fill_stock(config, renamed, folder), feature_extractor(config, True)
 
 
-def _read(path: Path) -> Mapping[str, torch.Tensor]:
+def _read_module(path: Path) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file: give the CKPT+… folder of a pretraining run of SpeechBrain's")
     weights = read_weights(path)
