@@ -9,8 +9,8 @@ import numpy as np
 import soundfile
 
 from w2v2.data.audio import SAMPLING_RATE, probe, read_pcm
-from w2v2.data.manifest import load_manifest
 from w2v2.data.packed import BYTES_PER_SAMPLE, parse_address, quantized
+from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_scripts"))

@@ -38,7 +38,7 @@ from corpus_files import Parser, exit_status, list_skipped, open_atomic, write_l
 from tqdm import tqdm
 
 from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, AudioError, probe, read_pcm
-from w2v2.data.manifest import load_manifest
+from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError
 
 FORMAT = 2  # raise it when the same audio and flags would give other files

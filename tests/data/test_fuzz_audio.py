@@ -29,7 +29,7 @@ from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pc
 from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
 from w2v2.data.collate import CropDataset
 from w2v2.data.durations import measure_lengths
-from w2v2.data.manifest import load_manifest
+from w2v2.data.utterances import load_manifest
 from w2v2.model.loading import build_framing
 
 ROOT = Path(__file__).parents[2]

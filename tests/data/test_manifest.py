@@ -1,4 +1,4 @@
-"""`w2v2.manifest`: every kind of manifest gives the same table, lengths are known, and slips are named in one line."""
+"""`w2v2.data.manifest` and `readers`: every kind of manifest gives the same table, lengths are known, and slips are named in one line."""
 
 import json
 import os
@@ -9,21 +9,11 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from w2v2.data.manifest import load_manifest
+from w2v2.data.audio import probe
+from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError
 
 LENGTHS = {"a b.wav": 24_000, "deep/é 'q\".flac": 16_001}
-
-
-class Unreadable(Exception):
-    reason = "is no audio"
-
-
-def probe(path):
-    try:
-        return soundfile.info(path).frames
-    except soundfile.SoundFileError:
-        raise Unreadable from None
 
 
 def no_probe(path):
@@ -31,7 +21,7 @@ def no_probe(path):
 
 
 def load(*paths, probe=no_probe, **options):
-    data, skipped = load_manifest([str(path) for path in paths], probe=probe, **options)
+    data, skipped = load_manifest(paths, probe=probe, **options)
     assert skipped == []
     return data
 
@@ -112,16 +102,32 @@ def test_fairseq_roots(corpus, root):
     assert data["num_samples"][:] == list(LENGTHS.values()) and data["id"][:] == NAMES
 
 
-def test_a_tsv_is_read_without_quotes_that_swallow_rows(corpus):
-    rows = 'client_id\tpath\tsentence\tduration\nc\ta.mp3\t"Yes he said\t1\nc\tb.mp3\t"A ""B"""\t1\n'
-    data = load(write(corpus / "cv.tsv", rows))
-    assert data["text"][:] == ['"Yes he said', 'A "B"']
+@pytest.mark.parametrize(
+    "name, content, texts",
+    [
+        (
+            "cv.tsv",
+            'path\tsentence\tduration\na.mp3\t"Yes he said\t1\nb.mp3\t"A ""B"""\t1\n',
+            ['"Yes he said', 'A "B"'],
+        ),
+        ("a.csv", 'audio,duration,text\na.wav,1,"one\ntwo"\na.wav,2,say "x"\n', ["one\ntwo", 'say "x"']),
+        ("a.csv", "audio,duration,text\na.wav,1,null\nb.wav,1,007\nc.wav,1,NaN\n", ["null", "007", "NaN"]),
+        (
+            "a.jsonl",
+            '{"audio": "a", "duration": 1, "text": "1e5"}\n{"audio": "b", "duration": 1, "text": 7}',
+            ["1e5", "7"],
+        ),
+        ("a.jsonl", '{"audio": "a", "duration": 1, "text": "2020-01-01"}\n', ["2020-01-01"]),
+    ],
+)
+def test_text_stays_text(corpus, name, content, texts):
+    assert load(write(corpus / name, content))["text"][:] == texts
 
 
-def test_line_breaks_within_quotes_stay_within_their_cells_however_long_the_file(corpus):
-    rows = 'a.wav,1,"one\ntwo"\n' * 70_000  # more than one block of Arrow's reader
-    data = load(write(corpus / "a.csv", "audio,duration,text\n" + rows))
-    assert len(data) == 70_000 and set(data["text"][:]) == {"one\ntwo"}
+def test_rows_beyond_one_batch_stay_in_order(corpus):
+    rows = [{"audio": f"{n}.wav", "duration": 1} | ({"text": "late"} if n == 69_999 else {}) for n in range(70_000)]
+    data = load(write(corpus / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert data["id"][:] == [row["audio"] for row in rows] and data["text"][-2:] == ["", "late"]
 
 
 def test_relative_paths_start_at_data_root_or_else_beside_the_manifest(corpus, tmp_path):
@@ -171,21 +177,21 @@ def test_kaldi_folder_with_segments(corpus):
     assert data[1]["num_samples"] == 20_000 and data[1]["text"] == "" and data[1]["audio"] == "/x/r2.wav"
 
 
-def test_kaldi_folder_without_segments_takes_utt2dur_and_measures_the_rest(corpus):
+@pytest.mark.parametrize(
+    "file, content, lengths", [("utt2dur", "r2 1.25\n", [24_000, 20_000]), ("segments", "r1 r1 0.5 -1\n", [16_000])]
+)
+def test_kaldi_lengths_that_are_missing_are_measured(corpus, file, content, lengths):
     write(corpus / "wav.scp", f"r1 {NAMES[0]}\nr2 {NAMES[1]}\n")
-    write(corpus / "utt2dur", "r2 1.25\n")
-    assert load(corpus, probe=probe)["num_samples"][:] == [24_000, 20_000]
+    write(corpus / file, content)
+    assert load(corpus, probe=probe)["num_samples"][:] == lengths
 
 
-def test_a_kaldi_segment_to_the_end_of_its_recording_is_measured(corpus):
-    write(corpus / "wav.scp", f"r1 {NAMES[0]}\n")
-    write(corpus / "segments", "u1 r1 0.5 -1\n")
-    assert load(corpus, probe=probe)["num_samples"][:] == [16_000]
-
-
-def test_a_kaldi_pipe_is_refused_and_never_run(corpus):
-    write(corpus / "wav.scp", f"r1 touch {corpus}/ran |\n")
-    with pytest.raises(UserError, match="wav.scp: entry 'r1' is a shell pipe"):
+@pytest.mark.parametrize(
+    "entry, kind", [("touch {}/ran |", "is a shell pipe"), ("/a/raw.ark:17", "lies in an archive")]
+)
+def test_kaldi_pipes_and_archives_are_refused(corpus, entry, kind):
+    write(corpus / "wav.scp", f"r1 {entry.format(corpus)}\n")
+    with pytest.raises(UserError, match=f"wav.scp: entry 'r1' {kind}"):
         load(corpus)
     assert not (corpus / "ran").exists()
 
@@ -197,6 +203,20 @@ def test_a_folder_is_searched_for_audio_and_measured(corpus):
     data = load(corpus, probe=probe)
     assert dict(zip(data["id"], data["num_samples"], strict=True)) == LENGTHS
     assert data["audio"][:] == [str(corpus / name) for name in NAMES]
+
+
+def test_a_packed_folder_is_read_from_its_manifest(corpus, tmp_path):
+    columns = {"id": ["u", "v"], "audio": ["shard-00000.wav"] * 2, "start": [0.0, 24_000 / 16_000]}
+    pyarrow.parquet.write_table(pa.table(columns | {"num_samples": [24_000, 16_001]}), corpus / "manifest.parquet")
+    data = load(corpus, data_root=str(tmp_path))
+    assert data["audio"][:] == [str(corpus / "shard-00000.wav")] * 2
+    assert data["start"][:] == [0.0, 1.5] and data["num_samples"][:] == [24_000, 16_001]
+
+
+def test_a_packing_that_was_not_finished_is_a_slip(corpus):
+    (corpus / "a b.wav").rename(corpus / "shard-00000.wav")
+    with pytest.raises(UserError, match="my corpus was not packed to its end: run the same pack_audio.py command"):
+        load(corpus)
 
 
 def test_missing_durations_are_measured_once_and_again_only_after_a_change(corpus, tmp_path):
@@ -224,14 +244,14 @@ def test_a_torn_cache_is_no_obstacle(corpus, tmp_path):
 def test_files_that_cannot_be_measured_are_left_out_and_listed(corpus):
     write(corpus / "bad.wav", "no audio")
     manifest = write(corpus / "a.csv", "id,audio,start\nu1,a b.wav,0\nu2,bad.wav,0\nu3,gone.wav,0\nu4,a b.wav,9\n")
-    data, skipped = load_manifest(str(manifest), probe=probe)
+    data, skipped = load_manifest(str(manifest))
     assert data["id"][:] == ["u1"]
     assert [(row["id"], row["audio"]) for row in skipped] == [
         ("u2", str(corpus / "bad.wav")),
         ("u3", str(corpus / "gone.wav")),
         ("u4", str(corpus / "a b.wav")),
     ]
-    assert [row["reason"] for row in skipped][:2] == ["is no audio", "does not exist"]
+    assert skipped[1]["reason"] == "does not exist"
     assert "ends before 9 s" in skipped[2]["reason"]
 
 
@@ -260,24 +280,12 @@ def test_the_same_audio_twice_without_ids_is_two_utterances(corpus):
     assert data["id"][:] == ["a.wav", "a.wav#2"]
 
 
-def test_ids_that_look_like_dates_stay_as_written(corpus):
-    data = load(write(corpus / "a.jsonl", '{"id": "2020-01-01", "audio": "a", "duration": 1}\n'))
-    assert data["id"][:] == ["2020-01-01"]
-
-
-def test_equal_content_has_an_equal_fingerprint(corpus):
-    manifest = write(corpus / "a.csv", OURS)
-    first = load(manifest)._fingerprint
-    assert load(manifest)._fingerprint == first
-    assert load(write(corpus / "b.csv", OURS.replace("1.5", "1.6")))._fingerprint != first
-
-
 GOOD = '{"audio": "a.wav", "duration": 1}\n'
 SLIPS = [
     ("missing.csv", None, "missing.csv does not exist"),
     ("empty.csv", "", "empty.csv is empty"),
     ("empty.jsonl", "\n\n", "empty.jsonl is empty"),
-    ("header.csv", "audio,duration\n", "header.csv has no rows"),
+    ("header.csv", "audio,duration\n", "header.csv is empty: it has no rows"),
     ("list.txt", "a.wav\n", "unknown suffix '.txt': use .csv"),
     ("a.csv", "foo,bar\n1,2\n", "no audio column: it has foo, bar; name one of them audio or wav"),
     ("a.jsonl", '{"foo": 1}\n', "no audio column: it has foo;"),
@@ -292,13 +300,17 @@ SLIPS = [
     ("a.csv", "audio,start,end\na.wav,3,2\n", r"row 1 \(line 2\) stops at 2 s"),
     ("a.jsonl", GOOD + "\n" + '{"audio": "b.wav", "duration": -3}\n', r"row 2 \(line 3\): duration is -3"),
     ("a.jsonl", GOOD + '{"audio": "b.wav", "duration": NaN}\n', r"row 2 \(line 2\): duration is nan"),
-    ("a.jsonl", GOOD + '{"audio": "b.wav", "dur\n', "a.jsonl: line 2, column .* not valid JSON"),
+    ("a.jsonl", GOOD + '{"audio": "b.wav", "dur\n', "a.jsonl: line 2 is not valid JSON"),
     ("a.jsonl", GOOD + "[1]\n", "line 2 is not a JSON object"),
-    ("a.json", '[{"audio": "a.wav"},\n {"audio"}]', "a.json: line 2, column 10 is not valid JSON"),
+    ("a.json", '[{"audio": "a.wav"},\n {"audio"}]', "a.json: line 2 is not valid JSON"),
     ("a.json", "3", "a.json: use a list of objects"),
     ("a.csv", "audio,duration\n,1\n", r"row 1 \(line 2\) has no audio path"),
     ("a.jsonl", GOOD + '{"audio": null, "duration": 1}\n', r"row 2 \(line 2\) has no audio path"),
     ("a.csv", "audio,duration,text\na.wav,1,hi, you\n", r"row 1 \(line 2\) has 4 cells where the header has 3"),
+    ("a.csv", "audio,duration,text\na.wav,1\n", r"row 1 \(line 2\) has 2 cells where the header has 3"),
+    ("a.csv", 'audio,duration,text\na.wav,1,"hi\nb.wav,1,you\n', "line 3 does not parse .*: mend the quotes"),
+    ("a.csv", 'audio,duration,text\na.wav,1,"hi" you\n', "line 2 does not parse"),
+    ("a.json", '[{"audio": "a.wav"}, 3]', "an entry is not a JSON object"),
     ("a.csv", "audio,audio,duration\na,b,1\n", "more than one column 'audio'"),
     ("a.csv", "audio,AUDIO,duration\na,b,1\n", "more than one column 'audio'"),
     ("a.csv", "id,audio,duration\nx,a,1\ny,b,1\nx,c,1\n", r"row 3 \(line 4\) has the id 'x' of row 1"),
@@ -335,19 +347,16 @@ def test_a_parquet_that_is_none_or_embeds_its_audio_is_a_slip(tmp_path):
 
 def test_arguments_that_name_nothing_are_slips(corpus):
     manifest = write(corpus / "a.csv", OURS)
+    (corpus / "empty").mkdir()
     for paths, options, message in (
         ([], {}, "no manifest"),
         ([manifest, manifest], {}, "given twice"),
         ([manifest], {"data_root": str(corpus / "gone")}, "--data_root .* is not a folder"),
         ([corpus / "nowhere"], {}, "does not exist"),
+        ([corpus / "empty"], {}, "holds no audio files"),
     ):
         with pytest.raises(UserError, match=message):
             load(*paths, **options)
-
-
-def test_an_empty_folder_is_a_slip(tmp_path):
-    with pytest.raises(UserError, match="holds no audio files"):
-        load(tmp_path)
 
 
 @pytest.mark.parametrize(

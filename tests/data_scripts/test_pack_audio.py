@@ -19,7 +19,7 @@ from conftest import run_here, tiny_config, write_csv, write_tones
 
 import pretrain
 from w2v2.data.audio import SAMPLING_RATE, probe, read_pcm
-from w2v2.data.manifest import load_manifest
+from w2v2.data.utterances import load_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = [0.5, 0.25, 0.9, 1.3, 0.5, 1.0, 0.3]

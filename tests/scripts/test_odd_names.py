@@ -19,7 +19,7 @@ from datasets import Dataset
 import finetune_ctc
 import pretrain
 from w2v2.data.audio import probe, read_pcm
-from w2v2.data.manifest import load_manifest
+from w2v2.data.utterances import load_manifest
 from w2v2.errors import printable
 from w2v2.finetune.ctc_data import log_skipped, read_skipped
 from w2v2.finetune.text import build_vocabulary

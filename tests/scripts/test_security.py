@@ -26,7 +26,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 import finetune_ctc
 import pretrain
-from w2v2.data.manifest import load_manifest
+from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir
 from w2v2.hub.card import write_model_card

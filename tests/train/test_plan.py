@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import write_csv
 
-from w2v2.data import batching, utterances
+from w2v2.data import batching
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.data.collate import Framing
@@ -36,7 +36,7 @@ def make_args(output_dir=None, **changes):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    for module in (batching, plan, utterances):
+    for module in (batching, plan):
         monkeypatch.setattr(module, "CHUNK", 7)
 
 

@@ -1,27 +1,32 @@
 """The utterances that a run hears: read from manifests, those of a fitting length kept, a few of them looked at.
 
-A run holds four bytes an utterance, its length; ids and paths stay in a memory-mapped file (`table_file.py`).
+A run holds four bytes an utterance, its length. The table of ids and paths is a `datasets.Dataset` over a memory-mapped Arrow file, so
+that all processes and workers share its pages.
 """
 
+import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.table import MemoryMappedTable
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop
-from w2v2.data.batching import CHUNK, crop_length
+from w2v2.data.batching import crop_length
 from w2v2.data.collate import Framing
 from w2v2.data.manifest import read_manifests
-from w2v2.data.table_file import hold
 from w2v2.errors import UserError
 
 NUM_PROBED = 64  # files whose headers are read before a run begins
 NUM_LISTENED = 16  # files that are decoded to find out whether the data is silence
 SILENCE = 1e-3  # of full scale, root mean square
+BATCH_ROWS = 65_536  # of the table in a record batch
 MOST_SAMPLES = 2**31 - 1  # of an utterance: lengths are int32, and offsets of crops are drawn below 2³¹
 
 
@@ -38,6 +43,40 @@ class Utterances:
         return float(self.num_samples.sum(dtype=np.int64)) / SAMPLING_RATE / 3600
 
 
+def load_manifest(
+    paths: Sequence[str], *, cache_dir: str | Path | None = None, **options
+) -> tuple[datasets.Dataset, list[dict]]:
+    """`read_manifests` as a data set: memory-mapped from a file in `cache_dir`, or in memory where that is None."""
+    table, skipped = read_manifests(paths, cache_dir=cache_dir, **options)
+    return map_table(table, cache_dir), skipped
+
+
+def map_table(table: pa.Table, cache_dir: str | Path | None) -> datasets.Dataset:
+    """The same rows, memory-mapped from a file in `cache_dir`, or in memory where that is None.
+
+    The file is named by the digest of its content, so that the same manifests find it again, and processes that start together
+    share it. Each writes it aside and renames it when it has reached the disk: what bears the name is whole.
+    """
+    if cache_dir is None:
+        return datasets.Dataset(table)
+    aside = Path(cache_dir, f"utterances-{uuid4().hex}.tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(aside, "w+b") as file:
+            with pa.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table, max_chunksize=BATCH_ROWS)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        path = aside.with_name(f"utterances-{digest}.arrow")
+        if not path.exists():
+            aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=digest)
+
+
 def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[Utterances, list[dict]]:
     """Read manifests and leave out what is too short or too long.
 
@@ -45,52 +84,48 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     run's folder, except for a dry run, which leaves none. Raises `UserError` when nothing is left.
     """
     cache_dir = Path(args.output_dir) / "cache"
-    table, unmeasured = read_manifests(list(manifests), data_root=args.data_root, cache_dir=cache_dir, probe=probe)
-    kept, num_samples, dropped = _eligible(table, args, framing)
+    table, unmeasured = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
+    num_rows = len(table) + len(unmeasured)
+    table, dropped = _keep_eligible(table, args, framing)
     dropped |= {"unreadable": len(unmeasured)}
-    if not len(num_samples):
+    if not len(table):
+        first = f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else ""
         raise UserError(
-            f"{', '.join(manifests)}: no utterance is left of {len(table) + len(unmeasured)} ({dropped['too_short']} shorter than "
+            f"{', '.join(manifests)}: no utterance is left of {num_rows} ({dropped['too_short']} shorter than "
             f"{_least_samples(args, framing) / SAMPLING_RATE:g} s, {dropped['too_long']} longer than --max_seconds, "
-            f"{len(unmeasured)} unreadable"
-            + (f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else "")
-            + f"); lower --min_seconds, raise --crop_seconds (a mask span needs {framing.min_samples / SAMPLING_RATE:.2f} s), or "
-            "give other audio"
+            f"{len(unmeasured)} unreadable{first}); lower --min_seconds, raise --crop_seconds (a mask span needs "
+            f"{framing.min_samples / SAMPLING_RATE:.2f} s), or give other audio"
         )
-    held = hold(table, None if args.dry_run else cache_dir, None if kept.all() else kept)
+    num_samples = table["num_samples"].to_numpy().astype(np.int32)
+    data = map_table(table, None if args.dry_run else cache_dir)
     del table
     pa.default_memory_pool().release_unused()  # Arrow would keep a hundred bytes an utterance for the next table
-    return Utterances(held, num_samples, dropped), unmeasured
+    return Utterances(data, num_samples, dropped), unmeasured
 
 
 def _least_samples(args, framing: Framing) -> int:
     return max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
 
 
-def _eligible(table: pa.Table, args, framing: Framing) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Which rows are kept, (rows,) bool; the lengths of those, (n,) int32; and how many are too short and too long.
+def _keep_eligible(table: pa.Table, args, framing: Framing) -> tuple[pa.Table, dict[str, int]]:
+    """The rows that are neither too short nor too long, and how many are.
 
     Raises UserError for an utterance of 2³¹ samples (37 h) or more that `max_seconds` does not leave out.
     """
-    least = _least_samples(args, framing)
-    most = np.inf if args.max_seconds is None else args.max_seconds * SAMPLING_RATE
+    num_samples = table["num_samples"].to_numpy()  # (rows,) int64
     crop = round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
-    masks, lengths, dropped = [], [], {"too_short": 0, "too_long": 0}
-    for batch in table.to_batches(max_chunksize=CHUNK):
-        num_samples = batch.column("num_samples").to_numpy()
-        short = (num_samples < least) | (crop_length(num_samples, *crop) < framing.min_samples)
-        long = num_samples > most
-        masks.append(~short & ~long)
-        if (endless := np.flatnonzero(masks[-1] & (num_samples > MOST_SAMPLES))).size:
-            row = int(endless[0])
-            raise UserError(
-                f"utterance {batch.column('id')[row]} has {num_samples[row] / SAMPLING_RATE / 3600:.1f} h, more than "
-                f"{MOST_SAMPLES / SAMPLING_RATE / 3600:.1f}: cut it into several, or leave it out with --max_seconds"
-            )
-        lengths.append(num_samples[masks[-1]].astype(np.int32))
-        dropped["too_short"] += int(short.sum())
-        dropped["too_long"] += int(long.sum())
-    return np.concatenate(masks), np.concatenate(lengths), dropped
+    short = num_samples < _least_samples(args, framing)
+    short |= crop_length(num_samples, *crop) < framing.min_samples
+    long = num_samples > (np.inf if args.max_seconds is None else args.max_seconds * SAMPLING_RATE)
+    kept = ~short & ~long
+    if (endless := np.flatnonzero(kept & (num_samples > MOST_SAMPLES))).size:
+        row = int(endless[0])
+        raise UserError(
+            f"utterance {table['id'][row]} has {num_samples[row] / SAMPLING_RATE / 3600:.1f} h, more than "
+            f"{MOST_SAMPLES / SAMPLING_RATE / 3600:.1f}: cut it into several, or leave it out with --max_seconds"
+        )
+    dropped = {"too_short": int(short.sum()), "too_long": int(long.sum())}
+    return table if kept.all() else table.filter(pa.array(kept)), dropped
 
 
 def probe_some(utterances: Utterances) -> list[dict]:

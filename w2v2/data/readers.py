@@ -1,0 +1,248 @@
+"""Manifest files and folders of every kind → one table each, its columns as they stand there.
+
+A new kind of manifest is one more reader in this file; `manifest.py` says what the columns mean. Text goes row by row through
+Python's own csv and json, in strict mode: a cell is never guessed to be a number, a date or a missing value, a file that ends
+within quotes loses no rows in silence, and every message can name its line. Nothing found in a file is ever run.
+"""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from w2v2.data.kaldi import read_kaldi
+from w2v2.errors import UserError, one_line
+
+AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .sph .nist .w64 .caf".split())
+PACKED_MANIFEST = "manifest.parquet"  # in a folder that pack_audio.py wrote, beside its shards
+LINE = "line in the file"  # a column of our own, beside those of the file
+BATCH_ROWS = 65_536  # so many rows exist as Python's objects at a time
+TSV_QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+
+
+@dataclass
+class RawTable:
+    """One manifest as it is written.
+
+    `table` holds the wanted columns, their names in lower case: text, or what a Parquet file holds; null where a row has nothing.
+    `found` names all columns as they are written.
+    """
+
+    path: Path
+    table: pa.Table
+    found: list[str]
+    root: str = ""  # fairseq's root, or the folder that was read: relative audio paths continue it
+
+    def row(self, index: int) -> str:
+        """How a message names a row: counted from 1 without the header, and its line where there is one."""
+        line = self.table[LINE][index].as_py() if LINE in self.table.column_names else None
+        return f"{self.path}: row {index + 1}" + (f" (line {line})" if line else "")
+
+    def refuse(self, bad: pa.ChunkedArray, message: str, values: pa.ChunkedArray | None = None) -> None:
+        """Raise UserError that names the first row where `bad` is true; a `{}` in `message` stands for its value."""
+        if (index := pc.index(bad, True).as_py()) >= 0:
+            raise UserError(self.row(index) + (message if values is None else message.format(values[index].as_py())))
+
+
+def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
+    """Read one manifest file or folder, keeping the columns whose lower-case name is `wanted`.
+
+    Raises UserError, in one line with the file and its remedy, for whatever does not exist, is empty or does not parse.
+    """
+    if not path.exists():
+        raise UserError(f"manifest {path} does not exist: check the path (relative ones start at {os.getcwd()})")
+    read = _read_folder if path.is_dir() else READERS.get(path.suffix.lower())
+    if read is None:
+        kinds = ", ".join(READERS)
+        raise UserError(
+            f"manifest {path} has the unknown suffix {path.suffix!r}: use {kinds}, or a folder of audio files"
+        )
+    wanted = frozenset(wanted)
+    try:
+        raw = read(path, wanted)
+    except UnicodeDecodeError:
+        raise UserError(f"manifest {path} is not UTF-8 text: save it again with that encoding") from None
+    except UnicodeEncodeError as error:
+        raise UserError(f"manifest {path}: {error.object!a} is not UTF-8 text: rename it") from None
+    except OSError as error:
+        raise UserError(f"manifest {path} cannot be read ({one_line(error)})") from None
+    if not raw.table.num_rows:
+        raise UserError(f"manifest {path} is empty: it has no rows; write one for each utterance")
+    names = [name.lower() for name in raw.found]
+    if twice := [name for name in names if name in wanted and names.count(name) > 1]:
+        raise UserError(f"manifest {path} has more than one column {twice[0]!r}: rename or remove one")
+    raw.table = raw.table.rename_columns([name.lower() for name in raw.table.column_names])
+    return raw
+
+
+def _text_table(rows: Iterator[tuple[int | None, dict]], wanted: frozenset[str]) -> pa.Table:
+    """`(line, {name: cell})` of every row → the wanted columns as text, and the lines."""
+    tables = []
+    while batch := list(islice(rows, BATCH_ROWS)):
+        columns = {LINE: pa.array([line for line, _ in batch], pa.int64())}
+        for name in dict.fromkeys(chain.from_iterable(row for _, row in batch)):
+            if name.lower() in wanted:
+                cells = (row.get(name) for _, row in batch)
+                columns[name] = pa.array([cell if cell is None else str(cell) for cell in cells], pa.string())
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+
+
+# -- files
+
+
+def _read_delimited(path: Path, wanted: frozenset[str]) -> RawTable:
+    """A header and rows, or fairseq's form of a .tsv: a root line, then `path⇥samples`."""
+    with open(path, encoding="utf-8-sig") as file:
+        first, second = file.readline().rstrip("\n"), file.readline()
+    is_tsv = path.suffix.lower() == ".tsv"
+    lines = _split_cells(path, "\t" if is_tsv or ("\t" in first and "," not in first) else ",")
+    if is_tsv and "\t" not in first and second.count("\t") == 1:
+        found, root = ["audio", "num_samples"], "" if first.strip() == "." else first.strip()
+        lines = islice(lines, 1 if first else 0, None)
+    else:
+        found, root = [name.strip() for name in next(lines, (0, []))[1]], ""
+
+    def rows() -> Iterator[tuple[int, dict]]:
+        for number, (line, cells) in enumerate(lines, 1):
+            if len(cells) != len(found):
+                raise UserError(
+                    f"{path}: row {number} (line {line}) has {len(cells)} cells where the header has {len(found)}: "
+                    "put quotes round a value that holds the delimiter"
+                )
+            yield line, dict(zip(found, cells, strict=True))
+
+    return RawTable(path, _text_table(rows(), wanted), found, root)
+
+
+def _split_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Last line and cells of every row that is not blank, header included."""
+    # Sentences in TSV files (Common Voice) begin with lone quotes, which would swallow the rows after them.
+    is_csv = delimiter == ","
+    quoting = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        # SpeechBrain's older files have spaces after their commas.
+        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, skipinitialspace=is_csv, strict=True)
+        try:
+            for cells in filter(None, reader):
+                yield reader.line_num, cells if is_csv else list(map(_unquote, cells))
+        except csv.Error as error:
+            where = f"{path}: line {reader.line_num}"
+            raise UserError(f"{where} does not parse ({error}): mend the quotes there or in a line before") from None
+
+
+def _unquote(cell: str) -> str:
+    """A cell of a TSV that a writer quoted for the quotes within it."""
+    quoted = TSV_QUOTED.fullmatch(cell) if cell.startswith('"') else None
+    return quoted[1].replace('""', '"') if quoted else cell
+
+
+def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
+    """A list of rows, SpeechBrain's object of id → row, or a row a line, whichever the suffix (NeMo says .json too)."""
+    with open(path, encoding="utf-8-sig") as file:
+        stripped = filter(None, map(str.strip, file))
+        first, second = next(stripped, "[]"), next(stripped, "")
+    by_line = first.startswith("{") and first.endswith("}")
+    if by_line and (second or not _is_object_of_rows(_parse(path, first, 1))):
+        entries = _parse_lines(path)
+    else:
+        content = _parse(path, path.read_text(encoding="utf-8-sig") if second else first)
+        if _is_object_of_rows(content):
+            content = [{"id": name, **row} for name, row in content.items()]
+        if not isinstance(content, list):
+            raise UserError(f"manifest {path}: use a list of objects, an object of id → object, or an object a line")
+        entries = ((None, row) for row in content)
+    found: dict[str, None] = {}
+
+    def rows() -> Iterator[tuple[int | None, dict]]:
+        for line, row in entries:
+            if not isinstance(row, dict):
+                where = f"line {line}" if line else "an entry"
+                raise UserError(f"manifest {path}: {where} is not a JSON object {{…}}: write one for each utterance")
+            found.update(dict.fromkeys(row))
+            for name in [name for name, cell in row.items() if isinstance(cell, dict) and name.lower() in wanted]:
+                # SpeechBrain's {"file", "start", "stop"} and datasets' {"path", "bytes"}
+                cell = row[name]
+                row |= {key: cell[key] for key in ("start", "stop") if key in cell}
+                row[name] = cell.get("file") or cell.get("path")
+            yield line, row
+
+    return RawTable(path, _text_table(rows(), wanted), list(found))
+
+
+def _is_object_of_rows(content: object) -> bool:
+    return isinstance(content, dict) and bool(content) and all(isinstance(row, dict) for row in content.values())
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[int, object]]:
+    with open(path, encoding="utf-8-sig") as file:
+        yield from ((number, _parse(path, line, number)) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _parse(path: Path, text: str, line: int | None = None) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter for brackets in brackets
+        line = line or getattr(error, "lineno", 1)
+        reason = getattr(error, "msg", "nested too deep, or a number too long")
+        raise UserError(f"manifest {path}: line {line} is not valid JSON ({reason}): mend or remove it") from None
+
+
+def _read_parquet(path: Path, wanted: frozenset[str]) -> RawTable:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            found = file.schema_arrow.names
+            table = file.read([name for name in found if name.lower() in wanted])
+    except pa.ArrowInvalid as error:
+        raise UserError(f"manifest {path} is not a Parquet file: {one_line(error)}") from None
+    return RawTable(path, table, found)
+
+
+READERS = {
+    ".csv": _read_delimited, ".tsv": _read_delimited, ".parquet": _read_parquet,
+    ".json": _read_json, ".jsonl": _read_json, ".ndjson": _read_json,
+}  # fmt: skip
+
+
+# -- folders
+
+
+def _read_folder(folder: Path, wanted: frozenset[str]) -> RawTable:
+    """A Kaldi folder, one that pack_audio.py wrote, or any other: its audio files, all levels down."""
+    root = os.path.abspath(folder)
+    if (folder / "wav.scp").exists():
+        columns, root = read_kaldi(folder), ""
+    elif (folder / PACKED_MANIFEST).exists():
+        raw = _read_parquet(folder / PACKED_MANIFEST, wanted)
+        return RawTable(raw.path, raw.table, raw.found, root)
+    elif next(folder.glob("shard-*.wav"), None):
+        raise UserError(f"folder {folder} was not packed to its end: run the same pack_audio.py command again")
+    elif not (paths := _find_audio(folder)):
+        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
+        raise UserError(f"folder {folder} holds no audio files ({suffixes}) and no wav.scp: check the path")
+    else:
+        columns = {"audio": paths}
+    table = pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
+    return RawTable(folder, table, list(columns), root)
+
+
+def _find_audio(folder: Path) -> list[str]:
+    """Relative paths of a folder's audio files, sorted. Links are followed, hidden files left out."""
+    paths, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        audio = [name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
+        paths += [os.path.relpath(os.path.join(parent, name), folder) for name in audio]
+    return sorted(paths)
