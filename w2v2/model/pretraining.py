@@ -93,12 +93,11 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             codevectors = objective.look_up(one_hot, self.quantizer.codevectors)  # (B, M, codevector_dim)
 
             # 3. Contrast them with distractors, other masked frames of the same utterance.
-            draws = distractors(batch.keys, batch.num_masked, batch.positions.shape[1], self.config.num_negatives)
             contrast = objective.contrastive_loss(
                 context_BMD=self.project_hid(_full(context)),
                 quantized_BMD=self.project_q(codevectors),
                 codes_BMG=codes,
-                distractors_BMK=draws,
+                distractors_BMK=distractors(batch.keys, batch.num_masked, valid.shape[1], self.config.num_negatives),
                 valid_BM=valid,
                 temperature=self.config.contrastive_logits_temperature,
             )
