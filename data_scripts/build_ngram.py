@@ -3,9 +3,9 @@
     python data_scripts/build_ngram.py data/librispeech/train-clean-100.csv --output data/lm.arpa
     python data_scripts/build_ngram.py books.txt --order 4 --text_case lower --output data/lm.arpa
 
-Manifests give their transcripts; any other file (.txt, .gz) is text, a sentence a line. The text is normalised as fine-tuning
-normalises transcripts: give both the same flags, or the words will not fit the model's characters. Modified Kneser-Ney smoothing, in
-memory: for more than some ten million words use KenLM's lmplz, whose ARPA files serve as well.
+Manifests give their transcripts; any other file (.txt, .gz) is text, a sentence a line. The text is normalised as in
+fine-tuning: give both the same flags, or the words will not fit the model's characters. The smoothing is modified
+Kneser-Ney, in memory. For more than some ten million words use KenLM's lmplz, whose ARPA files serve as well.
 """
 
 import gzip
@@ -62,7 +62,8 @@ def build(args) -> None:
         raise UserError(f"{', '.join(map(str, args.text))}: no words in there: give transcripts or text")
     if reserved := {BEGIN, END, UNKNOWN}.intersection(chain.from_iterable(sentences)):
         raise UserError(
-            f"{', '.join(map(str, args.text))}: holds the word {min(reserved)}, which an n-gram keeps for itself: take it out of the text"
+            f"{', '.join(map(str, args.text))}: holds the word {min(reserved)}, which an n-gram keeps for itself: take it out "
+            "of the text"
         )
     model = estimate(sentences, args.order)
     with open_atomic(args.output) as file:

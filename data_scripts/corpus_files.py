@@ -46,8 +46,8 @@ def check_csv(output: Path) -> None:
 
 
 def find_audio(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
-    """Sorted paths of audio files, relative to `folder`. Links to folders are followed (each real folder once), hidden names are
-    not. UserError where there is none.
+    """Sorted paths of audio files, relative to `folder`. Links to folders are followed (each real folder once), hidden
+    names are not. UserError where there is none.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -84,7 +84,7 @@ def measure(paths: Sequence[str], num_workers: int) -> tuple[list[float | None],
 
 @contextlib.contextmanager
 def open_atomic(path: Path, mode: str = "w", **options) -> Iterator[IO]:
-    """A file that takes its place as `path`, whole and on the disk, when the block ends well; else `path` stays as it was."""
+    """A file that becomes `path`, whole and on the disk, when the block ends well; else `path` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     if "b" not in mode:

@@ -1,9 +1,9 @@
 """Interpolated modified Kneser-Ney n-grams (Chen and Goodman 1998, section 3), in plain Python.
 
-Highest order: counts. Lower orders: in how many words an n-gram is preceded (its count where it begins the sentence). From each a
-discount D1, D2 or D3+ is taken, by the counts of counts of its order; what is taken from a history goes to the next lower order, below
-the unigrams to the uniform distribution over the words, `</s>` and `<unk>`. Such a model is exactly one of ARPA's back-off models:
-the history's share of the lower order is its back-off weight.
+The highest order has counts. Lower orders count the different words that precede an n-gram (its occurrences, where it
+begins the sentence). Each count loses a discount D1, D2 or D3+, by the counts of counts of its order. What a history
+loses goes to the next lower order; below the unigrams, to the uniform distribution over the words, `</s>` and `<unk>`.
+Such a model is exactly one of ARPA's back-off models: the history's share of the lower order is its back-off weight.
 
 For text of up to some ten million words: the counts are held in memory. For more, KenLM's `lmplz` makes the same model.
 """
@@ -21,7 +21,7 @@ Gram = tuple[str, ...]
 
 @dataclass
 class NGram:
-    """`probabilities[n - 1]` and `backoffs[n - 1]`: of the n-grams, not logarithms; a history without back-off weight has 1."""
+    """`probabilities[n - 1]` and `backoffs[n - 1]` are no logarithms. A missing back-off weight is 1."""
 
     order: int
     probabilities: list[dict[Gram, float]]
@@ -41,7 +41,7 @@ class NGram:
 
 
 def estimate(sentences: Iterable[Sequence[str]], order: int) -> NGram:
-    """The model of these sentences (lists of words). Raises ValueError where there are none, or for an order below 1."""
+    """The model of these sentences (lists of words). Raises ValueError where there are none, or for order < 1."""
     if order < 1:
         raise ValueError(f"an n-gram has an order of 1 or more, not {order}")
     counts = adjusted_counts(sentences, order)
@@ -70,7 +70,7 @@ def estimate(sentences: Iterable[Sequence[str]], order: int) -> NGram:
 
 
 def adjusted_counts(sentences: Iterable[Sequence[str]], order: int) -> list[Counter[Gram]]:
-    """For n = 1 … order: n-gram → its count (highest order, or at the sentence's beginning), else how many words precede it.
+    """For n = 1 … order: n-gram → its count (highest order, or sentence's start), else how many words precede it.
 
     `<s>` alone is no event and has no count.
     """
@@ -88,7 +88,7 @@ def adjusted_counts(sentences: Iterable[Sequence[str]], order: int) -> list[Coun
 
 
 def discounts(counts: Iterable[int]) -> tuple[float, float, float] | None:
-    """D1, D2, D3+ from the counts of counts 1 to 4 (equation 17 of Chen and Goodman); None where they give none that make sense."""
+    """D1, D2, D3+ from the counts of counts 1 to 4 (Chen and Goodman, equation 17); None where they make no sense."""
     counted = Counter(counts)
     n1, n2, n3, n4 = (counted[k] for k in (1, 2, 3, 4))
     if not (n1 and n2 and n3 and n4):

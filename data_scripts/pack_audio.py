@@ -1,4 +1,4 @@
-"""Pack a manifest's audio into a few large WAV files, so that training reads crops instead of decoding thousands of files.
+"""Pack a manifest's audio into a few large WAV files, so that training reads crops and decodes nothing.
 
     python data_scripts/pack_audio.py data/train.csv --output_dir data/packed
     python data_scripts/pack_audio.py --verify data/packed
@@ -11,11 +11,11 @@ Takes every manifest that pretrain.py takes. The folder that it writes may be mo
     SHA256SUMS          of all of these, for --verify or sha256sum -c
     packing.jsonl       what was packed; then a line a shard
 
-The utterances keep their ids, order and lengths, so the effective batches stay the same. 16-bit mono audio at 16 kHz stays the
-same bit for bit. Other audio is resampled and averaged as in training, then rounded to 16 bits. An hour takes 115 MB.
+The utterances keep their ids, order and lengths, so the effective batches stay the same. 16-bit mono audio at 16 kHz
+stays the same bit for bit. Other audio is resampled and averaged as in training, and rounded: 115 MB an hour.
 
-After an interruption, the same command goes on with the missing shards. Unreadable utterances are left out and listed in
-skipped_audio.jsonl; once they are mended, pack anew with --overwrite. The same audio and flags give the same bytes.
+After an interruption, the same command goes on with the missing shards. Unreadable utterances are left out and listed
+in skipped_audio.jsonl; once they are mended, pack anew with --overwrite. The same audio and flags give the same bytes.
 """
 
 import contextlib
@@ -60,8 +60,8 @@ def pack(args) -> None:
     skipped = unmeasured + [entry for record in records for entry in record["skipped"]]
     list_skipped(folder / SKIPPED, skipped)
     if len(skipped) > args.max_skipped_fraction * (total := len(table) + len(unmeasured)) or len(skipped) == total:
-        raise UserError(f"{skipped[0]['audio']}: {skipped[0]['reason']}; {len(skipped)} of {total} utterances cannot be read, more "
-                        f"than --max_skipped_fraction {args.max_skipped_fraction:g} allows: mend or remove them")  # fmt: skip
+        limit = f"--max_skipped_fraction {args.max_skipped_fraction:g}"
+        raise UserError(f"{len(skipped)} of {total} utterances cannot be read, more than {limit} allows: mend them")
     write_index(folder, table, shards, records)
     shutil.rmtree(folder / CACHE, ignore_errors=True)
     report(folder, records, len(skipped))
@@ -111,8 +111,7 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool) -> dict[str, dic
     with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: a kill cut the last line short
         lines.extend(map(json.loads, (folder / LOG).read_text(encoding="utf-8").splitlines()))
     if lines and lines[0] != settings:
-        raise UserError(f"--output_dir {folder} was packed from other utterances or with another --shard_hours: name another "
-                        "folder, or pack it anew with --overwrite")  # fmt: skip
+        raise UserError(f"--output_dir {folder} holds another packing: name a new folder, or give --overwrite")
     (folder / MANIFEST).unlink(missing_ok=True)  # without it, the packing is unfinished
     sizes = {path.name: path.stat().st_size for path in folder.glob("shard-*.wav")}
     finished = [record for record in lines[1:] if sizes.get(record["shard"]) == record["bytes"]]
@@ -121,7 +120,7 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool) -> dict[str, dic
 
 
 def pack_missing(folder: Path, table, shards: dict[str, range], records: dict, num_workers: int) -> list[dict]:
-    """Write the shards without a record, in threads: decoding and hashing run side by side. Returns all records, in order."""
+    """Write the shards without a record, in threads (decoders and hashes do not hold the GIL). Returns all records."""
     bar = tqdm(desc="Packing", total=len(table), unit="utterance", disable=None)
     bar.update(sum(len(shards[name]) for name in records))
     with bar, open(folder / LOG, "a", encoding="utf-8") as log, ThreadPoolExecutor(max(1, num_workers)) as pool:
@@ -154,8 +153,8 @@ def pack_shard(path: Path, table, rows: range) -> dict:
             file.seek(0)
             record |= {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}: mend that and run the same command again, which "
-                        "keeps the finished shards") from None  # fmt: skip
+        reason = f"{path} cannot be written: {error.strerror or error}"
+        raise UserError(f"{reason}: mend that and run the same command again; finished shards stay") from None
     return record
 
 
@@ -201,8 +200,9 @@ def report(folder: Path, records: list[dict], num_skipped: int) -> None:
     num_samples = np.concatenate([record["num_samples"] for record in records])
     shortened, clipped = (sum(record[name] for record in records) for name in ("shortened", "clipped_samples"))
     hours = num_samples.sum() / SAMPLING_RATE / 3600
-    print(f"{folder}: {np.count_nonzero(num_samples):,} utterances, {hours:.2f} hours in {len(records):,} shards; {num_skipped:,} "
-          f"skipped, {shortened:,} shorter than their manifest says, {clipped:,} samples clipped")  # fmt: skip
+    held = f"{np.count_nonzero(num_samples):,} utterances, {hours:.2f} hours in {len(records):,} shards"
+    changed = f"{shortened:,} shorter than their manifest says, {clipped:,} samples clipped"
+    print(f"{folder}: {held}; {num_skipped:,} skipped, {changed}")
 
 
 def verify(folder: Path, num_workers: int) -> None:

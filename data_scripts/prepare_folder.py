@@ -138,8 +138,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--text", action="store_true", help="take the text from the .txt beside each file, or leave it out"
     )
-    parser.add_argument("--speaker_from_parent", type=int, nargs="?", const=1, default=0, metavar="LEVEL",
-                        help="the folder that a file lies in names its speaker (2: the folder above that one, …)")  # fmt: skip
+    parser.add_argument(
+        "--speaker_from_parent", type=int, nargs="?", const=1, default=0, metavar="LEVEL",
+        help="the folder that a file lies in names its speaker (2: the folder above that one, …)",
+    )  # fmt: skip
     parser.add_argument(
         "--valid_fraction", type=float, default=0.0, help="of the seconds, for a dev manifest; whole speakers"
     )

@@ -2,10 +2,11 @@
 
     python data_scripts/prepare_iemocap.py /data/IEMOCAP_full_release --output data/iemocap.csv
 
-The folder is the one that the archive unpacks to (the corpus comes under a licence from USC): Session1 … Session5, each with
-dialog/EmoEvaluation/*.txt, dialog/transcriptions/*.txt and sentences/wav/DIALOGUE/UTTERANCE.wav. The label is the annotators' majority as the
-evaluation files have it (ang, hap, exc, sad, neu, fru, fea, sur, dis, oth; xxx: no majority). A speaker is a session and F or M. The usual
-four classes are ang, hap with exc, neu and sad: 5,531 utterances.
+The folder is the one that the archive unpacks to (the corpus comes under a licence from USC): Session1 … Session5, each
+with dialog/EmoEvaluation/*.txt, dialog/transcriptions/*.txt and sentences/wav/DIALOGUE/UTTERANCE.wav. The label is the
+annotators' majority as the evaluation files have it (ang, hap, exc, sad, neu, fru, fea, sur, dis, oth; xxx: no
+majority). A speaker is a session and F or M. The usual four classes are ang, hap with exc, neu and sad: 5,531
+utterances.
 """
 
 import os
@@ -37,7 +38,7 @@ def find_sessions(folder: Path) -> list[Path]:
 
 
 def read_lines(folder: Path, pattern: re.Pattern) -> list[re.Match]:
-    """Matching lines of the folder's .txt files, hidden ones (`._…`, left by the archive) aside; bytes that are no UTF-8 are dropped."""
+    """Matching lines of the folder's .txt files, without hidden files (`._…`, left by the archive)."""
     matches = []
     for path in sorted(folder.glob("*.txt")):
         if not path.name.startswith("."):
@@ -58,9 +59,8 @@ def session_rows(session: Path, prefix: str) -> list[dict]:
     rows = []
     for match in evaluations:
         name = match["id"]
-        dialogue, _, turn = name.rpartition(
-            "_"
-        )  # Ses01F_impro01, F000: F and M of the turn, not of the dialogue, say who speaks
+        # Ses01F_impro01, F000: the F or M of the turn, not of the dialogue, says who speaks.
+        dialogue, _, turn = name.rpartition("_")
         rows.append({
             "id": name,
             "audio": f"{prefix}/{session.name}/sentences/wav/{dialogue}/{name}.wav",
@@ -80,7 +80,7 @@ def prepare(args) -> None:
     durations, errors = measure([str(args.output.parent / row["audio"]) for row in rows], args.num_workers)
     if errors:
         raise UserError(
-            f"{args.folder}: {len(errors)} of {len(rows)} evaluated utterances have no usable audio, the first: {errors[0]}"
+            f"{args.folder}: {len(errors)} of {len(rows)} evaluated utterances have no audio, such as {errors[0]}"
         )
     rows = [{**row, "duration": duration} for row, duration in zip(rows, durations, strict=True)]
     write_manifest(args.output, rows, COLUMNS)

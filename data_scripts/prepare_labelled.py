@@ -1,12 +1,13 @@
 """Turn a folder of audio files whose names say what they are into a manifest (CSV) with labels.
 
     python data_scripts/prepare_labelled.py /data/emodb/wav --output data/emodb.csv --corpus emodb
-    python data_scripts/prepare_labelled.py /data/commands --output data/commands.csv --pattern '(?P<label>[^/]+)/(?P<speaker>[^_/]+)_'
+    python data_scripts/prepare_labelled.py /data/commands --output data/commands.csv --pattern '(?P<label>[^/]+)/'
 
-`--pattern` is a regular expression, searched in each file's path below the folder, without the extension; its named groups become
-columns: label, speaker, session, whatever they are called. `--label_map W=anger` spells a label out. `--corpus` knows the patterns of
-emodb (03a01Wa: speaker, sentence, emotion in German, version) and ravdess (03-01-06-01-02-01-12: the third is the emotion, the last the
-speaker). Files that do not match are an error, unless `--skip_unmatched`; those that cannot be read are listed in OUTPUT.skipped.jsonl.
+`--pattern` is a regular expression, searched in each file's path below the folder, without the extension. Its named
+groups become columns: label, speaker, session, or any other. `--label_map W=anger` spells a label out. `--corpus` knows
+the patterns of emodb (03a01Wa: speaker, sentence, emotion in German, version) and ravdess (03-01-06-01-02-01-12: the
+third is the emotion, the last the speaker). A file that does not match is an error, unless `--skip_unmatched`. Files
+that cannot be read are listed in OUTPUT.skipped.jsonl.
 """
 
 import os
@@ -59,8 +60,10 @@ def prepare(args) -> None:
     found = {file: pattern.search(file.with_suffix("").as_posix()) for file in files}
     unmatched = [file for file, match in found.items() if match is None]
     if unmatched and (len(unmatched) == len(files) or not args.skip_unmatched):
-        raise UserError(f"{args.folder}: {len(unmatched)} of {len(files)} names do not match the pattern, such as {unmatched[0]}: "
-                        "mend --pattern, or give --skip_unmatched")  # fmt: skip
+        raise UserError(
+            f"{args.folder}: {len(unmatched)} of {len(files)} names do not match the pattern, such as {unmatched[0]}: mend "
+            "--pattern, or give --skip_unmatched"
+        )
     files = [file for file in files if found[file] is not None]
     durations, skipped = measure([str(args.folder / file) for file in files], args.num_workers)
     prefix = os.path.relpath(os.path.realpath(args.folder), os.path.realpath(args.output.parent))

@@ -51,7 +51,7 @@ def read_transcripts(path: Path) -> dict[str, str]:
 
 
 def scan_subset(folder: Path, prefix: str, num_workers: int) -> tuple[list[dict], list[str]]:
-    """Rows of one subset's usable utterances, with audio paths under `prefix`, and all that is wrong with it in words."""
+    """Rows of one subset's usable utterances, with audio paths under `prefix`, and a line for each fault."""
     rows, silent = [], []
     for chapter in sorted(path for path in folder.glob("*/*") if path.is_dir()):
         speaker = chapter.parent.name

@@ -2,9 +2,10 @@
 
     python data_scripts/prepare_voxceleb.py /data/voxceleb1/wav --split iden_split.txt --output_dir data/voxceleb1
 
-The folder holds SPEAKER/VIDEO/UTTERANCE.wav (both archives, dev and test, unpacked into one). `iden_split.txt` comes with the corpus: a line is
-`1 id10003/na8-QEFmj44/00003.wav`, where 1 trains, 2 validates and 3 tests. It becomes train.csv, dev.csv and test.csv (id, audio, duration,
-speaker): 138,361, 6,904 and 8,251 utterances of 1,251 speakers. Verification needs no manifest: `verify_speakers.py --trials veri_test.txt`.
+The folder holds SPEAKER/VIDEO/UTTERANCE.wav (both archives, dev and test, unpacked into one). `iden_split.txt` comes
+with the corpus: a line is `1 id10003/na8-QEFmj44/00003.wav`, where 1 trains, 2 validates and 3 tests. It becomes
+train.csv, dev.csv and test.csv (id, audio, duration, speaker): 138,361, 6,904 and 8,251 utterances of 1,251 speakers.
+Verification needs no manifest: `verify_speakers.py --trials veri_test.txt`.
 """
 
 import os
@@ -34,7 +35,7 @@ def read_split(path: Path) -> list[tuple[str, str]]:
             continue
         if len(fields) != 2 or fields[0] not in SETS or fields[1].count("/") != 2:
             raise UserError(
-                f"{path}, line {number}: {line[:80]!r} is no `1 SPEAKER/VIDEO/UTTERANCE.wav`: give VoxCeleb1's iden_split.txt"
+                f"{path}, line {number}: {line[:80]!r} is no `1 SPEAKER/VIDEO/UTTERANCE.wav`: give VoxCeleb1's own list"
             )
         entries.append((SETS[fields[0]][0], fields[1]))
     if not entries:
@@ -46,27 +47,24 @@ def prepare(args) -> None:
     entries = read_split(args.split)
     missing = [name for _, name in entries if not (args.folder / name).is_file()]
     if missing and (len(missing) == len(entries) or not args.allow_incomplete):
-        raise UserError(f"{args.folder}: {len(missing):,} of {len(entries):,} utterances of {args.split.name} are not there, such as "
-                        f"{missing[0]}: unpack both archives, or pass --allow_incomplete")  # fmt: skip
+        raise UserError(
+            f"{args.folder}: {len(missing):,} of {len(entries):,} utterances of {args.split.name} are not there, such as "
+            f"{missing[0]}: unpack both archives, or pass --allow_incomplete"
+        )
     absent = set(missing)
     entries = [entry for entry in entries if entry[1] not in absent]
     durations, errors = measure([str(args.folder / name) for _, name in entries], args.num_workers)
     if errors and not args.allow_incomplete:
         raise UserError(
-            f"{args.folder}: {len(errors):,} unusable files, the first: {errors[0]}; unpack again, or pass --allow_incomplete"
+            f"{args.folder}: {len(errors):,} unusable files, such as {errors[0]}; unpack again, or pass --allow_incomplete"
         )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     prefix = os.path.relpath(args.folder.resolve(), args.output_dir.resolve())
     for part, expected in SETS.values():
         rows = [
-            {
-                "id": name.removesuffix(".wav"),
-                "audio": f"{prefix}/{name}",
-                "duration": duration,
-                "speaker": name.split("/")[0],
-            }
-            for (its, name), duration in zip(entries, durations, strict=True)
-            if its == part and duration is not None
+            dict(id=name.removesuffix(".wav"), audio=f"{prefix}/{name}", duration=seconds, speaker=name.split("/")[0])
+            for (its, name), seconds in zip(entries, durations, strict=True)
+            if its == part and seconds is not None
         ]
         write_manifest(args.output_dir / f"{part}.csv", rows, COLUMNS)
         hours = sum(row["duration"] for row in rows) / 3600

@@ -1,4 +1,4 @@
-"""Damaged copies of audio files, and what has to hold of each: run as a program, so that a crash or a hang of the decoder is seen from outside.
+"""Damaged copies of audio files, and what has to hold of each: a program, because a decoder may crash or hang.
 
     python tests/audio_mutants.py FOLDER SEED COUNT
 
@@ -75,7 +75,7 @@ def damage(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def outcome(path: str, start: int, num_samples: int, stop: int | None) -> np.ndarray | None:
-    """The samples, as many as were asked for and all of them finite; None where the reader refuses, with a reason in one line."""
+    """As many finite samples as were asked for; None where the reader refuses, with a reason in one line."""
     try:
         samples = read_pcm(path, start, num_samples, stop)
     except AudioError as error:

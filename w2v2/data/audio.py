@@ -1,8 +1,8 @@
 """Audio files → exactly the crop that is asked for: 16 kHz, mono, int16 where the source holds 16 bits, else float32.
 
-Only the crop is decoded (`sound_file.py`), so 15 s out of an hour cost 15 s of decoding. soxr resamples other rates: the crop
-and a margin around it, cut where both rates have a sample at the same instant. The result equals that part of the whole
-resampled file, but for the filter's far tails.
+Only the crop is decoded (`sound_file.py`), so 15 s out of an hour cost 15 s of decoding. soxr resamples other rates:
+the crop and a margin around it, cut where both rates have a sample at the same instant. The result equals that part of
+the whole resampled file, but for the filter's far tails.
 
 Shapes: S samples at 16 kHz.
 """
@@ -50,14 +50,14 @@ def read_pcm(path: str, start: int = 0, num_samples: int | None = None, stop: in
     int16 where the source is mono at 16 kHz and no sample needs more than 16 bits, else float32 (other rates, several
     channels, 24-bit, float and lossy files).
 
-    The array is exactly `num_samples` long. Manifests often round durations. A window that overshoots the file's end by up to
-    half a second therefore moves back, and up to 10 ms that the whole file lacks are filled with zeros.
+    The array is exactly `num_samples` long. Manifests often round durations. A window that overshoots the file's end by
+    up to half a second therefore moves back, and up to 10 ms that the whole file lacks are filled with zeros.
 
     `stop` is the end of the whole utterance by its manifest. A file that ends more than half a second before `stop` is
     refused, so whether a file is used does not depend on the crop that is drawn.
 
-    Raises AudioError where more is missing, where decoding fails or ends early (a truncated file), and for samples that no
-    recording has: NaN, infinity, or beyond 2³¹.
+    Raises AudioError where more is missing, where decoding fails or ends early (a truncated file), and for samples that
+    no recording has: NaN, infinity, or beyond 2³¹.
     """
     path = os.fsdecode(path)
     assert start >= 0 and (num_samples is None or num_samples > 0), (path, start, num_samples)
@@ -98,8 +98,8 @@ def _fit_window(path: str, start: int, num_samples: int | None, length: int, sto
 def _source_window(start: int, num_samples: int, rate: int, num_frames: int) -> tuple[int, int, int]:
     """First and last frame (at the file's `rate`) that the crop needs, and the resampled samples before the crop.
 
-    The first frame lies on the common grid of both rates (every 441 frames = 160 samples for 44.1 kHz). The resampled margin
-    is then a whole number of samples, and no fraction shifts the crop.
+    The first frame lies on the common grid of both rates (every 441 frames = 160 samples for 44.1 kHz). The resampled
+    margin is then a whole number of samples, and no fraction shifts the crop.
     """
     if rate == SAMPLING_RATE:
         return start, start + num_samples, 0

@@ -1,12 +1,15 @@
 """Epoch order, effective batches, and their cut into micro-batches. State = (epoch, position), nothing else.
 
-1. *Order.* An epoch's order is a keyed bijection on 0…n−1 (a Feistel network with cycle walking): no table in memory, any
-   position in O(1).
-2. *Draw.* An effective batch is the next utterances in that order until they hold `batch_samples` after cropping. It depends on the
-   seed and the lengths alone, not on devices, workers or micro-batches; it may span two epochs.
+1. *Order.* An epoch's order is a keyed bijection on 0…n−1 (a Feistel network with cycle walking): no table in memory,
+   any position in O(1).
+2. *Draw.* An effective batch is the next utterances in that order until they hold `batch_samples` after cropping. It
+   depends on the seed and the lengths alone, not on devices, workers or micro-batches. It may span two epochs.
 3. *Crop.* Length and offset are pure functions of utterance, seed and epoch.
-4. *Cut.* Sorted by length, longest first, into few rounds that keep every micro-batch within its padded budget (`cutting.py`); every rank
-   gets the same number, dummies without weight filling up, and about the same padded samples (`cutting.py`).
+4. *Cut.* The crops are sorted by length, longest first, and cut into few rounds, so that every micro-batch keeps its
+   padded budget. Every rank gets the same number of micro-batches (dummies without weight fill up) and about the same
+   padded samples (`cutting.py`).
+
+Shapes: n utterances of the data, N utterances of a batch; lengths and offsets are samples at 16 kHz.
 """
 
 import math
@@ -21,9 +24,7 @@ from w2v2.data.hashing import CROP, ORDER, below, derive, derive_many, positive
 from w2v2.errors import UserError
 
 LATENT_STRIDE = 320  # samples between latent frames of the wav2vec 2.0 convs
-CHUNK = (
-    1 << 16
-)  # utterances looked at together where all have to be: temporaries stay small, and in the processor's cache
+CHUNK = 1 << 16  # utterances looked at together: temporaries stay small, and in the processor's cache
 
 
 class Cursor(NamedTuple):
@@ -34,7 +35,7 @@ class Cursor(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """Utterances with the part of each that is heard: int64 arrays of shape (N,), samples at 16 kHz."""
+    """Utterances, and the part of each that is heard: four int64 arrays of shape (N,)."""
 
     utterance: np.ndarray
     epoch: np.ndarray
@@ -49,11 +50,11 @@ class MicroBatchPlan(NamedTuple):
     """One micro-batch of one rank, before any audio is read."""
 
     crops: Crops
-    update: int  # the update (counted from 0) that it belongs to
-    piece: int  # its number among the effective batch's pieces, over all ranks: seeds dropout and Gumbel noise
+    update: int  # the update that it belongs to, counted from 0
+    piece: int  # its number among the effective batch's pieces, over all ranks; seeds dropout and Gumbel noise
     num_rounds: int  # micro-batches of this rank in this update
     batch_samples: int  # samples of the whole effective batch, over all ranks
-    dummy: bool  # carries no weight: makes the number of micro-batches the same on every rank
+    dummy: bool  # it has no weight, and evens out the number of micro-batches over the ranks
     following: Cursor  # where the data stands after this update
 
 
@@ -69,15 +70,15 @@ class EpochOrder:
     def __call__(self, epoch: int, positions: torch.Tensor) -> torch.Tensor:
         """Utterances at `positions` (int64, each in 0…n−1) of the epoch's order."""
         keys = derive(self.seed, ORDER, epoch, torch.arange(self.NUM_ROUNDS)).tolist()
-        hashes = [derive_many(key) for key in keys]
+        hashes = [derive_many(key) for key in keys]  # one round function a key
         x = self._permute(hashes, positions.numpy())
-        while len(
-            outside := np.flatnonzero(x >= self.n)
-        ):  # cycle walking: up to three quarters of the domain lie outside
+        # Cycle walking: up to three quarters of the domain lie outside 0…n−1 and are permuted again.
+        while len(outside := np.flatnonzero(x >= self.n)):
             x[outside] = self._permute(hashes, x[outside])
         return torch.from_numpy(x)
 
     def _permute(self, hashes: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:
+        """Feistel network on 2 · `half_bits` bits: each round swaps the halves and adds a hash of one to the other."""
         low = (1 << self.half_bits) - 1
         left, right = x >> self.half_bits, x & low
         for hashed in hashes:
@@ -86,9 +87,9 @@ class EpochOrder:
 
 
 def crop_length(num_samples: np.ndarray, crop_samples: int, grid_samples: int) -> np.ndarray:
-    """Longest crop on the grid: 320 + k · grid samples, at most `crop_samples`; with a grid of 0.32 s that is 16·k latent frames.
+    """Longest crop on the grid: 320 + k · grid samples, at most `crop_samples`.
 
-    An utterance shorter than one grid step keeps its length.
+    A grid of 0.32 s gives 16 · k latent frames. An utterance shorter than one grid step keeps its length.
     """
     longest = np.minimum(num_samples, crop_samples)
     if grid_samples <= 0:
@@ -101,17 +102,17 @@ class EffectiveBatches:
     """Draws effective batches from utterances of known lengths.
 
     Args:
-        num_samples: (n,) lengths at 16 kHz; kept as int32, four bytes an utterance, and not copied where they are int32 already.
-        batch_samples: samples that an effective batch holds at least.
+        num_samples: (n,) lengths, kept as int32: four bytes an utterance, without a copy where they are int32 already.
+        batch_samples: fewest samples of an effective batch.
         crop_samples, grid_samples: see `crop_length`.
 
-    Raises `UserError` when one utterance alone fills an effective batch.
+    Raises UserError where one utterance alone holds more than an effective batch.
     """
 
     def __init__(self, num_samples: np.ndarray, *, batch_samples: int, crop_samples: int, grid_samples: int, seed: int):
         self.num_samples = np.asarray(num_samples, dtype=np.int32)
         self.batch_samples, self.seed = batch_samples, seed
-        self.crop_samples = min(crop_samples, np.iinfo(np.int32).max)  # beyond that, as well as no limit
+        self.crop_samples = min(crop_samples, np.iinfo(np.int32).max)  # no utterance is longer
         self.grid_samples = grid_samples
         self.order = EpochOrder(len(self.num_samples), seed)
         self.longest = int(crop_length(self.num_samples.max(keepdims=True), self.crop_samples, grid_samples)[0])
@@ -123,12 +124,12 @@ class EffectiveBatches:
 
     @property
     def heard_samples(self) -> int:
-        """Samples that an epoch hears: lengths alone decide it."""
+        """Samples that an epoch hears, which depend on the lengths alone."""
         parts = (self.num_samples[i : i + CHUNK] for i in range(0, len(self.num_samples), CHUNK))
         return sum(int(crop_length(part, self.crop_samples, self.grid_samples).sum(dtype=np.int64)) for part in parts)
 
     def check_budget(self, micro_batch_samples: int) -> None:
-        """Raises `UserError` when a micro-batch cannot hold the longest crop."""
+        """Raises UserError where a micro-batch cannot hold the longest crop."""
         if micro_batch_samples < self.longest:
             raise UserError(
                 f"--micro_batch_seconds {micro_batch_samples / 16_000:g} is less than the longest crop "
@@ -136,10 +137,10 @@ class EffectiveBatches:
             )
 
     def crops(self, utterance: np.ndarray, epoch: int) -> Crops:
-        """What is heard of these utterances in this epoch."""
+        """The crops of these utterances, (N,) int64, in this epoch."""
         length = self.num_samples[utterance].astype(np.int64)
         cropped = crop_length(length, self.crop_samples, self.grid_samples)
-        keys = derive(self.seed, CROP, epoch, torch.from_numpy(utterance))
+        keys = derive(self.seed, CROP, epoch, torch.from_numpy(utterance))  # (N,)
         start = below(keys, torch.from_numpy(length - cropped + 1)).numpy()
         return Crops(utterance, np.full_like(utterance, epoch), start, cropped)
 
@@ -148,8 +149,10 @@ class EffectiveBatches:
         n, epoch, position = len(self.num_samples), *cursor
         drawn, missing = [], self.batch_samples
         while missing > 0:
+            # 1. A generous guess of the utterances that are missing, up to the epoch's end.
             stop = min(n, position + max(16, 2 * math.ceil(missing / self.longest)))
             chunk = self.crops(self.order(epoch, torch.arange(position, stop)).numpy(), epoch)
+            # 2. Those of them that fill the batch.
             heard = np.cumsum(chunk.num_samples)
             count = min(int(np.searchsorted(heard, missing)) + 1, len(heard))
             drawn.append(chunk.take(slice(count)))
@@ -163,7 +166,8 @@ class EffectiveBatches:
 def plan_update(
     crops: Crops, update: int, following: Cursor, *, rank: int, num_ranks: int, micro_batch_samples: int
 ) -> list[MicroBatchPlan]:
-    """This rank's micro-batches of one effective batch, as `deal` shares them out: larger ones first, the last may be a dummy."""
+    """This rank's micro-batches of one effective batch: larger ones first, and the last may be a dummy."""
+    # Longest first; utterances of the same length in rising order.
     crops = crops.take(np.lexsort((crops.utterance, -crops.num_samples)))
     rounds, pieces = cut(crops.num_samples, num_ranks, micro_batch_samples)
     sizes = padded_sizes(crops.num_samples, pieces, rounds * num_ranks)
@@ -171,7 +175,7 @@ def plan_update(
     plans = []
     for piece in deal(sizes, num_ranks)[rank].tolist():
         dummy = piece >= len(pieces)
-        rows = slice(len(crops.utterance) - 1, None) if dummy else pieces[piece]
+        rows = slice(len(crops.utterance) - 1, None) if dummy else pieces[piece]  # a dummy is the shortest row
         plans.append(MicroBatchPlan(crops.take(rows), update, piece, rounds, total, dummy, following))
     return plans
 
@@ -194,7 +198,7 @@ def plan_validation(
 ) -> list[MicroBatchPlan]:
     """This rank's micro-batches of a whole validation set, with the same crops every time.
 
-    Raises `UserError` when a micro-batch cannot hold the longest of them.
+    Raises UserError where a micro-batch cannot hold the longest crop.
     """
     batches.check_budget(micro_batch_samples)
     crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0)

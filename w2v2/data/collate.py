@@ -1,6 +1,7 @@
-"""Crops → one `PretrainBatch`: decode, pad, mask. Runs in the `DataLoader`'s workers, but for `sound`, which runs on the device.
+"""Crops → one `PretrainBatch`: decode, pad, mask. It runs in the `DataLoader`'s workers, except `sound`, on the device.
 
-Shapes: B utterances, S samples of the longest, T latent frames of the longest, N latent frames of all of them, M masked frames of the row that has most.
+Shapes: B utterances, S samples of the longest, T latent frames of the longest, N latent frames of all utterances
+together, M masked frames of the row that has most.
 """
 
 from collections.abc import Sequence
@@ -21,23 +22,23 @@ FULL_SCALE = 32_768  # of 16-bit samples
 
 @dataclass
 class PretrainBatch:
-    """One micro-batch, ready for the model, which needs nothing from the device to know its shapes."""
+    """One micro-batch, ready for the model. All shapes are known on the host, so no device has to be asked."""
 
     waveforms: torch.Tensor  # (B, S) int16 where all files hold 16 bits, else float32; zeros past a row's end
     num_samples: torch.Tensor  # (B,) int64
     frames: torch.Tensor  # (B,) int64 latent frames
-    keys: torch.Tensor  # (B,) int64, one an utterance and epoch: the distractors follow from it
+    keys: torch.Tensor  # (B,) int64, one an utterance and epoch; the distractors follow from it
     mask: torch.Tensor  # (B, T) bool, masked latent frames
     positions: torch.Tensor  # (B, M) int64, the masked frames, compacted
-    num_masked: torch.Tensor  # (B,) int64, how many of the M slots hold one
-    inside: torch.Tensor  # (N,) int64, the frames that belong to a row, numbered through all rows: row · T + frame
-    kept: torch.Tensor  # (layers, B) int64, rows that a layer is computed for, in rising order, the others after them
-    # (layers + 1, B + 1) int32: of the rows that a layer is computed for (the first row, where there is none), where each begins among
-    # their concatenated frames, and the end; then the same of all rows.
+    num_masked: torch.Tensor  # (B,) int64, how many of the M slots hold a masked frame
+    inside: torch.Tensor  # (N,) int64, the frames that are no padding, as row · T + frame
+    kept: torch.Tensor  # (layers, B) int64, the rows that a layer is computed for, in rising order; then the others
+    # (layers + 1, B + 1) int32. A layer concatenates the frames of its kept rows (of the first row, where none is
+    # kept): where each row begins, and the end. The last line is for all rows.
     bounds: torch.Tensor
     lengths: tuple[int, ...]  # `frames` on the host
     kept_rows: tuple[tuple[int, ...], ...]  # `kept` on the host, without the others
-    normalize: bool  # zero mean and unit variance a row, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
+    normalize: bool  # give each row zero mean and unit variance, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
     weight: float  # 0.0 for a dummy
     plan: MicroBatchPlan
     heard_samples: int  # samples of the rows, without padding
@@ -60,7 +61,7 @@ class PretrainBatch:
 
 @dataclass
 class Framing:
-    """How waveforms become masked latent frames: the part of the model's configuration that the data needs."""
+    """How waveforms become masked latent frames: the data's share of the model's configuration."""
 
     kernels: tuple[int, ...]
     strides: tuple[int, ...]
@@ -105,7 +106,7 @@ class CropDataset(Dataset):
         return replace(batch, skipped=skipped, original_samples=original_samples)
 
     def entries(self, plan: MicroBatchPlan) -> list[dict[str, Any]]:
-        """The table's rows of a micro-batch, in its order: one look into the table for all of them."""
+        """The table's rows of a micro-batch, in its order, from one look into the table."""
         columns = self.table[plan.crops.utterance]
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -115,7 +116,7 @@ class CropDataset(Dataset):
         return read_pcm(entry["audio"], first + start, num_samples, stop=first + entry["num_samples"])
 
     def _silence(self, plan: MicroBatchPlan, row: int) -> PretrainBatch:
-        """One of the plan's rows without sound or weight."""
+        """One row of the plan, as silence without weight."""
         silence = [np.zeros(int(plan.crops.num_samples[row]), np.int16)]
         return build_batch(plan, plan.crops.take([row]), silence, self.framing, self.seed, weight=0.0)
 
@@ -123,11 +124,13 @@ class CropDataset(Dataset):
 def build_batch(
     plan: MicroBatchPlan, crops: Crops, waveforms: list, framing: Framing, seed: int, weight: float = 1.0
 ) -> PretrainBatch:
-    """The micro-batch of these crops: `waveforms` are their samples, int16 or float32, an array a row."""
+    """The micro-batch of these crops. `waveforms` holds their samples, one int16 or float32 array a row."""
+    # 1. Lengths and keys: (B,).
     num_samples = torch.from_numpy(crops.num_samples)
     frames = latent_lengths(num_samples, framing.kernels, framing.strides)
     lengths = frames.tolist()
     keys = derive(seed, torch.from_numpy(crops.epoch), torch.from_numpy(crops.utterance))
+    # 2. Masked frames (B, T), compacted (B, M); rows that each layer is computed for (layers, B).
     mask = mask_spans(keys, frames, framing.mask_prob, framing.mask_length, framing.min_masks)
     positions, num_masked = masked_positions(mask)
     kept = kept_rows(keys, framing.num_layers, framing.layerdrop)
@@ -156,7 +159,7 @@ def build_batch(
 
 
 def _bounds(lengths: list[int], rows: list[Sequence[int]]) -> torch.Tensor:
-    """Where each of `rows` begins in the concatenation of them, and the end, for each such list: (len(rows), B + 1) int32."""
+    """For each list of rows: where each row begins in their concatenation, and the end. (len(rows), B + 1) int32."""
     bounds = np.zeros((len(rows), len(lengths) + 1), np.int32)
     for line, own in zip(bounds, rows, strict=True):
         np.cumsum([lengths[row] for row in own], out=line[1 : len(own) + 1])
@@ -164,7 +167,7 @@ def _bounds(lengths: list[int], rows: list[Sequence[int]]) -> torch.Tensor:
 
 
 def pad(waveforms: list[np.ndarray]) -> torch.Tensor:
-    """Rows of different lengths as one tensor (B, S), zeros at their ends: int16 if all of them are, else floats of full scale 1."""
+    """Rows of different lengths → (B, S), zeros at their ends; int16 if all rows are, else floats of full scale 1."""
     if any(w.dtype != np.int16 for w in waveforms):
         waveforms = [w / np.float32(FULL_SCALE) if w.dtype == np.int16 else w for w in waveforms]
     padded = np.zeros((len(waveforms), max(map(len, waveforms))), np.result_type(*waveforms))
@@ -174,11 +177,12 @@ def pad(waveforms: list[np.ndarray]) -> torch.Tensor:
 
 
 def sound(batch: PretrainBatch) -> torch.Tensor:
-    """Waveforms as the model hears them, (B, S) floats, on the batch's device: 16-bit samples scaled, rows normalised if asked for."""
+    """Waveforms as the model hears them: (B, S) floats on the batch's device, full scale 1, normalised if asked for."""
     x = batch.waveforms.float() / FULL_SCALE if batch.waveforms.dtype == torch.int16 else batch.waveforms
     if not batch.normalize:
         return x
-    inside = torch.arange(x.shape[1], device=x.device) < batch.num_samples[:, None]
+    # Mean and variance of each row, without its padding: (B, 1).
+    inside = torch.arange(x.shape[1], device=x.device) < batch.num_samples[:, None]  # (B, S)
     mean = x.sum(1, keepdim=True) / batch.num_samples[:, None]
     centred = torch.where(inside, x - mean, 0.0)
     variance = centred.pow(2).sum(1, keepdim=True) / batch.num_samples[:, None]

@@ -1,6 +1,6 @@
-"""An effective batch's lengths → padded pieces, one a micro-batch, and pieces → ranks.
+"""An effective batch's lengths → padded pieces, one a micro-batch; pieces → ranks.
 
-A piece costs its padded size: rows × its longest row, in samples. Lengths are sorted, longest first, throughout.
+A piece costs its padded size: rows × its longest row, in samples. Lengths are always sorted, longest first.
 """
 
 import math
@@ -8,11 +8,11 @@ import math
 import numpy as np
 
 MOST_IDLE = 0.06  # unevenness that is worth another round
-EFFICIENT_SAMPLES = 40 * 16_000  # a smaller piece costs about as much in overhead as it could save
+EFFICIENT_SAMPLES = 40 * 16_000  # a smaller piece costs about as much overhead as it saves
 
 
 def greedy_pieces(lengths: np.ndarray, budget: int) -> list[slice]:
-    """Cut lengths (longest first) into runs whose padded size, rows × longest, is within `budget` where a single row is."""
+    """Cut lengths into runs whose padded size is within `budget`, or of one row that is longer than that."""
     pieces, first = [], 0
     while first < len(lengths):
         rows = max(1, int(budget // lengths[first]))
@@ -22,18 +22,20 @@ def greedy_pieces(lengths: np.ndarray, budget: int) -> list[slice]:
 
 
 def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[int, list[slice]]:
-    """Cut an effective batch (lengths sorted, longest first) for `num_ranks` devices.
+    """Cut an effective batch for `num_ranks` devices into m rounds, each of one piece a rank.
 
-    For the fewest rounds m upward, the smallest padded budget is found at which the greedy pieces number at most m × num_ranks; the
-    first m whose budget is within `micro_batch_samples` is taken, so the pieces are as even as they can be. Where few rows make up a
-    piece, the ranks can still be uneven (64 of them share 1.6 h as six utterances each): up to twice the rounds are then tried, as long as
-    the pieces stay large enough to keep a device busy.
+    m is the fewest rounds whose pieces fit into `micro_batch_samples`. For that m, the smallest padded budget is taken
+    that gives at most m × num_ranks greedy pieces, so the pieces are as even as they can be. Where a piece has few
+    rows, the ranks can still be uneven (64 ranks share 1.6 h as six utterances each). Up to twice the rounds are then
+    tried, as long as the pieces stay large enough to keep a device busy.
 
     Returns: m, and at most m × num_ranks pieces.
     """
+    # 1. The fewest rounds.
     fewest = max(1, math.ceil(lengths.sum() / (num_ranks * micro_batch_samples)))
     while len(greedy_pieces(lengths, micro_batch_samples)) > fewest * num_ranks:
         fewest += 1
+    # 2. More of them, while the ranks are uneven.
     for rounds in range(fewest, 2 * fewest + 1):
         budget = smallest_budget(lengths, rounds * num_ranks, micro_batch_samples)
         pieces = greedy_pieces(lengths, budget)
@@ -47,7 +49,7 @@ def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[
 
 
 def smallest_budget(lengths: np.ndarray, num_pieces: int, enough: int) -> int:
-    """By bisection: the smallest padded size of a piece at which the greedy pieces number at most `num_pieces`; `enough` is one."""
+    """The smallest budget that gives at most `num_pieces` greedy pieces, by bisection; `enough` is one that does."""
     low, high = int(lengths[0]), enough
     while low < high:
         middle = (low + high) // 2
@@ -60,35 +62,37 @@ def smallest_budget(lengths: np.ndarray, num_pieces: int, enough: int) -> int:
 
 def idle_fraction(sizes: np.ndarray, num_ranks: int) -> float:
     """Share of the time for which the average rank waits for the busiest at the end of an update."""
-    load = sizes[deal(sizes, num_ranks)].sum(1)
+    load = sizes[deal(sizes, num_ranks)].sum(1)  # (num_ranks, m) → (num_ranks,)
     return float(1.0 - load.mean() / load.max())
 
 
 def padded_sizes(lengths: np.ndarray, pieces: list[slice], num_slots: int) -> np.ndarray:
-    """What each piece costs, int64 of shape (num_slots,); slots beyond the pieces are dummies, one row of the shortest each."""
+    """Cost of each piece, int64 of shape (num_slots,). Slots beyond the pieces are dummies of one row, the shortest."""
     sizes = [(piece.stop - piece.start) * int(lengths[piece.start]) for piece in pieces]
     return np.array(sizes + [int(lengths[-1])] * (num_slots - len(pieces)), dtype=np.int64)
 
 
 def deal(sizes: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Which pieces each rank runs, so that the ranks finish an update together: numbers of pieces, shape (num_ranks, m).
+    """Numbers of the pieces that each rank runs, shape (num_ranks, m), so that the ranks finish an update together.
 
-    Pieces of about the same size stand in the same round (where a sharded model makes the ranks wait for each other); within each
-    round the largest goes to the rank that has least so far, and then the ranks with most and least exchange pieces of a round for as
-    long as that brings them closer.
+    A round holds pieces of about the same size, because a sharded model makes the ranks wait for each other in it.
+    Within a round, the largest piece goes to the rank with the smallest load so far. Then the ranks with the largest
+    and the smallest load exchange pieces of a round for as long as that brings them closer.
 
     Args:
         sizes: (m · num_ranks,) padded sizes, dummies included.
     """
-    rounds = np.argsort(-sizes, kind="stable").reshape(-1, num_ranks)
+    rounds = np.argsort(-sizes, kind="stable").reshape(-1, num_ranks)  # (m · ranks,) → (m, ranks)
+    # 1. Deal each round, the largest piece to the smallest load.
     dealt, load = np.empty((num_ranks, len(rounds)), dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
     for column, pieces in enumerate(rounds):
         least_first = np.argsort(load, kind="stable")
         dealt[least_first, column] = pieces
         load[least_first] += sizes[pieces]
+    # 2. Exchange.
     while True:
         most, least = int(load.argmax()), int(load.argmin())
-        moved = sizes[dealt[most]] - sizes[dealt[least]]  # by an exchange in each of the rounds
+        moved = sizes[dealt[most]] - sizes[dealt[least]]  # (m,) by an exchange in each of the rounds
         gain = np.minimum(moved, load[most] - load[least] - moved)
         column = int(gain.argmax())
         if gain[column] <= 0:

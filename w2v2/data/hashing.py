@@ -1,8 +1,8 @@
 """Stateless randomness: 64-bit hashes of (seed, stream, epoch, utterance, counter) in place of generators.
 
-A generator has a state, and a state is what breaks resuming, changing the number of workers, and changing the number of
-devices. A hash has none: whoever asks for the crop of utterance 17 in epoch 3 gets the same answer. The mixer is splitmix64's
-finaliser (Steele, Lea and Flood, 2014), in int64 tensors that wrap around, so it runs alike on every device.
+A generator's state breaks resuming, and changing the number of workers or devices. A hash has no state: the crop of
+utterance 17 in epoch 3 is the same for every process that asks. The mixer is splitmix64's finaliser (Steele, Lea and
+Flood, 2014), in int64 tensors that wrap around, so it gives the same on every device.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ def _signed(constant: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
-# Streams: what a hash is drawn for. Negative, so that none is ever an epoch, an utterance or a counter: two purposes never
-# share a hash.
+# Streams: the purposes of a hash. They are negative, so none equals an epoch, an utterance or a counter. Two purposes
+# never share a hash.
 ORDER, CROP, MASK, DISTRACTOR, LAYERDROP, NOISE = range(-7, -1)
 
 
@@ -37,7 +37,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def derive(key: torch.Tensor | int, *parts: torch.Tensor | int) -> torch.Tensor:
     """Hash `key` with each of `parts` in turn; all broadcast together. Returns int64, uniform over all 64 bits.
 
-    A part that is a plain number stays one: copied to a device, it would hold up the host until the device comes to it.
+    A part that is a plain number stays on the host: a copy to a device would make the host wait for the device.
     """
     h = torch.as_tensor(key, dtype=torch.int64)
     for part in parts:
@@ -47,7 +47,7 @@ def derive(key: torch.Tensor | int, *parts: torch.Tensor | int) -> torch.Tensor:
 
 
 def derive_many(key: int) -> Callable[[np.ndarray], np.ndarray]:
-    """`derive(key, part)` as a function of int64 arrays, for many short ones: the key is mixed once, and numpy starts faster than torch."""
+    """`derive(key, part)` as a function of int64 arrays. It is fast for short ones: the key is mixed once, in numpy."""
     mixed = int(_mix(torch.tensor(key)))
     return lambda part: _mix(mixed + (part + 1) * _GOLDEN)
 

@@ -58,8 +58,8 @@ def explain_loss(error: BaseException) -> str | None:
     text = " ".join(f"{error.__cause__ or ''} {error}".split())  # the cause, where there is one, knows the signal
     if hung := re.search(r"DataLoader timed out after ([\d.]+)", text):
         return (
-            f"no audio came for {float(hung[1]):,.0f} s from the processes that decode it: the storage does not answer, or "
-            "the decoder never ends with a damaged file"
+            f"no audio came for {float(hung[1]):,.0f} s from the processes that decode it: the storage does not "
+            "answer, or a damaged file keeps the decoder busy"
         )
     lost = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) (?:is killed by signal: (\w[\w ]*))?", text)
     if not lost:
@@ -70,6 +70,6 @@ def explain_loss(error: BaseException) -> str | None:
     else:
         cause = "memory ran out, or shared memory (in a container: --shm-size=2g): use fewer --dataloader_num_workers"
     return (
-        f"a process that decodes audio (pid {lost[1]}) was lost ({how}): probably {cause}; --resume_from_checkpoint auto "
-        "goes on from the last checkpoint"
+        f"a process that decodes audio (pid {lost[1]}) was lost ({how}): probably {cause}; "
+        "--resume_from_checkpoint auto goes on from the last checkpoint"
     )

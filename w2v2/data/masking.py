@@ -1,7 +1,8 @@
-"""Latent lengths, mask spans, distractors and layerdrop: pure functions of an utterance's key, vectorised over the micro-batch.
+"""Latent lengths, mask spans, distractors and layerdrop, for all rows of a micro-batch at once.
 
-Each row depends on its own key and length alone, never on the rows beside it, on padding or on a generator's state
-(wav2vec 2.0 paper, sections 3.1 and 3.2; the counts of spans follow `transformers`' rule with one rounding an utterance).
+All are pure functions of an utterance's key. Each row depends on its own key and length alone, never on the rows beside
+it, on padding or on a generator's state. Source: wav2vec 2.0, sections 3.1 and 3.2. The number of spans follows
+`transformers`, with one rounding an utterance.
 
 Shapes: B utterances, T latent frames of the longest, M masked frames of the row that has most, K distractors.
 """
@@ -12,7 +13,7 @@ import torch
 
 from w2v2.data.hashing import DISTRACTOR, LAYERDROP, MASK, below, derive, positive, uniform
 
-SLOTS = 16
+SLOTS = 16  # M is a multiple of it
 
 
 def latent_lengths(num_samples: torch.Tensor, kernels: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
@@ -25,9 +26,9 @@ def latent_lengths(num_samples: torch.Tensor, kernels: Sequence[int], strides: S
 def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: int, min_spans: int = 2) -> torch.Tensor:
     """Which latent frames are masked.
 
-    A row of t frames gets floor(prob · t / length + u) spans of `length` frames, u uniform, at least `min_spans` and at
-    most t // length (and at most the starts there are); starts are uniform without replacement, spans may overlap. With 0.65 and
-    10 about 49 % of the frames are masked.
+    A row of t frames gets floor(prob · t / length + u) spans of `length` frames, u uniform in [0, 1): at least
+    `min_spans`, at most t // length, and at most one a start. The starts are uniform without replacement; spans may
+    overlap. A `prob` of 0.65 and a `length` of 10 mask about 49 % of the frames.
 
     Args:
         keys: (B,) int64, one an utterance and epoch.
@@ -35,19 +36,22 @@ def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: in
 
     Returns: (B, T) bool, T = frames.max(); false past a row's end, and everywhere in a row shorter than one span.
     """
-    starts = (frames - length + 1).clamp_min(0)  # (B,) positions where a span can begin
+    # 1. How many spans each row gets: (B,).
+    starts = (frames - length + 1).clamp_min(0)  # positions where a span can begin
     rounding = uniform(derive(keys, MASK, 0))
     spans = (prob * frames.double() / length + rounding).long().clamp_min(min_spans)
     spans = torch.minimum(torch.minimum(spans, frames // length), starts)
 
+    # 2. Where they begin: the positions with the smallest hashes.
     T = int(frames.max())
     position = torch.arange(T, device=keys.device)
-    rank = positive(derive(keys[:, None], MASK, 1 + position))
-    rank = rank.masked_fill(position >= starts[:, None], torch.iinfo(torch.int64).max)  # (B, T)
+    rank = positive(derive(keys[:, None], MASK, 1 + position))  # (B, T)
+    rank = rank.masked_fill(position >= starts[:, None], torch.iinfo(torch.int64).max)
     most = int(spans.max())
     chosen = rank.topk(most, dim=1, largest=False).indices  # (B, most) the spans' starts
-    taken = torch.arange(most, device=keys.device) < spans[:, None]
+    taken = torch.arange(most, device=keys.device) < spans[:, None]  # (B, most)
 
+    # 3. Which frames they cover: +1 where a span begins, -1 past its end, summed along the row.
     edges = torch.zeros(len(keys), T + length + 1, dtype=torch.int32, device=keys.device)
     edges.scatter_add_(1, chosen, taken.int())
     edges.scatter_add_(1, chosen + length, -taken.int())
@@ -57,8 +61,8 @@ def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: in
 def masked_positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the masked frames, compacted: (B, M) int64 in rising order, and their number in each row, (B,) int64.
 
-    M is the most masked frames of a row, rounded up to `SLOTS` where there are so many frames: few distinct shapes. The slots that a
-    row leaves over point to frames of its own that are not masked, or to padding.
+    M is the largest number of masked frames in a row, rounded up to a multiple of `SLOTS` (at most T), which gives few
+    distinct shapes. The spare slots of a row point to frames of its own that are not masked, or to padding.
     """
     counts = mask.sum(1)
     slots = min(-(-int(counts.max()) // SLOTS) * SLOTS, mask.shape[1])
@@ -66,24 +70,24 @@ def masked_positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def distractors(keys: torch.Tensor, counts: torch.Tensor, num_slots: int, num_negatives: int) -> torch.Tensor:
-    """Distractors of each masked frame: uniform, with replacement, from the *other* masked frames of the same utterance.
+    """Distractors of each masked frame: uniform, with replacement, from the *other* masked frames of its utterance.
 
     Args:
         keys: (B,) int64.
-        counts: (B,) int64, masked frames of each row; the only masked frame of a row draws itself, which is a collision and
-            no distractor.
-        num_slots: M, at least the largest count; known beforehand, so that no device has to be asked.
+        counts: (B,) int64, masked frames of each row. The only masked frame of a row draws itself, which is a collision
+            and no distractor.
+        num_slots: M, at least the largest count; a number on the host, so that no device has to be asked.
 
     Returns: (B, M, K) int64 indices into the compacted masked frames of the row.
     """
-    frame = torch.arange(num_slots, device=keys.device)[:, None]
-    draw = torch.arange(num_negatives, device=keys.device)
-    h = derive(keys[:, None, None], DISTRACTOR, frame * num_negatives + draw)
-    j = below(h, (counts - 1).clamp_min(1)[:, None, None])
-    return (j + (j >= frame)) % counts.clamp_min(1)[:, None, None]
+    frame = torch.arange(num_slots, device=keys.device)[:, None]  # (M, 1)
+    draw = torch.arange(num_negatives, device=keys.device)  # (K,)
+    h = derive(keys[:, None, None], DISTRACTOR, frame * num_negatives + draw)  # (B, M, K)
+    j = below(h, (counts - 1).clamp_min(1)[:, None, None])  # one of the count - 1 other frames
+    return (j + (j >= frame)) % counts.clamp_min(1)[:, None, None]  # step over the frame itself
 
 
 def kept_rows(keys: torch.Tensor, num_layers: int, layerdrop: float) -> torch.Tensor:
-    """Which utterances each transformer layer is computed for (layerdrop, decided by an utterance's key): (layers, B) bool."""
-    layer = torch.arange(num_layers, device=keys.device)[:, None]
+    """Layerdrop: which utterances each transformer layer is computed for, (layers, B) bool."""
+    layer = torch.arange(num_layers, device=keys.device)[:, None]  # (layers, 1)
     return uniform(derive(keys[None], LAYERDROP, layer)) >= layerdrop

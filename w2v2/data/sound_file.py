@@ -35,7 +35,7 @@ class AudioError(Exception):
 
 
 class AudioFile:
-    """An open file of at least one frame: `rate`, `num_channels`, `subtype` (libsndfile's name), `num_frames` (at `rate`).
+    """An open file of at least one frame: its `rate`, `num_channels`, `subtype` (libsndfile's name) and `num_frames`.
 
     A file whose header does not tell its length, such as a FLAC written to a pipe, is decoded and counted.
     Use it as a context manager. Raises AudioError for anything that is not a file of audio.
@@ -80,8 +80,8 @@ class AudioFile:
     def _seek_read(self, first: int, last: int, dtype: str) -> np.ndarray:
         """Seek, then decode.
 
-        Right after a seek, libsndfile 1.2 returns wrong samples in the last page of an OGG Vorbis file (up to 8 s) and in an
-        MP3's first frames. Decoding from somewhat earlier gives exactly what decoding from the start gives.
+        Right after a seek, libsndfile 1.2 returns wrong samples in the last page of an OGG Vorbis file (up to 8 s) and
+        in an MP3's first frames. Decoding from somewhat earlier gives exactly what decoding from the start gives.
         """
         seconds = PREROLL_SECONDS.get(self.subtype, PREROLL_SECONDS.get(self._file.format, 0))
         preroll = min(seconds * self.rate, first)
@@ -136,13 +136,14 @@ def _mix_down(frames: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _open_sound(path: str, kind: type[soundfile.SoundFile] = soundfile.SoundFile) -> Iterator[soundfile.SoundFile]:
-    """Open through a descriptor: by name, libsndfile waits for pipes, trusts suffixes, and takes at most 1,024 bytes."""
+    """Open through a descriptor: by name, libsndfile waits for pipes, trusts suffixes, takes at most 1,024 bytes."""
     descriptor = _open_regular(path)
     try:
         try:
             file = kind(descriptor, closefd=False)
         except soundfile.SoundFileError as error:
-            reason = f"is not audio that libsndfile reads (WAV, FLAC, OGG, Opus, MP3 …): {getattr(error, 'error_string', error)}"
+            reason = getattr(error, "error_string", error)
+            reason = f"is not audio that libsndfile reads (WAV, FLAC, OGG, Opus, MP3 …): {reason}"
             raise AudioError(path, reason) from None
         with file:
             yield file
