@@ -37,6 +37,7 @@ from w2v2.model.config import build_config
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_feature_extractor, build_framing, build_model
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
+from w2v2.train.collapse import CollapseWatch
 from w2v2.train.launch import end_training, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import Trial, device_share, fit
@@ -47,7 +48,6 @@ from w2v2.train.skipped import SkippedAudio, SkippedUpdates
 from w2v2.train.state import RunState
 from w2v2.train.stop import Stopped, StopRequest
 from w2v2.train.update import Clock, Feed, build_optimizer, train_update, validate
-from w2v2.train.watch import Watch
 
 
 @dataclass
@@ -189,7 +189,7 @@ def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None,
         records = [log.records, skipped.records, skipped_updates.records]
         for lines in (log, *records):
             files.callback(lines.close)
-        watch = Watch(args, run.config, run.training, accelerator, first_step=state.step)
+        watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
         clock, is_stopping = Clock(feed), False
         while state.step < args.max_steps and not is_stopping:
             # ------------------------------------------------------------------------------- one update

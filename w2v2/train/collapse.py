@@ -1,22 +1,35 @@
-"""Whether a run has collapsed, told from its records alone, and which of its settings are known for it.
+"""Whether a run has collapsed, told from its records alone, and what the run does then.
 
 | criterion | a record is bad where | counted after |
 |---|---|---|
-| codes | the perplexity of the most likely codes is below 2 a group (1: a single code, V: all alike) | the diversity loss has half its weight |
-| distractors | fewer than a tenth of a frame's distractors carry another code than the positive: nothing is left to tell apart | the same |
-| accuracy | it is below 3 / (1 + distractors left); the plateau that runs begin on has up to 2.5 times chance | warm-up, and a window at least |
-| loss | the contrastive loss has stayed within 0.1 % of itself; batches alone make that of a run that learns vary by 0.5 % and more | the same |
+| codes | the most likely codes' perplexity is below 2 a group (1: one code) | half the diversity loss is there |
+| distractors | below a tenth of a frame's distractors carry another code than the positive | the same |
+| accuracy | it is below 3 / (1 + distractors left) | warm-up, at least a window |
+| loss | the contrastive loss stays within 0.1 % of itself | the same |
 
-Bad records without a gap over half a window are a warning, over a whole one a collapse. All of it is a function of the records, so a
-resumed run, which reads them again, has nothing to restore. Records without finite figures count neither way.
+The plateau that runs begin on has up to 2.5 times chance, and in a run that learns, batches alone vary the loss by 0.5 %.
+Bad records without a gap over half a window are a warning, over a whole one a collapse. All of it is a function of the
+records: a resumed run reads them again. Records without finite figures count neither way.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import Accelerator
+
+from w2v2.data.utterances import Utterances, silent_share
+from w2v2.errors import UserError
+from w2v2.train.collapse_causes import FEW_CODES, NO_LEARNING, likely_causes
+from w2v2.train.launch import on_main_process
+from w2v2.train.log import METRICS_FILE, read_metrics
+from w2v2.train.resume import checkpoints, step_of
 from w2v2.train.schedule import num_warmup_steps
+
+logger = logging.getLogger(__name__)
 
 CODES_PER_GROUP = 2.0
 LEAST_DISTRACTORS = 0.1  # of those drawn
@@ -67,13 +80,13 @@ class _Stretch(NamedTuple):
     text: str  # the newest figure and its threshold
 
 
-class CollapseWatch:
+class Criteria:
     """Fed with training records in order; says once each when a collapse is suspected and when it is sure."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self.counted_after = dict.fromkeys(("codes", "distractors"), limits.codes_after)
-        self.counted_after |= dict.fromkeys(("accuracy", "loss"), limits.learning_after)
+        self.counted_after = dict.fromkeys(FEW_CODES, limits.codes_after)
+        self.counted_after |= dict.fromkeys(NO_LEARNING, limits.learning_after)
         self.first: int | None = None  # update of the first record
         self.stretches: dict[str, _Stretch] = {}
         self.losses: list[tuple[int, float]] = []  # (step, contrastive loss) of the newest records that are alike
@@ -81,12 +94,8 @@ class CollapseWatch:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether the newest record is bad, earlier ones were not, and the collapse is not settled yet."""
+        """Whether the newest record is bad, earlier ones were not, and the collapse is not sure yet."""
         return self.level < 2 and any(stretch.since != self.first for stretch in self.stretches.values())
-
-    def unsettle(self) -> None:
-        """What was sure is to be said once more, at the next bad record: whoever heard it is no more, or had it otherwise."""
-        self.level = min(self.level, 1)
 
     def add(self, record: Mapping[str, Any]) -> Finding | None:
         """Take the next training record; a finding where this one makes it a suspicion, or a certainty."""
@@ -94,8 +103,8 @@ class CollapseWatch:
             return None
         step = int(record["step"])
         self.first = step if self.first is None else self.first
-        bad = self._bad_codes(record) | self._bad_accuracy(record)
-        self.stretches = {name: self._longer(name, step, text) for name, text in bad.items()} | self._alike(record)
+        self.stretches = {name: self._longer(name, step, text) for name, text in self._bad(record).items()}
+        self.stretches |= self._flat_loss(step, record["contrastive_loss"])
         if not self.stretches:
             self.level = 0
         for level, share in ((2, 1.0), (1, 0.5)):
@@ -115,29 +124,22 @@ class CollapseWatch:
         num_updates = step - max(stretch.since, self.counted_after[name])
         return num_updates >= share * self.limits.window_steps and stretch.num_counted >= share * FEWEST_RECORDS
 
-    def _bad_codes(self, record) -> dict[str, str]:
-        """Criterion → what is bad about this record's codes."""
-        bad, limits = {}, self.limits
-        least = CODES_PER_GROUP * limits.num_groups
-        if (perplexity := record["codebook_perplexity_hard"]) < least:
+    def _bad(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """Criterion → what is bad about this record, but for the loss, which one record does not show."""
+        bad, limits, (perplexity, left, accuracy, _) = {}, self.limits, (record[name] for name in MEASURES)
+        if perplexity < (least := CODES_PER_GROUP * limits.num_groups):
             of = f"{CODES_PER_GROUP:g} for each of {limits.num_groups} groups"
             bad["codes"] = f"codebook_perplexity_hard is {perplexity:.2f}, below {least:g} ({of})"
-        least = LEAST_DISTRACTORS * limits.num_distractors
-        if (left := record["distractors_left"]) < least:
+        if left < (least := LEAST_DISTRACTORS * limits.num_distractors):
             own = f"of {limits.num_distractors}: the others carry the positive's own code"
             bad["distractors"] = f"distractors_left is {left:.2f}, below {least:g} ({own})"
+        elif accuracy < (least := TIMES_CHANCE / (1.0 + left)):
+            bad["accuracy"] = f"accuracy is {accuracy:.4f}, below {least:.4f} ({TIMES_CHANCE:g} times chance)"
         return bad
 
-    def _bad_accuracy(self, record) -> dict[str, str]:
-        left, accuracy = record["distractors_left"], record["accuracy"]
-        least = TIMES_CHANCE / (1.0 + left)
-        if left < LEAST_DISTRACTORS * self.limits.num_distractors or accuracy >= least:
-            return {}
-        return {"accuracy": f"accuracy is {accuracy:.4f}, below {least:.4f} ({TIMES_CHANCE:g} times chance)"}
-
-    def _alike(self, record) -> dict[str, _Stretch]:
-        """The newest records whose contrastive losses are alike, where chance does not explain it; no more of them than the window has."""
-        step, loss, losses = int(record["step"]), record["contrastive_loss"], self.losses
+    def _flat_loss(self, step: int, loss: float) -> dict[str, _Stretch]:
+        """The newest records, at most a window of them, whose losses are alike."""
+        losses = self.losses
         losses.append((step, loss))
         while (spread := _spread([loss for _, loss in losses])) > LOSS_SPREAD:
             losses.pop(0)
@@ -153,3 +155,59 @@ class CollapseWatch:
 def _spread(values: list[float]) -> float:
     greatest = max(map(abs, values))
     return (max(values) - min(values)) / greatest if greatest else 0.0
+
+
+class CollapseWatch:
+    """Warns of a run's collapse, then ends the run, and keeps the last checkpoint from before. Every rank has one."""
+
+    def __init__(self, args, config, utterances: Utterances, accelerator: Accelerator, first_step: int = 0):
+        """`metrics.jsonl` holds what an earlier part of the run logged, up to `first_step`. Call on all ranks."""
+        self.args, self.config, self.utterances, self.accelerator = args, config, utterances, accelerator
+        self.criteria = Criteria(Limits.of(args, config))
+        if args.collapse_action != "none" and first_step:
+            for record in on_main_process(accelerator, self._read_earlier):
+                self.criteria.add(record)
+            # What was sure is said once more: whoever heard it is no more, or had other flags.
+            self.criteria.level = min(self.criteria.level, 1)
+
+    def _read_earlier(self) -> list[dict[str, Any]]:
+        path = Path(self.args.output_dir) / METRICS_FILE
+        records = read_metrics(path) if path.exists() else []
+        return [{name: r[name] for name in ("step", *MEASURES)} for r in records if r.keys() >= set(MEASURES)]
+
+    def see(self, record: Mapping[str, Any]) -> None:
+        """Take the next training record. Raises `UserError` if a collapse has lasted for a window and is to stop the run."""
+        if self.args.collapse_action == "none" or (finding := self.criteria.add(record)) is None:
+            return
+        if finding.is_sure and self.args.collapse_action == "stop":
+            raise UserError(self._message(finding, record))
+        if self.accelerator.is_main_process:
+            logger.warning("%s", self._message(finding, record))
+
+    def keep(self, save_total_limit: int) -> int:
+        """Checkpoints to keep: all of them (0) as long as the next ones may be of a collapsed model."""
+        return 0 if self.criteria.is_suspicious else save_total_limit
+
+    def _message(self, finding: Finding, record: Mapping[str, Any]) -> str:
+        what = "the codes have collapsed" if finding.criteria & FEW_CODES else "the run learns nothing"
+        ending = "" if finding.is_sure else "; the run stops at its end"
+        if not finding.is_sure and self.args.collapse_action != "stop":
+            ending = "; the run goes on"
+        share = "all" if finding.is_sure else "half"
+        lasted = f"for {share} of --collapse_window_steps {self.criteria.limits.window_steps}{ending}"
+
+        causes = likely_causes(finding.criteria, finding.since, record, self.args, self.config)
+        if self.accelerator.mixed_precision == "fp16":
+            skipped = record.get("skipped_updates", 0)
+            causes.append(f"fp16, with {skipped} updates skipped (bf16 and fp32 do not overflow)")
+        if (silent := silent_share(self.utterances)) >= 0.25:
+            causes.append(f"{silent:.0%} of the utterances looked at are silence")
+        why = f"Likely here: {'; '.join(causes)}" if causes else "No setting of this run is unusual: listen to its data"
+
+        before = [folder for folder in checkpoints(self.args.output_dir) if step_of(folder) < finding.since]
+        way_out = "No checkpoint is from before it: start anew with other settings"
+        if before:
+            advice = "start from its weights with other settings (--model_name_or_path)"
+            way_out = f"{before[-1]} is from before it: {advice}"
+        way_out += "; --collapse_action warn would go on" if finding.is_sure else ""
+        return f"{what}: {finding.text} ({lasted}). {why}. {way_out}"

@@ -16,9 +16,10 @@ import pretrain
 from w2v2.arguments import PretrainArguments
 from w2v2.data.utterances import Utterances, silent_share
 from w2v2.errors import UserError
+from w2v2.train.collapse import CollapseWatch
 from w2v2.train.log import read_metrics
 from w2v2.train.records import json_line
-from w2v2.train.watch import Watch
+from w2v2.train.resume import FILES
 
 GOOD = dict(accuracy=0.3, codebook_perplexity_hard=50.0, distractors_left=98.0)
 BAD = dict(accuracy=0.5, codebook_perplexity_hard=2.5, distractors_left=40.0)
@@ -27,7 +28,7 @@ MAIN = SimpleNamespace(is_main_process=True, mixed_precision="no")
 
 def record(step, measures):
     return measures | dict(
-        step=step, contrastive_loss=3.0 + 0.1 * (step % 7), batch_hours=1.6, gumbel_temperature=2.0, skipped_updates=0
+        step=step, contrastive_loss=3.0 + 0.1 * (step % 7), batch_hours=1.6, gumbel_temperature=2.0, skipped_updates=7
     )
 
 
@@ -54,18 +55,13 @@ def build(tmp_path, utterances):
         args = PretrainArguments(
             train_data=["x"], output_dir=str(tmp_path), collapse_action=action, collapse_window_steps=100, **flags
         )
-        return Watch(args, tiny_config(num_negatives=100), utterances, accelerator, first_step)
+        return CollapseWatch(args, tiny_config(num_negatives=100), utterances, accelerator, first_step)
 
     return make
 
 
 def checkpoint(folder, step):
-    for name in (
-        "config.json",
-        "model.safetensors",
-        "training_state/optimizer.safetensors",
-        "training_state/state.json",
-    ):
+    for name in FILES:
         path = folder / f"checkpoint-{step}" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(save({}) if name.endswith(".safetensors") else b"{}")
@@ -77,13 +73,14 @@ def show(watch, after=0, until=300):
             watch.see(entry)
 
 
-def test_it_stops_with_one_line_that_says_what_since_when_why_and_where_to_go_on(build, tmp_path, caplog):
+def test_it_stops_with_a_line_on_what_since_when_and_why(build, tmp_path, caplog):
     for step in (50, 100, 150):
         checkpoint(tmp_path, step)
-    watch = build()
+    watch = build(accelerator=SimpleNamespace(is_main_process=True, mixed_precision="fp16"))
     show(watch, until=200)
     (warning,) = caplog.messages
-    assert "half of --collapse_window_steps 100" in warning and "since update 110" in warning
+    assert "half of --collapse_window_steps 100; the run stops" in warning and "since update 110" in warning
+    assert "fp16, with 7 updates skipped" in warning
     with pytest.raises(UserError) as caught:
         show(watch, after=200)
     message = str(caught.value)
@@ -229,7 +226,7 @@ def test_lines_that_the_disk_refused_are_written_when_a_collapse_ends_the_run(co
             monkeypatch.setattr("w2v2.train.records.open", open, raising=False)
             raise UserError("the codes have collapsed")
 
-    monkeypatch.setattr(Watch, "see", stop_at_the_third)
+    monkeypatch.setattr(CollapseWatch, "see", stop_at_the_third)
     assert run(corpus, tmp_path / "run") == 2
     assert refused and [entry["step"] for entry in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
 
