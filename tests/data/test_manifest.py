@@ -79,15 +79,11 @@ def test_every_kind_of_manifest_gives_the_same_table(corpus, name):
     assert data["start"][:] == [0.0, 0.0]
     assert data["text"][:] == ["HELLO, YOU", ""] and data["speaker"][:] == ["s1", "s2"]
     assert data["id"][:] == (["u1", "u2"] if name.startswith(("samples", "speechbrain")) else NAMES)
-    assert [str(data.features[column].dtype) for column in ("id", "start", "num_samples")] == [
-        "string",
-        "float64",
-        "int64",
-    ]
+    assert [data.features[name].dtype for name in ("id", "start", "num_samples")] == ["string", "float64", "int64"]
     assert "label" not in data.column_names
 
 
-def test_parquet_reads_like_the_rest_and_labels_may_be_numbers(corpus):
+def test_parquet_may_hold_numbers(corpus):
     table = pa.table({"Audio": NAMES, "duration": pa.array([1.5, 2], pa.float32()), "label": [3, 4], "other": [1, 2]})
     pyarrow.parquet.write_table(table, corpus / "a.parquet")
     data = load(corpus / "a.parquet")
@@ -105,18 +101,10 @@ def test_fairseq_roots(corpus, root):
 @pytest.mark.parametrize(
     "name, content, texts",
     [
-        (
-            "cv.tsv",
-            'path\tsentence\tduration\na.mp3\t"Yes he said\t1\nb.mp3\t"A ""B"""\t1\n',
-            ['"Yes he said', 'A "B"'],
-        ),
+        ("cv.tsv", 'path\tsentence\tduration\na\t"Yes he said\t1\nb\t"A ""B"""\t1\n', ['"Yes he said', 'A "B"']),
         ("a.csv", 'audio,duration,text\na.wav,1,"one\ntwo"\na.wav,2,say "x"\n', ["one\ntwo", 'say "x"']),
         ("a.csv", "audio,duration,text\na.wav,1,null\nb.wav,1,007\nc.wav,1,NaN\n", ["null", "007", "NaN"]),
-        (
-            "a.jsonl",
-            '{"audio": "a", "duration": 1, "text": "1e5"}\n{"audio": "b", "duration": 1, "text": 7}',
-            ["1e5", "7"],
-        ),
+        ("a.json", '[{"wav": "a", "length": 1, "text": "1e5"}, {"wav": "b", "length": 1, "text": 7}]', ["1e5", "7"]),
         ("a.jsonl", '{"audio": "a", "duration": 1, "text": "2020-01-01"}\n', ["2020-01-01"]),
     ],
 )
@@ -130,10 +118,12 @@ def test_rows_beyond_one_batch_stay_in_order(corpus):
     assert data["id"][:] == [row["audio"] for row in rows] and data["text"][-2:] == ["", "late"]
 
 
-def test_relative_paths_start_at_data_root_or_else_beside_the_manifest(corpus, tmp_path):
-    manifest = write(corpus / "a.csv", "audio,duration\nx/a.wav,1\n/abs/b.wav,1\n")
-    assert load(manifest)["audio"][:] == [str(corpus / "x/a.wav"), "/abs/b.wav"]
-    assert load(manifest, data_root=str(tmp_path))["audio"][:] == [str(tmp_path / "x/a.wav"), "/abs/b.wav"]
+def test_relative_paths_start_at_data_root_or_the_manifest(corpus, tmp_path):
+    manifest = write(corpus / "a.csv", "audio,duration\nx/a.wav,1\n/abs/b.wav,1\n/abs/b.wav,1\n")
+    for root, options in ((corpus, {}), (tmp_path, {"data_root": str(tmp_path)})):
+        data = load(manifest, **options)
+        assert data["audio"][:] == [str(root / "x/a.wav"), "/abs/b.wav", "/abs/b.wav"]
+        assert data["id"][:] == ["x/a.wav", "/abs/b.wav", "/abs/b.wav#2"]
 
 
 def test_nemo_offsets_are_seconds(corpus):
@@ -170,11 +160,8 @@ def test_kaldi_folder_with_segments(corpus):
     write(corpus / "text", "u1 HI  THERE\nu2\n")
     write(corpus / "utt2spk", "u1 s\nu2 t\n")
     data = load(corpus)
-    assert data[0] == {"id": "u1", "audio": str(corpus / "a b.wav"), "start": 0.5, "num_samples": 16_000} | {
-        "text": "HI  THERE",
-        "speaker": "s",
-    }
-    assert data[1]["num_samples"] == 20_000 and data[1]["text"] == "" and data[1]["audio"] == "/x/r2.wav"
+    assert list(data[0].values()) == ["u1", str(corpus / "a b.wav"), 0.5, 16_000, "HI  THERE", "s"]
+    assert list(data[1].values()) == ["u2", "/x/r2.wav", 1.0, 20_000, "", "t"]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +173,7 @@ def test_kaldi_lengths_that_are_missing_are_measured(corpus, file, content, leng
     assert load(corpus, probe=probe)["num_samples"][:] == lengths
 
 
-@pytest.mark.parametrize(
-    "entry, kind", [("touch {}/ran |", "is a shell pipe"), ("/a/raw.ark:17", "lies in an archive")]
-)
+@pytest.mark.parametrize("entry, kind", [("touch {}/ran |", "is a shell pipe"), ("/raw.ark:17", "lies in an archive")])
 def test_kaldi_pipes_and_archives_are_refused(corpus, entry, kind):
     write(corpus / "wav.scp", f"r1 {entry.format(corpus)}\n")
     with pytest.raises(UserError, match=f"wav.scp: entry 'r1' {kind}"):
@@ -219,7 +204,7 @@ def test_a_packing_that_was_not_finished_is_a_slip(corpus):
         load(corpus)
 
 
-def test_missing_durations_are_measured_once_and_again_only_after_a_change(corpus, tmp_path):
+def test_missing_durations_are_measured_once_until_a_change(corpus, tmp_path):
     manifest = write(corpus / "a.csv", f"audio,duration\n{CSV_NAMES[0]},\n{CSV_NAMES[1]},7\n")
     calls = []
 
@@ -230,18 +215,13 @@ def test_missing_durations_are_measured_once_and_again_only_after_a_change(corpu
     for _ in range(2):
         assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [24_000, 112_000]
     assert calls == [str(corpus / NAMES[0])]
+    with open(tmp_path / "cache/durations.jsonl", "a") as file:
+        file.write('["/x", 1')  # a kill cut the line short
     soundfile.write(corpus / NAMES[0], np.zeros(100, np.float32), 16_000)
     assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [100, 112_000]
 
 
-def test_a_torn_cache_is_no_obstacle(corpus, tmp_path):
-    load(corpus, probe=probe, cache_dir=tmp_path)
-    cache = tmp_path / "durations.jsonl"
-    cache.write_text(cache.read_text() + '["/x", 1')
-    assert load(corpus, probe=no_probe, cache_dir=tmp_path)["num_samples"][:] == list(LENGTHS.values())
-
-
-def test_files_that_cannot_be_measured_are_left_out_and_listed(corpus):
+def test_files_that_cannot_be_measured_are_listed(corpus):
     write(corpus / "bad.wav", "no audio")
     manifest = write(corpus / "a.csv", "id,audio,start\nu1,a b.wav,0\nu2,bad.wav,0\nu3,gone.wav,0\nu4,a b.wav,9\n")
     data, skipped = load_manifest(str(manifest))
@@ -260,7 +240,7 @@ def test_a_probe_with_a_bug_is_not_taken_for_a_bad_file(corpus):
         load(corpus, probe=lambda path: 1 // 0)
 
 
-def test_several_manifests_are_joined_and_what_one_lacks_is_empty(corpus):
+def test_what_one_of_several_manifests_lacks_is_empty(corpus):
     first = write(corpus / "a.csv", "audio,duration,text\na.wav,1,HI\n")
     second = write(corpus / "b.jsonl", '{"audio": "b.wav", "duration": 2, "label": "x"}')
     data = load(first, second)
@@ -275,11 +255,6 @@ def test_manifests_that_share_ids_get_them_prefixed(corpus, tmp_path):
     assert len(set(ids)) == 2
 
 
-def test_the_same_audio_twice_without_ids_is_two_utterances(corpus):
-    data = load(write(corpus / "a.csv", "audio,duration\na.wav,1\na.wav,1\n"))
-    assert data["id"][:] == ["a.wav", "a.wav#2"]
-
-
 GOOD = '{"audio": "a.wav", "duration": 1}\n'
 SLIPS = [
     ("missing.csv", None, "missing.csv does not exist"),
@@ -292,10 +267,8 @@ SLIPS = [
     ("a.csv", "audio,duration\na.wav,1\nb.wav,-1\n", r"row 2 \(line 3\): duration is -1"),
     ("a.csv", "audio,duration\na.wav,1\nb.wav,0\n", r"row 2 \(line 3\): duration is 0"),
     ("a.csv", "audio,duration\na.wav,1\n\nb.wav,nan\n", r"row 2 \(line 4\): duration is nan"),
-    ("a.csv", "audio,duration\na.wav,inf\n", r"row 1 \(line 2\): duration is inf"),
     ("a.csv", "audio,duration\na.wav,long\n", r"row 1 \(line 2\): duration 'long' is not a number"),
     ("a.tsv", "/root\na.wav\t16000\nb.wav\tx\n", r"row 2 \(line 3\): num_samples 'x' is not a number"),
-    ("a.tsv", "/root\na.wav\tx\n", r"row 1 \(line 2\): num_samples 'x' is not a number"),
     ("a.csv", "audio,duration,start\na.wav,1,-2\n", r"row 1 \(line 2\): start is -2"),
     ("a.csv", "audio,start,end\na.wav,3,2\n", r"row 1 \(line 2\) stops at 2 s"),
     ("a.jsonl", GOOD + "\n" + '{"audio": "b.wav", "duration": -3}\n', r"row 2 \(line 3\): duration is -3"),

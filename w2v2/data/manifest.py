@@ -91,15 +91,15 @@ def _interpret(raw: RawTable, extras: Sequence[str], data_root: str | None) -> p
             f"manifest {raw.path} has no audio column: it has {', '.join(raw.found) or 'none'}; "
             f"name one of them {' or '.join(COLUMNS['audio'])}"
         )
-    written = _text(raw, "audio", columns["audio"])
+    written = _cast_text(raw, "audio", columns["audio"])
     raw.refuse(pc.equal(pc.utf8_trim_whitespace(written), ""), " has no audio path: fill it in or remove the row")
-    start, num_samples = _extent(raw, columns)
-    ids = _ids(raw, columns["id"]) if "id" in columns else _ids_from_paths(written, start)
+    start, num_samples = _find_extent(raw, columns)
+    ids = _check_ids(raw, columns["id"]) if "id" in columns else _name_rows(written, start)
     table = {"id": ids, "audio": _resolve(raw, written, data_root), "start": start, "num_samples": num_samples}
-    return pa.table(table | {name: _text(raw, name, columns[name]) for name in extras if name in columns})
+    return pa.table(table | {name: _cast_text(raw, name, columns[name]) for name in extras if name in columns})
 
 
-def _text(raw: RawTable, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _cast_text(raw: RawTable, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         column = pc.fill_null(column.cast(pa.string()), "")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -109,10 +109,10 @@ def _text(raw: RawTable, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column if name == "audio" else pc.utf8_trim_whitespace(column)  # a file's name may begin with a space
 
 
-def _numbers(raw: RawTable, name: str, column: pa.ChunkedArray, least: float, most: float) -> pa.ChunkedArray:
+def _cast_numbers(raw: RawTable, name: str, column: pa.ChunkedArray, least: float, most: float) -> pa.ChunkedArray:
     """float64, null where the cell is empty; what is no number from `least` to `most` is an error that names its row."""
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_decimal(column.type)):
-        text = _text(raw, name, column)
+        text = _cast_text(raw, name, column)
         column = pc.if_else(pc.equal(text, ""), None, text)
         is_number = pc.match_substring_regex(column, NUMBER, ignore_case=True)
         raw.refuse(pc.invert(is_number), f": {name} {{!r}} is not a number: mend it or leave it empty", column)
@@ -123,14 +123,14 @@ def _numbers(raw: RawTable, name: str, column: pa.ChunkedArray, least: float, mo
     return column
 
 
-def _extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+def _find_extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     """Start in seconds (float64) and length in samples (int64, null where unknown) of every row."""
     rate, half_sample = float(SAMPLING_RATE), 0.5 / SAMPLING_RATE
     most_samples = MOST_SECONDS * rate
     limits = {"start": (0, most_samples), "stop": (0, most_samples)}  # may turn out to be samples
     limits |= {"num_samples": (1, most_samples), "duration": (half_sample, MOST_SECONDS)}
     nothing = pa.chunked_array([pa.nulls(raw.table.num_rows, pa.float64())])
-    found = {name: _numbers(raw, name, columns[name], *limits[name]) for name in limits if name in columns}
+    found = {name: _cast_numbers(raw, name, columns[name], *limits[name]) for name in limits if name in columns}
     start, stop, num_samples, duration = (found.get(name, nothing) for name in limits)
     # 1. The length that the manifest states, in seconds.
     start = pc.fill_null(start, 0.0)
@@ -150,19 +150,19 @@ def _extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[pa.Chun
     return start, pc.round(pc.multiply(length, rate)).cast(pa.int64())
 
 
-def _ids(raw: RawTable, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    ids = _text(raw, "id", column)
+def _check_ids(raw: RawTable, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    ids = _cast_text(raw, "id", column)
     raw.refuse(pc.equal(ids, ""), " has no id: give every row one, or remove the column")
     if pc.count_distinct(ids).as_py() < len(ids):
         first: dict[str, int] = {}
         index, name = next(row for row in enumerate(ids.to_pylist()) if first.setdefault(row[1], row[0]) != row[0])
         raise UserError(
-            f"{raw.row(index)} has the id {name!r} of row {first[name] + 1}: make it unique or remove the row"
+            f"{raw.name_row(index)} has the id {name!r} of row {first[name] + 1}: make it unique or remove the row"
         )
     return ids
 
 
-def _ids_from_paths(written: pa.ChunkedArray, start: pa.ChunkedArray) -> pa.ChunkedArray:
+def _name_rows(written: pa.ChunkedArray, start: pa.ChunkedArray) -> pa.ChunkedArray:
     names = written
     for marker in ROOT_MARKERS:
         names = pc.if_else(pc.starts_with(names, marker + "/"), pc.utf8_slice_codeunits(names, len(marker) + 1), names)

@@ -41,7 +41,7 @@ class RawTable:
     found: list[str]
     root: str = ""  # fairseq's root, or the folder that was read: relative audio paths continue it
 
-    def row(self, index: int) -> str:
+    def name_row(self, index: int) -> str:
         """How a message names a row: counted from 1 without the header, and its line where there is one."""
         line = self.table[LINE][index].as_py() if LINE in self.table.column_names else None
         return f"{self.path}: row {index + 1}" + (f" (line {line})" if line else "")
@@ -49,7 +49,9 @@ class RawTable:
     def refuse(self, bad: pa.ChunkedArray, message: str, values: pa.ChunkedArray | None = None) -> None:
         """Raise UserError that names the first row where `bad` is true; a `{}` in `message` stands for its value."""
         if (index := pc.index(bad, True).as_py()) >= 0:
-            raise UserError(self.row(index) + (message if values is None else message.format(values[index].as_py())))
+            raise UserError(
+                self.name_row(index) + (message if values is None else message.format(values[index].as_py()))
+            )
 
 
 def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
@@ -83,7 +85,7 @@ def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
     return raw
 
 
-def _text_table(rows: Iterator[tuple[int | None, dict]], wanted: frozenset[str]) -> pa.Table:
+def _build_table(rows: Iterator[tuple[int | None, dict]], wanted: frozenset[str]) -> pa.Table:
     """`(line, {name: cell})` of every row → the wanted columns as text, and the lines."""
     tables = []
     while batch := list(islice(rows, BATCH_ROWS)):
@@ -120,7 +122,7 @@ def _read_delimited(path: Path, wanted: frozenset[str]) -> RawTable:
                 )
             yield line, dict(zip(found, cells, strict=True))
 
-    return RawTable(path, _text_table(rows(), wanted), found, root)
+    return RawTable(path, _build_table(rows(), wanted), found, root)
 
 
 def _split_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -151,11 +153,11 @@ def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
         stripped = filter(None, map(str.strip, file))
         first, second = next(stripped, "[]"), next(stripped, "")
     by_line = first.startswith("{") and first.endswith("}")
-    if by_line and (second or not _is_object_of_rows(_parse(path, first, 1))):
+    if by_line and (second or not _holds_rows(_parse(path, first, 1))):
         entries = _parse_lines(path)
     else:
         content = _parse(path, path.read_text(encoding="utf-8-sig") if second else first)
-        if _is_object_of_rows(content):
+        if _holds_rows(content):
             content = [{"id": name, **row} for name, row in content.items()]
         if not isinstance(content, list):
             raise UserError(f"manifest {path}: use a list of objects, an object of id → object, or an object a line")
@@ -175,10 +177,10 @@ def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
                 row[name] = cell.get("file") or cell.get("path")
             yield line, row
 
-    return RawTable(path, _text_table(rows(), wanted), list(found))
+    return RawTable(path, _build_table(rows(), wanted), list(found))
 
 
-def _is_object_of_rows(content: object) -> bool:
+def _holds_rows(content: object) -> bool:
     return isinstance(content, dict) and bool(content) and all(isinstance(row, dict) for row in content.values())
 
 
