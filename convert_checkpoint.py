@@ -3,10 +3,11 @@
     python convert_checkpoint.py checkpoint_best.pt --output_dir models/mine
     python convert_checkpoint.py results/save/CKPT+2024-01-31+12-00-00+00 --output_dir models/mine --config_name base
 
-A `.pt` file is taken for fairseq's; a `CKPT+…` folder or a `.ckpt` file for SpeechBrain's interface to transformers, whose
-architecture `--config_name` names (a folder, a Hub id or a name in configs/models): what the recipe had as `wav2vec2_hub`.
-SpeechBrain's own architecture has other positions; `--without_positions` takes over the rest, for further pretraining.
-Neither program has to be installed, and nothing in the checkpoint is executed. docs/interoperate.md says what is refused.
+A `.pt` file is taken for fairseq's; a `CKPT+…` folder or a `.ckpt` file for SpeechBrain's interface to transformers,
+whose architecture `--config_name` names (a folder, a Hub id or a name in configs/models): what the recipe had as
+`wav2vec2_hub`. SpeechBrain's own architecture has other positions; `--without_positions` takes over the rest, for
+further pretraining. Neither program has to be installed, and nothing in the checkpoint is executed.
+docs/interoperate.md says what is refused.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The whole way on synthesized speech: corpus, pretraining, fine-tuning from the pretrained and from random weights, one table.
+"""The whole way on synthesized speech: corpus, pretraining, fine-tuning from it and from random weights, one table.
 
     make demo        (or: python demo.py)
 
@@ -59,10 +59,11 @@ def report(ours: dict, theirs: dict, pretrained: Path) -> None:
 | codebook perplexity, soft / hard | {perplexity:.1f} / {last["eval_codebook_perplexity_hard"]:.1f} | |
 | hours of audio heard | {last["audio_hours"]:.2f} | 0 |
 
-On voices it never heard, the model tells the true frame from its distractors {last["eval_accuracy"] / chance:.0f} times as \
-often as chance, with the equivalent of {perplexity:.0f} codes in even use; fine-tuned on the same transcribed speech as random \
-weights, it makes {compare(letters, "character")} and {compare(words, "word")}. One run of minutes on synthesized speech \
-shows that the machinery works, not how good wav2vec 2.0 can be: docs/results.md has longer runs, several seeds and real speech.
+On voices it never heard, the model tells the true frame from its distractors {last["eval_accuracy"] / chance:.0f} \
+times as often as chance, with the equivalent of {perplexity:.0f} codes in even use; fine-tuned on the same \
+transcribed speech as random weights, it makes {compare(letters, "character")} and {compare(words, "word")}. One run of minutes on \
+synthesized speech shows that the machinery works, not how good wav2vec 2.0 can be: docs/results.md has longer runs, \
+several seeds and real speech.
 
 Curves: {(pretrained / "plots").relative_to(ROOT)}; model card: {(pretrained / "README.md").relative_to(ROOT)}
 """

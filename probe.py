@@ -1,9 +1,10 @@
 """What is in each layer of a frozen wav2vec 2.0? Linear probes, in minutes on a CPU, without fine-tuning anything.
 
-    python probe.py --checkpoints runs/mine/checkpoint-* --train_data emotion.csv --folds speaker --output_dir runs/probe
+    python probe.py --checkpoints runs/a/checkpoint-* --train_data emotion.csv --folds speaker --output_dir runs/b
 
-For a label (emotion, speaker, …) a linear classifier reads the mean over time of each layer; for `--target characters` a linear CTC head
-reads its frames. Features are computed once. Beside several checkpoints stand random weights, and the hours that each had heard.
+For a label (emotion, speaker, …) a linear classifier reads the mean over time of each layer; for `--target characters`
+a linear CTC head reads its frames. Features are computed once. Beside several checkpoints stand random weights, and
+the hours that each had heard.
 """
 
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
@@ -58,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
             layers = probe_layers(args.classifier, model.means(table), table["target"][:], splits, measure)
         best = best_layer(layers, lower_is_better=is_text)
         hours = heard_hours(source) if source else None
-        results.append({"name": name, "source": source, "hours": hours, "best_layer": best["layer"], measure: best[measure],
-                        "layers": layers})  # fmt: skip
+        found = {"name": name, "source": source, "hours": hours, "best_layer": best["layer"], measure: best[measure]}
+        results.append(found | {"layers": layers})
         heard = f", {hours:.2f} h heard" if hours is not None else ""
         print(f"{name}: best layer {best['layer']}, {measure} {best[measure]:.1%}{heard}", flush=True)
 
@@ -69,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"\n{measure}, test; * the layer that validated best" + (f"; chance {chance:.1%}" if chance else ""))
     print(format_table(results, measure))
-    run = {"target": args.target, "folds": args.folds, "num_folds": len(splits) if args.folds else None, "seed": args.seed,
-           "classifier": None if is_text else args.classifier, "utterances": len(table),
+    run = {"target": args.target, "folds": args.folds, "num_folds": len(splits) if args.folds else None,
+           "seed": args.seed, "classifier": None if is_text else args.classifier, "utterances": len(table),
            "tested": sum(len(split.test) for split in splits)}  # fmt: skip
     whole = {"measure": measure, "chance": chance, "models": results, "run": run}
     (folder / RESULTS_FILE).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -125,7 +126,7 @@ def gather_texts(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
 
 
 def join_tables(tables: list[Dataset], classes: list[str]) -> tuple[Dataset, list[Split]]:
-    """The training, validation (else a fifth of each class in training) and test tables as one, and the rows of each."""
+    """Training, validation (else a fifth of each class in training) and test tables as one, and the rows of each."""
     table = concatenate_datasets([table.select_columns(COLUMNS) for table in tables])
     ends = np.cumsum([0, *map(len, tables)]).tolist()
     train, *held = (list(range(first, last)) for first, last in pairwise(ends))

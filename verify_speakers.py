@@ -1,8 +1,10 @@
 """Are two utterances of one speaker? The equal error rate of the cosine between embeddings, over a list of trials.
 
-    python verify_speakers.py --model_name_or_path runs/speakers --trials veri_test.txt --data_root /data/voxceleb1/wav --output_dir runs/eer
+    python verify_speakers.py --model_name_or_path runs/speakers --trials veri_test.txt \\
+        --data_root /data/voxceleb1/wav --output_dir runs/eer
 
-Embeddings are a fine-tuned classifier's projection averaged over time, or, of any model, the mean of a layer's frames (`--layer`).
+Embeddings are a fine-tuned classifier's projection averaged over time, or, of any model, the mean of a layer's frames
+(`--layer`).
 """
 
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait

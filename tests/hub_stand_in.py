@@ -16,8 +16,8 @@ class HubStandIn(ThreadingHTTPServer):
         commits: the messages, oldest first.
         tokens: the authorization headers seen.
         large: suffixes that have to come by LFS, the rest being sent within the commit.
-        failures: a part of the path to the answer that it gets: a status, or 0 for a connection cut; a list of them is used up,
-            and then the Hub has recovered.
+        failures: a part of the path to the answer that it gets: a status, or 0 for a connection cut; a list of them
+            is used up, and then the Hub has recovered.
         delay_seconds: how long every answer takes.
         created: what was asked of `create_repo`.
         paths: what was asked for, in order.

@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts of fairseq and SpeechBrain, written here from the names they publish, come back as the stock model."""
+"""Checkpoints as fairseq and SpeechBrain lay them out, written here, come back as the stock model."""
 
 import argparse
 import subprocess

@@ -17,7 +17,7 @@ from w2v2.evaluate.scores import (
 
 
 def operating_points(targets, scores):
-    """(misses, false alarms) as exact fractions of `accept where score >= threshold`, for every threshold, by counting."""
+    """(misses, false alarms) of `score >= threshold` at every threshold, as exact fractions, by counting."""
     positives = [s for t, s in zip(targets, scores, strict=True) if t]
     negatives = [s for t, s in zip(targets, scores, strict=True) if not t]
     points = []

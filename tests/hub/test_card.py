@@ -170,7 +170,7 @@ def test_a_classifiers_card_has_scores_classes_and_code(tmp_path, capsys):
     card = finetuned_card_of(tmp_path, config={"train_data": ["train.csv"]}, results={"test": scores, "run": {}})
     assert "| `test` | 8 | 75.00% | 50.00% | 0.2500 |" in card.text and "| Classes | 2: calm, angry |" in card.text
     assert {(r.task_type, r.metric_type, r.metric_value) for r in card.data.eval_results} == {
-        ("audio-classification", "accuracy", 0.75), ("audio-classification", "recall", 0.5), ("audio-classification", "f1", 0.25)
+        ("audio-classification", name, value) for name, value in (("accuracy", 0.75), ("recall", 0.5), ("f1", 0.25))
     }  # fmt: skip
     assert "Device-hours" not in card.text
     run_code_of(card, tmp_path)

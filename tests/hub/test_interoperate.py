@@ -1,4 +1,4 @@
-"""Folders of ours in other people's hands: each tool loads them as its users would, and computes what the stock model computes.
+"""Folders of ours in other tools: each loads them as its users would, and computes what the stock model computes.
 
 transformers is always there. Tests of other tools are skipped where the tool is not installed (docs/interoperate.md).
 """
@@ -144,7 +144,7 @@ def speechbrain_module():
 
 @pytest.mark.parametrize("all_layers", [False, True])
 def test_speechbrains_wrapper_gives_the_same_frames(pretrained, waveform, tmp_path, all_layers):
-    """It normalises as a layer norm does (epsilon 1e-5), the feature extractor with 1e-7: fed the same, the frames are the same."""
+    """Its epsilon of normalisation is 1e-5, the feature extractor's 1e-7: fed the same, the frames are the same."""
     module = speechbrain_module()
     recipe = f"""
 wav2vec2: !new:{module.__name__}.Wav2Vec2

@@ -12,7 +12,7 @@ from w2v2.probe.characters import CharacterProbe, FrameSet
 
 
 def planted(seed=0, n=240):
-    """Features of three layers: noise, the label clearly, the label faintly; with two more dimensions of another scale."""
+    """Features of three layers: noise, the label clearly, the label faintly; one dimension of another scale."""
     random = np.random.default_rng(seed)
     targets = random.choice(["a", "b", "c"], n)
     means = np.array([{"a": -1.0, "b": 0.0, "c": 1.0}[t] for t in targets])
@@ -95,7 +95,7 @@ VOCABULARY = build_vocabulary(TEXTS)
 
 
 def spelled_frames(noise):
-    """Frames that spell the texts: three of each character's own direction, a blank between; and frames of noise alone."""
+    """Frames that spell the texts (three of each character's direction, then a blank), and frames of noise."""
     random = np.random.default_rng(0)
     directions = 5 * np.eye(len(VOCABULARY), 12)
     pieces, starts = [], [0]

@@ -54,8 +54,9 @@ def data(tmp_path_factory):
 
 def run_probe(data, output, *more, test=True):
     held = ["--test_data", str(data / "test.csv")] if test else []
-    probe.main(["--checkpoints", str(data / "checkpoint-10"), str(data / "checkpoint-5"), "--use_cpu", "--train_data",
-                str(data / ("train.csv" if test else "all.csv")), *held, "--output_dir", str(data / output), *more])  # fmt: skip
+    train = ["--train_data", str(data / ("train.csv" if test else "all.csv"))]
+    checkpoints = ["--checkpoints", str(data / "checkpoint-10"), str(data / "checkpoint-5")]
+    probe.main([*checkpoints, "--use_cpu", *train, *held, "--output_dir", str(data / output), *more])
     return json.loads((data / output / "probe.json").read_text())
 
 
@@ -122,8 +123,8 @@ def verify(data, output, *flags, model="checkpoint-10"):
 
 
 def test_verification_by_drawn_trials_scores_every_layer(data):
-    results = verify(data, "drawn", "--manifest", str(data / "all.csv"), "--speaker_column", "label", "--num_trials", "200",
-                     "--cohort", str(data / "train.csv"))  # fmt: skip
+    flags = ["--manifest", str(data / "all.csv"), "--speaker_column", "label", "--num_trials", "200"]
+    results = verify(data, "drawn", *flags, "--cohort", str(data / "train.csv"))
     assert set(results) == {"layer 0", "layer 1", "layer 2", "run"}
     assert results["layer 1"]["eer"] < 0.35  # pitches are far apart; by chance a half
     trials = read_trials(data / "drawn" / "trials.txt")

@@ -1,4 +1,4 @@
-"""fairseq's wav2vec 2.0: its names and options (fairseq/models/wav2vec/wav2vec2.py), and the stock model that is the same."""
+"""fairseq's wav2vec 2.0 (fairseq/models/wav2vec/wav2vec2.py): its names, its options, and the stock model of them."""
 
 import argparse
 import re
@@ -11,15 +11,16 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPr
 from w2v2.convert.weights import feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
 
+_CONV = r"wav2vec2.feature_extractor.conv_layers."
 _LAYER = r"encoder\.layers\.(\d+)\."
 _HF_LAYER = r"wav2vec2.encoder.layers.\1."
 _POSITIONS = "wav2vec2.encoder.pos_conv_embed.conv."
 
-# fairseq's names (fairseq/models/wav2vec/wav2vec2.py) as patterns, and ours.
+# fairseq's names as patterns, and ours.
 FAIRSEQ_KEYS = (
     (r"mask_emb", r"wav2vec2.masked_spec_embed"),
-    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(\w+)", r"wav2vec2.feature_extractor.conv_layers.\1.conv.\2"),
-    (r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?\.(\w+)", r"wav2vec2.feature_extractor.conv_layers.\1.layer_norm.\2"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(\w+)", _CONV + r"\1.conv.\2"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?\.(\w+)", _CONV + r"\1.layer_norm.\2"),
     (r"layer_norm\.(\w+)", r"wav2vec2.feature_projection.layer_norm.\1"),
     (r"post_extract_proj\.(\w+)", r"wav2vec2.feature_projection.projection.\1"),
     (r"encoder\.pos_conv\.0\.weight_g", _POSITIONS + "parametrizations.weight.original0"),

@@ -49,7 +49,7 @@ _NOT_WEIGHTS = ("latent_encoder.positional_encoding.pe", "target_quantiser.quant
 
 
 def convert_speechbrain(path: Path, config_name: str) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2FeatureExtractor]:
-    """The model that SpeechBrain pretrained through its interface to transformers: a `CKPT+…` folder or its `wav2vec2.ckpt`.
+    """The model that SpeechBrain pretrained through transformers: a `CKPT+…` folder or its `wav2vec2.ckpt`.
 
     `config_name` is the model whose architecture the recipe named (`wav2vec2_hub`): the checkpoint does not say. The
     interface normalises the waveform, and so will the feature extractor. Raises UserError for any other checkpoint.
@@ -57,8 +57,9 @@ def convert_speechbrain(path: Path, config_name: str) -> tuple[Wav2Vec2ForPreTra
     if path.is_dir():
         if (path / "latent_encoder.ckpt").exists():
             raise UserError(
-                f"{path}: SpeechBrain's own wav2vec 2.0 (latent_encoder.ckpt) adds sinusoidal positions where the stock model has a "
-                "convolution, and no weights make them equal; --without_positions takes over everything else, for further pretraining"
+                f"{path}: SpeechBrain's own wav2vec 2.0 (latent_encoder.ckpt) adds sinusoidal positions where the "
+                "stock model has a convolution, and no weights make them equal; --without_positions takes over "
+                "everything else, for further pretraining"
             )
         path = path / "wav2vec2.ckpt"
     config = load_config(None, config_name)

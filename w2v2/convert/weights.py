@@ -65,7 +65,7 @@ def rename(weights: Mapping[str, torch.Tensor], rules: Rules, path: Path) -> dic
 
 
 def fill_stock(config: Wav2Vec2Config, weights: Mapping[str, torch.Tensor], path: Path) -> Wav2Vec2ForPreTraining:
-    """The stock model with exactly these weights. Raises UserError for the first that is missing, left over or of another shape."""
+    """The stock model with exactly these weights. Raises UserError for one that is missing, left over or misshapen."""
     model = Wav2Vec2ForPreTraining(config)
     places = model.state_dict()
     for key in weights:

@@ -1,9 +1,9 @@
 """How wrong transcripts are: error rates over a corpus and of single utterances, and which utterances are worst.
 
 For transcripts of words: WER and CER. For transcripts of tokens (phonemes): PER, the same count over tokens. A rate is
-(substitutions + deletions + insertions) / units of the references over the whole corpus, a fraction that can exceed 1. jiwer
-counts the edits; spaces count as characters. An empty reference adds its hypothesis as insertions. References that are all
-empty have no rate and raise `ValueError`.
+(substitutions + deletions + insertions) / units of the references over the whole corpus, a fraction that can exceed 1.
+jiwer counts the edits; spaces count as characters. An empty reference adds its hypothesis as insertions. References
+that are all empty have no rate and raise `ValueError`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ NAMES = {"wer": "WER", "cer": "CER", "per": "PER"}
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str], unit: str = CHARACTERS) -> dict[str, float]:
-    """`{"wer": …, "cer": …}`, or `{"per": …}` for tokens, over the whole corpus. Raises ValueError without any reference."""
+    """`{"wer": …, "cer": …}`, or `{"per": …}` for tokens, over the corpus. Raises ValueError without references."""
     references, hypotheses = list(references), list(hypotheses)
     if not any(reference.strip() for reference in references):
         raise ValueError("all references are empty: there is no error rate")
@@ -38,6 +38,6 @@ def count_edits(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
 
 
 def worst_utterances(lines: Sequence[dict[str, Any]], rate: str, most: int = 10) -> list[dict[str, Any]]:
-    """The `most` predictions with errors that have the highest `rate`; among equals those with the longest reference first."""
+    """The `most` predictions with errors of the highest `rate`; among equals the longest reference comes first."""
     wrong = [line for line in lines if line.get(rate)]
     return sorted(wrong, key=lambda line: (-line[rate], -len(line["reference"]), line["id"]))[:most]

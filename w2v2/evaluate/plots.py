@@ -21,7 +21,7 @@ def _save(figure, path: Path) -> Path:
 
 
 def draw_confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> Path:
-    """Rows are true labels, coloured by the share of each that was predicted; counts stand in the cells where there is room."""
+    """Rows are true labels, coloured by the share of each that was predicted; cells show counts where there is room."""
     counts = np.asarray(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = 3.5 + 0.35 * min(len(labels), _MOST_NAMES)

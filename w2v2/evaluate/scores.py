@@ -1,8 +1,8 @@
-"""How good a classifier or a verifier is: accuracy, unweighted average recall, macro-F1; equal error rate, detection cost.
+"""Scores of classifiers (accuracy, unweighted average recall, macro-F1) and verifiers (equal error rate, cost).
 
-Unweighted average recall (UAR, the measure of emotion recognition) is the mean over the true classes of the share recognised, so
-that a rare class counts as much as a common one; chance is 1 / classes. The equal error rate is where the line through the
-points of the ROC (misses and false alarms at every threshold) crosses misses = false alarms.
+Unweighted average recall (UAR, the measure of emotion recognition) is the mean over the true classes of the share
+recognised, so that a rare class counts as much as a common one; chance is 1 / classes. The equal error rate is where
+the line through the points of the ROC (misses and false alarms at every threshold) crosses misses = false alarms.
 """
 
 import warnings
@@ -14,7 +14,7 @@ MEASURES = ("accuracy", "uar", "macro_f1")
 
 
 def classification_scores(references: Sequence, predictions: Sequence) -> dict[str, float]:
-    """`accuracy`, `uar` and `macro_f1` as fractions; the latter over the classes that occur among references or predictions."""
+    """`accuracy`, `uar` and `macro_f1` as fractions; the last over classes among references or predictions."""
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score  # slow to import
 
     if not len(references):
@@ -40,7 +40,7 @@ def confusion_counts(references: Sequence[str], predictions: Sequence[str], labe
 
 
 def mean_and_deviation(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """`{"mean": {…}, "std": {…}}` of the measures over folds; the deviation is the sample's (n - 1), 0 for a single fold."""
+    """`{"mean": {…}, "std": {…}}` of the measures over folds; the sample's deviation (n - 1), 0 for one fold."""
     table = {name: np.array([score[name] for score in scores]) for name in scores[0] if name in MEASURES}
     return {
         "mean": {name: float(values.mean()) for name, values in table.items()},
@@ -49,7 +49,7 @@ def mean_and_deviation(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[
 
 
 def error_curve(targets: Sequence[int], scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of missed targets and of false alarms at every threshold, from the highest down; 1 in `targets` is a target trial."""
+    """Shares of missed targets and of false alarms at every threshold, highest first; 1 marks a target trial."""
     from sklearn.metrics import roc_curve
 
     if len(set(map(int, targets))) != 2:
@@ -68,6 +68,6 @@ def equal_error_rate(targets: Sequence[int], scores: Sequence[float]) -> float:
 
 
 def min_detection_cost(targets: Sequence[int], scores: Sequence[float], p_target: float = 0.01) -> float:
-    """NIST's minimum detection cost at costs of 1, over that of the better constant answer: 1 where listening brings nothing."""
+    """NIST's minimum detection cost at costs of 1, over the better constant answer's: 1 is no better than that."""
     misses, false_alarms = error_curve(targets, scores)
     return float((p_target * misses + (1 - p_target) * false_alarms).min() / min(p_target, 1 - p_target))

@@ -24,7 +24,7 @@ class Trial:
 
 
 def read_trials(path: str | os.PathLike) -> list[Trial]:
-    """The trials as they are written. Raises UserError that names the line for anything else, and for a list of one kind."""
+    """The trials as written. Raises UserError for anything else, naming the line, and for a list of one kind."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -48,7 +48,8 @@ def read_trials(path: str | os.PathLike) -> list[Trial]:
 def draw_trials(speakers: Mapping[str, str], num_trials: int, seed: int = 0) -> list[Trial]:
     """Trials among these utterances (name → speaker): half of one speaker, half of two, each pair at most once.
 
-    Where there are fewer pairs of a kind than half of `num_trials`, all of them. Raises UserError where a kind is missing.
+    Where there are fewer pairs of a kind than half of `num_trials`, all of them. Raises UserError where a kind is
+    missing.
     """
     names = sorted(name for name, speaker in speakers.items() if speaker)
     if len(names) * (len(names) - 1) // 2 > _MOST_PAIRS:

@@ -1,7 +1,7 @@
 """Model cards: what a run did and measured, and nothing that it did not.
 
-The text is in templates/*.md; this file gathers the facts that fill it. Anybody may read a card, so paths of this machine are
-shortened to their last part and nothing named a token is written.
+The text is in templates/*.md; this file gathers the facts that fill it. Anybody may read a card, so paths of this
+machine are shortened to their last part and nothing named a token is written.
 """
 
 import json

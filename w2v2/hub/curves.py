@@ -1,4 +1,4 @@
-"""Curves of a run: of pretraining over the hours of audio heard, which tell the worth of a model far better than updates do."""
+"""Curves of a run. Those of pretraining go over hours of audio heard, which tell more of a model than updates."""
 
 import json
 import os
@@ -38,9 +38,12 @@ def draw_plots(
     pictures: Pictures = PICTURES,
     over: tuple[str, str] = ("audio_hours", "hours of audio heard"),
 ) -> list[Path]:
-    """Draw the curves over a record's value (and its axis label) into `output_dir/plots`; a measure never logged gets no picture.
+    """Draw the curves into `output_dir/plots`, over a value of the records (`over`: its name and its axis label).
 
-    Training and validation share a picture, and the accuracy of pretraining is shown beside chance. Returns the pictures' paths.
+    A measure that was never logged gets no picture.
+
+    Training and validation share a picture, and the accuracy of pretraining is shown beside chance. Returns the
+    pictures' paths.
     """
     from matplotlib.figure import Figure  # slow to import; and no global backend is touched
 

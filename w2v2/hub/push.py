@@ -38,9 +38,9 @@ _STAGED = ".hub_push-"
 class HubPusher:
     """Pushes folders to one Hub repository, one at a time, on threads that can neither stop nor hold up the run.
 
-    What is to be pushed is set aside at once, so rotation may delete the original. A checkpoint that comes while a push is
-    under way is not pushed. huggingface_hub itself tries again what fails on the way; its `run_as_future` is not used, since
-    Python waits for those threads at its end, however long a dead connection lasts.
+    What is to be pushed is set aside at once, so rotation may delete the original. A checkpoint that comes while a
+    push is under way is not pushed. huggingface_hub itself tries again what fails on the way; its `run_as_future` is
+    not used, since Python waits for those threads at its end, however long a dead connection lasts.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class HubPusher:
         self._creation = self._start("cannot create the repository", self._create)
 
     def push(self, folder: str | os.PathLike, message: str) -> None:
-        """Push the folder's publishable files to the root of the repository, later and elsewhere; a failure only warns."""
+        """Push the folder's publishable files to the repository's root, in the background; a failure only warns."""
         folder = Path(folder).resolve()
         is_busy = self._job is not self._creation and not self._job.done()
         if folder != self._output_dir and (is_busy or not self._every_save):
@@ -168,10 +168,11 @@ def _link_or_copy(path: Path, target: Path) -> None:
 
 
 class HubCallback(TrainerCallback):
-    """The same for `Trainer`: checkpoints as they are saved (`hub_strategy` other than `end`), the folder at the end (`hand_over`).
+    """The same for `Trainer`: checkpoints as they are saved (unless `hub_strategy` is `end`), the folder at the end.
 
-    Make it before the `Trainer`: it switches `args.push_to_hub` off. `Trainer`'s own push creates the repository when the
-    `Trainer` is built, where a refused token ends the run, and waits without limit for what is under way at the end.
+    Make it before the `Trainer`: it switches `args.push_to_hub` off. `Trainer`'s own push creates the repository when
+    the `Trainer` is built, where a refused token ends the run, and waits without limit for what is under way at the
+    end.
     """
 
     def __init__(self, args: TrainingArguments):
@@ -202,7 +203,7 @@ class HubCallback(TrainerCallback):
             self.pusher.push(folder, f"Weights after {state.global_step} updates")
 
     def hand_over(self, args: TrainingArguments) -> None:
-        """Card and curves from what `output_dir` holds (`results.json`, `metrics.jsonl`), then the last push. On every rank."""
+        """Card and curves from `results.json` and `metrics.jsonl`, then the last push. Call it on every rank."""
         if args.process_index != 0:
             return
         folder = Path(args.output_dir)

@@ -99,7 +99,7 @@ class VerificationArguments(FrozenArguments):
     num_trials: int = flag(20_000, "Trials drawn from --manifest, half of them of one speaker.", min=2)
     layer: int | None = flag(
         None,
-        "Average this layer's frames (default: a fine-tuned classifier's projection; of other models every layer in turn).",
+        "Average this layer's frames (default: a fine-tuned classifier's projection; of other models every layer).",
     )
     cohort: list[str] = flag(
         [], "Manifests of other utterances, by whose mean and deviation the embeddings are standardised."

@@ -21,7 +21,7 @@ LEARNING_RATE = 0.01
 
 
 class FrameSet:
-    """The frames of all utterances at one layer, (frames, D) as mapped from the disk, standardised by those of `train` rows."""
+    """Frames of all utterances at one layer, (frames, D) on the disk, standardised by those of the `train` rows."""
 
     def __init__(self, frames: np.ndarray, starts: np.ndarray, train: Sequence[int]):
         self.frames, self.starts = frames, starts

@@ -1,7 +1,7 @@
-"""What a frozen wav2vec 2.0 makes of utterances: every layer's frames, or their mean, or a classifier's pooled projection.
+"""What a frozen wav2vec 2.0 makes of utterances: frames of every layer, their means, or a classifier's projection.
 
-Layer 0 is what the transformer is fed, layer i the output of its i-th block (as `output_hidden_states` of the stock model counts).
-An utterance's features are those that it has alone: padding is seen by nothing.
+Layer 0 is what the transformer is fed, layer i the output of its i-th block (as `output_hidden_states` of the stock
+model counts). An utterance's features are those that it has alone: padding is seen by nothing.
 
 Shapes: N utterances, B of a batch, S samples, T latent frames, L layers (with layer 0), D width.
 """
@@ -55,7 +55,7 @@ class FrozenModel:
         self.num_layers = config.num_hidden_layers + 1
 
     def batches(self, table: Dataset) -> Iterator[tuple[list[int], dict[str, torch.Tensor], torch.Tensor]]:
-        """Rows, inputs, and frames (B,) of each batch: utterances of like length, at most `BATCH_SECONDS` together, or one."""
+        """Rows, inputs, and frames (B,) of each batch: utterances of like length, `BATCH_SECONDS` together, or one."""
         lengths = table["num_samples"][:]
         order = sorted(range(len(table)), key=lambda row: -lengths[row])
         while order:
@@ -96,7 +96,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def embeddings(self, table: Dataset) -> np.ndarray:
-        """The fine-tuned classifier's projection, averaged over time: what its last linear layer is given. Shape (N, width)."""
+        """What a fine-tuned classifier's last layer is given: the projection averaged over time, (N, width)."""
         result = np.empty((len(table), self.config.classifier_proj_size), np.float32)
         given: list[torch.Tensor] = []
         hook = self.model.classifier.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
@@ -108,7 +108,7 @@ class FrozenModel:
 
 
 def save_frames(model: FrozenModel, table: Dataset, folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Frames of all utterances in a 16-bit file a layer, mapped from the disk, (frames, D) each; and where utterances begin, (N + 1,).
+    """Frames of all utterances, a 16-bit file a layer, (frames, D), mapped from the disk; and their starts (N + 1,).
 
     A second of speech takes 100 · D bytes a layer: an hour on BASE 3.6 GB in all.
     """

@@ -1,7 +1,8 @@
 """Linear probes: how much of a label a linear classifier reads from each layer of a frozen model.
 
-Features (mean over time) are standardised by the training utterances. The strength of the penalty is chosen on the validation
-utterances, then the probe is fitted once more on both. The best layer is the one that validated best; the test has no say in it.
+Features (mean over time) are standardised by the training utterances. The strength of the penalty is chosen on the
+validation utterances, then the probe is fitted once more on both. The best layer is the one that validated best; the
+test has no say in it.
 
 Shapes: N utterances, L layers, D width.
 """
@@ -54,7 +55,7 @@ def probe_layer(
 def probe_layers(
     kind: str, features: np.ndarray, targets: Sequence[str], splits: Sequence[Split], measure: str
 ) -> list[dict[str, Any]]:
-    """For each layer of `features` (N, L, D): test scores over all splits' utterances, their spread, and the validation score."""
+    """For each layer of `features` (N, L, D): test scores of all splits together, their spread, validation score."""
     targets = np.asarray(targets)
     layers = []
     for layer in range(features.shape[1]):
@@ -79,7 +80,7 @@ def best_layer(layers: Sequence[dict[str, Any]], lower_is_better: bool = False) 
 
 
 def hold_out(ids: Sequence[str], targets: Sequence[str], rows: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Training and validation rows: of each label's utterances, in an order that hangs on their ids alone, every fifth validates."""
+    """Training and validation rows: every fifth of a label's utterances validates, in an order by their ids alone."""
     by_label: dict[str, list[int]] = {}
     for row in sorted(rows, key=lambda row: (zlib.crc32(ids[row].encode()), ids[row])):
         by_label.setdefault(targets[row], []).append(row)
@@ -88,7 +89,7 @@ def hold_out(ids: Sequence[str], targets: Sequence[str], rows: Sequence[int]) ->
 
 
 def heard_hours(folder: str) -> float | None:
-    """Hours of audio that a checkpoint of pretraining had heard, from its state or its metrics; None where neither is there."""
+    """Hours of audio that a checkpoint of pretraining had heard, by its state or its metrics; None without both."""
     state, log = Path(folder, "training_state", "state.json"), Path(folder, "metrics.jsonl")
     if state.exists():
         return json.loads(state.read_text(encoding="utf-8"))["heard_samples"] / SAMPLING_RATE / 3600
