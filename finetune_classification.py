@@ -2,8 +2,9 @@
 
     accelerate launch finetune_classification.py CONFIG.yaml [--flag value …]        (or plain python)
 
-`--mode finetune`: all but the convs learns. `--mode probe`: the encoder is frozen and a weighted sum of its layers feeds a linear head
-(SUPERB, Yang et al. 2021). Scores: accuracy, unweighted average recall (UAR) and macro-F1; `--folds speaker` cross-validates.
+`--mode finetune`: all but the convs learns. `--mode probe`: the encoder is frozen and a weighted sum of its layers
+feeds a linear head (SUPERB, Yang et al. 2021). Scores: accuracy, unweighted average recall (UAR) and macro-F1;
+`--folds speaker` cross-validates.
 """
 
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
@@ -28,7 +29,6 @@ from w2v2.finetune.classification import (
     build_classifier,
     check_classes,
     check_folds,
-    describe_run,
     score,
     write_pooled,
     write_results,
@@ -84,7 +84,7 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
 
 
 def cross_validate(label_args: LabelArguments, args: ClassificationArguments) -> None:
-    """A run for each fold: it is tested on the fold, its checkpoint is chosen on the next one, and it trains on the rest."""
+    """A run for each fold: it is tested on the fold, validated on the next one, and trains on the rest."""
     if args.overwrite_output_dir and args.process_index == 0:
         for folder in Path(args.output_dir).glob("fold-*"):
             shutil.rmtree(folder)
@@ -121,10 +121,10 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
 
 
 def run(
-    train: Dataset, sets: dict[str, Dataset], classes: list[str], label_args: LabelArguments, args: ClassificationArguments,
-    *, checkpoint: str | None, callbacks: Sequence[TrainerCallback] = (),
+    train: Dataset, sets: dict[str, Dataset], classes: list[str], label_args: LabelArguments,
+    args: ClassificationArguments, *, checkpoint: str | None, callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[dict, list[dict]]:  # fmt: skip
-    """One training, into `args.output_dir`. Results by set, with `run` beside them; a line for each scored utterance."""
+    """One training, into `args.output_dir`. Returns results by set, with `run` beside them, and a line an utterance."""
     check_classes(classes, checkpoint)
     config = load_config(args.model_name_or_path, args.config_name, **args.model_changes())
     set_seed(args.seed)
@@ -132,8 +132,8 @@ def run(
     # 1. Data: utterances with one label each, decoded when they are asked for.
     train, num_dropped = select_lengths(train, args.min_seconds, args.max_seconds)
     if absent := sorted(set(classes) - set(train["target"])):
-        raise UserError(f"--min_seconds, --max_seconds: they leave no utterance of the label {absent[0]!r} to train on: widen them, "
-                        "or leave the label out (--labels)")  # fmt: skip
+        raise UserError(f"--min_seconds, --max_seconds: they leave no utterance of the label {absent[0]!r} to train "
+                        "on: widen them, or leave the label out (--labels)")  # fmt: skip
     if num_dropped:
         args.print_once(f"     dropped: {num_dropped} by their length (training)")
     extractor = load_feature_extractor(config.name_or_path, config)
@@ -146,7 +146,7 @@ def run(
         for name, table in sets.items()
     }
 
-    # 2. Model: pretrained below, a new head on top; an utterance's output does not depend on its neighbours in the batch.
+    # 2. Model: pretrained below, a new head on top.
     freeze = dict(freeze_convs=args.freeze_feature_encoder, freeze_encoder=args.mode == "probe")
     model = build_classifier(config, classes, args.model_name_or_path, **freeze)
 
@@ -157,7 +157,9 @@ def run(
         processing_class=extractor, class_weights=balanced_weights(train["target"], classes) if is_balanced else None,
         callbacks=list(callbacks),
     )  # fmt: skip
-    describe_run(trainer, checkpoint)
+    counts = ", ".join(f"{label} {count}" for label, count in Counter(train["target"]).most_common(20))
+    args.print_once(f"      labels: {len(classes)}: {counts}")
+    trainer.describe(checkpoint)
     if args.process_index == 0 and not args.folds:
         write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
     trainer.train(resume_from_checkpoint=checkpoint)

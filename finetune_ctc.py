@@ -3,9 +3,9 @@
     accelerate launch finetune_ctc.py CONFIG.yaml [--flag value …]        (or plain python)
     python finetune_ctc.py --do_train false --model_name_or_path FINE_TUNED --test_data a.csv b.csv --output_dir scores
 
-The recipe is section 3.2 and appendix B of the wav2vec 2.0 paper (Baevski et al. 2020) with fairseq's values: a new linear layer on
-top, one output a character; convs frozen; time and channel masks; a tri-stage learning rate. Greedy decoding, and with `--lm` a
-beam search with an n-gram beside it.
+The recipe is section 3.2 and appendix B of the wav2vec 2.0 paper (Baevski et al. 2020) with fairseq's values: a new
+linear layer on top, one output a character; convs frozen; time and channel masks; a tri-stage learning rate. Greedy
+decoding, and with `--lm` a beam search with an n-gram beside it.
 """
 
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
@@ -25,7 +25,7 @@ from w2v2.finetune.arguments import (
 )
 from w2v2.finetune.ctc import CTCTrainer, build_recogniser, load_recogniser
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
-from w2v2.finetune.recognition import describe_run, load_decoder, score, warn_unknown, write_results
+from w2v2.finetune.recognition import describe_units, load_decoder, score, write_results
 from w2v2.finetune.subsets import select_training
 from w2v2.finetune.task_arguments import CTCArguments, check_metric, follow_folder
 from w2v2.finetune.text import build_vocabulary, check_vocabulary, make_processor, read_vocabulary
@@ -78,8 +78,8 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
         processing_class=make_processor(vocabulary, extractor), vocabulary=vocabulary, callbacks=[hub],
         blank_warning_steps=text_args.blank_warning_steps,
     )  # fmt: skip
-    describe_run(trainer, checkpoint)
-    warn_unknown(sets, trainer)
+    trainer.describe(checkpoint)
+    describe_units(sets, trainer)
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -117,7 +117,7 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
         model, args, data_collator=collate_speech, eval_dataset=next(iter(sets.values())),  # `Trainer` wants one
         processing_class=make_processor(vocabulary, extractor), vocabulary=vocabulary,
     )  # fmt: skip
-    warn_unknown(sets, trainer)
+    describe_units(sets, trainer)
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
     results = score(trainer, sets, decoder, text_args)

@@ -10,7 +10,7 @@ from two_ranks_ctc import make_trainer, write_speech
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import error_rates
 from w2v2.finetune import ctc_data
-from w2v2.finetune.trainer import LengthSampler
+from w2v2.finetune.batching import LengthSampler
 from w2v2.train.schedule import lr_factor
 
 LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
@@ -39,11 +39,12 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert list(sampler) != first
 
 
-def test_batches_are_of_like_length():
-    lengths = np.random.default_rng(0).integers(1, 1_000, 800).tolist()
-    order = list(LengthSampler(lengths, 8, seed=0))
-    spread = np.mean([np.ptp([lengths[row] for row in order[i : i + 8]]) for i in range(0, 800, 8)])
-    assert spread < 50  # a random batch of eight spreads over about 780
+def test_batches_are_of_like_length_in_random_order():
+    lengths = np.random.default_rng(0).integers(1, 1_000, 800)
+    batches = lengths[list(LengthSampler(lengths.tolist(), 8, seed=0))].reshape(-1, 8)
+    means = batches.mean(1)
+    assert np.ptp(batches, axis=1).mean() < 50  # a random batch of eight spreads over about 780
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.35  # sorted batches: above 0.9
 
 
 def test_four_batches_of_one_equal_one_batch_of_four(table, tmp_path):

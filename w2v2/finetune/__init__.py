@@ -1,5 +1,7 @@
-"""Fine-tuning with `Trainer`: a pretrained folder and transcribed or labelled utterances in, a stock model and its scores out.
+"""Fine-tuning with `Trainer`: pretrained weights and transcribed or labelled utterances in, a stock model and its
+scores out.
 
-Reading order: `arguments`, `task_arguments` (the flags); recognition: `text`, `subsets`, `ctc_data`, `ctc`, `decoding`, `recognition`;
-labels of whole utterances: `labels`, `classification`; shared by both: `batching` (updates of so many seconds), `trainer`.
+Reading order: `arguments`, `task_arguments` (flags); `batching`, `trainer` (shared by both tasks); for recognition
+`text`, `subsets`, `ctc_data`, `ctc`, `decoding`, `recognition`; for labels of whole utterances `labels`,
+`classification`.
 """

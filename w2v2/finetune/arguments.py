@@ -23,21 +23,22 @@ PREDICTIONS_FILE, CONFIG_FILE = "predictions.jsonl", "finetune_config.yaml"
 CACHE_FOLDER = "_cache"  # tables of the manifests that were read
 _STATE_FILE = "trainer_state.json"  # what `Trainer` writes last into a checkpoint
 _CHECKPOINT_FILES = (_STATE_FILE, "model.safetensors", "optimizer.pt", "scheduler.pt")
-_RUN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG_FILE, "config.json", "model.safetensors",
-              "vocab.json", _STATE_FILE, "training_args.bin", "preprocessor_config.json",
+_RUN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG_FILE, "config.json",
+              "model.safetensors", "vocab.json", _STATE_FILE, "training_args.bin", "preprocessor_config.json",
               "processor_config.json", "tokenizer_config.json", "runs", "plots")  # fmt: skip
 _NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "debug", "disable_tqdm", "hub_token",
                   "gradient_checkpointing", "dataloader_pin_memory"}  # fmt: skip
 _MODEL_FLAGS = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop",
-                "activation_dropout", "hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout")  # fmt: skip
+                "final_dropout", "activation_dropout", "hidden_dropout", "attention_dropout",
+                "feat_proj_dropout")  # fmt: skip
 
 
 @dataclass
 class FineTuningArguments(TrainingArguments):
     """`TrainingArguments` plus data and model. Defaults: BASE on 100 h of labels (fairseq's base_100h).
 
-    fairseq's effective batch of 1,600 s is 128 utterances of LibriSpeech. Utterances are counted unless `micro_batch_seconds` is given.
-    Raises UserError for flags that do not go together, or are out of range.
+    fairseq's effective batch of 1,600 s is 128 utterances of LibriSpeech. Utterances are counted unless
+    `micro_batch_seconds` is given. Raises UserError for flags that do not go together, or are out of range.
     """
 
     train_data: list[str] = flag([], "Training manifests.")
@@ -88,10 +89,6 @@ class FineTuningArguments(TrainingArguments):
         8, "Utterances in a batch of evaluation (no influence on the result).", min=1
     )
     gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.", min=1)
-    train_sampling_strategy: str = flag(
-        "group_by_length", "Which utterances share a micro-batch, without micro_batch_seconds.",
-        choices=["group_by_length", "random", "sequential"],
-    )  # fmt: skip
     weight_decay: float = flag(0.0, "Decoupled weight decay.", min=0)
     adam_beta2: float = flag(0.98, "Adam's second decay.")
     max_grad_norm: float = flag(0.0, "Clip the gradient's norm to this; 0 does not clip.", min=0)
@@ -119,7 +116,7 @@ class FineTuningArguments(TrainingArguments):
         check_ranges(self)
         self._check_combinations()
         if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
-            # Layers that are dropped, or frozen for a while, have no gradient; Trainer says True only without checkpointing.
+            # Layers that are dropped, or frozen for a while, have no gradient.
             self.ddp_find_unused_parameters = True
         self.use_cpu = self.use_cpu or torch.backends.mps.is_available()  # MPS has no float64
         schedule, self.lr_scheduler_type = self.lr_scheduler_type, "linear"  # the stock class knows no tri_stage
@@ -206,7 +203,7 @@ def _clear_run(folder: Path, args: FineTuningArguments) -> None:
 
 
 def _find_checkpoint(wanted: str | None, folder: Path) -> str | None:
-    """The folder that `--resume_from_checkpoint` names; for `auto` the newest whole checkpoint, None where there is none."""
+    """The folder that `--resume_from_checkpoint` names; for `auto` the newest whole checkpoint, if there is one."""
     if wanted is None:
         return None
     if wanted != "auto":
@@ -220,9 +217,11 @@ def _find_checkpoint(wanted: str | None, folder: Path) -> str | None:
     saved = [path for path in saved if (path / _STATE_FILE).is_file()]  # the others were cut short
     whole = [str(path) for path in saved if not _missing_file(path)]
     if saved and not whole:
-        raise UserError(f"--resume_from_checkpoint auto: {saved[0]} was saved without {_missing_file(saved[0])} "
-                        "(--save_only_model?), so no run can go on from it: start from it (--model_name_or_path) in another "
-                        "--output_dir, or anew with --overwrite_output_dir")  # fmt: skip
+        raise UserError(
+            f"--resume_from_checkpoint auto: {saved[0]} was saved without {_missing_file(saved[0])} "
+            "(--save_only_model?): start from it (--model_name_or_path) in another --output_dir, or anew with "
+            "--overwrite_output_dir"
+        )
     return whole[0] if whole else None
 
 

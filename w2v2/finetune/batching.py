@@ -1,11 +1,14 @@
-"""An epoch of utterances → updates of about equal seconds → this rank's micro-batches: batching for `Trainer` by seconds.
+"""Which utterances go through the model together: by number in groups of like length, or by seconds.
+
+By seconds: an epoch of utterances → updates of about equal seconds → this rank's micro-batches.
 
 1. *Order.* The epoch's order is a pure function of (seed, epoch): `batching.EpochOrder`.
-2. *Share.* That order is cut where whole numbers of effective batches are reached, into as many updates as fit the epoch best. Every
-   utterance is heard once an epoch, no update is a small remainder, and every epoch has as many updates, as `Trainer` needs to
-   resume. Devices and micro-batches play no part. A set that is smaller than an effective batch is one update.
-3. *Cut.* Sorted by length, longest first, into micro-batches within the padded budget, and dealt so that every rank has as many
-   (`cutting.py`); dummies without weight fill up.
+2. *Share.* That order is cut where whole numbers of effective batches are reached, into as many updates as fit the
+   epoch best. Every utterance is heard once an epoch, no update is a small remainder, and every epoch has as many
+   updates, as `Trainer` needs to resume. Devices and micro-batches play no part. A set that is smaller than an
+   effective batch is one update.
+3. *Cut.* Sorted by length, longest first, into micro-batches within the padded budget, and dealt so that every rank
+   has as many (`cutting.py`); dummies without weight fill up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +17,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback, set_seed
 
 from w2v2.data.batching import EpochOrder
 from w2v2.data.cutting import cut, deal, padded_sizes
+
+
+class LengthSampler(Sampler[int]):
+    """Batches of like length in random order, a pure function of (seed, epoch): a resumed run goes on with its batches.
+
+    A random permutation is cut into windows of many batches. Each window is sorted by length and cut into batches, and
+    these are shuffled; a last batch that is not full stays last. `Trainer`'s own groups run from long to short: the demo
+    learns more slowly from them.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, batches_per_window: int = 50):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.window = batch_size * batches_per_window
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        windows = [order[i : i + self.window] for i in range(0, len(order), self.window)]
+        order = [row for window in windows for row in sorted(window, key=self.lengths.__getitem__)]
+        num_full = len(order) // self.batch_size
+        for batch in torch.randperm(num_full, generator=generator).tolist():
+            yield from order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        yield from order[num_full * self.batch_size :]
 
 
 class MicroBatch(NamedTuple):
@@ -73,7 +104,7 @@ class UpdateSampler(Sampler[list[MicroBatch]]):
 
 
 class MicroBatches(Dataset):
-    """A data set indexed by `MicroBatch`: gives `{"inputs": the collated items, "weight": 0.0 for a dummy, else 1.0}`."""
+    """A data set indexed by `MicroBatch`. Gives `{"inputs": collated items, "weight": 0.0 for a dummy, else 1.0}`."""
 
     def __init__(self, data: Dataset, collate):
         self.data, self.collate = data, collate
@@ -89,3 +120,18 @@ class MicroBatches(Dataset):
 def collate_update(micro_batches: list[dict[str, Any]]) -> dict[str, list]:
     """One update of one rank, as `Trainer` hands it to its training step."""
     return {"micro_batches": micro_batches}
+
+
+class DrawEpoch(TrainerCallback):
+    """Tells the sampler which epoch it draws; accelerate's loaders do not on every path. Ranks draw masks of their
+    own."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.process_index > 0:
+            set_seed(args.seed + args.process_index)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.epoch = int(state.epoch or 0)

@@ -1,13 +1,13 @@
-"""A label for a whole utterance: `Wav2Vec2ForSequenceClassification`, `Trainer` with scores for it, and cross-validation.
+"""A label for a whole utterance: `Wav2Vec2ForSequenceClassification`, a `Trainer` with scores, and cross-validation.
 
-The stock model averages a projection of the frames over time, padding left out, and has one linear layer above. Either all but the
-convs learns, or the encoder is frozen and a softmax-weighted sum of its layers feeds the head (SUPERB, Yang et al. 2021).
+The stock model averages a projection of the frames over time, padding left out, and has one linear layer above.
+Either all but the convs learns, or the encoder is frozen and a softmax-weighted sum of its layers feeds the head
+(SUPERB, Yang et al. 2021).
 
 Shapes: B utterances, C classes.
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,10 @@ def build_classifier(
     freeze_convs=True,
     freeze_encoder=False,
 ) -> Wav2Vec2ForSequenceClassification:
-    """Pretrained (or random) weights under a new head with an output for each label; an utterance's is the same in any batch.
+    """Pretrained (or random) weights under a new head with an output for each label.
 
-    A frozen encoder stays in evaluation mode whatever `train()` says, so it neither drops nor masks anything.
+    An utterance's output does not depend on its neighbours in the batch. A frozen encoder stays in evaluation mode
+    whatever `train()` says, so it neither drops nor masks anything.
     """
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
@@ -68,8 +69,8 @@ def _stay_in_evaluation(base: nn.Module, inputs: tuple) -> None:
 class ClassificationTrainer(FineTuner):
     """Scores labels: `predict` gives probabilities (B, C), and metrics hold accuracy, UAR, macro-F1 and the mean loss.
 
-    The loss is the mean over utterances of the cross-entropy times the class's weight. It is divided by their number, not by the
-    sum of their weights, which would make an update depend on how it is cut into micro-batches.
+    The loss is the mean over utterances of the cross-entropy times the class's weight. It is divided by their number,
+    not by the sum of their weights, which would make an update depend on how it is cut into micro-batches.
     """
 
     def __init__(self, *args, class_weights: Sequence[float] | None = None, **kwargs):
@@ -94,7 +95,7 @@ class ClassificationTrainer(FineTuner):
         self, dataloader: DataLoader, description: str, prediction_loss_only=None, ignore_keys=None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:  # fmt: skip
-        """The stock loop; then `predictions` are probabilities, NaN where the audio was unreadable: those are not scored."""
+        """The stock loop; `predictions` are probabilities. Those of unreadable audio are NaN and not scored."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         readable = output.label_ids >= 0
         check_decoded(dataloader.dataset, readable, self.args.max_skipped_fraction)
@@ -148,24 +149,6 @@ def check_classes(classes: Sequence[str], checkpoint: str | None) -> None:
         )
 
 
-def describe_run(trainer: ClassificationTrainer, checkpoint: str | None) -> None:
-    """What this run will do, on the console."""
-    args, train = trainer.args, trainer.train_dataset
-    start = args.model_name_or_path or f"random weights of {args.config_name}"
-    learning = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) / 1e6
-    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    args.print_once(f"       model: {start}, {parameters:.2f} M parameters, of which {learning:.2f} M learn")
-    counts = Counter(train.table["target"]).most_common()
-    listed = ", ".join(f"{label} {count}" for label, count in counts[:12]) + " …" * (len(counts) > 12)
-    args.print_once(f"      labels: {len(counts)}: {listed}")
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * len(train) / batch)
-    resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    args.print_once(
-        f"     updates: {updates} of {batch} utterances, {updates * batch / len(train):.1f} epochs{resumed}"
-    )
-
-
 def check_folds(splits: list[Split], table: Dataset, groups: list[str], args: ClassificationArguments) -> None:
     """Write `folds.json`, and warn of speakers in two parts.
 
@@ -173,8 +156,10 @@ def check_folds(splits: list[Split], table: Dataset, groups: list[str], args: Cl
     """
     for split in splits:
         if absent := sorted(set(table["target"]) - {table["target"][row] for row in split.train}):
-            raise UserError(f"--folds {args.folds}: {split.name} would train without the label {absent[0]!r}: give a smaller "
-                            "--num_folds, leave the label out (--labels), or fold by another column")  # fmt: skip
+            raise UserError(
+                f"--folds {args.folds}: {split.name} would train without the label {absent[0]!r}: give a smaller "
+                "--num_folds, leave the label out (--labels), or fold by another column"
+            )
     if "speaker" in table.column_names and (shared := shared_groups(splits, table["speaker"])):
         args.print_once(
             f"     warning: {len(shared)} speakers, such as {shared[0]}, are in training and in the test of a fold"

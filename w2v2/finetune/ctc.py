@@ -1,10 +1,8 @@
-"""A recogniser: `Wav2Vec2ForCTC`, and `FineTuner` with error rates that the batch size does not move, beam search, a watch over blanks.
+"""A recogniser: `Wav2Vec2ForCTC`, and its `Trainer` with error rates that the batch size does not move.
 
-Shapes: B utterances, T latent frames, U units of a transcript, V entries of the vocabulary, W words of a hypothesis, K settings of the
-decoder.
+Shapes: B utterances, T latent frames, U units of a transcript, V entries of the vocabulary, W words of a hypothesis,
+K settings of the decoder.
 """
-
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -23,6 +21,10 @@ from w2v2.model.feature_encoder import hide_padding
 from w2v2.model.loading import load_with_head
 
 BLANK_LOSS = 2.0  # a character's loss: a model that writes blanks alone cannot be far below it
+BLANK_CAUSES = (
+    "a low learning rate or an encoder frozen for long (--learning_rate, --freeze_encoder_steps), heavy masks for a "
+    "small model (--mask_time_prob, --mask_feature_prob), random weights, or transcripts of other audio"
+)
 
 
 def build_recogniser(
@@ -48,8 +50,9 @@ def load_recogniser(source: str, vocabulary: dict[str, int]) -> Wav2Vec2ForCTC:
     config = load_config(source, None)
     if config.vocab_size != len(vocabulary) or config.pad_token_id != vocabulary[BLANK]:
         raise UserError(
-            f"--model_name_or_path {source}: vocab.json has {len(vocabulary)} entries with the blank at {vocabulary[BLANK]}, config.json "
-            f"{config.vocab_size} outputs with the blank at {config.pad_token_id}: not of one model"
+            f"--model_name_or_path {source}: vocab.json has {len(vocabulary)} entries, the blank at "
+            f"{vocabulary[BLANK]}, but config.json {config.vocab_size} outputs, the blank at {config.pad_token_id}: not "
+            "of one model"
         )
     return hide_padding(load_with_head(Wav2Vec2ForCTC, source, config, head=()))
 
@@ -57,8 +60,8 @@ def load_recogniser(source: str, vocabulary: dict[str, int]) -> Wav2Vec2ForCTC:
 class CTCTrainer(FineTuner):
     """Scores by greedy decoding: `predict` gives texts, and metrics hold WER and CER (PER for tokens).
 
-    While `decoder` is set, `predict` searches with it too: `beam_texts` then holds the texts of each of its settings, lists of
-    strings in the data set's order, None where the audio was unreadable.
+    While `decoder` is set, `predict` searches with it too: `beam_texts` then holds the texts of each of its settings,
+    lists of strings in the data set's order, None where the audio was unreadable.
     """
 
     def __init__(self, *args, vocabulary: dict[str, int], blank_warning_steps: int = 1_000, **kwargs):
@@ -76,16 +79,16 @@ class CTCTrainer(FineTuner):
         return float((inputs["labels"] >= 0).sum())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss; with `batch_seconds` a sum over labels is divided by their number, as `loss_weight` expects."""
+        """The model's loss. With `batch_seconds` a sum over labels becomes their mean, as `loss_weight` expects."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.args.batch_seconds and self.model.config.ctc_loss_reduction == "sum":
             loss = loss / (inputs["labels"] >= 0).sum().clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, best path (B, T) with -1 past each utterance's end, and labels (B, U); with a decoder, words (B, W, K) beside the path.
+        """Loss, best path (B, T) with -1 past each utterance's end, and labels (B, U); a decoder adds words (B, W, K).
 
-        The loss is the mean over utterances of the loss a label, whatever training minimises: the batch size does not move it.
+        The loss is the mean over utterances of the loss a label: the batch size does not move it.
         """
         config = self.model.config
         reduction, config.ctc_loss_reduction = config.ctc_loss_reduction, "mean"
@@ -154,23 +157,7 @@ class WatchBlanks(TrainerCallback):
         loss = metrics.get("eval_loss", float("nan"))
         if not loss >= BLANK_LOSS:  # it writes nothing, but has learnt something: not this plateau
             return
-        causes = "; ".join(plateau_causes(args, state))
-        self.warnings.append(f"update {state.global_step}: nothing but blanks, validation loss {loss:.2f}: {causes}")
+        self.warnings.append(
+            f"update {state.global_step}: nothing but blanks, validation loss {loss:.2f}: {BLANK_CAUSES}"
+        )
         args.print_once(f"     warning: {self.warnings[-1]}")
-
-
-def plateau_causes(args: Any, state: Any) -> list[str]:
-    """Why a model may still be on the all-blank plateau, the three likeliest first."""
-    rates = [entry["learning_rate"] for entry in state.log_history if "learning_rate" in entry]
-    is_frozen_long = args.freeze_encoder_steps and state.global_step < 2 * args.freeze_encoder_steps
-    causes = {
-        f"the encoder was frozen for {args.freeze_encoder_steps} updates (--freeze_encoder_steps lower?)": is_frozen_long,
-        f"the learning rate reached only {max(rates, default=0):.1e} so far (--learning_rate higher, shorter warm-up?)":
-            rates and max(rates) < 2e-5,
-        "masks may be too heavy for a small model (--mask_time_prob, --mask_feature_prob)":
-            max(args.mask_time_prob, args.mask_feature_prob) > 0.3,
-        "random weights leave it late, if at all": args.config_name,
-        "small models and few labels take a few thousand updates": state.global_step < 3_000,
-        "transcripts that do not belong to their audio, or weights that were not pretrained, never leave it": True,
-    }  # fmt: skip
-    return [cause for cause, is_likely in causes.items() if is_likely][:3]

@@ -33,9 +33,10 @@ _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
 
 def read_utterances(
-    paths: Sequence[str], columns: Sequence[str] = (), *, data_root: str | None, cache_dir: Path, max_skipped_fraction: float
+    paths: Sequence[str], columns: Sequence[str] = (), *, data_root: str | None, cache_dir: Path,
+    max_skipped_fraction: float,
 ) -> tuple[Dataset, list[dict[str, str]]]:  # fmt: skip
-    """Utterances whose audio opens, with `columns` beside the usual ones, and a list of {id, audio, reason} of the others.
+    """Utterances whose audio opens, with `columns` beside the usual ones, and {id, audio, reason} of the others.
 
     Raises UserError where more than `max_skipped_fraction` of them are unreadable.
     """
@@ -46,8 +47,8 @@ def read_utterances(
     if len(skipped) > max_skipped_fraction * num_utterances:
         raise UserError(
             f"{', '.join(paths)}: {len(skipped)} of {num_utterances} utterances have unreadable audio, the first "
-            f"{skipped[0]['audio']}: {skipped[0]['reason']}; mend the paths (--data_root?) or raise --max_skipped_fraction, now "
-            f"{max_skipped_fraction}"
+            f"{skipped[0]['audio']}: {skipped[0]['reason']}; mend the paths (--data_root?) or raise "
+            f"--max_skipped_fraction, now {max_skipped_fraction}"
         )
     return table, skipped
 
@@ -122,7 +123,8 @@ def prepare_texts(
 ) -> tuple[Dataset, int]:
     """The utterances that have a transcript, normalised, and how many have none.
 
-    A set without a single transcript raises UserError where they are `needed`; otherwise all of it comes back, with "" for text.
+    A set without a single transcript raises UserError where they are `needed`; otherwise all of it comes back, with
+    "" for text.
     """
     written = table["text"][:] if "text" in table.column_names else []
     if not needed and not any(written):
@@ -146,9 +148,10 @@ def longest_first(table: Dataset) -> Dataset:
 class SpeechDataset(torch.utils.data.Dataset):
     """Utterances decoded when they are asked for; nothing is cached.
 
-    An item is {"input_values": (S,) float32, "labels": (U,) ids}. `lengths` are in samples. Audio that turns out to be unreadable is
-    appended to `skip_log` by whichever worker meets it. In its place comes the next utterance that reads where `substitute`
-    (training), else a silence without labels (evaluation: whoever scores leaves out items without labels).
+    An item is {"input_values": (S,) float32, "labels": (U,) ids}. `lengths` are in samples. Audio that turns out to
+    be unreadable is appended to `skip_log` by whichever worker meets it. In its place comes the next utterance that
+    reads where `substitute` (training), else a silence without labels (evaluation: whoever scores leaves out items
+    without labels).
     """
 
     def __init__(
@@ -226,7 +229,8 @@ def check_skipped(skipped: Sequence[dict[str, str]], num_files: int, max_fractio
 
 
 def collate_speech(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Items → input_values (B, S) padded with zeros, labels (B, U) padded with -100, attention_mask (B, S) if lengths differ."""
+    """Items → input_values (B, S), zeros at the end; labels (B, U), -100 at the end; attention_mask (B, S) if lengths
+    differ."""
     lengths = torch.tensor([len(item["input_values"]) for item in items])  # (B,)
     input_values = torch.zeros(len(items), int(lengths.max()))
     labels = torch.full((len(items), max(1, *(len(item["labels"]) for item in items))), _IGNORED)

@@ -1,14 +1,13 @@
 """Beam search with an n-gram language model, through flashlight-text (KenLM inside).
 
-The best word sequence by log p(audio) of its best path + lm_weight · log10 p(words) + word_score · words. Words are those of the
-language model (or of a lexicon), spelled in the model's characters and closed by `|`; so that the last word of an utterance closes
-too, a frame that is certainly `|` is put at the end. Where the vocabulary is of tokens (phonemes), the language model is over tokens,
-there is no lexicon, and no word score.
+It finds the best word sequence by log p(audio) of its best path + lm_weight · log10 p(words) + word_score · words.
+Words are those of the language model (or of a lexicon), spelled in the model's characters and closed by `|`. A last
+frame that is certainly `|` closes the last word of an utterance. Where the vocabulary is of tokens (phonemes), the
+language model is over tokens: there is no lexicon, and no word score.
 
-Shapes: T latent frames, V entries of the vocabulary, W words, K settings.
+Shapes: B utterances, T latent frames, V entries of the vocabulary, W words, K settings.
 """
 
-import contextlib
 import gzip
 import mmap
 import os
@@ -19,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from w2v2.errors import UserError
-from w2v2.finetune.text import BLANK, SPECIAL, TOKENS, UNKNOWN, WORD_DELIMITER, split_units, unit_of
+from w2v2.evaluate.error_rates import TOKENS
+from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, WORD_DELIMITER, encode, unit_of
 
 _BINARY = b"mmap lm http://kheafield.com/code"  # how KenLM's files begin
 IMPOSSIBLE = -1e4  # a log probability that no beam survives
@@ -43,21 +43,22 @@ def tuning_grid(unit: str) -> list[Setting]:
 class BeamDecoder:
     """Log probabilities (T, V) of one utterance → for each of K settings, ids of words (or tokens).
 
-    Raises UserError where flashlight-text is missing, the file is no language model, or its alphabet is another than the vocabulary's.
+    Raises UserError where flashlight-text is missing, the file is no language model, or its alphabet is another.
     """
 
     def __init__(self, lm: str, vocabulary: dict[str, int], settings: Sequence[Setting], *, beam_size: int = 100,
                  lexicon: str | None = None):  # fmt: skip
         self.lm_path, self.vocabulary, self.beam_size = lm, vocabulary, beam_size
-        self.is_token_lm = unit_of(vocabulary) == TOKENS
-        _import_flashlight()
+        self.has_tokens = unit_of(vocabulary) == TOKENS
         if not os.path.isfile(lm):
             raise UserError(f"--lm {lm}: no such file: give an ARPA file or a KenLM binary")
-        if self.is_token_lm:
+        known = read_words(lm, None if self.has_tokens else lexicon)
+        if self.has_tokens:
+            check_tokens(known, vocabulary, lm)
             self.words, self.unspelled = sorted(vocabulary, key=vocabulary.__getitem__), 0
-            check_tokens(read_words(lm, None), vocabulary, lm)
         else:
-            self.words, self.unspelled = spellable(read_words(lm, lexicon), vocabulary, lexicon or lm)
+            self.words = spellable(known, vocabulary, lexicon or lm)
+            self.unspelled = len(known) - len(self.words)
         self._load()
         self.use(settings)
 
@@ -70,26 +71,26 @@ class BeamDecoder:
         """Ids of the best hypothesis of each setting, from log probabilities (T, V)."""
         log_probs = np.array(log_probs, dtype=np.float32)
         log_probs[:, self.vocabulary[UNKNOWN]] = IMPOSSIBLE
-        if not self.is_token_lm:
+        if not self.has_tokens:
             closing = np.full((1, log_probs.shape[1]), IMPOSSIBLE, np.float32)
             closing[0, self.vocabulary[WORD_DELIMITER]] = 0.0
-            log_probs = np.concatenate([log_probs, closing])
-        return [self._best(decoder, log_probs) for decoder in self._decoders]
+            log_probs = np.concatenate([log_probs, closing])  # (T, V) -> (T + 1, V)
+        return [self._search(decoder, log_probs) for decoder in self._decoders]
 
-    def _best(self, decoder, log_probs: np.ndarray) -> list[int]:
+    def _search(self, decoder, log_probs: np.ndarray) -> list[int]:
         found = decoder.decode(log_probs.ctypes.data, *log_probs.shape)
         if not found:
             return []
-        if not self.is_token_lm:
+        if not self.has_tokens:
             return [word for word in found[0].words if word >= 0]
-        path = [token for token in found[0].tokens[1:-1]]  # a token stands for the beginning and one for the end
+        path = found[0].tokens[1:-1]  # a token stands for the beginning and one for the end
         kept = [token for i, token in enumerate(path) if i == 0 or token != path[i - 1]]
         return [token for token in kept if token != self.vocabulary[BLANK]]
 
     def stack(self, hypotheses: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """Hypotheses of B utterances as one array (B, W, K), -1 where there is no word."""
-        most = max([1, *(len(ids) for settings in hypotheses for ids in settings)])
-        stacked = np.full((len(hypotheses), most, len(self.settings)), -1, np.int64)
+        num_words = max([1, *(len(ids) for settings in hypotheses for ids in settings)])
+        stacked = np.full((len(hypotheses), num_words, len(self.settings)), -1, np.int64)
         for row, settings in enumerate(hypotheses):
             for k, ids in enumerate(settings):
                 stacked[row, : len(ids), k] = ids
@@ -100,24 +101,24 @@ class BeamDecoder:
         return " ".join(self.words[i] for i in ids if i >= 0)
 
     def _load(self) -> None:
-        from flashlight.lib.text.decoder import SmearingMode, Trie
-        from flashlight.lib.text.decoder.kenlm import KenLM
-        from flashlight.lib.text.dictionary import Dictionary
-
-        self._unknown_word = len(self.words)
-        entries = self.words if self.is_token_lm else [*self.words, UNKNOWN]
-        with _without_chatter():
-            try:
-                self._lm = KenLM(self.lm_path, Dictionary(entries))
-            except RuntimeError as error:
-                reason = " ".join(str(error).split("threw")[-1].split())
-                raise UserError(f"--lm {self.lm_path}: not an n-gram that KenLM reads: {reason}") from None
-        if self.is_token_lm:
+        """The language model and, for words, a trie of their spellings."""
+        try:
+            from flashlight.lib.text.decoder import SmearingMode, Trie
+            from flashlight.lib.text.decoder.kenlm import KenLM
+            from flashlight.lib.text.dictionary import Dictionary
+        except ImportError:
+            raise UserError("--lm needs flashlight-text, which is not installed: pip install flashlight-text") from None
+        try:
+            self._lm = KenLM(self.lm_path, Dictionary(self.words if self.has_tokens else [*self.words, UNKNOWN]))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split("threw")[-1].split())
+            raise UserError(f"--lm {self.lm_path}: not an n-gram that KenLM reads: {reason}") from None
+        if self.has_tokens:
             return
         self._trie = Trie(len(self.vocabulary), self.vocabulary[WORD_DELIMITER])
         start = self._lm.start(False)
         for index, word in enumerate(self.words):
-            spelling = [self.vocabulary[unit] for unit in (*split_units(word, "characters"), WORD_DELIMITER)]
+            spelling = [*encode(word, self.vocabulary), self.vocabulary[WORD_DELIMITER]]
             self._trie.insert(spelling, index, self._lm.score(start, index)[1])
         self._trie.smear(SmearingMode.MAX)
 
@@ -128,23 +129,16 @@ class BeamDecoder:
         shared = dict(beam_size=self.beam_size, beam_size_token=vocabulary_size, beam_threshold=BEAM_THRESHOLD,
                       lm_weight=setting.lm_weight, sil_score=0.0, log_add=False,
                       criterion_type=decoder.CriterionType.CTC)  # fmt: skip
-        if self.is_token_lm:
+        if self.has_tokens:
             options = decoder.LexiconFreeDecoderOptions(**shared)
             return decoder.LexiconFreeDecoder(options, self._lm, blank, blank, [])
         options = decoder.LexiconDecoderOptions(word_score=setting.word_score, unk_score=-np.inf, **shared)
-        silence = self.vocabulary[WORD_DELIMITER]
-        return decoder.LexiconDecoder(options, self._trie, self._lm, silence, blank, self._unknown_word, [], False)
-
-
-def _import_flashlight() -> None:
-    try:
-        import flashlight.lib.text.decoder.kenlm  # noqa: F401
-    except ImportError:
-        raise UserError("--lm needs flashlight-text, which is not installed: pip install flashlight-text") from None
+        silence, unknown = self.vocabulary[WORD_DELIMITER], len(self.words)
+        return decoder.LexiconDecoder(options, self._trie, self._lm, silence, blank, unknown, [], False)
 
 
 def read_words(lm: str, lexicon: str | None) -> list[str]:
-    """The words that may be recognised: the lexicon's, one a line (its first field), else those of the language model."""
+    """The words that may be recognised: the lexicon's (first field of a line), else those of the language model."""
     if lexicon is not None:
         try:
             lines = Path(lexicon).read_text(encoding="utf-8").splitlines()
@@ -171,56 +165,38 @@ def _arpa_words(path: str) -> Iterator[str]:
     is_inside = False
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            for line in file:
-                line = line.strip()
+            for line in map(str.strip, file):
                 if line.startswith("\\"):
                     if is_inside:
                         return
                     is_inside = line == "\\1-grams:"
-                elif is_inside and line:
-                    word = line.split()[1]
-                    if word not in (*SPECIAL, "<UNK>"):
-                        yield word
+                elif is_inside and line and (word := line.split()[1]) not in (*SPECIAL, "<UNK>"):
+                    yield word
     except (OSError, UnicodeDecodeError, IndexError, EOFError):
         is_inside = False
     if not is_inside:
         raise UserError(f"--lm {path}: no list of words can be read from it: give an ARPA file or a KenLM binary")
 
 
-def spellable(words: Sequence[str], vocabulary: dict[str, int], source: str) -> tuple[list[str], int]:
-    """The words that the vocabulary can spell, and how many it cannot.
+def spellable(words: Sequence[str], vocabulary: dict[str, int], source: str) -> list[str]:
+    """The words that the vocabulary can spell.
 
-    Raises UserError where these are more than half: the language model was made for another alphabet.
+    Raises UserError where these are less than half: the language model was made for another alphabet.
     """
     known = set(vocabulary) - {*SPECIAL, WORD_DELIMITER}
     kept = [word for word in words if known.issuperset(word)]
     if 2 * len(kept) < len(words) or not kept:
         strange = next((word for word in words if not known.issuperset(word)), "")
         raise UserError(
-            f"{source}: {len(words) - len(kept)} of its {len(words)} words, such as {strange!r}, have characters that the model "
-            f"lacks ({''.join(sorted(known))[:40]}): make the language model from text normalised alike (--text_case?)"
+            f"{source}: {len(words) - len(kept)} of its {len(words)} words, such as {strange!r}, have characters that "
+            f"the model lacks ({''.join(sorted(known))[:40]}): make it from text normalised alike (--text_case?)"
         )
-    return kept, len(words) - len(kept)
+    return kept
 
 
 def check_tokens(words: Sequence[str], vocabulary: dict[str, int], lm: str) -> None:
     """Raises UserError where the language model knows less than half of the vocabulary's tokens."""
-    tokens, known = set(vocabulary) - set(SPECIAL), set(words)
-    if 2 * len(tokens & known) < len(tokens):
-        raise UserError(
-            f"--lm {lm}: lacks {len(tokens - known)} of the model's {len(tokens)} tokens, such as {sorted(tokens - known)[0]!r}: make "
-            "it from the same tokens"
-        )
-
-
-@contextlib.contextmanager
-def _without_chatter():
-    """KenLM draws a bar on the standard error output of the process, past Python."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+    tokens = set(vocabulary) - set(SPECIAL)
+    if 2 * len(missing := sorted(tokens - set(words))) > len(tokens):
+        raise UserError(f"--lm {lm}: lacks {len(missing)} of the model's {len(tokens)} tokens, such as {missing[0]!r}: "
+                        "make it from the same tokens")  # fmt: skip

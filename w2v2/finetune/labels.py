@@ -1,4 +1,5 @@
-"""Labelled utterances: which column is the label, which labels count, what `Trainer` draws from, and folds of whole groups.
+"""Labelled utterances: the column of the label, the labels that count, what `Trainer` draws from, folds of whole
+groups.
 
 Shapes: B utterances, S samples.
 """
@@ -41,7 +42,8 @@ def read_labelled(
 
 
 def column_of(table: Dataset, name: str, flag: str, source: str) -> str:
-    """The table's own name of a column that a flag asks for; `emotion` finds `label` where the manifest's reader renamed it."""
+    """The table's name of a column that a flag asks for: the manifest's reader may have renamed `emotion` to
+    `label`."""
     for known in (name, name.lower(), *(extra for extra in EXTRAS if name.lower() in COLUMNS[extra])):
         if known in table.column_names:
             return known
@@ -66,7 +68,7 @@ def parse_label_map(entries: Sequence[str]) -> dict[str, str]:
 def with_targets(
     table: Dataset, source: str, column: str, label_map: Sequence[str] = (), labels: Sequence[str] = ()
 ) -> tuple[Dataset, int]:
-    """The utterances with their label in the column `target`, and how many were left out because `labels` does not name theirs.
+    """The utterances with their label in the column `target`, and how many have a label that `labels` does not name.
 
     Raises UserError where the column or an utterance's label is missing, or nothing is left.
     """
@@ -75,8 +77,8 @@ def with_targets(
     values = [mapping.get(value, value) for value in values]
     if "" in values:
         raise UserError(
-            f"{source}: utterance {table['id'][values.index('')]} has an empty {column}, of {values.count('')} in all: fill "
-            "it in, or remove the row"
+            f"{source}: utterance {table['id'][values.index('')]} has an empty {column}, of {values.count('')} in all: "
+            "fill it in, or remove the row"
         )
     kept = [row for row, value in enumerate(values) if not labels or value in labels]
     if not kept:
@@ -86,7 +88,10 @@ def with_targets(
 
 
 def known_labels(train: Sequence[str], wanted: Sequence[str] = (), source: str = "--train_data") -> list[str]:
-    """The labels of the training utterances, sorted, or as ordered in `wanted`. UserError for fewer than two, and for absent ones."""
+    """The labels of the training utterances, sorted, or as ordered in `wanted`.
+
+    Raises UserError for fewer than two, and for absent ones.
+    """
     found = set(train)
     if absent := [label for label in wanted if label not in found]:
         raise UserError(
@@ -104,8 +109,10 @@ def check_known(labels: Sequence[str], targets: Sequence[str], source: str) -> N
     if unseen:
         label, count = unseen.most_common(1)[0]
         more = f" and {len(unseen) - 1} more labels" if len(unseen) > 1 else ""
-        raise UserError(f"{source}: {count} utterances have the label {label!r}{more}, which no training utterance has: mend "
-                        "them (--label_map), or leave them out (--labels)")  # fmt: skip
+        raise UserError(
+            f"{source}: {count} utterances have the label {label!r}{more}, which no training utterance has: mend them "
+            "(--label_map), or leave them out (--labels)"
+        )
 
 
 def balanced_weights(targets: Sequence[str], labels: Sequence[str]) -> list[float]:
@@ -117,8 +124,8 @@ def balanced_weights(targets: Sequence[str], labels: Sequence[str]) -> list[floa
 class LabelledDataset(SpeechDataset):
     """Utterances decoded when they are asked for, with one label: items as in `SpeechDataset`, `labels` of length 1.
 
-    Where `crop_seconds` is not 0, of a longer utterance only a piece of that length is read, which one is a pure function of (seed,
-    epoch, utterance).
+    Where `crop_seconds` is not 0, of a longer utterance only a piece of that length is read, which one is a pure
+    function of (seed, epoch, utterance).
     """
 
     def __init__(
@@ -142,7 +149,7 @@ class LabelledDataset(SpeechDataset):
 
 
 def collate_labelled(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Items → input_values (B, S), labels (B,), -100 where the audio was unreadable, attention_mask (B, S) if lengths differ."""
+    """Items → input_values (B, S), labels (B,), -100 for unreadable audio, attention_mask (B, S) if lengths differ."""
     batch = collate_speech(items)
     return batch | {"labels": batch["labels"][:, 0]}
 
@@ -151,8 +158,8 @@ def collate_labelled(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]
 class Split:
     """Rows of a table, by what they are for.
 
-    Fold k tests, the next one validates (it chooses the checkpoint or the regularisation), and the rest trains: the test fold has
-    no say in anything that is measured on it.
+    Fold k tests, the next one validates (it chooses the checkpoint or the regularisation), and the rest trains: the
+    test fold has no say in anything that is measured on it.
     """
 
     name: str
@@ -162,7 +169,7 @@ class Split:
 
 
 def group_splits(groups: Sequence[str], column: str, num_folds: int | None = None) -> list[Split]:
-    """One split a fold. A fold is one group, or, where `num_folds` is given, several, as even in utterances as they come.
+    """One split a fold. A fold is one group, or, with `num_folds`, several groups; folds are then about even.
 
     Raises UserError where an utterance has no group, or there are too few groups.
     """
@@ -194,7 +201,7 @@ def group_splits(groups: Sequence[str], column: str, num_folds: int | None = Non
 
 
 def shared_groups(splits: Sequence[Split], groups: Sequence[str]) -> list[str]:
-    """Groups (such as speakers, where folds are sessions) that both train and are tested in some split, the nameless one aside."""
+    """Groups that both train and are tested in some split, such as speakers where folds are sessions."""
     shared: set[str] = set()
     for split in splits:
         heard = {groups[row] for row in split.train + split.validation}

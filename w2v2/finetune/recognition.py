@@ -1,12 +1,11 @@
-"""What a recognition run tells: its plan, and its scores, greedy and, with a language model, by beam search."""
+"""What a recogniser is scored by, greedily and, with a language model, by beam search, and what is written about it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import NAMES, RATES, count_edits, word_error_rate, worst_utterances
+from w2v2.evaluate.error_rates import CHARACTERS, NAMES, RATES, count_edits, word_error_rate, worst_utterances
 from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE, SKIPPED_FILE, FineTuningArguments
 from w2v2.finetune.ctc import CTCTrainer
 from w2v2.finetune.ctc_data import SpeechDataset, read_skipped
@@ -30,45 +29,24 @@ def load_decoder(text_args: CTCArguments, vocabulary: dict[str, int], args: Fine
     return decoder
 
 
-def describe_run(trainer: CTCTrainer, checkpoint: str | None) -> None:
-    """What this run will do, on the console."""
-    args, train, vocabulary = trainer.args, trainer.train_dataset, trainer.vocabulary
-    start = args.model_name_or_path or f"random weights of {args.config_name}"
-    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    convs = "convs frozen" if args.freeze_feature_encoder else "convs learn"
-    encoder = f", encoder frozen for {args.freeze_encoder_steps} updates" if args.freeze_encoder_steps else ""
-    args.print_once(f"       model: {start}, {parameters:.2f} M parameters, {convs}{encoder}")
-    units = [unit for unit in vocabulary if not unit.startswith("<")]
-    args.print_once(f"  vocabulary: {len(vocabulary)}: {('' if '|' in vocabulary else ' ').join(units)}")
-    heard = sum(train.lengths) / SAMPLING_RATE
-    if args.batch_seconds:
-        updates_per_epoch = len(trainer.sampler)
-        batch = f"{heard / updates_per_epoch:.0f} s, micro-batches of at most {args.micro_batch_seconds:g} s"
-        if updates_per_epoch == 1 and heard < 0.9 * args.batch_seconds:
-            batch += f" (all there is; --batch_seconds asks for {args.batch_seconds:g})"
-    else:
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        updates_per_epoch = len(train) / size
-        batch = f"{size} utterances ({size * heard / len(train):.0f} s)"
-    updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * updates_per_epoch)
-    resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    args.print_once(f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
-
-
-def warn_unknown(sets: dict[str, SpeechDataset], trainer: CTCTrainer) -> None:
-    """A warning for each set with units that the model cannot write."""
+def describe_units(sets: dict[str, SpeechDataset], trainer: CTCTrainer) -> None:
+    """What the model can write, and a warning for each set with units that it cannot."""
     unit = unit_of(trainer.vocabulary)
+    units = [token for token in trainer.vocabulary if not token.startswith("<")]
+    listed = ("" if unit == CHARACTERS else " ").join(units)
+    trainer.args.print_once(f"  vocabulary: {len(trainer.vocabulary)}: {listed}")
     for name, data in sets.items():
         if unknown := unknown_units(data.table["text"], trainer.vocabulary):
             listed = ", ".join(f"{token!r} × {count}" for token, count in list(unknown.items())[:10])
-            trainer.args.print_once(f"     warning: {name} has {sum(unknown.values())} {unit} that the vocabulary lacks, "
-                                    f"always wrong: {listed}")  # fmt: skip
+            trainer.args.print_once(
+                f"     warning: {name} has {sum(unknown.values())} {unit} that the vocabulary lacks: {listed}"
+            )
 
 
 def score(
     trainer: CTCTrainer, sets: dict[str, SpeechDataset], decoder: BeamDecoder | None, text_args: CTCArguments
 ) -> dict[str, dict]:
-    """Results of each set with the model as it is now, and `predictions.jsonl`. The best settings of the search are found first."""
+    """Results of each set with the model as it is now, and `predictions.jsonl`; the beam search is tuned first."""
     trainer.decoder = decoder
     tuned = tune_decoder(trainer, sets["validation"], text_args) if decoder is not None and text_args.tune_lm else {}
     results, lines = {}, []
@@ -85,7 +63,8 @@ def score(
 
 
 def tune_decoder(trainer: CTCTrainer, data: SpeechDataset, text_args: CTCArguments) -> dict[str, Any]:
-    """Search some validation utterances with every setting of a small grid and go on with the best; the grid with its error rates."""
+    """Search some utterances with every setting of a small grid, and go on with the best. Returns the grid's error
+    rates."""
     unit, decoder = unit_of(trainer.vocabulary), trainer.decoder
     grid, name = tuning_grid(unit), RATES[unit][0]
     some = data.take(sorted(draw_order(data.table, text_args.subset_seed)[: text_args.tune_utterances]))
@@ -106,7 +85,7 @@ def tune_decoder(trainer: CTCTrainer, data: SpeechDataset, text_args: CTCArgumen
 
 
 def score_set(trainer: CTCTrainer, name: str, data: SpeechDataset) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `results.json` says of a set, and its lines for `predictions.jsonl`; utterances with unreadable audio have none."""
+    """What `results.json` says of a set, and its lines for `predictions.jsonl`; unreadable audio has none."""
     output = trainer.predict(data, metric_key_prefix=name)
     beams = trainer.beam_texts[0] if trainer.decoder is not None else [None] * len(output.predictions)
     unit = unit_of(trainer.vocabulary)

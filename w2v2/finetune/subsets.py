@@ -1,7 +1,7 @@
 """Which utterances a run learns from: within some lengths, so many hours drawn, or those that a list names.
 
-A draw is a pure function of the seed and of the utterances' ids, lengths and speakers: the order of rows, of files and of
-machines does not matter. Draws nest: with one seed, the 10 minutes are part of the 1 hour.
+A draw is a pure function of the seed and of the utterances' ids, lengths and speakers: the order of rows, of files
+and of machines does not matter. Draws nest: with one seed, the 10 minutes are part of the 1 hour.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ def describe_table(table: Dataset) -> str:
 def select_training(
     train: Dataset, config: Wav2Vec2Config, args: FineTuningArguments, text_args: CTCArguments
 ) -> Dataset:
-    """What a run learns from: the utterances listed, within the lengths and long enough for their text, and of these so many hours.
+    """What a run learns from: utterances listed, within the lengths, long enough for their text, and so many hours of
+    these.
 
     CTC's loss is infinite where an utterance has fewer latent frames than its text needs.
     """
@@ -65,11 +66,10 @@ def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None
 
 
 def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
-    """At most `hours` of the utterances, less by under one utterance, in the table's order; speakers share evenly where known.
+    """At most `hours` of the utterances, less by under one utterance, in the table's order; speakers share evenly.
 
-    The utterances stand in one fixed order and the draw is its beginning: first one utterance of every speaker, then always one of
-    the speaker who has had least time.
-    Raises UserError where the table holds less than `hours`.
+    The utterances stand in one fixed order and the draw is its beginning: first one utterance of every speaker, then
+    always one of the speaker who has had least time. Raises UserError where the table holds less than `hours`.
     """
     if hours > num_hours(table):
         raise UserError(
@@ -87,7 +87,7 @@ def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
 
 
 def draw_order(table: Dataset, seed: int) -> list[int]:
-    """All rows in the order in which draws take them: by the time that their speaker has had before them, ties by hash."""
+    """All rows in the order in which draws take them: by the time that their speaker had before, ties by hash."""
     ids, lengths = table["id"][:], table["num_samples"][:]
     speakers = table["speaker"][:] if "speaker" in table.column_names else [""] * len(ids)
     heard: dict[str, int] = {}
@@ -106,11 +106,11 @@ def _hash(seed: int, name: str) -> bytes:
 def take_listed(table: Dataset, path: str) -> Dataset:
     """The utterances that a list names, in the table's order.
 
-    `path` is a text file, or a folder of audio as Libri-Light's `librispeech_finetuning/1h`. In a file the first field of each line
-    counts: an id, or the path of an audio file, which stands for its name without the ending; so wav2letter's lists, fairseq's
-    manifests (root line first) and `.trans.txt` serve. An utterance is known by its id, by the last part of its id, or by its
-    audio file's name.
-    Raises UserError where the list is missing, empty, ambiguous, or names what the table lacks.
+    `path` is a text file, or a folder of audio as Libri-Light's `librispeech_finetuning/1h`. In a file the first
+    field of each line counts: an id, or the path of an audio file, which stands for its name without the ending; so
+    wav2letter's lists, fairseq's manifests (root line first) and `.trans.txt` serve. An utterance is known by its id,
+    by the last part of its id, or by its audio file's name. Raises UserError where the list is missing, empty,
+    ambiguous, or names what the table lacks.
     """
     wanted = _names_in_folder(Path(path)) if os.path.isdir(path) else _names_in_file(Path(path))
     if not wanted:

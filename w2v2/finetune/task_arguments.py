@@ -45,11 +45,11 @@ class CTCArguments:
     drop_tokens: list[str] = flag([], "Tokens that are left out of the transcripts, such as sil spn.")
     ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.")
     ctc_loss_reduction: str = flag(
-        "mean", "`mean` over utterances of the loss a character, or `sum`: over characters with --batch_seconds (as fairseq weights "
-        "them), over a micro-batch without.", choices=["mean", "sum"]
+        "mean", "`mean` over utterances of the loss a character, or `sum`: over characters with --batch_seconds (as "
+        "fairseq weights them), over a micro-batch without.", choices=["mean", "sum"]
     )  # fmt: skip
     train_hours: float | None = flag(
-        None, "Learn from so many hours, drawn evenly over speakers, smaller draws within larger ones; 0: from all.", min=0
+        None, "Learn from so many hours, drawn evenly over speakers; small draws are part of large ones; 0: all.", min=0
     )  # fmt: skip
     subset_seed: int = flag(0, "Another number draws other hours.")
     train_list: str | None = flag(
@@ -89,7 +89,8 @@ class CTCArguments:
 
 
 def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
-    """Flags that normalise transcripts as for the training of the fine-tuned folder `source`; a flag that was given wins.
+    """Flags that normalise transcripts as in the training of the fine-tuned folder `source`; a flag that was given
+    wins.
 
     What the folder's own flags do not tell, its vocabulary does: units and case.
     """
@@ -118,8 +119,8 @@ class ClassificationArguments(FineTuningArguments):
 
     mode: str = flag(
         "finetune",
-        "`finetune`: all but the convs learns; `probe`: the encoder is frozen, and a weighted sum of its layers and a linear "
-        "head learn (SUPERB's way).",
+        "`finetune`: all but the convs learns; `probe`: the encoder is frozen, and a weighted sum of its layers and a "
+        "linear head learn (SUPERB's way).",
         choices=["finetune", "probe"],
     )
     classifier_proj_size: int = flag(256, "Width of the head's projection, which is averaged over time.", min=1)
@@ -128,7 +129,7 @@ class ClassificationArguments(FineTuningArguments):
     )
     folds: str | None = flag(
         None,
-        "Cross-validate over --train_data alone; utterances with the same value in this column (speaker, session, …) stay in one part.",
+        "Cross-validate over --train_data; utterances alike in this column (speaker, session, …) stay in one part.",
     )
     num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).")
 
@@ -159,7 +160,7 @@ class ClassificationArguments(FineTuningArguments):
             self.folds = None
         if not self.do_train:
             raise UserError(
-                "--do_train false: here there is no evaluation alone; give the sets to score as --test_data when training"
+                "--do_train false: there is no evaluation alone here; give the sets to score as --test_data"
             )
         super().__post_init__()
         if self.num_folds is not None and self.folds is None:

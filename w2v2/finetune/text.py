@@ -1,8 +1,9 @@
 """Transcripts for CTC: normalisation, the vocabulary and its files, labels, and the text of a best path.
 
-The units of a text are characters with `|` between words, or, where the transcripts are phonemes, the tokens between its spaces.
-The vocabulary says which: one of characters has the entry `|`, one of tokens has not. It comes from the training text alone; a
-unit that only occurs elsewhere is `<unk>` to the loss, and an error to the error rates, whose references stay as written.
+The units of a text are characters with `|` between words, or, where the transcripts are phonemes, the tokens between
+its spaces. The vocabulary says which: one of characters has the entry `|`, one of tokens has not. It comes from the
+training text alone; a unit that only occurs elsewhere is `<unk>` to the loss, and an error to the error rates, whose
+references stay as written.
 
 Shapes: T latent frames, U units of a transcript.
 """
@@ -43,9 +44,10 @@ _APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'"})
 class TextRules:
     """How a transcript is made into what the model is to write. Called with a text, gives the normalised one.
 
-    Characters: NFKC, one case (unless `keep`), accents folded if asked for (É → E), dropped characters gone, single spaces, plain
-    apostrophes. A dropped dash, slash or underscore becomes a space, so that `well-known` stays two words. Tokens are left as
-    they are but for `drop_tokens`. `|` is always dropped, since the vocabulary uses it for the space.
+    Characters: NFKC, one case (unless `keep`), accents folded if asked for (É → E), dropped characters gone, single
+    spaces, plain apostrophes. A dropped dash, slash or underscore becomes a space, so that `well-known` stays two
+    words. Tokens are left as they are but for `drop_tokens`. `|` is always dropped, since the vocabulary uses it for
+    the space.
     """
 
     unit: str = CHARACTERS
@@ -84,7 +86,8 @@ def case_of(vocabulary: dict[str, int]) -> str:
 
 
 def build_vocabulary(texts: Iterable[str], unit: str = CHARACTERS) -> dict[str, int]:
-    """Unit → id, from normalised training text: blank 0, unknown 1, word delimiter 2 (characters only), then the units in order."""
+    """Unit → id, from normalised training text: blank 0, unknown 1, word delimiter 2 (characters only), then the
+    units."""
     first = [BLANK, UNKNOWN, WORD_DELIMITER] if unit == CHARACTERS else [BLANK, UNKNOWN]
     units: set[str] = set()
     for text in texts:
@@ -141,8 +144,8 @@ def read_vocabulary(source: str) -> dict[str, int]:
         path = cached_file(locate(source), VOCABULARY_FILE)
     except (OSError, ValueError):
         raise UserError(
-            f"--model_name_or_path {source}: no {VOCABULARY_FILE} there (no such folder or Hub id, or no fine-tuned model): give a "
-            "fine-tuned folder, or fine-tune this one with --train_data"
+            f"--model_name_or_path {source}: no {VOCABULARY_FILE} there (no such folder or Hub id, or no fine-tuned "
+            "model): give a fine-tuned folder, or fine-tune this one with --train_data"
         ) from None
     try:
         vocabulary = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -151,7 +154,7 @@ def read_vocabulary(source: str) -> dict[str, int]:
         raise UserError(f"{path}: not a vocabulary: an object of character → id is expected") from None
     if not {BLANK, UNKNOWN} <= vocabulary.keys() or ids != list(range(len(ids))):
         raise UserError(
-            f"{path}: not the vocabulary of a CTC model: it needs {BLANK} as blank, {UNKNOWN}, and ids from 0 to {len(ids) - 1}"
+            f"{path}: not the vocabulary of a CTC model: it needs {BLANK}, {UNKNOWN}, and ids from 0 to {len(ids) - 1}"
         )
     return vocabulary
 

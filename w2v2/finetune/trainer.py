@@ -1,25 +1,24 @@
 """`Trainer` with the wav2vec 2.0 paper's way of fine-tuning (appendix B of the paper, fairseq's configurations).
 
-It adds the tri-stage learning rate, an encoder that stays frozen at first, an order that is a pure function of (seed, epoch),
-effective batches in seconds with a gradient that no cut changes, and `metrics.jsonl`.
+It adds the tri-stage learning rate, an encoder that stays frozen at first, an order that is a pure function of (seed,
+epoch), effective batches in seconds with a gradient that no cut changes, and `metrics.jsonl`.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import METRICS_FILE
-from w2v2.finetune.batching import MicroBatches, UpdateSampler, collate_update
+from w2v2.finetune.batching import DrawEpoch, LengthSampler, MicroBatches, UpdateSampler, collate_update
 from w2v2.finetune.ctc_data import SpeechDataset, check_skipped, read_skipped
 from w2v2.train.durable import match_modes
 from w2v2.train.launch import leave_group
@@ -27,26 +26,12 @@ from w2v2.train.records import StepRecords
 from w2v2.train.schedule import lr_factor
 
 
-class LengthSampler(LengthGroupedSampler):
-    """`Trainer`'s own groups of like length, as a pure function of (seed, epoch): a resumed run goes on with its batches.
-
-    Lengths come from the manifest; the stock sampler would decode every file first.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        super().__init__(batch_size, lengths=list(lengths))
-        self.seed, self.epoch = seed, 0
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        return super().__iter__()
-
-
 class FineTuner(Trainer):
     """`Trainer` for a head on a wav2vec 2.0. Data sets have `lengths` (in samples); evaluation keeps their order.
 
-    Without `train_dataset` it only evaluates. With `batch_seconds` an update is a whole effective batch, cut into micro-batches of at
-    most `micro_batch_seconds`, padding included (`batching.py`); otherwise it is as `Trainer` has it.
+    Without `train_dataset` it only evaluates. With `batch_seconds` an update is a whole effective batch, cut into
+    micro-batches of at most `micro_batch_seconds`, padding included (`batching.py`); otherwise it is as `Trainer` has
+    it.
     """
 
     def __init__(self, *args, **kwargs):
@@ -57,7 +42,7 @@ class FineTuner(Trainer):
         if self.train_dataset is not None:
             self.sampler = self._build_sampler()
             watch = _WatchSkippedAudio(self.train_dataset)
-            for callback in (_DrawEpoch(self.sampler), _FreezeEncoder(), watch, _MetricsFile()):
+            for callback in (DrawEpoch(self.sampler), _FreezeEncoder(), watch, _MetricsFile()):
                 self.add_callback(callback)
         transformers.utils.logging.disable_progress_bar()  # of writing a model's one shard
 
@@ -66,11 +51,7 @@ class FineTuner(Trainer):
         if args.batch_seconds:
             samples = [round(seconds * SAMPLING_RATE) for seconds in (args.batch_seconds, args.micro_batch_seconds)]
             return UpdateSampler(lengths, *samples, args.seed, rank=args.process_index, num_ranks=args.world_size)
-        if args.train_sampling_strategy == "group_by_length":
-            return LengthSampler(
-                lengths, args.per_device_train_batch_size * args.gradient_accumulation_steps, args.seed
-            )
-        return super()._get_train_sampler()
+        return LengthSampler(lengths, args.per_device_train_batch_size, args.seed)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return self.sampler
@@ -89,8 +70,33 @@ class FineTuner(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
         )  # fmt: skip
 
+    def describe(self, checkpoint: str | None) -> None:
+        """What this run will do, on the console."""
+        args, num_utterances, seconds = (
+            self.args,
+            len(self.train_dataset),
+            sum(self.train_dataset.lengths) / SAMPLING_RATE,
+        )
+        start = args.model_name_or_path or f"random weights of {args.config_name}"
+        num_all, num_learning = self.model.num_parameters() / 1e6, self.get_num_trainable_parameters() / 1e6
+        frozen = f", the encoder after {args.freeze_encoder_steps} updates" if args.freeze_encoder_steps else ""
+        args.print_once(
+            f"       model: {start}, {num_all:.2f} M parameters, of which {num_learning:.2f} M learn{frozen}"
+        )
+        if args.batch_seconds:
+            updates_per_epoch = len(self.sampler)
+            batch = f"{seconds / updates_per_epoch:.0f} s, micro-batches of at most {args.micro_batch_seconds:g} s"
+        else:
+            size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            updates_per_epoch = num_utterances / size
+            batch = f"{size} utterances ({size * seconds / num_utterances:.0f} s)"
+        updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * updates_per_epoch)
+        resumed = f", resumed from {checkpoint}" if checkpoint else ""
+        args.print_once(f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
+
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """The stock training. A finished run is only loaded: where it had ended inside an epoch, `Trainer` would do one more update."""
+        """The stock training. A finished run is only loaded: `Trainer` would do one more update where it ended inside
+        an epoch."""
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
         folder = Path(resume_from_checkpoint)
@@ -102,10 +108,12 @@ class FineTuner(Trainer):
         self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else folder))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """By seconds: this rank's micro-batches of one update, accumulated; the gradient is divided once, by the whole effective batch.
+        """By seconds: this rank's micro-batches of one update, accumulated and divided once, by the whole effective
+        batch.
 
-        Each micro-batch's loss counts for as much as `loss_weight` says, over the sum of that on all ranks. DDP's mean over the ranks is
-        undone. Returns this rank's part of the loss times the ranks, whose mean is the effective batch's loss.
+        Each micro-batch's loss counts for as much as `loss_weight` says, over the sum of that on all ranks. DDP's
+        mean over the ranks is undone. Returns this rank's part of the loss times the ranks, whose mean is the
+        effective batch's loss.
         """
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -183,23 +191,9 @@ def _read_safely(checkpoint: str | None) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{checkpoint}: its training state is not loaded, being torn or none that Trainer wrote ({reason}): resume from "
-            "another checkpoint, or start from its weights with --model_name_or_path"
+            f"{checkpoint}: its training state is not loaded, being torn or none that Trainer wrote ({reason}): resume "
+            "from another checkpoint, or start from its weights with --model_name_or_path"
         ) from None
-
-
-class _DrawEpoch(TrainerCallback):
-    """Tells the sampler which epoch it draws; accelerate's loaders do not on every path. Ranks get masks and dropout of their own."""
-
-    def __init__(self, sampler: Sampler):
-        self.sampler = sampler
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.process_index > 0:
-            set_seed(args.seed + args.process_index)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.epoch = int(state.epoch or 0)
 
 
 class _FreezeEncoder(TrainerCallback):
