@@ -11,7 +11,6 @@ import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's thre
 
 import copy
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +29,11 @@ from w2v2.finetune.classification import (
     check_classes,
     check_folds,
     score,
+    summarise_run,
     write_pooled,
     write_results,
 )
-from w2v2.finetune.ctc_data import longest_first, name_sets, read_skipped
+from w2v2.finetune.ctc_data import longest_first, name_sets
 from w2v2.finetune.labels import (
     LabelledDataset,
     balanced_weights,
@@ -44,7 +44,7 @@ from w2v2.finetune.labels import (
     known_labels,
     read_labelled,
 )
-from w2v2.finetune.subsets import num_hours, select_lengths
+from w2v2.finetune.subsets import select_lengths
 from w2v2.finetune.task_arguments import ClassificationArguments, LabelArguments
 from w2v2.hub.push import HubCallback
 from w2v2.model.config import load_config
@@ -157,8 +157,6 @@ def run(
         processing_class=extractor, class_weights=balanced_weights(train["target"], classes) if is_balanced else None,
         callbacks=list(callbacks),
     )  # fmt: skip
-    counts = ", ".join(f"{label} {count}" for label, count in Counter(train["target"]).most_common(20))
-    args.print_once(f"      labels: {len(classes)}: {counts}")
     trainer.describe(checkpoint)
     if args.process_index == 0 and not args.folds:
         write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
@@ -167,14 +165,7 @@ def run(
 
     # 4. Evaluate: every set with these weights.
     results, lines = score(trainer, data, classes)
-    results["run"] = {
-        "model": args.model_name_or_path, "config": args.config_name, "mode": args.mode,
-        "updates": trainer.state.global_step, "best_update": trainer.best_update, "train_utterances": len(train),
-        "train_hours": round(num_hours(train), 4), "train_labels": dict(Counter(train["target"])), "labels": classes,
-        "seed": args.seed, "skipped_audio": len(read_skipped(shared["skip_log"])),
-    }  # fmt: skip
-    if args.mode == "probe":
-        results["run"]["layer_weights"] = model.layer_weights.detach().softmax(0).tolist()
+    results["run"] = summarise_run(trainer, classes)
     return results, lines
 
 

@@ -8,6 +8,7 @@ Shapes: B utterances, C classes.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
 from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE
-from w2v2.finetune.ctc_data import check_decoded
+from w2v2.finetune.ctc_data import check_decoded, read_skipped
 from w2v2.finetune.labels import Split, shared_groups
+from w2v2.finetune.subsets import num_hours
 from w2v2.finetune.task_arguments import ClassificationArguments
 from w2v2.finetune.trainer import FineTuner
 from w2v2.model.feature_encoder import hide_padding
@@ -122,6 +124,25 @@ def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str])
                 line = {"set": name, "id": row["id"], "reference": row["target"], "prediction": classes[best]}
                 lines.append(line | {"probability": round(float(probabilities[best]), 4)})
     return results, lines
+
+
+def summarise_run(trainer: ClassificationTrainer, classes: Sequence[str]) -> dict[str, Any]:
+    """What `results.json` says of the training."""
+    args, train, model = trainer.args, trainer.train_dataset, trainer.model
+    run = {
+        "model": args.model_name_or_path,
+        "config": args.config_name,
+        "mode": args.mode,
+        "updates": trainer.state.global_step,
+        "best_update": trainer.best_update,
+        "train_utterances": len(train),
+        "train_hours": round(num_hours(train.table), 4),
+        "train_labels": dict(Counter(train.table["target"])),
+        "labels": list(classes),
+        "seed": args.seed,
+        "skipped_audio": len(read_skipped(train.skip_log)),
+    }
+    return run | ({"layer_weights": model.layer_weights.detach().softmax(0).tolist()} if args.mode == "probe" else {})
 
 
 def write_results(output_dir: str, results: Mapping, lines: Sequence[Mapping], classes: Sequence[str]) -> None:
