@@ -1,37 +1,34 @@
-"""What `update.py` times: one update of this program, and one of the loop that people write with transformers' public classes.
+"""What `update.py` times: one update of this program, and one of the loop that people write with transformers' public
+classes.
 
-Both hear the same utterances of an effective batch. Ours are cropped to the length grid, cut and padded as in training. The stock loop
-shuffles them, takes a fixed number at a time, pads to the longest, and draws masks and negatives with the functions that transformers'
-own example uses. Samples are noise: no kernel's time depends on them.
+Both hear the same utterances of an effective batch. Ours are cropped to the length grid, cut and padded as in
+training. The stock loop shuffles them, takes a fixed number at a time, pads to the longest, and draws masks and
+negatives with the functions that transformers' own example uses. Samples are noise: no kernel's time depends on them.
 """
 
+import importlib
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from stages import our_stages, stock_stages, synchronize
+from common import speech_lengths
+from stages import autocast, our_stages, stock_stages, synchronize
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices, _sample_negative_indices
-from ways_to_batch import speech_lengths
 
-import w2v2.data.collate
-import w2v2.model.attention
-import w2v2.model.cpu
-import w2v2.model.pretraining
-import w2v2.model.transformer
 from w2v2.arguments import PretrainArguments
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.data.collate import CropDataset, PretrainBatch
+from w2v2.model import cpu, transformer
 from w2v2.model.config import build_config
-from w2v2.model.cpu import keep_freed
 from w2v2.model.loading import build_framing, build_model
-from w2v2.train.update import UpdateSettings, build_optimizer, train_update
+from w2v2.train.schedule import UpdateSettings
+from w2v2.train.update import build_optimizer, train_update
 
 NUM_UTTERANCES = 20_000
 
@@ -45,25 +42,20 @@ class Work:
     micro_batch_seconds: float
     crop_seconds: float
     length_grid_seconds: float
-    seed: int = 0
+
+    def effective_batches(self) -> EffectiveBatches:
+        """The draw of utterances that both contenders follow."""
+        longest, grid = round(self.crop_seconds * SAMPLING_RATE), round(self.length_grid_seconds * SAMPLING_RATE)
+        num_samples = speech_lengths(NUM_UTTERANCES)
+        if self.lengths == "equal":
+            num_samples[:] = crop_length(np.array([longest]), longest, grid)
+        batch_samples = round(self.batch_seconds * SAMPLING_RATE)
+        return EffectiveBatches(
+            num_samples, batch_samples=batch_samples, crop_samples=longest, grid_samples=grid, seed=0
+        )
 
 
-def effective_batches(work: Work) -> EffectiveBatches:
-    """The draw of utterances that both contenders follow."""
-    longest, grid = round(work.crop_seconds * SAMPLING_RATE), round(work.length_grid_seconds * SAMPLING_RATE)
-    num_samples = speech_lengths(NUM_UTTERANCES, work.seed)
-    if work.lengths == "equal":
-        num_samples[:] = crop_length(np.array([longest]), longest, grid)
-    return EffectiveBatches(
-        num_samples,
-        batch_samples=round(work.batch_seconds * SAMPLING_RATE),
-        crop_samples=longest,
-        grid_samples=grid,
-        seed=work.seed,
-    )
-
-
-def drawn(batches: EffectiveBatches, update: int) -> Crops:
+def draw(batches: EffectiveBatches, update: int) -> Crops:
     """The effective batch of this update."""
     cursor = Cursor()
     for _ in range(update + 1):
@@ -84,26 +76,16 @@ class NoiseCrops(CropDataset):
 
 
 class Contender:
-    """One side of the comparison. `prepare` readies an update's data outside the clock, `run` is what is timed."""
+    """One side of the comparison: `prepare(work, update)` readies an update's data outside the clock, `run()` is what
+    is timed.
+
+    `micro_batch_samples()` are those heard in the first micro-batch, `stages()` what `stages.py` times.
+    """
 
     def __init__(self, args: PretrainArguments, device: torch.device):
         self.args, self.device = args, device
         self.config = build_config(args)
         torch.manual_seed(0)
-
-    def prepare(self, work: Work, update: int) -> None:
-        raise NotImplementedError
-
-    def run(self) -> None:
-        raise NotImplementedError
-
-    def micro_batch_samples(self) -> int:
-        """Samples heard in the first micro-batch."""
-        raise NotImplementedError
-
-    def stages(self) -> dict[str, Callable]:
-        """See `stages.py`."""
-        raise NotImplementedError
 
     def step(self) -> None:
         """The optimizer's step alone."""
@@ -113,18 +95,17 @@ class Contender:
         self.optimizer.step()
 
     def timed_update(self, work: Work, update: int) -> dict:
-        """Seconds, CPU-seconds, audio heard and computed (each row's samples), and the peak of memory so far in bytes."""
+        """Seconds, CPU-seconds, the samples of each utterance heard, and the peak of memory so far in bytes."""
         self.prepare(work, update)
         synchronize(self.device)
-        before, started = time.process_time(), time.perf_counter()
+        cpu_started, started = time.process_time(), time.perf_counter()
         self.run()
         synchronize(self.device)
-        return {
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": time.process_time() - before,
-            "heard": self.heard,
-            "peak_bytes": peak_bytes(self.device),
-        }
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        peak = peak_bytes(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the other side takes its turn on the same device
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "heard": self.heard, "peak_bytes": peak}
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -135,27 +116,27 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Ours(Contender):
-    keep_memory = staticmethod(keep_freed)
-
     def __init__(self, args, device):
         super().__init__(args, device)
-        if device.type == "cpu":
-            self.keep_memory()
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16"
-        )
+        is_cpu = device.type == "cpu"
+        if is_cpu:
+            cpu.keep_freed()
+        self.accelerator = Accelerator(cpu=is_cpu, mixed_precision="no" if is_cpu else "bf16")
         model = build_model(args, self.config)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, args))
         extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
         self.dataset = NoiseCrops(None, build_framing(self.config, extractor), seed=0)
 
     def prepare(self, work, update):
-        crops = drawn(effective_batches(work), update)
+        crops = draw(work.effective_batches(), update)
         cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(work.micro_batch_seconds * SAMPLING_RATE))
         batches = [self.dataset[plan] for plan in plan_update(crops, update, Cursor(), **cut)]
         self.batches: list[PretrainBatch] = [b.pin_memory() for b in batches] if self.device.type == "cuda" else batches
         self.heard = [n for b in batches for n in b.num_samples.tolist()]
-        self.settings = UpdateSettings(update, 0, 1e-5, 2.0, 0.1, False, 0.0)
+        self.settings = UpdateSettings(
+            step=update, seed=0, learning_rate=1e-5, gumbel_temperature=2.0, diversity_weight=0.1,
+            shared_diversity=False, max_grad_norm=0.0,
+        )  # fmt: skip
 
     def run(self):
         train_update(self.accelerator, self.model, self.optimizer, self.batches, self.settings)
@@ -167,43 +148,32 @@ class Ours(Contender):
         return our_stages(self, self.batches[0])
 
 
-def last_layer_of_all_frames(
-    module,
-    hidden,
-    rows,
-    dtype,
-    rest=None,
-    positions=None,
-    layer=w2v2.model.transformer.layer,
-    take=w2v2.model.transformer.take,
-):
+def layer_for_all_frames(module, hidden, rows, dtype, rest=None, positions=None, layer=transformer.layer):
     """A layer that is computed for all frames, also where some are wanted alone."""
     out = layer(module, hidden, rows, dtype, rest)
-    return out if positions is None else take(out, positions).unflatten(0, positions.shape)
+    return out if positions is None else transformer.take(out, positions).unflatten(0, positions.shape)
 
 
 class Without(Ours):
     """This program without one of its levers (`--without`): what that one is worth in the whole update."""
 
+    # Lever → where the program has it, and what takes its place; or the flag that switches it off.
     LEVERS = {
-        "flat_convs": lambda args: setattr(w2v2.model, "is_flat", lambda config: False),
-        "cpu_attention": lambda args: setattr(w2v2.attention, "has_kernel", lambda device: True),
-        "one_dnn": lambda args: setattr(w2v2.products, "_ONE_DNN", None),
-        "cheap_draws": lambda args: [
-            setattr(module, "dropout", torch.nn.functional.dropout) for module in (w2v2.encoder, w2v2.model.pretraining)
-        ],
-        "masked_last_layer": lambda args: setattr(w2v2.model, "layer", last_layer_of_all_frames),
-        "allocator": lambda args: setattr(Without, "keep_memory", staticmethod(lambda: None)),
-        "layerdrop_rows": lambda args: setattr(
-            w2v2.collate, "kept_rows", lambda keys, layers, p: torch.ones(layers, len(keys), dtype=torch.bool)
-        ),
-        "compile": lambda args: setattr(args, "torch_compile", False),
-        "positional_blocks": lambda args: setattr(args, "positional_conv", "stock"),
-        "checkpointing": lambda args: setattr(args, "gradient_checkpointing", False),
+        "flat_convs": ("w2v2.model.pretraining", "is_flat", lambda config: False),
+        "cpu_attention": ("w2v2.model.attention", "has_kernel", lambda device: True),
+        "one_dnn": ("w2v2.model.cpu", "_ONE_DNN", None),
+        "cheap_draws": ("w2v2.model.cpu", "draw_kept", lambda kept, p: kept.bernoulli_(1 - p)),
+        "masked_last_layer": ("w2v2.model.pretraining", "layer", layer_for_all_frames),
+        "allocator": ("w2v2.model.cpu", "keep_freed", lambda: None),
+        "layerdrop_rows": ("w2v2.data.collate", "kept_rows", lambda keys, layers, p: torch.ones(layers, len(keys)) > 0),
+        "compile": ("torch_compile", False),
+        "positional_blocks": ("positional_conv", "stock"),
+        "checkpointing": ("gradient_checkpointing", False),
     }
 
-    def __init__(self, args, device, without: str):
-        self.LEVERS[without](args)
+    def __init__(self, args, device, lever: str):
+        *module, name, instead = self.LEVERS[lever]
+        setattr(importlib.import_module(module[0]) if module else args, name, instead)
         super().__init__(args, device)
 
 
@@ -214,24 +184,22 @@ class Stock(Contender):
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-        large = self.config.feat_extract_norm == "layer"
-        self.extractor = Wav2Vec2FeatureExtractor(do_normalize=large, return_attention_mask=large)
+        is_large = self.config.feat_extract_norm == "layer"
+        self.extractor = Wav2Vec2FeatureExtractor(do_normalize=is_large, return_attention_mask=is_large)
 
     def prepare(self, work, update):
-        batches = effective_batches(work)
-        utterances = np.random.default_rng(update).permutation(drawn(batches, update).utterance)
-        longest = round(work.crop_seconds * SAMPLING_RATE)
-        self.heard = np.minimum(batches.num_samples[utterances], longest).tolist()
+        batches = work.effective_batches()
+        utterances = np.random.default_rng(update).permutation(draw(batches, update).utterance)
+        self.heard = np.minimum(batches.num_samples[utterances], round(work.crop_seconds * SAMPLING_RATE)).tolist()
         size = max(1, int(work.micro_batch_seconds / work.crop_seconds))
         self.batches = []
         for first in range(0, len(self.heard), size):
             waveforms = [NoiseCrops.POOL[:n] / np.float32(32_768) for n in self.heard[first : first + size]]
-            self.batches.append(
-                self.extractor(waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt")
-            )
+            batch = self.extractor(waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt")
+            self.batches.append(batch)
 
     def inputs(self, batch) -> dict[str, torch.Tensor]:
-        """The model's arguments: the batch, its masks and its negatives, drawn on the host as in transformers' example."""
+        """The model's arguments: the batch, and masks and negatives drawn on the host as in transformers' example."""
         config = self.config
         frames = int(self.model._get_feat_extract_output_lengths(batch["input_values"].shape[1]))
         inside = None
@@ -246,7 +214,7 @@ class Stock(Contender):
     def run(self):
         for batch in self.batches:
             inputs = self.inputs(batch)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with autocast(self.device):
                 loss = self.model(**inputs).loss
             (loss / inputs["mask_time_indices"].sum() / len(self.batches)).backward()
         self.optimizer.step()

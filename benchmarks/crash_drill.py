@@ -1,15 +1,17 @@
 """A run killed again and again, and what it leaves compared with an undisturbed one's, byte by byte.
 
-    python benchmarks/crash_drill.py --kills 20                  # one run, killed 20 times; the rest of its time it resumes
-    python benchmarks/crash_drill.py --world_sizes 2 1 2         # one run, resumed with other numbers of processes
+    python benchmarks/crash_drill.py --kills 20            # one run, killed 20 times, which resumes each time
+    python benchmarks/crash_drill.py --world_sizes 2 1 2   # one run, resumed with other numbers of processes
 
-SIGKILL to the whole process group, loader workers included, at seeded random moments over the run's whole length: while it starts, in
-updates, in validation, between two writes of a save, between a checkpoint's renaming and the removal of the oldest, in that removal, and
-while the finished model is written. Each time the same command is given again, with `--resume_from_checkpoint auto`. Dropout, layerdrop and
-Gumbel noise are on; it runs on the CPU in fp32. The disk is made slow (drilled.py), so that kills do fall between its writes. The last
-line is JSON; exit status 1 if anything differs, 2 for a slip in the flags.
+SIGKILL to the whole process group, loader workers included, at seeded random moments over the run's whole length:
+while it starts, in updates, in validation, between two writes of a save, between a checkpoint's renaming and the
+removal of the oldest, in that removal, and while the finished model is written. Each time the same command is given
+again, with `--resume_from_checkpoint auto`. Dropout, layerdrop and Gumbel noise are on; it runs on the CPU in fp32.
+The disk is made slow (drilled.py), so that kills do fall between its writes. The last line is JSON; exit status 1 if
+anything differs, 2 for a slip in the flags.
 """
 
+import shutil
 import sys
 import tempfile
 import time
@@ -17,36 +19,31 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parents[1] / "data_scripts"),
-]
-
-import numpy as np  # noqa: E402
-from corpus_files import Parser, exit_status  # noqa: E402
-from drill_runs import (  # noqa: E402
+import numpy as np
+from common import environment, make_parser, print_json
+from drill_runs import (
     RECIPE,
     Failed,
     Life,
-    Look,
     Watch,
     changed_batches,
     differing_bytes,
     heard,
     left_behind,
+    losses,
     prepare,
 )
-from report import environment, json_line  # noqa: E402
-from world_sizes import drill_worlds  # noqa: E402
 
-from w2v2.errors import UserError  # noqa: E402
+from w2v2.cli import run_script
+from w2v2.errors import UserError
 
 AIMS = ("save", "update", "validation", "save", "start-up", "renamed", "save", "rotation", "update", "save")  # in turn
 AUTO = ("--resume_from_checkpoint", "auto")
-POLL_SECONDS = 0.001
 SLOW_DISK_MS = 20
 SAVE_SECONDS = 12 * SLOW_DISK_MS / 1000  # about as long as a save takes on the slow disk
+STAGES = ((0, 6.0), (1, 11.0), (2, 8.0))  # loader workers and --micro_batch_seconds of each stage
+MOST_LOSS_DIFFERENCE = 1e-3  # relative: rounding of sums, grown by the optimizer over the run
+QUIET = ("--no_gumbel", "--record")
 
 
 class Aim(NamedTuple):
@@ -57,68 +54,43 @@ class Aim(NamedTuple):
     delay: float  # seconds after the phase is seen
 
 
+# -- kills
+
+
 def draw_aims(num_kills: int, max_steps: int, start_seconds: float, rng: np.random.Generator) -> list[Aim]:
     """Phases in turn, at steps that rise over the run's whole length; the last kill is for the finishing."""
-    lengths = {
-        "start-up": start_seconds,
-        "save": SAVE_SECONDS,
-        "update": 0.2,
-        "validation": 0.1,
-        "rotation": SAVE_SECONDS / 3,
-        "finish": 1.0,
-    }
+    lengths = {"start-up": start_seconds, "update": 0.2, "validation": 0.1, "finish": 1.0}
+    lengths |= {"save": SAVE_SECONDS, "rotation": SAVE_SECONDS / 3, "renamed": 0.0}
     aims = []
     for number in range(num_kills):
         phase = AIMS[number % len(AIMS)] if number < num_kills - 1 or num_kills < 3 else "finish"
         step = int((number + rng.random()) / num_kills * (max_steps - RECIPE["eval_steps"]))
-        aims.append(Aim(phase, step, float(rng.uniform(0, lengths.get(phase, 0.0)))))
+        aims.append(Aim(phase, step, float(rng.uniform(0, lengths[phase]))))
     return aims
 
 
-def is_in(phase: str, look: Look | None, step: int, max_steps: int) -> bool:
-    """Whether a run that looks so is in this phase, `step` updates done at least."""
-    if phase == "start-up":
-        return True
-    if look is None or look.step < step:
-        return False
-    return {
-        "update": True,
-        "save": look.is_saving,
-        "validation": look.evaluated < look.step and look.step % RECIPE["eval_steps"] == 0,
-        "renamed": look.has_saved and len(look.checkpoints) > RECIPE["save_total_limit"],
-        "rotation": look.is_removing,
-        "finish": look.step == max_steps and max_steps in look.checkpoints,
-    }[phase]
-
-
-def fell_into(look: Look | None, max_steps: int) -> str:
-    """The phase that a killed run was in, from what it left."""
-    if look is None:
-        return "start-up"
-    for phase in ("rotation", "save", "renamed", "finish", "validation"):
-        if is_in(phase, look, 0, max_steps):
-            return phase
-    return "update"
-
-
-def live(recipe: Path, output_dir: Path, aim: Aim, record: Path, max_steps: int, deadline: float) -> str | None:
-    """A life, from its start or its last checkpoint up to its killing. Returns where the kill fell; None: it had ended before."""
+def run_and_kill(recipe: Path, output_dir: Path, aim: Aim, record: Path, max_steps: int, deadline: float) -> str | None:
+    """A life up to its killing. Returns where the kill fell; None: it had ended before."""
     watch = Watch(output_dir)
+
+    def is_reached() -> bool:
+        return aim.phase in watch.phases(max_steps) and (watch.step >= aim.step or aim.phase == "start-up")
+
     with Life(recipe, output_dir, *AUTO, drilled=("--slow_disk_ms", SLOW_DISK_MS, "--record", record)) as life:
-        if not life.until(lambda: is_in(aim.phase, watch.look(), aim.step, max_steps), deadline):
+        if not life.wait_until(is_reached, deadline):
             return None
-        kill_at = aim.delay + (life.started if aim.phase == "start-up" else time.monotonic())
-        if not life.until(lambda: time.monotonic() >= kill_at, deadline):
+        kill_at = time.monotonic() + aim.delay
+        if not life.wait_until(lambda: time.monotonic() >= kill_at, deadline):
             return None
         life.kill()
-    return fell_into(watch.look(), max_steps)
+    return watch.phases(max_steps)[0]
 
 
-def undisturbed(recipe: Path, folder: Path, deadline: float) -> float:
+def run_undisturbed(recipe: Path, folder: Path, deadline: float) -> float:
     """A run in `folder/whole` from its beginning to its end. Returns the seconds before its first update."""
     watch = Watch(folder / "whole")
     with Life(recipe, folder / "whole", drilled=("--record", folder / "heard_whole")) as life:
-        life.until(lambda: watch.look() is not None, deadline)
+        life.wait_until(lambda: watch.phases() != ["start-up"], deadline)
         seconds = time.monotonic() - life.started
         life.finish(deadline)
     return seconds
@@ -127,25 +99,24 @@ def undisturbed(recipe: Path, folder: Path, deadline: float) -> float:
 def drill_kills(args, folder: Path, deadline: float) -> dict:
     """`args.kills` kills in one run; what it left and heard, beside an undisturbed run."""
     recipe = prepare(folder, args.manifest, args.data_root, max_steps=args.max_steps, seed=args.seed)
-    start_seconds = undisturbed(recipe, folder, deadline)
+    start_seconds = run_undisturbed(recipe, folder, deadline)
     print(f"undisturbed   {args.max_steps} updates, {start_seconds:.1f} s before the first", flush=True)
-    output_dir, phases, lives = folder / "killed", Counter(), []
+    output_dir, phases, lives, missed = folder / "killed", Counter(), [], 0
     aims = draw_aims(args.kills, args.max_steps, start_seconds, np.random.default_rng(args.seed))
-    missed = 0
     while aims:
         lives.append(folder / f"heard_{len(lives)}")
-        phase = live(recipe, output_dir, aims[0], lives[-1], args.max_steps, deadline)
+        phase = run_and_kill(recipe, output_dir, aims[0], lives[-1], args.max_steps, deadline)
         if phase is None:  # it was faster: once more, in what is left of it
             missed += 1
             if missed > args.kills:
                 raise Failed(f"{missed} lives ended before they could be killed")
             continue
         phases[phase] += 1
+        aim, number = aims.pop(0), phases.total()
         print(
-            f"kill {phases.total():3} of {args.kills}  {phase:12} (aimed at: {aims[0].phase}, update {aims[0].step} or later)",
+            f"kill {number:3} of {args.kills}  {phase:12} (aimed at: {aim.phase}, update {aim.step} or later)",
             flush=True,
         )
-        aims.pop(0)
     lives.append(folder / "heard_last")
     with Life(recipe, output_dir, *AUTO, drilled=("--record", lives[-1])) as life:
         life.finish(deadline)
@@ -153,11 +124,10 @@ def drill_kills(args, folder: Path, deadline: float) -> dict:
     differing = differing_bytes(left_behind(output_dir, args.max_steps), expected)
     for name, count in differing.items():
         print(f"differs       {name}: {count:,} bytes")
-    changed = changed_batches([heard(life) for life in lives], heard(folder / "heard_whole"))
     return {
         "kills": phases.total(),
         "differing_bytes": sum(differing.values()),
-        "changed_batches": changed,
+        "changed_batches": changed_batches([heard(life) for life in lives], heard(folder / "heard_whole")),
         "phases": dict(phases),
         "missed": missed,
         "updates": args.max_steps,
@@ -166,51 +136,110 @@ def drill_kills(args, folder: Path, deadline: float) -> dict:
     }
 
 
-def run(args) -> bool:
-    """Whether all went as it must."""
-    if args.kills < 0 or any(size < 1 for size in args.world_sizes or []) or args.max_steps < 10:
-        raise UserError("--kills must not be negative, --world_sizes at least 1 each, --max_steps at least 10")
-    deadline, started = time.monotonic() + 60 * args.most_minutes, time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="crash_drill_") as folder:
-        drill = drill_worlds if args.world_sizes else drill_kills
-        try:
-            found = drill(args, Path(folder), deadline)
-        except Failed as error:
-            print(f"failed        {error}", flush=True)
-            return False
-    if args.world_sizes:
-        print(f"world sizes {' '.join(map(str, args.world_sizes))}: {found['changed_batches']} changed batches, losses equal to "
-              f"{found['largest_loss_difference']:.1e}, resumed twice: {found['differing_bytes']} differing bytes")  # fmt: skip
-    else:
-        print(f"{found['kills']} kills survived, {found['differing_bytes']} differing bytes")
-    json_line({"benchmark": "crash_drill", **found, "seconds": time.monotonic() - started, **environment()})
-    return not (found["differing_bytes"] or found["changed_batches"] or found.get("losses_differ"))
+# -- other numbers of processes
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
+def stage_flags(stage: int) -> list:
+    """What a stage has otherwise than the undisturbed run, beside its number of processes."""
+    workers, seconds = STAGES[stage % len(STAGES)]
+    return [*AUTO, "--dataloader_num_workers", workers, "--micro_batch_seconds", seconds]
+
+
+def drill_world_sizes(args, folder: Path, deadline: float) -> dict:
+    """One run whose stages have other numbers of processes, of loader workers and other micro-batches: batches and
+    losses of the staged run beside those of one process, and the second stage resumed twice, with all noise on.
+
+    Dropout and Gumbel noise follow the cut, so the losses are compared without them, and with the diversity loss of
+    the whole effective batch.
+    """
+    quiet = dict(config_name=str(folder / "quiet"), diversity_scope="effective_batch")
+    recipe = prepare(folder, args.manifest, args.data_root, max_steps=args.max_steps, seed=args.seed, **quiet)
+    with Life(recipe, folder / "whole", drilled=(*QUIET, folder / "heard_whole")) as life:
+        life.finish(deadline)
+    output_dir, lives = folder / "staged", []
+    for stage, size in enumerate(args.world_sizes):
+        record = folder / f"heard_{stage}"
+        with Life(recipe, output_dir, *stage_flags(stage), drilled=(*QUIET, record), num_processes=size) as life:
+            if stage == len(args.world_sizes) - 1:
+                life.finish(deadline)
+            else:
+                kill_after(life, output_dir, args.max_steps * (stage + 1) // len(args.world_sizes), deadline)
+        if stage == 0:
+            shutil.copytree(output_dir, folder / "fork")
+        lives.append(heard(record, size))
+        print(f"stage {stage + 1}       {size} process(es), {len(lives[-1])} whole updates", flush=True)
+    pairs = list(zip(losses(output_dir), losses(folder / "whole"), strict=True))
+    largest = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    differing = resume_twice(args, recipe, folder, deadline)
+    return {
+        "world_sizes": args.world_sizes,
+        "changed_batches": changed_batches(lives, heard(folder / "heard_whole")),
+        "compared_batches": sum(map(len, lives)),
+        "compared_utterances": sum(batch.total() for life in lives for batch in life.values()),
+        "largest_loss_difference": largest,
+        "losses_differ": not largest < MOST_LOSS_DIFFERENCE,
+        "differing_bytes": sum(differing.values()),
+        "updates": args.max_steps,
+    }
+
+
+def kill_after(life: Life, output_dir: Path, step: int, deadline: float) -> None:
+    """Kill a run once it has made `step` updates and has a checkpoint to go on from."""
+    watch = Watch(output_dir)
+    if not life.wait_until(lambda: watch.phases() and watch.step >= step and watch.checkpoints(), deadline):
+        raise Failed(f"the run was over before it could be killed after update {step}")
+    life.kill()
+
+
+def resume_twice(args, recipe: Path, folder: Path, deadline: float) -> dict[str, int]:
+    """The second stage from the first stage's checkpoint to the end, two times: files that differ, with their bytes."""
+    flags = [*stage_flags(1), "--config_name", folder / "noisy", "--diversity_scope", "micro_batch"]
+    left = []
+    for name in ("once", "twice"):
+        shutil.copytree(folder / "fork", folder / name)
+        with Life(recipe, folder / name, *flags, num_processes=args.world_sizes[1 % len(args.world_sizes)]) as life:
+            life.finish(deadline)
+        left.append(left_behind(folder / name, args.max_steps))
+    return differing_bytes(*left)
+
+
+# -- either of them
+
+
+def parse(argv: list[str] | None):
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument(
-        "--world_sizes", type=int, nargs="+", help="numbers of processes, one after another; no kills then"
-    )
+    sizes = "numbers of processes, one after another; no kills then"
+    parser.add_argument("--world_sizes", type=int, nargs="+", help=sizes)
     parser.add_argument("--manifest", help="what pretrain.py takes as --train_data (default: synthesized audio)")
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
     parser.add_argument("--max_steps", type=int, default=60, help="updates of the run (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the run, and of the moments of the kills (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--most_minutes", type=float, default=30, help="the drill fails when it takes longer (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the run, and of the kills (default: %(default)s)")
+    parser.add_argument("--most_minutes", type=float, default=30, help="longer is a failure (default: %(default)s)")
     args = parser.parse_args(argv)
-    passed = False
+    if args.kills < 0 or any(size < 1 for size in args.world_sizes or []) or args.max_steps < 10:
+        raise UserError("--kills must not be negative, --world_sizes at least 1 each, --max_steps at least 10")
+    return args
 
-    def drill() -> None:
-        nonlocal passed
-        passed = run(args)
 
-    return exit_status(parser.prog, drill) or int(not passed)
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    started = time.monotonic()
+    drill = drill_world_sizes if args.world_sizes else drill_kills
+    with tempfile.TemporaryDirectory(prefix="crash_drill_") as folder:
+        try:
+            found = drill(args, Path(folder), started + 60 * args.most_minutes)
+        except Failed as error:
+            sys.exit(f"failed        {error}")  # status 1
+    if args.world_sizes:
+        sizes, difference = " ".join(map(str, args.world_sizes)), found["largest_loss_difference"]
+        print(f"world sizes {sizes}: {found['changed_batches']} changed batches, losses equal to {difference:.1e}, "
+              f"resumed twice: {found['differing_bytes']} differing bytes")  # fmt: skip
+    else:
+        print(f"{found['kills']} kills survived, {found['differing_bytes']} differing bytes")
+    print_json({"benchmark": "crash_drill", **found, "seconds": time.monotonic() - started, **environment()})
+    sys.exit(bool(found["differing_bytes"] or found["changed_batches"] or found.get("losses_differ")))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -1,9 +1,11 @@
-"""Operations of wav2vec 2.0 by formula: two for each multiplication with its addition, backward counted as twice the forward pass.
+"""Operations of wav2vec 2.0 by formula: two for each multiplication with its addition, backward counted as twice the
+forward pass.
 
-Counted for the audio heard, each utterance alone: padding, recomputation and whatever an implementation does beside are its own affair.
+Each utterance is counted alone, for the audio heard: padding and recomputation are an implementation's own affair.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -41,19 +43,17 @@ def forward_flops(config, num_samples: int) -> dict[str, float]:
     run = layers * (1.0 - config.layerdrop)  # what layerdrop leaves, on average
     masked = 0.49 * frames  # of mask_time_prob 0.65 in spans of ten
     codebook = config.num_codevector_groups * config.num_codevectors_per_group
+    head = D * config.proj_codevector_dim + channels * codebook + config.codevector_dim * config.proj_codevector_dim
     return {
         "convs": convs,
         "projection": 2.0 * frames * channels * D,
         "positional": 2.0 * frames * D * (D // config.num_conv_pos_embedding_groups) * config.num_conv_pos_embeddings,
         "linear": run * 2.0 * frames * (4 * D * D + 2 * D * config.intermediate_size),
         "attention": run * 4.0 * frames * frames * D,
-        "head": 2.0 * masked * (D * config.proj_codevector_dim + channels * codebook + config.codevector_dim * config.proj_codevector_dim),
-    }  # fmt: skip
+        "head": 2.0 * masked * head,
+    }
 
 
 def model_flops(config, lengths: Iterable[int]) -> float:
     """Operations of training on utterances of these lengths in samples."""
-    counted: dict[int, float] = {}
-    for n in lengths:
-        counted.setdefault(n, 3.0 * sum(forward_flops(config, n).values()))
-    return sum(counted[n] for n in lengths)
+    return sum(3.0 * count * sum(forward_flops(config, n).values()) for n, count in Counter(lengths).items())

@@ -1,14 +1,16 @@
-"""How fast audio comes out of files and out of packed shards, and how long training waits for it.
+"""How fast audio comes out of FLAC files and out of packed shards, and how long training waits for it.
 
     python benchmarks/loader.py                                        # on synthesized audio
     python benchmarks/loader.py --manifest train.csv --data_root /data  # on one's own
 
-Reading is measured in seconds of audio per second of processor time, in this process, on files that the system has in its
-cache: decoding and collating, no disk. FLAC and packed audio take turns on the same effective batches. Then real updates are
-made through the `DataLoader`, and the share of the time is taken that they waited for data. The last line is JSON.
+Reading is measured in seconds of audio per second of processor time, in this process, on files that the system has in
+its cache: decoding and collating, no disk. FLAC and packed audio (16-bit WAV shards) take turns on the same effective
+batches. Then pretrain.py makes a few updates from each, and its log says which share of the time they waited for
+data. The last line is JSON.
 """
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,34 +19,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import make_formats, megabytes, sample_manifest, synthesize
-from corpus_files import Parser, exit_status
-from report import environment, json_line, median_spread, print_table
+from common import (
+    ROOT,
+    environment,
+    make_parser,
+    make_rows,
+    median_spread,
+    print_json,
+    print_table,
+    read_lines,
+    write_flac,
+    write_shards,
+)
 
 from w2v2.arguments import PretrainArguments
+from w2v2.cli import run_script
 from w2v2.data.audio import SAMPLING_RATE, read_pcm
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
-from w2v2.data.collate import CropDataset, Framing
+from w2v2.data.collate import CropDataset, Framing, pad
 from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.errors import UserError
 from w2v2.model.config import build_config
-from w2v2.model.loading import build_feature_extractor, build_framing, build_model
-from w2v2.train.launch import start_accelerator
+from w2v2.model.loading import build_feature_extractor, build_framing
 from w2v2.train.plan import build_batches
-from w2v2.train.schedule import lr_factor
-from w2v2.train.update import Feed, UpdateSettings, build_optimizer, train_update
 
-COMPARED = ("flac", "packed")
-SETTINGS = ("manifest", "pairs", "num_workers", "updates", "config_name", "device")
 LEAST_SECONDS = 0.2  # of processor time that a figure is taken from
-TARGETS = {"pcm_over_flac": 20.0, "wait_fraction": 0.02}
-WARM_UP = 1  # updates before waiting is counted: the workers start
+SETTINGS = (
+    "manifest",
+    "pairs",
+    "num_workers",
+    "updates",
+    "config_name",
+    "device",
+    "batch_hours",
+    "micro_batch_seconds",
+)
 
 
-def cut(args: PretrainArguments) -> dict[str, int]:
-    """How one process cuts an effective batch."""
-    return dict(rank=0, num_ranks=1, micro_batch_samples=round(args.micro_batch_seconds * SAMPLING_RATE))
+# -- reading
 
 
 class Source:
@@ -60,22 +73,19 @@ class Source:
             read_pcm(audio, round(start * SAMPLING_RATE), num_samples)
 
     def read_crops(self, plan: MicroBatchPlan) -> list[np.ndarray]:
-        return [
-            read_pcm(self.audio[utterance], round(self.starts[utterance] * SAMPLING_RATE) + start, num_samples)
-            for utterance, _, start, num_samples in zip(*(column.tolist() for column in plan.crops), strict=True)
-        ]
+        columns = zip(*(column.tolist() for column in plan.crops), strict=True)
+        return [read_pcm(self.audio[u], round(self.starts[u] * SAMPLING_RATE) + start, n) for u, _, start, n in columns]
 
-    def stack_crops(self, plan: MicroBatchPlan) -> np.ndarray:
+    def stack_crops(self, plan: MicroBatchPlan) -> torch.Tensor:
         """From files to one micro-batch of samples in memory, (B, S)."""
-        crops = self.read_crops(plan)
-        batch = np.zeros((len(crops), max(map(len, crops))), np.result_type(*crops))
-        for row, crop in zip(batch, crops, strict=True):
-            row[: len(crop)] = crop
-        return batch
+        return pad(self.read_crops(plan))
 
     def whole_batches(self, plan: MicroBatchPlan):
         """All that a worker does: `CropDataset` with its masks."""
         return self.dataset[plan]
+
+    def megabytes_per_hour(self) -> float:
+        return sum(map(os.path.getsize, set(self.audio))) / 1e6 / self.utterances.hours
 
 
 WAYS = ("read_crops", "stack_crops", "whole_batches")
@@ -91,147 +101,112 @@ def cpu_seconds(work: Callable, items: list) -> float:
     return spent / rounds
 
 
-def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: int) -> dict:
-    """CPU seconds of every format and way for the same `pairs` effective batches, FLAC and packed audio in turns."""
+def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: int) -> tuple[dict, dict]:
+    """Every format's figures on the same `pairs` effective batches, in turns, and packed over FLAC by way."""
     batches, cursor = build_batches(sources["packed"].utterances, args), Cursor()
-    seconds = {(name, way): [] for name in sources for way in WAYS}
-    heard, num_crops = [], []
-    for source in sources.values():
-        source.read_files()  # into the system's cache
+    took = {(name, way): [] for name in sources for way in WAYS}
+    heard, num_crops = 0.0, 0
+    whole = {name: cpu_seconds(lambda source: source.read_files(), [source]) for name, source in sources.items()}
     for pair in range(pairs):
         crops, cursor = batches.draw(cursor)
         plans = plan_update(crops, pair, cursor, **cut(args))
-        heard.append(int(crops.num_samples.sum()) / SAMPLING_RATE)
-        num_crops.append(len(crops.utterance))
-        formats = [name for name in sources if pair == 0 or name in COMPARED]
+        heard += int(crops.num_samples.sum()) / SAMPLING_RATE
+        num_crops += len(crops.utterance)
         for way in WAYS:
-            for name in formats if pair % 2 == 0 else reversed(formats):
-                seconds[name, way].append(cpu_seconds(getattr(sources[name], way), plans))
-    return {"seconds": seconds, "heard": heard, "num_crops": num_crops}
-
-
-def reading_report(sources: dict[str, Source], measured: dict) -> dict:
-    """The table of formats, and its figures by name."""
-    formats, rows = {}, []
+            for name in list(sources)[:: 1 if pair % 2 else -1]:
+                took[name, way].append(cpu_seconds(getattr(sources[name], way), plans))
+    formats = {}
     for name, source in sources.items():
-        seconds = float(source.num_samples.sum()) / SAMPLING_RATE
-        took = {way: sum(measured["seconds"][name, way]) for way in WAYS}
-        num_pairs = len(measured["seconds"][name, "read_crops"])
-        heard, num_crops = (sum(measured[figure][:num_pairs]) for figure in ("heard", "num_crops"))
+        spent = {way: sum(took[name, way]) for way in WAYS}
         formats[name] = {
-            "megabytes_per_hour": megabytes(source.audio) / seconds * 3600,
-            "whole_files": seconds / cpu_seconds(lambda read: read(), [source.read_files]),
-            **{way: heard / took[way] for way in WAYS},
-            "microseconds_per_crop": {way: 1e6 * took[way] / num_crops for way in WAYS},
-            "decoding_share": min(1.0, took["read_crops"] / took["whole_batches"]),
+            "megabytes_per_hour": source.megabytes_per_hour(),
+            "whole_files": 3600 * source.utterances.hours / whole[name],
+            **{way: heard / spent[way] for way in WAYS},
+            "microseconds_per_crop": {way: 1e6 * spent[way] / num_crops for way in WAYS},
+            "decoding_share": min(1.0, spent["read_crops"] / spent["whole_batches"]),
         }
-        per_crop = formats[name]["microseconds_per_crop"]
-        rows.append([name, *list(formats[name].values())[:5], *per_crop.values(), formats[name]["decoding_share"]])
-    ways = ["crops", "+ stacked", "CropDataset"]
-    print(
-        "\nSeconds of audio per second of processor time, microseconds a crop, share of decoding in CropDataset's time"
-    )
-    print_table(rows, ["format", "MB/h", "whole files", *ways, *[f"µs {way}" for way in ways], "decoding"])
-    return formats
+    return formats, {way: median_spread(np.divide(took["flac", way], took["packed", way])) for way in WAYS}
 
 
-def measure_waiting(source: Source, args: PretrainArguments, framing: Framing, num_updates: int) -> dict:
-    """Seconds of audio per second, and the share of the updates' time that they wait for data: over all of them, and its spread."""
-    if not args.use_cpu:
-        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")  # as configs/accelerate has it for GPUs
-    accelerator = start_accelerator(args)
-    model = build_model(args, build_config(args))
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
-    batches, updates = build_batches(source.utterances, args), range(WARM_UP + num_updates)
-    loader = build_loader(
-        CropDataset(source.utterances.table, framing, args.seed),
-        PlanStream(batches, Cursor(), updates, **cut(args)),
-        num_workers=args.dataloader_num_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    feed, heard, waited, took = Feed(loader), [], [], []
-    for step in updates:
-        rate = args.learning_rate * lr_factor(step, args.max_steps, args.warmup_steps, args.lr_scheduler_type)
-        settings = UpdateSettings(step, args.seed, rate, 2.0, 0.1, shared_diversity=False, max_grad_norm=0.0)
-        started, before = time.perf_counter(), feed.waited_seconds
-        _, totals, _ = train_update(accelerator, model, optimizer, feed.update(), settings)
-        took.append(time.perf_counter() - started)
-        waited.append(feed.waited_seconds - before)
-        heard.append(totals.heard_samples / SAMPLING_RATE)
-    took, waited = np.array(took[WARM_UP:]), np.array(waited[WARM_UP:])
-    return {
-        "audio_seconds_per_second": sum(heard[WARM_UP:]) / took.sum(),
-        "wait_fraction": waited.sum() / took.sum(),
-        "wait_fraction_spread": median_spread(waited / took),
-    }
+def cut(args: PretrainArguments) -> dict[str, int]:
+    """How one process cuts an effective batch."""
+    return dict(rank=0, num_ranks=1, micro_batch_samples=round(args.micro_batch_seconds * SAMPLING_RATE))
 
 
-def measure_transfer(source: Source, args: PretrainArguments, framing: Framing) -> float:
-    """Seconds of audio per second of one effective batch from files through pinned memory onto the GPU."""
-    device = torch.device("cuda")
-    stream = PlanStream(build_batches(source.utterances, args), Cursor(), range(3), **cut(args))
-    dataset = CropDataset(source.utterances.table, framing, args.seed)
-    loader = build_loader(dataset, stream, args.dataloader_num_workers, args.dataloader_prefetch_factor, True)
-    feed, heard = Feed(loader), 0
-    for update in range(3):
-        if update == 1:  # the first starts the workers
-            started, heard = time.perf_counter(), 0
-        for batch in feed.update():
-            heard += batch.to(device).heard_samples
+def measure_transfer(source: Source, args: PretrainArguments) -> float:
+    """Seconds of audio per second of two effective batches from files through pinned memory onto the GPU."""
+    plans = list(PlanStream(build_batches(source.utterances, args), Cursor(), range(3), **cut(args)))
+    num_workers, prefetch = args.dataloader_num_workers, args.dataloader_prefetch_factor
+    started, heard = time.perf_counter(), 0
+    for batch in build_loader(source.dataset, plans, num_workers, prefetch, pin_memory=True):
+        if batch.plan.update == 0:  # the workers start
+            started = time.perf_counter()
+        else:
+            heard += batch.to(torch.device("cuda")).heard_samples
     torch.cuda.synchronize()
     return heard / SAMPLING_RATE / (time.perf_counter() - started)
 
 
-def make_sources(flags, folder: Path, args: PretrainArguments, framing: Framing) -> dict[str, Source]:
-    """The utterances of the manifest, or synthesized ones, in every format."""
-    if flags.manifest:
-        rows = sample_manifest(flags.manifest, flags.data_root, flags.hours)
-    else:
-        (folder / "wav").mkdir()
-        rows = synthesize(folder / "wav", flags.hours)
-    manifests = make_formats(rows, folder)
-    return {name: Source(load_utterances([path], args, framing)[0], framing) for name, path in manifests.items()}
+# -- waiting
 
 
-def run(flags, folder: Path) -> dict:
+def measure_waiting(manifest: str, flags, folder: Path) -> dict:
+    """Updates of pretrain.py: seconds of audio per second, and the share of their time that they wait for data."""
+    values = dict(
+        train_data=manifest, output_dir=folder, config_name=flags.config_name, max_steps=flags.updates + 1,
+        logging_steps=1, warmup_steps=0.5, save_steps=10**6, collapse_action="none", report_to="none",
+        batch_hours=flags.batch_hours, micro_batch_seconds=flags.micro_batch_seconds,
+        dataloader_num_workers=flags.num_workers, use_cpu=flags.device == "cpu",
+    )  # fmt: skip
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    precision = {} if flags.device == "cpu" else {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    run = subprocess.run(
+        [sys.executable, ROOT / "pretrain.py", *words], env=precision | os.environ, capture_output=True
+    )
+    if run.returncode:
+        raise UserError(f"pretrain.py: {run.stderr.decode().strip().splitlines()[-1]}")
+    records = read_lines(folder / "metrics.jsonl")[1:]  # in the first update the workers start
+    heard = np.array([3600 * record["batch_hours"] for record in records])
+    took = heard / [record["audio_seconds_per_second"] for record in records]
+    waited = np.array([record["data_wait_fraction"] for record in records])
+    return {
+        "audio_seconds_per_second": heard.sum() / took.sum(),
+        "wait_fraction": (waited * took).sum() / took.sum(),
+        "wait_fraction_spread": median_spread(waited),
+    }
+
+
+# -- all of it
+
+
+def measure(flags, folder: Path) -> dict:
     """All measurements, printed as they come. Returns the JSON line's values."""
     on_gpu = flags.device == "cuda"
-    common = dict(train_data=["-"], output_dir=str(folder), config_name=flags.config_name, report_to=["none"])
-    common |= dict(use_cpu=not on_gpu, dataloader_num_workers=flags.num_workers)
-    reading = PretrainArguments(**common)
-    training = PretrainArguments(
-        **common,
-        batch_hours=flags.batch_hours or (1.6 if on_gpu else 0.04),
-        micro_batch_seconds=flags.micro_batch_seconds or (200 if on_gpu else 40),
-    )
-    config = build_config(reading)
-    framing = build_framing(config, build_feature_extractor(reading, config))
-    sources = make_sources(flags, folder, reading, framing)
-    hours = sources["packed"].utterances.hours
-    reading.batch_hours = min(reading.batch_hours, hours)
-    print(f"{hours:.2f} hours in {len(sources['packed'].audio):,} utterances")
+    flags.batch_hours = flags.batch_hours or (1.6 if on_gpu else 0.04)
+    flags.micro_batch_seconds = flags.micro_batch_seconds or (200 if on_gpu else 40)
+    args = PretrainArguments(
+        train_data=["-"], output_dir=str(folder), config_name=flags.config_name,
+        report_to=["none"], use_cpu=not on_gpu, dataloader_num_workers=flags.num_workers,
+    )  # fmt: skip
+    config = build_config(args)
+    framing = build_framing(config, build_feature_extractor(args, config))
+    rows = make_rows(folder / "wav", flags.hours, flags.manifest, flags.data_root)
+    manifests = {"flac": write_flac(rows, folder), "packed": write_shards(rows, folder)}
+    sources = {name: Source(load_utterances([path], args, framing)[0], framing) for name, path in manifests.items()}
+    hours, num_utterances = sources["packed"].utterances.hours, len(sources["packed"].audio)
+    args.batch_hours = min(args.batch_hours, hours)
+    print(f"{hours:.2f} hours in {num_utterances:,} utterances\n\nSeconds of audio per second of processor time")
+    formats, ratios = compare_reading(sources, args, flags.pairs)
+    columns = ["megabytes_per_hour", "whole_files", *WAYS, "decoding_share"]
+    print_table([[name, *(found[column] for column in columns)] for name, found in formats.items()], ["", *columns])
+    print(f"\nPacked over FLAC, {flags.pairs} effective batches")
+    print_table([[way, *ratio.values()] for way, ratio in ratios.items()], ["", "median", "least", "most"])
 
-    measured = compare_reading(sources, reading, flags.pairs)
-    formats = reading_report(sources, measured)
-    ratios = {
-        way: median_spread(np.divide(measured["seconds"]["flac", way], measured["seconds"]["packed", way]))
-        for way in WAYS
-    }
-    names = dict(zip(WAYS, ("crops", "crops stacked into micro-batches", "all of CropDataset"), strict=True))
-    print(f"\nPacked over FLAC, {flags.pairs} effective batches of {np.mean(measured['heard']) / 3600:.2f} h")
-    print_table([[names[way], *ratios[way].values()] for way in WAYS], ["", "median", "least", "most"])
-
-    waiting = {name: measure_waiting(sources[name], training, framing, flags.updates) for name in COMPARED}
+    waiting = {name: measure_waiting(path, flags, folder / f"run_{name}") for name, path in manifests.items()}
     print(f"\n{flags.updates} updates of {flags.config_name} on the {flags.device}, {flags.num_workers} worker(s)")
-    print_table(
-        [[name, *list(found.values())[:2], *found["wait_fraction_spread"].values()] for name, found in waiting.items()],
-        ["", "audio s / s", "share of the time spent waiting", "median", "least", "most"],
-    )
-    transfer = {name: measure_transfer(sources[name], reading, framing) for name in COMPARED} if on_gpu else None
-    if transfer:
-        print("\nFrom files to the GPU through pinned memory, seconds of audio per second")
-        print_table(transfer.items(), ["", "audio s / s"])
+    rows = [[name, found["audio_seconds_per_second"], found["wait_fraction"]] for name, found in waiting.items()]
+    print_table(rows, ["", "audio s / s", "share of the time spent waiting"])
+    transfer = {name: measure_transfer(source, args) for name, source in sources.items()} if on_gpu else None
     return {
         "pcm_over_flac": ratios["stack_crops"]["median"],
         "wait_fraction": waiting["packed"]["wait_fraction"],
@@ -239,27 +214,12 @@ def run(flags, folder: Path) -> dict:
         "waiting": waiting,
         "audio_seconds_per_cpu_second": formats,
         "files_to_gpu": transfer,
-        "settings": {name: getattr(flags, name) for name in SETTINGS}
-        | {name: getattr(training, name) for name in ("batch_hours", "micro_batch_seconds")}
-        | {"hours": hours, "utterances": len(sources["packed"].audio)},
+        "settings": {name: getattr(flags, name) for name in SETTINGS} | {"hours": hours, "utterances": num_utterances},
     }
 
 
-def benchmark(flags) -> None:
-    if flags.pairs < 1 or flags.updates < 1 or not flags.hours > 0:
-        raise UserError("--pairs, --updates and --hours must be positive")
-    if flags.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here: use --device cpu")
-    with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as folder:
-        values = run(flags, Path(folder))
-    ratio, waiting = values["pcm_over_flac"], values["wait_fraction"]
-    print(f"\npcm_over_flac {ratio:.1f} (target: {TARGETS['pcm_over_flac']:g} or more)", end="; ")
-    print(f"wait_fraction {waiting:.4f} (target: {TARGETS['wait_fraction']:g} or less)")
-    json_line({"benchmark": "loader", **values, **environment()})
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--manifest", help="what pretrain.py takes as --train_data (default: synthesized audio)")
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
     parser.add_argument("--hours", type=float, default=0.5, help="most audio that is used (default: %(default)s)")
@@ -269,11 +229,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config_name", default="small", help="model to train (default: %(default)s)")
     parser.add_argument("--batch_hours", type=float, help="of these updates (default: 0.04, on a GPU 1.6)")
     parser.add_argument("--micro_batch_seconds", type=float, help="of these updates (default: 40, on a GPU 200)")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="to train on"
-    )
-    return exit_status(parser.prog, lambda: benchmark(parser.parse_args(argv)))
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default, help="to train on")
+    flags = parser.parse_args(argv)
+    if flags.pairs < 1 or flags.updates < 1 or not flags.hours > 0:
+        raise UserError("--pairs, --updates and --hours must be positive")
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here: use --device cpu")
+    with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as folder:
+        values = measure(flags, Path(folder))
+    print(f"\npcm_over_flac {values['pcm_over_flac']:.1f}; wait_fraction {values['wait_fraction']:.4f}")
+    print_json({"benchmark": "loader", **values, **environment()})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Where the time of one micro-batch goes: each stage of the model by itself, forward and backward, on equal lengths."""
+"""Where the time of one micro-batch goes: each stage by itself, forward and backward, on equal lengths."""
 
 import time
 from collections.abc import Callable
@@ -12,22 +12,22 @@ REPEATS = 3
 
 
 def stage_table(contender, work) -> dict[str, float]:
-    """Stage → µs for each second of audio, median of a few. The head (quantizer, contrast) is what the whole has beyond the others."""
+    """Stage → µs for each second of audio, median of a few. The head is the whole less the other stages."""
     contender.prepare(work, 0)
-    stages, seconds = contender.stages(), contender.micro_batch_samples() / SAMPLING_RATE
-    table = {name: _median_time(contender, function) * 1e6 / seconds for name, function in stages.items()}
+    seconds = contender.micro_batch_samples() / SAMPLING_RATE
+    table = {name: median_time(contender, run) * 1e6 / seconds for name, run in contender.stages().items()}
     table["head"] = table["whole"] - sum(table[name] for name in ("convs", "projection", "positional", "layers"))
     return table
 
 
-def _median_time(contender, function: Callable[[], torch.Tensor]) -> float:
-    """Seconds of `function` and of the backward pass from what it returns (None: there is no such pass)."""
+def median_time(contender, run: Callable[[], torch.Tensor | None]) -> float:
+    """Seconds of `run` and of the backward pass from what it returns (None: there is no such pass)."""
     found = []
-    for _ in range(REPEATS + 1):
+    for _ in range(REPEATS + 1):  # the first warms up
         synchronize(contender.device)
         started = time.perf_counter()
-        with torch.autocast(contender.device.type, torch.bfloat16, enabled=contender.device.type == "cuda"):
-            out = function()
+        with autocast(contender.device):
+            out = run()
         if out is not None:
             out.backward(torch.ones_like(out))
         synchronize(contender.device)
@@ -41,49 +41,39 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def our_stages(contender, batch) -> dict[str, Callable]:
-    """Stages of `PretrainingModel` on one micro-batch, each from inputs of its own."""
-    model = contender.accelerator.unwrap_model(contender.model)
-    batch, base = batch.to(contender.device), model.wav2vec2
-    with (
-        torch.no_grad(),
-        torch.autocast(contender.device.type, torch.bfloat16, enabled=contender.device.type == "cuda"),
-    ):
-        features = model._features(batch)
+    """Stages of `PretrainingModel`, each from its own inputs. B utterances, T frames, C channels, D width."""
+    model, device = contender.accelerator.unwrap_model(contender.model), contender.device
+    batch, encoder, projection = batch.to(device), model.wav2vec2.encoder, model.wav2vec2.feature_projection
+    with torch.no_grad(), autocast(device):
+        features = model._features(batch)  # (B, T, C)
     dtype = features.dtype
     features = features.clone().requires_grad_()
-    residual = torch.float32 if model.config.do_stable_layer_norm else dtype
-    hidden = (
-        torch.randn(*features.shape[:2], model.config.hidden_size, device=contender.device)
-        .to(residual)
-        .requires_grad_()
-    )
-    frames = hidden.detach().to(dtype).requires_grad_()
-    in_blocks = contender.device.type != "cpu" if model.positional_in_blocks is None else model.positional_in_blocks
+    hidden = torch.randn(*features.shape[:2], model.config.hidden_size, device=device)  # (B, T, D)
+    frames = hidden.to(dtype).requires_grad_()
+    # The pre-norm residual is float32, the post-norm one of autocast's type.
+    hidden = hidden.to(torch.float32 if model.config.do_stable_layer_norm else dtype).requires_grad_()
+    in_blocks = device.type != "cpu" if model.positional_in_blocks is None else model.positional_in_blocks
 
-    def plain(function):  # the model leaves autocast behind after the convs
-        def run():
-            with torch.autocast(contender.device.type, enabled=False):
-                return function()
-
-        return run
-
-    @plain
-    def layers():
-        x = hidden.flatten(0, 1)
-        for index, module in enumerate(base.encoder.layers):
+    def run_layers():
+        x = hidden.flatten(0, 1)  # (B · T, D)
+        for index, module in enumerate(encoder.layers):
             x = model._layer(module, x, batch, index, dtype)
         return x
 
-    @plain
-    def projection():
-        return linear(base.feature_projection.projection, norm(base.feature_projection.layer_norm, features))
+    def plain(run):  # the model leaves autocast behind after the convs
+        return torch.autocast(device.type, enabled=False)(run)
 
     return {
         "convs": lambda: model._features(batch),
-        "projection": projection,
-        "positional": plain(lambda: positional(base.encoder.pos_conv_embed, frames, in_blocks)),
-        "layers": layers,
+        "projection": plain(lambda: linear(projection.projection, norm(projection.layer_norm, features))),
+        "positional": plain(lambda: positional(encoder.pos_conv_embed, frames, in_blocks)),
+        "layers": plain(run_layers),
         "whole": lambda: model(batch).loss,
         "optimizer": contender.step,
     }
@@ -93,15 +83,12 @@ def stock_stages(contender, batch, inputs: Callable[[dict], dict]) -> dict[str, 
     """The same of the stock model; `inputs` makes its masks and negatives."""
     model, base = contender.model, contender.model.wav2vec2
     waveforms = batch["input_values"].to(contender.device)
-    with (
-        torch.no_grad(),
-        torch.autocast(contender.device.type, torch.bfloat16, enabled=contender.device.type == "cuda"),
-    ):
+    with torch.no_grad(), autocast(contender.device):
         features = base.feature_extractor(waveforms).transpose(1, 2)
         hidden = base.feature_projection(features)[0].float()
     features, hidden = features.clone().requires_grad_(), hidden.clone().requires_grad_()
 
-    def layers():
+    def run_layers():
         x = hidden
         for module in base.encoder.layers:
             x = module(x)
@@ -111,7 +98,7 @@ def stock_stages(contender, batch, inputs: Callable[[dict], dict]) -> dict[str, 
         "convs": lambda: base.feature_extractor(waveforms),
         "projection": lambda: base.feature_projection(features)[0],
         "positional": lambda: base.encoder.pos_conv_embed(hidden),
-        "layers": layers,
+        "layers": run_layers,
         "whole": lambda: model(**inputs(batch)).loss,
         "optimizer": contender.step,
     }

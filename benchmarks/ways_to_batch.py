@@ -1,13 +1,14 @@
 """Ways to make micro-batches and updates out of the same lengths, and what is measured of each.
 
-A step is a list of micro-batches, each the lengths (in samples) of its rows; the first `num_ranks` of them are one round, and so on.
-The rivals are the ideas of well-known samplers in a few lines, with the settings that bring an update to the same hours:
+A step is a list of micro-batches, each the lengths (in samples) of its rows; the first `num_ranks` of them are one
+round, and so on. The rivals are the ideas of well-known samplers in a few lines, with the settings that bring an
+update to the same hours:
 
 - random padding: shuffled utterances, a fixed number to a micro-batch;
-- length grouping, as `group_by_length` of transformers: shuffled, cut into megabatches of 50 times the rows of a device's update, each
-  sorted by length, the rest as before;
-- quantile buckets, as SpeechBrain's DynamicBatchSampler: utterances in shuffled order fall into buckets of like length, a bucket that
-  holds a micro-batch gives it away, and the micro-batches are shuffled.
+- length grouping, as `group_by_length` of transformers: shuffled, cut into megabatches of 50 times the rows of a
+  device's update, each sorted by length, the rest as before;
+- quantile buckets, as SpeechBrain's DynamicBatchSampler: utterances in shuffled order fall into buckets of like
+  length, a bucket that holds a micro-batch gives it away, and the micro-batches are shuffled.
 """
 
 import math
@@ -24,24 +25,8 @@ MEGABATCH = 50
 NUM_BUCKETS = 50
 
 
-def speech_lengths(n: int, seed: int = 0) -> np.ndarray:
-    """(n,) int32 lengths in samples, shaped like LibriSpeech's 960 hours: mean 12.3 s, seven in ten between 11 and 17 s.
-
-    A mixture: 69.85 % normal (14.6 ± 1.15 s, none above 17), 30.05 % triangular (0.8 to 14 s, most frequent at 6), and 0.1 % from 17 s up
-    with an exponential tail (3 s) to 35 s; the real lengths are not needed. Made a million at a time.
-    """
-    rng, lengths = np.random.default_rng(seed), np.empty(n, np.int32)
-    for first in range(0, n, 1_000_000):
-        size = min(1_000_000, n - first)
-        kind = rng.random(size)
-        body, short = np.minimum(rng.normal(14.6, 1.15, size), 17), rng.triangular(0.8, 6, 14, size)
-        seconds = np.select([kind < 0.6985, kind < 0.999], [body, short], 17 + rng.exponential(3, size))
-        lengths[first : first + size] = seconds.clip(0.8, 35) * SAMPLING_RATE
-    return lengths
-
-
 def effective_batches(batches: EffectiveBatches, num_ranks: int, budget: int, num_steps: int) -> Iterator[Step]:
-    """Ours: one draw an update, cut and dealt; dummies are micro-batches of the shortest row, marked by a negative length."""
+    """Ours: one draw an update, cut and dealt. Dummies are rows of the shortest, marked by a negative length."""
     cursor = Cursor()
     for _ in range(num_steps):
         crops, cursor = batches.draw(cursor)
@@ -55,17 +40,16 @@ def effective_batches(batches: EffectiveBatches, num_ranks: int, budget: int, nu
 def fixed_counts(
     lengths: np.ndarray, num_ranks: int, budget: int, batch_samples: int, grouped: bool, seed: int = 0
 ) -> Iterator[Step]:
-    """Random padding, or length grouping: the most rows that fit whatever their lengths, in as many rounds as the update needs."""
+    """Random padding, or length grouping: the most rows that always fit, in as many rounds as the update needs."""
     rows = batch_samples / lengths.mean() / num_ranks  # of a device in an update
     rounds = math.ceil(rows * lengths.max() / budget)
     count = round(rows / rounds)
     order = np.random.default_rng(seed).permutation(len(lengths))
     if grouped:
-        size = MEGABATCH * count * rounds
-        parts = [order[first : first + size] for first in range(0, len(order), size)]
+        parts = np.split(order, range(MEGABATCH * count * rounds, len(order), MEGABATCH * count * rounds))
         order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
     micro_batches = [lengths[order[first : first + count]] for first in range(0, len(order) - count + 1, count)]
-    yield from _steps(micro_batches, rounds * num_ranks)
+    yield from whole_steps(micro_batches, rounds * num_ranks)
 
 
 def quantile_buckets(
@@ -78,17 +62,17 @@ def quantile_buckets(
     rounds = math.ceil(1.03 * batch_samples / (num_ranks * budget))
     order, goal = rng.permutation(len(lengths)), batch_samples / (rounds * num_ranks)
     limit = goal
-    for _ in range(3):  # the limit at which a micro-batch holds on average what it should
+    for _ in range(3):  # find the limit at which a micro-batch holds on average what it should
         micro_batches = []
         for number, edge in enumerate(edges):
             members = lengths[order[bucket[order] == number]]
             count = max(1, int(min(limit, budget) / edge))
             micro_batches += np.split(members, range(count, len(members), count))
         limit *= goal / np.mean([rows.sum() for rows in micro_batches])
-    yield from _steps([micro_batches[index] for index in rng.permutation(len(micro_batches))], rounds * num_ranks)
+    yield from whole_steps([micro_batches[index] for index in rng.permutation(len(micro_batches))], rounds * num_ranks)
 
 
-def _steps(micro_batches: Step, size: int) -> Iterator[Step]:
+def whole_steps(micro_batches: Step, size: int) -> Iterator[Step]:
     for first in range(0, len(micro_batches) - size + 1, size):
         yield micro_batches[first : first + size]
 
@@ -97,40 +81,39 @@ def measure(steps: Iterator[Step], num_ranks: int) -> dict[str, float]:
     """What the steps of a way of batching are like.
 
     - `padded_fraction`: padding among the samples of all micro-batches, dummies left out.
-    - `rank_imbalance`: 1 − mean / max over the ranks of what each computes in an update, in padded samples with dummies, averaged over
-      updates: the share of device time spent waiting where ranks wait for each other once an update, as under DDP.
+    - `rank_imbalance`: 1 − mean / max over the ranks of what each computes in an update, in padded samples with
+      dummies, averaged over updates: the share of device time spent waiting where ranks wait for each other once an
+      update, as under DDP.
     - `round_imbalance`: the same of every round, for where they wait at each micro-batch, as under FSDP.
     - `idle_or_padding`: both together, 1 − speech / (ranks × busiest rank's padded samples).
     - `hours_spread`, `hours_deviation`: largest minus smallest update, and standard deviation, in hours.
-    - `alikeness`: variance over the updates of their mean utterance length, over what as many random draws of one utterance give; 1 is a
-      random draw, above it the utterances of an update are alike.
+    - `alikeness`: variance over the updates of their mean utterance length, over what as many random draws of one
+      utterance give; 1 is a random draw, above it the utterances of an update are alike.
     """
-    padding, update_idle, round_idle, lost, hours, means, counts, seen, rounds = ([] for _ in range(9))
+    heard, padded, rounds, update_idle, round_idle, lost, real_rows = ([] for _ in range(7))
     for step in steps:
         real = np.concatenate([rows for rows in step if rows[0] > 0])
         sizes = np.array([len(rows) * int(np.abs(rows).max()) for rows in step]).reshape(-1, num_ranks)
         dummies = -sum(int(rows[0]) for rows in step if rows[0] < 0)
-        load = sizes.sum(0)
+        load = sizes.sum(0)  # (ranks,) samples that each computes
+        heard.append(int(real.sum(dtype=np.int64)))
+        padded.append(int(sizes.sum()) - dummies)
         rounds.append(len(sizes))
-        padding.append((int(real.sum(dtype=np.int64)), int(sizes.sum()) - dummies))
         update_idle.append(1 - load.mean() / load.max())
         round_idle.append(np.mean(1 - sizes.mean(1) / sizes.max(1)))
-        lost.append(1 - padding[-1][0] / (num_ranks * load.max()))
-        hours.append(padding[-1][0] / SAMPLING_RATE / 3600)
-        means.append(real.mean())
-        counts.append(len(real))
-        seen.append(real)
-    heard, padded = np.sum(padding, axis=0)
-    by_chance = np.concatenate(seen).var() * np.mean(1 / np.array(counts))
+        lost.append(1 - heard[-1] / (num_ranks * load.max()))
+        real_rows.append(real)
+    hours = np.array(heard) / SAMPLING_RATE / 3600
+    by_chance = np.concatenate(real_rows).var() * np.mean([1 / len(real) for real in real_rows])
     return {
         "updates": len(hours),
         "micro_batches": float(np.mean(rounds)),
         "batch_hours": float(np.mean(hours)),
-        "padded_fraction": float(1 - heard / padded),
+        "padded_fraction": 1 - sum(heard) / sum(padded),
         "rank_imbalance": float(np.mean(update_idle)),
         "round_imbalance": float(np.mean(round_idle)),
         "idle_or_padding": float(np.mean(lost)),
         "hours_spread": float(np.ptp(hours)),
         "hours_deviation": float(np.std(hours)),
-        "alikeness": float(np.var(means) / by_chance),
+        "alikeness": float(np.var([real.mean() for real in real_rows]) / by_chance),
     }

@@ -1,0 +1,172 @@
+"""What the benchmarks share: speech that is made up or sampled, where a number was measured, how it is printed."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from w2v2.data.audio import SAMPLING_RATE, read_pcm
+from w2v2.data.manifest import read_manifests
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRISPEECH = 281_241  # utterances of its 960 hours
+SHARD_SECONDS = 600
+PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow", "soundfile")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help shows a module's docstring as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+# -- speech
+
+
+def speech_lengths(n: int, seed: int = 0) -> np.ndarray:
+    """(n,) int32 lengths in samples, shaped like LibriSpeech's 960 hours: mean 12.3 s, seven in ten between 11 and 17
+    s.
+
+    A mixture: 69.85 % normal (14.6 ± 1.15 s, none above 17), 30.05 % triangular (0.8 to 14 s, most frequent at 6),
+    and 0.1 % from 17 s up with an exponential tail (3 s) to 35 s. A million are made at a time.
+    """
+    rng, lengths = np.random.default_rng(seed), np.empty(n, np.int32)
+    for first in range(0, n, 1_000_000):
+        size = min(1_000_000, n - first)
+        kind = rng.random(size)
+        body, short = np.minimum(rng.normal(14.6, 1.15, size), 17), rng.triangular(0.8, 6, 14, size)
+        seconds = np.select([kind < 0.6985, kind < 0.999], [body, short], 17 + rng.exponential(3, size))
+        lengths[first : first + size] = seconds.clip(0.8, 35) * SAMPLING_RATE
+    return lengths
+
+
+def make_rows(folder: Path, hours: float, manifest: str | None = None, data_root: str | None = None) -> list[dict]:
+    """Rows for about `hours` of speech: spread evenly over `manifest`, or made up as WAV files in `folder`."""
+    if manifest is None:
+        return synthesize(folder, hours)
+    table, _ = read_manifests([manifest], data_root=data_root)
+    total_hours = table["num_samples"].to_numpy().sum() / SAMPLING_RATE / 3600
+    count = max(1, min(len(table), int(len(table) * hours / total_hours)))
+    rows = table.take(np.linspace(0, len(table) - 1, count).astype(int)).to_pylist()
+    return [{name: row[name] for name in ("id", "audio", "start", "num_samples")} for row in rows]
+
+
+def synthesize(folder: Path, hours: float) -> list[dict]:
+    """WAV files that compress as speech does: noise with a falling spectrum, in syllables, 2 to 20 s long."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, rows, missing = np.random.default_rng(0), [], round(hours * 3600 * SAMPLING_RATE)
+    while missing > 0:
+        length = int(SAMPLING_RATE * np.exp(rng.uniform(np.log(2), np.log(20))))
+        spectrum = np.fft.rfft(rng.standard_normal(length))
+        frequency = np.arange(len(spectrum)) / length * SAMPLING_RATE
+        noise = np.fft.irfft(spectrum / (1 + (frequency / 500) ** 2), length)
+        syllables = np.sin(2 * np.pi * 2 * np.arange(length) / SAMPLING_RATE + rng.uniform(0, 6)) ** 2
+        path = folder / f"{len(rows):05d}.wav"
+        samples = noise / np.abs(noise).max() * (0.3 * syllables + 0.003)
+        soundfile.write(path, samples, SAMPLING_RATE, subtype="PCM_16")
+        rows.append(dict(id=path.stem, audio=str(path), start=0.0, num_samples=length))
+        missing -= length
+    return rows
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> str:
+    """A file of JSON lines, which serves as a manifest; returns its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a file of JSON lines; a line that a kill cut short is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def write_flac(rows: list[dict], folder: Path) -> str:
+    """A manifest of the utterances as FLAC: the files themselves, if they are."""
+    copies = []
+    for number, row in enumerate(rows):
+        if not row["audio"].lower().endswith(".flac"):
+            path = folder / f"{number:06d}.flac"
+            soundfile.write(path, read_16_bit(row), SAMPLING_RATE, subtype="PCM_16")
+            row = row | dict(audio=str(path), start=0.0)
+        copies.append(row)
+    return write_lines(folder / "flac.jsonl", copies)
+
+
+def write_shards(rows: list[dict], folder: Path) -> str:
+    """A manifest of the utterances one after another in WAV files, as `pack_audio.py` packs them."""
+    ends = np.cumsum([row["num_samples"] for row in rows])
+    shards, packed = (ends - 1) // (SHARD_SECONDS * SAMPLING_RATE), []
+    for shard in np.unique(shards):
+        members = [row for row, own in zip(rows, shards, strict=True) if own == shard]
+        path = folder / f"shard-{shard:05d}.wav"
+        samples = [read_16_bit(row) for row in members]
+        soundfile.write(path, np.concatenate(samples), SAMPLING_RATE, subtype="PCM_16")
+        starts = np.cumsum([0, *map(len, samples)]) / SAMPLING_RATE
+        packed += [row | dict(audio=str(path), start=float(start)) for row, start in zip(members, starts, strict=False)]
+    return write_lines(folder / "packed.jsonl", packed)
+
+
+def read_16_bit(row: dict) -> np.ndarray:
+    samples = read_pcm(row["audio"], round(row["start"] * SAMPLING_RATE), row["num_samples"])
+    return samples if samples.dtype == np.int16 else (samples * 32_768).round().clip(-32_768, 32_767).astype(np.int16)
+
+
+# -- numbers
+
+
+def environment() -> dict:
+    """Everything that a number needs beside it to be repeated: date, command, processor, threads, GPU, versions."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(errors="replace").splitlines() if cpu_info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "platform": platform.platform(),
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+    }
+
+
+def median_spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, smallest and largest of repeated measurements."""
+    values = [float(value) for value in values]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def print_table(rows: Iterable[Sequence], headers: Sequence[str]) -> None:
+    """Columns as wide as they need; numbers to the right with four significant digits, text to the left."""
+    rows = list(rows)
+    cells = [list(map(str, headers)), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    is_text = [any(isinstance(value, str) for value in column) for column in zip(*rows, strict=True)]
+    for row in [cells[0], ["-" * width for width in widths], *cells[1:]]:
+        columns = zip(row, widths, is_text, strict=True)
+        print("  ".join(f"{cell:{'<' if left else '>'}{width}}" for cell, width, left in columns).rstrip())
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_json(values: dict) -> None:
+    """One line on standard output for programs; benchmarks print it last."""
+    print(json.dumps(values, ensure_ascii=False, allow_nan=False), flush=True)
