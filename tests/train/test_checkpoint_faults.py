@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -206,34 +205,6 @@ def test_one_that_cannot_be_loaded_is_passed_over(old, caplog, name, damage):
 
 
 FULL = OSError(28, "No space left on device")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own with room for one checkpoint and a half."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if (
-        shutil.which("mount") is None
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode
-    ):
-        pytest.skip("cannot mount a file system here")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.parametrize("on_failure", ["stop", "warn"])
-def test_a_full_disk_costs_the_save_alone(run, small_disk, caplog, on_failure):
-    run.save(small_disk, 2)
-    size = sum(map(len, contents(small_disk).values()))
-    room = shutil.disk_usage(small_disk).free
-    (small_disk / "other").write_bytes(bytes(room - size // 2))
-    before = contents(small_disk)
-    refuse_or_warn(run, small_disk, 4, on_failure, caplog, "No space left on device", "checkpoint-2")
-    assert contents(small_disk) == before and names(small_disk) == ["checkpoint-2", "other"]
-    (small_disk / "other").unlink()
-    assert find_checkpoint(small_disk, "auto").name == "checkpoint-2"
-    assert find_damage(run.save(small_disk, 4, on_failure=on_failure)) is None
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "warn"])

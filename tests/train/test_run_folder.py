@@ -89,6 +89,8 @@ def test_a_run_is_overwritten_only_when_asked(tmp_path):
     assert prepare(run, other / "checkpoint-2", overwrite=True) == other / "checkpoint-2"
     assert names(run) == []
     leave_run(run, 4)
+    for name in ("skipped_audio.jsonl", "non_finite_updates.jsonl"):
+        (run / name).touch()
     assert prepare(run, "auto", overwrite=True) is None  # `auto` may stand in a YAML file
     assert names(run) == []
 
