@@ -63,14 +63,16 @@ _FAIRSEQ_OPTIONS = {
     "contrastive_logits_temperature": ("logit_temp", 0.1),
 }
 
-# Options that the stock model knows in one way only.
-_FAIRSEQ_FIXED = {
-    "quantize_targets": (False, True),
-    "quantize_input": (False, False),
-    "target_glu": (False, False),
-    "quantizer_depth": (1, 1),
-    "pos_conv_depth": (1, 1),
-    "layer_type": ("transformer", "transformer"),
+# Options that the stock model has a counterpart of for some values only: fairseq's default, and these values.
+_FAIRSEQ_LIMITED = {
+    "quantize_targets": (False, (True,)),
+    "quantize_input": (False, (False,)),
+    "target_glu": (False, (False,)),
+    "quantizer_depth": (1, (1,)),
+    "pos_conv_depth": (1, (1,)),
+    "layer_type": ("transformer", ("transformer",)),
+    "activation_fn": ("gelu", ("gelu", "relu")),
+    "extractor_mode": ("default", ("default", "layer_norm")),
 }
 
 _TRIPLE = r"\((\d+),(\d+),(\d+)\)"
@@ -106,31 +108,26 @@ def fairseq_options(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]
     for part in parts:
         part = vars(part) if isinstance(part, argparse.Namespace) else part
         options |= part if isinstance(part, Mapping) else {}
-    if "conv_feature_layers" not in options:
-        raise UserError(f"{path}: neither `cfg` nor `args` says conv_feature_layers: no wav2vec 2.0 of fairseq's")
     return options
 
 
 def fairseq_config(options: Mapping[str, Any], path: Path) -> Wav2Vec2Config:
     """The stock configuration of the same model. Raises UserError for an option without a counterpart."""
-    for name, (default, needed) in _FAIRSEQ_FIXED.items():
-        if options.get(name, default) != needed:
+    for name, (default, known) in _FAIRSEQ_LIMITED.items():
+        if options.get(name, default) not in known:
             found = options.get(name, default)
             raise UserError(f"{path}: made with {name}={found}, which the stock model has no counterpart of")
     values = {key: options.get(name, default) for key, (name, default) in _FAIRSEQ_OPTIONS.items()}
-    if values["hidden_act"] not in ("gelu", "relu"):
-        raise UserError(f"{path}: made with activation_fn={values['hidden_act']}: only gelu and relu are the same here")
-    mode = options.get("extractor_mode", "default")
-    if mode not in ("default", "layer_norm"):
-        raise UserError(f"{path}: made with extractor_mode={mode}, which the stock model has no counterpart of")
-    conv_dim, conv_kernel, conv_stride = map(list, zip(*conv_layers(options["conv_feature_layers"], path), strict=True))
+    convs = conv_layers(options.get("conv_feature_layers"), path)
+    conv_dim, conv_kernel, conv_stride = map(list, zip(*convs, strict=True))
     width = options.get("final_dim") or values["hidden_size"]
+    # fairseq's criterion weighs the diversity term first, then the feature penalty.
     penalties = options.get("loss_weights")
     if isinstance(penalties, list | tuple) and penalties:
         values["diversity_loss_weight"] = float(penalties[0])
     return Wav2Vec2Config(
         **values,
-        feat_extract_norm="group" if mode == "default" else "layer",
+        feat_extract_norm="layer" if options.get("extractor_mode") == "layer_norm" else "group",
         conv_dim=conv_dim,
         conv_kernel=conv_kernel,
         conv_stride=conv_stride,
@@ -139,7 +136,7 @@ def fairseq_config(options: Mapping[str, Any], path: Path) -> Wav2Vec2Config:
     )
 
 
-def conv_layers(text: str, path: Path) -> list[tuple[int, int, int]]:
+def conv_layers(text: str | None, path: Path) -> list[tuple[int, int, int]]:
     """(channels, kernel, stride) of each conv, from the Python expression that fairseq evaluates; here it is only read.
 
     It is a sum of lists of triples, each perhaps times a number: `[(512, 10, 5)] + [(512, 3, 2)] * 4`.

@@ -75,18 +75,19 @@ def convert_without_positions(
     The stock positional convolution starts at zero and has to learn, so this is a start for pretraining, not the same
     model. Heads and strides are the recipe's (`nhead`, `latentextractor_strides`): the weights do not show them.
     """
+    # 1. One file a module; their keys get the stock names.
     weights = {}
     for name in _OWN_FILES:
         weights |= {f"{name}.{key}": tensor for key, tensor in _read_module(folder / f"{name}.ckpt").items()}
     weights = {key: tensor for key, tensor in _split_attention(weights).items() if key not in _NOT_WEIGHTS}
     renamed = rename(weights, OWN_KEYS, folder)
+
+    # 2. The shapes tell the architecture. Its positional convolution gets random directions; norm and bias are zero.
     config = _own_config(renamed, num_attention_heads, conv_stride, folder)
     positions = make_model(Wav2Vec2ForPreTraining, config).state_dict()
     for key, tensor in positions.items():
         if key.startswith("wav2vec2.encoder.pos_conv_embed."):
-            renamed[key] = (
-                tensor if key.endswith("original1") else torch.zeros_like(tensor)
-            )  # its norm and bias are zero
+            renamed[key] = tensor if key.endswith("original1") else torch.zeros_like(tensor)
     return fill_stock(config, renamed, folder), feature_extractor(config, True)
 
 

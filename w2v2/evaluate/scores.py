@@ -17,8 +17,6 @@ def classification_scores(references: Sequence, predictions: Sequence) -> dict[s
     """`accuracy`, `uar` and `macro_f1` as fractions; the last over classes among references or predictions."""
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score  # slow to import
 
-    if not len(references):
-        raise ValueError("no utterance to score")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of predictions that are no class of the references, which is no fault
         return {
@@ -52,8 +50,7 @@ def error_curve(targets: Sequence[int], scores: Sequence[float]) -> tuple[np.nda
     """Shares of missed targets and of false alarms at every threshold, highest first; 1 marks a target trial."""
     from sklearn.metrics import roc_curve
 
-    if len(set(map(int, targets))) != 2:
-        raise ValueError("the trials have to hold targets and non-targets")
+    assert len(set(map(int, targets))) == 2, "the trials have to hold targets and non-targets"
     false_alarms, hits, _ = roc_curve(targets, scores, drop_intermediate=False)
     return 1.0 - hits, false_alarms
 
@@ -61,6 +58,7 @@ def error_curve(targets: Sequence[int], scores: Sequence[float]) -> tuple[np.nda
 def equal_error_rate(targets: Sequence[int], scores: Sequence[float]) -> float:
     """Where the line through the points of `error_curve` has as many misses as false alarms; a fraction."""
     misses, false_alarms = error_curve(targets, scores)
+    # The first threshold with no more misses than false alarms, and how far before it the two are equal.
     gap = misses - false_alarms  # falls from 1 to -1
     after = int(np.argmax(gap <= 0))
     part = gap[after - 1] / (gap[after - 1] - gap[after])

@@ -54,6 +54,7 @@ def write_model_card(
             whichever are known.
         metrics: records as in `metrics.jsonl`. The pictures that `draw_plots` left in the folder are embedded.
     """
+    # What is known, later sources over earlier ones, and what follows from it.
     output_dir, config = Path(output_dir), publishable(config)
     trained, validated = _last(metrics, "loss"), _last(metrics, "eval_")
     facts = _merge(model_config(output_dir), config, summary) | {

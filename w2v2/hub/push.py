@@ -73,6 +73,7 @@ class HubPusher:
         self._url: str | None = None
         self._job: Future | None = None  # the newest; it waits for the one before
         disable_progress_bars()  # they would tear the run's own bar
+        # What a killed run had set aside takes up room.
         self._output_dir.mkdir(parents=True, exist_ok=True)
         for left_over in self._output_dir.glob(f"{_STAGED}*"):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -99,6 +100,7 @@ class HubPusher:
 
     def _start(self, what: str, action: Callable, *arguments: object) -> Future:
         """Have a daemon thread carry out `action` after the job before; the result is None where it fails."""
+        # One job at a time: each waits for the one before it.
         before, self._job = self._job, Future()
 
         def work(job: Future) -> None:
@@ -137,6 +139,7 @@ class HubPusher:
 
 def _stage(folder: Path, output_dir: Path) -> Path:
     """Set the publishable files aside in a new folder: weights, which never change, as links."""
+    # Beside the originals, since links do not reach another disk.
     staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=output_dir))
     for path in (path for pattern in PUBLISHED for path in folder.glob(pattern)):
         if any(path.match(pattern) for pattern in UNPUBLISHED) or not path.is_file():

@@ -1,13 +1,22 @@
 """Flags of the scripts that listen to frozen models: probe.py and verify_speakers.py."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import CHARACTERS
+
+
+def refuse(slips: Mapping[str, Any]) -> None:
+    """Raises UserError with the first message whose condition holds."""
+    for message, is_wrong in slips.items():
+        if is_wrong:
+            raise UserError(message)
 
 
 @dataclass
@@ -24,8 +33,7 @@ class FrozenArguments:
 
     def __post_init__(self):
         check_ranges(self)
-        if not self.output_dir:
-            raise UserError("--output_dir is required: give it on the command line or in the YAML file")
+        refuse({"--output_dir is required: give it on the command line or in the YAML file": not self.output_dir})
 
     @property
     def device(self) -> str:
@@ -34,12 +42,11 @@ class FrozenArguments:
     def prepare_output_dir(self, results: str) -> Path:
         """The folder, made; UserError where it has results that may not be replaced."""
         folder = Path(self.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output_dir {folder}: is a file; give a folder")
-        if (folder / results).exists() and not self.overwrite_output_dir:
-            raise UserError(
-                f"--output_dir {folder} already holds {results}: choose another, or give --overwrite_output_dir"
-            )
+        refuse({
+            f"--output_dir {folder}: is a file; give a folder": folder.is_file(),
+            f"--output_dir {folder} already holds {results}: choose another, or give --overwrite_output_dir":
+                (folder / results).exists() and not self.overwrite_output_dir,
+        })  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -70,20 +77,17 @@ class ProbingArguments(FrozenArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.train_data:
-            raise UserError("--train_data is required: give it on the command line or in the YAML file")
-        if not self.checkpoints and not (self.random_weights and self.config_name):
-            raise UserError(
-                "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)"
-            )
-        if bool(self.folds) == bool(self.test_data):
-            raise UserError("give one of --test_data and --folds: what is a probe tested on?")
-        if self.folds and (self.validation_data or self.target == CHARACTERS):
-            raise UserError(f"--folds goes with neither --validation_data nor --target {CHARACTERS}: give --test_data")
-        if self.num_folds is not None and not self.folds:
-            raise UserError("--num_folds needs --folds: name the column whose groups stay together, such as speaker")
-        if len(set(self.checkpoints)) < len(self.checkpoints):
-            raise UserError("--checkpoints names a folder twice: name each once")
+        refuse({
+            "--train_data is required: give it on the command line or in the YAML file": not self.train_data,
+            "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)":
+                not self.checkpoints and not (self.random_weights and self.config_name),
+            "--checkpoints names a folder twice: name each once": len(set(self.checkpoints)) < len(self.checkpoints),
+            "give one of --test_data and --folds: what is a probe tested on?": bool(self.folds) == bool(self.test_data),
+            f"--folds goes with neither --validation_data nor --target {CHARACTERS}: give --test_data":
+                self.folds and (self.validation_data or self.target == CHARACTERS),
+            "--num_folds needs --folds: name the column whose groups stay together, such as speaker":
+                self.num_folds is not None and not self.folds,
+        })  # fmt: skip
 
 
 @dataclass
@@ -108,9 +112,9 @@ class VerificationArguments(FrozenArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.model_name_or_path) == bool(self.config_name):
-            raise UserError("give one of --model_name_or_path and --config_name (random weights)")
-        if bool(self.trials) == bool(self.manifest):
-            raise UserError("give one of --trials and --manifest")
-        if not 0 < self.p_target < 1:
-            raise UserError(f"--p_target {self.p_target}: give a probability between 0 and 1")
+        refuse({
+            "give one of --model_name_or_path and --config_name (random weights)":
+                bool(self.model_name_or_path) == bool(self.config_name),
+            "give one of --trials and --manifest": bool(self.trials) == bool(self.manifest),
+            f"--p_target {self.p_target}: give a probability between 0 and 1": not 0 < self.p_target < 1,
+        })  # fmt: skip

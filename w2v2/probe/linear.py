@@ -42,12 +42,14 @@ def probe_layer(
     kind: str, features: np.ndarray, targets: np.ndarray, split: Split, measure: str
 ) -> tuple[np.ndarray, float, float]:
     """Predictions for the test rows (n,), the score of the best strength on the validation rows, and that strength."""
+    # 1. Every strength, by its score on the validation rows; of equals the first.
     tried = []
     for strength in STRENGTHS[kind]:
         probe = fit(kind, strength, features[split.train], targets[split.train])
         score = classification_scores(targets[split.validation], probe.predict(features[split.validation]))[measure]
         tried.append((score, -len(tried), strength))
     score, _, strength = max(tried)
+    # 2. Once more with the best one, on training and validation rows.
     both = split.train + split.validation
     return fit(kind, strength, features[both], targets[both]).predict(features[split.test]), score, strength
 
@@ -58,7 +60,7 @@ def probe_layers(
     """For each layer of `features` (N, L, D): test scores of all splits together, their spread, validation score."""
     targets = np.asarray(targets)
     layers = []
-    for layer in range(features.shape[1]):
+    for layer in range(features.shape[1]):  # (N, L, D) -> (N, D)
         references, predictions, scores, validation, strengths = [], [], [], [], []
         for split in splits:
             predicted, score, strength = probe_layer(kind, features[:, layer], targets, split, measure)
