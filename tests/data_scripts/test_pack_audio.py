@@ -59,7 +59,7 @@ def pack(manifest, folder, *more, status=0):
 
 
 def packed_rows(folder) -> list[dict]:
-    return load_manifest(str(folder / "manifest.parquet"), probe=probe)[0].to_list()
+    return load_manifest(str(folder), data_root=str(ROOT), probe=probe)[0].to_list()
 
 
 def read_row(row) -> np.ndarray:
@@ -313,7 +313,7 @@ def test_slips_end_with_status_2_and_one_line(manifest, tmp_path, capsys):
 def test_a_run_may_change_over_to_the_packed_folder(tmp_path):
     seconds = [1.5, 2.0, 1.25, 1.75]
     manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", seconds), seconds)
-    packed = pack(manifest, tmp_path / "packed") / "manifest.parquet"
+    packed = pack(manifest, tmp_path / "packed")
     tiny_config().save_pretrained(tmp_path / "model")
     flags = ["--config_name", tmp_path / "model", "--min_seconds", "0.5", "--batch_hours", "0.002", "--use_cpu", "true"]
     flags += ["--micro_batch_seconds", "4", "--max_steps", "2", "--report_to", "none", "--dataloader_num_workers", "0"]

@@ -182,7 +182,7 @@ def test_packed_audio_keeps_ids_order_and_samples(corpus, tmp_path):
     manifest = write_manifest(corpus / "pack.jsonl", NAMES)
     folder = tmp_path / "packed, \n 'here'"
     assert pack_audio.main([str(manifest), "--output_dir", str(folder), "--num_workers", "1"]) == 0
-    table, _ = load_manifest([str(folder / "manifest.parquet")], probe=probe)
+    table, _ = load_manifest([str(folder)], probe=probe)
     assert table["id"][:] == [f"<{name}>" for name in NAMES] and table["text"][:] == [f"«{name}»" for name in NAMES]
     for row, name in zip(table, NAMES, strict=True):
         samples = read_pcm(row["audio"], round(row["start"] * 16_000), row["num_samples"])
