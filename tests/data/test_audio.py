@@ -39,10 +39,10 @@ def set_flac_length(path, num_frames: int):
 
 
 @pytest.mark.parametrize("suffix, options", FORMATS, ids=[suffix for suffix, _ in FORMATS])
-@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 48_000])
-def test_a_crop_equals_the_same_part_of_the_whole_resampled_file(tmp_path, suffix, options, rate):
-    if suffix == "opus" and rate == 22_050:
-        pytest.skip("Opus knows no 22.05 kHz")
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
+def test_a_crop_equals_that_part_of_the_resampled_file(tmp_path, suffix, options, rate):
+    if suffix == "opus" and rate in (22_050, 44_100):
+        pytest.skip("Opus knows no such rate")
     path = write(tmp_path / f"speech.{suffix}", noise(4 * rate), rate, **options)
     decoded, _ = soundfile.read(path, dtype="float32")
     whole = soxr.resample(decoded, rate, SAMPLING_RATE, quality="HQ")
@@ -51,13 +51,6 @@ def test_a_crop_equals_the_same_part_of_the_whole_resampled_file(tmp_path, suffi
         crop = read_crop(path, start, 5_000)
         assert crop.dtype == np.float32 and crop.shape == (5_000,)
         np.testing.assert_allclose(crop, whole[start : start + 5_000], atol=1e-5)
-
-
-def test_44_1_khz_is_cut_where_both_rates_have_a_sample(tmp_path):
-    path = write(tmp_path / "cd.wav", noise(3 * 44_100), 44_100, subtype="FLOAT")
-    whole = soxr.resample(noise(3 * 44_100), 44_100, SAMPLING_RATE, quality="HQ")
-    for start in np.random.default_rng(1).integers(0, 40_000, 20):
-        np.testing.assert_allclose(read_crop(path, int(start), 1_234), whole[start : start + 1_234], atol=1e-5)
 
 
 def test_resampling_keeps_a_tone_in_its_place(tmp_path):
@@ -82,20 +75,14 @@ def test_channels_are_averaged(tmp_path):
     np.testing.assert_allclose(read_crop(path, 100, 500), (left + right)[100:600] / 2, atol=1e-7)
 
 
-def test_names_with_spaces_quotes_and_other_scripts_work(tmp_path):
-    path = write(tmp_path / "a 'b\" $(x) ü 語.flac", noise(16_000))
-    assert probe(path) == 16_000 and len(read_crop(path, 10, 20)) == 20
-
-
-def test_a_window_that_overshoots_a_little_moves_back(tmp_path):
-    path = write(tmp_path / "a.wav", noise(16_000), subtype="FLOAT")
-    np.testing.assert_array_equal(read_crop(path, 15_000, 1_100), noise(16_000)[-1_100:])
-
-
-def test_a_duration_rounded_up_is_filled_with_zeros(tmp_path):
-    path = write(tmp_path / "a.wav", noise(15_950), subtype="FLOAT")
-    crop = read_crop(path, 0, 16_000)
-    np.testing.assert_array_equal(crop, np.pad(noise(15_950), (0, 50)))
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_a_rounded_duration_shifts_or_pads_the_crop(tmp_path, subtype):
+    path = write(tmp_path / "a.wav", noise(15_950), subtype=subtype)
+    whole, _ = soundfile.read(path, dtype="int16" if subtype == "PCM_16" else "float32")
+    padded, shifted = read_pcm(path, 0, 16_000), read_pcm(path, 15_000, 1_100)
+    assert padded.dtype == shifted.dtype == whole.dtype
+    np.testing.assert_array_equal(padded, np.pad(whole, (0, 50)))
+    np.testing.assert_array_equal(shifted, whole[-1_100:])
 
 
 @pytest.mark.parametrize("start, num_samples", [(0, 16_200), (15_000, 12_000), (50_000, 1_000), (16_000, None)])
@@ -106,7 +93,7 @@ def test_a_file_shorter_than_its_manifest_says_is_an_error(tmp_path, start, num_
 
 
 @pytest.mark.parametrize("suffix", ["flac", "mp3", "wav", "ogg"])
-def test_a_truncated_file_gives_an_error_never_a_short_array(tmp_path, suffix):
+def test_a_truncated_file_never_gives_a_short_array(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     write(path, noise(320_000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -128,14 +115,13 @@ def test_a_flac_damaged_in_the_middle_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("claimed", [0, 2**36 - 1], ids=["unknown", "absurd"])
-def test_a_header_with_no_or_an_absurd_length_is_not_believed(tmp_path, claimed):
+def test_an_unknown_or_absurd_length_is_not_believed(tmp_path, claimed):
     path = tmp_path / "a.flac"
     write(path, noise(40_000))
-    whole, _ = soundfile.read(path, dtype="float32")
+    whole, _ = soundfile.read(path, dtype="int16")
     set_flac_length(path, claimed)
-    assert probe(str(path)) == 40_000
-    np.testing.assert_array_equal(read_crop(str(path), 5_000, 777), whole[5_000:5_777])
-    assert len(read_crop(str(path))) == 40_000
+    assert probe(str(path)) == len(read_crop(str(path))) == 40_000
+    np.testing.assert_array_equal(read_pcm(str(path), 5_000, 777), whole[5_000:5_777])
 
 
 def test_a_header_that_claims_too_much_is_an_error(tmp_path):
@@ -148,7 +134,7 @@ def test_a_header_that_claims_too_much_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rate", [16_000, 8_000])
-def test_nan_and_infinity_are_errors_only_where_the_crop_meets_them(tmp_path, bad, rate):
+def test_nan_and_infinity_are_errors_inside_the_crop(tmp_path, bad, rate):
     samples = noise(4 * rate)
     samples[100] = bad
     path = write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
@@ -176,15 +162,6 @@ def test_what_is_no_audio_says_why(tmp_path, name, content, reason):
         with pytest.raises(AudioError, match=reason) as error:
             read(str(path))
         assert error.value.path == str(path) and "\n" not in str(error.value)
-
-
-def test_a_folder_and_a_file_without_samples_are_errors(tmp_path):
-    with pytest.raises(AudioError, match="folder"):
-        probe(str(tmp_path))
-    path = write(tmp_path / "a.wav", noise(0))
-    for read in (probe, read_crop):
-        with pytest.raises(AudioError, match="holds no audio"):
-            read(path)
 
 
 def test_an_audio_error_survives_pickling():
@@ -234,24 +211,6 @@ def test_what_16_bits_would_not_hold_is_float32(tmp_path, suffix, rate, channels
     assert crop.dtype == np.float32
     assert (np.rint(crop * 32_768) != crop * 32_768).any()
     np.testing.assert_array_equal(crop, read_crop(path, 100, 5_000))
-
-
-def test_16_bit_samples_are_padded_and_moved_back_like_others(tmp_path):
-    path = write(tmp_path / "a.wav", noise(15_950))
-    whole, _ = soundfile.read(path, dtype="int16")
-    padded = read_pcm(path, 0, 16_000)
-    assert padded.dtype == np.int16
-    np.testing.assert_array_equal(padded, np.pad(whole, (0, 50)))
-    np.testing.assert_array_equal(read_pcm(path, 15_000, 1_100), whole[-1_100:])
-
-
-def test_16_bit_samples_of_a_flac_that_does_not_tell_its_length(tmp_path):
-    path = tmp_path / "a.flac"
-    write(path, noise(40_000))
-    whole, _ = soundfile.read(path, dtype="int16")
-    set_flac_length(path, 0)
-    np.testing.assert_array_equal(read_pcm(str(path), 5_000, 777), whole[5_000:5_777])
-    assert read_pcm(str(path), 5_000, 777).dtype == np.int16
 
 
 @pytest.mark.parametrize(

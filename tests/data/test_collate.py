@@ -23,7 +23,7 @@ def test_sixteen_bits_stay_sixteen_bits():
     assert padded.tolist() == [rows[0].tolist(), rows[1].tolist() + [0, 0]]
 
 
-def test_one_row_of_floats_makes_all_of_them_floats_of_full_scale_one():
+def test_one_row_of_floats_makes_all_rows_floats():
     (pcm,) = samples(4)
     floats = np.array([0.25, -3.0], np.float32)
     padded = pad([pcm, floats])
@@ -33,7 +33,7 @@ def test_one_row_of_floats_makes_all_of_them_floats_of_full_scale_one():
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_the_device_hears_what_the_feature_extractor_makes_of_each_row(normalize):
+def test_sound_is_what_the_feature_extractor_makes(normalize):
     config, lengths = tiny_config(), [16_400, 9_000]
     rows = [row // 8 + 100 for row in samples(*lengths)]
     batch = replace(make_batch(config, lengths), waveforms=pad(rows), normalize=normalize)
@@ -48,7 +48,7 @@ def test_the_device_hears_what_the_feature_extractor_makes_of_each_row(normalize
     torch.testing.assert_close(sound(as_floats), heard)
 
 
-def test_what_the_host_says_of_a_batch_is_what_the_device_holds():
+def test_host_and_device_agree_about_a_batch():
     config = tiny_config(layerdrop=0.5)
     batch = make_batch(config, [16_400, 9_000, 9_000, 24_000])
     assert list(batch.lengths) == batch.frames.tolist()

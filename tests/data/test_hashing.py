@@ -46,15 +46,11 @@ def test_derive_is_splitmix_in_exact_integers():
         assert unsigned(derive(key, *parts)) == [exact_derive(key, *parts)]
 
 
-def test_keys_and_parts_broadcast_to_the_hash_of_each_combination():
+def test_keys_and_parts_broadcast():
     keys, parts = torch.tensor([3, -5]), torch.tensor([0, 1, 8])
     expected = [exact_derive(key, 4, part) for key in keys.tolist() for part in parts.tolist()]
     h = derive(keys[:, None], 4, parts)
     assert h.shape == (2, 3) and unsigned(h) == expected
-
-
-def test_integers_and_tensors_give_the_same_hash():
-    assert derive(9, 2, 5) == derive(torch.tensor(9), torch.tensor(2), torch.tensor(5))
 
 
 def test_below_uniform_and_positive_take_the_upper_bits():
@@ -80,26 +76,7 @@ def test_below_is_uniform(n):
     assert len(counts) == n and chi_square < (n - 1) + 5 * (2 * (n - 1)) ** 0.5
 
 
-def test_uniform_has_the_moments_of_the_uniform_distribution():
-    u = uniform(many_hashes())
-    assert abs(float(u.mean()) - 1 / 2) < 5 * (1 / 12 / len(u)) ** 0.5
-    assert abs(float(u.var()) - 1 / 12) < 1e-3
-
-
-def test_neighbouring_counters_are_uncorrelated():
-    u = uniform(many_hashes())
-    assert abs(float(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1])) < 5 / len(u) ** 0.5
-
-
-def test_every_bit_of_the_counter_moves_about_half_of_the_bits_of_the_hash():
-    counters = torch.arange(2000)
-    for bit in (0, 5, 31, 62):
-        changed = derive(1, counters) ^ derive(1, counters ^ (1 << bit))
-        flipped = np.mean([x.bit_count() for x in unsigned(changed)])
-        assert 31 < flipped < 33
-
-
-def test_no_stream_can_be_taken_for_an_epoch_an_utterance_or_a_counter():
+def test_streams_are_distinct_and_no_counters():
     names = ("ORDER", "CROP", "MASK", "DISTRACTOR", "LAYERDROP", "NOISE")
     streams = {getattr(hashing, name) for name in names}
     assert len(streams) == len(names) and max(streams) < 0

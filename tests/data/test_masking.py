@@ -66,7 +66,7 @@ def test_audio_too_short_for_one_frame_has_none():
 # -- masks
 
 
-def test_masks_of_random_shapes_are_spans_inside_their_row_and_as_many_as_asked():
+def test_masks_are_as_many_spans_inside_their_row_as_asked():
     for _, frames, prob, length, min_spans, mask in random_masks():
         assert mask.shape == (len(frames), frames.max()) and mask.dtype == torch.bool
         assert not mask[torch.arange(mask.shape[1]) >= frames[:, None]].any(), "masked beyond a row's end"
@@ -76,14 +76,6 @@ def test_masks_of_random_shapes_are_spans_inside_their_row_and_as_many_as_asked(
             fewest = min(max(int(prob * t / length), min_spans), room)
             most = min(max(int(prob * t / length) + 1, min_spans), room)
             assert (length + fewest - 1 if fewest else 0) <= num_masked <= most * length
-
-
-def test_at_least_two_spans_where_there_is_room_by_default():
-    length = 10
-    for t in (20, 21, 25, 30):
-        mask = mask_spans(keys_of(300), torch.full((300,), t), prob=0.0, length=length)
-        assert (mask.sum(1) > length).all(), "two different starts mask more than one span's frames"
-        assert (mask.sum(1) <= 2 * length).all() and (mask.sum(1) == 2 * length).any()
 
 
 def test_a_row_shorter_than_a_span_has_no_mask():
@@ -135,14 +127,14 @@ def test_every_start_of_a_span_is_equally_likely():
     assert len(counts) == 6 and float(((counts - 1_000) ** 2 / 1_000).sum()) < chi_square_bound(6)
 
 
-def test_the_number_of_spans_is_rounded_up_as_often_as_its_fraction_says():
+def test_the_number_of_spans_is_rounded_at_random():
     """0.5 · 25 / 5 = 2.5 spans: two and three equally often; three starts of five frames cannot hide in ten."""
     mask = mask_spans(keys_of(8_000), torch.full((8_000,), 250), prob=0.05, length=5, min_spans=0)
     three = (mask.sum(1) > 10).double().mean()
     assert 0.44 < float(three) <= 0.5 + 5 * (0.25 / 8_000) ** 0.5
 
 
-def test_masked_positions_are_the_masked_frames_in_rising_order():
+def test_masked_positions_are_in_rising_order():
     for *_, mask in random_masks()[::3]:
         positions, counts = masked_positions(mask)
         expected = [row.nonzero()[0].tolist() for row in mask.numpy()]
@@ -156,7 +148,7 @@ def test_masked_positions_are_the_masked_frames_in_rising_order():
 # -- distractors
 
 
-def test_distractors_are_other_masked_frames_of_the_same_row():
+def test_distractors_are_other_masked_frames_of_the_row():
     rng = np.random.default_rng(1)
     for shape in range(NUM_SHAPES):
         counts = torch.from_numpy(rng.integers(2, 60, int(rng.integers(1, 7))))
@@ -192,21 +184,14 @@ def test_distractors_are_uniform_over_the_other_frames(count):
         assert float(((others - expected) ** 2 / expected).sum()) <= chi_square_bound(count - 1)
 
 
-def test_distractors_are_drawn_with_replacement_and_anew_for_every_frame():
+def test_distractors_are_drawn_with_replacement():
     drawn = distractors(keys_of(1), torch.tensor([40]), 40, 100)[0]
     assert all(len(frame.unique()) < 40 for frame in drawn)
     assert len({tuple(frame.tolist()) for frame in drawn}) == 40
 
 
-def test_the_draws_of_neighbouring_frames_are_unrelated():
-    drawn = distractors(keys_of(1), torch.tensor([200]), 200, 100)[0]
-    for shift in (0, 1, 2):
-        alike = (drawn[1:, : 100 - shift] == drawn[:-1, shift:]).double().mean()
-        assert float(alike) < 2 / 199
-
-
 @pytest.mark.parametrize("counts", [[1], [0], [1, 0], [1, 5], [0, 2]])
-def test_a_row_without_other_frames_gives_indices_that_can_be_gathered(counts):
+def test_a_row_without_other_frames_can_be_gathered(counts):
     drawn = distractors(keys_of(len(counts)), torch.tensor(counts), max(counts), 4)
     assert drawn.shape[1] == max(counts)
     if drawn.numel():
@@ -217,7 +202,7 @@ def test_a_row_without_other_frames_gives_indices_that_can_be_gathered(counts):
 # -- layerdrop
 
 
-def test_layerdrop_is_decided_for_each_utterance_and_layer_by_its_key():
+def test_layerdrop_depends_on_utterance_and_layer():
     keys = keys_of(4_000)
     kept = kept_rows(keys, 3, 0.3)
     assert kept.shape == (3, 4_000)

@@ -92,7 +92,7 @@ def test_lower_orders_count_the_words_before():
     assert ("<s>",) not in counts[0]
 
 
-def test_discounts_follow_the_counts_of_counts_or_are_not_there():
+def test_discounts_follow_the_counts_of_counts():
     found = discounts([1] * 50 + [2] * 20 + [3] * 10 + [4] * 6 + [9] * 3)
     y = 50 / 90
     assert found == pytest.approx((1 - 2 * y * 20 / 50, 2 - 3 * y * 10 / 20, 3 - 4 * y * 6 / 10))

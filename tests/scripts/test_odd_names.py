@@ -154,7 +154,7 @@ def test_a_folder_is_read_whatever_its_files_are_named(corpus):
     assert lengths == found_in(corpus)
 
 
-def test_prepare_folder_writes_a_manifest_that_finds_every_file_again(corpus, tmp_path):
+def test_prepare_folder_finds_every_file_again(corpus, tmp_path):
     for output in (tmp_path / "elsewhere.csv", corpus / "inside.csv"):
         assert prepare_folder.main([str(corpus), "--output", str(output)]) == 0
         table, skipped = load_manifest([str(output)], probe=probe)
@@ -163,7 +163,7 @@ def test_prepare_folder_writes_a_manifest_that_finds_every_file_again(corpus, tm
         assert found == found_in(corpus)
 
 
-def test_a_name_that_is_no_text_is_listed_or_refused_in_one_line(tmp_path, capsys):
+def test_a_name_that_is_no_text_is_refused(tmp_path, capsys):
     good, odd = tmp_path / "audio" / "good.wav", os.fsencode(tmp_path / "audio") + b"/caf\xe9.wav"
     good.parent.mkdir()
     for path in (good, odd):
@@ -248,7 +248,7 @@ def test_predictions_are_a_line_an_utterance(tmp_path):
 
 @pytest.mark.parametrize("name", ["line\nbreak.wav", "escape\x1b[31mred\x07.wav", "a\u2028b.wav", "null\0.wav"])
 @pytest.mark.parametrize("measured", [True, False])
-def test_a_message_about_an_odd_name_is_one_line_without_terminal_codes(tmp_path, capsys, name, measured):
+def test_an_odd_name_gives_one_line_without_codes(tmp_path, capsys, name, measured):
     tiny_config().save_pretrained(tmp_path / "model")
     row = {"audio": f"/gone/{name}"} | ({} if measured else {"duration": 3.0})
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
