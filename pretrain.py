@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
@@ -25,14 +24,13 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
-from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.batching import EffectiveBatches, MicroBatchPlan, PlanStream, plan_validation
+from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing
 from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
 from w2v2.hub.card import write_model_card
 from w2v2.hub.curves import draw_plots
-from w2v2.hub.push import HubPusher
+from w2v2.hub.push import HubPusher, start_pusher
 from w2v2.model.config import build_config
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_feature_extractor, build_framing, build_model
@@ -40,8 +38,8 @@ from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
 from w2v2.train.launch import end_training, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
-from w2v2.train.micro_batch import Trial, device_share, fit
-from w2v2.train.plan import build_batches, present_plan
+from w2v2.train.micro_batch import find_micro_batch
+from w2v2.train.plan import build_batches, present_plan, write_config
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.skipped import SkippedAudio, SkippedUpdates
@@ -127,11 +125,12 @@ def main() -> None:
     run = Run(args, config, accelerator, model, optimizer, feature_extractor, framing, state, training, validation)
 
     # 4. The micro-batch, which cuts the effective batch to what a device holds.
-    state.micro_batch_seconds = args.micro_batch_seconds or fit_micro_batch(run, batches)
+    state.micro_batch_seconds = args.micro_batch_seconds or find_micro_batch(run, batches)
     state.num_processes = accelerator.num_processes
     present_plan(training, batches, args, accelerator, state.micro_batch_seconds)
     pusher = start_pusher(args, accelerator)
-    write_config(run)
+    if accelerator.is_main_process:
+        write_config(args, state.micro_batch_seconds)
 
     # 5. Updates until `max_steps`, or until the run is asked to stop.
     # Libraries and model are a million objects. Frozen, they neither delay the garbage collector nor are copied into forked workers.
@@ -150,21 +149,6 @@ def main() -> None:
         raise Stopped(
             f"stopped after update {state.step:,} of {args.max_steps:,} ({stop.reason}); it goes on with --resume_from_checkpoint auto"
         )
-
-
-def fit_micro_batch(run: Run, batches: EffectiveBatches) -> float:
-    """Seconds for `--micro_batch_seconds auto`: the checkpoint's, as noise follows the cut, or what the devices hold."""
-    accelerator, state, seconds = run.accelerator, run.state, run.state.micro_batch_seconds
-    longest = max([batches.longest] + ([build_batches(run.validation, run.args).longest] if run.validation else []))
-    is_known = seconds is not None and seconds * SAMPLING_RATE >= longest
-    if is_known and state.num_processes == accelerator.num_processes:
-        announce(accelerator, f"micro-batch   auto: {seconds:.1f} s, as before the checkpoint")
-        return seconds
-    settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
-    trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
-    seconds, finding = fit(trial, device_share(batches, longest, accelerator.num_processes))
-    announce(accelerator, f"micro-batch   auto: {finding}")
-    return seconds
 
 
 def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None, stop: StopRequest) -> None:
@@ -222,29 +206,6 @@ def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None,
                 if pusher and folder:
                     pusher.push(folder, f"Weights after {state.step} updates")
                 clock.lap()
-
-
-def write_config(run: Run) -> None:
-    """The resolved flags, for a run to be repeated with, without those that concern the output folder's past.
-
-    `micro_batch_seconds` is the number that was found, so that a repeated run cuts alike.
-    """
-    once = ("overwrite_output_dir", "resume_from_checkpoint", "accept_changed_batches", "dry_run")
-    flags = {name: value for name, value in vars(run.args).items() if name not in once}
-    flags["micro_batch_seconds"] = run.state.micro_batch_seconds
-    if run.accelerator.is_main_process:
-        text = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
-        (Path(run.args.output_dir) / "pretrain_config.yaml").write_text(text, encoding="utf-8")
-
-
-def start_pusher(args, accelerator: Accelerator) -> HubPusher | None:
-    """None without `--push_to_hub`, and on other processes than the main one."""
-    if not args.push_to_hub or not accelerator.is_main_process:
-        return None
-    private = args.hub_private_repo or None  # None: as the account's default says
-    return HubPusher(
-        args.output_dir, repo_id=args.hub_model_id, private=private, every_save=args.hub_strategy == "every_save"
-    )
 
 
 def finish(run: Run, pusher: HubPusher | None) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import yaml
+from accelerate import Accelerator
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
@@ -168,6 +169,16 @@ def _link_or_copy(path: Path, target: Path) -> None:
         os.link(path, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, target)
+
+
+def start_pusher(args, accelerator: Accelerator) -> HubPusher | None:
+    """None without `--push_to_hub`, and on other processes than the main one."""
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return None
+    private = args.hub_private_repo or None  # None: as the account's default says
+    return HubPusher(
+        args.output_dir, repo_id=args.hub_model_id, private=private, every_save=args.hub_strategy == "every_save"
+    )
 
 
 class HubCallback(TrainerCallback):

@@ -26,7 +26,10 @@ from w2v2.data.batching import LATENT_STRIDE, Crops, Cursor, EffectiveBatches, M
 from w2v2.data.collate import Framing, PretrainBatch, build_batch
 from w2v2.data.masking import masked_positions
 from w2v2.errors import UserError
-from w2v2.train.update import UpdateSettings, seed_noise
+from w2v2.train.log import announce
+from w2v2.train.plan import build_batches
+from w2v2.train.schedule import UpdateSettings
+from w2v2.train.update import seed_noise
 
 DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
@@ -136,8 +139,26 @@ def largest(fits: Callable[[int], bool], bound: int) -> int:
     return low
 
 
+def find_micro_batch(run, batches: EffectiveBatches) -> float:
+    """Seconds for `--micro_batch_seconds auto`: the checkpoint's, as noise follows the cut, or what the devices hold.
+
+    `run` has `args`, `config`, `accelerator`, `model`, `optimizer`, `framing`, `state` and `validation`. Call on all ranks.
+    """
+    accelerator, state, seconds = run.accelerator, run.state, run.state.micro_batch_seconds
+    longest = max([batches.longest] + ([build_batches(run.validation, run.args).longest] if run.validation else []))
+    is_known = seconds is not None and seconds * SAMPLING_RATE >= longest
+    if is_known and state.num_processes == accelerator.num_processes:
+        announce(accelerator, f"micro-batch   auto: {seconds:.1f} s, as before the checkpoint")
+        return seconds
+    settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
+    trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
+    seconds, finding = fit(trial, device_share(batches, longest, accelerator.num_processes))
+    announce(accelerator, f"micro-batch   auto: {finding}")
+    return seconds
+
+
 def device_share(batches: EffectiveBatches, longest: int, num_ranks: int) -> int:
-    """Crops of `longest` samples that hold a device's share of an effective batch: a larger micro-batch saves no round."""
+    """Crops of `longest` samples that hold a device's share of an effective batch. A larger micro-batch saves no round."""
     return max(1, math.ceil(batches.batch_samples / num_ranks / longest))
 
 
@@ -145,7 +166,7 @@ def fit(trial: Trial, share: int) -> tuple[float, str]:
     """Seconds of the largest micro-batch that every rank's device holds, and the finding for people. Call on all ranks.
 
     Args:
-        share: crops beyond which nothing is gained (`device_share`).
+        share: crops beyond which nothing is gained .
 
     Raises `UserError` if not even one crop fits.
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from accelerate import Accelerator
 
 from w2v2.data.audio import SAMPLING_RATE
@@ -147,3 +148,14 @@ def present_plan(
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(args, micro_batch_seconds: float) -> None:
+    """Write `pretrain_config.yaml`: the resolved flags, to repeat the run with, without those about the output folder's past.
+
+    `micro_batch_seconds` is the number that was found, so that a repeated run cuts alike.
+    """
+    once = ("overwrite_output_dir", "resume_from_checkpoint", "accept_changed_batches", "dry_run")
+    flags = {name: value for name, value in vars(args).items() if name not in once}
+    text = yaml.safe_dump(flags | {"micro_batch_seconds": micro_batch_seconds}, sort_keys=False, allow_unicode=True)
+    (Path(args.output_dir) / "pretrain_config.yaml").write_text(text, encoding="utf-8")
