@@ -63,10 +63,8 @@ def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
         raise UserError(f"manifest {path} does not exist: check the path (relative ones start at {os.getcwd()})")
     read = _read_folder if path.is_dir() else READERS.get(path.suffix.lower())
     if read is None:
-        kinds = ", ".join(READERS)
-        raise UserError(
-            f"manifest {path} has the unknown suffix {path.suffix!r}: use {kinds}, or a folder of audio files"
-        )
+        kinds = f"{', '.join(READERS)}, or a folder of audio files"
+        raise UserError(f"manifest {path} has the unknown suffix {path.suffix!r}: use {kinds}")
     wanted = frozenset(wanted)
     try:
         raw = read(path, wanted)
@@ -116,10 +114,9 @@ def _read_delimited(path: Path, wanted: frozenset[str]) -> RawTable:
     def rows() -> Iterator[tuple[int, dict]]:
         for number, (line, cells) in enumerate(lines, 1):
             if len(cells) != len(found):
-                raise UserError(
-                    f"{path}: row {number} (line {line}) has {len(cells)} cells where the header has {len(found)}: "
-                    "put quotes round a value that holds the delimiter"
-                )
+                counts = f"{len(cells)} cells where the header has {len(found)}"
+                remedy = "put quotes round a value that holds the delimiter"
+                raise UserError(f"{path}: row {number} (line {line}) has {counts}: {remedy}")
             yield line, dict(zip(found, cells, strict=True))
 
     return RawTable(path, _build_table(rows(), wanted), found, root)
