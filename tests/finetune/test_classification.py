@@ -67,7 +67,7 @@ def items(seed=0):
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_an_utterance_in_a_padded_batch_comes_out_as_alone_in_the_stock_model(large, weighted):
+def test_a_padded_batch_gives_what_the_stock_model_gives(large, weighted):
     torch.manual_seed(0)
     config = tiny_config(large, **QUIET, use_weighted_layer_sum=weighted, num_labels=3)
     stock = Wav2Vec2ForSequenceClassification(config).eval()
@@ -79,23 +79,8 @@ def test_an_utterance_in_a_padded_batch_comes_out_as_alone_in_the_stock_model(la
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_scores_and_probabilities_do_not_move_with_the_evaluation_batch_size(table, tmp_path, large):
-    outputs = []
-    for batch in (1, 3, 8):
-        trainer = make_trainer(
-            table, tmp_path / str(batch), model_changes=LARGE if large else None, per_device_eval_batch_size=batch
-        )
-        outputs.append(trainer.predict(trainer.eval_dataset))
-    assert len(np.unique(outputs[0].predictions.round(6), axis=0)) > 1
-    for output in outputs[1:]:
-        np.testing.assert_allclose(output.predictions, outputs[0].predictions, atol=1e-5)
-        for name in ("loss", "accuracy", "uar", "macro_f1", "utterances"):
-            assert output.metrics[f"test_{name}"] == pytest.approx(outputs[0].metrics[f"test_{name}"], abs=1e-5)
-
-
 @pytest.mark.parametrize("weights", [None, [0.4, 2.5, 1.1]])
-def test_accumulating_four_batches_of_one_equals_one_batch_of_four(table, tmp_path, weights):
+def test_four_batches_of_one_equal_one_batch_of_four(table, tmp_path, weights):
     flags = dict(max_steps=1, eval_steps=1, save_steps=1, optim="sgd", warmup_steps=0.0, max_grad_norm=1e9)
     norms, changes = [], []
     for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
@@ -128,7 +113,7 @@ def test_class_weights_multiply_an_utterances_loss(table, tmp_path):
     torch.testing.assert_close(trainer._loss(logits, targets), expected)
 
 
-def test_a_frozen_encoder_is_left_as_it_was_and_neither_drops_nor_masks(table, tmp_path):
+def test_a_frozen_encoder_neither_learns_drops_nor_masks(table, tmp_path):
     noisy = dict(hidden_dropout=0.5, attention_dropout=0.5, layerdrop=0.5, mask_time_prob=0.5, mask_time_length=2)
     trainer = make_trainer(table, tmp_path, model_changes=noisy, freeze_encoder=True)
     before = weights_of(trainer)
@@ -141,16 +126,7 @@ def test_a_frozen_encoder_is_left_as_it_was_and_neither_drops_nor_masks(table, t
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == changed
 
 
-def test_the_convs_never_learn_and_the_rest_does(table, tmp_path):
-    trainer = make_trainer(table, tmp_path)
-    before = weights_of(trainer)
-    trainer.train()
-    changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
-    assert not any(name.startswith("wav2vec2.feature_extractor") for name in changed)
-    assert {"wav2vec2.encoder.layers.0.attention.q_proj.weight", "classifier.weight", "projector.bias"} <= changed
-
-
-def test_layer_weights_begin_even_whatever_the_folder_holds(tmp_path):
+def test_layer_weights_begin_even(tmp_path):
     config = tiny_config(**QUIET, use_weighted_layer_sum=True)
     Wav2Vec2ForPreTraining(config).save_pretrained(tmp_path / "pretrained")
     model = build_classifier(config, CLASSES, str(tmp_path / "pretrained"))
@@ -164,7 +140,7 @@ def test_layer_weights_begin_even_whatever_the_folder_holds(tmp_path):
 
 
 @pytest.mark.parametrize("interrupted_at", [2, 5])
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(table, tmp_path, interrupted_at):
+def test_a_resumed_run_ends_with_the_same_weights(table, tmp_path, interrupted_at):
     random = dict(mask_time_prob=0.3, mask_time_length=4, layerdrop=0.3, activation_dropout=0.1)
     flags = dict(max_steps=7, eval_steps=1, save_steps=1, save_total_limit=9, load_best_model_at_end=False,
                  crop_seconds=0.4)  # fmt: skip
@@ -177,23 +153,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(table, tmp_
         assert torch.equal(value, expected[name]), name
 
 
-def test_unreadable_utterances_are_neither_scored_nor_predicted(table, tmp_path):
-    (tmp_path / "broken.wav").write_bytes(b"no audio")
-    rows = table.to_list()
-    rows[3]["audio"] = str(tmp_path / "broken.wav")
-    trainer = make_trainer(Dataset.from_list(rows), tmp_path / "run", max_skipped_fraction=0.2)
-    output = trainer.predict(trainer.eval_dataset)
-    lost = [
-        row["id"] for row, p in zip(trainer.eval_dataset.table, output.predictions, strict=True) if np.isnan(p).all()
-    ]
-    assert (lost, output.metrics["test_utterances"]) == (["3"], 7)
-    whole = make_trainer(table.select([row for row in range(8) if row != 3]), tmp_path / "whole")
-    expected = whole.predict(whole.eval_dataset).metrics
-    assert output.metrics["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
-    assert output.metrics["test_uar"] == pytest.approx(expected["test_uar"])
-
-
-def test_the_mode_decides_learning_rate_masks_and_layer_sum(tmp_path):
+def test_the_mode_decides_rate_masks_and_layer_sum(tmp_path):
     shared = dict(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"], config_name="c", use_cpu=True)
     whole = ClassificationArguments(**shared)
     frozen = ClassificationArguments(**shared, mode="probe", layerdrop=0.3)

@@ -29,7 +29,7 @@ def assert_same(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("case", ["mean", "sum"])
-def test_the_gradient_is_the_same_in_one_micro_batch_and_in_many(table, tmp_path, case):
+def test_micro_batches_do_not_change_the_gradient(table, tmp_path, case):
     results = [
         one_update(table, tmp_path / str(micro), case, batch_seconds=1_000.0, micro_batch_seconds=micro)
         for micro in (1_000.0, 4.0, 1.2)
@@ -39,7 +39,7 @@ def test_the_gradient_is_the_same_in_one_micro_batch_and_in_many(table, tmp_path
         assert_same(result, results[0], 1e-4)
 
 
-def test_accumulation_four_times_one_has_the_gradient_of_one_times_four(table, tmp_path):
+def test_four_times_one_has_the_gradient_of_one_times_four(table, tmp_path):
     """`gradient_accumulation_steps` times `micro_batch_seconds` is the effective batch where no other is given."""
     seconds = sum(table["num_samples"]) / 16_000
     results = [
@@ -97,7 +97,7 @@ def test_a_run_by_seconds_resumes_exactly(table, tmp_path, interrupted_at):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_beam_search_and_loss_do_not_move_with_the_batch_size(table, tmp_path, reduction):
+def test_beam_search_does_not_move_with_the_batch_size(table, tmp_path, reduction):
     arpa = tmp_path / "lm.arpa"
     arpa.write_text(ARPA)
     found, losses = [], []

@@ -82,7 +82,7 @@ def test_lengths_choose_training_utterances():
         select_lengths(table, 5.0, None)
 
 
-def test_more_than_there_is_and_less_than_an_utterance_are_refused():
+def test_too_many_and_too_few_hours_are_refused():
     with pytest.raises(UserError, match="--train_hours 9: .* hold"):
         draw_hours(corpus(), 9.0, seed=0)
     with pytest.raises(UserError, match="shorter than one utterance"):

@@ -66,7 +66,7 @@ def test_the_epoch_is_drawn_that_was_asked_for():
     assert list(one) != first
 
 
-def test_few_utterances_are_one_update_and_a_giant_is_a_micro_batch_of_its_own():
+def test_few_are_one_update_and_a_giant_stands_alone():
     few = sampler(lengths=[3 * SECOND, 90 * SECOND, 2 * SECOND])
     assert len(few) == 1
     (update,) = few

@@ -104,7 +104,7 @@ def test_results_are_the_error_rates_of_the_predictions(data):
         assert line["wer"] == word_error_rate(line["reference"], line["hypothesis"])
 
 
-def test_the_folder_loads_as_stock_without_missing_or_unexpected_keys(data):
+def test_the_folder_loads_as_stock(data):
     model, report = Wav2Vec2ForCTC.from_pretrained(data / "run", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert model.config.architectures == ["Wav2Vec2ForCTC"]
@@ -113,7 +113,7 @@ def test_the_folder_loads_as_stock_without_missing_or_unexpected_keys(data):
     assert len(processor.tokenizer) == model.config.vocab_size
 
 
-def test_the_folder_works_in_the_stock_pipeline_and_gives_the_same_texts(data):
+def test_the_stock_pipeline_gives_the_same_texts(data):
     recognise = pipeline("automatic-speech-recognition", model=str(data / "run"), device="cpu")
     lines = [line for line in read_lines(data / "run" / "predictions.jsonl") if line["set"] == "validation"]
     for line in lines:
@@ -210,7 +210,7 @@ def test_bad_input_is_one_line_that_names_the_culprit(data, kind):
     assert culprit in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_script_itself_runs_from_yaml_and_ends_with_status_2_on_bad_input(data):
+def test_the_script_runs_from_yaml_and_ends_with_status_2(data):
     lines = [f"{flag.removeprefix('--')}: {value}" for flag, value in zip(SHORT[::2], SHORT[1::2], strict=False)]
     assert len(lines) > 5
     (data / "config.yaml").write_text(

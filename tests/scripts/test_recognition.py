@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 from test_finetune_ctc import command, data, read_json, read_lines, write_manifest, write_rows  # noqa: F401
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining, pipeline
+from transformers import pipeline
 
 import finetune_ctc
 from w2v2.errors import UserError
@@ -47,7 +47,7 @@ def evaluate(folder, output, *flags, model="run"):
     return read_json(folder / output / "results.json"), read_lines(folder / output / "predictions.jsonl")
 
 
-def test_a_fine_tuned_folder_alone_gives_the_results_of_its_run(more):
+def test_a_folder_alone_gives_the_results_of_its_run(more):
     expected = read_json(more / "run" / "results.json")
     results, lines = evaluate(
         more, "scores", "--test_data", str(more / "test.csv"), str(more / "silent.csv"), str(more / "empty.csv")
@@ -86,7 +86,7 @@ def test_results_hold_what_is_wrong_and_what_is_worst(more):
     assert [line["wer"] for line in worst] == sorted((line["wer"] for line in lines if line["wer"]), reverse=True)
 
 
-def test_a_language_model_is_tuned_on_the_validation_data_and_reported_beside_greedy(more):
+def test_a_language_model_is_tuned_and_reported(more):
     flags = [
         "--validation_data",
         str(more / "dev.csv"),
@@ -109,21 +109,6 @@ def test_a_language_model_is_tuned_on_the_validation_data_and_reported_beside_gr
     assert any(line["lm_hypothesis"] for line in lines)
 
 
-def test_the_settings_of_the_search_are_taken_as_given_without_tuning(more):
-    flags = [
-        "--test_data",
-        str(more / "test.csv"),
-        "--lm",
-        str(more / "lm.arpa"),
-        "--lm_weight",
-        "0.5",
-        "--word_score",
-        "2",
-    ]
-    results, _ = evaluate(more, "given", *flags)
-    assert (results["run"]["lm"]["lm_weight"], results["run"]["lm"]["word_score"]) == (0.5, 2.0)
-
-
 def test_few_labels_by_seconds_and_by_list(more):
     flags = ["--train_hours", "0.0009", "--micro_batch_seconds", "2", "--batch_seconds", "3"]
     finetune_ctc.main(command(more, *flags, output="few"))
@@ -136,7 +121,7 @@ def test_few_labels_by_seconds_and_by_list(more):
     assert set(read_json(more / "listed" / "vocab.json")) == {"<pad>", "<unk>", "|", *"ONETWHR"}
 
 
-def test_phonemes_are_learnt_scored_and_written_by_the_stock_pipeline(more):
+def test_phonemes_are_learnt_and_scored(more):
     texts = {"train": ["W AH1 N sil T UW1", "T UW1", "W AH1 N"] * 2, "dev": ["T UW1 sil", "W AH1 ZH"]}
     for seed, (name, lines) in enumerate(texts.items()):
         write_manifest(more / f"phone_{name}.csv", lines, seed=10 + seed)
@@ -159,7 +144,7 @@ def test_phonemes_are_learnt_scored_and_written_by_the_stock_pipeline(more):
 
 def slips(folder, kind):
     """Flags that are wrong in one way, the model to start from, and what the message has to name."""
-    lower, test = str(folder / "lower.arpa"), ["--test_data", str(folder / "test.csv")]
+    test = ["--test_data", str(folder / "test.csv")]
     if kind == "no_vocabulary":
         return test, "pretrained", "vocab.json"
     if kind == "vocabulary_without_head":
@@ -177,25 +162,16 @@ def slips(folder, kind):
         return test, "other_model", "hubert"
     if kind == "nothing_to_do":
         return [], "run", "--test_data"
-    if kind == "lower_case_lm":
-        (folder / "lower.arpa").write_text(ARPA.format("one", "two", "three"))
-        return [*test, "--lm", lower], "run", "'one'"
-    if kind == "absent_lm":
-        return [*test, "--lm", str(folder / "absent.arpa")], "run", "absent.arpa: no such file"
-    if kind == "garbage_lm":
-        return [*test, "--lm", str(folder / "run" / "model.safetensors")], "run", "no list of words"
     if kind == "tuning_without_data":
         return [*test, "--lm", str(folder / "lm.arpa"), "--tune_lm"], "run", "--validation_data"
-    if kind == "words_of_tokens":
-        return [*test, "--target_unit", "tokens", "--word_score", "1"], "run", "--word_score"
     if kind == "only_unknown_marks":
         write_rows(folder / "marks.csv", [{"audio": "test_0.wav", "text": "?!"}])
         return ["--test_data", str(folder / "marks.csv")], "run", "marks.csv: none of its 1"
     raise AssertionError(kind)
 
 
-KINDS = ["no_vocabulary", "vocabulary_without_head", "torn_vocabulary", "another_architecture", "nothing_to_do", "lower_case_lm",
-         "absent_lm", "garbage_lm", "tuning_without_data", "words_of_tokens", "only_unknown_marks"]  # fmt: skip
+KINDS = ["no_vocabulary", "vocabulary_without_head", "torn_vocabulary", "another_architecture", "nothing_to_do",
+         "tuning_without_data", "only_unknown_marks"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,25 +189,9 @@ def test_lm_slips_show_before_any_training(more):
     assert not list((more / "lm_slip").glob("checkpoint-*"))
 
 
-def test_characters_that_the_model_lacks_are_counted_in_evaluation(more):
-    write_manifest(more / "strange.csv", ["one zwölf", "zwo"], seed=20)
-    results, _ = evaluate(more, "strange", "--test_data", str(more / "strange.csv"))
-    assert results["strange"]["unknown_characters"] == {"total": 5, "counts": {"Z": 2, "Ö": 1, "L": 1, "F": 1}}
-
-
 def test_a_folder_of_lower_case_is_scored_in_lower_case(more):
     finetune_ctc.main(command(more, "--text_case", "lower", output="lower"))
     (more / "lower" / "finetune_config.yaml").unlink()  # the vocabulary tells it too
     results, lines = evaluate(more, "lower_scores", "--test_data", str(more / "test.csv"), model="lower")
     assert results["test"]["unknown_characters"]["total"] == 0
     assert {line["reference"] for line in lines} == {"three two", "one one"}
-
-
-def test_a_wider_pretrained_model_of_another_kind_is_no_start(more):
-    Wav2Vec2ForPreTraining(Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8] * 7,
-        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)).save_pretrained(more / "narrow")  # fmt: skip
-    Wav2Vec2FeatureExtractor().save_pretrained(more / "narrow")
-    shutil.copy(more / "pretrained" / "config.json", more / "narrow")
-    with pytest.raises(UserError, match="narrow.* weights, such as"):
-        finetune_ctc.main(command(more, model="narrow", output="narrow_run"))
