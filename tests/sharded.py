@@ -5,27 +5,27 @@ RANK=0 WORLD_SIZE=2 … python tests/sharded.py updates FOLDER
 RANK=0 WORLD_SIZE=2 … python tests/sharded.py pretrain [CONFIG.yaml] --flag value …
 """
 
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from ranks import REPOSITORY
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import Wav2Vec2FeatureExtractor
+from two_ranks import DEALS, FIVE, NOISY, build_model, dummy, pieces, settings
 
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from accelerate.state import AcceleratorState, PartialState  # noqa: E402
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
-from two_ranks import DEALS, FIVE, NOISY, build_model, dummy, pieces, settings  # noqa: E402
-
-from w2v2.model.pretraining import PretrainingModel  # noqa: E402
-from w2v2.train import launch  # noqa: E402
-from w2v2.train.checkpoint import load_optimizer, save_checkpoint  # noqa: E402
-from w2v2.train.launch import leave_group  # noqa: E402
-from w2v2.train.update import accumulate, build_optimizer, train_update  # noqa: E402
+from w2v2.model.pretraining import PretrainingModel
+from w2v2.train import launch
+from w2v2.train.checkpoint import load_optimizer, save_checkpoint
+from w2v2.train.launch import leave_group
+from w2v2.train.update import accumulate, build_optimizer, train_update
 
 RECIPE = SimpleNamespace(decay_norms_and_biases=False, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.98,
                          adam_epsilon=1e-6, learning_rate=0.01)  # fmt: skip
@@ -121,8 +121,6 @@ def update_once(accelerator: Accelerator, model, optimizer, step: int) -> dict:
 
 def pretrain_sharded() -> None:
     """The whole program, its checks included, but for the one that there is an accelerator."""
-    import pretrain
-    from w2v2.cli import run_script
 
     def sharded_accelerator(**arguments) -> Accelerator:
         accelerator = Accelerator(**arguments)
@@ -132,7 +130,7 @@ def pretrain_sharded() -> None:
         return accelerator
 
     launch.Accelerator = sharded_accelerator
-    run_script(pretrain.main)
+    runpy.run_path(str(REPOSITORY / "pretrain.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -5,17 +5,14 @@ RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks.py OU
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import torch
+from accelerate import Accelerator
+from conftest import make_batch, tiny_config
 
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from conftest import make_batch, tiny_config  # noqa: E402
-
-from w2v2.model.pretraining import PretrainingModel  # noqa: E402
-from w2v2.train.launch import leave_group  # noqa: E402
-from w2v2.train.update import UpdateSettings, accumulate  # noqa: E402
+from w2v2.model.pretraining import PretrainingModel
+from w2v2.train.launch import leave_group
+from w2v2.train.update import UpdateSettings, accumulate
 
 LENGTHS = [24_000, 22_000, 16_400, 16_400, 12_345, 9_000, 6_000]  # samples, longest first, as a cut has them
 FIVE = [2, 1, 2, 1, 1]  # utterances in each of five pieces: every piece has another number of masked frames

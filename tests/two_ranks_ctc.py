@@ -6,22 +6,20 @@ RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks_ctc.p
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import numpy as np
+import soundfile
+import torch
+from conftest import tiny_config
+from datasets import Dataset
+from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
-import numpy as np  # noqa: E402
-import soundfile  # noqa: E402
-import torch  # noqa: E402
-from conftest import tiny_config  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC  # noqa: E402
-
-from w2v2.finetune import ctc_data  # noqa: E402
-from w2v2.finetune.arguments import FineTuningArguments  # noqa: E402
-from w2v2.finetune.ctc import CTCTrainer  # noqa: E402
-from w2v2.finetune.decoding import BeamDecoder, Setting  # noqa: E402
-from w2v2.finetune.text import build_vocabulary, make_processor  # noqa: E402
-from w2v2.model.feature_encoder import hide_padding  # noqa: E402
-from w2v2.train.launch import leave_group  # noqa: E402
+from w2v2.finetune import ctc_data
+from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.ctc import CTCTrainer
+from w2v2.finetune.decoding import BeamDecoder, Setting
+from w2v2.finetune.text import build_vocabulary, make_processor
+from w2v2.model.feature_encoder import hide_padding
+from w2v2.train.launch import leave_group
 
 WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
 VOCABULARY = build_vocabulary(WORDS)

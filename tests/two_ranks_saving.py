@@ -8,14 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from tiny_run import MODEL, Run, file_size_limit, flip, prepare
+from transformers import Wav2Vec2FeatureExtractor
 
-from tiny_run import MODEL, Run, file_size_limit, flip, prepare  # noqa: E402
-from transformers import Wav2Vec2FeatureExtractor  # noqa: E402
-
-from w2v2.errors import UserError  # noqa: E402
-from w2v2.train.checkpoint import save_model  # noqa: E402
-from w2v2.train.launch import leave_group  # noqa: E402
+from w2v2.errors import UserError
+from w2v2.train.checkpoint import save_model
+from w2v2.train.launch import leave_group
 
 
 def outcome(action):
