@@ -1,5 +1,4 @@
-"""Fine-tuning with `Trainer`: pretrained weights and transcribed or labelled utterances in, a stock model and its
-scores out.
+"""Fine-tuning with `Trainer`: pretrained weights, transcribed or labelled audio in; a stock model and its scores out.
 
 Reading order: `arguments`, `task_arguments` (flags); `batching`, `trainer` (shared by both tasks); for recognition
 `text`, `subsets`, `ctc_data`, `ctc`, `decoding`, `recognition`; for labels of whole utterances `labels`,

@@ -123,8 +123,7 @@ def collate_update(micro_batches: list[dict[str, Any]]) -> dict[str, list]:
 
 
 class DrawEpoch(TrainerCallback):
-    """Tells the sampler which epoch it draws; accelerate's loaders do not on every path. Ranks draw masks of their
-    own."""
+    """Tells the sampler which epoch it draws; accelerate's loaders sometimes do not. Ranks draw masks of their own."""
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler

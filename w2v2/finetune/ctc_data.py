@@ -229,8 +229,7 @@ def check_skipped(skipped: Sequence[dict[str, str]], num_files: int, max_fractio
 
 
 def collate_speech(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Items → input_values (B, S), zeros at the end; labels (B, U), -100 at the end; attention_mask (B, S) if lengths
-    differ."""
+    """Items → input_values (B, S), labels (B, U) padded with -100, and attention_mask (B, S) where lengths differ."""
     lengths = torch.tensor([len(item["input_values"]) for item in items])  # (B,)
     input_values = torch.zeros(len(items), int(lengths.max()))
     labels = torch.full((len(items), max(1, *(len(item["labels"]) for item in items))), _IGNORED)

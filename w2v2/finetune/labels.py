@@ -1,5 +1,4 @@
-"""Labelled utterances: the column of the label, the labels that count, what `Trainer` draws from, folds of whole
-groups.
+"""Labelled utterances: the label's column, the labels that count, what `Trainer` draws from, folds of whole groups.
 
 Shapes: B utterances, S samples.
 """
@@ -42,8 +41,7 @@ def read_labelled(
 
 
 def column_of(table: Dataset, name: str, flag: str, source: str) -> str:
-    """The table's name of a column that a flag asks for: the manifest's reader may have renamed `emotion` to
-    `label`."""
+    """The table's name of a column that a flag asks for: the manifest's reader renames `emotion` to `label`."""
     for known in (name, name.lower(), *(extra for extra in EXTRAS if name.lower() in COLUMNS[extra])):
         if known in table.column_names:
             return known

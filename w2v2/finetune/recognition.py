@@ -63,8 +63,7 @@ def score(
 
 
 def tune_decoder(trainer: CTCTrainer, data: SpeechDataset, text_args: CTCArguments) -> dict[str, Any]:
-    """Search some utterances with every setting of a small grid, and go on with the best. Returns the grid's error
-    rates."""
+    """Search some utterances with every setting of a small grid, and go on with the best. Returns the error rates."""
     unit, decoder = unit_of(trainer.vocabulary), trainer.decoder
     grid, name = tuning_grid(unit), RATES[unit][0]
     some = data.take(sorted(draw_order(data.table, text_args.subset_seed)[: text_args.tune_utterances]))

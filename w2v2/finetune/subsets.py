@@ -33,8 +33,7 @@ def describe_table(table: Dataset) -> str:
 def select_training(
     train: Dataset, config: Wav2Vec2Config, args: FineTuningArguments, text_args: CTCArguments
 ) -> Dataset:
-    """What a run learns from: utterances listed, within the lengths, long enough for their text, and so many hours of
-    these.
+    """What a run learns from: the utterances listed, of fitting length, and so many hours of these.
 
     CTC's loss is infinite where an utterance has fewer latent frames than its text needs.
     """

@@ -89,8 +89,7 @@ class CTCArguments:
 
 
 def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
-    """Flags that normalise transcripts as in the training of the fine-tuned folder `source`; a flag that was given
-    wins.
+    """Flags that normalise transcripts as the fine-tuned folder `source` did; a flag that was given wins.
 
     What the folder's own flags do not tell, its vocabulary does: units and case.
     """

@@ -86,8 +86,7 @@ def case_of(vocabulary: dict[str, int]) -> str:
 
 
 def build_vocabulary(texts: Iterable[str], unit: str = CHARACTERS) -> dict[str, int]:
-    """Unit → id, from normalised training text: blank 0, unknown 1, word delimiter 2 (characters only), then the
-    units."""
+    """Unit → id, from normalised training text: blank 0, unknown 1, delimiter 2 (characters only), then the units."""
     first = [BLANK, UNKNOWN, WORD_DELIMITER] if unit == CHARACTERS else [BLANK, UNKNOWN]
     units: set[str] = set()
     for text in texts:

@@ -72,17 +72,12 @@ class FineTuner(Trainer):
 
     def describe(self, checkpoint: str | None) -> None:
         """What this run will do, on the console."""
-        args, num_utterances, seconds = (
-            self.args,
-            len(self.train_dataset),
-            sum(self.train_dataset.lengths) / SAMPLING_RATE,
-        )
+        args, num_utterances = self.args, len(self.train_dataset)
+        seconds = sum(self.train_dataset.lengths) / SAMPLING_RATE
         start = args.model_name_or_path or f"random weights of {args.config_name}"
         num_all, num_learning = self.model.num_parameters() / 1e6, self.get_num_trainable_parameters() / 1e6
         frozen = f", the encoder after {args.freeze_encoder_steps} updates" if args.freeze_encoder_steps else ""
-        args.print_once(
-            f"       model: {start}, {num_all:.2f} M parameters, of which {num_learning:.2f} M learn{frozen}"
-        )
+        args.print_once(f"       model: {start}, {num_all:.2f} M parameters, {num_learning:.2f} M learn{frozen}")
         if args.batch_seconds:
             updates_per_epoch = len(self.sampler)
             batch = f"{seconds / updates_per_epoch:.0f} s, micro-batches of at most {args.micro_batch_seconds:g} s"
@@ -95,8 +90,7 @@ class FineTuner(Trainer):
         args.print_once(f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """The stock training. A finished run is only loaded: `Trainer` would do one more update where it ended inside
-        an epoch."""
+        """The stock training. A finished run is only loaded: `Trainer` would do an update more if it ended in an epoch."""
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
         folder = Path(resume_from_checkpoint)
@@ -108,8 +102,7 @@ class FineTuner(Trainer):
         self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else folder))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """By seconds: this rank's micro-batches of one update, accumulated and divided once, by the whole effective
-        batch.
+        """By seconds: this rank's micro-batches of one update, accumulated and divided once, by the effective batch.
 
         Each micro-batch's loss counts for as much as `loss_weight` says, over the sum of that on all ranks. DDP's
         mean over the ranks is undone. Returns this rank's part of the loss times the ranks, whose mean is the
