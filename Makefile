@@ -14,7 +14,7 @@ demo: $(VENV)/ready  ## corpus, pretraining, fine-tuning, one table: 15 minutes 
 test: $(VENV)/ready
 	$(RUN) -m pytest -m "not slow" -n $(TESTS_AT_ONCE) --dist loadfile
 
-drill: $(VENV)/ready  ## what docs/reliability.md promises: slow tests, 20 kills in one run, other numbers of processes, 10,000 resumes
+drill: $(VENV)/ready  ## what docs/training.md promises: slow tests, 20 kills in one run, other numbers of processes, 10,000 resumes
 	$(RUN) -m pytest -m slow
 	$(RUN) benchmarks/crash_drill.py --kills 20
 	$(RUN) benchmarks/crash_drill.py --world_sizes 2 1 2

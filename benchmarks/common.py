@@ -91,16 +91,18 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def write_flac(rows: list[dict], folder: Path) -> str:
-    """A manifest of the utterances as FLAC: the files themselves, if they are."""
-    copies = []
+def write_files(rows: list[dict], folder: Path, format: str, subtype: str) -> str:
+    """A manifest of the utterances as files of this format: the files themselves, if they are."""
+    suffix, copies = f".{format.lower()}", []
     for number, row in enumerate(rows):
-        if not row["audio"].lower().endswith(".flac"):
-            path = folder / f"{number:06d}.flac"
-            soundfile.write(path, read_16_bit(row), SAMPLING_RATE, subtype="PCM_16")
+        if not row["audio"].lower().endswith(suffix):
+            path, samples = folder / f"{number:06d}{suffix}", read_16_bit(row)
+            with soundfile.SoundFile(path, "w", SAMPLING_RATE, 1, subtype=subtype) as file:
+                for first in range(0, len(samples), SAMPLING_RATE):  # long blocks overflow the stack of Ogg's encoders
+                    file.write(samples[first : first + SAMPLING_RATE])
             row = row | dict(audio=str(path), start=0.0)
         copies.append(row)
-    return write_lines(folder / "flac.jsonl", copies)
+    return write_lines(folder / f"{subtype.lower()}.jsonl", copies)
 
 
 def write_shards(rows: list[dict], folder: Path) -> str:

@@ -1,6 +1,6 @@
-"""Everything that wants a GPU, measured in one go of under ten minutes, as a section of docs/benchmarks.md.
+"""Everything that wants a GPU, measured in one go of under ten minutes, as a section of docs/performance.md.
 
-    python benchmarks/gpu_session.py                     # on a GPU; appends to docs/benchmarks.md
+    python benchmarks/gpu_session.py                     # on a GPU; appends to docs/performance.md
     python benchmarks/gpu_session.py --dry_run           # the same steps with tiny shapes on any CPU, printed only
 
 BASE and LARGE against the stock loop; whole updates of 1.6 h, plain and compiled, in micro-batches of several sizes;
@@ -122,13 +122,13 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=9.5, help="no step begins after this, a running one is stopped"
     )
-    output = ROOT / "docs" / "benchmarks.md"
+    output = ROOT / "docs" / "performance.md"
     parser.add_argument("--output", type=Path, default=output, help="where to append (default: %(default)s)")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no GPU is at hand: --dry_run tries the steps on the CPU")
     deadline, done = time.monotonic() + 60 * args.minutes, []
-    before = args.output.read_text(encoding="utf-8").rstrip() + "\n\n" if args.output.exists() else "# Benchmarks\n\n"
+    before = args.output.read_text(encoding="utf-8").rstrip() + "\n\n" if args.output.exists() else ""
     for step in steps():
         left = deadline - time.monotonic()
         found = run(step, args.dry_run, left) if left > 5 else "not begun: the time was up"

@@ -28,7 +28,7 @@ from common import (
     print_json,
     print_table,
     read_lines,
-    write_flac,
+    write_files,
     write_shards,
 )
 
@@ -44,6 +44,8 @@ from w2v2.model.config import build_config
 from w2v2.model.loading import build_feature_extractor, build_framing
 from w2v2.train.plan import build_batches
 
+FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}  # as libsndfile names them
+COMPARED = ("flac", "packed")
 LEAST_SECONDS = 0.2  # of processor time that a figure is taken from
 SETTINGS = (
     "manifest",
@@ -191,7 +193,8 @@ def measure(flags, folder: Path) -> dict:
     config = build_config(args)
     framing = build_framing(config, build_feature_extractor(args, config))
     rows = make_rows(folder / "wav", flags.hours, flags.manifest, flags.data_root)
-    manifests = {"flac": write_flac(rows, folder), "packed": write_shards(rows, folder)}
+    manifests = {name: write_files(rows, folder, *kind) for name, kind in FORMATS.items()}
+    manifests["packed"] = write_shards(rows, folder)
     sources = {name: Source(load_utterances([path], args, framing)[0], framing) for name, path in manifests.items()}
     hours, num_utterances = sources["packed"].utterances.hours, len(sources["packed"].audio)
     args.batch_hours = min(args.batch_hours, hours)
@@ -202,11 +205,11 @@ def measure(flags, folder: Path) -> dict:
     print(f"\nPacked over FLAC, {flags.pairs} effective batches")
     print_table([[way, *ratio.values()] for way, ratio in ratios.items()], ["", "median", "least", "most"])
 
-    waiting = {name: measure_waiting(path, flags, folder / f"run_{name}") for name, path in manifests.items()}
+    waiting = {name: measure_waiting(manifests[name], flags, folder / f"run_{name}") for name in COMPARED}
     print(f"\n{flags.updates} updates of {flags.config_name} on the {flags.device}, {flags.num_workers} worker(s)")
     rows = [[name, found["audio_seconds_per_second"], found["wait_fraction"]] for name, found in waiting.items()]
     print_table(rows, ["", "audio s / s", "share of the time spent waiting"])
-    transfer = {name: measure_transfer(source, args) for name, source in sources.items()} if on_gpu else None
+    transfer = {name: measure_transfer(sources[name], args) for name in COMPARED} if on_gpu else None
     return {
         "pcm_over_flac": ratios["stack_crops"]["median"],
         "wait_fraction": waiting["packed"]["wait_fraction"],

@@ -33,7 +33,7 @@ from w2v2.train.update import seed_noise
 
 DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
-# These keep a GPU busy with BASE (docs/benchmarks.md), and fewer pieces of an update pad more.
+# These keep a GPU busy with BASE (docs/performance.md), and fewer pieces of an update pad more.
 ACCELERATOR_SECONDS = 800.0
 
 
