@@ -14,12 +14,14 @@ import soundfile
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch, build_batch
 from w2v2.model import cpu
 from w2v2.model.loading import build_framing
+from w2v2.train.log import read_metrics
 
 NO_DROPOUT = dict(
     hidden_dropout=0.0,
@@ -29,6 +31,8 @@ NO_DROPOUT = dict(
     feat_quantizer_dropout=0.0,
     layerdrop=0.0,
 )
+NOISY = dict(hidden_dropout=0.1, attention_dropout=0.1, feat_quantizer_dropout=0.1, layerdrop=0.3)
+TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 
 
 def tiny_config(large: bool = False, **changes) -> Wav2Vec2Config:
@@ -140,3 +144,31 @@ def run_here(main, *argv) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def error_line(text: str) -> str:
+    """The one line on standard error by which a script refuses a user's slip."""
+    lines = [line for line in text.split("\n") if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+def read_curve(output_dir: Path) -> list[dict]:
+    """The records of a run, without what depends on the machine's speed or on the number of processes."""
+    records = read_metrics(output_dir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k not in (*TIMINGS, "num_processes")} for r in records]
+
+
+def assert_same_run(found: Path, expected: Path, exactly: bool = True) -> None:
+    """Weights and curve of two finished runs, and the moments of their last checkpoint; to the bit, or up to rounding."""
+    last = max(expected.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1])).name
+    for name in ("model.safetensors", f"{last}/training_state/optimizer.safetensors"):
+        ours, theirs = load_file(found / name), load_file(expected / name)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.equal(ours[key], value) if exactly else torch.allclose(ours[key], value, 1e-3, 1e-5), key
+    ours, theirs = read_curve(found), read_curve(expected)
+    assert [(r["step"], set(r)) for r in ours] == [(r["step"], set(r)) for r in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in other.keys() - (set() if exactly else {"eval_padded_fraction"}):
+            assert mine[name] == (other[name] if exactly else pytest.approx(other[name], rel=1e-3, abs=1e-5)), name

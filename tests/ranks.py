@@ -1,4 +1,4 @@
-"""Launching processes that meet, as `srun` does: by their environment alone."""
+"""Processes of the real program: one run with its launcher, or ranks that meet by their environment alone, as `srun` starts them."""
 
 import os
 import signal
@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
+ACCELERATE = ["-m", "accelerate.commands.launch"]
+TWO_PROCESSES = [*ACCELERATE, "--config_file", "configs/accelerate/cpu_2_processes.yaml"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SECONDS = 240  # until a test gives up: far more than what is tested takes
 
 
@@ -25,6 +28,38 @@ def environment(**changes) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(launchers) and k not in names}
     ours = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY), PYTHONFAULTHANDLER="1")
     return kept | ours | {k: str(v) for k, v in changes.items()}
+
+
+def start_run(flags, output_dir, *more, launcher=(), **variables) -> subprocess.Popen:
+    """pretrain.py, by a launcher or alone, in a session of its own; what it prints is appended to a log beside its folder."""
+    words = [sys.executable, *launcher, "pretrain.py", flags, "--output_dir", output_dir, *more]
+    with open(f"{output_dir}.log", "a") as log:
+        own = dict(env=environment(**variables), stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(list(map(str, words)), cwd=REPOSITORY, **own)
+
+
+def log_of(output_dir) -> str:
+    return Path(f"{output_dir}.log").read_text()
+
+
+def count_records(output_dir) -> int:
+    """Lines that a run has logged so far."""
+    path = output_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_records(process, output_dir, count: int) -> None:
+    """Until a run has logged so many lines."""
+    until = time.monotonic() + SECONDS
+    while count_records(output_dir) < count:
+        assert process.poll() is None and time.monotonic() < until, log_of(output_dir)
+        time.sleep(0.001)
+
+
+def finish(process, output_dir):
+    """The folder of a run that has come to its good end."""
+    assert process.wait(SECONDS) == 0, log_of(output_dir)
+    return output_dir
 
 
 class Ranks:

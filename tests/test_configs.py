@@ -52,21 +52,24 @@ def parse(path):
     return {f.name: (f, getattr(instance, f.name)) for instance in instances for f in fields(instance)}
 
 
-@shipped("pretrain/*.yaml")
-def test_every_pretraining_yaml_parses_and_finds_its_model(path):
-    (args,) = parse_command_line(
-        [PretrainArguments], [str(path), *(f"--{k}={v}" for k, v in REQUIRED["pretrain"].items())]
-    )
-    config = build_config(args)
-    assert config.mask_time_prob == args.mask_time_prob and config.hidden_size % config.num_attention_heads == 0
-
-
-@shipped("finetune/*.yaml")
-def test_every_fine_tuning_yaml_parses_and_finds_its_model(path):
+@shipped("pretrain/*.yaml", "finetune/*.yaml")
+def test_a_yaml_parses_and_holds_only_what_differs(path):
     resolved = parse(path)
     assert resolved["max_steps"][1] > 0
+    for name in read(path):
+        f, value = resolved[name]
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        assert value != default, f"{name} is the default: leave it out"
     if source := resolved["config_name"][1]:
         assert isinstance(load_config(None, source), Wav2Vec2Config)
+
+
+@shipped("pretrain/*.yaml")
+def test_every_pretraining_yaml_finds_its_model(path):
+    required = [f"--{name}={value}" for name, value in REQUIRED["pretrain"].items()]
+    (args,) = parse_command_line([PretrainArguments], [str(path), *required])
+    config = build_config(args)
+    assert config.mask_time_prob == args.mask_time_prob and config.hidden_size % config.num_attention_heads == 0
 
 
 # Labels: peak learning rate, updates, updates with a frozen encoder, channel and time masks, layerdrop (fairseq's base_*.yaml).
@@ -94,17 +97,8 @@ def test_the_presets_for_librispeech_are_the_recipe(labels):
     assert {f"librispeech_{name}" for name in RECIPES} == {p.stem for p in (CONFIGS / "finetune").glob("librispeech_*")}
 
 
-@shipped("pretrain/*.yaml", "finetune/*.yaml")
-def test_a_yaml_holds_only_what_differs_from_the_defaults(path):
-    resolved = parse(path)
-    for name in read(path):
-        f, value = resolved[name]
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        assert value != default, f"{name} is the default: leave it out"
-
-
 @shipped("models/*/config.json")
-def test_every_model_configuration_holds_only_keys_of_wav2vec2_and_loads(path):
+def test_every_model_holds_only_keys_of_wav2vec2_and_loads(path):
     values = json.loads(path.read_text(encoding="utf-8"))
     unknown = values.keys() - Wav2Vec2Config().to_dict().keys() - {"architectures"}
     assert not unknown
@@ -117,7 +111,7 @@ def test_every_model_configuration_holds_only_keys_of_wav2vec2_and_loads(path):
 
 
 @shipped("models/*")
-def test_a_model_that_is_given_an_attention_mask_gets_normalised_waveforms_and_no_other(path):
+def test_layer_norm_models_alone_get_normalised_waveforms(path):
     """LARGE's layer-norm convs go with normalised waveforms, BASE's group norm with waveforms as they are."""
     if (path / "preprocessor_config.json").exists():
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import NO_DROPOUT, make_batch, run_here, tiny_config, write_recipe
+from conftest import NO_DROPOUT, TIMINGS, make_batch, run_here, tiny_config, write_recipe
 from test_finetune_ctc import command, write_manifest
 from test_pretraining import gradients, pair
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 LENGTHS = [24_000, 16_400, 16_400, 9_000]
 NOISY = dict.fromkeys(NO_DROPOUT, 0.1)
-TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 
 
 def passes(model, batch, device, dtype=None):
@@ -126,7 +125,7 @@ def test_neither_pass_waits_for_the_device(large, compiled):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_one_call_of_the_flash_kernel_attends_within_each_utterance():
+def test_the_flash_kernel_attends_within_each_utterance():
     """Against the library's kernel, utterance by utterance, in float64: output and gradient, of all frames and of some."""
     lengths, M = [96, 96, 80, 64, 1], 16
     rows = Rows(lengths, torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int())
@@ -147,7 +146,7 @@ def test_one_call_of_the_flash_kernel_attends_within_each_utterance():
         assert float((ours - exact).norm() / exact.norm()) < 2e-2
 
 
-def test_attention_with_dropout_keeps_the_mean_and_is_drawn_from_the_seed():
+def test_attention_with_dropout_keeps_the_mean():
     rows = Rows([64, 32], torch.tensor([0, 64, 96], dtype=torch.int32, device=DEVICE))
     qkv = torch.randn(96, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE)
     draws = []
@@ -205,7 +204,7 @@ def test_a_run_is_whole_and_goes_on_from_its_checkpoint(monkeypatch, flags, tmp_
             assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), (name, ours["step"])
 
 
-def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_with_the_same_batches(flags, tmp_path):
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(flags, tmp_path):
     run = ["--output_dir", tmp_path / "run", "--resume_from_checkpoint", "auto"]
     assert run_here(pretrain.main, flags, *run) == 0
     expected = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import soundfile
-from conftest import run_here, tiny_config, write_csv
+from conftest import error_line, run_here, write_csv
 from datasets import Dataset
 
 import finetune_ctc
@@ -246,18 +246,20 @@ def test_predictions_are_a_line_an_utterance(tmp_path):
     assert [line["hypothesis"] for line in lines] == output.predictions
 
 
+def refuse(tmp_path, capsys, manifest):
+    """The one line by which pretraining on this manifest is refused."""
+    (tmp_path / "a.jsonl").write_text(manifest)
+    flags = f"--train_data={tmp_path / 'a.jsonl'}", f"--output_dir={tmp_path / 'run'}", "--report_to=none", "--use_cpu"
+    assert run_here(pretrain.main, *flags) == 2
+    return error_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("name", ["line\nbreak.wav", "escape\x1b[31mred\x07.wav", "a\u2028b.wav", "null\0.wav"])
 @pytest.mark.parametrize("measured", [True, False])
 def test_an_odd_name_gives_one_line_without_codes(tmp_path, capsys, name, measured):
-    tiny_config().save_pretrained(tmp_path / "model")
     row = {"audio": f"/gone/{name}"} | ({} if measured else {"duration": 3.0})
-    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    flags = dict(train_data=tmp_path / "a.jsonl", output_dir=tmp_path / "run", config_name=tmp_path / "model")
-    flags |= dict(batch_hours=0.002, micro_batch_seconds=8, max_steps=1, report_to="none", dataloader_num_workers=0)
-    assert run_here(pretrain.main, *(f"--{key}={value}" for key, value in flags.items()), "--use_cpu") == 2
-    error = capsys.readouterr().err
-    [line] = [line for line in error.split("\n") if "error:" in line]
-    assert line.isprintable() and printable(name) in line and "Traceback" not in error
+    line = refuse(tmp_path, capsys, json.dumps(row) + "\n")
+    assert line.isprintable() and printable(name) in line
 
 
 def test_only_the_markers_of_the_data_root_are_replaced(tmp_path, monkeypatch):
@@ -271,25 +273,19 @@ def test_only_the_markers_of_the_data_root_are_replaced(tmp_path, monkeypatch):
     assert table["audio"][:] == [f"{tmp_path}/{name}" for name in [*names, "h.wav", "i.wav", "j.wav"]]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        '{"audio": "\\ud800.wav", "duration": 1}\n',
-        '{"audio": "a.wav", "duration": 1, "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
-        '{"audio": "a.wav", "duration": ' + "9" * 5_000 + "}\n",
-        '{"audio": "a.wav", "duration": 1e400}\n',
-        '{"audio": "a.wav", "duration": 1e300}\n',
-        '{"audio": "a.wav", "duration": 1, "start": 1e18}\n',
-        '{"audio": "a.wav", "num_samples": 9223372036854775808}\n',
-    ],
-    ids=["surrogate", "deep", "digits", "1e400", "1e300", "start", "2**63"],
-)
+STRAINS = {
+    "surrogate": '{"audio": "\\ud800.wav", "duration": 1}',
+    "deep": '{"audio": "a.wav", "duration": 1, "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "digits": '{"audio": "a.wav", "duration": ' + "9" * 5_000 + "}",
+    "1e400": '{"audio": "a.wav", "duration": 1e400}',
+    "1e300": '{"audio": "a.wav", "duration": 1e300}',
+    "start": '{"audio": "a.wav", "duration": 1, "start": 1e18}',
+    "2**63": '{"audio": "a.wav", "num_samples": 9223372036854775808}',
+}
+
+
+@pytest.mark.parametrize("content", STRAINS.values(), ids=STRAINS)
 @pytest.mark.parametrize("first", ["", '{"audio": "b.wav", "duration": 1}\n'], ids=["first", "later"])
 def test_a_manifest_that_strains_its_reader_is_one_line(tmp_path, capsys, content, first):
-    (tmp_path / "a.jsonl").write_text(first + content)
-    assert (
-        run_here(pretrain.main, f"--train_data={tmp_path / 'a.jsonl'}", f"--output_dir={tmp_path / 'run'}", "--use_cpu")
-        == 2
-    )
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "a.jsonl" in error and len(error) < 500
+    line = refuse(tmp_path, capsys, first + content + "\n")
+    assert "a.jsonl" in line and len(line) < 500

@@ -17,11 +17,11 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import run_here, tiny_config, write_tones
+from conftest import error_line, run_here, tiny_config, write_tones
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_run import prepare
+from tiny_run import contents, prepare
 from transformers import Wav2Vec2FeatureExtractor
 
 import finetune_ctc
@@ -98,12 +98,11 @@ def refused(request, corpus, tmp_path, capsys):
         capsys.readouterr()
         arguments = flags(request.param, corpus, changes.pop("output_dir", tmp_path / "run"), **changes)
         status = run_here(SCRIPTS[request.param], *extra, *arguments)
-        error = capsys.readouterr().err
-        lines = [line for line in error.splitlines() if "error:" in line]
-        assert status == 2 and len(lines) == 1 and "Traceback" not in error, error
+        line = error_line(capsys.readouterr().err)
+        assert status == 2
         for name in named:
-            assert str(name) in lines[0], lines[0]
-        return lines[0]
+            assert str(name) in line, line
+        return line
 
     return check
 
@@ -126,9 +125,8 @@ def test_a_pickle_beside_safetensors_is_left_alone(corpus, tmp_path, witness):
     assert run_here(pretrain.main, *flags("pretrain", corpus, tmp_path / "run", model_name_or_path=folder)) == 0
 
 
-def test_a_hub_repository_without_safetensors_is_refused_and_nothing_is_asked_of_anybody_else(
-    corpus, tmp_path, witness
-):
+def test_a_hub_repository_without_safetensors_is_refused(corpus, tmp_path, witness):
+    """Nor is anybody else asked to convert it."""
     plant(tmp_path / "pytorch_model.bin", witness)
     with HubStandIn() as hub:
         for path in (*(corpus / "bare").iterdir(), tmp_path / "pytorch_model.bin"):
@@ -137,9 +135,9 @@ def test_a_hub_repository_without_safetensors_is_refused_and_nothing_is_asked_of
         arguments = flags("pretrain", corpus, tmp_path / "run", model_name_or_path="speech-lab/old")
         command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        lines = [line for line in result.stderr.splitlines() if "error:" in line]
-        assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
-        assert "speech-lab/old" in lines[0] and "pytorch_model.bin" in lines[0] and "docs/security.md" in lines[0]
+        line = error_line(result.stderr)
+        assert result.returncode == 2
+        assert "speech-lab/old" in line and "pytorch_model.bin" in line and "docs/security.md" in line
         assert not [path for path in hub.paths if "discussions" in path or path.endswith("pytorch_model.bin")]
 
 
@@ -162,7 +160,7 @@ def test_the_documented_conversion_keeps_every_weight(corpus, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["bare", "zip"])
-def test_the_documented_conversion_runs_nothing_that_was_planted(tmp_path, monkeypatch, witness, kind):
+def test_the_documented_conversion_runs_no_planted_code(tmp_path, monkeypatch, witness, kind):
     plant(tmp_path / "pytorch_model.bin", witness, kind)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(pickle.UnpicklingError):
@@ -185,11 +183,11 @@ def test_fine_tuning_resumes_from_no_planted_state(corpus, fine_tuned, tmp_path,
     plant(checkpoint / "training_args.bin", witness, kind)
     more = dict(resume_from_checkpoint="auto", max_steps=4)
     assert run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, tmp_path / "run", **more)) == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    line = error_line(capsys.readouterr().err)
     assert "checkpoint-2" in line and "training state is not loaded" in line
 
 
-def test_fine_tuning_resumes_from_what_it_wrote_itself_and_leaves_no_pickled_flags(corpus, fine_tuned, tmp_path):
+def test_fine_tuning_resumes_and_leaves_no_pickled_flags(corpus, fine_tuned, tmp_path):
     shutil.copytree(fine_tuned / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     more = dict(resume_from_checkpoint="auto", max_steps=4)
     assert run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, tmp_path / "run", **more)) == 0
@@ -218,30 +216,23 @@ MALICIOUS = [
     ({"num_conv_pos_embedding_groups": 7}, "num_conv_pos_embedding_groups"),
     ({"hidden_act": "os.system"}, "os.system"),
     ({"feat_extract_norm": "evil"}, "evil"),
-    (
-        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}},
-        "custom code",
-    ),
+    ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}, "custom code"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "named"), MALICIOUS, ids=[str(changes)[:40] for changes, _ in MALICIOUS])
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "configuration"])
-def test_a_configuration_that_makes_no_model_is_refused_in_one_line(
-    corpus, tmp_path, refused, witness, changes, named, weights
-):
+def test_a_configuration_of_no_model_is_refused(corpus, tmp_path, refused, witness, changes, named, weights):
     folder = shutil.copytree(corpus / "model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    (folder / "evil.py").write_text(
-        f"from pathlib import Path\nPath({str(witness)!r}).touch()\nEvilConfig = EvilModel = None\n"
-    )
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(witness)!r}).touch()\n")
     source = dict(model_name_or_path=folder) if weights else dict(model_name_or_path=None, config_name=folder)
     assert named in refused(folder, **source)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '"x"', "null", "{", "[" * 100_000, '{"model_type": ["wav2vec2"]}'])
-def test_a_configuration_that_is_none_is_refused_in_one_line(corpus, tmp_path, refused, text):
+def test_a_configuration_that_is_none_is_refused(corpus, tmp_path, refused, text):
     folder = shutil.copytree(corpus / "model", tmp_path / "model")
     (folder / "config.json").write_text(text)
     refused(folder, model_name_or_path=folder)
@@ -279,35 +270,14 @@ def test_tables_of_others_make_no_objects(tmp_path, witness):
 # The product's own files.
 
 
-FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "breakpoint"}
-FORBIDDEN_MODULES = {
-    "pickle",
-    "cPickle",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "marshal",
-    "shelve",
-    "tarfile",
-    "zipfile",
-    "runpy",
-}
-FORBIDDEN_CALLS = {
-    "os": {"system", "popen", "execv", "execve", "execvp", "spawnl", "spawnv"},
-    "shutil": {"unpack_archive"},
-    "subprocess": {"getoutput", "getstatusoutput"},
-    "yaml": {"load", "load_all", "unsafe_load", "full_load"},
-    "datasets": {"load_dataset", "load_dataset_builder"},
-    "register_for_checkpointing": set(),
-}
-FORBIDDEN_ANYWHERE = {
-    "load_dataset",
-    "unpack_archive",
-    "register_for_checkpointing",
-    "load_state",
-    "read_pickle",
-    "unsafe_load",
-}
+FORBIDDEN_NAMES = set("eval exec compile __import__ breakpoint".split())
+FORBIDDEN_MODULES = set("pickle cPickle dill cloudpickle joblib marshal shelve tarfile zipfile runpy".split())
+FORBIDDEN_ANYWHERE = set(
+    "load_dataset load_dataset_builder unpack_archive register_for_checkpointing load_state read_pickle unsafe_load "
+    "full_load getoutput getstatusoutput popen execv execve execvp spawnl spawnv".split()
+)
+FORBIDDEN_CALLS = {"os": {"system"}, "yaml": {"load", "load_all"}}  # elsewhere these names may mean something else
+SAFE_VALUES = dict(shell=False, allow_pickle=False, trust_remote_code=False)
 
 
 def dangers(source: str) -> list[str]:
@@ -317,27 +287,23 @@ def dangers(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_MODULES]
         elif isinstance(node, ast.ImportFrom):
-            names = {alias.name for alias in node.names}
             module = (node.module or "").split(".")[0]
-            found += [module] if module in FORBIDDEN_MODULES else []
-            found += sorted(names & (FORBIDDEN_CALLS.get(module, set()) | FORBIDDEN_ANYWHERE))
+            forbidden = FORBIDDEN_ANYWHERE | FORBIDDEN_CALLS.get(module, set())
+            found += [alias.name for alias in node.names if module in FORBIDDEN_MODULES or alias.name in forbidden]
         elif isinstance(node, ast.Name) and node.id in FORBIDDEN_NAMES:
             found.append(node.id)
         elif isinstance(node, ast.Attribute):
             owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
-            if node.attr in FORBIDDEN_CALLS.get(owner, ()) or node.attr in FORBIDDEN_ANYWHERE:
+            if node.attr in FORBIDDEN_ANYWHERE | FORBIDDEN_CALLS.get(owner, set()):
                 found.append(f"{owner}.{node.attr}")
         elif isinstance(node, ast.Call):
             given = {keyword.arg: getattr(keyword.value, "value", "?") for keyword in node.keywords}
-            found += [
-                name for name in ("shell", "allow_pickle", "trust_remote_code") if given.get(name, False) is not False
-            ]
+            found += [name for name, safe in SAFE_VALUES.items() if given.get(name, safe) is not safe]
             called = ast.unparse(node.func)
             if called == "torch.load" and given.get("weights_only") is not True:
-                found.append("torch.load")
-            if called.endswith("from_pretrained") and "Model" in called and given.get("use_safetensors") is not True:
                 found.append(called)
-            if called.endswith("model_class.from_pretrained") and given.get("use_safetensors") is not True:
+            loads_weights = called.endswith("from_pretrained") and ("Model" in called or "model_class." in called)
+            if loads_weights and given.get("use_safetensors") is not True:
                 found.append(called)
     return found
 
@@ -349,33 +315,32 @@ PRODUCT = sorted(
 
 @pytest.mark.parametrize("path", PRODUCT, ids=[str(path.relative_to(ROOT)) for path in PRODUCT])
 def test_no_file_of_the_product_can_run_what_others_wrote(path):
-    assert dangers(path.read_text(encoding="utf-8")) == []
+    ours = ["runpy"] if path.name == "drilled.py" else []  # which runs pretrain.py itself
+    assert dangers(path.read_text(encoding="utf-8")) == ours
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "from pickle import loads",
-        "import os.path, zipfile",
-        "eval('1')",
-        "f = exec",
-        "import os\nos.system('ls')",
-        "from os import system",
-        "subprocess.run('ls', shell=True)",
-        "subprocess.run('ls', shell=flag)",
-        "yaml.load(text)",
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "np.load(path, allow_pickle=True)",
-        "AutoModel.from_pretrained(path)",
-        "AutoConfig.from_pretrained(path, trust_remote_code=True)",
-        "datasets.load_dataset('x')",
-        "from datasets import load_dataset",
-        "shutil.unpack_archive(path)",
-        "accelerator.load_state(path)",
-    ],
-)
+DANGEROUS = """import pickle
+from pickle import loads
+import os.path, zipfile
+eval('1')
+f = exec
+import os; os.system('ls')
+from os import system
+subprocess.run('ls', shell=True)
+subprocess.run('ls', shell=flag)
+yaml.load(text)
+torch.load(path)
+torch.load(path, weights_only=False)
+np.load(path, allow_pickle=True)
+AutoModel.from_pretrained(path)
+AutoConfig.from_pretrained(path, trust_remote_code=True)
+datasets.load_dataset('x')
+from datasets import load_dataset
+shutil.unpack_archive(path)
+accelerator.load_state(path)"""
+
+
+@pytest.mark.parametrize("source", DANGEROUS.splitlines())
 def test_every_danger_is_seen(source):
     assert dangers(source)
 
@@ -394,24 +359,21 @@ def pushed(request, corpus, tmp_path_factory):
     world = tmp_path_factory.mktemp(f"pushed_{request.param}")
     for name in ("home", "cwd", "temporary"):
         (world / name).mkdir()
+    places = dict(HOME="home", HF_HOME="home/hf", TMPDIR="temporary", MPLCONFIGDIR="home")
+    variables = {name: str(world / place) for name, place in places.items()}
+    variables |= {"HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    more = dict(push_to_hub=True, hub_model_id="speech-lab/tiny", hub_strategy="every_save", report_to="tensorboard")
+    more |= dict(dataloader_num_workers=1, log_level="debug")
+    arguments = flags(request.param, corpus, world / "out" / "run", **more)
     with HubStandIn() as hub:
-        places = dict(
-            HOME=world / "home", HF_HOME=world / "home" / "hf", TMPDIR=world / "temporary", MPLCONFIGDIR=world / "home"
-        )
-        environment = os.environ | {name: str(path) for name, path in places.items()}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-        environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        more = dict(
-            push_to_hub=True, hub_model_id="speech-lab/tiny", report_to="tensorboard", hub_strategy="every_save"
-        )
-        more |= dict(dataloader_num_workers=1, log_level="debug")
-        command = [
-            sys.executable,
-            str(ROOT / f"{request.param}.py"),
-            *flags(request.param, corpus, world / "out" / "run", **more),
-        ]
         result = subprocess.run(
-            command, env=environment, cwd=world / "cwd", capture_output=True, text=True, timeout=300, umask=0o027
+            [sys.executable, str(ROOT / f"{request.param}.py"), *arguments],
+            env=os.environ | variables | {"HF_ENDPOINT": hub.url},
+            cwd=world / "cwd",
+            capture_output=True,
+            text=True,
+            timeout=300,
+            umask=0o027,
         )
         assert result.returncode == 0, result.stderr[-3_000:]
         assert f"Bearer {TOKEN}" in hub.tokens and hub.files.get("model.safetensors"), hub.paths
@@ -429,7 +391,7 @@ def test_the_token_is_nowhere(pushed):
     assert [name for name, content in everything.items() if secret in content or secret[::-1] in content] == []
 
 
-def test_a_run_writes_into_its_folder_and_the_documented_caches_alone(pushed):
+def test_a_run_writes_into_its_folder_and_caches_alone(pushed):
     world, _, _ = pushed
     outside = {path.relative_to(world).as_posix() for path in world.rglob("*") if path.is_file()}
     outside = {name for name in outside if not name.startswith("out/run/")}
@@ -457,9 +419,8 @@ def test_a_token_pasted_into_a_flag_is_refused_and_not_repeated(tmp_path, refuse
 
 
 def test_fine_tuning_takes_no_token_as_a_flag(corpus, tmp_path, capsys):
-    assert (
-        run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, tmp_path / "run", hub_token="of another form")) == 2
-    )
+    arguments = flags("finetune_ctc", corpus, tmp_path / "run", hub_token="of another form")
+    assert run_here(finetune_ctc.main, *arguments) == 2
     error = capsys.readouterr().err
     assert "--hub_token" in error and "HF_TOKEN" in error and "of another form" not in error
 
@@ -472,23 +433,16 @@ def precious(tmp_path):
     """A folder outside of the run's, and links to it in all places where a run deletes."""
     folder = tmp_path / "precious"
     (folder / "training_state").mkdir(parents=True)
-    for name in (
-        "thesis.txt",
-        "config.json",
-        "model.safetensors",
-        "trainer_state.json",
-        "optimizer.pt",
-        "scheduler.pt",
-    ):
+    for name in ("thesis.txt", "config.json", "model.safetensors", "trainer_state.json", "optimizer.pt"):
         (folder / name).write_text("years of work")
     run = tmp_path / "run"
     (run / "checkpoint-3").mkdir(parents=True)
     for place in ("checkpoint-1", "checkpoint-3/inside", "plots", "runs", ".unfinished-checkpoint-9"):
         (run / place).symlink_to(folder, target_is_directory=True)
     (run / "metrics.jsonl").symlink_to(folder / "thesis.txt")
-    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     yield run
-    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert contents(folder) == before
     assert not any((run / place).exists() for place in ("checkpoint-1", "checkpoint-3", "runs", "metrics.jsonl"))
 
 
@@ -512,21 +466,21 @@ def card_of(tmp_path, name="run", **config):
     return ModelCard.load(folder / "README.md")
 
 
-@pytest.mark.parametrize(
-    "licence",
-    [
-        "mit\n---\n# evil",
-        "mit\ntags: [evil]",
-        "[evil]",
-        "{a: b}",
-        "!!python/name:os.system",
-        "&a *a",
-        "'\"",
-        "# x",
-        "yes",
-    ],
-)
-def test_what_the_user_writes_is_a_string_in_the_cards_metadata(tmp_path, licence):
+LICENCES = [
+    "mit\n---\n# evil",
+    "mit\ntags: [evil]",
+    "[evil]",
+    "{a: b}",
+    "!!python/name:os.system",
+    "&a *a",
+    "'\"",
+    "# x",
+    "yes",
+]
+
+
+@pytest.mark.parametrize("licence", LICENCES)
+def test_what_the_user_writes_is_a_string_in_the_card(tmp_path, licence):
     card = card_of(tmp_path, hub_license=licence)
     assert card.data.license == licence and card.data.tags == ["wav2vec2", "pretraining"]
     assert card.text.lstrip().startswith("# run")

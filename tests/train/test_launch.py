@@ -1,6 +1,5 @@
 """Launches that would not do what they look like end with one line."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,7 @@ BY_ACCELERATE = dict(ACCELERATE_MIXED_PRECISION="no")
         ({k: v for k, v in RANK.items() if k != "MASTER_PORT"}, True, "WORLD_SIZE is set, but MASTER_PORT is not"),
     ],
 )
-def test_a_launcher_that_does_something_else_is_refused(environment, cpu, said):
+def test_a_launch_that_does_something_else_is_refused(environment, cpu, said):
     with pytest.raises(UserError, match=said) as error:
         launch.check_environment(environment, cpu)
     assert "\n" not in str(error.value)
@@ -72,22 +71,3 @@ def test_gradients_cross_in_bf16_on_gpus_alone():
     made = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match="gradient_compression bf16 needs GPUs"):
         launch.check_processes(made, SimpleNamespace(gradient_compression="bf16"))
-
-
-def test_a_tracker_that_fails_at_the_end_is_a_warning(caplog):
-    done = []
-
-    class Failing:
-        name = "tensorboard"
-
-        def finish(self):
-            raise OSError(28, "No space left on device")
-
-    made = SimpleNamespace(trackers=[Failing(), SimpleNamespace(name="other", finish=lambda: done.append("other"))])
-    made.end_training = lambda: done.extend(["group", *made.trackers])
-    with caplog.at_level(logging.WARNING):
-        launch.end_training(made)
-    assert done == ["other", "group"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "tracker tensorboard cannot be closed (No space left on device)"
-    ]

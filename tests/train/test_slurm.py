@@ -53,7 +53,7 @@ def submit(tmp_path):
     return run
 
 
-def test_each_task_is_a_rank_and_gets_the_flags_as_they_were_given(submit):
+def test_each_task_is_a_rank_with_flags_as_given(submit):
     status, program, asked = submit(0)
     flags = "pretrain.py a b.yaml --seed 7 --resume_from_checkpoint auto --overwrite_output_dir false"
     assert (status, asked) == (0, "")
@@ -79,7 +79,7 @@ def test_a_job_is_queued_again_where_that_can_help(submit, status, again):
     assert found == status and asked == ("requeue 70123\n" if again else "")
 
 
-def test_a_job_is_given_up_after_losses_in_a_row_however_often_its_time_was_up(submit):
+def test_a_job_is_given_up_after_losses_in_a_row(submit):
     for _ in range(12):
         submit(75)
     for _ in range(10):
