@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import soxr
 
-from w2v2.data import sound_file
+from w2v2.data import audio
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
 
 FORMATS = [
@@ -205,7 +205,7 @@ def test_a_transient_error_of_opening_is_tried_again(tmp_path, monkeypatch, numb
         return opened(name, *rest, **more)
 
     monkeypatch.setattr(os, "open", fail_first)
-    monkeypatch.setattr(sound_file.time, "sleep", pauses.append)
+    monkeypatch.setattr(audio.time, "sleep", pauses.append)
     if failures == 3 or number == errno.ENOENT:
         with pytest.raises(AudioError):
             probe(path)
