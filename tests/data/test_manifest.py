@@ -173,10 +173,10 @@ def test_kaldi_lengths_that_are_missing_are_measured(corpus, file, content, leng
     assert load(corpus, probe=probe)["num_samples"][:] == lengths
 
 
-@pytest.mark.parametrize("entry, kind", [("touch {}/ran |", "is a shell pipe"), ("/raw.ark:17", "lies in an archive")])
-def test_kaldi_pipes_and_archives_are_refused(corpus, entry, kind):
+@pytest.mark.parametrize("entry", ["touch {}/ran |", "/raw.ark:17"])
+def test_kaldi_pipes_and_archives_are_refused(corpus, entry):
     write(corpus / "wav.scp", f"r1 {entry.format(corpus)}\n")
-    with pytest.raises(UserError, match=f"wav.scp: entry 'r1' {kind}"):
+    with pytest.raises(UserError, match="wav.scp: entry 'r1' is a shell pipe or lies in an archive"):
         load(corpus)
     assert not (corpus / "ran").exists()
 
@@ -224,7 +224,7 @@ def test_missing_durations_are_measured_once_until_a_change(corpus, tmp_path):
 def test_files_that_cannot_be_measured_are_listed(corpus):
     write(corpus / "bad.wav", "no audio")
     manifest = write(corpus / "a.csv", "id,audio,start\nu1,a b.wav,0\nu2,bad.wav,0\nu3,gone.wav,0\nu4,a b.wav,9\n")
-    data, skipped = load_manifest(str(manifest))
+    data, skipped = load_manifest([manifest])
     assert data["id"][:] == ["u1"]
     assert [(row["id"], row["audio"]) for row in skipped] == [
         ("u2", str(corpus / "bad.wav")),
@@ -264,21 +264,21 @@ SLIPS = [
     ("list.txt", "a.wav\n", "unknown suffix '.txt': use .csv"),
     ("a.csv", "foo,bar\n1,2\n", "no audio column: it has foo, bar; name one of them audio or wav"),
     ("a.jsonl", '{"foo": 1}\n', "no audio column: it has foo;"),
-    ("a.csv", "audio,duration\na.wav,1\nb.wav,-1\n", r"row 2 \(line 3\): duration is -1"),
+    ("a.csv", "audio,duration\na.wav,1\nb.wav,-1\n", r"row 2 \(line 3\): duration is -1.0"),
     ("a.csv", "audio,duration\na.wav,1\nb.wav,0\n", r"row 2 \(line 3\): duration is 0"),
     ("a.csv", "audio,duration\na.wav,1\n\nb.wav,nan\n", r"row 2 \(line 4\): duration is nan"),
-    ("a.csv", "audio,duration\na.wav,long\n", r"row 1 \(line 2\): duration 'long' is not a number"),
-    ("a.tsv", "/root\na.wav\t16000\nb.wav\tx\n", r"row 2 \(line 3\): num_samples 'x' is not a number"),
+    ("a.csv", "audio,duration\na.wav,long\n", r"row 1 \(line 2\): duration is 'long': write a number"),
+    ("a.tsv", "/root\na.wav\t16000\nb.wav\tx\n", r"row 2 \(line 3\): num_samples is 'x'"),
     ("a.csv", "audio,duration,start\na.wav,1,-2\n", r"row 1 \(line 2\): start is -2"),
-    ("a.csv", "audio,start,end\na.wav,3,2\n", r"row 1 \(line 2\) stops at 2 s"),
+    ("a.csv", "audio,start,end\na.wav,3,2\n", r"row 1 \(line 2\): stop is 2.0"),
     ("a.jsonl", GOOD + "\n" + '{"audio": "b.wav", "duration": -3}\n', r"row 2 \(line 3\): duration is -3"),
     ("a.jsonl", GOOD + '{"audio": "b.wav", "duration": NaN}\n', r"row 2 \(line 2\): duration is nan"),
     ("a.jsonl", GOOD + '{"audio": "b.wav", "dur\n', "a.jsonl: line 2 is not valid JSON"),
     ("a.jsonl", GOOD + "[1]\n", "line 2 is not a JSON object"),
     ("a.json", '[{"audio": "a.wav"},\n {"audio"}]', "a.json: line 2 is not valid JSON"),
     ("a.json", "3", "a.json: use a list of objects"),
-    ("a.csv", "audio,duration\n,1\n", r"row 1 \(line 2\) has no audio path"),
-    ("a.jsonl", GOOD + '{"audio": null, "duration": 1}\n', r"row 2 \(line 2\) has no audio path"),
+    ("a.csv", "audio,duration\n,1\n", r"row 1 \(line 2\): audio is ''"),
+    ("a.jsonl", GOOD + '{"audio": null, "duration": 1}\n', r"row 2 \(line 2\): audio is ''"),
     ("a.csv", "audio,duration,text\na.wav,1,hi, you\n", r"row 1 \(line 2\) has 4 cells where the header has 3"),
     ("a.csv", "audio,duration,text\na.wav,1\n", r"row 1 \(line 2\) has 2 cells where the header has 3"),
     ("a.csv", 'audio,duration,text\na.wav,1,"hi\nb.wav,1,you\n', "line 3 does not parse .*: mend the quotes"),
@@ -286,10 +286,14 @@ SLIPS = [
     ("a.json", '[{"audio": "a.wav"}, 3]', "an entry is not a JSON object"),
     ("a.csv", "audio,audio,duration\na,b,1\n", "more than one column 'audio'"),
     ("a.csv", "audio,AUDIO,duration\na,b,1\n", "more than one column 'audio'"),
-    ("a.csv", "id,audio,duration\nx,a,1\ny,b,1\nx,c,1\n", r"row 3 \(line 4\) has the id 'x' of row 1"),
-    ("a.csv", "id,audio,duration\nx,a,1\n,b,1\n", r"row 2 \(line 3\) has no id"),
-    ("a.csv", "ID,duration,wav\nx,1,$data_root/a.wav\n", r"row 1 \(line 2\) holds \$data_root: pass --data_root"),
-    ("a.csv", "audio,duration\nhttps://x/a.wav,1\n", "names the URL https://x/a.wav"),
+    ("a.csv", "id,audio,duration\nx,a,1\ny,b,1\nx,c,1\n", r"row 3 \(line 4\): id is 'x'"),
+    ("a.csv", "id,audio,duration\nx,a,1\n,b,1\n", r"row 2 \(line 3\): id is ''"),
+    (
+        "a.csv",
+        "ID,duration,wav\nx,1,$data_root/a.wav\n",
+        r"row 1 \(line 2\): audio is '\$data_root/a.wav': pass --data_root",
+    ),
+    ("a.csv", "audio,duration\nhttps://x/a.wav,1\n", "audio is 'https://x/a.wav': download"),
     ("a.csv", "audio\ngone.wav\n", "no audio file could be measured.*gone.wav, which does not exist"),
 ]
 
@@ -305,13 +309,13 @@ def test_a_slip_is_named_in_one_line(tmp_path, name, content, message):
 
 def test_text_in_another_encoding_is_a_slip(tmp_path):
     (tmp_path / "a.csv").write_bytes("audio,duration\né.wav,1\n".encode("latin-1"))
-    with pytest.raises(UserError, match="a.csv is not UTF-8"):
+    with pytest.raises(UserError, match="a.csv holds text that is not UTF-8"):
         load(tmp_path / "a.csv")
 
 
 def test_a_parquet_that_is_none_or_embeds_its_audio_is_a_slip(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR0")
-    with pytest.raises(UserError, match="a.parquet is not a Parquet file"):
+    with pytest.raises(UserError, match="a.parquet cannot be read .*[Pp]arquet"):
         load(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pa.table({"audio": [{"bytes": b"", "path": "x"}]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match="b.parquet: the column for audio holds struct"):

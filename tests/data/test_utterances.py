@@ -1,16 +1,21 @@
-"""`w2v2.data.utterances`: the table is mapped from a file, shared by processes, and costs a run no memory."""
+"""`w2v2.data.utterances`: rows of a fitting length; their table is mapped from a file and costs a run no memory."""
 
-import json
+import math
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import write_csv
 
-from w2v2.data.utterances import load_manifest, map_table
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.collate import Framing
+from w2v2.data.utterances import Utterances, load_manifest, load_utterances, map_table
+from w2v2.errors import UserError
 
 
 def make_table(rows=50, chunk=7, first=0):
@@ -52,18 +57,17 @@ def test_a_worker_gets_the_files_name_and_not_the_table(tmp_path):
 
 
 def write_manifest(path, rows=20_000):
-    path.write_text("".join(json.dumps({"audio": f"{n}.wav", "duration": 1 + n / 1e4}) + "\n" for n in range(rows)))
-    return path
+    return write_csv(path, [f"{n}.wav" for n in range(rows)], [1 + n / 1e4 for n in range(rows)])
 
 
 def test_ids_and_paths_are_not_held_in_memory(tmp_path):
-    manifest, before = write_manifest(tmp_path / "a.jsonl"), pa.total_allocated_bytes()
+    manifest, before = write_manifest(tmp_path / "a.csv"), pa.total_allocated_bytes()
     data, _ = load_manifest([manifest], cache_dir=tmp_path / "cache")
     assert data.data.nbytes > 20 * len(data) and pa.total_allocated_bytes() - before < len(data)
 
 
 def test_processes_that_start_together_agree(tmp_path):
-    manifest = write_manifest(tmp_path / "a.jsonl")
+    manifest = write_manifest(tmp_path / "a.csv")
     program = (
         "import sys; from w2v2.data.utterances import load_manifest\n"
         "print(load_manifest([sys.argv[1]], cache_dir=sys.argv[2])[0]._fingerprint)"
@@ -74,3 +78,61 @@ def test_processes_that_start_together_agree(tmp_path):
     found = {process.communicate(timeout=120)[0] for process in processes}
     [path] = (tmp_path / "cache").iterdir()
     assert [path.name] == [f"utterances-{name.strip()}.arrow" for name in found]
+
+
+def load(path, framing=None, **changes):
+    """The utterances of a manifest, in the folder beside it."""
+    args = dict(output_dir=path.parent / "run", data_root=None, dry_run=False, min_seconds=2.0, max_seconds=None)
+    args |= dict(crop_seconds=8.0, length_grid_seconds=0.32) | changes
+    return load_utterances([str(path)], SimpleNamespace(**args), framing or make_framing())[0]
+
+
+def make_framing(mask_length=10):
+    convs = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
+    return Framing(*convs, 0.65, mask_length, 2, 12, 0.0, SAMPLING_RATE, normalize=False)
+
+
+@pytest.mark.parametrize("most", [None, 12.0])
+@pytest.mark.parametrize("least", [0.0, 2.0])
+def test_rows_of_a_fitting_length_stay_in_their_order(tmp_path, least, most):
+    seconds = np.random.default_rng(0).uniform(0.1, 14, 61).round(3).tolist()
+    samples = [round(length * SAMPLING_RATE) for length in seconds]
+    names = [f"/data/{row}.wav" for row in range(61)]
+    found = load(write_csv(tmp_path / "a.csv", names, seconds), min_seconds=least, max_seconds=most)
+    short = [n < max(least * SAMPLING_RATE, make_framing().min_samples) for n in samples]
+    long = [n > (most or math.inf) * SAMPLING_RATE for n in samples]
+    kept = [row for row in range(61) if not short[row] and not long[row]]
+    assert found.table["audio"][:] == [names[row] for row in kept]
+    assert found.num_samples.tolist() == found.table["num_samples"][:] == [samples[row] for row in kept]
+    assert found.num_samples.dtype == np.int32
+    assert found.dropped == {"too_short": sum(short), "too_long": sum(long), "unreadable": 0}
+    assert [file["filename"] for file in found.table.cache_files] == list(map(str, (tmp_path / "run/cache").iterdir()))
+
+
+def test_a_dry_run_leaves_no_table_behind(tmp_path):
+    manifest = write_manifest(tmp_path / "a.csv", rows=5)
+    assert len(load(manifest, min_seconds=0.0, dry_run=True).table) == 5 and not (tmp_path / "run").exists()
+
+
+def test_a_crop_too_short_for_a_masked_span_is_too_short(tmp_path):
+    """0.45 s holds a span of 20 frames and one beside it, but on a grid of 0.3 s only 0.32 s of it is heard."""
+    manifest, framing = write_csv(tmp_path / "a.csv", ["/a.wav", "/b.wav"], [0.45, 0.75]), make_framing(mask_length=20)
+    found = load(manifest, framing, min_seconds=0.0, length_grid_seconds=0.3)
+    assert 0.32 < framing.min_samples / SAMPLING_RATE < 0.45
+    assert found.table["audio"][:] == ["/b.wav"] and found.dropped["too_short"] == 1
+
+
+def test_nothing_left_is_a_slip_that_counts_the_reasons(tmp_path):
+    manifest = write_csv(tmp_path / "a.csv", ["/a.wav", "/b.wav", "/c.wav"], [1.0, 1.5, 30.0])
+    with pytest.raises(UserError, match=r"left of 3 \(2 shorter than 2 s, 1 longer than --max_seconds .*0 unreadable"):
+        load(manifest, max_seconds=20.0)
+
+
+def test_utterances_beyond_int32_count_as_too_long(tmp_path):
+    found = load(write_csv(tmp_path / "a.csv", ["/a.wav", "/endless.wav"], [3.0, 40 * 3600.0]))
+    assert found.table["audio"][:] == ["/a.wav"] and found.dropped["too_long"] == 1
+
+
+def test_the_hours_of_many_long_files_do_not_overflow():
+    lengths = np.full(200, 2**31 - 1, np.int32)
+    assert Utterances(None, lengths, {}).hours == pytest.approx(200 * (2**31 - 1) / SAMPLING_RATE / 3600)

@@ -59,7 +59,7 @@ def pack(manifest, folder, *more, status=0):
 
 
 def packed_rows(folder) -> list[dict]:
-    return load_manifest(str(folder), data_root=str(ROOT), probe=probe)[0].to_list()
+    return load_manifest([str(folder)], data_root=str(ROOT), probe=probe)[0].to_list()
 
 
 def read_row(row) -> np.ndarray:
@@ -83,7 +83,7 @@ def one_line(capsys) -> str:
 def test_shards_hold_the_same_utterances_in_the_same_order(manifest, tmp_path, capsys):
     folder = pack(manifest, tmp_path / "packed")
     assert "7 utterances" in capsys.readouterr().out
-    before, after = load_manifest(str(manifest), probe=probe)[0].to_list(), packed_rows(folder)
+    before, after = load_manifest([str(manifest)], probe=probe)[0].to_list(), packed_rows(folder)
     assert len(list(folder.glob("shard-*.wav"))) == 3
     for name in ("id", "num_samples", "text", "speaker"):
         assert [row[name] for row in before] == [row[name] for row in after]

@@ -1,36 +1,23 @@
 """What is known before the first update: a chunk at a time, it is what one pass over everything would give."""
 
 import hashlib
-import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import write_csv
 
 from w2v2.data import batching
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, crop_length, plan_update
-from w2v2.data.collate import Framing
-from w2v2.data.utterances import Utterances, load_utterances
-from w2v2.errors import UserError
+from w2v2.data.utterances import Utterances
 from w2v2.train import plan
 from w2v2.train.plan import build_batches, identity, make_plan
 
-FRAMING = Framing((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), 0.65, 10, 2, 12, 0.0, SAMPLING_RATE, normalize=False)
 
-
-def make_args(output_dir=None, **changes):
-    values = dict(data_root=None, output_dir=output_dir, min_seconds=2.0, max_seconds=None, crop_seconds=8.0)
-    values |= dict(length_grid_seconds=0.32, batch_hours=0.02, micro_batch_seconds=30.0, seed=3, max_steps=5)
-    values |= dict(
-        dry_run=False,
-        warmup_steps=1,
-        validation_data=None,
-        mask_time_prob=0.65,
-        mask_time_length=10,
-        mask_time_min_masks=2,
-    )
+def make_args(**changes):
+    values = dict(crop_seconds=8.0, length_grid_seconds=0.32, batch_hours=0.02, micro_batch_seconds=30.0, seed=3)
+    values |= dict(max_steps=5, warmup_steps=1, validation_data=None)
+    values |= dict(mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2)
     return SimpleNamespace(**values | changes)
 
 
@@ -48,58 +35,6 @@ def lengths():
 
 def in_samples(seconds):
     return [round(length * SAMPLING_RATE) for length in seconds]
-
-
-@pytest.mark.parametrize("most", [None, 12.0])
-@pytest.mark.parametrize("least", [0.0, 2.0])
-def test_utterances_are_the_rows_of_fitting_length_in_order(tmp_path, lengths, least, most):
-    names = [f"/data/{row}.wav" for row in range(len(lengths))]
-    found, unmeasured = load_utterances(
-        [str(write_csv(tmp_path / "a.csv", names, lengths))],
-        make_args(tmp_path / "run", min_seconds=least, max_seconds=most),
-        FRAMING,
-    )
-    short = [max(least * SAMPLING_RATE, FRAMING.min_samples) > n for n in in_samples(lengths)]
-    long = [n > (most or math.inf) * SAMPLING_RATE for n in in_samples(lengths)]
-    kept = [row for row in range(len(lengths)) if not short[row] and not long[row]]
-    assert found.table["audio"][:] == [names[row] for row in kept]
-    assert found.num_samples.tolist() == found.table["num_samples"][:] == [in_samples(lengths)[row] for row in kept]
-    assert found.dropped == {"too_short": sum(short), "too_long": sum(long), "unreadable": 0} and unmeasured == []
-    assert found.num_samples.dtype == np.int32
-    assert [file["filename"] for file in found.table.cache_files] == list(map(str, (tmp_path / "run/cache").iterdir()))
-
-
-def test_a_dry_run_leaves_no_table_behind(tmp_path, lengths):
-    manifest = write_csv(tmp_path / "a.csv", [f"/data/{row}.wav" for row in range(len(lengths))], lengths)
-    dry, wet = (
-        load_utterances([str(manifest)], make_args(tmp_path / "run", dry_run=dry), FRAMING)[0] for dry in (True, False)
-    )
-    assert not dry.table.cache_files and wet.table.cache_files and dry.table.to_list() == wet.table.to_list()
-    assert len(list((tmp_path / "run/cache").iterdir())) == 1
-
-
-def test_a_crop_too_short_for_a_masked_span_counts_as_too_short(tmp_path):
-    """0.45 s holds a span of 20 frames and one beside it, but on a grid of 0.3 s only 0.32 s of it is heard."""
-    framing = Framing(
-        (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), 0.65, 20, 2, 12, 0.0, SAMPLING_RATE, normalize=False
-    )
-    manifest = write_csv(tmp_path / "a.csv", ["/a.wav", "/b.wav"], [0.45, 0.75])
-    found, _ = load_utterances([str(manifest)], make_args(tmp_path, min_seconds=0.0, length_grid_seconds=0.3), framing)
-    assert 0.32 < framing.min_samples / SAMPLING_RATE < 0.45
-    assert found.table["audio"][:] == ["/b.wav"] and found.dropped["too_short"] == 1
-
-
-def test_nothing_left_is_a_slip_that_counts_the_reasons(tmp_path):
-    manifest = write_csv(tmp_path / "a.csv", ["/a.wav", "/b.wav", "/c.wav"], [1.0, 1.5, 30.0])
-    with pytest.raises(UserError, match=r"left of 3 \(2 shorter than 2 s, 1 longer than --max_seconds, 0 unreadable"):
-        load_utterances([str(manifest)], make_args(tmp_path, max_seconds=20.0), FRAMING)
-
-
-def test_an_utterance_beyond_int32_is_named(tmp_path):
-    manifest = write_csv(tmp_path / "a.csv", ["/a.wav"] * 8 + ["/endless.wav"], [3.0] * 8 + [40 * 3600.0])
-    with pytest.raises(UserError, match="utterance /endless.wav has 40.0 h, more than 37.3"):
-        load_utterances([str(manifest)], make_args(tmp_path), FRAMING)
-    assert len(load_utterances([str(manifest)], make_args(tmp_path, max_seconds=20.0), FRAMING)[0].table) == 8
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

@@ -7,12 +7,37 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from w2v2.data.audio import AudioError
+from w2v2.data.audio import SAMPLING_RATE, AudioError
 
 BLOCK = 10_000  # files measured between two writes to the cache, so that an interrupted scan of millions is not lost
 NUM_THREADS = min(32, 4 * (os.cpu_count() or 1))  # they wait for the disk
+
+
+def fill_lengths(
+    table: pa.Table, probe: Callable[[str], int], cache_dir: str | Path | None
+) -> tuple[pa.Table, list[dict]]:
+    """Fill the nulls of `num_samples`; rows whose file cannot be measured come back as {id, audio, reason} instead."""
+    unknown = pc.is_null(table["num_samples"]).combine_chunks()
+    rows = table.filter(unknown).select(["id", "audio", "start"]).to_pylist()
+    if not rows:
+        return table, []
+    found = measure_lengths(list(dict.fromkeys(row["audio"] for row in rows)), probe, cache_dir)
+    skipped, lengths = [], []
+    for row in rows:
+        length, start = found[row["audio"]], round(row["start"] * SAMPLING_RATE)
+        if isinstance(length, int) and length <= start:
+            length = f"ends before {row['start']:g} s, where the row starts"
+        if isinstance(length, str):
+            skipped.append({"id": row["id"], "audio": row["audio"], "reason": length})
+        lengths.append(None if isinstance(length, str) else length - start)
+    known = table["num_samples"].combine_chunks()
+    filled = pc.replace_with_mask(known, unknown, pa.array(lengths, pa.int64()))
+    table = table.set_column(table.column_names.index("num_samples"), "num_samples", filled)
+    return table.filter(pc.is_valid(filled)), skipped
 
 
 def measure_lengths(

@@ -13,7 +13,6 @@ Columns are understood by name, upper or lower case, whichever toolkit wrote the
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.audio import probe as probe_header
-from w2v2.data.durations import measure_lengths
+from w2v2.data.durations import fill_lengths
 from w2v2.data.readers import RawTable, read_table
 from w2v2.errors import UserError
 
@@ -61,7 +60,7 @@ def read_manifests(
     Raises UserError for whatever the user can mend: see `readers.read_table`; also columns, durations, ids, markers without a root.
     """
     data_root = None if data_root is None else os.path.expanduser(data_root)
-    names = list(map(os.fspath, [paths] if isinstance(paths, (str, os.PathLike)) else paths))
+    names = list(map(str, paths))
     if not names:
         raise UserError("no manifest given: name at least one")
     if twice := {name for name in names if names.count(name) > 1}:
@@ -71,7 +70,7 @@ def read_manifests(
     extras = [*EXTRAS, *dict.fromkeys(name.lower() for name in further if name.lower() not in OURS)]
     wanted = {alias for aliases in COLUMNS.values() for alias in aliases}.union(extras)
     tables = [_interpret(read_table(Path(name).expanduser(), wanted), extras, data_root) for name in names]
-    table, skipped = _measure(_join(tables, names, extras), cache_dir, probe)
+    table, skipped = fill_lengths(_join(tables, names, extras), probe, cache_dir)
     if skipped and not len(table):
         raise UserError(
             f"{', '.join(names)}: no audio file could be measured, beginning with {skipped[0]['audio']}, which "
@@ -91,21 +90,21 @@ def _interpret(raw: RawTable, extras: Sequence[str], data_root: str | None) -> p
             f"manifest {raw.path} has no audio column: it has {', '.join(raw.found) or 'none'}; "
             f"name one of them {' or '.join(COLUMNS['audio'])}"
         )
-    written = _cast_text(raw, "audio", columns["audio"])
-    raw.refuse(pc.equal(pc.utf8_trim_whitespace(written), ""), " has no audio path: fill it in or remove the row")
+    texts = {name: _cast_text(raw, name, columns[name]) for name in ("audio", "id", *extras) if name in columns}
+    written = texts.pop("audio")
+    raw.refuse(pc.equal(pc.utf8_trim_whitespace(written), ""), "audio", written, "fill it in or remove the row")
     start, num_samples = _find_extent(raw, columns)
-    ids = _check_ids(raw, columns["id"]) if "id" in columns else _name_rows(written, start)
-    table = {"id": ids, "audio": _resolve(raw, written, data_root), "start": start, "num_samples": num_samples}
-    return pa.table(table | {name: _cast_text(raw, name, columns[name]) for name in extras if name in columns})
+    ids = _check_ids(raw, texts.pop("id")) if "id" in texts else _name_rows(written, start)
+    audio = _resolve(raw, written, data_root)
+    return pa.table({"id": ids, "audio": audio, "start": start, "num_samples": num_samples} | texts)
 
 
 def _cast_text(raw: RawTable, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         column = pc.fill_null(column.cast(pa.string()), "")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise UserError(
-            f"manifest {raw.path}: the column for {name} holds {column.type}, where text is expected: write it as text"
-        ) from None
+        kind = f"the column for {name} holds {column.type}"
+        raise UserError(f"manifest {raw.path}: {kind}, where text is expected: write it as text") from None
     return column if name == "audio" else pc.utf8_trim_whitespace(column)  # a file's name may begin with a space
 
 
@@ -115,20 +114,19 @@ def _cast_numbers(raw: RawTable, name: str, column: pa.ChunkedArray, least: floa
         text = _cast_text(raw, name, column)
         column = pc.if_else(pc.equal(text, ""), None, text)
         is_number = pc.match_substring_regex(column, NUMBER, ignore_case=True)
-        raw.refuse(pc.invert(is_number), f": {name} {{!r}} is not a number: mend it or leave it empty", column)
+        raw.refuse(pc.invert(is_number), name, column, "write a number, or leave it empty")
     column = column.cast(pa.float64())
     wrong = pc.invert(pc.and_(pc.less_equal(column, most), pc.greater_equal(column, least)))  # NaN is neither
-    bounds = f"must be {'0 or more' if least == 0 else 'more than 0'} and at most {most:g}"
-    raw.refuse(wrong, f": {name} is {{:g}}, which {bounds}: mend it or leave it empty", column)
+    bounds = f"{'0 or more' if least == 0 else 'more than 0'} and at most {most:g}"
+    raw.refuse(wrong, name, column, f"write {bounds}, or leave it empty")
     return column
 
 
 def _find_extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     """Start in seconds (float64) and length in samples (int64, null where unknown) of every row."""
-    rate, half_sample = float(SAMPLING_RATE), 0.5 / SAMPLING_RATE
-    most_samples = MOST_SECONDS * rate
-    limits = {"start": (0, most_samples), "stop": (0, most_samples)}  # may turn out to be samples
-    limits |= {"num_samples": (1, most_samples), "duration": (half_sample, MOST_SECONDS)}
+    rate, most = float(SAMPLING_RATE), MOST_SECONDS * SAMPLING_RATE
+    limits = {"start": (0, most), "stop": (0, most)}  # may turn out to be samples
+    limits |= {"num_samples": (1, most), "duration": (0.5 / rate, MOST_SECONDS)}
     nothing = pa.chunked_array([pa.nulls(raw.table.num_rows, pa.float64())])
     found = {name: _cast_numbers(raw, name, columns[name], *limits[name]) for name in limits if name in columns}
     start, stop, num_samples, duration = (found.get(name, nothing) for name in limits)
@@ -139,26 +137,26 @@ def _find_extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[pa
     # 2. SpeechBrain's whole-numbered `start` and `stop` are samples, unless their difference is the length in seconds.
     whole = all(pc.all(pc.equal(column, pc.floor(column))).as_py() is not False for column in (start, stop))
     in_samples = whole and {"wav", "start", "stop"} <= set(raw.table.column_names)
-    if in_samples and pc.all(pc.less(pc.abs(pc.subtract(between, length)), 1.0)).as_py():
-        in_samples = False
+    in_samples = in_samples and not pc.all(pc.less(pc.abs(pc.subtract(between, length)), 1.0)).as_py()
     if in_samples:
         start, stop, between = (pc.divide(column, rate) for column in (start, stop, between))
-    late = " stops at {:g} s, not after its start: mend or remove it"
-    raw.refuse(pc.less(between, 2 * half_sample), late, stop)
+    raw.refuse(pc.less(between, 1.0 / rate), "stop", stop, "in seconds, it has to come after the start")
     # 3. In samples the difference comes first, for the duration is then that of the whole file.
     length = pc.coalesce(between, length) if in_samples else pc.coalesce(length, between)
     return start, pc.round(pc.multiply(length, rate)).cast(pa.int64())
 
 
-def _check_ids(raw: RawTable, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    ids = _cast_text(raw, "id", column)
-    raw.refuse(pc.equal(ids, ""), " has no id: give every row one, or remove the column")
+def _count_repetitions(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """How often each name has come before."""
+    series = names.to_pandas()
+    return pa.chunked_array([pa.array(series.groupby(series).cumcount())])
+
+
+def _check_ids(raw: RawTable, ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    raw.refuse(pc.equal(ids, ""), "id", ids, "give every row one, or remove the column")
     if pc.count_distinct(ids).as_py() < len(ids):
-        first: dict[str, int] = {}
-        index, name = next(row for row in enumerate(ids.to_pylist()) if first.setdefault(row[1], row[0]) != row[0])
-        raise UserError(
-            f"{raw.name_row(index)} has the id {name!r} of row {first[name] + 1}: make it unique or remove the row"
-        )
+        repeated = pc.greater(_count_repetitions(ids), 0)
+        raw.refuse(repeated, "id", ids, "an earlier row has it too, make it unique or remove the row")
     return ids
 
 
@@ -168,26 +166,23 @@ def _name_rows(written: pa.ChunkedArray, start: pa.ChunkedArray) -> pa.ChunkedAr
         names = pc.if_else(pc.starts_with(names, marker + "/"), pc.utf8_slice_codeunits(names, len(marker) + 1), names)
     at = pc.round(pc.multiply(start, float(SAMPLING_RATE))).cast(pa.int64()).cast(pa.string())
     names = pc.if_else(pc.greater(start, 0.0), pc.binary_join_element_wise(names, at, ":"), names)
-    if pc.count_distinct(names).as_py() == len(names):
-        return names
-    count: Counter[str] = Counter()
-    numbered = []
-    for name in names.to_pylist():
-        count[name] += 1
-        numbered.append(name if count[name] == 1 else f"{name}#{count[name]}")
-    return pa.chunked_array([pa.array(numbered, pa.string())])
+    if pc.count_distinct(names).as_py() < len(names):
+        before = _count_repetitions(names)
+        numbered = pc.binary_join_element_wise(names, pc.add(before, 1).cast(pa.string()), "#")
+        names = pc.if_else(pc.equal(before, 0), names, numbered)
+    return names
 
 
 def _resolve(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) -> pa.ChunkedArray:
     """Absolute paths: the marker replaced, the rest under `data_root` or else beside the manifest."""
     for marker in ROOT_MARKERS:
         if data_root is None:
-            remedy = f" holds {marker}: pass --data_root with the folder that it stands for"
-            raw.refuse(pc.match_substring(written, marker), remedy)
+            remedy = f"pass --data_root with the folder that {marker} stands for"
+            raw.refuse(pc.match_substring(written, marker), "audio", written, remedy)
         else:
             written = pc.replace_substring(written, marker, os.path.abspath(data_root))
     is_url = pc.match_substring_regex(written, r"^[A-Za-z][A-Za-z0-9+.-]*://")
-    raw.refuse(is_url, " names the URL {}: download the files and name those", written)
+    raw.refuse(is_url, "audio", written, "download the files of URLs and name those")
     beside = raw.path if raw.path.is_dir() else raw.path.parent
     base = os.path.join(os.path.abspath(beside if data_root is None else data_root), raw.root, "")
     return pc.if_else(pc.starts_with(written, os.sep), written, pc.binary_join_element_wise(base, written, ""))
@@ -204,25 +199,3 @@ def _join(tables: list[pa.Table], names: list[str], extras: Sequence[str]) -> pa
         repeated = [pa.repeat(label, len(table)) for label, table in zip(labels, tables, strict=True)]
         columns["id"] = pc.binary_join_element_wise(pa.chunked_array(repeated), whole["id"], "/")
     return pa.table(columns)
-
-
-def _measure(table: pa.Table, cache_dir: str | Path | None, probe: Callable) -> tuple[pa.Table, list[dict]]:
-    """Fill null lengths from the files' headers; rows whose file cannot be measured come back in the second list instead."""
-    unknown = pc.is_null(table["num_samples"])
-    if not pc.any(unknown).as_py():
-        return table, []
-    rows = table.filter(unknown).select(["id", "audio", "start"]).to_pylist()
-    found = measure_lengths(list(dict.fromkeys(row["audio"] for row in rows)), probe, cache_dir)
-    skipped, lengths = [], []
-    for row in rows:
-        length = found[row["audio"]]
-        if isinstance(length, int):
-            length -= round(row["start"] * SAMPLING_RATE)
-            length = length if length > 0 else f"ends before {row['start']:g} s, where the row starts"
-        if isinstance(length, str):
-            skipped.append({"id": row["id"], "audio": row["audio"], "reason": length})
-        lengths.append(length if isinstance(length, int) else None)
-    known = table["num_samples"].combine_chunks()
-    filled = pc.replace_with_mask(known, unknown.combine_chunks(), pa.array(lengths, pa.int64()))
-    table = table.set_column(table.column_names.index("num_samples"), "num_samples", filled)
-    return table.filter(pc.is_valid(filled)), skipped

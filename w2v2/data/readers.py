@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,7 +25,9 @@ AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au
 PACKED_MANIFEST = "manifest.parquet"  # in a folder that pack_audio.py wrote, beside its shards
 LINE = "line in the file"  # a column of our own, beside those of the file
 BATCH_ROWS = 65_536  # so many rows exist as Python's objects at a time
-TSV_QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+TSV_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+
+Row = tuple[int | None, dict]  # its line, where there is one, and {name: cell}
 
 
 @dataclass
@@ -41,17 +43,12 @@ class RawTable:
     found: list[str]
     root: str = ""  # fairseq's root, or the folder that was read: relative audio paths continue it
 
-    def name_row(self, index: int) -> str:
-        """How a message names a row: counted from 1 without the header, and its line where there is one."""
-        line = self.table[LINE][index].as_py() if LINE in self.table.column_names else None
-        return f"{self.path}: row {index + 1}" + (f" (line {line})" if line else "")
-
-    def refuse(self, bad: pa.ChunkedArray, message: str, values: pa.ChunkedArray | None = None) -> None:
-        """Raise UserError that names the first row where `bad` is true; a `{}` in `message` stands for its value."""
+    def refuse(self, bad: pa.ChunkedArray, name: str, column: pa.ChunkedArray, remedy: str) -> None:
+        """Raise UserError for the first row where `bad` is true: row (from 1), line, what `column` holds there, remedy."""
         if (index := pc.index(bad, True).as_py()) >= 0:
-            raise UserError(
-                self.name_row(index) + (message if values is None else message.format(values[index].as_py()))
-            )
+            line = self.table[LINE][index].as_py() if LINE in self.table.column_names else None
+            where = f"{self.path}: row {index + 1}" + (f" (line {line})" if line else "")
+            raise UserError(f"{where}: {name} is {column[index].as_py()!r}: {remedy}")
 
 
 def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
@@ -69,10 +66,10 @@ def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
     try:
         raw = read(path, wanted)
     except UnicodeDecodeError:
-        raise UserError(f"manifest {path} is not UTF-8 text: save it again with that encoding") from None
+        raise UserError(f"manifest {path} holds text that is not UTF-8: save it again with that encoding") from None
     except UnicodeEncodeError as error:
         raise UserError(f"manifest {path}: {error.object!a} is not UTF-8 text: rename it") from None
-    except OSError as error:
+    except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"manifest {path} cannot be read ({one_line(error)})") from None
     if not raw.table.num_rows:
         raise UserError(f"manifest {path} is empty: it has no rows; write one for each utterance")
@@ -83,9 +80,9 @@ def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
     return raw
 
 
-def _build_table(rows: Iterator[tuple[int | None, dict]], wanted: frozenset[str]) -> pa.Table:
-    """`(line, {name: cell})` of every row → the wanted columns as text, and the lines."""
-    tables = []
+def _build_table(rows: Iterable[Row], wanted: frozenset[str]) -> pa.Table:
+    """The wanted columns of all rows as text, and their lines."""
+    rows, tables = iter(rows), []
     while batch := list(islice(rows, BATCH_ROWS)):
         columns = {LINE: pa.array([line for line, _ in batch], pa.int64())}
         for name in dict.fromkeys(chain.from_iterable(row for _, row in batch)):
@@ -101,38 +98,31 @@ def _build_table(rows: Iterator[tuple[int | None, dict]], wanted: frozenset[str]
 
 def _read_delimited(path: Path, wanted: frozenset[str]) -> RawTable:
     """A header and rows, or fairseq's form of a .tsv: a root line, then `path⇥samples`."""
-    with open(path, encoding="utf-8-sig") as file:
-        first, second = file.readline().rstrip("\n"), file.readline()
-    is_tsv = path.suffix.lower() == ".tsv"
-    lines = _split_cells(path, "\t" if is_tsv or ("\t" in first and "," not in first) else ",")
-    if is_tsv and "\t" not in first and second.count("\t") == 1:
-        found, root = ["audio", "num_samples"], "" if first.strip() == "." else first.strip()
-        lines = islice(lines, 1 if first else 0, None)
-    else:
-        found, root = [name.strip() for name in next(lines, (0, []))[1]], ""
-
-    def rows() -> Iterator[tuple[int, dict]]:
-        for number, (line, cells) in enumerate(lines, 1):
-            if len(cells) != len(found):
-                counts = f"{len(cells)} cells where the header has {len(found)}"
-                remedy = "put quotes round a value that holds the delimiter"
-                raise UserError(f"{path}: row {number} (line {line}) has {counts}: {remedy}")
-            yield line, dict(zip(found, cells, strict=True))
-
-    return RawTable(path, _build_table(rows(), wanted), found, root)
-
-
-def _split_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Last line and cells of every row that is not blank, header included."""
-    # Sentences in TSV files (Common Voice) begin with lone quotes, which would swallow the rows after them.
-    is_csv = delimiter == ","
-    quoting = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
     with open(path, encoding="utf-8-sig", newline="") as file:
+        first, second = file.readline().rstrip("\r\n"), file.readline()
+        file.seek(0)
+        is_tsv = path.suffix.lower() == ".tsv"
+        is_csv = not is_tsv and ("\t" not in first or "," in first)
+        # Sentences in TSV files (Common Voice) begin with lone quotes, which would swallow the rows after them.
+        quoting = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
         # SpeechBrain's older files have spaces after their commas.
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, skipinitialspace=is_csv, strict=True)
+        options = dict(quoting=quoting, skipinitialspace=is_csv, strict=True)
+        reader = csv.reader(file, delimiter="," if is_csv else "\t", **options)
+
+        def rows() -> Iterator[Row]:
+            for number, cells in enumerate(filter(None, reader), 1):
+                if len(cells) != len(found):
+                    counts = f"row {number} (line {reader.line_num}) has {len(cells)} cells where the header has {len(found)}"
+                    raise UserError(f"{path}: {counts}: put quotes round a value that holds the delimiter")
+                yield reader.line_num, dict(zip(found, cells if is_csv else map(_unquote, cells), strict=True))
+
         try:
-            for cells in filter(None, reader):
-                yield reader.line_num, cells if is_csv else list(map(_unquote, cells))
+            if is_tsv and "\t" not in first and second.count("\t") == 1:
+                next(reader)
+                found, root = ["audio", "num_samples"], "" if first.strip() == "." else first.strip()
+            else:
+                found, root = [name.strip() for name in next(filter(None, reader), [])], ""
+            return RawTable(path, _build_table(rows(), wanted), found, root)
         except csv.Error as error:
             where = f"{path}: line {reader.line_num}"
             raise UserError(f"{where} does not parse ({error}): mend the quotes there or in a line before") from None
@@ -146,22 +136,9 @@ def _unquote(cell: str) -> str:
 
 def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
     """A list of rows, SpeechBrain's object of id → row, or a row a line, whichever the suffix (NeMo says .json too)."""
-    with open(path, encoding="utf-8-sig") as file:
-        stripped = filter(None, map(str.strip, file))
-        first, second = next(stripped, "[]"), next(stripped, "")
-    by_line = first.startswith("{") and first.endswith("}")
-    if by_line and (second or not _holds_rows(_parse(path, first, 1))):
-        entries = _parse_lines(path)
-    else:
-        content = _parse(path, path.read_text(encoding="utf-8-sig") if second else first)
-        if _holds_rows(content):
-            content = [{"id": name, **row} for name, row in content.items()]
-        if not isinstance(content, list):
-            raise UserError(f"manifest {path}: use a list of objects, an object of id → object, or an object a line")
-        entries = ((None, row) for row in content)
     found: dict[str, None] = {}
 
-    def rows() -> Iterator[tuple[int | None, dict]]:
+    def rows() -> Iterator[Row]:
         for line, row in entries:
             if not isinstance(row, dict):
                 where = f"line {line}" if line else "an entry"
@@ -174,19 +151,27 @@ def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
                 row[name] = cell.get("file") or cell.get("path")
             yield line, row
 
-    return RawTable(path, _build_table(rows(), wanted), list(found))
-
-
-def _holds_rows(content: object) -> bool:
-    return isinstance(content, dict) and bool(content) and all(isinstance(row, dict) for row in content.values())
-
-
-def _parse_lines(path: Path) -> Iterator[tuple[int, object]]:
     with open(path, encoding="utf-8-sig") as file:
-        yield from ((number, _parse(path, line, number)) for number, line in enumerate(file, 1) if line.strip())
+        stripped = filter(None, map(str.strip, file))
+        first, second = next(stripped, ""), next(stripped, "")
+        file.seek(0)
+        if second and first.startswith("{") and first.endswith("}"):
+            entries = ((number, _parse(line, path, number)) for number, line in enumerate(file, 1) if line.strip())
+        else:
+            content = _parse(file.read(), path) if first else []
+            if isinstance(content, dict):
+                by_id = content and all(isinstance(row, dict) for row in content.values())
+                content = [{"id": name, **row} for name, row in content.items()] if by_id else [content]
+            if not isinstance(content, list):
+                raise UserError(
+                    f"manifest {path}: use a list of objects, an object of id → object, or an object a line"
+                )
+            entries = ((None, row) for row in content)
+        table = _build_table(rows(), wanted)
+    return RawTable(path, table, list(found))
 
 
-def _parse(path: Path, text: str, line: int | None = None) -> object:
+def _parse(text: str, path: Path, line: int | None = None) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter for brackets in brackets
@@ -196,13 +181,9 @@ def _parse(path: Path, text: str, line: int | None = None) -> object:
 
 
 def _read_parquet(path: Path, wanted: frozenset[str]) -> RawTable:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            found = file.schema_arrow.names
-            table = file.read([name for name in found if name.lower() in wanted])
-    except pa.ArrowInvalid as error:
-        raise UserError(f"manifest {path} is not a Parquet file: {one_line(error)}") from None
-    return RawTable(path, table, found)
+    with pyarrow.parquet.ParquetFile(path) as file:
+        found = file.schema_arrow.names
+        return RawTable(path, file.read([name for name in found if name.lower() in wanted]), found)
 
 
 READERS = {
@@ -218,19 +199,15 @@ def _read_folder(folder: Path, wanted: frozenset[str]) -> RawTable:
     """A Kaldi folder, one that pack_audio.py wrote, or any other: its audio files, all levels down."""
     root = os.path.abspath(folder)
     if (folder / "wav.scp").exists():
-        columns, root = read_kaldi(folder), ""
+        rows, root = read_kaldi(folder), ""
     elif (folder / PACKED_MANIFEST).exists():
-        raw = _read_parquet(folder / PACKED_MANIFEST, wanted)
-        return RawTable(raw.path, raw.table, raw.found, root)
+        return replace(_read_parquet(folder / PACKED_MANIFEST, wanted), root=root)
     elif next(folder.glob("shard-*.wav"), None):
         raise UserError(f"folder {folder} was not packed to its end: run the same pack_audio.py command again")
-    elif not (paths := _find_audio(folder)):
+    elif not (rows := [{"audio": path} for path in _find_audio(folder)]):
         suffixes = " ".join(sorted(AUDIO_SUFFIXES))
         raise UserError(f"folder {folder} holds no audio files ({suffixes}) and no wav.scp: check the path")
-    else:
-        columns = {"audio": paths}
-    table = pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
-    return RawTable(folder, table, list(columns), root)
+    return RawTable(folder, _build_table(((None, row) for row in rows), wanted), list(rows[0]), root)
 
 
 def _find_audio(folder: Path) -> list[str]:

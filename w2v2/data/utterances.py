@@ -4,10 +4,11 @@ A run holds four bytes an utterance, its length. The table of ids and paths is a
 that all processes and workers share its pages.
 """
 
+import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -85,55 +86,40 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     """
     cache_dir = Path(args.output_dir) / "cache"
     table, unmeasured = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
-    num_rows = len(table) + len(unmeasured)
-    table, dropped = _keep_eligible(table, args, framing)
-    dropped |= {"unreadable": len(unmeasured)}
-    if not len(table):
+    num_samples = table["num_samples"].to_numpy()  # (rows,) int64
+    # 1. Which rows are too short, as a whole or as a crop, or too long?
+    least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
+    most = MOST_SAMPLES if args.max_seconds is None else min(args.max_seconds * SAMPLING_RATE, MOST_SAMPLES)
+    crop = round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
+    short = (num_samples < least) | (crop_length(num_samples, *crop) < framing.min_samples)
+    long = num_samples > most
+    kept = ~short & ~long
+    dropped = {"too_short": int(short.sum()), "too_long": int(long.sum()), "unreadable": len(unmeasured)}
+    if not kept.any():
         first = f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else ""
         raise UserError(
-            f"{', '.join(manifests)}: no utterance is left of {num_rows} ({dropped['too_short']} shorter than "
-            f"{_least_samples(args, framing) / SAMPLING_RATE:g} s, {dropped['too_long']} longer than --max_seconds, "
-            f"{len(unmeasured)} unreadable{first}); lower --min_seconds, raise --crop_seconds (a mask span needs "
+            f"{', '.join(manifests)}: no utterance is left of {len(kept) + len(unmeasured)} ({dropped['too_short']} shorter "
+            f"than {least / SAMPLING_RATE:g} s, {dropped['too_long']} longer than --max_seconds or 37 h, {len(unmeasured)} "
+            f"unreadable{first}); lower --min_seconds, raise --crop_seconds (a mask span needs "
             f"{framing.min_samples / SAMPLING_RATE:.2f} s), or give other audio"
         )
-    num_samples = table["num_samples"].to_numpy().astype(np.int32)
-    data = map_table(table, None if args.dry_run else cache_dir)
+    # 2. Keep the others: their lengths in memory, the rest in a file.
+    data = map_table(table if kept.all() else table.filter(pa.array(kept)), None if args.dry_run else cache_dir)
     del table
     pa.default_memory_pool().release_unused()  # Arrow would keep a hundred bytes an utterance for the next table
-    return Utterances(data, num_samples, dropped), unmeasured
+    return Utterances(data, num_samples[kept].astype(np.int32), dropped), unmeasured
 
 
-def _least_samples(args, framing: Framing) -> int:
-    return max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
-
-
-def _keep_eligible(table: pa.Table, args, framing: Framing) -> tuple[pa.Table, dict[str, int]]:
-    """The rows that are neither too short nor too long, and how many are.
-
-    Raises UserError for an utterance of 2³¹ samples (37 h) or more that `max_seconds` does not leave out.
-    """
-    num_samples = table["num_samples"].to_numpy()  # (rows,) int64
-    crop = round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
-    short = num_samples < _least_samples(args, framing)
-    short |= crop_length(num_samples, *crop) < framing.min_samples
-    long = num_samples > (np.inf if args.max_seconds is None else args.max_seconds * SAMPLING_RATE)
-    kept = ~short & ~long
-    if (endless := np.flatnonzero(kept & (num_samples > MOST_SAMPLES))).size:
-        row = int(endless[0])
-        raise UserError(
-            f"utterance {table['id'][row]} has {num_samples[row] / SAMPLING_RATE / 3600:.1f} h, more than "
-            f"{MOST_SAMPLES / SAMPLING_RATE / 3600:.1f}: cut it into several, or leave it out with --max_seconds"
-        )
-    dropped = {"too_short": int(short.sum()), "too_long": int(long.sum())}
-    return table if kept.all() else table.filter(pa.array(kept)), dropped
+def _spread(utterances: Utterances, most: int) -> Iterator[tuple[dict, int]]:
+    """Row and length in samples of at most so many utterances, evenly spread."""
+    rows = np.unique(np.linspace(0, len(utterances.num_samples) - 1, most).astype(int))
+    return ((utterances.table[int(row)], int(utterances.num_samples[row])) for row in rows)
 
 
 def probe_some(utterances: Utterances) -> list[dict]:
-    """Read the headers of a few files, evenly spread: a wrong root or format is found before the first update."""
-    rows = np.unique(np.linspace(0, len(utterances.num_samples) - 1, NUM_PROBED).astype(int))
+    """Read the headers of a few files: a wrong root or format is found before the first update."""
     unreadable = []
-    for row in rows:
-        entry = utterances.table[int(row)]
+    for entry, _ in _spread(utterances, NUM_PROBED):
         try:
             probe(entry["audio"])
         except AudioError as error:
@@ -142,17 +128,13 @@ def probe_some(utterances: Utterances) -> list[dict]:
 
 
 def silent_share(utterances: Utterances) -> float:
-    """Share of silence among a few utterances, evenly spread, of each at most five seconds from its middle."""
-    rows = np.unique(np.linspace(0, len(utterances.num_samples) - 1, NUM_LISTENED).astype(int))
+    """Share of silence among a few utterances, of each at most five seconds from its middle."""
     is_silent = []
-    for row in rows:
-        entry, length = utterances.table[int(row)], int(utterances.num_samples[row])
+    for entry, length in _spread(utterances, NUM_LISTENED):
         num_samples = min(5 * SAMPLING_RATE, length)
         start = round(entry["start"] * SAMPLING_RATE) + (length - num_samples) // 2
-        try:
+        with contextlib.suppress(AudioError):
             is_silent.append(np.sqrt(np.mean(np.square(read_crop(entry["audio"], start, num_samples)))) < SILENCE)
-        except AudioError:
-            continue
     return float(np.mean(is_silent)) if is_silent else 0.0
 
 
