@@ -30,7 +30,7 @@ from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
 from w2v2.hub.card import write_model_card
 from w2v2.hub.curves import draw_plots
-from w2v2.hub.push import HubPusher, start_pusher
+from w2v2.hub.push import HubPusher
 from w2v2.model.config import build_config
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_feature_extractor, build_framing, build_model
@@ -128,7 +128,7 @@ def main() -> None:
     state.micro_batch_seconds = args.micro_batch_seconds or find_micro_batch(run, batches)
     state.num_processes = accelerator.num_processes
     present_plan(training, batches, args, accelerator, state.micro_batch_seconds)
-    pusher = start_pusher(args, accelerator)
+    pusher = HubPusher(args) if args.push_to_hub and accelerator.is_main_process else None
     if accelerator.is_main_process:
         write_config(args, state.micro_batch_seconds)
 

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -514,4 +515,4 @@ def test_a_repository_that_is_named_like_a_path_is_refused(tmp_path):
 
     for name in ("../evil", "a/../../b", "/etc", "a/b/c"):
         with pytest.raises(UserError, match="--hub_model_id"):
-            HubPusher(tmp_path, repo_id=name, private=True, token=None, every_save=False)
+            HubPusher(SimpleNamespace(output_dir=tmp_path, hub_model_id=name))
