@@ -54,15 +54,20 @@ def write_model_card(
             whichever are known.
         metrics: records as in `metrics.jsonl`. The pictures that `draw_plots` left in the folder are embedded.
     """
-    found = {
-        kind: next((record for record in reversed(metrics) if any(key.startswith(start) for key in record)), {})
-        for kind, start in (("trained", "loss"), ("validated", "eval_"))
+    trained, validated = (
+        next((record for record in reversed(metrics) if any(key.startswith(start) for key in record)), {})
+        for start in ("loss", "eval_")
+    )
+    facts = _merge(model_config(output_dir), config, summary) | {
+        "trained": trained,
+        "validated": validated,
+        "updates_done": trained.get("step", 0),
+        "heard": max((record.get("audio_hours") or 0 for record in metrics), default=0),
+        "chance": chance_accuracy(output_dir),
     }
-    heard = max((record.get("audio_hours") or 0 for record in metrics), default=0)
-    done = {"updates_done": found["trained"].get("step", 0), "device_hours": device_hours(metrics)}
-    facts = _merge(model_config(output_dir), config, summary, done)
-    values = found | {"heard": heard, "chance": chance_accuracy(output_dir)}
-    _save_card(output_dir, "pretrained.md", facts, PICTURES, {"tags": ["wav2vec2", "pretraining"]}, values)
+    if hours := device_hours(metrics):
+        facts["device_hours"] = hours
+    _save_card(Path(output_dir), "pretrained.md", facts, PICTURES, tags=["wav2vec2", "pretraining"])
 
 
 def write_finetuned_card(
@@ -76,28 +81,14 @@ def write_finetuned_card(
     """
     model, scores = model_config(output_dir), _read_scores(results)
     task = _TASKS[model["architectures"][0]]
-    values = {
-        "task": task,
-        "scores": scores,
-        "measures": {
-            key: measure for key, measure in MEASURES.items() if any(key in found for found in scores.values())
-        },
-    }
+    shown = {key: measure for key, measure in MEASURES.items() if any(key in found for found in scores.values())}
+    facts = _merge(model, config, results.get("run") or {}) | {"task": task, "scores": scores, "measures": shown}
     metadata = {"tags": ["wav2vec2"], "pipeline_tag": task, "eval_results": _eval_results(task, scores) or None}
-    facts = _merge(model, config, results.get("run") or {})
-    _save_card(output_dir, "finetuned.md", facts, FINETUNING_PICTURES, metadata, values)
+    _save_card(Path(output_dir), "finetuned.md", facts, FINETUNING_PICTURES, **metadata)
 
 
-def _save_card(
-    output_dir: str | os.PathLike,
-    template: str,
-    facts: Mapping[str, Any],
-    pictures: Pictures,
-    metadata: Mapping[str, Any],
-    values: Mapping[str, Any],
-) -> None:
-    """Fill a template with `facts` and `values`, under the card's metadata (YAML), into `README.md`."""
-    folder = Path(output_dir)
+def _save_card(folder: Path, template: str, facts: Mapping[str, Any], pictures: Pictures, **metadata: Any) -> None:
+    """Fill a template with `facts`, under the card's metadata (YAML), into `README.md`."""
     source = printable(facts.get("hub_model_id") or folder.resolve().name)
     title, base = source.split("/")[-1], facts.get("model_name_or_path") or ""
     data = ModelCardData(
@@ -117,7 +108,6 @@ def _save_card(
         row=partial(_row, facts),
         cell=_cell,
         pictures={name: title for name, (title, _) in pictures.items() if (folder / f"plots/{name}.png").exists()},
-        **values,
     )
     card.save(folder / "README.md")
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_BASE_DISTRACTORS = 100
-
 Pictures = Mapping[str, tuple[str, list[tuple[str, list[str]]]]]
 
 # Picture: its title, and its panels as (axis label, measures).
@@ -18,10 +16,7 @@ PICTURES: Pictures = {
         "Codebook perplexity",
         [("perplexity", ["codebook_perplexity", "codebook_perplexity_hard"])],
     ),
-    "schedule": (
-        "Schedule",
-        [("learning rate", ["learning_rate"]), ("Gumbel temperature", ["gumbel_temperature"])],
-    ),
+    "schedule": ("Schedule", [("learning rate", ["learning_rate"]), ("Gumbel temperature", ["gumbel_temperature"])]),
 }
 
 FINETUNING_PICTURES: Pictures = {
@@ -40,10 +35,8 @@ def draw_plots(
 ) -> list[Path]:
     """Draw the curves into `output_dir/plots`, over a value of the records (`over`: its name and its axis label).
 
-    A measure that was never logged gets no picture.
-
-    Training and validation share a picture, and the accuracy of pretraining is shown beside chance. Returns the
-    pictures' paths.
+    Training and validation share a picture; the accuracy of pretraining is shown beside chance; what was never logged
+    gets no picture. Returns the pictures' paths.
     """
     from matplotlib.figure import Figure  # slow to import; and no global backend is touched
 
@@ -77,7 +70,7 @@ def model_config(output_dir: str | os.PathLike) -> dict[str, Any]:
 
 def chance_accuracy(output_dir: str | os.PathLike) -> float:
     """1 / (1 + num_negatives), from the folder's `config.json` (else BASE's 100 distractors)."""
-    return 1 / (1 + model_config(output_dir).get("num_negatives", _BASE_DISTRACTORS))
+    return 1 / (1 + model_config(output_dir).get("num_negatives", 100))
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]], measures: Sequence[str], over: str) -> dict[str, tuple[list, list]]:
