@@ -85,52 +85,36 @@ def convert_fairseq(path: Path) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2Feature
     Raises UserError where it is none, or one that the stock model cannot hold.
     """
     checkpoint = read_weights(path)
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("model"), Mapping):
+    weights = checkpoint.get("model")
+    if not isinstance(weights, Mapping):
         raise UserError(f"{path}: no fairseq checkpoint: it holds no `model`")
-    weights = dict(checkpoint["model"])
-    tuned = next((key for key in weights if key.startswith("w2v_encoder.")), None)
-    if tuned:
-        raise UserError(f"{path}: a fine-tuned model ({tuned}): its quantizer is gone; give the pretraining checkpoint")
-    options = fairseq_options(checkpoint, path)
+    if any(key.startswith("w2v_encoder.") for key in weights):
+        raise UserError(f"{path}: a fine-tuned model, whose quantizer is gone: give the pretraining checkpoint")
+    # Options in one flat dictionary, from `cfg` (0.10.2 and later) or `args`; the model's own win.
+    options: dict[str, Any] = {}
+    cfg = checkpoint.get("cfg") or {}
+    for part in (checkpoint.get("args"), cfg.get("task"), cfg.get("criterion"), cfg.get("model")):
+        options |= vars(part) if isinstance(part, argparse.Namespace) else part or {}
     config = fairseq_config(options, path)
     normalize = bool(options.get("normalize", config.feat_extract_norm == "layer"))
     model = fill_stock(config, rename(weights, FAIRSEQ_KEYS, path), path)
     return model, feature_extractor(config, normalize)
 
 
-def fairseq_options(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """fairseq's options in one flat dictionary, from `cfg` (0.10.2 and later) or `args`; the model's own win."""
-    cfg = checkpoint.get("cfg")
-    parts = [checkpoint.get("args")]
-    if isinstance(cfg, Mapping):
-        parts += [cfg.get("task"), cfg.get("criterion"), cfg.get("model")]
-    options: dict[str, Any] = {}
-    for part in parts:
-        part = vars(part) if isinstance(part, argparse.Namespace) else part
-        options |= part if isinstance(part, Mapping) else {}
-    return options
-
-
 def fairseq_config(options: Mapping[str, Any], path: Path) -> Wav2Vec2Config:
     """The stock configuration of the same model. Raises UserError for an option without a counterpart."""
     for name, (default, known) in _FAIRSEQ_LIMITED.items():
-        if options.get(name, default) not in known:
-            found = options.get(name, default)
+        if (found := options.get(name, default)) not in known:
             raise UserError(f"{path}: made with {name}={found}, which the stock model has no counterpart of")
     values = {key: options.get(name, default) for key, (name, default) in _FAIRSEQ_OPTIONS.items()}
-    convs = conv_layers(options.get("conv_feature_layers"), path)
-    conv_dim, conv_kernel, conv_stride = map(list, zip(*convs, strict=True))
     width = options.get("final_dim") or values["hidden_size"]
-    # fairseq's criterion weighs the diversity term first, then the feature penalty.
-    penalties = options.get("loss_weights")
-    if isinstance(penalties, list | tuple) and penalties:
-        values["diversity_loss_weight"] = float(penalties[0])
+    if weights := options.get("loss_weights"):
+        values["diversity_loss_weight"] = float(weights[0])  # its criterion weighs the feature penalty second
+    convs = zip(*conv_layers(options.get("conv_feature_layers"), path), strict=True)
+    values |= zip(("conv_dim", "conv_kernel", "conv_stride"), map(list, convs), strict=True)
     return Wav2Vec2Config(
         **values,
         feat_extract_norm="layer" if options.get("extractor_mode") == "layer_norm" else "group",
-        conv_dim=conv_dim,
-        conv_kernel=conv_kernel,
-        conv_stride=conv_stride,
         proj_codevector_dim=width,
         codevector_dim=options.get("latent_dim") or width,
     )

@@ -63,7 +63,7 @@ def convert_speechbrain(path: Path, config_name: str) -> tuple[Wav2Vec2ForPreTra
             )
         path = path / "wav2vec2.ckpt"
     config = load_config(None, config_name)
-    model = fill_stock(config, rename(_read_module(path), INTERFACE_KEYS, path), path)
+    model = fill_stock(config, rename(read_weights(path), INTERFACE_KEYS, path), path)
     return model, feature_extractor(config, True)
 
 
@@ -78,7 +78,7 @@ def convert_without_positions(
     # 1. One file a module; their keys get the stock names.
     weights = {}
     for name in _OWN_FILES:
-        weights |= {f"{name}.{key}": tensor for key, tensor in _read_module(folder / f"{name}.ckpt").items()}
+        weights |= {f"{name}.{key}": tensor for key, tensor in read_weights(folder / f"{name}.ckpt").items()}
     weights = {key: tensor for key, tensor in _split_attention(weights).items() if key not in _NOT_WEIGHTS}
     renamed = rename(weights, OWN_KEYS, folder)
 
@@ -89,15 +89,6 @@ def convert_without_positions(
         if key.startswith("wav2vec2.encoder.pos_conv_embed."):
             renamed[key] = tensor if key.endswith("original1") else torch.zeros_like(tensor)
     return fill_stock(config, renamed, folder), feature_extractor(config, True)
-
-
-def _read_module(path: Path) -> Mapping[str, torch.Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file: give the CKPT+… folder of a pretraining run of SpeechBrain's")
-    weights = read_weights(path)
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{path}: holds no weights of a SpeechBrain module")
-    return weights
 
 
 def _split_attention(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,8 +6,9 @@ torch's weights-only unpickler, in which classes that it does not know become in
 """
 
 import argparse
+import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,20 @@ class _Inert:
         pass
 
 
-def _stand_in(module: str, dot: str, name: str) -> type:
-    return type(name, (_Inert,), {"__module__": module})
-
-
-def read_weights(path: Path) -> Any:
-    """What `torch.save` wrote, without executing any of it. Raises UserError where it cannot be read so."""
-    named = [argparse.Namespace]  # fairseq's older checkpoints keep their options in one
-    # 1. Which classes does it name that torch does not know? Each gets an inert stand-in.
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """The dictionary that `torch.save` wrote, without executing any of it. Raises UserError where it is none."""
+    known = [argparse.Namespace]  # fairseq's older checkpoints keep their options in one
     try:
-        with torch.serialization.safe_globals(named):
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, OSError):
-        unknown = []  # the format of before torch 1.6, or no checkpoint at all
-    # 2. Tensors, plain values and stand-ins are read; a call of anything else is refused by torch.
-    stand_ins = [_stand_in(*name.rpartition(".")) for name in unknown]
-    try:
-        with torch.serialization.safe_globals([*named, *stand_ins]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # 1. Which classes does it name that torch does not know? Each gets an inert stand-in.
+        with torch.serialization.safe_globals(known), contextlib.suppress(ValueError, RuntimeError):
+            for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):  # not in files of before torch 1.6
+                module, _, kind = name.rpartition(".")
+                known.append(type(kind, (_Inert,), {"__module__": module}))
+        # 2. Tensors, plain values and stand-ins are read; a call of anything else is refused by torch.
+        with torch.serialization.safe_globals(known):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file shows itself in many ways
-        raise UserError(
-            f"{path}: cannot be read as weights alone ({first_line(error)}); give a whole checkpoint"
-        ) from None
+        raise UserError(f"{path}: cannot be read as weights ({first_line(error)}); give a whole checkpoint") from None
 
 
 def rename(weights: Mapping[str, torch.Tensor], rules: Rules, path: Path) -> dict[str, torch.Tensor]:
@@ -69,22 +62,12 @@ def rename(weights: Mapping[str, torch.Tensor], rules: Rules, path: Path) -> dic
 def fill_stock(config: Wav2Vec2Config, weights: Mapping[str, torch.Tensor], path: Path) -> Wav2Vec2ForPreTraining:
     """The stock model with exactly these weights. Raises UserError for one that is missing, left over or misshapen."""
     model = Wav2Vec2ForPreTraining(config)
-    if misfit := next(_misfits(weights, model.state_dict()), None):
-        raise UserError(f"{path}: {misfit}")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        misfit = str(error).splitlines()[1].strip()[:200]  # the first; of keys that are missing a list
+        raise UserError(f"{path}: does not fit the architecture: {misfit}") from None
     return model.eval()
-
-
-def _misfits(weights: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    for key in weights:
-        if key not in places:
-            yield f"the architecture has no place for {key}"
-    for key, place in places.items():
-        if key not in weights:
-            yield f"has no weights for {key}"
-        elif place.shape != weights[key].shape:
-            found, needed = tuple(weights[key].shape), tuple(place.shape)
-            yield f"{key} has the shape {found}, the architecture {needed}: is it another one?"
 
 
 def feature_extractor(config: Wav2Vec2Config, normalize: bool) -> Wav2Vec2FeatureExtractor:
