@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import NO_DROPOUT, TIMINGS, make_batch, run_here, tiny_config, write_recipe
+from parity import gradients, pair
 from test_finetune_ctc import command, write_manifest
-from test_pretraining import gradients, pair
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 import finetune_ctc

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_batch, tiny_config
-from test_pretraining import pair
+from parity import assert_same_function, assert_same_gradients, gradients, pair
 from transformers import Wav2Vec2ForCTC
 
 from w2v2.finetune.ctc_data import collate_speech
@@ -26,9 +26,8 @@ pytestmark = pytest.mark.usefixtures("large_model_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_product_in_halves_loses_only_the_rounding(dtype):
     generator = torch.Generator().manual_seed(0)
-    waveforms = (
-        torch.cumsum(torch.randn(3, 2_000, generator=generator), 1) * 0.02
-    )  # low-pass: neighbouring samples are alike
+    # Low-pass: neighbouring samples are alike.
+    waveforms = torch.cumsum(torch.randn(3, 2_000, generator=generator), 1) * 0.02
     weight = torch.randn(3, 8, 10, generator=generator, dtype=torch.float64)
     weight -= weight.mean(-1, keepdim=True)  # band-pass: most of each product cancels
     offset = torch.randn(3, 8, generator=generator, dtype=torch.float64)
@@ -36,9 +35,8 @@ def test_a_product_in_halves_loses_only_the_rounding(dtype):
     exact = _affine(windows.double(), weight, offset, torch.float64)
     found = _affine(windows, weight, offset, dtype)
     assert found.dtype == dtype
-    size = (
-        windows.double().abs() @ weight.abs().transpose(1, 2) + offset.abs()[:, None]
-    )  # what the bits left over are relative to
+    # What the bits left over are relative to.
+    size = windows.double().abs() @ weight.abs().transpose(1, 2) + offset.abs()[:, None]
     eps = torch.finfo(dtype).eps
     assert ((found.double() - exact).abs() <= eps / 2 * exact.abs() + 4 * eps**2 * size).all()
     plain = windows.to(dtype).double() @ weight.to(dtype).double().transpose(1, 2) + offset[:, None]
@@ -65,15 +63,12 @@ def test_flat_convs_and_their_gradients_are_the_stock_ones(lengths, changes):
     model, _ = pair(config, torch.float64)
     batch = make_batch(config, lengths, dtype=torch.float64)
     extractor = model.wav2vec2.feature_extractor
-    weight = torch.randn(len(lengths), max(batch.lengths), 16, dtype=torch.float64)
-    found = []
-    for encode in (flat_features, stock_features):
-        out = encode(batch.waveforms, batch.num_samples, extractor)[:, : max(batch.lengths)]
-        inside = torch.arange(out.shape[1]) < batch.frames[:, None]
-        out = torch.where(inside[..., None], out, 0.0)
-        found.append((out, *torch.autograd.grad((out * weight).sum(), list(extractor.parameters()))))
-    for flat, stock in zip(*found, strict=True):
-        torch.testing.assert_close(flat, stock, rtol=1e-9, atol=1e-10)
+    inside = torch.arange(max(batch.lengths)) < batch.frames[:, None]  # (B, T)
+    flat, stock = (
+        encode(batch.waveforms, batch.num_samples, extractor)[:, : max(batch.lengths)][inside]
+        for encode in (flat_features, stock_features)
+    )
+    assert_same_function(flat, stock, extractor.parameters(), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -127,10 +122,7 @@ def test_a_padded_batch_has_the_mean_of_the_stock_gradients(large):
     ours(**collate_speech(items)).loss.backward()
     for item in items:
         (stock(**collate_speech([item])).loss / len(items)).backward()
-    expected = dict(stock.named_parameters())
-    for name, parameter in ours.named_parameters():
-        if expected[name].grad is not None:
-            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert_same_gradients(gradients(ours), gradients(stock), rtol=1e-3)
 
 
 def test_keys_and_class_stay_stock():

@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from conftest import NO_DROPOUT, make_batch, tiny_config
+from parity import assert_same_gradients, gradients, pair
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from transformers import Wav2Vec2ForPreTraining
 
 from w2v2.data.masking import distractors
 from w2v2.model import objective
@@ -15,27 +15,6 @@ from w2v2.model.pretraining import PretrainingModel
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
 TEMPERATURE = 1.3
-
-
-def pair(config, dtype=torch.float32, **attributes):
-    """Our model and the stock one with equal weights; codes collide often, so that the collision rule counts."""
-    ours = PretrainingModel(config).to(dtype).train()
-    with torch.no_grad():
-        ours.quantizer.weight_proj.bias.normal_(std=3.0)
-        norm = getattr(ours.wav2vec2.feature_extractor.conv_layers[0], "layer_norm", None)
-        if norm is not None:
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(std=0.3)
-    ours.feature_grad_mult, ours.feature_penalty_weight = 1.0, 0.0
-    for name, value in attributes.items():
-        setattr(ours, name, value)
-    stock = Wav2Vec2ForPreTraining(config).to(dtype).train()
-    stock.load_state_dict(ours.state_dict())
-    # The stock forward finds collisions by comparing projected vectors bit by bit. A matrix product may round equal
-    # rows differently by their place in the matrix. This form does not.
-    project = stock.project_q
-    project.forward = lambda x: (x[..., None, :] * project.weight).sum(-1) + project.bias
-    return ours, stock
 
 
 def stock_negatives(batch, num_negatives):
@@ -57,7 +36,6 @@ def shared_noise(monkeypatch, batch, config):
     noise = -torch.empty(shape, dtype=torch.float64).exponential_(generator=generator).log()
     index = batch.positions[:, :, None, None].expand(-1, -1, *shape[2:])
     monkeypatch.setattr(objective, "gumbel_noise", lambda logits: noise.gather(1, index).to(logits.dtype))
-
     give_stock(monkeypatch, noise)
     return noise
 
@@ -73,16 +51,10 @@ def give_stock(monkeypatch, noise):
     monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", gumbel_softmax)
 
 
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(ours, theirs, rtol):
-    assert ours.keys() == theirs.keys()
-    scale = max(g.abs().max() for g in theirs.values())
-    for name in theirs:
-        error = (ours[name] - theirs[name]).norm()
-        assert error <= rtol * theirs[name].norm() + 1e-7 * scale, name
+def run_stock(stock, batch):
+    """The stock forward with our mask and our distractors."""
+    negatives = stock_negatives(batch, stock.config.num_negatives)
+    return stock(batch.waveforms, mask_time_indices=batch.mask, sampled_negative_indices=negatives)
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
@@ -97,11 +69,7 @@ def test_equal_lengths_give_the_stock_loss_and_gradient(monkeypatch, large, tria
 
     sums = ours(batch, TEMPERATURE)
     sums.loss.backward()
-    expected = stock(
-        batch.waveforms,
-        mask_time_indices=batch.mask,
-        sampled_negative_indices=stock_negatives(batch, config.num_negatives),
-    )
+    expected = run_stock(stock, batch)
     expected.loss.backward()
 
     torch.testing.assert_close(sums.contrastive, expected.contrastive_loss, rtol=1e-5, atol=1e-6)
@@ -135,11 +103,7 @@ def test_mixed_lengths_give_the_sum_of_the_stock_losses(monkeypatch, large, path
     for row, length in enumerate(lengths):
         alone = make_batch(config, [length], first=row, dtype=torch.float64)
         give_stock(monkeypatch, noise[row, : alone.mask.shape[1]])
-        out = stock(
-            alone.waveforms,
-            mask_time_indices=alone.mask,
-            sampled_negative_indices=stock_negatives(alone, config.num_negatives),
-        )
+        out = run_stock(stock, alone)
         out.loss.backward()
         total += out.loss.item()
     assert sums.loss.item() == pytest.approx(total, rel=1e-10)
@@ -152,22 +116,10 @@ def test_evaluation_gives_the_stock_loss_without_noise():
     ours.eval(), stock.eval()
     batch = make_batch(config, [16_400] * 2)
     sums = ours(batch)
-    expected = stock(batch.waveforms, mask_time_indices=batch.mask, sampled_negative_indices=stock_negatives(batch, 20))
+    expected = run_stock(stock, batch)
     torch.testing.assert_close(sums.contrastive, expected.contrastive_loss, rtol=1e-5, atol=1e-5)
     hard = sums.codes_hard / sums.num_masked
     torch.testing.assert_close(objective.perplexity(hard), expected.codevector_perplexity, rtol=1e-5, atol=1e-5)
-
-
-def test_padding_and_neighbours_change_nothing():
-    config = tiny_config()
-    model, _ = pair(config, torch.float64)
-    model.eval()
-    together = model(make_batch(config, [20_000, 9_000], dtype=torch.float64), diversity_weight=0.0)
-    apart = [
-        model(make_batch(config, [n], first=i, dtype=torch.float64), diversity_weight=0.0)
-        for i, n in enumerate([20_000, 9_000])
-    ]
-    assert together.loss.item() == pytest.approx(sum(x.loss.item() for x in apart), rel=1e-12)
 
 
 def test_a_dummy_adds_nothing_to_sums_or_gradient():
@@ -250,15 +202,12 @@ def test_gradient_checkpointing_changes_nothing():
     batch = make_batch(config, [16_400, 9_000])
     found = []
     model, _ = pair(config)
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.recomputed = frozenset(["convs", "encoder"])
+    for model.recomputed in (frozenset(), frozenset(["convs", "encoder"])):
         model.zero_grad()
         torch.manual_seed(3)
         model(batch).loss.backward()
         found.append(gradients(model))
-    for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-7, msg=name)
+    assert_same_gradients(*found, rtol=1e-5)
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])

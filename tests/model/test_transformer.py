@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_batch, tiny_config
-from test_pretraining import gradients, pair
+from parity import assert_same_function, gradients, pair
 
 from w2v2.model import transformer
 from w2v2.model.attention import Rows
@@ -23,14 +23,8 @@ def test_a_layer_is_the_stock_layer(changes):
     model, _ = pair(tiny_config(**changes), torch.float64)
     module = model.wav2vec2.encoder.layers[0]
     hidden = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(hidden)
-    found = []
-    for out in (layer(module, hidden.flatten(0, 1), NINES, torch.float64).view_as(hidden), module(hidden)):
-        model.zero_grad()
-        gradient = torch.autograd.grad((out * weight).sum(), [hidden, *module.parameters()])
-        found.append((out.detach(), *gradient))
-    for ours, stock in zip(*found, strict=True):
-        torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-12)
+    ours = layer(module, hidden.flatten(0, 1), NINES, torch.float64).view_as(hidden)
+    assert_same_function(ours, module(hidden), [hidden, *module.parameters()], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("frames", [1, 7, 8, 23, 40])
@@ -41,12 +35,9 @@ def test_positional_convolution_in_blocks_is_the_stock_one(monkeypatch, frames, 
     model, _ = pair(config, torch.float64)
     module = model.wav2vec2.encoder.pos_conv_embed
     hidden = torch.randn(3, frames, 32, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(hidden)
-    outputs = positional(module, hidden, True), positional(module, hidden, False), module(hidden)
-    found = [(out, *torch.autograd.grad((out * weight).sum(), [hidden, *module.parameters()])) for out in outputs]
-    for variant in found[:2]:
-        for ours, stock in zip(variant, found[2], strict=True):
-            torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-11)
+    for in_blocks in (True, False):
+        ours, inputs = positional(module, hidden, in_blocks), [hidden, *module.parameters()]
+        assert_same_function(ours, module(hidden), inputs, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
