@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from corpus_files import Parser, exit_status, open_atomic
+from corpus_files import Parser, open_atomic
 from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
 from w2v2.data.audio import probe
@@ -29,12 +29,12 @@ MANIFESTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 def read_sentences(path: Path, rules: TextRules, data_root: str | None) -> Iterator[list[str]]:
     """Words of each sentence of a manifest or a text file, normalised; lines without any are left out."""
     is_manifest = path.is_dir() or path.suffix.lower() in MANIFESTS
-    for line in _transcripts(path, data_root) if is_manifest else _lines(path):
+    for line in _read_transcripts(path, data_root) if is_manifest else _read_lines(path):
         if words := rules(line).split():
             yield words
 
 
-def _transcripts(path: Path, data_root: str | None) -> list[str]:
+def _read_transcripts(path: Path, data_root: str | None) -> list[str]:
     table, _ = load_manifest([str(path)], data_root=data_root, probe=probe)
     texts = table["text"][:] if "text" in table.column_names else []
     if not any(texts):
@@ -42,7 +42,7 @@ def _transcripts(path: Path, data_root: str | None) -> list[str]:
     return texts
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _read_lines(path: Path) -> Iterator[str]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             yield from file
@@ -52,29 +52,23 @@ def _lines(path: Path) -> Iterator[str]:
 
 def build(args) -> None:
     """Count, estimate and write, whole or not at all."""
+    files = ", ".join(map(str, args.text))
     if args.order < 2:
         raise UserError(f"--order {args.order}: KenLM, which reads the model, wants bigrams at least: give 2 or more")
-    rules = TextRules(
-        args.target_unit, args.text_case, args.drop_characters, args.fold_accents, tuple(args.drop_tokens)
-    )
+    drop_tokens = tuple(args.drop_tokens)
+    rules = TextRules(args.target_unit, args.text_case, args.drop_characters, args.fold_accents, drop_tokens)
     sentences = [words for path in args.text for words in read_sentences(path, rules, args.data_root)]
     if not sentences:
-        raise UserError(f"{', '.join(map(str, args.text))}: no words in there: give transcripts or text")
+        raise UserError(f"{files}: no words in there: give transcripts or text")
     if reserved := {BEGIN, END, UNKNOWN}.intersection(chain.from_iterable(sentences)):
-        raise UserError(
-            f"{', '.join(map(str, args.text))}: holds the word {min(reserved)}, which an n-gram keeps for itself: take it out "
-            "of the text"
-        )
+        raise UserError(f"{files}: holds the word {min(reserved)}, which an n-gram keeps for itself: take it out")
     model = estimate(sentences, args.order)
     with open_atomic(args.output) as file:
         write_arpa(model, file)
     sizes = ", ".join(f"{len(table)} {n}-grams" for n, table in enumerate(model.probabilities, 1))
     print(f"{args.output}: {len(sentences)} sentences, {sum(map(len, sentences))} words; {sizes}")
     if model.fallbacks:
-        print(
-            f"too little text to estimate the discounts of order {model.fallbacks}: fixed ones were taken",
-            file=sys.stderr,
-        )
+        print(f"too little text for the discounts of order {model.fallbacks}: fixed ones were taken", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,13 +79,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_root", help="what $data_root in the manifests stands for")
     parser.add_argument("--target_unit", choices=TARGET_UNITS, default="characters", help="tokens: as phonemes are")
     parser.add_argument("--text_case", choices=CASES, default="upper", help="(default: %(default)s)")
-    parser.add_argument(
-        "--drop_characters", default=DROPPED_CHARACTERS, help="left out of the text", metavar="CHARACTERS"
-    )
+    parser.add_argument("--drop_characters", default=DROPPED_CHARACTERS, help="left out", metavar="CHARACTERS")
     parser.add_argument("--fold_accents", action="store_true", help="write É as E")
     parser.add_argument("--drop_tokens", nargs="*", default=[], help="left out of the text", metavar="TOKEN")
-    args = parser.parse_args(argv)
-    return exit_status(parser.prog, lambda: build(args))
+    return parser.run(build, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the data scripts share: measuring files, writing files whole, ending with one line on a user's slip."""
+"""What the data scripts share: the command line, measuring audio, writing files whole."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,81 +15,84 @@ from typing import IO, NoReturn
 from tqdm import tqdm
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe
-from w2v2.errors import UserError, printable
+from w2v2.errors import UserError, error_line, printable
 
-EXTENSIONS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "caf", "w64", "rf64", "sph")
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose help shows the module's docstring as it is written."""
+    """A script's command line. A slip is one line and status 2; the help shows the docstring as it is written."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
+    def add_corpus(self, folder: str, output: str = "--output") -> None:
+        """What every script that makes manifests takes: a corpus, where to write, the number of threads."""
+        about = "the manifest to write, a .csv" if output == "--output" else "folder for the manifests"
+        self.add_argument("folder", type=Path, help=folder)
+        self.add_argument(output, type=_csv_path if output == "--output" else Path, required=True, help=about)
+        self.add_argument(
+            "--num_workers", type=int, default=16, help="threads that read headers (default: %(default)s)"
+        )
 
-
-def exit_status(prog: str, action: Callable[[], object]) -> int:
-    """Run `action`. Returns 0, or 2 after one line on standard error for a user's slip or an unusable path."""
-    try:
-        action()
-    except (UserError, OSError) as error:
-        print(printable(f"{prog}: error: {error}"), file=sys.stderr)
-        return 2
-    return 0
-
-
-def check_csv(output: Path) -> None:
-    if output.suffix.lower() != ".csv":
-        raise UserError(f"--output {output}: the manifest is a CSV file, so let its name end in .csv")
-
-
-def find_audio(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
-    """Sorted paths of audio files, relative to `folder`. Links to folders are followed (each real folder once), hidden
-    names are not. UserError where there is none.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    endings = tuple(f".{extension.lower().lstrip('.')}" for extension in extensions)
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(here) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = (name for name in files if not name.startswith(".") and name.lower().endswith(endings))
-        found += [Path(here, name).relative_to(folder) for name in names]
-    if not found:
-        raise UserError(f"{folder}: no file that ends in {', '.join(endings)}")
-    return sorted(found)
-
-
-def measure(paths: Sequence[str], num_workers: int) -> tuple[list[float | None], list[AudioError]]:
-    """Seconds of each file from its header (None: unusable), and the reasons for the unusable ones."""
-
-    def read_length(path: str) -> float | AudioError:
+    def run(self, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
+        """Run `action` with the parsed arguments. Returns 0, or 2 for a user's slip or an unusable path."""
+        args = self.parse_args(argv)
         try:
-            return probe(path) / SAMPLING_RATE
+            action(args)
+        except (UserError, OSError) as error:
+            print(error_line(error), file=sys.stderr)
+            return 2
+        return 0
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, error_line(message) + "\n")
+
+
+def _csv_path(text: str) -> Path:
+    if not text.lower().endswith(".csv"):
+        raise argparse.ArgumentTypeError(f"{text}: the manifest is a CSV file, so let its name end in .csv")
+    return Path(text)
+
+
+def measure(rows: Sequence[dict], root: Path, manifest: Path, num_workers: int) -> tuple[list[dict], list[AudioError]]:
+    """Rows of the usable files, and the reasons for the others.
+
+    `audio` is relative to `root` before, and to the folder of `manifest` after. `duration` holds the header's seconds.
+    """
+    prefix = os.path.relpath(root.resolve(), manifest.parent.resolve())
+
+    def measure_row(row: dict) -> dict | AudioError:
+        try:
+            duration = probe(str(root / row["audio"])) / SAMPLING_RATE
         except AudioError as error:
             return error
+        audio = Path(prefix, row["audio"]).as_posix()
+        audio = f"./{audio}" if audio[0].isspace() else audio  # readers of CSV drop a space after a comma
+        return row | {"audio": audio, "duration": duration}
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        results = pool.map(read_length, paths)
-        lengths = list(tqdm(results, total=len(paths), desc="Measuring", unit="file", disable=None))
-    errors = [length for length in lengths if isinstance(length, AudioError)]
-    return [None if isinstance(length, AudioError) else length for length in lengths], errors
+        results = pool.map(measure_row, rows)
+        found = list(tqdm(results, total=len(rows), desc="Measuring", unit="file", disable=None))
+    return [row for row in found if isinstance(row, dict)], [e for e in found if isinstance(e, AudioError)]
+
+
+def measure_usable(rows: Sequence[dict], args, unusable: Sequence[AudioError] = ()) -> list[dict]:
+    """As `measure`, for a manifest --output. Unusable files are listed beside it; UserError if no file is usable."""
+    found, errors = measure(rows, args.folder, args.output, args.num_workers)
+    errors = [*unusable, *errors]
+    if not found:
+        raise UserError(f"{args.folder}: none of {len(errors)} files can be used; the first: {errors[0]}")
+    list_skipped(args.output.with_suffix(".skipped.jsonl"), [{"audio": e.path, "reason": e.reason} for e in errors])
+    return found
 
 
 @contextlib.contextmanager
-def open_atomic(path: Path, mode: str = "w", **options) -> Iterator[IO]:
+def open_atomic(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file that becomes `path`, whole and on the disk, when the block ends well; else `path` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    if "b" not in mode:
-        options = {"encoding": "utf-8", "newline": ""} | options
+    options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with open(unfinished, mode, **options) as file:
             yield file
@@ -115,11 +119,17 @@ def list_skipped(path: Path, skipped: Sequence[dict]) -> None:
         print(printable(f"  {entry['audio']}: {entry['reason']}"), file=sys.stderr)
 
 
-def write_manifest(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
-    """Write a CSV manifest. Columns that a row lacks stay empty."""
+def write_manifest(path: Path, rows: Sequence[dict], columns: Sequence[str] = COLUMNS) -> None:
+    """Write these columns of the rows as CSV, and print what they hold."""
     with open_atomic(path) as file:
         quoting = csv.QUOTE_MINIMAL, csv.QUOTE_ALL  # the former leaves a carriage return bare, which then ends the row
-        minimal, quoted = (csv.DictWriter(file, columns, lineterminator="\n", quoting=kind) for kind in quoting)
+        minimal, quoted = (csv.DictWriter(file, columns, "", "ignore", lineterminator="\n", quoting=q) for q in quoting)
         minimal.writeheader()
         for row in rows:
             (quoted if any("\r" in str(cell) for cell in row.values()) else minimal).writerow(row)
+    hours = sum(row["duration"] for row in rows) / 3600
+    speakers = len({row["speaker"] for row in rows if row.get("speaker")})
+    labels = ", ".join(
+        f"{label} {n:,}" for label, n in Counter(row.get("label") for row in rows).most_common(10) if label
+    )
+    print(f"{path}: {len(rows):,} utterances, {hours:.2f} hours, {speakers:,} speakers{'; ' * bool(labels)}{labels}")

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import soxr
 
-SAMPLING_RATE = 16_000
+from w2v2.data.audio import SAMPLING_RATE
+
 MIN_WORDS, MAX_WORDS = 3, 14
 
 ACCENTS = "en en-us en-gb-scotland en-gb-x-rp en-gb-x-gbcwmd en-gb-x-gbclan en-us-nyc en-029".split()
@@ -63,18 +64,14 @@ def expand(symbol: str, rng: random.Random) -> list[str]:
     return [word for part in rng.choice(RULES[symbol]) for word in expand(part, rng)]
 
 
-def split_of_sentence(sentence: str) -> str:
-    """The split that may hold a sentence: a function of its text, so no sentence is in two splits."""
-    return {0: "test", 1: "dev"}.get(zlib.crc32(sentence.encode()) % 8, "train")
-
-
 def sentences(split: str, rng: random.Random) -> Iterator[str]:
-    """Endless different sentences of one split."""
+    """Endless different sentences of one split, which a sentence's text decides: no sentence is in two splits."""
     seen = set()
     while True:
         words = expand("SENTENCE", rng)
         sentence = " ".join(words)
-        if MIN_WORDS <= len(words) <= MAX_WORDS and sentence not in seen and split_of_sentence(sentence) == split:
+        its_split = {0: "test", 1: "dev"}.get(zlib.crc32(sentence.encode()) % 8, "train")
+        if MIN_WORDS <= len(words) <= MAX_WORDS and sentence not in seen and its_split == split:
             seen.add(sentence)
             yield sentence
 

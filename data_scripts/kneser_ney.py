@@ -41,14 +41,10 @@ class NGram:
 
 
 def estimate(sentences: Iterable[Sequence[str]], order: int) -> NGram:
-    """The model of these sentences (lists of words). Raises ValueError where there are none, or for order < 1."""
-    if order < 1:
-        raise ValueError(f"an n-gram has an order of 1 or more, not {order}")
+    """The model of these sentences (lists of words), of which there is at least one."""
     counts = adjusted_counts(sentences, order)
-    if not counts[0]:
-        raise ValueError("there is no sentence to count")
     found = [discounts(table.values()) for table in counts]
-    taken = [FALLBACK if found_here is None else found_here for found_here in found]
+    taken = [discount or FALLBACK for discount in found]
     num_words = len(counts[0]) + 1  # <unk> too
     probabilities: list[dict[Gram, float]] = []
     backoffs: list[dict[Gram, float]] = []

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from corpus_files import Parser, exit_status, open_atomic, write_manifest
+from corpus_files import Parser, open_atomic, write_manifest
 from demo_speech import ACCENTS, SAMPLING_RATE, TIMBRES, Espeak, Voice, record, sentences
 from tqdm import tqdm
 
@@ -94,9 +94,7 @@ def speak_all(voices: list[Voice], output_dir: Path, num_workers: int) -> list[l
     except ImportError:
         raise UserError("the package espeakng-loader is missing: pip install espeakng-loader") from None
 
-    context = multiprocessing.get_context(
-        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    )
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "numpy", "soundfile", "soxr"])
     with (
         tempfile.TemporaryDirectory() as short,
@@ -136,48 +134,37 @@ def summarize(rows: list[dict]) -> dict:
     }
 
 
-def report(corpus: dict):
-    for name, summary in corpus["manifests"].items():
-        print(f"{name}.csv: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
-
-
-def already_made(output_dir: Path, arguments: dict) -> dict | None:
-    """The record of a whole corpus with these arguments, or None; UserError where another corpus is in the way."""
-    try:
-        found = json.loads((output_dir / "corpus.json").read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{output_dir}/corpus.json is not readable ({error}); choose another output_dir") from None
-    if found.get("arguments") != arguments:
-        raise UserError(
-            f"{output_dir} holds another corpus (made with {found.get('arguments')}, not {arguments}); "
-            "choose another output_dir or delete that one"
-        )
+def is_made(output_dir: Path, arguments: dict) -> bool:
+    """Whether the folder holds a whole corpus with these arguments. UserError where another corpus is in the way."""
+    if not (output_dir / "corpus.json").exists():
+        return False
+    found = json.loads((output_dir / "corpus.json").read_text())
+    if found["arguments"] != arguments:
+        made = f"made with {found['arguments']}, not {arguments}"
+        raise UserError(f"{output_dir} holds another corpus ({made}): name another output_dir, or delete that one")
     whole = all((output_dir / f"{name}.csv").is_file() for name in found["manifests"])
-    whole = whole and sum(1 for _ in output_dir.glob("audio/*/*.flac")) == found["files"]
-    return found if whole else None
+    return whole and sum(1 for _ in output_dir.glob("audio/*/*.flac")) == found["files"]
 
 
-def make_corpus(output_dir: Path, num_workers: int, **asked):
-    """Make or find the corpus and say what it holds; corpus.json, written last, is the sign that it is whole."""
-    arguments = {"format": FORMAT, **asked}
-    found = already_made(output_dir, arguments)
-    if found is not None:
-        print(f"{output_dir} holds this corpus already: nothing to do")
-        return report(found)
-    voices = plan_voices(asked["num_voices"], asked["minutes"], asked["seed"])
-    labelled_minutes = asked["labelled_minutes"]
+def make_corpus(args) -> None:
+    """Make the corpus, unless it is there. corpus.json, written last, is the sign that it is whole."""
+    output_dir = args.output_dir
+    if args.labelled_minutes is None:
+        args.labelled_minutes = min(20.0, args.minutes / 2)
+    names = ("minutes", "labelled_minutes", "num_voices", "seed")
+    arguments = {"format": FORMAT} | {name: getattr(args, name) for name in names}
+    if is_made(output_dir, arguments):
+        return print(f"{output_dir} holds this corpus already: nothing to do")
+    voices = plan_voices(args.num_voices, args.minutes, args.seed)
     train_minutes = sum(voice.seconds for voice in voices if voice.split == "train") / 60
-    if not 0 < labelled_minutes <= train_minutes:
-        raise UserError(
-            f"--labelled_minutes {labelled_minutes}: train holds {train_minutes:.1f} minutes; give up to that"
-        )
+    if not 0 < args.labelled_minutes <= train_minutes:
+        found = f"--labelled_minutes {args.labelled_minutes}: train holds {train_minutes:.1f} minutes"
+        raise UserError(f"{found}: give up to that")
     output_dir.mkdir(parents=True, exist_ok=True)
-    voices_rows = speak_all(voices, output_dir, num_workers)
+    voices_rows = speak_all(voices, output_dir, args.num_workers)
     by_split = {s: [rows for v, rows in zip(voices, voices_rows, strict=True) if v.split == s] for s in SPLITS}
     manifests = {split: [row for rows in by_split[split] for row in rows] for split in SPLITS}
-    manifests["train_labelled"] = labelled_subset(by_split["train"], labelled_minutes)
+    manifests["train_labelled"] = labelled_subset(by_split["train"], args.labelled_minutes)
     for name, rows in manifests.items():
         write_manifest(output_dir / f"{name}.csv", rows)
     result = {
@@ -188,23 +175,18 @@ def make_corpus(output_dir: Path, num_workers: int, **asked):
     }
     with open_atomic(output_dir / "corpus.json") as file:
         file.write(json.dumps(result, indent=1) + "\n")
-    report(result)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("output_dir", type=Path, help="folder for the manifests and for audio/<speaker>/<id>.flac")
     parser.add_argument("--minutes", type=float, default=45.0, help="speech in all (default: %(default)s)")
-    parser.add_argument(
-        "--labelled_minutes", type=float, help="in train_labelled.csv (default: 20, at most half of --minutes)"
-    )
+    labelled = "in train_labelled.csv (default: 20, at most half of --minutes)"
+    parser.add_argument("--labelled_minutes", type=float, help=labelled)
     parser.add_argument("--num_voices", type=int, default=60, help="synthetic speakers (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    args = parser.parse_args(argv)
-    if args.labelled_minutes is None:
-        args.labelled_minutes = min(20.0, args.minutes / 2)
-    return exit_status(parser.prog, lambda: make_corpus(**vars(args)))
+    return parser.run(make_corpus, argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Takes every manifest that pretrain.py takes. The folder that it writes may be mo
     packing.jsonl       what was packed; then a line a shard
 
 The utterances keep their ids, order and lengths, so the effective batches stay the same. 16-bit mono audio at 16 kHz
-stays the same bit for bit. Other audio is resampled and averaged as in training, and rounded: 115 MB an hour.
+stays the same bit for bit. Other audio is resampled and averaged as in training, rounded and clipped: 115 MB an hour.
 
 After an interruption, the same command goes on with the missing shards. Unreadable utterances are left out and listed
 in skipped_audio.jsonl; once they are mended, pack anew with --overwrite. The same audio and flags give the same bytes.
@@ -22,7 +22,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
 import wave
 from collections.abc import Iterable
@@ -30,11 +29,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import soundfile
-from corpus_files import Parser, exit_status, list_skipped, open_atomic, write_lines
+from corpus_files import Parser, list_skipped, open_atomic, write_lines
 from tqdm import tqdm
 
 from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, AudioError, probe, read_pcm
@@ -44,47 +41,44 @@ from w2v2.errors import UserError
 FORMAT = 2  # raise it when the same audio and flags would give other files
 MAX_SHARD_HOURS = 18.0  # the file stays below 2 GiB, as its 32-bit sizes demand
 MANIFEST, SUMS, LOG, SKIPPED = "manifest.parquet", "SHA256SUMS", "packing.jsonl", "skipped_audio.jsonl"
-CACHE = "cache"  # measured lengths, until the packing is finished
 
 
 def pack(args) -> None:
     """Plan the shards, write the missing ones, then the sums and the manifest. Raises UserError for a user's slips."""
-    folder = args.output_dir
     check_flags(args)
-    table, unmeasured = load_manifest(args.manifests, data_root=args.data_root, cache_dir=folder / CACHE, probe=probe)
+    folder = args.output_dir
+    table, unmeasured = load_manifest(args.manifests, data_root=args.data_root, probe=probe)
+    # 1. What is to be written, and what is there already.
     shards = cut_shards(table["num_samples"], args.shard_hours)
-    settings = {"format": FORMAT, "shard_hours": args.shard_hours, "rows_sha256": hash_rows(table)}
+    digest = hashlib.sha256()  # of all that the manifest says, paths included
+    for rows in table.iter(1 << 16):
+        digest.update(json.dumps(rows).encode())
+    settings = {"format": FORMAT, "shard_hours": args.shard_hours, "rows_sha256": digest.hexdigest()}
     finished = claim_folder(folder, settings, args.overwrite)
+    # 2. The shards.
     records = pack_missing(folder, table, shards, finished, args.num_workers)
     write_lines(folder / LOG, [settings, *records])  # in order
+    # 3. The manifest, unless too much is missing.
     skipped = unmeasured + [entry for record in records for entry in record["skipped"]]
     list_skipped(folder / SKIPPED, skipped)
-    if len(skipped) > args.max_skipped_fraction * (total := len(table) + len(unmeasured)) or len(skipped) == total:
+    total = len(table) + len(unmeasured)
+    if len(skipped) > args.max_skipped_fraction * total or len(skipped) == total:
         limit = f"--max_skipped_fraction {args.max_skipped_fraction:g}"
         raise UserError(f"{len(skipped)} of {total} utterances cannot be read, more than {limit} allows: mend them")
     write_index(folder, table, shards, records)
-    shutil.rmtree(folder / CACHE, ignore_errors=True)
-    report(folder, records, len(skipped))
+    print(f"{folder}: {total - len(skipped):,} utterances in {len(shards):,} shards; {len(skipped):,} left out")
 
 
 def check_flags(args) -> None:
     """UserError for flags that cannot serve, before anything is read or deleted."""
+    if not args.manifests or not args.output_dir:
+        raise UserError("give manifests and --output_dir, or --verify FOLDER")
     folder, sources = args.output_dir, [Path(name).expanduser().resolve() for name in args.manifests]
-    found = {path.name for path in folder.iterdir()} - {CACHE} if folder.is_dir() else set()
     if not 0 < args.shard_hours <= MAX_SHARD_HOURS:
         raise UserError(f"--shard_hours {args.shard_hours:g}: give a number above 0, at most {MAX_SHARD_HOURS:g}")
-    if folder.is_file() or (found and LOG not in found):
-        raise UserError(f"--output_dir {folder}: {min(found, default='it')} is in the way: name a new folder")
-    if any(folder.resolve() in (path, path.parent) for path in sources):
-        raise UserError(f"--output_dir {folder} is the manifest itself: name another folder")
-
-
-def hash_rows(table) -> str:
-    """SHA-256 of all that the manifest says, paths included."""
-    digest = hashlib.sha256()
-    for first in range(0, len(table), 1 << 16):
-        digest.update(json.dumps(table[first : first + (1 << 16)]).encode())
-    return digest.hexdigest()
+    found = list(folder.iterdir()) if folder.is_dir() else [folder] * folder.exists()
+    if (found and not (folder / LOG).exists()) or any(folder.resolve() in (path, path.parent) for path in sources):
+        raise UserError(f"--output_dir {folder}: something else is in the way: name a new folder")
 
 
 def cut_shards(num_samples: Iterable[int], shard_hours: float) -> dict[str, range]:
@@ -112,7 +106,8 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool) -> dict[str, dic
         lines.extend(map(json.loads, (folder / LOG).read_text(encoding="utf-8").splitlines()))
     if lines and lines[0] != settings:
         raise UserError(f"--output_dir {folder} holds another packing: name a new folder, or give --overwrite")
-    (folder / MANIFEST).unlink(missing_ok=True)  # without it, the packing is unfinished
+    for name in (MANIFEST, SUMS):  # without them, the packing is unfinished
+        (folder / name).unlink(missing_ok=True)
     sizes = {path.name: path.stat().st_size for path in folder.glob("shard-*.wav")}
     finished = [record for record in lines[1:] if sizes.get(record["shard"]) == record["bytes"]]
     write_lines(folder / LOG, [settings, *finished])
@@ -121,64 +116,55 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool) -> dict[str, dic
 
 def pack_missing(folder: Path, table, shards: dict[str, range], records: dict, num_workers: int) -> list[dict]:
     """Write the shards without a record, in threads (decoders and hashes do not hold the GIL). Returns all records."""
-    bar = tqdm(desc="Packing", total=len(table), unit="utterance", disable=None)
-    bar.update(sum(len(shards[name]) for name in records))
-    with bar, open(folder / LOG, "a", encoding="utf-8") as log, ThreadPoolExecutor(max(1, num_workers)) as pool:
-        missing = [name for name in shards if name not in records]
+    missing = [name for name in shards if name not in records]
+    with open(folder / LOG, "a", encoding="utf-8") as log, ThreadPoolExecutor(max(1, num_workers)) as pool:
         futures = [pool.submit(pack_shard, folder / name, table, shards[name]) for name in missing]
         try:
-            for future in as_completed(futures):
+            for future in tqdm(as_completed(futures), "Packing", len(missing), unit="shard", disable=None):
                 record = future.result()
                 records[record["shard"]] = record
                 log.write(json.dumps(record) + "\n")
                 log.flush()
-                bar.update(len(shards[record["shard"]]))
         finally:
-            pool.shutdown(cancel_futures=True)  # an error ends the packing once the shards at work are written
+            pool.shutdown(cancel_futures=True)  # after an error, only the shards at work are written
     return [records[name] for name in shards]
 
 
 def pack_shard(path: Path, table, rows: range) -> dict:
     """Write one shard. Returns its line of the log, in which an utterance that cannot be read has 0 samples."""
-    record = {"shard": path.name, "num_samples": [], "skipped": [], "shortened": 0, "clipped_samples": 0}
+    lengths, skipped, names = [], [], ("id", "audio", "start", "num_samples")
     columns = table[rows.start : rows.stop]  # one look into the table for all of them
     try:
-        with open_atomic(path, "w+b") as file:
-            with wave.open(file, "wb") as shard:
-                shard.setparams((1, 2, SAMPLING_RATE, 0, "NONE", ""))  # channels, bytes a sample, …
-                for values in zip(*columns.values(), strict=True):
-                    samples = read_utterance(dict(zip(columns, values, strict=True)), record)  # (S,) int16
-                    shard.writeframesraw(samples.astype("<i2").tobytes())
-                    record["num_samples"].append(len(samples))
-            file.seek(0)
-            record |= {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+        with open_atomic(path, "wb") as file, wave.open(file, "wb") as shard:
+            shard.setparams((1, 2, SAMPLING_RATE, 0, "NONE", ""))  # channels, bytes a sample, …
+            for name, audio, start, num_samples in zip(*map(columns.get, names), strict=True):
+                try:
+                    samples = read_utterance(audio, round(start * SAMPLING_RATE), num_samples)  # (S,) int16
+                except AudioError as error:
+                    skipped.append({"id": name, "audio": audio, "reason": error.reason})
+                    samples = np.empty(0, np.int16)
+                shard.writeframesraw(samples.astype("<i2").tobytes())
+                lengths.append(len(samples))
     except OSError as error:
         reason = f"{path} cannot be written: {error.strerror or error}"
         raise UserError(f"{reason}: mend that and run the same command again; finished shards stay") from None
-    return record
+    record = {"shard": path.name, "num_samples": lengths, "skipped": skipped}
+    return record | {"sha256": hash_file(path), "bytes": path.stat().st_size}
 
 
-def read_utterance(entry: dict, record: dict) -> np.ndarray:
-    """An utterance as int16 of shape (S,), empty where it cannot be read. `record` counts what changed."""
-    start, num_samples = round(entry["start"] * SAMPLING_RATE), entry["num_samples"]
-    try:
-        excess = num_samples - probe(entry["audio"])
-        if start == 0 and MAX_PADDING < excess <= MAX_SHIFT + MAX_PADDING:  # the manifest's duration is rounded
-            num_samples -= excess
-            record["shortened"] += 1
-        samples = read_pcm(entry["audio"], start, num_samples)
-    except AudioError as error:
-        record["skipped"].append({"id": entry["id"], "audio": entry["audio"], "reason": error.reason})
-        return np.empty(0, np.int16)
+def read_utterance(path: str, start: int, num_samples: int) -> np.ndarray:
+    """An utterance as int16 of shape (S,). Raises AudioError."""
+    excess = num_samples - probe(path)
+    if start == 0 and MAX_PADDING < excess <= MAX_SHIFT + MAX_PADDING:  # the manifest's duration is rounded
+        num_samples -= excess
+    samples = read_pcm(path, start, num_samples)
     if samples.dtype != np.int16:
-        scaled = np.rint(samples * np.float32(32_768))
-        samples = np.clip(scaled, -32_768, 32_767).astype(np.int16)
-        record["clipped_samples"] += int((samples != scaled).sum())
+        samples = np.rint(samples * np.float32(32_768)).clip(-32_768, 32_767).astype(np.int16)
     return samples
 
 
 def write_index(folder: Path, table, shards: dict[str, range], records: list[dict]) -> None:
-    """Write SHA256SUMS and, last, manifest.parquet: the source's rows in their order, without the unreadable ones."""
+    """Write manifest.parquet (the source's rows in their order, without the unreadable ones) and SHA256SUMS."""
     lengths = [np.array(record["num_samples"]) for record in records]
     starts = np.concatenate([np.cumsum(part) - part for part in lengths])  # (rows,) from the shard's beginning
     lengths = np.concatenate(lengths)  # (rows,)
@@ -186,43 +172,29 @@ def write_index(folder: Path, table, shards: dict[str, range], records: list[dic
     columns = {"id": source["id"], "audio": np.repeat(list(shards), list(map(len, shards.values())))}
     columns |= {"start": starts / SAMPLING_RATE, "num_samples": lengths}
     columns |= {name: source[name] for name in source.column_names if name not in columns}
-    with open_atomic(folder / MANIFEST, "w+b") as file:
+    with open_atomic(folder / MANIFEST, "wb") as file:
         pq.write_table(pa.table(columns).filter(lengths > 0), file)
-        file.seek(0)
-        sums = {record["shard"]: record["sha256"] for record in records}
-        sums[MANIFEST] = hashlib.file_digest(file, "sha256").hexdigest()
-        with open_atomic(folder / SUMS) as sums_file:
-            sums_file.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
+    sums = {record["shard"]: record["sha256"] for record in records} | {MANIFEST: hash_file(folder / MANIFEST)}
+    with open_atomic(folder / SUMS) as file:
+        file.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
-def report(folder: Path, records: list[dict], num_skipped: int) -> None:
-    """Say what the folder holds, and what is not as it was in the sources."""
-    num_samples = np.concatenate([record["num_samples"] for record in records])
-    shortened, clipped = (sum(record[name] for record in records) for name in ("shortened", "clipped_samples"))
-    hours = num_samples.sum() / SAMPLING_RATE / 3600
-    held = f"{np.count_nonzero(num_samples):,} utterances, {hours:.2f} hours in {len(records):,} shards"
-    changed = f"{shortened:,} shorter than their manifest says, {clipped:,} samples clipped"
-    print(f"{folder}: {held}; {num_skipped:,} skipped, {changed}")
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file; empty where there is none."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path, num_workers: int) -> None:
-    """Hold each file against its sum, and the manifest's rows against their shards. UserError names what is wrong."""
+    """Hold each file against its sum. UserError names what is wrong."""
     if not (folder / SUMS).is_file() or not (folder / MANIFEST).is_file():
         raise UserError(f"--verify {folder} holds no finished packing: run the command that packs it again")
     sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
-
-    def is_whole(name: str) -> bool:
-        with contextlib.suppress(FileNotFoundError), open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sums[name]
-        return False
-
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        wrong = [name for name, whole in zip(sums, pool.map(is_whole, sums), strict=True) if not whole]
-    if not wrong:
-        rows = pd.read_parquet(folder / MANIFEST, columns=["audio", "start", "num_samples"])
-        ends = ((rows["start"] * SAMPLING_RATE).round() + rows["num_samples"]).groupby(rows["audio"]).max()
-        wrong = [n for n, end in ends.items() if n not in sums or end > soundfile.info(folder / n).frames]
-    if wrong:
+        found = dict(zip(sums, pool.map(hash_file, map(folder.joinpath, sums)), strict=True))
+    if wrong := [name for name in sums if found[name] != sums[name]]:
         names = ", ".join(wrong[:5])
         raise UserError(f"{folder}: missing or damaged: {names}: delete them and run the command that packs it again")
     print(f"{folder}: {len(sums) - 1:,} shards and the manifest are as they were written")
@@ -238,12 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="delete what was packed into OUTPUT_DIR before")
     parser.add_argument("--max_skipped_fraction", type=float, default=0.01, help="left out (default: %(default)s)")
     parser.add_argument("--verify", type=Path, metavar="FOLDER", help="check a packed folder against its sums instead")
-    args = parser.parse_args(argv)
-    if args.verify and not args.manifests and not args.output_dir:
-        return exit_status(parser.prog, lambda: verify(args.verify, args.num_workers))
-    if args.verify or not args.manifests or not args.output_dir:
-        parser.error("give manifests and --output_dir, or --verify FOLDER alone")
-    return exit_status(parser.prog, lambda: pack(args))
+    return parser.run(lambda args: verify(args.verify, args.num_workers) if args.verify else pack(args), argv)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ majority). A speaker is a session and F or M. The usual four classes are ang, ha
 utterances.
 """
 
-import os
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
-from corpus_files import Parser, exit_status, measure, write_manifest
+from corpus_files import Parser, measure, write_manifest
 
 from w2v2.errors import UserError
 
@@ -47,58 +45,41 @@ def read_lines(folder: Path, pattern: re.Pattern) -> list[re.Match]:
     return matches
 
 
-def session_rows(session: Path, prefix: str) -> list[dict]:
+def session_rows(session: Path) -> list[dict]:
     """Rows of one session, durations aside."""
     evaluations = read_lines(session / "dialog" / "EmoEvaluation", _EVALUATION)
     if not evaluations:
         raise UserError(f"{session / 'dialog' / 'EmoEvaluation'}: holds no evaluation; unpack all of the release")
-    texts = {
-        match["id"]: match["text"].strip() for match in read_lines(session / "dialog" / "transcriptions", _TRANSCRIPT)
-    }
-    number = session.name.removeprefix("Session")
+    transcripts = read_lines(session / "dialog" / "transcriptions", _TRANSCRIPT)
+    texts = {match["id"]: match["text"].strip() for match in transcripts}
     rows = []
     for match in evaluations:
         name = match["id"]
         # Ses01F_impro01, F000: the F or M of the turn, not of the dialogue, says who speaks.
         dialogue, _, turn = name.rpartition("_")
-        rows.append({
-            "id": name,
-            "audio": f"{prefix}/{session.name}/sentences/wav/{dialogue}/{name}.wav",
-            "text": texts.get(name, ""),
-            "speaker": f"{name[:5]}{turn[0]}",
-            "session": number,
-            "label": match["label"],
-        })  # fmt: skip
+        row = {"id": name, "audio": f"{session.name}/sentences/wav/{dialogue}/{name}.wav", "text": texts.get(name, "")}
+        row |= {"speaker": f"{name[:5]}{turn[0]}", "session": session.name[-1], "label": match["label"]}
+        rows.append(row)
     return rows
 
 
 def prepare(args) -> None:
+    """The whole job. UserError where a session or a file is missing."""
     sessions = find_sessions(args.folder)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = os.path.relpath(sessions[0].parent.resolve(), args.output.parent.resolve())
-    rows = [row for session in sessions for row in session_rows(session, prefix)]
-    durations, errors = measure([str(args.output.parent / row["audio"]) for row in rows], args.num_workers)
+    asked = [row for session in sessions for row in session_rows(session)]
+    rows, errors = measure(asked, sessions[0].parent, args.output, args.num_workers)
     if errors:
-        raise UserError(
-            f"{args.folder}: {len(errors)} of {len(rows)} evaluated utterances have no audio, such as {errors[0]}"
-        )
-    rows = [{**row, "duration": duration} for row, duration in zip(rows, durations, strict=True)]
+        found = f"{len(errors)} of {len(asked)} evaluated utterances have no audio, such as {errors[0]}"
+        raise UserError(f"{args.folder}: {found}: unpack all of the release")
     write_manifest(args.output, rows, COLUMNS)
-    counts = Counter(row["label"] for row in rows)
-    print(
-        f"{args.output}: {len(rows):,} utterances: {', '.join(f'{label} {n:,}' for label, n in counts.most_common())}"
-    )
     if len(rows) != KNOWN:
         print(f"warning: {len(rows):,} utterances, where the full release has {KNOWN:,}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="folder of the unpacked release")
-    parser.add_argument("--output", type=Path, required=True, help="the manifest to write, a .csv")
-    parser.add_argument("--num_workers", type=int, default=16, help="threads that read headers (default: %(default)s)")
-    args = parser.parse_args(argv)
-    return exit_status(parser.prog, lambda: prepare(args))
+    parser.add_corpus("folder of the unpacked release")
+    return parser.run(prepare, argv)
 
 
 if __name__ == "__main__":

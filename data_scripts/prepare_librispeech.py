@@ -7,11 +7,10 @@ The folder is the one that the archives of https://www.openslr.org/12 unpack to:
 the three training subsets together train-960.csv. Utterances and hours are held against the published figures.
 """
 
-import os
 import sys
 from pathlib import Path
 
-from corpus_files import Parser, exit_status, measure, write_manifest
+from corpus_files import Parser, measure, write_manifest
 
 from w2v2.errors import UserError
 
@@ -34,9 +33,7 @@ def find_root(folder: Path) -> Path:
     for root in (folder, folder / "LibriSpeech"):
         if any((root / name).is_dir() for name in KNOWN):
             return root
-    raise UserError(
-        f"{folder}: holds no subset of LibriSpeech ({', '.join(KNOWN)}); give the folder that the archives unpack to"
-    )
+    raise UserError(f"{folder}: holds no subset of LibriSpeech: give the folder that the archives unpack to")
 
 
 def read_transcripts(path: Path) -> dict[str, str]:
@@ -50,8 +47,8 @@ def read_transcripts(path: Path) -> dict[str, str]:
     return {name: text.strip() for name, _, text in (line.partition(" ") for line in lines if line.strip())}
 
 
-def scan_subset(folder: Path, prefix: str, num_workers: int) -> tuple[list[dict], list[str]]:
-    """Rows of one subset's usable utterances, with audio paths under `prefix`, and a line for each fault."""
+def scan_subset(folder: Path) -> tuple[list[dict], list[str]]:
+    """A row for each file of one subset, and the ids of transcribed utterances without a file."""
     rows, silent = [], []
     for chapter in sorted(path for path in folder.glob("*/*") if path.is_dir()):
         speaker = chapter.parent.name
@@ -59,74 +56,60 @@ def scan_subset(folder: Path, prefix: str, num_workers: int) -> tuple[list[dict]
         names = sorted(path.stem for path in chapter.glob("*.flac"))
         silent += sorted(texts.keys() - set(names))
         for name in names:
-            audio = f"{prefix}/{speaker}/{chapter.name}/{name}.flac"
+            audio = f"{speaker}/{chapter.name}/{name}.flac"
             rows.append({"id": name, "audio": audio, "text": texts.get(name, ""), "speaker": speaker})
-    print(f"{folder.name}: {len(rows):,} files")
-    paths = [str(folder / row["audio"].removeprefix(f"{prefix}/")) for row in rows]
-    durations, errors = measure(paths, num_workers)
-    usable = [{**row, "duration": d} for row, d in zip(rows, durations, strict=True) if d is not None]
-    wordless = [row["id"] for row in usable if not row["text"]]
-    problems = []
-    expected, expected_hours = KNOWN[folder.name]
-    if len(rows) != expected:
-        problems.append(f"{len(rows):,} of {expected:,} utterances found")
-    if errors:
-        problems.append(f"{len(errors):,} unusable files, the first: {errors[0]}")
-    if silent:
-        problems.append(f"{len(silent):,} transcribed utterances without audio, the first: {silent[0]}")
-    if wordless:
-        problems.append(f"{len(wordless):,} utterances without transcript, the first: {wordless[0]}")
-    hours = sum(row["duration"] for row in usable) / 3600
-    if not problems and expected_hours and abs(hours / expected_hours - 1) > HOURS_TOLERANCE:
-        problems.append(f"{hours:.1f} hours found where {expected_hours} are expected")
-    return usable, problems
+    return rows, silent
 
 
-def write_subset(path: Path, rows: list[dict]) -> None:
-    write_manifest(path, rows)
-    print(f"{path}: {len(rows):,} utterances, {sum(row['duration'] for row in rows) / 3600:.2f} hours")
+def find_faults(name: str, rows: list[dict], silent: list[str], errors: list) -> str:
+    """What makes a subset incomplete, in words; empty where it is whole. `rows` are the usable ones."""
+    expected, expected_hours = KNOWN[name]
+    wordless = [row["id"] for row in rows if not row["text"]]
+    faults = []
+    if (found := len(rows) + len(errors)) != expected:
+        faults.append(f"{found:,} of {expected:,} utterances found")
+    causes = {
+        "unusable files": errors,
+        "transcribed utterances without audio": silent,
+        "utterances without transcript": wordless,
+    }
+    faults += [f"{len(cases):,} {what}, the first: {cases[0]}" for what, cases in causes.items() if cases]
+    hours = sum(row["duration"] for row in rows) / 3600
+    if not faults and expected_hours and abs(hours / expected_hours - 1) > HOURS_TOLERANCE:
+        faults.append(f"{hours:.1f} hours found where {expected_hours} are expected")
+    return ", ".join(faults)
 
 
 def prepare(args) -> None:
     """The whole job. UserError names every subset that is not whole, after the whole ones were written."""
     root = find_root(args.folder)
-    names = args.subsets or [name for name in KNOWN if (root / name).is_dir()]
-    if missing := [name for name in names if not (root / name).is_dir()]:
-        raise UserError(f"--subsets {' '.join(missing)}: not in {root}; unpack there, or leave them out")
     written, faults = {}, []
-    for name in names:
-        prefix = os.path.relpath((root / name).resolve(), args.output_dir.resolve())
-        rows, problems = scan_subset(root / name, prefix, args.num_workers)
-        if rows and (args.allow_incomplete or not problems):
-            write_subset(args.output_dir / f"{name}.csv", rows)
+    for name in args.subsets or [name for name in KNOWN if (root / name).is_dir()]:
+        path = args.output_dir / f"{name}.csv"
+        rows, silent = scan_subset(root / name)
+        rows, errors = measure(rows, root / name, path, args.num_workers)
+        if fault := find_faults(name, rows, silent, errors):
+            faults.append(f"{name}: {fault}")
+        if rows and (args.allow_incomplete or not fault):
+            write_manifest(path, rows)
             written[name] = rows
         else:
-            (args.output_dir / f"{name}.csv").unlink(missing_ok=True)
-        faults += [f"{name}: {', '.join(problems)}"] * bool(problems)
+            path.unlink(missing_ok=True)
     for name, parts in COMBINED.items():
         if set(parts) <= set(written):
-            write_subset(args.output_dir / f"{name}.csv", [row for part in parts for row in written[part]])
-    if faults and not (args.allow_incomplete and len(written) == len(names)):
-        raise UserError(
-            f"{'; '.join(faults)}; unpack the archives again, or pass --allow_incomplete to take what is there"
-        )
+            write_manifest(args.output_dir / f"{name}.csv", [row for part in parts for row in written[part]])
+    if faults and not args.allow_incomplete:
+        raise UserError(f"{'; '.join(faults)}: unpack again, or pass --allow_incomplete to take what is there")
     for fault in faults:
         print(f"warning: {fault}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "folder", type=Path, help="folder of the unpacked subsets (or the folder that holds LibriSpeech/)"
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the manifests")
-    parser.add_argument(
-        "--subsets", nargs="+", choices=list(KNOWN), metavar="SUBSET", help="only these (default: all there)"
-    )
+    parser.add_corpus("folder of the unpacked subsets, or the one that holds LibriSpeech/", "--output_dir")
+    parser.add_argument("--subsets", nargs="+", choices=list(KNOWN), metavar="SUBSET", help="(default: all there)")
     parser.add_argument("--allow_incomplete", action="store_true", help="warn of subsets that are not whole, and go on")
-    parser.add_argument("--num_workers", type=int, default=16, help="threads that read headers (default: %(default)s)")
-    args = parser.parse_args(argv)
-    return exit_status(parser.prog, lambda: prepare(args))
+    return parser.run(prepare, argv)
 
 
 if __name__ == "__main__":

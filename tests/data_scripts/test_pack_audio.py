@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import soundfile
 import soxr
-from conftest import run_here, tiny_config, write_csv, write_tones
+from conftest import error_line, run_here, write_csv, write_recipe
 
 import pretrain
 from w2v2.data.audio import SAMPLING_RATE, probe, read_pcm
@@ -71,18 +71,11 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def one_line(capsys) -> str:
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Traceback" not in error, error
-    return error
-
-
 # -- what is packed
 
 
-def test_shards_hold_the_same_utterances_in_the_same_order(manifest, tmp_path, capsys):
+def test_shards_hold_the_same_utterances_in_the_same_order(manifest, tmp_path):
     folder = pack(manifest, tmp_path / "packed")
-    assert "7 utterances" in capsys.readouterr().out
     before, after = load_manifest([str(manifest)], probe=probe)[0].to_list(), packed_rows(folder)
     assert len(list(folder.glob("shard-*.wav"))) == 3
     for name in ("id", "num_samples", "text", "speaker"):
@@ -97,12 +90,8 @@ def test_standard_tools_read_the_folder_wherever_it_is(manifest, tmp_path):
     pack(manifest, tmp_path / "packed").rename(folder)
     shutil.rmtree(tmp_path / "audio")
     assert sum(len(read_row(row)) for row in packed_rows(folder)) == round(sum(SECONDS) * SAMPLING_RATE)
-    assert (
-        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True).returncode
-        == 0
-    )
-    index = pd.read_parquet(folder / "manifest.parquet")
-    for row in index.itertuples():
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True, check=True)
+    for row in pd.read_parquet(folder / "manifest.parquet").itertuples():
         shard, rate = soundfile.read(folder / row.audio, dtype="int16")
         start = row.start * rate
         assert rate == 16_000 and start == int(start) and start + row.num_samples <= len(shard)
@@ -116,11 +105,10 @@ def test_other_audio_is_resampled_averaged_and_rounded(tmp_path):
     np.testing.assert_allclose(read_row(row), expected, atol=0.51)
 
 
-def test_clipping_is_counted(tmp_path, capsys):
+def test_samples_beyond_full_scale_are_clipped(tmp_path):
     soundfile.write(tmp_path / "loud.wav", np.array([0.5, 1.5, -0.5, -1.5, 1.0] * 100), 16_000, subtype="FLOAT")
-    folder = pack(write_csv(tmp_path / "m.csv", [tmp_path / "loud.wav"]), tmp_path / "packed")
-    assert "300 samples clipped" in capsys.readouterr().out
-    assert read_row(packed_rows(folder)[0])[:5].tolist() == [16_384, 32_767, -16_384, -32_768, 32_767]
+    (row,) = packed_rows(pack(write_csv(tmp_path / "m.csv", [tmp_path / "loud.wav"]), tmp_path / "packed"))
+    assert read_row(row)[:5].tolist() == [16_384, 32_767, -16_384, -32_768, 32_767]
 
 
 def test_segments_are_packed_from_their_start(tmp_path):
@@ -133,11 +121,10 @@ def test_segments_are_packed_from_their_start(tmp_path):
 
 
 @pytest.mark.parametrize("overshoot, packed", [(0.005, 32_080), (0.25, 32_000)])
-def test_a_rounded_duration_never_reaches_the_next_utterance(tmp_path, capsys, overshoot, packed):
+def test_a_rounded_duration_never_reaches_the_next_utterance(tmp_path, overshoot, packed):
     """Up to 10 ms are filled with zeros, as in training; beyond that the utterance gets its true length."""
     paths = [write_noise(tmp_path / f"{name}.flac", 2.0) for name in "ab"]
     folder = pack(write_csv(tmp_path / "m.csv", paths, [2.0 + overshoot] * 2), tmp_path / "packed")
-    assert f"{2 * (overshoot > 0.01)} shorter than their manifest" in capsys.readouterr().out
     for path, row in zip(paths, packed_rows(folder), strict=True):
         whole, _ = soundfile.read(path, dtype="int16")
         assert row["num_samples"] == packed
@@ -176,10 +163,9 @@ def test_any_number_of_workers_writes_the_same_bytes(manifest, tmp_path):
 
 
 def run_program(program: str, *arguments) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'data_scripts'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'data_scripts'}"}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_killed_packing_goes_on_where_it_was(manifest, tmp_path):
@@ -236,28 +222,16 @@ def flip(path: Path, byte: int):
     path.write_bytes(damaged)
 
 
-def shorten_shard(folder: Path):
-    """A manifest and sums that agree with a shard that is too short."""
-    samples, rate = soundfile.read(folder / "shard-00001.wav", dtype="int16")
-    soundfile.write(folder / "shard-00001.wav", samples[:-1], rate)
-    sums = subprocess.run(
-        ["sha256sum", *sorted(p.name for p in folder.glob("[sm]*[vt]"))], cwd=folder, capture_output=True
-    )
-    (folder / "SHA256SUMS").write_bytes(sums.stdout)
-
-
 @pytest.mark.parametrize(
     "damage, named",
     [
         (lambda folder: None, None),
-        (lambda folder: flip(folder / "shard-00002.wav", 0), "shard-00002.wav"),
         (lambda folder: flip(folder / "shard-00002.wav", 5_000), "shard-00002.wav"),
         (lambda folder: os.truncate(folder / "shard-00001.wav", 1_000), "shard-00001.wav"),
         (lambda folder: (folder / "shard-00001.wav").unlink(), "shard-00001.wav"),
         (lambda folder: flip(folder / "manifest.parquet", 100), "manifest.parquet"),
         (lambda folder: (folder / "manifest.parquet").unlink(), "no finished packing"),
         (lambda folder: (folder / "SHA256SUMS").unlink(), "no finished packing"),
-        (shorten_shard, "shard-00001.wav"),
     ],
 )
 def test_verification_names_what_is_wrong(manifest, tmp_path, capsys, damage, named):
@@ -266,7 +240,7 @@ def test_verification_names_what_is_wrong(manifest, tmp_path, capsys, damage, na
     capsys.readouterr()
     assert pack_audio.main(["--verify", str(folder)]) == (2 if named else 0)
     if named:
-        assert named in one_line(capsys)
+        assert named in error_line(capsys.readouterr().err)
     else:
         assert "3 shards and the manifest are as they were written" in capsys.readouterr().out
 
@@ -274,58 +248,54 @@ def test_verification_names_what_is_wrong(manifest, tmp_path, capsys, damage, na
 def test_other_input_or_settings_are_refused(manifest, tmp_path, capsys):
     folder = pack(manifest, tmp_path / "packed")
     before = contents(folder)
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    other = write_rows(tmp_path / "other.jsonl", [*rows[:-1], rows[-1] | {"text": "another word"}])
-    capsys.readouterr()
+    other = tmp_path / "other.jsonl"
+    other.write_text(manifest.read_text().replace("word 6", "another word"))
     for source, more in ((other, []), (manifest, ["--shard_hours", 1])):
         pack(source, folder, *more, status=2)
-        assert "--overwrite" in one_line(capsys)
+        assert "--overwrite" in error_line(capsys.readouterr().err)
     assert contents(folder) == before
     pack(other, folder, "--overwrite", "--shard_hours", 1)
     assert packed_rows(folder)[-1]["text"] == "another word" and len(list(folder.glob("*.wav"))) == 1
 
 
-def test_slips_end_with_status_2_and_one_line(manifest, tmp_path, capsys):
-    folder = pack(manifest, tmp_path / "packed")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "shard-00000.wav").write_text("my own")
-    capsys.readouterr()
-    for source, output, more, complaint in [
-        (manifest, tmp_path / "mine", ["--overwrite"], "shard-00000.wav is in the way"),
-        (manifest, manifest, [], "is in the way"),
-        (folder / "manifest.parquet", folder, ["--overwrite"], "is the manifest itself"),
-        (manifest, tmp_path / "new", ["--shard_hours", 0], "--shard_hours 0"),
-        (manifest, tmp_path / "new", ["--shard_hours", 19], "--shard_hours 19"),
-        (tmp_path / "none.csv", tmp_path / "new", [], "none.csv"),
-    ]:
-        pack(source, output, *more, status=2)
-        assert complaint in one_line(capsys)
-    assert (tmp_path / "mine" / "shard-00000.wav").read_text() == "my own"
-    for argv in ([], ["--output_dir", "x"], [str(manifest)], [str(manifest), "--verify", "x"]):
-        with pytest.raises(SystemExit, match="2"):
-            pack_audio.main(argv)
-        assert "--verify FOLDER alone" in one_line(capsys)
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("train.jsonl --output_dir audio --overwrite", "is in the way"),
+        ("train.jsonl --output_dir train.jsonl", "is in the way"),
+        ("packed --output_dir packed --overwrite", "is in the way"),
+        ("train.jsonl --output_dir new --shard_hours 0", "--shard_hours 0"),
+        ("train.jsonl --output_dir new --shard_hours 19", "--shard_hours 19"),
+        ("none.csv --output_dir new", "none.csv"),
+        ("train.jsonl", "give manifests and --output_dir"),
+        ("--output_dir new", "give manifests and --output_dir"),
+    ],
+)
+def test_a_slip_is_one_line_and_deletes_nothing(manifest, tmp_path, monkeypatch, capsys, command, complaint):
+    pack(manifest, tmp_path / "packed")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert pack_audio.main(command.split()) == 2
+    assert complaint in error_line(capsys.readouterr().err)
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "new") == before
 
 
 # -- training on it
 
 
 def test_a_run_may_change_over_to_the_packed_folder(tmp_path):
-    seconds = [1.5, 2.0, 1.25, 1.75]
-    manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", seconds), seconds)
-    packed = pack(manifest, tmp_path / "packed")
-    tiny_config().save_pretrained(tmp_path / "model")
-    flags = ["--config_name", tmp_path / "model", "--min_seconds", "0.5", "--batch_hours", "0.002", "--use_cpu", "true"]
-    flags += ["--micro_batch_seconds", "4", "--max_steps", "2", "--report_to", "none", "--dataloader_num_workers", "0"]
+    config = write_recipe(tmp_path, {}, batch_hours=0.002, micro_batch_seconds=4, max_steps=2, use_cpu=True)
+    packed = pack(tmp_path / "train.csv", tmp_path / "packed")
+    flags = ["--save_steps", "1", "--report_to", "none", "--dataloader_num_workers", "0"]
     weights = {}
-    for name, data in (("files", manifest), ("packed", packed)):
-        output = ["--train_data", data, "--output_dir", tmp_path / name, "--save_steps", "1"]
-        assert run_here(pretrain.main, *flags, *output) == 0
-        weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
-    assert weights["files"] == weights["packed"]
-    resumed = tmp_path / "files"
+    for name in ("train.csv", "packed"):
+        run = tmp_path / f"run on {name}"
+        assert run_here(pretrain.main, config, "--train_data", tmp_path / name, "--output_dir", run, *flags) == 0
+        weights[name] = (run / "model.safetensors").read_bytes()
+    assert weights["train.csv"] == weights["packed"]
+    resumed = tmp_path / "run on train.csv"
     shutil.rmtree(resumed / "checkpoint-2")
     (resumed / "model.safetensors").unlink()
-    more = ["--train_data", packed, "--output_dir", resumed, "--resume_from_checkpoint", "auto", "--save_steps", "1"]
-    assert run_here(pretrain.main, *flags, *more) == 0
-    assert (resumed / "model.safetensors").read_bytes() == weights["files"]
+    flags += ["--train_data", packed, "--output_dir", resumed, "--resume_from_checkpoint", "auto"]
+    assert run_here(pretrain.main, config, *flags) == 0
+    assert (resumed / "model.safetensors").read_bytes() == weights["packed"]

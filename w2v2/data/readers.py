@@ -204,13 +204,13 @@ def _read_folder(folder: Path, wanted: frozenset[str]) -> RawTable:
         return replace(_read_parquet(folder / PACKED_MANIFEST, wanted), root=root)
     elif next(folder.glob("shard-*.wav"), None):
         raise UserError(f"folder {folder} was not packed to its end: run the same pack_audio.py command again")
-    elif not (rows := [{"audio": path} for path in _find_audio(folder)]):
+    elif not (rows := [{"audio": path} for path in find_audio(folder)]):
         suffixes = " ".join(sorted(AUDIO_SUFFIXES))
         raise UserError(f"folder {folder} holds no audio files ({suffixes}) and no wav.scp: check the path")
     return RawTable(folder, _build_table(((None, row) for row in rows), wanted), list(rows[0]), root)
 
 
-def _find_audio(folder: Path) -> list[str]:
+def find_audio(folder: Path) -> list[str]:
     """Relative paths of a folder's audio files, sorted. Links are followed, hidden files left out."""
     paths, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
