@@ -24,6 +24,7 @@ from w2v2.evaluate.scores import describe_scores
 from w2v2.finetune.arguments import CONFIG_FILE, RESULTS_FILE, SKIPPED_FILE, prepare_output_dir, write_config
 from w2v2.finetune.classification import (
     FOLDS_FILE,
+    ClassificationArguments,
     ClassificationTrainer,
     build_classifier,
     check_classes,
@@ -31,10 +32,11 @@ from w2v2.finetune.classification import (
     score,
     summarise_run,
     write_pooled,
-    write_results,
+    write_scores,
 )
 from w2v2.finetune.ctc_data import longest_first, name_sets
 from w2v2.finetune.labels import (
+    LabelArguments,
     LabelledDataset,
     balanced_weights,
     check_known,
@@ -45,7 +47,6 @@ from w2v2.finetune.labels import (
     read_labelled,
 )
 from w2v2.finetune.subsets import select_lengths
-from w2v2.finetune.task_arguments import ClassificationArguments, LabelArguments
 from w2v2.hub.push import HubCallback
 from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import min_samples
@@ -73,7 +74,7 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     hub = HubCallback(args)
     results, lines = run(train, sets, classes, label_args, args, checkpoint=checkpoint, callbacks=[hub])
     if args.process_index == 0:
-        write_results(args.output_dir, results, lines, classes)
+        write_scores(args.output_dir, results, lines, classes)
     for name in sets:
         args.print_once(f"{name:>12}: {describe_scores(results[name])} over {results[name]['utterances']} utterances")
     best = results["run"]["best_update"]
@@ -109,7 +110,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         sets, checkpoint = {"validation": validation, "test": test}, prepare_output_dir(fold_args)
         scores, found = run(train, sets, classes, label_args, fold_args, checkpoint=checkpoint)
         if args.process_index == 0:
-            write_results(fold_args.output_dir, scores, found, classes)
+            write_scores(fold_args.output_dir, scores, found, classes)
         args.print_once(f"        test: {describe_scores(scores['test'])} over {len(test)} utterances")
         best_update = scores["run"]["best_update"]
         results.append({"fold": split.name, "groups": held, **scores["test"], "best_update": best_update})

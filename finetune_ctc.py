@@ -20,15 +20,22 @@ from w2v2.finetune.arguments import (
     CONFIG_FILE,
     SKIPPED_FILE,
     FineTuningArguments,
+    check_metric,
     prepare_output_dir,
     write_config,
 )
 from w2v2.finetune.ctc import CTCTrainer, build_recogniser, load_recogniser
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
-from w2v2.finetune.recognition import describe_units, load_decoder, score, write_results
+from w2v2.finetune.recognition import describe_units, load_decoder, score
 from w2v2.finetune.subsets import select_training
-from w2v2.finetune.task_arguments import CTCArguments, check_metric, follow_folder
-from w2v2.finetune.text import build_vocabulary, check_vocabulary, make_processor, read_vocabulary
+from w2v2.finetune.text import (
+    CTCArguments,
+    build_vocabulary,
+    check_vocabulary,
+    follow_folder,
+    make_processor,
+    read_vocabulary,
+)
 from w2v2.hub.push import HubCallback
 from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import min_samples
@@ -86,9 +93,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     trainer.save_model()
 
     # 4. Evaluate: every set with these weights.
-    results = score(trainer, sets, decoder, text_args)
-    if args.process_index == 0:
-        write_results(trainer, sets, results)
+    score(trainer, sets, decoder, text_args)
     hub.hand_over(args)
     trainer.end()
 
@@ -120,9 +125,7 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
     describe_units(sets, trainer)
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
-    results = score(trainer, sets, decoder, text_args)
-    if args.process_index == 0:
-        write_results(trainer, sets, results)
+    score(trainer, sets, decoder, text_args)
     trainer.end()
 
 

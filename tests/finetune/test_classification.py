@@ -11,9 +11,8 @@ from datasets import Dataset
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining, Wav2Vec2ForSequenceClassification
 
 from w2v2.finetune import labels
-from w2v2.finetune.classification import ClassificationTrainer, build_classifier
+from w2v2.finetune.classification import ClassificationArguments, ClassificationTrainer, build_classifier
 from w2v2.finetune.ctc_data import longest_first
-from w2v2.finetune.task_arguments import ClassificationArguments
 
 LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
 CLASSES = ["a", "b", "c"]

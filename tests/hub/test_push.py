@@ -26,8 +26,7 @@ from transformers.trainer_utils import HubStrategy
 
 import finetune_ctc
 from w2v2.errors import UserError
-from w2v2.finetune.task_arguments import TEXT_FLAGS, CTCArguments, follow_folder
-from w2v2.finetune.text import read_text_flags, read_vocabulary
+from w2v2.finetune.text import TEXT_FLAGS, CTCArguments, follow_folder, read_text_flags, read_vocabulary
 from w2v2.hub.push import HubCallback, HubPusher
 
 ROOT = Path(__file__).parents[2]

@@ -3,8 +3,10 @@
 They are `transformers.TrainingArguments`, with fairseq's fine-tuning recipe as defaults, and ours beside them.
 """
 
+import json
 import shutil
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -42,17 +44,13 @@ class FineTuningArguments(TrainingArguments):
     """
 
     train_data: list[str] = flag([], "Training manifests.")
-    validation_data: list[str] = flag(
-        [], "Validation manifests: the best checkpoint is chosen on all of them together."
-    )
+    validation_data: list[str] = flag([], "Validation manifests: all together choose the best checkpoint.")
     test_data: list[str] = flag([], "Test manifests, each scored by itself at the end with the best checkpoint.")
     do_train: bool = flag(True, "false: only evaluate the fine-tuned model that model_name_or_path names.")
     data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
     min_seconds: float = flag(0.2, "Shorter utterances are left out of training.", min=0)
     max_seconds: float | None = flag(35.0, "Longer utterances are left out of training.", above=0)
-    max_skipped_fraction: float = flag(
-        0.01, "Largest fraction of a set's utterances whose audio is unreadable; beyond it the run stops.", min=0, max=1
-    )
+    max_skipped_fraction: float = flag(0.01, "Unreadable fraction of a set that stops the run.", min=0, max=1)
     model_name_or_path: str | None = flag(None, "Pretrained wav2vec 2.0: a folder or Hub id.")
     config_name: str | None = flag(None, "Random weights of this configuration instead: the baseline.")
     freeze_feature_encoder: bool = flag(True, "Keep the convs as they were pretrained.")
@@ -76,20 +74,15 @@ class FineTuningArguments(TrainingArguments):
     lr_scheduler_type: str = flag("tri_stage", "What follows the warm-up.", choices=SCHEDULES)
     warmup_steps: float = flag(0.1, "Updates of warm-up; under 1: a fraction of the run.", min=0)
     micro_batch_seconds: float | None = flag(
-        None,
-        "Seconds of audio in a micro-batch of a device, padding included; instead of per_device_train_batch_size.",
-        above=0,
+        None, "Seconds of a device's micro-batch with its padding; replaces per_device_train_batch_size.", above=0
     )
     batch_seconds: float | None = flag(
         None, "Seconds in one update over all devices, for any number of them; left out: micro_batch_seconds × "
         "gradient_accumulation_steps × devices.", above=0,
     )  # fmt: skip
     per_device_train_batch_size: int = flag(8, "Utterances in a micro-batch.", min=1)
-    per_device_eval_batch_size: int = flag(
-        8, "Utterances in a batch of evaluation (no influence on the result).", min=1
-    )
+    per_device_eval_batch_size: int = flag(8, "Utterances evaluated together (does not move results).", min=1)
     gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.", min=1)
-    weight_decay: float = flag(0.0, "Decoupled weight decay.", min=0)
     adam_beta2: float = flag(0.98, "Adam's second decay.")
     max_grad_norm: float = flag(0.0, "Clip the gradient's norm to this; 0 does not clip.", min=0)
     eval_strategy: str = flag("steps", "When to validate: `steps`, `epoch`.")
@@ -104,15 +97,11 @@ class FineTuningArguments(TrainingArguments):
     dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.", min=0)
     report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
     hub_license: str | None = flag(None, "Licence of the weights, stated in the model card.")
-    data_description: str | None = flag(
-        None, "What the training audio is and where it comes from, in your words, for the model card."
-    )
+    data_description: str | None = flag(None, "The training audio and its source in your words, for the model card.")
     remove_unused_columns: bool = flag(False, "Not used: the data set holds nothing else.")
 
     def __post_init__(self):
-        for name in ("model_name_or_path", "config_name", "resume_from_checkpoint"):
-            if getattr(self, name) in ("", "none"):  # how a command line takes back what a YAML file says
-                setattr(self, name, None)
+        take_back(self, "model_name_or_path", "config_name", "resume_from_checkpoint")
         check_ranges(self)
         self._check_combinations()
         if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
@@ -135,25 +124,20 @@ class FineTuningArguments(TrainingArguments):
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
 
     def _check_combinations(self) -> None:
-        for name in self.required_flags():
-            if not getattr(self, name):
-                raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
-        if not self.do_train and (self.config_name or not self.model_name_or_path):
-            raise UserError(
-                "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"
-            )
-        if not self.do_train and self.push_to_hub:
-            raise UserError("--do_train false with --push_to_hub: an evaluation makes no model that could be pushed")
-        if bool(self.model_name_or_path) == bool(self.config_name):
-            raise UserError("give one of --model_name_or_path (pretrained weights) and --config_name (random weights)")
-        if self.max_seconds is not None and self.max_seconds < self.min_seconds:
-            raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
-        if self.batch_seconds and not self.micro_batch_seconds:
-            raise UserError("--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once")
-        if self.hub_token:
-            raise UserError(
-                "--hub_token: flags are written to the run's files; set the environment variable HF_TOKEN instead"
-            )
+        model, config, evaluates = self.model_name_or_path, self.config_name, not self.do_train
+        too_short = self.max_seconds is not None and self.max_seconds < self.min_seconds
+        refuse(
+            *((not getattr(self, name), f"--{name} is required: give it on the command line or in the YAML file")
+              for name in self.required_flags()),
+            (evaluates and (config or not model),
+             "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"),
+            (evaluates and self.push_to_hub, "--do_train false with --push_to_hub: there is no new model to push"),
+            (bool(model) == bool(config), "give one of --model_name_or_path (pretrained) and --config_name (random)"),
+            (too_short, f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
+            (self.batch_seconds and not self.micro_batch_seconds,
+             "--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once"),
+            (self.hub_token, "--hub_token: flags are written to files; set the environment variable HF_TOKEN instead"),
+        )  # fmt: skip
 
     def print_once(self, line: str) -> None:
         """A line on the console of the main process."""
@@ -168,65 +152,76 @@ class FineTuningArguments(TrainingArguments):
         return {name: getattr(self, name) for name in _MODEL_FLAGS} | {"apply_spec_augment": True}
 
 
+def refuse(*slips: tuple[Any, str]) -> None:
+    """Raises UserError for the first of some slips that was made; each is a condition and its message."""
+    for is_made, message in slips:
+        if is_made:
+            raise UserError(message)
+
+
+def take_back(arguments: Any, *names: str) -> None:
+    """Make an empty text or `none` None: a command line takes back what a YAML file says."""
+    for name in names:
+        if getattr(arguments, name) in ("", "none"):
+            setattr(arguments, name, None)
+
+
+def check_metric(name: str | None, measures: Iterable[str]) -> None:
+    """Raises UserError where no validation has a measure of that name."""
+    known = [*measures, "loss"]
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
+
+
 def prepare_output_dir(args: FineTuningArguments) -> str | None:
     """Make `output_dir` ready and return the checkpoint to resume from, None for a fresh start.
 
     Only a folder that `Trainer` saved whole counts as a checkpoint; a pretrained model never does.
     Raises UserError where the folder holds a run and no flag says what to do with it.
     """
-    folder = Path(args.output_dir)
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     with args.main_process_first(local=False):  # the others then find the folder ready
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output_dir {folder}: is a file; give a folder")
-        wanted = args.resume_from_checkpoint
-        checkpoint = None if args.overwrite_output_dir and wanted == "auto" else _find_checkpoint(wanted, folder)
+        refuse((folder.exists() and not folder.is_dir(), f"--output_dir {folder}: is a file; give a folder"))
+        starts_anew = wanted is None or (wanted == "auto" and args.overwrite_output_dir)
+        checkpoint = None if starts_anew else _find_checkpoint(wanted, folder)
         if checkpoint is None:
             _clear_run(folder, args)
         folder.mkdir(parents=True, exist_ok=True)
     return checkpoint
 
 
+def _find_checkpoint(wanted: str, folder: Path) -> str | None:
+    """The folder that `--resume_from_checkpoint` names; for `auto` the newest that was not cut short, if any."""
+    newest = Path(wanted)
+    if wanted == "auto":
+        saved = [path.parent for path in folder.glob(f"checkpoint-[0-9]*/{_STATE_FILE}")]
+        if not saved:
+            return None
+        newest = max(saved, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    if missing := [name for name in _CHECKPOINT_FILES if not (newest / name).is_file()]:
+        raise UserError(
+            f"--resume_from_checkpoint {wanted}: {newest} is no whole checkpoint of a fine-tuning run, being without "
+            f"{missing[0]} (--save_only_model?): start from it with --model_name_or_path in another --output_dir"
+        )
+    return str(newest)
+
+
 def _clear_run(folder: Path, args: FineTuningArguments) -> None:
     """Remove a former run, if there is one and the flags allow it; files that no run of ours writes stay."""
     old = [*folder.glob("checkpoint-*"), *(folder / name for name in _RUN_FILES if (folder / name).exists())]
-    unfinished = not (folder / "model.safetensors").exists()
-    if old and not (args.overwrite_output_dir or (args.resume_from_checkpoint and unfinished)):
-        raise UserError(
-            f"--output_dir {folder} already holds a run ({old[0].name}): choose another folder, or give "
-            "--resume_from_checkpoint auto or --overwrite_output_dir"
-        )
+    if not old:
+        return
+    was_cut_short = args.resume_from_checkpoint and not (folder / "model.safetensors").exists()
     source = Path(args.model_name_or_path or args.config_name).resolve()
-    if old and (source == folder.resolve() or folder.resolve() in source.parents):
-        raise UserError(f"--output_dir {folder} holds the model to start from, {source}: choose another folder")
+    refuse(
+        (not (args.overwrite_output_dir or was_cut_short),
+         f"--output_dir {folder} already holds a run ({old[0].name}): choose another folder, or give "
+         "--resume_from_checkpoint auto or --overwrite_output_dir"),
+        (folder.resolve() in (source, *source.parents),
+         f"--output_dir {folder} holds the model to start from, {source}: choose another folder"),
+    )  # fmt: skip
     for path in old:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _find_checkpoint(wanted: str | None, folder: Path) -> str | None:
-    """The folder that `--resume_from_checkpoint` names; for `auto` the newest whole checkpoint, if there is one."""
-    if wanted is None:
-        return None
-    if wanted != "auto":
-        if _missing_file(Path(wanted)):
-            raise UserError(f"--resume_from_checkpoint {wanted}: no whole checkpoint of a fine-tuning run: give its "
-                            "checkpoint-N folder, or auto")  # fmt: skip
-        return wanted
-    numbers = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
-    newest_first = sorted(map(int, filter(str.isdigit, numbers)), reverse=True)
-    saved = [folder / f"checkpoint-{number}" for number in newest_first]
-    saved = [path for path in saved if (path / _STATE_FILE).is_file()]  # the others were cut short
-    whole = [str(path) for path in saved if not _missing_file(path)]
-    if saved and not whole:
-        raise UserError(
-            f"--resume_from_checkpoint auto: {saved[0]} was saved without {_missing_file(saved[0])} "
-            "(--save_only_model?): start from it (--model_name_or_path) in another --output_dir, or anew with "
-            "--overwrite_output_dir"
-        )
-    return whole[0] if whole else None
-
-
-def _missing_file(folder: Path) -> str | None:
-    return next((name for name in _CHECKPOINT_FILES if not (folder / name).is_file()), None)
 
 
 def write_config(path: Path, *arguments: Any) -> None:
@@ -242,3 +237,11 @@ def write_config(path: Path, *arguments: Any) -> None:
             if f.init and plain and (value or 0) != (default or 0) and f.name not in _NOT_IN_CONFIG:
                 changed[f.name] = value
     path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def write_results(output_dir: str, results: Mapping, lines: Iterable[Mapping]) -> None:
+    """`results.json`, and `predictions.jsonl` with a line an utterance."""
+    with open(Path(output_dir, PREDICTIONS_FILE), "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    content = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    Path(output_dir, RESULTS_FILE).write_text(content, encoding="utf-8")

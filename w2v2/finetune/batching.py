@@ -123,14 +123,18 @@ def collate_update(micro_batches: list[dict[str, Any]]) -> dict[str, list]:
 
 
 class DrawEpoch(TrainerCallback):
-    """Tells the sampler which epoch it draws; accelerate's loaders sometimes do not. Ranks draw masks of their own."""
+    """Tells the sampler and the data set which epoch is drawn, before the workers start. Ranks draw masks of their own.
 
-    def __init__(self, sampler: Sampler):
-        self.sampler = sampler
+    accelerate's loaders sometimes do not tell the sampler.
+    """
+
+    def __init__(self, *drawn: Sampler | Dataset):
+        self.drawn = drawn
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.process_index > 0:
             set_seed(args.seed + args.process_index)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.epoch = int(state.epoch or 0)
+        for one in self.drawn:
+            one.epoch = int(state.epoch or 0)

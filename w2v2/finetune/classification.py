@@ -10,6 +10,7 @@ Shapes: B utterances, C classes.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,16 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.trainer_utils import EvalLoopOutput
 
+from w2v2.data.flags import flag
 from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
-from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE
-from w2v2.finetune.ctc_data import check_decoded, read_skipped
+from w2v2.finetune.arguments import FineTuningArguments, check_metric, refuse, take_back, write_results
+from w2v2.finetune.ctc_data import check_skipped
 from w2v2.finetune.labels import Split, shared_groups
-from w2v2.finetune.subsets import num_hours
-from w2v2.finetune.task_arguments import ClassificationArguments
 from w2v2.finetune.trainer import FineTuner
 from w2v2.model.feature_encoder import hide_padding
 from w2v2.model.loading import load_with_head
@@ -38,14 +38,69 @@ FOLDS_FILE = "folds.json"
 HEAD = ("projector", "classifier", "layer_weights")
 
 
+@dataclass
+class ClassificationArguments(FineTuningArguments):
+    """`FineTuningArguments` with the defaults of transformers' audio classification example."""
+
+    mode: str = flag(
+        "finetune", "`finetune`: all but the convs learns; `probe`: the encoder is frozen, and a weighted sum of its "
+        "layers and a linear head learn (SUPERB's way).", choices=["finetune", "probe"]
+    )  # fmt: skip
+    classifier_proj_size: int = flag(256, "Width of the head's projection, which is averaged over time.", min=1)
+    crop_seconds: float = flag(20.0, "Longest piece that training hears, another each epoch; 0: all.", min=0)
+    folds: str | None = flag(None, "Cross-validate over --train_data; groups of this column (speaker) stay together.")
+    num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).")
+
+    max_seconds: float | None = flag(None, "Longer utterances are left out of training.", above=0)
+    learning_rate: float | None = flag(None, "Peak learning rate (default: 3e-5; 1e-3 in `probe`).", min=0)
+    max_steps: int = flag(3_000, "Updates in the run (in each fold).")
+    gradient_accumulation_steps: int = flag(4, "Micro-batches of a device in one update.", min=1)
+    lr_scheduler_type: str = flag(
+        "linear", "What follows the warm-up.", choices=["linear", "cosine", "constant", "tri_stage"]
+    )
+    mask_time_prob: float = flag(0.05, "Time mask: masked frames over frames, overlaps counted twice.", min=0)
+    mask_feature_prob: float = flag(0.0, "Channel mask: the same over channels.", min=0)
+    layerdrop: float = flag(0.0, "Probability that a transformer layer is left out.", min=0, max=1)
+    hidden_dropout: float = flag(0.1, "Dropout of the transformer's hidden states.", min=0, max=1)
+    attention_dropout: float = flag(0.1, "Dropout of attention weights.", min=0, max=1)
+    max_grad_norm: float = flag(1.0, "Clip the gradient's norm to this; 0 does not clip.", min=0)
+    eval_steps: float = flag(250, "Updates between two validations; under 1: a fraction of the run.")
+    save_steps: float = flag(250, "Updates between two checkpoints; a multiple of eval_steps.")
+    metric_for_best_model: str | None = flag("uar", "What says which is best: uar, accuracy, macro_f1 or loss.")
+    greater_is_better: bool | None = flag(None, "Whether more of it is better (default: of all but the loss).")
+
+    def __post_init__(self):
+        if self.learning_rate is None:
+            self.learning_rate = 1e-3 if self.mode == "probe" else 3e-5
+        take_back(self, "folds")
+        refuse((not self.do_train, "--do_train false: nothing is evaluated alone: give sets to score as --test_data"))
+        super().__post_init__()
+        folds = self.folds
+        refuse(
+            (self.num_folds is not None and not folds, "--num_folds needs --folds: name the column of the groups"),
+            (folds and (self.validation_data or self.test_data),
+             "--folds takes all from --train_data: leave --validation_data and --test_data out"),
+            (folds and self.push_to_hub, "--push_to_hub with --folds: push a model that is trained without --folds"),
+            (folds and self.resume_from_checkpoint not in (None, "auto"),
+             "--resume_from_checkpoint with --folds takes auto alone: each fold goes on where it was"),
+        )  # fmt: skip
+        check_metric(self.metric_for_best_model, MEASURES)
+
+    def required_flags(self) -> tuple[str, ...]:
+        return ("train_data", "output_dir") if self.folds else super().required_flags()
+
+    def model_changes(self) -> dict[str, Any]:
+        """The flags that are keys of the model's configuration; a frozen encoder is neither masked nor dropped from."""
+        changes, is_probe = super().model_changes(), self.mode == "probe"
+        if is_probe:
+            changes |= {name: 0.0 for name in changes if name.endswith(("_prob", "dropout", "layerdrop"))}
+        return changes | {"use_weighted_layer_sum": is_probe, "classifier_proj_size": self.classifier_proj_size}
+
+
 def build_classifier(
-    config: Wav2Vec2Config,
-    labels: Sequence[str],
-    model_name_or_path: str | None,
-    *,
-    freeze_convs=True,
+    config: Wav2Vec2Config, labels: Sequence[str], model_name_or_path: str | None, *, freeze_convs=True,
     freeze_encoder=False,
-) -> Wav2Vec2ForSequenceClassification:
+) -> Wav2Vec2ForSequenceClassification:  # fmt: skip
     """Pretrained (or random) weights under a new head with an output for each label.
 
     An utterance's output does not depend on its neighbours in the batch. A frozen encoder stays in evaluation mode
@@ -78,7 +133,6 @@ class ClassificationTrainer(FineTuner):
     def __init__(self, *args, class_weights: Sequence[float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
-        self.add_callback(_DrawCrops(self.train_dataset))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
@@ -88,9 +142,8 @@ class ClassificationTrainer(FineTuner):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of logits (B, C) and labels (B,); those below 0 do not count."""
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
-        losses = F.cross_entropy(
-            logits.float(), labels, weights, reduction="none", label_smoothing=self.args.label_smoothing_factor
-        )
+        smoothing = self.args.label_smoothing_factor
+        losses = F.cross_entropy(logits.float(), labels, weights, reduction="none", label_smoothing=smoothing)
         return losses.sum() / (labels >= 0).sum().clamp(min=1)
 
     def evaluation_loop(
@@ -100,7 +153,7 @@ class ClassificationTrainer(FineTuner):
         """The stock loop; `predictions` are probabilities. Those of unreadable audio are NaN and not scored."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         readable = output.label_ids >= 0
-        check_decoded(dataloader.dataset, readable, self.args.max_skipped_fraction)
+        check_skipped(dataloader.dataset, self.args.max_skipped_fraction)
         logits = torch.tensor(output.predictions, dtype=torch.float32)
         references = output.label_ids[readable]
         scores: dict[str, Any] = classification_scores(references, logits[readable].argmax(-1).numpy())
@@ -128,46 +181,27 @@ def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str])
 
 def summarise_run(trainer: ClassificationTrainer, classes: Sequence[str]) -> dict[str, Any]:
     """What `results.json` says of the training."""
-    args, train, model = trainer.args, trainer.train_dataset, trainer.model
-    run = {
-        "model": args.model_name_or_path,
-        "config": args.config_name,
-        "mode": args.mode,
-        "updates": trainer.state.global_step,
-        "best_update": trainer.best_update,
-        "train_utterances": len(train),
-        "train_hours": round(num_hours(train.table), 4),
-        "train_labels": dict(Counter(train.table["target"])),
-        "labels": list(classes),
-        "seed": args.seed,
-        "skipped_audio": len(read_skipped(train.skip_log)),
-    }
-    return run | ({"layer_weights": model.layer_weights.detach().softmax(0).tolist()} if args.mode == "probe" else {})
+    counts = dict(Counter(trainer.train_dataset.table["target"]))
+    run = trainer.summary() | {"mode": trainer.args.mode, "train_labels": counts, "labels": list(classes)}
+    if trainer.args.mode == "probe":
+        run["layer_weights"] = trainer.model.layer_weights.detach().softmax(0).tolist()
+    return run
 
 
-def write_results(output_dir: str, results: Mapping, lines: Sequence[Mapping], classes: Sequence[str]) -> None:
+def write_scores(output_dir: str, results: Mapping, lines: Sequence[Mapping], classes: Sequence[str]) -> None:
     """`results.json`, `predictions.jsonl` and a picture of each set's confusions."""
-    folder = Path(output_dir)
-    with open(folder / PREDICTIONS_FILE, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_results(output_dir, results, lines)
     for name in dict.fromkeys(line["set"] for line in lines):
-        chosen = [line for line in lines if line["set"] == name]
-        counts = confusion_counts(
-            [line["reference"] for line in chosen], [line["prediction"] for line in chosen], classes
-        )
-        draw_confusion(folder / "plots" / f"confusion_{name}.png", counts, classes)
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        pairs = [(line["reference"], line["prediction"]) for line in lines if line["set"] == name]
+        counts = confusion_counts(*zip(*pairs, strict=True), classes)
+        draw_confusion(Path(output_dir, "plots", f"confusion_{name}.png"), counts, classes)
 
 
 def check_classes(classes: Sequence[str], checkpoint: str | None) -> None:
     """Raises UserError where a run would go on with other labels than it began with."""
-    if checkpoint is None:
-        return
-    saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["label2id"]
-    if saved != {label: i for i, label in enumerate(classes)}:
-        raise UserError(
-            f"{checkpoint}: made with other labels than --train_data's; resume with the same data and --labels"
-        )
+    ids = {label: i for i, label in enumerate(classes)}
+    if checkpoint and json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["label2id"] != ids:
+        raise UserError(f"{checkpoint}: made with other labels than --train_data's; resume with the same labels")
 
 
 def check_folds(splits: list[Split], table: Dataset, groups: list[str], args: ClassificationArguments) -> None:
@@ -175,22 +209,18 @@ def check_folds(splits: list[Split], table: Dataset, groups: list[str], args: Cl
 
     Raises UserError where a fold would train without a label, or the run to resume had other folds.
     """
+    targets = table["target"][:]
     for split in splits:
-        if absent := sorted(set(table["target"]) - {table["target"][row] for row in split.train}):
-            raise UserError(
-                f"--folds {args.folds}: {split.name} would train without the label {absent[0]!r}: give a smaller "
-                "--num_folds, leave the label out (--labels), or fold by another column"
-            )
+        if absent := sorted(set(targets) - {targets[row] for row in split.train}):
+            raise UserError(f"--folds {args.folds}: {split.name} would train without the label {absent[0]!r}: give a "
+                            "smaller --num_folds, leave the label out (--labels), or fold by another column")  # fmt: skip
     if "speaker" in table.column_names and (shared := shared_groups(splits, table["speaker"])):
-        args.print_once(
-            f"     warning: {len(shared)} speakers, such as {shared[0]}, are in training and in the test of a fold"
-        )
+        found = f"{len(shared)} speakers, such as {shared[0]}"
+        args.print_once(f"     warning: {found}, are in training and in the test of a fold")
     path = Path(args.output_dir, FOLDS_FILE)
     folds = {split.name: sorted({groups[row] for row in split.test}) for split in splits}
     if args.resume_from_checkpoint and path.exists() and json.loads(path.read_text(encoding="utf-8")) != folds:
-        raise UserError(
-            f"{path}: made with other folds; resume with the same data and --folds, or --overwrite_output_dir"
-        )
+        raise UserError(f"{path}: made with other folds; resume with the same --folds, or --overwrite_output_dir")
     if args.process_index == 0:
         path.write_text(json.dumps(folds, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -202,17 +232,7 @@ def write_pooled(results: list[dict], lines: list[dict], classes: list[str], arg
     spread = mean_and_deviation(results)
     run = {"model": args.model_name_or_path, "config": args.config_name, "mode": args.mode, "seed": args.seed,
            "labels": classes, "folds": args.folds}  # fmt: skip
-    write_results(args.output_dir, {"pooled": pooled, **spread, "folds": results, "run": run}, lines, classes)
+    write_scores(args.output_dir, {"pooled": pooled, **spread, "folds": results, "run": run}, lines, classes)
     print(f"\n      pooled: {describe_scores(pooled)} over {len(lines)} utterances", flush=True)
     listed = ", ".join(f"{name} {spread['mean'][name]:.1%} ± {spread['std'][name]:.1%}" for name in MEASURES)
     print(f"{len(results):>6} folds: {listed} (mean ± standard deviation)", flush=True)
-
-
-class _DrawCrops(TrainerCallback):
-    """Tells the data set which epoch's crops to draw, before its workers start."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.epoch = int(state.epoch or 0)

@@ -11,10 +11,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import error_rates
-from w2v2.finetune.ctc_data import check_decoded
+from w2v2.finetune.ctc_data import check_skipped
 from w2v2.finetune.decoding import BeamDecoder
-from w2v2.finetune.task_arguments import CTCArguments
-from w2v2.finetune.text import BLANK, greedy_decode, unit_of
+from w2v2.finetune.text import BLANK, CTCArguments, greedy_decode, unit_of
 from w2v2.finetune.trainer import FineTuner
 from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import hide_padding
@@ -22,8 +21,8 @@ from w2v2.model.loading import load_with_head
 
 BLANK_LOSS = 2.0  # a character's loss: a model that writes blanks alone cannot be far below it
 BLANK_CAUSES = (
-    "a low learning rate or an encoder frozen for long (--learning_rate, --freeze_encoder_steps), heavy masks for a "
-    "small model (--mask_time_prob, --mask_feature_prob), random weights, or transcripts of other audio"
+    "a low --learning_rate, many --freeze_encoder_steps, heavy masks for a small model (--mask_time_prob, "
+    "--mask_feature_prob), random weights, or transcripts of other audio"
 )
 
 
@@ -34,26 +33,20 @@ def build_recogniser(
 
     An utterance's output does not depend on its neighbours in the batch.
     """
-    config.update({
-        "vocab_size": len(vocabulary),
-        "pad_token_id": vocabulary[BLANK],
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "ctc_zero_infinity": text_args.ctc_zero_infinity,
-        "ctc_loss_reduction": text_args.ctc_loss_reduction,
-    })  # fmt: skip
+    config.update(
+        dict(vocab_size=len(vocabulary), pad_token_id=vocabulary[BLANK], bos_token_id=None, eos_token_id=None)
+    )
+    config.ctc_zero_infinity, config.ctc_loss_reduction = text_args.ctc_zero_infinity, text_args.ctc_loss_reduction
     return hide_padding(load_with_head(Wav2Vec2ForCTC, model_name_or_path, config, head=("lm_head",)))
 
 
 def load_recogniser(source: str, vocabulary: dict[str, int]) -> Wav2Vec2ForCTC:
     """A fine-tuned model. Raises UserError where its outputs or its blank are not those of its vocabulary."""
     config = load_config(source, None)
-    if config.vocab_size != len(vocabulary) or config.pad_token_id != vocabulary[BLANK]:
-        raise UserError(
-            f"--model_name_or_path {source}: vocab.json has {len(vocabulary)} entries, the blank at "
-            f"{vocabulary[BLANK]}, but config.json {config.vocab_size} outputs, the blank at {config.pad_token_id}: not "
-            "of one model"
-        )
+    found, expected = (config.vocab_size, config.pad_token_id), (len(vocabulary), vocabulary[BLANK])
+    if found != expected:
+        raise UserError(f"--model_name_or_path {source}: vocab.json has {expected[0]} entries, the blank at {expected[1]}, "
+                        f"but config.json {found[0]} outputs, the blank at {found[1]}: not of one model")  # fmt: skip
     return hide_padding(load_with_head(Wav2Vec2ForCTC, source, config, head=()))
 
 
@@ -100,15 +93,15 @@ class CTCTrainer(FineTuner):
         if "attention_mask" in inputs:
             num_samples = inputs["attention_mask"].sum(-1).to(logits.device)
             num_frames = self.model._get_feat_extract_output_lengths(num_samples)
-        past_end = (
-            torch.arange(logits.shape[1], device=logits.device) >= num_frames[:, None]
-        )  # (T,) >= (B, 1) -> (B, T)
+        # (T,) >= (B, 1) -> (B, T)
+        past_end = torch.arange(logits.shape[1], device=logits.device) >= num_frames[:, None]
         best_path = logits.argmax(-1).masked_fill(past_end, -1)
         if self.decoder is None:
             return loss, best_path, labels
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
-        searched = [self.decoder(row[:n]) for row, n in zip(log_probs, num_frames.tolist(), strict=True)]
-        words = self.decoder.stack(searched)
+        words = self.decoder.stack(
+            [self.decoder(row[:n]) for row, n in zip(log_probs, num_frames.tolist(), strict=True)]
+        )
         return loss, (best_path, torch.from_numpy(words).to(best_path.device)), labels
 
     def evaluation_loop(
@@ -122,7 +115,7 @@ class CTCTrainer(FineTuner):
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         paths, words = output.predictions if self.decoder is not None else (output.predictions, None)
         readable = (output.label_ids >= 0).any(1)  # (N, U) -> (N,), N utterances of the set
-        check_decoded(dataloader.dataset, readable, self.args.max_skipped_fraction)
+        check_skipped(dataloader.dataset, self.args.max_skipped_fraction)
         texts = [greedy_decode(path, self.vocabulary) if ok else None for path, ok in zip(paths, readable, strict=True)]
         if words is not None:
             self.beam_texts = [
@@ -151,13 +144,10 @@ class WatchBlanks(TrainerCallback):
         self.warnings: list[str] = []
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        due = args.freeze_encoder_steps + self.patience
-        if not self.patience or state.global_step < due or metrics.get("eval_empty_fraction", 0.0) < 1.0:
-            return
-        loss = metrics.get("eval_loss", float("nan"))
-        if not loss >= BLANK_LOSS:  # it writes nothing, but has learnt something: not this plateau
-            return
-        self.warnings.append(
-            f"update {state.global_step}: nothing but blanks, validation loss {loss:.2f}: {BLANK_CAUSES}"
-        )
-        args.print_once(f"     warning: {self.warnings[-1]}")
+        is_due = self.patience and state.global_step >= args.freeze_encoder_steps + self.patience
+        loss = metrics.get("eval_loss", 0.0)
+        # A model that writes nothing below this loss has learnt something: it is not on this plateau.
+        if is_due and metrics.get("eval_empty_fraction", 0.0) >= 1.0 and loss >= BLANK_LOSS:
+            warning = f"update {state.global_step}: nothing but blanks, validation loss {loss:.2f}: {BLANK_CAUSES}"
+            self.warnings.append(warning)
+            args.print_once(f"     warning: {warning}")

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments
+from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments, refuse
 from w2v2.finetune.subsets import describe_table
-from w2v2.finetune.task_arguments import CTCArguments
-from w2v2.finetune.text import UNKNOWN, encode
+from w2v2.finetune.text import UNKNOWN, CTCArguments, encode
 
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
@@ -53,10 +53,10 @@ def read_utterances(
     return table, skipped
 
 
-def drop_unreadable(table: Dataset, num_threads: int = 16) -> tuple[Dataset, list[dict[str, str]]]:
+def drop_unreadable(table: Dataset) -> tuple[Dataset, list[dict[str, str]]]:
     """The utterances whose file opens as audio, by its header, and a list of {id, audio, reason} of the others."""
     paths = sorted(set(table["audio"]))
-    with ThreadPoolExecutor(num_threads) as threads:
+    with ThreadPoolExecutor(16) as threads:
         reasons = dict(zip(paths, threads.map(_why_unreadable, paths), strict=True))
     rows = list(zip(table["id"], table["audio"], strict=True))
     skipped = [{"id": id, "audio": audio, "reason": reasons[audio]} for id, audio in rows if reasons[audio]]
@@ -68,18 +68,15 @@ def _why_unreadable(path: str) -> str | None:
         probe(path)
     except AudioError as error:
         return error.reason
-    return None
 
 
 def read_once(
     paths: Sequence[str], args: FineTuningArguments, columns: Sequence[str] = ()
 ) -> tuple[Dataset, list[dict[str, str]]]:
     """`read_utterances` with the flags of a run: the main process fills the cache, and lists what is unreadable."""
+    options = dict(data_root=args.data_root, max_skipped_fraction=args.max_skipped_fraction)
     with args.main_process_first(local=False):
-        table, skipped = read_utterances(
-            paths, columns, data_root=args.data_root, cache_dir=Path(args.output_dir, CACHE_FOLDER),
-            max_skipped_fraction=args.max_skipped_fraction,
-        )  # fmt: skip
+        table, skipped = read_utterances(paths, columns, cache_dir=Path(args.output_dir, CACHE_FOLDER), **options)
     if skipped and args.process_index == 0:
         log_skipped(Path(args.output_dir, SKIPPED_FILE), skipped)
     return table, skipped
@@ -90,16 +87,15 @@ def read_sets(args: FineTuningArguments, text_args: CTCArguments) -> dict[str, D
 
     A test set may have no transcripts at all; it is then transcribed and not scored.
     """
-    train = args.train_data if args.do_train else []
-    sets = {name: paths for name, paths in (("train", train), ("validation", args.validation_data)) if paths}
+    sets = {"train": args.train_data if args.do_train else [], "validation": args.validation_data}
     sets |= {name: [path] for name, path in name_sets(args.test_data).items()}
-    if not sets:
-        raise UserError("--do_train false: nothing to evaluate: give --test_data or --validation_data")
+    sets = {name: paths for name, paths in sets.items() if paths}
+    refuse((not sets, "--do_train false: nothing to evaluate: give --test_data or --validation_data"))
     tables = {}
     for name, paths in sets.items():
         table, skipped = read_once(paths, args)
-        is_needed = name in ("train", "validation")
-        table, num_dropped = prepare_texts(table, ", ".join(paths), text_args.rules, needed=is_needed)
+        needed = name in ("train", "validation")
+        table, num_dropped = prepare_texts(table, ", ".join(paths), text_args.rules, needed=needed)
         without = f"{num_dropped} without text" if any(table["text"]) else "no text: to be transcribed"
         args.print_once(f"{name:>12}: {describe_table(table)}, {len(skipped)} unreadable, {without}")
         tables[name] = table
@@ -110,11 +106,9 @@ def name_sets(paths: list[str]) -> dict[str, str]:
     """Set name → manifest: the file's name without its ending, numbered where that would name two."""
     named: dict[str, str] = {}
     for path in paths:
-        name = stem = Path(path).stem
-        number = 2
-        while name in named or name in ("train", "validation", "run"):
-            name, number = f"{stem}_{number}", number + 1
-        named[name] = path
+        stem = Path(path).stem
+        names = (stem, *(f"{stem}_{number}" for number in range(2, len(paths) + 5)))
+        named[next(name for name in names if name not in (*named, "train", "validation", "run"))] = path
     return named
 
 
@@ -127,16 +121,16 @@ def prepare_texts(
     "" for text.
     """
     written = table["text"][:] if "text" in table.column_names else []
+    table = table.remove_columns("text") if written else table
     if not needed and not any(written):
-        table = table.remove_columns("text") if written else table
         return table.add_column("text", [""] * len(table)), 0
-    if not written:
-        raise UserError(f"{name}: no text in this manifest: CTC needs a column `text` (or wrd, transcript, sentence)")
     texts = [normalize(text or "") for text in written]
     kept = [row for row, text in enumerate(texts) if text]
-    if not kept:
-        raise UserError(f"{name}: none of its {len(table)} utterances has a transcript: fill in its column `text`")
-    return table.remove_columns("text").add_column("text", texts).select(kept), len(texts) - len(kept)
+    refuse(
+        (not written, f"{name}: no text in this manifest: CTC needs a column `text` (or wrd, transcript, sentence)"),
+        (not kept, f"{name}: none of its {len(table)} utterances has a transcript: fill in its column `text`"),
+    )
+    return table.add_column("text", texts).select(kept), len(texts) - len(kept)
 
 
 def longest_first(table: Dataset) -> Dataset:
@@ -150,8 +144,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     An item is {"input_values": (S,) float32, "labels": (U,) ids}. `lengths` are in samples. Audio that turns out to
     be unreadable is appended to `skip_log` by whichever worker meets it. In its place comes the next utterance that
-    reads where `substitute` (training), else a silence without labels (evaluation: whoever scores leaves out items
-    without labels).
+    reads where `substitute` (training), else a silence without labels, which is not scored (evaluation).
     """
 
     def __init__(
@@ -160,7 +153,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     ):  # fmt: skip
         self.table, self.vocabulary, self.feature_extractor = table, vocabulary, feature_extractor
         self.min_samples, self.skip_log, self.substitute = min_samples, skip_log, substitute
-        self.lengths = list(table["num_samples"])
+        self.lengths, self.epoch = list(table["num_samples"]), 0
 
     def __len__(self) -> int:
         return len(self.table)
@@ -212,33 +205,27 @@ def read_skipped(path: str | os.PathLike) -> dict[tuple[str, str], dict[str, str
         return {(entry["id"], entry["audio"]): entry for entry in map(json.loads, file)}
 
 
-def check_decoded(data: SpeechDataset, readable: Sequence[bool], max_fraction: float) -> None:
-    """`check_skipped` for an evaluated set, of whose utterances these were readable."""
-    unread = {audio for audio, good in zip(data.table["audio"], readable, strict=True) if not good}
-    skipped = [entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in unread]
-    check_skipped(skipped, len(set(data.table["audio"])), max_fraction)
-
-
-def check_skipped(skipped: Sequence[dict[str, str]], num_files: int, max_fraction: float) -> None:
-    """Raises UserError where more of some audio files than allowed could not be decoded, or all of them."""
-    if len(skipped) > max_fraction * num_files or len(skipped) == num_files:
+def check_skipped(data: SpeechDataset, max_fraction: float) -> None:
+    """Raises UserError where more of a set's audio files than allowed could not be decoded, or all of them."""
+    audio = set(data.table["audio"])
+    skipped = [entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in audio]
+    if len(skipped) > max_fraction * len(audio) or len(skipped) == len(audio):
         raise UserError(
-            f"{len(skipped)} of {num_files} audio files cannot be decoded, such as {skipped[0]['audio']}: "
+            f"{len(skipped)} of {len(audio)} audio files cannot be decoded, such as {skipped[0]['audio']}: "
             f"{skipped[0]['reason']}; mend or leave out what skipped_audio.jsonl lists, or raise --max_skipped_fraction"
         )
 
 
 def collate_speech(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Items → input_values (B, S), labels (B, U) padded with -100, and attention_mask (B, S) where lengths differ."""
-    lengths = torch.tensor([len(item["input_values"]) for item in items])  # (B,)
-    input_values = torch.zeros(len(items), int(lengths.max()))
-    labels = torch.full((len(items), max(1, *(len(item["labels"]) for item in items))), _IGNORED)
-    for row, item in enumerate(items):
-        input_values[row, : lengths[row]] = torch.from_numpy(item["input_values"])
-        labels[row, : len(item["labels"])] = torch.tensor(item["labels"], dtype=torch.long)
-    batch = {"input_values": input_values, "labels": labels}
-    if int(lengths.min()) < int(lengths.max()):
-        batch["attention_mask"] = (
-            torch.arange(int(lengths.max())) < lengths[:, None]
-        ).long()  # (S,) < (B, 1) -> (B, S)
+    values = [torch.from_numpy(item["input_values"]) for item in items]
+    labels = [torch.tensor(item["labels"] or [_IGNORED]) for item in items]
+    batch = {
+        "input_values": pad_sequence(values, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
+    }
+    lengths = torch.tensor([len(value) for value in values])  # (B,)
+    if len(lengths.unique()) > 1:
+        # (S,) < (B, 1) -> (B, S)
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     return batch

@@ -11,7 +11,8 @@ Shapes: B utterances, T latent frames, V entries of the vocabulary, W words, K s
 import gzip
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import dropwhile, groupby, product, starmap, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +37,7 @@ class Setting(NamedTuple):
 
 
 def tuning_grid(unit: str) -> list[Setting]:
-    scores = (0.0,) if unit == TOKENS else WORD_SCORES
-    return [Setting(weight, score) for weight in LM_WEIGHTS for score in scores]
+    return list(starmap(Setting, product(LM_WEIGHTS, (0.0,) if unit == TOKENS else WORD_SCORES)))
 
 
 class BeamDecoder:
@@ -83,18 +83,14 @@ class BeamDecoder:
             return []
         if not self.has_tokens:
             return [word for word in found[0].words if word >= 0]
-        path = found[0].tokens[1:-1]  # a token stands for the beginning and one for the end
-        kept = [token for i, token in enumerate(path) if i == 0 or token != path[i - 1]]
-        return [token for token in kept if token != self.vocabulary[BLANK]]
+        # The first and the last token of a path stand for its beginning and its end.
+        return [token for token, _ in groupby(found[0].tokens[1:-1]) if token != self.vocabulary[BLANK]]
 
     def stack(self, hypotheses: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """Hypotheses of B utterances as one array (B, W, K), -1 where there is no word."""
         num_words = max([1, *(len(ids) for settings in hypotheses for ids in settings)])
-        stacked = np.full((len(hypotheses), num_words, len(self.settings)), -1, np.int64)
-        for row, settings in enumerate(hypotheses):
-            for k, ids in enumerate(settings):
-                stacked[row, : len(ids), k] = ids
-        return stacked
+        padded = [[[*ids, *[-1] * (num_words - len(ids))] for ids in settings] for settings in hypotheses]
+        return np.array(padded, np.int64).transpose(0, 2, 1)  # (B, K, W) -> (B, W, K)
 
     def text(self, ids: Sequence[int]) -> str:
         """Words of one hypothesis; negative ids are padding."""
@@ -125,9 +121,9 @@ class BeamDecoder:
     def _build(self, setting: Setting):
         from flashlight.lib.text import decoder
 
-        vocabulary_size, blank = max(self.vocabulary.values()) + 1, self.vocabulary[BLANK]
-        shared = dict(beam_size=self.beam_size, beam_size_token=vocabulary_size, beam_threshold=BEAM_THRESHOLD,
-                      lm_weight=setting.lm_weight, sil_score=0.0, log_add=False,
+        blank = self.vocabulary[BLANK]
+        shared = dict(beam_size=self.beam_size, beam_size_token=max(self.vocabulary.values()) + 1,
+                      beam_threshold=BEAM_THRESHOLD, lm_weight=setting.lm_weight, sil_score=0.0, log_add=False,
                       criterion_type=decoder.CriterionType.CTC)  # fmt: skip
         if self.has_tokens:
             options = decoder.LexiconFreeDecoderOptions(**shared)
@@ -139,43 +135,35 @@ class BeamDecoder:
 
 def read_words(lm: str, lexicon: str | None) -> list[str]:
     """The words that may be recognised: the lexicon's (first field of a line), else those of the language model."""
-    if lexicon is not None:
-        try:
+    try:
+        if lexicon is not None:
             lines = Path(lexicon).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--lexicon {lexicon} cannot be read: {error}: give a text file, one word a line") from None
-        return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
-    with open(lm, "rb") as file:
-        is_binary = file.read(len(_BINARY)) == _BINARY
-    return _binary_words(lm) if is_binary else list(_arpa_words(lm))
+            return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+        with open(lm, "rb") as file:
+            is_binary = file.read(len(_BINARY)) == _BINARY
+        words = _binary_words(lm) if is_binary else _arpa_words(lm)
+    except (OSError, ValueError, IndexError, EOFError) as error:
+        raise UserError(f"{lexicon or lm} holds no list of words ({error}): give an ARPA file or a KenLM binary as "
+                        "--lm, a text file with a word a line as --lexicon") from None  # fmt: skip
+    return [word for word in words if word not in ("", "<UNK>", *SPECIAL)]
 
 
 def _binary_words(path: str) -> list[str]:
     """Words of a KenLM binary, which stand at its end, each closed by a zero byte, `<unk>` first."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         first = content.rfind(b"<unk>\0")
-        words = content[first:].decode("utf-8", "replace").split("\0") if first >= 0 else []
-    if not words:
-        raise UserError(f"--lm {path}: this KenLM binary holds no words: name them with --lexicon words.txt")
-    return [word for word in words if word and word not in SPECIAL]
+        if first < 0:
+            raise ValueError("a KenLM binary without them")
+        return content[first:].decode("utf-8", "replace").split("\0")
 
 
-def _arpa_words(path: str) -> Iterator[str]:
-    """Unigrams of an ARPA file, in its order, without the special ones."""
-    is_inside = False
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            for line in map(str.strip, file):
-                if line.startswith("\\"):
-                    if is_inside:
-                        return
-                    is_inside = line == "\\1-grams:"
-                elif is_inside and line and (word := line.split()[1]) not in (*SPECIAL, "<UNK>"):
-                    yield word
-    except (OSError, UnicodeDecodeError, IndexError, EOFError):
-        is_inside = False
-    if not is_inside:
-        raise UserError(f"--lm {path}: no list of words can be read from it: give an ARPA file or a KenLM binary")
+def _arpa_words(path: str) -> list[str]:
+    """Unigrams of an ARPA file, in its order: the second field of each line from `\\1-grams:` to the next section."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
+        after = dropwhile(lambda line: line != "\\1-grams:", map(str.strip, file))
+        if next(after, None) is None:
+            raise ValueError("no unigrams")
+        return [line.split()[1] for line in takewhile(lambda line: not line.startswith("\\"), after) if line]
 
 
 def spellable(words: Sequence[str], vocabulary: dict[str, int], source: str) -> list[str]:

@@ -14,29 +14,38 @@ import torch
 from datasets import Dataset
 
 from w2v2.data.audio import SAMPLING_RATE, read_crop
+from w2v2.data.flags import flag
 from w2v2.data.hashing import CROP, below, derive
 from w2v2.data.manifest import COLUMNS, EXTRAS
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.arguments import FineTuningArguments, refuse
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, read_once
 from w2v2.finetune.subsets import describe_table
-from w2v2.finetune.task_arguments import LabelArguments
 
 LEAST_FOLDS = 3  # one to train on, one to validate, one to test
+
+
+@dataclass
+class LabelArguments:
+    """Which labels the utterances have."""
+
+    label_column: str = flag("label", "The manifests' column that holds the label: label, speaker or any other.")
+    label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW: exc=hap counts excited as happy.")
+    labels: list[str] = flag([], "Only these labels (after --label_map), in this order; other utterances are left out.")
+    class_weights: str = flag(
+        "none", "`balanced` weights a loss inversely to the frequency of its class.", choices=["none", "balanced"]
+    )
 
 
 def read_labelled(
     name: str, paths: Sequence[str], label_args: LabelArguments, args: FineTuningArguments, columns: Sequence[str] = ()
 ) -> Dataset:
     """Utterances of one set that have one of the labels, in the column `target`, and audio that opens."""
-    table, skipped = read_once(paths, args, [label_args.label_column, *columns])
-    table, num_others = with_targets(
-        table, ", ".join(paths), label_args.label_column, label_args.label_map, label_args.labels
-    )
-    left_out = f", {num_others} with other labels" if num_others else ""
-    args.print_once(
-        f"{name:>12}: {describe_table(table)}, {len(set(table['target']))} labels, {len(skipped)} unreadable{left_out}"
-    )
+    column = label_args.label_column
+    table, skipped = read_once(paths, args, [column, *columns])
+    table, num_others = with_targets(table, ", ".join(paths), column, label_args.label_map, label_args.labels)
+    found = f"{describe_table(table)}, {len(set(table['target']))} labels, {len(skipped)} unreadable"
+    args.print_once(f"{name:>12}: {found}" + (f", {num_others} with other labels" if num_others else ""))
     return table
 
 
@@ -52,15 +61,10 @@ def column_of(table: Dataset, name: str, flag: str, source: str) -> str:
 
 def parse_label_map(entries: Sequence[str]) -> dict[str, str]:
     """`["exc=hap"]` → {"exc": "hap"}."""
-    mapping = {}
-    for entry in entries:
-        old, equals, new = (part.strip() for part in entry.partition("="))
-        if not (old and equals and new):
-            raise UserError(
-                f"--label_map {entry!r}: write OLD=NEW, such as exc=hap; what is to be left out, with --labels"
-            )
-        mapping[old] = new
-    return mapping
+    pairs = [[part.strip() for part in entry.split("=", 1)] for entry in entries]
+    for entry, pair in zip(entries, pairs, strict=True):
+        refuse((len(pair) < 2 or not all(pair), f"--label_map {entry!r}: write OLD=NEW, such as exc=hap"))
+    return dict(pairs)
 
 
 def with_targets(
@@ -70,18 +74,16 @@ def with_targets(
 
     Raises UserError where the column or an utterance's label is missing, or nothing is left.
     """
-    values = table[column_of(table, column, "label_column", source)]
     mapping = parse_label_map(label_map)
-    values = [mapping.get(value, value) for value in values]
+    values = [mapping.get(value, value) for value in table[column_of(table, column, "label_column", source)]]
     if "" in values:
-        raise UserError(
-            f"{source}: utterance {table['id'][values.index('')]} has an empty {column}, of {values.count('')} in all: "
-            "fill it in, or remove the row"
-        )
+        raise UserError(f"{source}: utterance {table['id'][values.index('')]} has an empty {column}, of "
+                        f"{values.count('')} in all: fill it in, or remove the row")  # fmt: skip
     kept = [row for row, value in enumerate(values) if not labels or value in labels]
-    if not kept:
-        raise UserError(f"{source}: no utterance is left with one of --labels {' '.join(labels)}; {column} holds "
-                        f"{', '.join(sorted(set(values))[:10])}")  # fmt: skip
+    found = ", ".join(sorted(set(values))[:10])
+    refuse(
+        (not kept, f"{source}: no utterance is left with one of --labels {' '.join(labels)}; {column} holds {found}")
+    )
     return table.add_column("target", values).select(kept), len(values) - len(kept)
 
 
@@ -90,27 +92,21 @@ def known_labels(train: Sequence[str], wanted: Sequence[str] = (), source: str =
 
     Raises UserError for fewer than two, and for absent ones.
     """
-    found = set(train)
-    if absent := [label for label in wanted if label not in found]:
-        raise UserError(
-            f"--labels {absent[0]}: no utterance of {source} has this label: leave it out, or mend --label_map"
-        )
-    if len(found) < 2:
-        only = ", ".join(sorted(found)) or "none"
-        raise UserError(f"{source}: holds a single class ({only}); a classifier needs two or more: see --label_column")
-    return list(wanted) or sorted(found)
+    found = sorted(set(train))
+    absent = ", ".join(label for label in wanted if label not in found)
+    refuse(
+        (absent, f"--labels {absent}: no utterance of {source} has this label: leave it out, or mend --label_map"),
+        (len(found) < 2, f"{source}: holds a single class ({', '.join(found)}); two are needed: see --label_column"),
+    )
+    return list(wanted) or found
 
 
 def check_known(labels: Sequence[str], targets: Sequence[str], source: str) -> None:
     """Raises UserError where an utterance to be scored has a label that training never shows."""
-    unseen = Counter(target for target in targets if target not in set(labels))
-    if unseen:
-        label, count = unseen.most_common(1)[0]
-        more = f" and {len(unseen) - 1} more labels" if len(unseen) > 1 else ""
-        raise UserError(
-            f"{source}: {count} utterances have the label {label!r}{more}, which no training utterance has: mend them "
-            "(--label_map), or leave them out (--labels)"
-        )
+    if unseen := Counter(target for target in targets if target not in labels).most_common():
+        (label, count), more = unseen[0], f" and {len(unseen) - 1} more labels" if len(unseen) > 1 else ""
+        raise UserError(f"{source}: {count} utterances have the label {label!r}{more}, which no training utterance has: "
+                        "mend them (--label_map), or leave them out (--labels)")  # fmt: skip
 
 
 def balanced_weights(targets: Sequence[str], labels: Sequence[str]) -> list[float]:
@@ -126,12 +122,9 @@ class LabelledDataset(SpeechDataset):
     function of (seed, epoch, utterance).
     """
 
-    def __init__(
-        self, table: Dataset, labels: Sequence[str], *args, crop_seconds: float = 0.0, seed: int = 0, **kwargs
-    ):
+    def __init__(self, table: Dataset, labels: Sequence[str], *args, crop_seconds: float = 0.0, seed=0, **kwargs):
         super().__init__(table, {label: i for i, label in enumerate(labels)}, *args, **kwargs)
-        self.crop = round(crop_seconds * SAMPLING_RATE)
-        self.seed, self.epoch = seed, 0
+        self.crop, self.seed = round(crop_seconds * SAMPLING_RATE), seed
         if self.crop:
             self.lengths = [min(length, self.crop) for length in self.lengths]
 
@@ -171,25 +164,19 @@ def group_splits(groups: Sequence[str], column: str, num_folds: int | None = Non
 
     Raises UserError where an utterance has no group, or there are too few groups.
     """
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 
-    names = sorted(set(groups))
-    if "" in names:
-        raise UserError(
-            f"--folds {column}: utterance {groups.index('') + 1} has no {column}: fill it in, or leave it out"
-        )
-    num_folds = num_folds or len(names)
-    if num_folds < LEAST_FOLDS:
-        raise UserError(
-            f"--folds {column} makes {num_folds} folds; {LEAST_FOLDS} are needed, to train, validate and test"
-        )
-    if num_folds > len(names):
-        raise UserError(f"--num_folds {num_folds} is more than there are in {column}, {len(names)}: lower it")
-    if num_folds == len(names):
-        test_rows = [np.flatnonzero(np.array(groups) == name) for name in names]
-    else:
-        test_rows = [rows for _, rows in GroupKFold(num_folds).split(groups, groups=groups)]
-    folds = [sorted(map(int, rows)) for rows in test_rows]
+    num_groups = len(set(groups))
+    num_folds = num_folds or num_groups
+    row = groups.index("") + 1 if "" in groups else None
+    refuse(
+        (row, f"--folds {column}: utterance {row} has no {column}: fill it in, or leave it out"),
+        (num_folds < LEAST_FOLDS, f"--folds {column} makes {num_folds} folds; {LEAST_FOLDS} are needed, to train, "
+                                  "validate and test"),
+        (num_folds > num_groups, f"--num_folds {num_folds} is more than there are in {column}, {num_groups}: lower it"),
+    )  # fmt: skip
+    splitter = LeaveOneGroupOut() if num_folds == num_groups else GroupKFold(num_folds)
+    folds = [sorted(rows.tolist()) for _, rows in splitter.split(groups, groups=groups)]
     splits = []
     for k, test in enumerate(folds):
         validation = folds[(k + 1) % num_folds]
@@ -200,8 +187,5 @@ def group_splits(groups: Sequence[str], column: str, num_folds: int | None = Non
 
 def shared_groups(splits: Sequence[Split], groups: Sequence[str]) -> list[str]:
     """Groups that both train and are tested in some split, such as speakers where folds are sessions."""
-    shared: set[str] = set()
-    for split in splits:
-        heard = {groups[row] for row in split.train + split.validation}
-        shared |= {groups[row] for row in split.test} & heard
-    return sorted(shared - {""})
+    parts = [[{groups[row] for row in rows} for rows in (s.train + s.validation, s.test)] for s in splits]
+    return sorted(set().union(*(heard & tested for heard, tested in parts)) - {""})

@@ -6,6 +6,7 @@ and of machines does not matter. Draws nest: with one seed, the 10 minutes are p
 
 import hashlib
 import os
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,8 @@ from transformers import Wav2Vec2Config
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import FineTuningArguments
-from w2v2.finetune.task_arguments import CTCArguments
-from w2v2.finetune.text import frames_needed, split_units
+from w2v2.finetune.arguments import FineTuningArguments, refuse
+from w2v2.finetune.text import CTCArguments, frames_needed, split_units
 from w2v2.model.feature_encoder import num_frames
 
 _AUDIO_ENDINGS = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".sph")
@@ -44,8 +44,7 @@ def select_training(
     fits = [num_frames(config, n) >= frames_needed(t) for n, t in zip(kept["num_samples"], texts, strict=True)]
     kept = kept.select(np.flatnonzero(fits))
     dropped = f"{num_others} by their length, {len(fits) - len(kept)} with a text longer than their audio"
-    if not len(kept):
-        raise UserError(f"--train_data: every utterance was dropped ({dropped}): see --min_seconds and --max_seconds")
+    refuse((not len(kept), f"--train_data: every utterance was dropped ({dropped}): see --min_seconds, --max_seconds"))
     if len(kept) < len(train):
         args.print_once(f"     dropped: {dropped} (training)")
     if text_args.train_hours is not None:
@@ -59,8 +58,7 @@ def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None
     """The utterances within these lengths, and how many are not."""
     longest = float("inf") if max_seconds is None else max_seconds
     kept = [row for row, n in enumerate(table["num_samples"]) if min_seconds <= n / SAMPLING_RATE <= longest]
-    if not kept:
-        raise UserError("--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds")
+    refuse((not kept, "--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds"))
     return table.select(kept), len(table) - len(kept)
 
 
@@ -70,31 +68,28 @@ def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
     The utterances stand in one fixed order and the draw is its beginning: first one utterance of every speaker, then
     always one of the speaker who has had least time. Raises UserError where the table holds less than `hours`.
     """
-    if hours > num_hours(table):
-        raise UserError(
-            f"--train_hours {hours:g}: the training data hold {num_hours(table):.2f} h that can be used: ask for less"
-        )
-    lengths, left, rows = table["num_samples"][:], round(hours * 3600 * SAMPLING_RATE), []
-    for row in draw_order(table, seed):
-        left -= lengths[row]
-        if left < 0:
-            break
-        rows.append(row)
-    if not rows:
-        raise UserError(f"--train_hours {hours:g} is shorter than one utterance: ask for more")
-    return table.select(sorted(rows))
+    there = num_hours(table)
+    refuse(
+        (hours > there, f"--train_hours {hours:g}: the training data hold {there:.2f} h that can be used: ask for less")
+    )
+    order = draw_order(table, seed)
+    heard = np.cumsum(np.array(table["num_samples"])[order])
+    num_drawn = int(np.searchsorted(heard, round(hours * 3600 * SAMPLING_RATE), side="right"))
+    refuse((num_drawn == 0, f"--train_hours {hours:g} is shorter than one utterance: ask for more"))
+    return table.select(sorted(order[:num_drawn]))
 
 
 def draw_order(table: Dataset, seed: int) -> list[int]:
     """All rows in the order in which draws take them: by the time that their speaker had before, ties by hash."""
     ids, lengths = table["id"][:], table["num_samples"][:]
     speakers = table["speaker"][:] if "speaker" in table.column_names else [""] * len(ids)
-    heard: dict[str, int] = {}
+    heard: Counter[str] = Counter()
     keys = {}
     for row in sorted(range(len(ids)), key=lambda row: _hash(seed, ids[row])):
-        before = heard.get(speakers[row], 0)
-        keys[row] = (before if speakers[row] else 0, _hash(seed, speakers[row] or ids[row]), _hash(seed, ids[row]))
-        heard[speakers[row]] = before + lengths[row]
+        speaker = speakers[row]
+        before = heard[speaker] if speaker else 0
+        keys[row] = (before, _hash(seed, speaker or ids[row]), _hash(seed, ids[row]))
+        heard[speaker] += lengths[row]
     return sorted(keys, key=keys.__getitem__)
 
 
@@ -111,26 +106,21 @@ def take_listed(table: Dataset, path: str) -> Dataset:
     by the last part of its id, or by its audio file's name. Raises UserError where the list is missing, empty,
     ambiguous, or names what the table lacks.
     """
-    wanted = _names_in_folder(Path(path)) if os.path.isdir(path) else _names_in_file(Path(path))
-    if not wanted:
-        raise UserError(f"--train_list {path} names no utterance: write an id or an audio file's path in each line")
-    rows_of: dict[str, set[int]] = {}
+    rows_of = defaultdict(set)
     for row, (id, audio) in enumerate(zip(table["id"], table["audio"], strict=True)):
-        for name in {id, _stem(id), _stem(audio)}:
-            rows_of.setdefault(name, set()).add(row)
-    missing = [name for name in wanted if name not in rows_of and _stem(name) not in rows_of]
-    if missing:
-        raise UserError(
-            f"--train_list {path}: {len(missing)} of its {len(wanted)} utterances are not in --train_data, the first "
-            f"{missing[0]}: give the manifests that hold them all"
-        )
-    found = {name: rows_of.get(name) or rows_of[_stem(name)] for name in wanted}
-    for name, rows in found.items():
-        if len(rows) > 1:
-            raise UserError(
-                f"--train_list {path}: {name} stands for {len(rows)} utterances of --train_data: use their ids"
-            )
-    return table.select(sorted({row for rows in found.values() for row in rows}))
+        for name in (id, _stem(id), _stem(audio)):
+            rows_of[name].add(row)
+    wanted = _read_list(Path(path))
+    found = {name: rows_of.get(name) or rows_of.get(_stem(name), set()) for name in wanted}
+    missing = [name for name, rows in found.items() if not rows]
+    twins = [name for name, rows in found.items() if len(rows) > 1]
+    refuse(
+        (not wanted, f"--train_list {path} names no utterance: write an id or an audio file's path in each line"),
+        (missing, f"--train_list {path}: {len(missing)} of its {len(wanted)} utterances are not in --train_data, the "
+                  f"first {', '.join(missing[:1])}: give the manifests that hold them all"),
+        (twins, f"--train_list {path}: {', '.join(twins[:1])} stands for several utterances of --train_data: use ids"),
+    )  # fmt: skip
+    return table.select(sorted(set().union(*found.values())))
 
 
 def _stem(name: str) -> str:
@@ -139,17 +129,14 @@ def _stem(name: str) -> str:
     return stem if ending.lower() in _AUDIO_ENDINGS else name
 
 
-def _names_in_folder(folder: Path) -> list[str]:
-    return sorted({_stem(path.name) for path in folder.rglob("*") if path.suffix.lower() in _AUDIO_ENDINGS})
-
-
-def _names_in_file(path: Path) -> list[str]:
+def _read_list(path: Path) -> list[str]:
+    """The names in a list, in order, each once; those of the audio files where `path` is a folder."""
+    if path.is_dir():
+        return sorted({_stem(file.name) for file in path.rglob("*") if file.suffix.lower() in _AUDIO_ENDINGS})
     try:
         lines = [line.rstrip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--train_list {path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
-        ) from None
+        raise UserError(f"--train_list {path} cannot be read: {error}") from None
     # fairseq's manifests name their root first, then `path <tab> samples`.
     if len(lines) > 1 and "\t" not in lines[0] and lines[1].count("\t") == 1 and lines[1].split("\t")[1].isdigit():
         lines = lines[1:]

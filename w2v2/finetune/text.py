@@ -1,4 +1,4 @@
-"""Transcripts for CTC: normalisation, the vocabulary and its files, labels, and the text of a best path.
+"""Transcripts for CTC: their flags, normalisation, the vocabulary and its files, and the text of a best path.
 
 The units of a text are characters with `|` between words, or, where the transcripts are phonemes, the tokens between
 its spaces. The vocabulary says which: one of characters has the entry `|`, one of tokens has not. It comes from the
@@ -13,8 +13,8 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,18 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import CHARACTERS, TOKENS
+from w2v2.evaluate.error_rates import CHARACTERS, TARGET_UNITS, TOKENS
+from w2v2.finetune.arguments import CONFIG_FILE, refuse, take_back
 from w2v2.model.config import locate
 
-VOCABULARY_FILE, FLAGS_FILE = "vocab.json", "finetune_config.yaml"  # the latter says how texts were normalised
+VOCABULARY_FILE = "vocab.json"
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
 SPECIAL = (BLANK, UNKNOWN, "<s>", "</s>")  # never written; the last two in vocabularies that others made
 CASES = ("upper", "lower", "keep")
 DROPPED_CHARACTERS = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~¡¿«»“”„‚‘…–—'
+TEXT_FLAGS = {"target_unit", "text_case", "drop_characters", "fold_accents", "drop_tokens"}
 _TO_SPACE = "-/_–—"  # where one of these is dropped, a word ends
 _APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'"})
 
@@ -68,6 +71,54 @@ class TextRules:
         return " ".join(text.translate(str.maketrans(dropped)).split())
 
 
+@dataclass
+class CTCArguments:
+    """Transcripts, which of them a run learns from, and the beam search."""
+
+    target_unit: str = flag(CHARACTERS, "What is written: characters, or tokens as phonemes.", choices=TARGET_UNITS)
+    text_case: str = flag("upper", "Case of the transcripts; `keep` leaves it.", choices=CASES)
+    drop_characters: str = flag(DROPPED_CHARACTERS, "Characters that are left out of the transcripts.")
+    fold_accents: bool = flag(False, "Write É as E, ü as u.")
+    drop_tokens: list[str] = flag([], "Tokens that are left out of the transcripts, such as sil spn.")
+    ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.")
+    ctc_loss_reduction: str = flag(
+        "mean", "`mean` over utterances of the loss a character, or `sum`: over characters with --batch_seconds (as "
+        "fairseq weights them), over a micro-batch without.", choices=["mean", "sum"]
+    )  # fmt: skip
+    train_hours: float | None = flag(
+        None, "Learn from so many hours, drawn evenly over speakers; small draws are part of large ones; 0: all.", min=0
+    )  # fmt: skip
+    subset_seed: int = flag(0, "Another number draws other hours.")
+    train_list: str | None = flag(None, "Learn from these alone: a list of ids or paths, or a folder (Libri-Light's).")
+    blank_warning_steps: int = flag(
+        1_000, "Warn where nothing but blanks is written so many updates after the encoder began to learn; 0 does not."
+    )
+    lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file (also .gz) or a KenLM binary.")
+    lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the n-gram.")
+    beam_size: int = flag(100, "Hypotheses that the search keeps.", min=1)
+    lm_weight: float = flag(1.5, "Weight of the n-gram's log10 probabilities.")
+    word_score: float = flag(0.0, "Bonus of each word.")
+    tune_lm: bool = flag(False, "Choose lm_weight and word_score on the validation data, from a small grid.")
+    tune_utterances: int = flag(500, "Validation utterances to choose them on, at most.", min=1)
+
+    def __post_init__(self):
+        take_back(self, "lm", "lexicon", "train_list")
+        check_ranges(self)
+        self.train_hours = self.train_hours or None
+        refuse(
+            (self.tune_lm and not self.lm, "--tune_lm needs a language model: name it with --lm"),
+            (
+                self.target_unit == TOKENS and self.word_score,
+                "--word_score is for words; tokens have none: leave it out",
+            ),
+        )
+
+    @property
+    def rules(self) -> TextRules:
+        drop_tokens = tuple(self.drop_tokens)
+        return TextRules(self.target_unit, self.text_case, self.drop_characters, self.fold_accents, drop_tokens)
+
+
 def split_units(text: str, unit: str) -> list[str]:
     """Entries of the vocabulary that spell a normalised text, shape (U,)."""
     return text.split() if unit == TOKENS else [WORD_DELIMITER if c == " " else c for c in text]
@@ -80,17 +131,13 @@ def unit_of(vocabulary: dict[str, int]) -> str:
 def case_of(vocabulary: dict[str, int]) -> str:
     """The case of the texts that a vocabulary of characters was made from, `upper` where nothing tells."""
     letters = "".join(set(vocabulary) - set(SPECIAL))
-    if letters.lower() == letters.upper() or letters == letters.upper():
-        return "upper"
-    return "lower" if letters == letters.lower() else "keep"
+    return "upper" if letters == letters.upper() else "lower" if letters == letters.lower() else "keep"
 
 
 def build_vocabulary(texts: Iterable[str], unit: str = CHARACTERS) -> dict[str, int]:
     """Unit → id, from normalised training text: blank 0, unknown 1, delimiter 2 (characters only), then the units."""
     first = [BLANK, UNKNOWN, WORD_DELIMITER] if unit == CHARACTERS else [BLANK, UNKNOWN]
-    units: set[str] = set()
-    for text in texts:
-        units.update(split_units(text, unit))
+    units = {token for text in texts for token in split_units(text, unit)}
     return {token: i for i, token in enumerate([*first, *sorted(units - set(first))])}
 
 
@@ -118,7 +165,7 @@ def greedy_decode(ids: Iterable[int], vocabulary: dict[str, int]) -> str:
 
 def frames_needed(labels: Sequence[Hashable]) -> int:
     """Fewest frames that CTC needs for these labels: one each, and a blank between equal neighbours."""
-    return len(labels) + sum(a == b for a, b in zip(labels, labels[1:], strict=False))
+    return len(labels) + sum(a == b for a, b in pairwise(labels))
 
 
 def make_processor(vocabulary: dict[str, int], feature_extractor: Wav2Vec2FeatureExtractor) -> Wav2Vec2Processor:
@@ -135,35 +182,24 @@ def make_processor(vocabulary: dict[str, int], feature_extractor: Wav2Vec2Featur
 
 
 def read_vocabulary(source: str) -> dict[str, int]:
-    """Unit → id of a fine-tuned folder or Hub id.
-
-    Raises UserError where it has none, or one that this program cannot use.
-    """
+    """Unit → id of a fine-tuned folder or Hub id. Raises UserError where it has none that this program can use."""
     try:
         path = cached_file(locate(source), VOCABULARY_FILE)
-    except (OSError, ValueError):
-        raise UserError(
-            f"--model_name_or_path {source}: no {VOCABULARY_FILE} there (no such folder or Hub id, or no fine-tuned "
-            "model): give a fine-tuned folder, or fine-tune this one with --train_data"
-        ) from None
-    try:
         vocabulary = json.loads(Path(path).read_text(encoding="utf-8"))
-        ids = sorted(vocabulary.values())
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{path}: not a vocabulary: an object of character → id is expected") from None
-    if not {BLANK, UNKNOWN} <= vocabulary.keys() or ids != list(range(len(ids))):
-        raise UserError(
-            f"{path}: not the vocabulary of a CTC model: it needs {BLANK}, {UNKNOWN}, and ids from 0 to {len(ids) - 1}"
-        )
+    except json.JSONDecodeError:
+        vocabulary = {}
+    except (OSError, ValueError):
+        raise UserError(f"--model_name_or_path {source}: has no {VOCABULARY_FILE}: give a fine-tuned folder or Hub id, "
+                        "or fine-tune this model with --train_data") from None  # fmt: skip
+    if not {BLANK, UNKNOWN} <= set(vocabulary) or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise UserError(f"{path}: not a vocabulary of CTC: needs {BLANK}, {UNKNOWN}, and ids that count from 0")
     return vocabulary
 
 
 def check_vocabulary(vocabulary: dict[str, int], checkpoint: str | None) -> None:
     """Raises UserError where a run would go on with another vocabulary than it began with."""
     if checkpoint and json.loads(Path(checkpoint, VOCABULARY_FILE).read_text(encoding="utf-8")) != vocabulary:
-        raise UserError(
-            f"{checkpoint}: made with another vocabulary than --train_data's; resume with the same training text"
-        )
+        raise UserError(f"{checkpoint}: made with another vocabulary than --train_data's; resume with the same text")
 
 
 def read_text_flags(source: str, names: set[str]) -> dict[str, Any]:
@@ -171,8 +207,19 @@ def read_text_flags(source: str, names: set[str]) -> dict[str, Any]:
     folder = Path(locate(source))
     if folder.is_dir():
         places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
-        found = next((place / FLAGS_FILE for place in places if (place / FLAGS_FILE).is_file()), None)
+        found = next(filter(Path.is_file, (place / CONFIG_FILE for place in places)), None)
     else:
-        found = cached_file(source, FLAGS_FILE, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
     written = yaml.safe_load(Path(found).read_text(encoding="utf-8")) or {} if found else {}
     return {name: value for name, value in written.items() if name in names}
+
+
+def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
+    """Flags that normalise transcripts as the fine-tuned folder `source` did; a flag that was given wins.
+
+    What the folder's own flags do not tell, its vocabulary does: units and case.
+    """
+    trained = {"text_case": case_of(vocabulary)} | read_text_flags(source, TEXT_FLAGS)
+    defaults = CTCArguments()
+    followed = {k: v for k, v in trained.items() if getattr(arguments, k) == getattr(defaults, k)}
+    return replace(arguments, **followed | {"target_unit": unit_of(vocabulary)})

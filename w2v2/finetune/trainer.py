@@ -8,18 +8,20 @@ import contextlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import METRICS_FILE
+from w2v2.finetune.arguments import METRICS_FILE, SKIPPED_FILE
 from w2v2.finetune.batching import DrawEpoch, LengthSampler, MicroBatches, UpdateSampler, collate_update
-from w2v2.finetune.ctc_data import SpeechDataset, check_skipped, read_skipped
+from w2v2.finetune.ctc_data import check_skipped, read_skipped
+from w2v2.finetune.subsets import num_hours
 from w2v2.train.durable import match_modes
 from w2v2.train.launch import leave_group
 from w2v2.train.records import StepRecords
@@ -41,8 +43,8 @@ class FineTuner(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.train_dataset is not None:
             self.sampler = self._build_sampler()
-            watch = _WatchSkippedAudio(self.train_dataset)
-            for callback in (DrawEpoch(self.sampler), _FreezeEncoder(), watch, _MetricsFile()):
+            draw = DrawEpoch(self.sampler, self.train_dataset)
+            for callback in (draw, _FreezeEncoder(), _WatchSkippedAudio(self.train_dataset), _MetricsFile()):
                 self.add_callback(callback)
         transformers.utils.logging.disable_progress_bar()  # of writing a model's one shard
 
@@ -78,16 +80,26 @@ class FineTuner(Trainer):
         num_all, num_learning = self.model.num_parameters() / 1e6, self.get_num_trainable_parameters() / 1e6
         frozen = f", the encoder after {args.freeze_encoder_steps} updates" if args.freeze_encoder_steps else ""
         args.print_once(f"       model: {start}, {num_all:.2f} M parameters, {num_learning:.2f} M learn{frozen}")
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        updates_per_epoch = len(self.sampler) if args.batch_seconds else num_utterances / size
+        batch = f"{seconds / updates_per_epoch:.0f} s"
         if args.batch_seconds:
-            updates_per_epoch = len(self.sampler)
-            batch = f"{seconds / updates_per_epoch:.0f} s, micro-batches of at most {args.micro_batch_seconds:g} s"
+            batch += f", micro-batches of at most {args.micro_batch_seconds:g} s"
         else:
-            size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-            updates_per_epoch = num_utterances / size
-            batch = f"{size} utterances ({size * seconds / num_utterances:.0f} s)"
+            batch = f"{size} utterances ({batch})"
         updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * updates_per_epoch)
         resumed = f", resumed from {checkpoint}" if checkpoint else ""
         args.print_once(f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
+
+    def summary(self) -> dict[str, Any]:
+        """What `results.json` says of the run."""
+        args, train = self.args, self.train_dataset
+        num_skipped = len(read_skipped(Path(args.output_dir, SKIPPED_FILE)))
+        run = dict(model=args.model_name_or_path, config=args.config_name, seed=args.seed, skipped_audio=num_skipped)
+        if train is None:
+            return run
+        heard = dict(train_utterances=len(train), train_hours=round(num_hours(train.table), 4))
+        return run | dict(updates=self.state.global_step, best_update=self.best_update) | heard
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """The stock training. A finished run is only loaded: `Trainer` would do an update more if it ended in an epoch."""
@@ -209,12 +221,11 @@ class _FreezeEncoder(TrainerCallback):
 class _WatchSkippedAudio(TrainerCallback):
     """Stops the run where decoding meets more unreadable files than allowed; headers were looked at before it began."""
 
-    def __init__(self, train_dataset: SpeechDataset):
-        self.path, self.audio = train_dataset.skip_log, set(train_dataset.table["audio"])
+    def __init__(self, train_dataset: Dataset):
+        self.train_dataset = train_dataset
 
     def on_log(self, args, state, control, **kwargs):
-        skipped = [entry for entry in read_skipped(self.path).values() if entry["audio"] in self.audio]
-        check_skipped(skipped, len(self.audio), args.max_skipped_fraction)
+        check_skipped(self.train_dataset, args.max_skipped_fraction)
 
 
 class _MetricsFile(TrainerCallback):
