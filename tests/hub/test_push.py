@@ -187,9 +187,10 @@ def test_a_full_disk_only_warns(tmp_path, hub, monkeypatch, caplog):
     assert "cannot push run" in caplog.text and "No space" in caplog.text
 
 
-def test_a_name_of_no_repository_is_the_users_slip(tmp_path):
-    with pytest.raises(UserError, match="--hub_model_id a/b/c"):
-        HubPusher(flags(tmp_path, hub_model_id="a/b/c"))
+@pytest.mark.parametrize("name", ["a/b/c", "../evil", "a/../../b", "/etc"])
+def test_a_name_of_no_repository_is_the_users_slip(tmp_path, name):
+    with pytest.raises(UserError, match=f"--hub_model_id {name}"):
+        HubPusher(flags(tmp_path, hub_model_id=name))
 
 
 @pytest.mark.parametrize(

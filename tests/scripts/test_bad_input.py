@@ -1,6 +1,7 @@
 """A user's slip ends a run with exit status 2 and one line that names the file, row or flag and says what to do."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import soundfile
 from conftest import error_line, run_here, tiny_config, write_csv, write_tones
 from ranks import SECONDS, log_of, start_run
-from transformers import BertConfig, BertModel, Wav2Vec2ForCTC
+from transformers import BertConfig, BertModel, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 import pretrain
 from w2v2.train.log import read_metrics
@@ -157,12 +158,6 @@ def test_stereo_and_other_rates_are_mixed_and_resampled(corpus, tmp_path):
     assert record["batch_hours"] == pytest.approx(12 / 3600)
 
 
-def test_output_dir_that_holds_a_run(finished, refused):
-    before = (finished / "model.safetensors").stat().st_mtime_ns
-    refused(finished, "--resume_from_checkpoint auto", "--overwrite_output_dir", output_dir=finished)
-    assert (finished / "model.safetensors").stat().st_mtime_ns == before
-
-
 def test_output_dir_that_is_a_file_or_lies_in_one(corpus, refused):
     refused("--output_dir", output_dir=corpus / "train.csv")
     refused("--output_dir", output_dir=corpus / "train.csv" / "run")
@@ -174,29 +169,37 @@ def test_checkpoint_of_another_architecture(finished, refused, change):
     refused("checkpoint-1", "another architecture", change.split("=")[0], **run, config_overrides=change)
 
 
-def test_weights_that_do_not_fit_the_configuration(finished, refused):
-    refused(finished, "architecture", config_name=None, model_name_or_path=finished, config_overrides="hidden_size=48")
+def save_bert(folder):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    BertModel(BertConfig(**sizes)).save_pretrained(folder)
 
 
-def test_model_of_another_kind(refused, tmp_path):
-    bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
-    BertModel(bert).save_pretrained(tmp_path / "bert")
-    refused(tmp_path / "bert", "bert", "wav2vec2", config_name=None, model_name_or_path=tmp_path / "bert")
+def save_torn(folder):
+    Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(folder)
+    os.truncate(folder / "model.safetensors", 500)
 
 
-def test_fine_tuned_model_without_its_quantizer(refused, tmp_path):
-    Wav2Vec2ForCTC(tiny_config()).save_pretrained(tmp_path / "ctc")
-    refused(tmp_path / "ctc", "quantizer", config_name=None, model_name_or_path=tmp_path / "ctc")
-
-
-def test_model_folder_that_is_absent_empty_or_torn(refused, tmp_path, finished):
-    refused(tmp_path / "absent", "no such folder", config_name=None, model_name_or_path=tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "config.json", config_name=None, model_name_or_path=tmp_path / "empty")
-    shutil.copytree(finished / "checkpoint-1", tmp_path / "torn")
-    weights = tmp_path / "torn" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:500])
-    refused(tmp_path / "torn", "weights cannot be loaded", config_name=None, model_name_or_path=tmp_path / "torn")
+@pytest.mark.parametrize(
+    ("save", "named"),
+    [
+        (lambda folder: None, "no such folder"),
+        (lambda folder: folder.mkdir(), "config.json"),
+        (save_torn, "weights cannot be loaded"),
+        (save_bert, "bert"),
+        (lambda folder: Wav2Vec2ForCTC(tiny_config()).save_pretrained(folder), "quantizer"),
+        (lambda folder: Wav2Vec2ForPreTraining(tiny_config(hidden_size=48)).save_pretrained(folder), "architecture"),
+    ],
+    ids=["absent", "empty", "torn", "another kind", "fine-tuned", "another size"],
+)
+def test_a_model_to_start_from_that_is_none(refused, tmp_path, save, named):
+    save(tmp_path / "model")
+    refused(
+        tmp_path / "model",
+        named,
+        config_name=None,
+        model_name_or_path=tmp_path / "model",
+        config_overrides="hidden_size=32",
+    )
 
 
 def test_checkpoint_to_resume_that_is_none(finished, refused, tmp_path):

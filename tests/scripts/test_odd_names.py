@@ -4,7 +4,6 @@ import csv
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pack_audio
@@ -14,15 +13,12 @@ import pyarrow.parquet
 import pytest
 import soundfile
 from conftest import error_line, run_here, write_csv
-from datasets import Dataset
 
-import finetune_ctc
 import pretrain
 from w2v2.data.audio import probe, read_pcm
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import printable
 from w2v2.finetune.ctc_data import log_skipped, read_skipped
-from w2v2.finetune.text import build_vocabulary
 from w2v2.train.skipped import SkippedAudio
 
 NAMES = [
@@ -224,26 +220,6 @@ def test_fine_tunings_list_of_skipped_files(tmp_path):
     log_skipped(tmp_path / "skipped_audio.jsonl", ENTRIES)
     log_skipped(tmp_path / "skipped_audio.jsonl", ENTRIES)
     assert list(read_skipped(tmp_path / "skipped_audio.jsonl").values()) == ENTRIES
-
-
-def test_predictions_are_a_line_an_utterance(tmp_path):
-    rows = [{"id": f"<{name}>", "text": f"word {n}", "num_samples": 16_000} for n, name in enumerate(NAMES)]
-    table = Dataset.from_list(rows)
-    output = SimpleNamespace(
-        predictions=[f"hypothesis\u2028{number}" for number in range(len(NAMES))],
-        metrics=dict.fromkeys(["dev_wer", "dev_cer", "dev_loss", "dev_utterances"], 1.0),
-    )
-    trainer = SimpleNamespace(
-        predict=lambda *_, **__: output,
-        is_world_process_zero=lambda: True,
-        args=SimpleNamespace(output_dir=tmp_path),
-        vocabulary=build_vocabulary(table["text"]),
-    )
-    finetune_ctc.score(trainer, {"dev": SimpleNamespace(table=table)}, None, None)
-    with open(tmp_path / "predictions.jsonl", encoding="utf-8") as file:
-        lines = list(map(json.loads, file))
-    assert [line["id"] for line in lines] == table["id"][:]
-    assert [line["hypothesis"] for line in lines] == output.predictions
 
 
 def refuse(tmp_path, capsys, manifest):

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -21,14 +20,15 @@ import yaml
 from conftest import error_line, run_here, tiny_config, write_tones
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
+from ranks import SECONDS, log_of, start_run
 from safetensors.torch import load_file
 from tiny_run import contents, prepare
 from transformers import Wav2Vec2FeatureExtractor
 
 import finetune_ctc
 import pretrain
+from w2v2.arguments import PretrainArguments
 from w2v2.data.utterances import load_manifest
-from w2v2.errors import UserError
 from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir
 from w2v2.hub.card import write_model_card
 from w2v2.model.loading import build_model
@@ -36,7 +36,7 @@ from w2v2.model.pretraining import PretrainingModel
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "RecognizableSecret" * 2
-SECONDS = [1.0 + number / 10 for number in range(8)]
+LENGTHS = [1.0 + number / 10 for number in range(8)]
 SCRIPTS = {"pretrain": pretrain.main, "finetune_ctc": finetune_ctc.main}
 
 
@@ -55,6 +55,13 @@ def plant(path: Path, witness: Path, kind: str = "zip") -> None:
     path.write_bytes(pickle.dumps(Planted(witness))) if kind == "bare" else torch.save({"a": Planted(witness)}, path)
 
 
+def plant_code(folder: Path, witness: Path, **changes) -> None:
+    """A module that shows when it is imported, and a configuration with these changes beside it."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(witness)!r}).touch()\n")
+
+
 @pytest.fixture
 def witness(tmp_path):
     """A path at which nothing may appear; the trap is then shown to have been live."""
@@ -70,8 +77,8 @@ def witness(tmp_path):
 def corpus(tmp_path_factory):
     """Eight tones with text, a tiny model's weights, and its bare configuration."""
     folder = tmp_path_factory.mktemp("security")
-    paths = write_tones(folder / "audio", SECONDS)
-    rows = [{"audio": str(p), "duration": s, "text": "one two"} for p, s in zip(paths, SECONDS, strict=True)]
+    paths = write_tones(folder / "audio", LENGTHS)
+    rows = [{"audio": str(p), "duration": s, "text": "one two"} for p, s in zip(paths, LENGTHS, strict=True)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
     PretrainingModel(tiny_config()).save_pretrained(folder / "model")
@@ -119,10 +126,11 @@ def test_weights_in_a_pickle_are_refused_with_the_way_out(corpus, tmp_path, refu
     refused(name, "docs/security.md", model_name_or_path=folder)
 
 
-def test_a_pickle_beside_safetensors_is_left_alone(corpus, tmp_path, witness):
+def test_pickles_and_code_beside_weights_are_left_alone(corpus, tmp_path, witness):
     folder = shutil.copytree(corpus / "model", tmp_path / "model")
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         plant(folder / name, witness)
+    plant_code(folder, witness, auto_map={"AutoConfig": "evil.EvilConfig", "AutoModelForPreTraining": "evil.EvilModel"})
     assert run_here(pretrain.main, *flags("pretrain", corpus, tmp_path / "run", model_name_or_path=folder)) == 0
 
 
@@ -132,12 +140,10 @@ def test_a_hub_repository_without_safetensors_is_refused(corpus, tmp_path, witne
     with HubStandIn() as hub:
         for path in (*(corpus / "bare").iterdir(), tmp_path / "pytorch_model.bin"):
             hub.files[path.name] = path.read_bytes()
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
-        arguments = flags("pretrain", corpus, tmp_path / "run", model_name_or_path="speech-lab/old")
-        command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        line = error_line(result.stderr)
-        assert result.returncode == 2
+        first, *more = flags("pretrain", corpus, tmp_path / "run", model_name_or_path="speech-lab/old")
+        variables = dict(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE=0, HF_HOME=tmp_path / "hf")
+        assert start_run(first, tmp_path / "run", *more, **variables).wait(SECONDS) == 2
+        line = error_line(log_of(tmp_path / "run"))
         assert "speech-lab/old" in line and "pytorch_model.bin" in line and "docs/security.md" in line
         assert not [path for path in hub.paths if "discussions" in path or path.endswith("pytorch_model.bin")]
 
@@ -152,11 +158,8 @@ def test_the_documented_conversion_keeps_every_weight(corpus, tmp_path, monkeypa
     torch.save(weights, folder / "pytorch_model.bin")
     monkeypatch.chdir(folder)
     exec(conversion(), {})
-    arguments = type("Arguments", (), dict(
-        model_name_or_path=str(folder), feature_grad_mult=1.0, feature_penalty_weight=1.0, gradient_checkpointing=False,
-        positional_conv="auto", torch_compile=False,
-    ))  # fmt: skip
-    loaded = build_model(arguments, tiny_config()).state_dict()
+    args = PretrainArguments(train_data=["a.csv"], output_dir="run", model_name_or_path=str(folder))
+    loaded = build_model(args, tiny_config()).state_dict()
     assert loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in weights)
 
 
@@ -176,22 +179,26 @@ def fine_tuned(corpus):
     return output_dir
 
 
+@pytest.fixture
+def resume(corpus, fine_tuned, tmp_path):
+    """Resumes fine-tuning in a copy of that run's folder; returns the status."""
+    shutil.copytree(fine_tuned / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    arguments = flags("finetune_ctc", corpus, tmp_path / "run", resume_from_checkpoint="auto", max_steps=4)
+    return lambda: run_here(finetune_ctc.main, *arguments)
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("kind", ["bare", "zip"])
-def test_fine_tuning_resumes_from_no_planted_state(corpus, fine_tuned, tmp_path, capsys, witness, name, kind):
-    checkpoint = shutil.copytree(fine_tuned / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    plant(checkpoint / name, witness, kind)
-    plant(checkpoint / "training_args.bin", witness, kind)
-    more = dict(resume_from_checkpoint="auto", max_steps=4)
-    assert run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, tmp_path / "run", **more)) == 2
+def test_fine_tuning_resumes_from_no_planted_state(resume, tmp_path, capsys, witness, name, kind):
+    for planted in (name, "training_args.bin"):
+        plant(tmp_path / "run" / "checkpoint-2" / planted, witness, kind)
+    assert resume() == 2
     line = error_line(capsys.readouterr().err)
     assert "checkpoint-2" in line and "training state is not loaded" in line
 
 
-def test_fine_tuning_resumes_and_leaves_no_pickled_flags(corpus, fine_tuned, tmp_path):
-    shutil.copytree(fine_tuned / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    more = dict(resume_from_checkpoint="auto", max_steps=4)
-    assert run_here(finetune_ctc.main, *flags("finetune_ctc", corpus, tmp_path / "run", **more)) == 0
+def test_fine_tuning_resumes_and_leaves_no_pickled_flags(resume, tmp_path):
+    assert resume() == 0
     assert (tmp_path / "run" / "checkpoint-4").is_dir() and not list((tmp_path / "run").rglob("training_args.bin"))
 
 
@@ -225,9 +232,7 @@ MALICIOUS = [
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "configuration"])
 def test_a_configuration_of_no_model_is_refused(corpus, tmp_path, refused, witness, changes, named, weights):
     folder = shutil.copytree(corpus / "model", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(witness)!r}).touch()\n")
+    plant_code(folder, witness, **changes)
     source = dict(model_name_or_path=folder) if weights else dict(model_name_or_path=None, config_name=folder)
     assert named in refused(folder, **source)
 
@@ -237,15 +242,6 @@ def test_a_configuration_that_is_none_is_refused(corpus, tmp_path, refused, text
     folder = shutil.copytree(corpus / "model", tmp_path / "model")
     (folder / "config.json").write_text(text)
     refused(folder, model_name_or_path=folder)
-
-
-def test_a_model_with_code_beside_it_is_loaded_without_the_code(corpus, tmp_path, witness):
-    folder = shutil.copytree(corpus / "model", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForPreTraining": "evil.EvilModel"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(witness)!r}).touch()\n")
-    assert run_here(pretrain.main, *flags("pretrain", corpus, tmp_path / "run", model_name_or_path=folder)) == 0
 
 
 def test_a_yaml_file_makes_no_objects(tmp_path, refused, witness):
@@ -508,11 +504,3 @@ def test_a_data_set_of_any_name_stays_one_cell(tmp_path):
     card = card_of(tmp_path, train_data=["lists/a`b|c\nd.csv"])
     [row] = [line for line in card.text.splitlines() if line.startswith("| Training | `")]
     assert row == "| Training | `lists/a'b\\|c\\nd.csv` |"
-
-
-def test_a_repository_that_is_named_like_a_path_is_refused(tmp_path):
-    from w2v2.hub.push import HubPusher
-
-    for name in ("../evil", "a/../../b", "/etc", "a/b/c"):
-        with pytest.raises(UserError, match="--hub_model_id"):
-            HubPusher(SimpleNamespace(output_dir=tmp_path, hub_model_id=name))

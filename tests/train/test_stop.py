@@ -106,7 +106,7 @@ def test_what_the_parent_had_ignored_stays_ignored():
 
 
 @pytest.mark.parametrize(("more", "status"), [((), 0), (("--max_hours", "1e-9"), RESUMABLE)])
-def test_a_full_disk_of_a_tracker_does_no_harm(flags, whole_run, tmp_path, monkeypatch, more, status):
+def test_a_full_disk_of_a_tracker_does_no_harm(flags, whole_run, tmp_path, monkeypatch, capfd, more, status):
     writes = iter(range(20))
 
     def write(self, data):
@@ -115,7 +115,7 @@ def test_a_full_disk_of_a_tracker_does_no_harm(flags, whole_run, tmp_path, monke
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
     assert run(flags, tmp_path / "run", "--report_to", "tensorboard", *more) == status
-    assert next(writes, None) is None
+    assert next(writes, None) is None and "Traceback" not in capfd.readouterr().err
     if status == 0:
         assert_same_run(tmp_path / "run", whole_run)
 
