@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import tiny_config
+from conftest import run_here, tiny_config, write_recipe
 from huggingface_hub import snapshot_download
 from test_finetune_ctc import command, write_manifest
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
 from transformers.trainer_utils import HubStrategy
 
 import finetune_ctc
+import pretrain
 from w2v2.errors import UserError
 from w2v2.finetune.text import TEXT_FLAGS, CTCArguments, follow_folder, read_text_flags, read_vocabulary
 from w2v2.hub.push import HubCallback, HubPusher
@@ -260,3 +261,11 @@ def test_a_failing_hub_does_not_end_fine_tuning(data, hub, failures, caplog, cap
     assert (data / "failing" / "model.safetensors").exists() and (data / "failing" / "README.md").exists()
     assert "pushed to: nowhere" in capsys.readouterr().out
     assert "speech-lab/tiny" in caplog.text
+
+
+def test_a_failing_hub_does_not_end_pretraining(hub, tmp_path):
+    hub.failures["/commit/"] = 403
+    values = dict(batch_hours=0.001, micro_batch_seconds=4.0, max_steps=1, dataloader_num_workers=0, report_to=["none"])
+    config = write_recipe(tmp_path, {}, **values, use_cpu=True)
+    assert run_here(pretrain.main, config, "--output_dir", tmp_path / "run", *HUB) == 0
+    assert (tmp_path / "run/model.safetensors").exists() and hub.created and hub.commits == []

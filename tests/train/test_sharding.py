@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import assert_same_run, write_recipe
-from ranks import Ranks
+from ranks import Ranks, run_ranks
 from safetensors.torch import load_file
 from sharded import FIVE, NOISY, RECIPE, UPDATES, loaded, pieces, settings
 from test_update import assert_same_gradient, assert_same_metrics
@@ -26,8 +26,7 @@ CASES = [(deal, shared, False) for deal in DEALS for shared in (True, False)] + 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
-    with Ranks(folder, "tests/sharded.py", "gradients", folder / "found.pt") as ranks:
-        assert ranks.statuses() == [0, 0], ranks.said(0) + ranks.said(1)
+    run_ranks(folder, "tests/sharded.py", "gradients", folder / "found.pt")
     return torch.load(folder / "found.pt", weights_only=True)
 
 
@@ -42,8 +41,7 @@ def test_sharded_gradients_and_totals_are_those_of_ddp(gradients, case):
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
     folder = tmp_path_factory.mktemp("updates")
-    with Ranks(folder, "tests/sharded.py", "updates", folder) as ranks:
-        assert ranks.statuses() == [0, 0], ranks.said(0) + ranks.said(1)
+    run_ranks(folder, "tests/sharded.py", "updates", folder)
     return folder, torch.load(folder / "found.pt", weights_only=True)
 
 
