@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from w2v2.data.audio import AudioError, read_pcm
 from w2v2.data.batching import Crops, MicroBatchPlan
 from w2v2.data.hashing import derive
-from w2v2.data.masking import kept_rows, latent_lengths, mask_spans, masked_positions
+from w2v2.data.masking import kept_rows, latent_lengths, least_samples, mask_spans, masked_positions
 
 FULL_SCALE = 32_768  # of 16-bit samples
 
@@ -76,10 +76,7 @@ class Framing:
     @property
     def min_samples(self) -> int:
         """Fewest samples of an utterance that has a masked span and another frame beside it."""
-        samples = self.mask_length + 1
-        for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
-            samples = (samples - 1) * stride + kernel
-        return samples
+        return least_samples(self.mask_length + 1, self.kernels, self.strides)
 
 
 class CropDataset(Dataset):

@@ -38,7 +38,7 @@ COLUMNS = {
 }
 EXTRAS = ("text", "speaker", "label")
 OURS = ("id", "audio", "start", "num_samples", *EXTRAS)
-ROOT_MARKERS = ("${data_root}", "$data_root", "{data_root}")
+ROOT_MARKER = r"^(\$?\{data_root\}|\$data_root)/+"  # at the head of SpeechBrain's paths
 MOST_SECONDS = 1e9  # of a start, stop or length: thirty years, so that samples can be counted in 64 bits
 NUMBER = r"^(-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?nan|[+-]?inf)$"
 
@@ -93,6 +93,10 @@ def _interpret(raw: RawTable, extras: Sequence[str], data_root: str | None) -> p
     texts = {name: _cast_text(raw, name, columns[name]) for name in ("audio", "id", *extras) if name in columns}
     written = texts.pop("audio")
     raw.refuse(pc.equal(pc.utf8_trim_whitespace(written), ""), "audio", written, "fill it in or remove the row")
+    if data_root is None:
+        marked = pc.match_substring_regex(written, ROOT_MARKER)
+        raw.refuse(marked, "audio", written, "pass --data_root with the folder that its beginning stands for")
+    written = pc.replace_substring_regex(written, ROOT_MARKER, "")
     start, num_samples = _find_extent(raw, columns)
     ids = _check_ids(raw, texts.pop("id")) if "id" in texts else _name_rows(written, start)
     audio = _resolve(raw, written, data_root)
@@ -161,11 +165,8 @@ def _check_ids(raw: RawTable, ids: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _name_rows(written: pa.ChunkedArray, start: pa.ChunkedArray) -> pa.ChunkedArray:
-    names = written
-    for marker in ROOT_MARKERS:
-        names = pc.if_else(pc.starts_with(names, marker + "/"), pc.utf8_slice_codeunits(names, len(marker) + 1), names)
     at = pc.round(pc.multiply(start, float(SAMPLING_RATE))).cast(pa.int64()).cast(pa.string())
-    names = pc.if_else(pc.greater(start, 0.0), pc.binary_join_element_wise(names, at, ":"), names)
+    names = pc.if_else(pc.greater(start, 0.0), pc.binary_join_element_wise(written, at, ":"), written)
     if pc.count_distinct(names).as_py() < len(names):
         before = _count_repetitions(names)
         numbered = pc.binary_join_element_wise(names, pc.add(before, 1).cast(pa.string()), "#")
@@ -174,13 +175,7 @@ def _name_rows(written: pa.ChunkedArray, start: pa.ChunkedArray) -> pa.ChunkedAr
 
 
 def _resolve(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) -> pa.ChunkedArray:
-    """Absolute paths: the marker replaced, the rest under `data_root` or else beside the manifest."""
-    for marker in ROOT_MARKERS:
-        if data_root is None:
-            remedy = f"pass --data_root with the folder that {marker} stands for"
-            raw.refuse(pc.match_substring(written, marker), "audio", written, remedy)
-        else:
-            written = pc.replace_substring(written, marker, os.path.abspath(data_root))
+    """Absolute paths: relative ones start at `data_root`, or else beside the manifest."""
     is_url = pc.match_substring_regex(written, r"^[A-Za-z][A-Za-z0-9+.-]*://")
     raw.refuse(is_url, "audio", written, "download the files of URLs and name those")
     beside = raw.path if raw.path.is_dir() else raw.path.parent

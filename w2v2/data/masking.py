@@ -23,6 +23,13 @@ def latent_lengths(num_samples: torch.Tensor, kernels: Sequence[int], strides: S
     return num_samples.clamp_min(0)
 
 
+def least_samples(frames: int, kernels: Sequence[int], strides: Sequence[int]) -> int:
+    """Fewest samples of which the convolutions make so many latent frames."""
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        frames = (frames - 1) * stride + kernel
+    return frames
+
+
 def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: int, min_spans: int = 2) -> torch.Tensor:
     """Which latent frames are masked.
 

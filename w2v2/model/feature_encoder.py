@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 
-from w2v2.data.masking import latent_lengths
+from w2v2.data.masking import latent_lengths, least_samples
 from w2v2.model.cpu import linear, product
 
 
@@ -183,10 +183,7 @@ def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
 
 def min_samples(config: Wav2Vec2Config) -> int:
     """Samples of a single latent frame: less than that is no input."""
-    samples = 1
-    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
-        samples = (samples - 1) * stride + kernel
-    return samples
+    return least_samples(1, config.conv_kernel, config.conv_stride)
 
 
 class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
