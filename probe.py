@@ -24,7 +24,7 @@ from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import CHARACTERS
-from w2v2.evaluate.plots import draw_hours, draw_layers
+from w2v2.evaluate.plots import draw_scores
 from w2v2.finetune import ctc_data, labels, text
 from w2v2.finetune.labels import Split, group_splits
 from w2v2.finetune.subsets import select_lengths
@@ -41,53 +41,62 @@ COLUMNS = ["id", "audio", "start", "num_samples", "target"]
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_command_line((ProbingArguments,), argv)
     folder = args.prepare_output_dir(RESULTS_FILE)
-
-    # Data: one table, and the rows that train, validate and test.
     is_text = args.target == CHARACTERS
-    table, splits = gather_texts(args) if is_text else gather_labels(args)
     measure = "cer" if is_text else args.measure
-    describe(table, splits, args)
 
-    # Probes: features of all utterances once a model, then every layer by itself.
-    results = []
-    for name, source in list_models(args):
-        config_name = None if source else args.config_name or args.checkpoints[0]
-        model = FrozenModel(source, config_name, seed=args.seed, device=args.device)
+    # 1. Data: one table, and the rows that train, validate and test.
+    table, splits = gather_texts(args) if is_text else gather_labels(args)
+    targets, tested = table["target"][:], [row for split in splits for row in split.test]
+    hours, first = sum(table["num_samples"]) / SAMPLING_RATE / 3600, splits[0]
+    counts = f"{len(first.train)}, {len(first.validation)}, {len(first.test)} (train, validation, test)"
+    what = f"{len(splits)} folds by {args.folds}, the first of" if args.folds else "split into"
+    print(f"{args.target}: {len(table)} utterances, {hours:.2f} h, {what} {counts}", flush=True)
+
+    # 2. Probes: features of all utterances once a model, then every layer by itself.
+    models = list_models(args)
+    for found in models:
+        config_name = None if found["source"] else args.config_name or args.checkpoints[0]
+        model = FrozenModel(found["source"], config_name, seed=args.seed, device=args.device)
         if is_text:
-            layers = probe_texts(model, table, splits[0], args)
+            layers = probe_texts(model, table, first, args)
         else:
-            layers = probe_layers(args.classifier, model.means(table), table["target"][:], splits, measure)
+            layers = probe_layers(args.classifier, model.means(table), targets, splits, measure)
         best = best_layer(layers, lower_is_better=is_text)
-        hours = heard_hours(source) if source else None
-        found = {"name": name, "source": source, "hours": hours, "best_layer": best["layer"], measure: best[measure]}
-        results.append(found | {"layers": layers})
-        heard = f", {hours:.2f} h heard" if hours is not None else ""
-        print(f"{name}: best layer {best['layer']}, {measure} {best[measure]:.1%}{heard}", flush=True)
+        found |= {"best_layer": best["layer"], measure: best[measure], "layers": layers}
+        heard = f", {found['hours']:.2f} h heard" if found["hours"] is not None else ""
+        print(f"{found['name']}: best layer {best['layer']}, {measure} {best[measure]:.1%}{heard}", flush=True)
 
-    # Results: a table, pictures, and all figures in a file.
-    chance = (
-        None if is_text else chance_level(measure, [table["target"][row] for split in splits for row in split.test])
-    )
+    # 3. Results: a table, pictures, and all figures in a file.
+    counted = Counter(targets[row] for row in tested)  # a constant answer earns 1 / labels, or the commonest's share
+    chance = {"uar": 1 / len(counted), "accuracy": max(counted.values()) / len(tested)}.get(measure)
     print(f"\n{measure}, test; * the layer that validated best" + (f"; chance {chance:.1%}" if chance else ""))
-    print(format_table(results, measure))
+    print(format_table(models, measure))
     run = {"target": args.target, "folds": args.folds, "num_folds": len(splits) if args.folds else None,
            "seed": args.seed, "classifier": None if is_text else args.classifier, "utterances": len(table),
-           "tested": sum(len(split.test) for split in splits)}  # fmt: skip
-    whole = {"measure": measure, "chance": chance, "models": results, "run": run}
+           "tested": len(tested)}  # fmt: skip
+    whole = {"measure": measure, "chance": chance, "models": models, "run": run}
     (folder / RESULTS_FILE).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(folder / "plots", results, measure, chance)
+    levels = {} if chance is None else {"chance": chance}
+    scores = {found["name"]: [(layer["layer"], layer[measure]) for layer in found["layers"]] for found in models}
+    draw_scores(folder / "plots/layers.png", scores, ("layer", measure), levels)
+    heard = [(found["hours"], found[measure]) for found in models if found["hours"] is not None]
+    levels |= {found["name"]: found[measure] for found in models if found["source"] is None}
+    if heard:
+        draw_scores(
+            folder / "plots/hours.png", {"pretrained": sorted(heard)}, ("hours of audio heard", measure), levels
+        )
 
 
-def list_models(args: ProbingArguments) -> list[tuple[str, str | None]]:
-    """Names and sources, by hours heard where they are known; random weights (None) last."""
+def list_models(args: ProbingArguments) -> list[dict[str, Any]]:
+    """Name, source and hours heard of each model, by these hours where all are known; random weights last."""
     names = [Path(source).name for source in args.checkpoints]
-    named = [
-        (name if names.count(name) == 1 else path, path) for name, path in zip(names, args.checkpoints, strict=True)
+    models = [
+        {"name": name if names.count(name) == 1 else source, "source": source, "hours": heard_hours(source)}
+        for name, source in zip(names, args.checkpoints, strict=True)
     ]
-    hours = {source: heard_hours(source) for source in args.checkpoints}
-    if None not in hours.values():
-        named.sort(key=lambda entry: hours[entry[1]])
-    return named + [("random weights", None)] * args.random_weights
+    if all(model["hours"] is not None for model in models):
+        models.sort(key=lambda model: model["hours"])
+    return models + [{"name": "random weights", "source": None, "hours": None}] * args.random_weights
 
 
 def gather_labels(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
@@ -152,31 +161,6 @@ def probe_texts(model: FrozenModel, table: Dataset, split: Split, args: ProbingA
         return probe.probe_layers(layers, starts, replace(split, train=train))
     finally:
         shutil.rmtree(cache, ignore_errors=True)
-
-
-def chance_level(measure: str, targets: list[str]) -> float | None:
-    """What a constant answer earns: the commonest label's share, or 1 / labels."""
-    counts = Counter(targets)
-    return {"uar": 1 / len(counts), "accuracy": max(counts.values()) / len(targets)}.get(measure)
-
-
-def describe(table: Dataset, splits: list[Split], args: ProbingArguments) -> None:
-    hours = sum(table["num_samples"]) / SAMPLING_RATE / 3600
-    counts = ", ".join(f"{len(rows)}" for rows in (splits[0].train, splits[0].validation, splits[0].test))
-    what = f"{len(splits)} folds by {args.folds}, the first of" if args.folds else "split into"
-    print(
-        f"{args.target}: {len(table)} utterances, {hours:.2f} h, {what} {counts} (train, validation, test)", flush=True
-    )
-
-
-def draw(folder: Path, results: list[dict[str, Any]], measure: str, chance: float | None) -> None:
-    """Scores over layers, and over hours heard where they are known."""
-    curves = {result["name"]: [layer[measure] for layer in result["layers"]] for result in results}
-    draw_layers(folder / "layers.png", curves, measure, chance)
-    points = [(result["hours"], result[measure]) for result in results if result["hours"] is not None]
-    random = next((result[measure] for result in results if result["source"] is None), None)
-    if points:
-        draw_hours(folder / "hours.png", points, measure, random, chance)
 
 
 if __name__ == "__main__":

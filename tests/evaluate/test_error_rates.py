@@ -29,6 +29,7 @@ def test_error_rates_are_edit_distances_over_the_corpus():
     rates = error_rates(references, hypotheses)
     assert rates["wer"] == pytest.approx(words / sum(len(r.split()) for r in references))
     assert rates["cer"] == pytest.approx(characters / sum(map(len, references)))
+    assert error_rates(references, hypotheses, "tokens") == {"per": rates["wer"]}
 
 
 def test_an_empty_reference_counts_insertions():
@@ -38,23 +39,13 @@ def test_an_empty_reference_counts_insertions():
             error_rates(["", " "], ["A", ""], unit)
 
 
-def test_the_rate_of_tokens_is_that_of_the_words_they_would_be():
-    references, hypotheses = ["HH AH0 L", "OW1"], ["HH L L", "OW1 OW1"]
-    assert error_rates(references, hypotheses, "tokens") == {"per": 2 / 4}
-
-
 def test_edits_are_counted_apart():
     found = count_edits(["A B C", "D"], ["A X C Y", ""])
     assert found == {"words": 4, "hits": 2, "substitutions": 1, "deletions": 1, "insertions": 1}
 
 
 def test_the_worst_utterances_come_first():
-    texts = {
-        "a": ("ONE TWO", "ONE"),
-        "b": ("ONE", "ONE"),
-        "c": ("ONE TWO THREE FOUR", "ONE TWO"),
-        "d": ("ONE", "TWO TWO"),
-    }
+    texts = {"a": ("ONE TWO", "ONE"), "b": ("ONE", "ONE"), "c": ("ONE TWO SIX TEN", "ONE TWO"), "d": ("ONE", "TWO TWO")}
     lines = [{"id": i, "reference": r, "hypothesis": h, "wer": word_error_rate(r, h)} for i, (r, h) in texts.items()]
     assert [line["id"] for line in worst_utterances(lines, "wer")] == ["d", "c", "a"]
     assert [line["id"] for line in worst_utterances(lines, "wer", 1)] == ["d"]

@@ -14,23 +14,12 @@ def test_a_list_is_read_as_it_was_written(tmp_path):
     assert read_trials(tmp_path / "trials.txt") == trials
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1 a b\n2 a c\n", "line 2"),
-        ("1 a b\n\n0 a\n", "line 3"),
-        ("1 a b\n", "only 1"),
-        ("0 a b\n", "only 0"),
-        ("", "no trial"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [("1 a b\n2 a c\n", "line 2"), ("1 a b\n\n0 a\n", "line 3"),
+                                              ("1 a b\n", "needs pairs"), ("", "needs pairs")])  # fmt: skip
 def test_what_is_no_list_of_trials_is_refused_by_line(tmp_path, text, message):
     (tmp_path / "trials.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         read_trials(tmp_path / "trials.txt")
-
-
-def test_an_absent_list_is_named(tmp_path):
     with pytest.raises(UserError, match="absent.txt: cannot be read"):
         read_trials(tmp_path / "absent.txt")
 
@@ -42,11 +31,8 @@ def test_drawn_trials_are_true_half_of_each_kind_and_never_twice():
     assert len({frozenset((trial.first, trial.second)) for trial in trials}) == 60
     assert all(trial.first != trial.second for trial in trials)
     assert draw_trials(SPEAKERS, 60, seed=1) == trials != draw_trials(SPEAKERS, 60, seed=2)
-
-
-def test_where_there_are_few_pairs_all_are_drawn():
-    trials = draw_trials(SPEAKERS, 10_000)
-    assert [sum(t.target == kind for t in trials) for kind in (1, 0)] == [4 * 10, 6 * 25]
+    every = draw_trials(SPEAKERS, 10_000)  # all pairs that there are
+    assert [sum(trial.target == kind for trial in every) for kind in (1, 0)] == [4 * 10, 6 * 25]
 
 
 @pytest.mark.parametrize("speakers", [{"a": "x", "b": "y"}, {"a": "x", "b": "x"}, {"a": "", "b": ""}])

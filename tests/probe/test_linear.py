@@ -84,9 +84,9 @@ def test_the_table_has_a_row_a_layer_and_stars_the_chosen_one():
         {"name": "random", "best_layer": 0, "layers": [{"uar": 0.2}, {"uar": 0.125}]},
     ]
     assert linear.format_table(results, "uar").splitlines() == [
-        "layer  checkpoint-500   random",
-        "    0          25.0%    20.0%*",
-        "    1          50.0%*   12.5% ",
+        "layer checkpoint-500  random",
+        "0             25.0%   20.0%*",
+        "1             50.0%*  12.5% ",
     ]
 
 

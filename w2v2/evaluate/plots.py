@@ -1,4 +1,4 @@
-"""Pictures of scores: confusion matrices, scores over layers, scores over hours heard."""
+"""Pictures of scores: confusion matrices, and curves of a score."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,35 +39,20 @@ def draw_confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence
     return _save(figure, path)
 
 
-def draw_layers(path: Path, curves: Mapping[str, Sequence[float]], measure: str, chance: float | None = None) -> Path:
-    """A line for each model: its score at every layer, 0 being what the transformer is fed."""
-    figure = _figure((7, 4))
-    axes = figure.subplots()
-    for name, scores in curves.items():
-        style = "--" if "random" in name else "-"
-        axes.plot(range(len(scores)), scores, marker="o", markersize=4, label=name, linestyle=style)
-    _finish(axes, "layer", measure, chance)
-    axes.set_xticks(range(max(len(scores) for scores in curves.values())))
-    return _save(figure, path)
-
-
-def draw_hours(
-    path: Path, points: Sequence[tuple[float, float]], measure: str, random: float | None, chance: float | None
+def draw_scores(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    labels: tuple[str, str],
+    levels: Mapping[str, float],
 ) -> Path:
-    """The best layer's score over the hours of audio that each checkpoint had heard, beside random weights."""
+    """A line through the points (x, y) of each curve, and dashed levels to compare them with; `labels` are the axes'."""
     figure = _figure((7, 4))
     axes = figure.subplots()
-    hours, scores = zip(*sorted(points), strict=True)
-    axes.plot(hours, scores, marker="o", label="pretrained")
-    if random is not None:
-        axes.axhline(random, color="tab:orange", linestyle="--", label="random weights")
-    _finish(axes, "hours of audio heard", measure, chance)
-    return _save(figure, path)
-
-
-def _finish(axes, x: str, y: str, chance: float | None) -> None:
-    if chance is not None:
-        axes.axhline(chance, color="grey", linestyle=":", label="chance")
-    axes.set(xlabel=x, ylabel=y)
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    for name, level in levels.items():
+        axes.axhline(level, color="tab:orange" if "random" in name else "grey", linestyle="--", label=name)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.grid(alpha=0.3)
     axes.legend()
+    return _save(figure, path)

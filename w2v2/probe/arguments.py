@@ -43,7 +43,6 @@ class FrozenArguments:
         """The folder, made; UserError where it has results that may not be replaced."""
         folder = Path(self.output_dir)
         refuse({
-            f"--output_dir {folder}: is a file; give a folder": folder.is_file(),
             f"--output_dir {folder} already holds {results}: choose another, or give --overwrite_output_dir":
                 (folder / results).exists() and not self.overwrite_output_dir,
         })  # fmt: skip
@@ -81,7 +80,6 @@ class ProbingArguments(FrozenArguments):
             "--train_data is required: give it on the command line or in the YAML file": not self.train_data,
             "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)":
                 not self.checkpoints and not (self.random_weights and self.config_name),
-            "--checkpoints names a folder twice: name each once": len(set(self.checkpoints)) < len(self.checkpoints),
             "give one of --test_data and --folds: what is a probe tested on?": bool(self.folds) == bool(self.test_data),
             f"--folds goes with neither --validation_data nor --target {CHARACTERS}: give --test_data":
                 self.folds and (self.validation_data or self.target == CHARACTERS),

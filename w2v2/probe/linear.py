@@ -15,43 +15,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.evaluate.scores import classification_scores, mean_and_deviation
 from w2v2.finetune.labels import Split
 from w2v2.train.log import read_metrics
 
-STRENGTHS = {"logistic": (0.001, 0.01, 0.1, 1.0, 10.0), "ridge": (1e4, 1e3, 1e2, 1e1, 1.0)}  # weak fits first
+# Classifiers, and the strengths of their penalties; a C that is small and an alpha that is large hold back most.
+CLASSIFIERS = {
+    "logistic": (LogisticRegression(max_iter=500), {"logisticregression__C": [0.001, 0.01, 0.1, 1.0, 10.0]}),
+    "ridge": (RidgeClassifier(), {"ridgeclassifier__alpha": [1e4, 1e3, 1e2, 1e1, 1.0]}),
+}
+_SCORINGS = {"uar": "balanced_accuracy", "accuracy": "accuracy", "macro_f1": "f1_macro"}
 _VALIDATION_SHARE = 5  # one utterance in so many, where there is no validation set
-
-
-def fit(kind: str, strength: float, features: np.ndarray, targets: Sequence[str]):
-    """A fitted scikit-learn pipeline: standardisation, then logistic regression (C) or ridge classification (alpha)."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression, RidgeClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    classifier = LogisticRegression(C=strength, max_iter=500) if kind == "logistic" else RidgeClassifier(alpha=strength)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of weak penalties, which validation then judges
-        return make_pipeline(StandardScaler(), classifier).fit(features, targets)
 
 
 def probe_layer(
     kind: str, features: np.ndarray, targets: np.ndarray, split: Split, measure: str
 ) -> tuple[np.ndarray, float, float]:
-    """Predictions for the test rows (n,), the score of the best strength on the validation rows, and that strength."""
-    # 1. Every strength, by its score on the validation rows; of equals the first.
-    tried = []
-    for strength in STRENGTHS[kind]:
-        probe = fit(kind, strength, features[split.train], targets[split.train])
-        score = classification_scores(targets[split.validation], probe.predict(features[split.validation]))[measure]
-        tried.append((score, -len(tried), strength))
-    score, _, strength = max(tried)
-    # 2. Once more with the best one, on training and validation rows.
+    """Predictions for the test rows (n,), the score of the best strength on the validation rows, and that strength.
+
+    Of equal strengths the first is taken; the predictions are those of a fit to training and validation rows.
+    """
     both = split.train + split.validation
-    return fit(kind, strength, features[both], targets[both]).predict(features[split.test]), score, strength
+    classifier, strengths = CLASSIFIERS[kind]
+    folds = PredefinedSplit([-1] * len(split.train) + [0] * len(split.validation))  # -1 always trains
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), classifier),
+        strengths,
+        scoring=_SCORINGS[measure],
+        cv=folds,
+        error_score="raise",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weak penalties that did not converge, which validation then judges
+        search.fit(features[both], targets[both])
+    return search.predict(features[split.test]), float(search.best_score_), *search.best_params_.values()
 
 
 def probe_layers(
@@ -101,14 +105,8 @@ def heard_hours(folder: str) -> float | None:
 
 def format_table(results: Sequence[dict[str, Any]], measure: str) -> str:
     """Layers down, models across, the test score in each cell; the layer that validated best is starred."""
-    names = [result["name"] for result in results]
-    widths = [max(len(name), 7) for name in names]
-    lines = ["layer  " + "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
-    for layer in range(max(len(result["layers"]) for result in results)):
-        cells = []
-        for result, width in zip(results, widths, strict=True):
-            star = "*" if result["best_layer"] == layer else " "
-            scores = [f"{100 * scores[measure]:.1f}%{star}" for scores in result["layers"][layer : layer + 1]]
-            cells.append("".join(scores).rjust(width))  # blank where a model has fewer layers
-        lines.append(f"{layer:>5}  " + "  ".join(cells))
-    return "\n".join(lines)
+    columns = {}
+    for result in results:
+        scores = enumerate(layer[measure] for layer in result["layers"])
+        columns[result["name"]] = pd.Series([f"{s:.1%}{'*' if i == result['best_layer'] else ' '}" for i, s in scores])
+    return pd.DataFrame(columns).rename_axis(columns="layer").fillna("").to_string()
