@@ -1,7 +1,5 @@
 """Probes find what was planted, choose by validation alone, and never look at the test."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -9,6 +7,8 @@ from w2v2.finetune.labels import Split, group_splits
 from w2v2.finetune.text import build_vocabulary, encode
 from w2v2.probe import linear
 from w2v2.probe.characters import CharacterProbe, FrameSet
+
+SPLIT = Split("test", list(range(120)), list(range(120, 180)), list(range(180, 240)))
 
 
 def planted(seed=0, n=240):
@@ -26,8 +26,7 @@ def planted(seed=0, n=240):
 @pytest.mark.parametrize("kind", ["logistic", "ridge"])
 def test_the_layer_in_which_the_label_was_planted_is_found(kind):
     features, targets = planted()
-    split = Split("test", list(range(120)), list(range(120, 180)), list(range(180, 240)))
-    layers = linear.probe_layers(kind, features, targets, [split], "uar")
+    layers = linear.probe_layers(kind, features, targets, [SPLIT], "uar")
     assert linear.best_layer(layers)["layer"] == 1
     assert layers[1]["uar"] > (0.9 if kind == "logistic" else 0.6)  # a line of three classes masks the middle one
     assert layers[0]["uar"] < 0.5 and layers[0]["uar"] < layers[2]["uar"] + 0.1
@@ -35,10 +34,9 @@ def test_the_layer_in_which_the_label_was_planted_is_found(kind):
 
 def test_the_tests_labels_change_nothing_but_its_scores():
     features, targets = planted()
-    split = Split("test", list(range(120)), list(range(120, 180)), list(range(180, 240)))
     wrong = targets.copy()
     wrong[180:] = np.random.default_rng(1).permutation(wrong[180:])
-    found = [linear.probe_layers("logistic", features, t, [split], "uar") for t in (targets, wrong)]
+    found = [linear.probe_layers("logistic", features, t, [SPLIT], "uar") for t in (targets, wrong)]
     for key in ("validation", "strengths"):
         assert [layer[key] for layer in found[0]] == [layer[key] for layer in found[1]]
     assert linear.best_layer(found[0])["layer"] == linear.best_layer(found[1])["layer"]
@@ -59,6 +57,11 @@ def test_the_best_layer_is_chosen_by_validation():
     assert linear.best_layer(layers, lower_is_better=True)["layer"] == 0
 
 
+def test_hours_heard_come_from_the_metrics_of_a_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "audio_hours": 0.5}\n{"step": 2, "audio_hours": 1.25}\n')
+    assert [linear.heard_hours(str(path)) for path in (tmp_path, tmp_path / "none")] == [1.25, None]
+
+
 def test_a_fifth_of_each_label_is_held_out_whatever_the_order():
     ids = [f"u{i}" for i in range(100)]
     targets = ["x"] * 50 + ["y"] * 45 + ["z"] * 5
@@ -67,27 +70,6 @@ def test_a_fifth_of_each_label_is_held_out_whatever_the_order():
     assert {label: sum(targets[row] == label for row in held) for label in "xyz"} == {"x": 10, "y": 9, "z": 1}
     backwards = [ids[row] for row in linear.hold_out(ids, targets, range(99, -1, -1))[1]]
     assert backwards == [ids[row] for row in held]
-
-
-def test_hours_heard_come_from_the_state_or_the_metrics(tmp_path):
-    checkpoint, run, none = (tmp_path / name for name in ("checkpoint-3", "run", "none"))
-    (checkpoint / "training_state").mkdir(parents=True)
-    (checkpoint / "training_state" / "state.json").write_text(json.dumps({"heard_samples": 16_000 * 3600 * 2}))
-    run.mkdir()
-    (run / "metrics.jsonl").write_text('{"step": 1, "audio_hours": 0.5}\n{"step": 2, "audio_hours": 1.25}\n')
-    assert [linear.heard_hours(str(path)) for path in (checkpoint, run, none)] == [2.0, 1.25, None]
-
-
-def test_the_table_has_a_row_a_layer_and_stars_the_chosen_one():
-    results = [
-        {"name": "checkpoint-500", "best_layer": 1, "layers": [{"uar": 0.25}, {"uar": 0.5}]},
-        {"name": "random", "best_layer": 0, "layers": [{"uar": 0.2}, {"uar": 0.125}]},
-    ]
-    assert linear.format_table(results, "uar").splitlines() == [
-        "layer checkpoint-500  random",
-        "0             25.0%   20.0%*",
-        "1             50.0%*  12.5% ",
-    ]
 
 
 TEXTS = ["AB", "BA", "A B", "ABBA", "B", "A", "BAB", "AAB"] * 6
