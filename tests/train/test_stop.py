@@ -3,11 +3,13 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
 from conftest import NOISY, assert_same_run, run_here, write_recipe
-from ranks import SECONDS, TWO_PROCESSES, log_of, start_run, wait_for_records
+from ranks import REPOSITORY, SECONDS, TWO_PROCESSES, environment, log_of, start_run, wait_for_records
 
 import pretrain
 from w2v2.train.log import read_metrics
@@ -150,3 +152,18 @@ def test_one_asked_process_of_two_stops_both(flags, tmp_path):
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
     assert "another process was asked to" in log_of(tmp_path / "run")
     assert_saved(tmp_path / "run")
+
+
+@pytest.mark.parametrize("dead", ["full disk", "closed pipe"])
+def test_a_run_outlives_its_console(flags, whole_run, tmp_path, dead):
+    """Its log is on a full disk, or the reader of its output has died."""
+    if dead == "full disk":
+        stream = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, stream = os.pipe()
+        os.close(reading)
+    words = [sys.executable, "pretrain.py", flags, "--output_dir", tmp_path / "run"]
+    done = subprocess.run(list(map(str, words)), cwd=REPOSITORY, env=environment(), stdout=stream, stderr=stream)
+    os.close(stream)
+    assert done.returncode == 0
+    assert_same_run(tmp_path / "run", whole_run)
