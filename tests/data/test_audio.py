@@ -1,5 +1,6 @@
-"""`w2v2.audio`: crops equal the same part of the whole file, and no bad file gives an array."""
+"""Crops equal the same part of the whole file, and no bad file gives an array."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -53,13 +54,6 @@ def test_a_crop_equals_that_part_of_the_resampled_file(tmp_path, suffix, options
         np.testing.assert_allclose(crop, whole[start : start + 5_000], atol=1e-5)
 
 
-def test_resampling_keeps_a_tone_in_its_place(tmp_path):
-    time = np.arange(2 * 44_100) / 44_100
-    path = write(tmp_path / "tone.wav", 0.5 * np.sin(2 * np.pi * 440 * time), 44_100, subtype="FLOAT")
-    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(10_000, 14_000) / SAMPLING_RATE)
-    np.testing.assert_allclose(read_crop(path, 10_000, 4_000), expected, atol=1e-4)
-
-
 @pytest.mark.parametrize("suffix, rate", [("ogg", 22_050), ("mp3", 16_000)])
 def test_lossy_files_are_decoded_rightly_right_after_a_seek(tmp_path, suffix, rate):
     path = write(tmp_path / f"speech.{suffix}", (3 * noise(6 * rate)).clip(-1, 1), rate)
@@ -69,10 +63,11 @@ def test_lossy_files_are_decoded_rightly_right_after_a_seek(tmp_path, suffix, ra
         np.testing.assert_allclose(read_crop(path, start, 2_000), whole[start : start + 2_000], atol=1e-5)
 
 
-def test_channels_are_averaged(tmp_path):
-    left, right = noise(16_000, 1), noise(16_000, 2)
-    path = write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), subtype="FLOAT")
-    np.testing.assert_allclose(read_crop(path, 100, 500), (left + right)[100:600] / 2, atol=1e-7)
+@pytest.mark.parametrize("num_channels", [2, 8])
+def test_channels_are_averaged(tmp_path, num_channels):
+    channels = np.stack([noise(16_000, seed) for seed in range(num_channels)], axis=1)
+    path = write(tmp_path / "a.wav", channels, subtype="FLOAT")
+    np.testing.assert_allclose(read_crop(path, 100, 500), channels[100:600].mean(axis=1), atol=1e-7)
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
@@ -85,11 +80,13 @@ def test_a_rounded_duration_shifts_or_pads_the_crop(tmp_path, subtype):
     np.testing.assert_array_equal(shifted, whole[-1_100:])
 
 
-@pytest.mark.parametrize("start, num_samples", [(0, 16_200), (15_000, 12_000), (50_000, 1_000), (16_000, None)])
-def test_a_file_shorter_than_its_manifest_says_is_an_error(tmp_path, start, num_samples):
+@pytest.mark.parametrize(
+    "window", [(0, 16_200), (15_000, 12_000), (50_000, 1_000), (16_000, None), (0, 8_000, 24_200), (0, 8_000, 10**12)]
+)
+def test_a_file_shorter_than_its_manifest_says_is_an_error(tmp_path, window):
     path = write(tmp_path / "a.wav", noise(16_000))
     with pytest.raises(AudioError, match="shorter than its manifest says"):
-        read_crop(path, start, num_samples)
+        read_pcm(path, *window)
 
 
 @pytest.mark.parametrize("suffix", ["flac", "mp3", "wav", "ogg"])
@@ -114,7 +111,7 @@ def test_a_flac_damaged_in_the_middle_is_an_error(tmp_path):
         read_crop(str(path))
 
 
-@pytest.mark.parametrize("claimed", [0, 2**36 - 1], ids=["unknown", "absurd"])
+@pytest.mark.parametrize("claimed", [0, 2**36 - 1])
 def test_an_unknown_or_absurd_length_is_not_believed(tmp_path, claimed):
     path = tmp_path / "a.flac"
     write(path, noise(40_000))
@@ -122,11 +119,6 @@ def test_an_unknown_or_absurd_length_is_not_believed(tmp_path, claimed):
     set_flac_length(path, claimed)
     assert probe(str(path)) == len(read_crop(str(path))) == 40_000
     np.testing.assert_array_equal(read_pcm(str(path), 5_000, 777), whole[5_000:5_777])
-
-
-def test_a_header_that_claims_too_much_is_an_error(tmp_path):
-    path = tmp_path / "a.flac"
-    write(path, noise(40_000))
     set_flac_length(path, 50_000)
     with pytest.raises(AudioError):
         read_crop(str(path), 0, 50_000)
@@ -148,19 +140,12 @@ def test_an_audio_error_survives_pickling():
     assert (error.path, error.reason, str(error)) == ("a b.wav", "is gone", "a b.wav: is gone")
 
 
-EXACT = [
-    ("wav", "PCM_16"),
-    ("flac", "PCM_16"),
-    ("aiff", "PCM_16"),
-    ("wav", "PCM_U8"),
-    ("flac", "PCM_S8"),
-    ("au", "ULAW"),
-    ("wav", "ALAW"),
-]
+EXACT = "wav PCM_16, flac PCM_16, aiff PCM_16, wav PCM_U8, flac PCM_S8, au ULAW, wav ALAW".split(", ")
 
 
-@pytest.mark.parametrize("suffix, subtype", EXACT)
-def test_16_bit_samples_stay_as_they_stand(tmp_path, suffix, subtype):
+@pytest.mark.parametrize("kind", EXACT)
+def test_16_bit_samples_stay_as_they_stand(tmp_path, kind):
+    suffix, subtype = kind.split()
     path = write(tmp_path / f"a.{suffix}", 8 * noise(40_000), subtype=subtype)  # full scale, both ends clipped
     as_int16, _ = soundfile.read(path, dtype="int16")
     as_float, _ = soundfile.read(path, dtype="float32")
@@ -192,23 +177,19 @@ def test_what_16_bits_would_not_hold_is_float32(tmp_path, suffix, rate, channels
     np.testing.assert_array_equal(crop, read_crop(path, 100, 5_000))
 
 
-@pytest.mark.parametrize(
-    "number, failures", [(errno.ESTALE, 2), (errno.EMFILE, 1), (errno.ESTALE, 3), (errno.ENOENT, 1)]
-)
-def test_a_transient_error_of_opening_is_tried_again(tmp_path, monkeypatch, number, failures):
-    path, opened, pauses, left = write(tmp_path / "a.wav", noise(16_000)), os.open, [], [failures]
+@pytest.mark.parametrize(("number", "num_tries"), [(errno.ESTALE, 3), (errno.EMFILE, 3), (errno.ENOENT, 1)])
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_transient_error_of_opening_is_tried_again(tmp_path, monkeypatch, number, num_tries, failures):
+    path, opened, tries = write(tmp_path / "a.wav", noise(16_000)), os.open, []
 
-    def fail_first(name, *rest, **more):
-        if name == path and left[0] > 0:
-            left[0] -= 1
+    def fail_first(name, *rest):
+        tries.append(name)
+        if len(tries) <= failures:
             raise OSError(number, os.strerror(number), name)
-        return opened(name, *rest, **more)
+        return opened(name, *rest)
 
+    monkeypatch.setattr(audio, "PAUSES", (0, 0))
     monkeypatch.setattr(os, "open", fail_first)
-    monkeypatch.setattr(audio.time, "sleep", pauses.append)
-    if failures == 3 or number == errno.ENOENT:
-        with pytest.raises(AudioError):
-            probe(path)
-    else:
+    with pytest.raises(AudioError) if failures >= num_tries else contextlib.nullcontext():
         assert probe(path) == 16_000
-    assert len(pauses) == (0 if number == errno.ENOENT else min(failures, 2))
+    assert len(tries) == min(failures + 1, num_tries)

@@ -57,9 +57,8 @@ def heard(plans):
 # -- order
 
 
-@pytest.mark.parametrize("first", range(1, 260, 37))
-def test_order_of_any_small_n_is_a_permutation(first):
-    for n in range(first, first + 37):
+def test_order_of_any_small_n_is_a_permutation():
+    for n in range(1, 260):
         for epoch in (0, 5):
             assert EpochOrder(n, seed=n)(epoch, torch.arange(n)).sort().values.tolist() == list(range(n))
 
@@ -132,10 +131,8 @@ def test_a_crop_depends_on_seed_epoch_and_utterance_alone():
     whole = batches.crops(np.arange(50), epoch=3)
     some = np.array([41, 7, 7, 0])
     assert all(np.array_equal(a, b[some]) for a, b in zip(batches.crops(some, epoch=3), whole, strict=True))
-    for other in (
-        batches.crops(np.arange(50), epoch=4),
-        make_batches(n=50, lengths=batches.num_samples, seed=1).crops(np.arange(50), 3),
-    ):
+    other_seed = make_batches(n=50, lengths=batches.num_samples, seed=1)
+    for other in (batches.crops(np.arange(50), epoch=4), other_seed.crops(np.arange(50), 3)):
         assert np.array_equal(other.num_samples, whole.num_samples)  # hours a batch do not depend on the epoch
         assert (other.start != whole.start).mean() > 0.9
 
@@ -197,9 +194,8 @@ def test_resuming_gives_the_very_same_batches(num_ranks, resumed_ranks):
             before, after = ([p for plans in run for p in plans if p.update == update] for run in (straight, resumed))
             assert heard(before) == heard(after) and before[0].following == after[0].following
             if num_ranks == resumed_ranks:
-                assert [(rows(p.crops), p.piece, p.dummy) for p in before] == [
-                    (rows(p.crops), p.piece, p.dummy) for p in after
-                ]
+                sides = ([(rows(p.crops), p.piece, p.dummy) for p in plans] for plans in (before, after))
+                assert next(sides) == next(sides)
 
 
 # -- cut

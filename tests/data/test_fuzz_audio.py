@@ -1,5 +1,6 @@
 """Audio that is not what it says: each file gives exactly the samples asked for, or a reason, and harms no other file."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,8 +16,9 @@ import pytest
 import soundfile
 import torch
 from audio_mutants import speech, write_originals
-from conftest import run_here, tiny_config, write_csv, write_tones
+from conftest import run_here, tiny_config, write_tones
 from safetensors.torch import load_file
+from test_audio import set_flac_length
 from test_loader import flags_for
 from transformers import Wav2Vec2FeatureExtractor
 
@@ -56,68 +58,34 @@ def run_mutants(folder, seed, count, timeout):
     return json.loads(result.stdout)
 
 
-def test_damaged_files_give_samples_or_a_reason(tmp_path):
-    total = run_mutants(tmp_path, seed=0, count=450, timeout=80)
-    assert total["read"] > 100 and total["refused"] > 100
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 4))
-def test_thousands_of_damaged_files(tmp_path, seed):
+@pytest.mark.parametrize(
+    ("seed", "count"), [(0, 450), *(pytest.param(seed, 3_000, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+)
+def test_damaged_files_give_samples_or_a_reason(tmp_path, seed, count):
     signal.alarm(0)
-    total = run_mutants(tmp_path, seed, count=3_000, timeout=900)
-    assert total["read"] > 1_000 and total["refused"] > 1_000
-
-
-def test_files_cut_at_every_kind_of_place(tmp_path):
-    """Each prefix of a few dozen bytes, then ever longer ones: none gives other samples than the whole file."""
-    for original in write_originals(tmp_path):
-        whole = read_pcm(str(original))
-        content = original.read_bytes()
-        cut = tmp_path / f"cut.{original.suffix}"
-        for length in [*range(0, 64, 7), *(int(share * len(content)) for share in (0.1, 0.5, 0.9, 0.99)), len(content)]:
-            cut.write_bytes(content[:length])
-            try:
-                samples = read_pcm(str(cut), 0, 4_000)
-            except AudioError as error:
-                assert length < len(content) and error.reason
-                continue
-            assert len(samples) == 4_000
-            if original.suffix not in (".opus", ".ogg", ".mp3"):  # lossy ones need the end for their length alone
-                np.testing.assert_allclose(samples, whole[:4_000], atol=1e-6)
+    total = run_mutants(tmp_path, seed, count, timeout=80 if count < 1_000 else 900)
+    assert min(total["read"], total["refused"]) > count / 5
 
 
 def odd_files(folder: Path) -> dict[str, str]:
     """Path → a word of the reason why it cannot be read."""
     speech_file = folder / "speech.wav"
     soundfile.write(speech_file, speech(48_000), SAMPLING_RATE)
-    text = b"these are words and no audio at all\n" * 200
-    found = {}
-    for name in ("text.flac", "text.wav", "text.au", "text.snd", "text.vox", "text.gsm", "text.mp3", "text.raw"):
-        (folder / name).write_bytes(text)
-        found[name] = "not audio"
+    found = {f"text.{suffix}": "not audio" for suffix in "flac wav au snd vox gsm mp3 raw".split()}
+    for name in found:
+        (folder / name).write_bytes(b"these are words and no audio at all\n" * 200)
+    found |= {"empty.wav": "empty file", "folder.wav": "is a folder", "pipe.wav": "is a pipe"}
     (folder / "empty.wav").touch()
-    found["empty.wav"] = "empty file"
     (folder / "folder.wav").mkdir()
-    found["folder.wav"] = "is a folder"
     os.mkfifo(folder / "pipe.wav")
-    found["pipe.wav"] = "is a pipe"
-    with socket.socket(socket.AF_UNIX) as listener:
-        here = os.getcwd()
-        os.chdir(folder)  # a socket's name may not be long
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(folder):  # a socket's name may not be long
         listener.bind("socket.wav")
-        os.chdir(here)
-    found["socket.wav"] = "cannot be opened"
-    (folder / "endless.wav").symlink_to("/dev/zero")
-    found["endless.wav"] = "or a device"
-    (folder / "dangling.wav").symlink_to(folder / "gone.wav")
-    found["dangling.wav"] = "does not exist"
-    (folder / "circle.wav").symlink_to(folder / "circle.wav")
-    found["circle.wav"] = "symbolic links"
-    found["speech.wav/inside.wav"] = "does not exist"
-    found["gone.wav"] = "does not exist"
-    found[f"{'long' * 100}.wav"] = "too long"
-    found["null\0.wav"] = "null"
+    found |= {"socket.wav": "cannot be opened", f"{'long' * 100}.wav": "too long", "null\0.wav": "null"}
+    links = {"endless.wav": "/dev/zero", "dangling.wav": "gone.wav", "circle.wav": "circle.wav"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    found |= {"endless.wav": "or a device", "circle.wav": "symbolic links"}
+    found |= dict.fromkeys(("dangling.wav", "gone.wav", "speech.wav/inside.wav"), "does not exist")
     soundfile.write(folder / "nothing.wav", np.zeros(0), SAMPLING_RATE)
     found["nothing.wav"] = "holds no audio"
     for value in (np.nan, np.inf, -np.inf, 3e38):
@@ -161,13 +129,6 @@ def test_a_wrong_name_is_no_obstacle(tmp_path, name, written_as):
     assert read_pcm(str(tmp_path / name), 5_000, 20_000).shape == (20_000,)
 
 
-@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000, 192_000])
-def test_eight_channels_at_any_rate(tmp_path, rate):
-    soundfile.write(tmp_path / "a.wav", speech(2 * rate, 8), rate)
-    assert probe(str(tmp_path / "a.wav")) == 32_000
-    assert read_pcm(str(tmp_path / "a.wav"), 31_000, 1_000).shape == (1_000,)
-
-
 def peak_of(path: str, start: int, num_samples: int) -> float:
     tracemalloc.start()
     try:
@@ -196,24 +157,17 @@ def test_a_flac_without_length_takes_the_memory_of_a_crop(tmp_path):
     with soundfile.SoundFile(path, "w", SAMPLING_RATE, 1) as file:
         for _ in range(20):
             file.write(np.zeros(60 * SAMPLING_RATE, np.int16))  # 38 MB once decoded
-    content = bytearray(path.read_bytes())
-    content[21] &= 0xF0
-    content[22:26] = bytes(4)
-    path.write_bytes(content)
+    set_flac_length(path, 0)
     assert peak_of(str(path), 600 * SAMPLING_RATE, 15 * SAMPLING_RATE) < 20
 
 
-@pytest.mark.parametrize("kind", ["w64", "flac", "caf", "sparse"])
+@pytest.mark.parametrize("kind", ["w64", "caf", "sparse"])
 def test_a_header_that_claims_2_40_frames_takes_no_memory(tmp_path, kind):
     path = tmp_path / f"a.{'w64' if kind == 'sparse' else kind}"
     soundfile.write(path, speech(32_000), SAMPLING_RATE, subtype="PCM_16")
     content = bytearray(path.read_bytes())
-    if kind == "flac":
-        content[21] |= 0x0F
-        content[22:26] = b"\xff\xff\xff\xff"  # 2**36 - 1: it holds no more
-    else:
-        at = content.index(b"data") + (4 if kind == "caf" else 16)
-        content[at : at + 8] = struct.pack(">q" if kind == "caf" else "<q", 1 << 41)
+    at = content.index(b"data") + (4 if kind == "caf" else 16)
+    content[at : at + 8] = struct.pack(">q" if kind == "caf" else "<q", 1 << 41)
     path.write_bytes(content)
     if kind == "sparse":
         try:
@@ -221,48 +175,11 @@ def test_a_header_that_claims_2_40_frames_takes_no_memory(tmp_path, kind):
         except OSError:
             pytest.skip("this file system holds no file of 2 TB")
     tracemalloc.start()
-    try:
-        samples = read_pcm(str(path), 16_000, 8_000)
-        assert len(samples) == 8_000
-    except AudioError as error:
-        assert error.reason
-    assert tracemalloc.get_traced_memory()[1] < 20e6
+    with contextlib.suppress(AudioError):
+        assert len(read_pcm(str(path), 16_000, 8_000)) == 8_000
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-
-
-@pytest.mark.parametrize("change", ["vanishes", "shrinks", "becomes a pipe"])
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3"])
-def test_a_file_that_changes_after_it_was_measured(tmp_path, name, change):
-    path = tmp_path / name
-    soundfile.write(path, speech(32_000), SAMPLING_RATE)
-    assert probe(str(path)) == 32_000
-    content = path.read_bytes()
-    path.unlink()
-    if change == "shrinks":
-        path.write_bytes(content[: len(content) // 3])
-    elif change == "becomes a pipe":
-        os.mkfifo(path)
-    with pytest.raises(AudioError):
-        read_pcm(str(path), 8_000, 16_000, stop=32_000)
-
-
-@pytest.mark.parametrize("claimed", [3.6, 10.0, 1e4, 1e8])
-def test_a_too_short_file_is_refused_for_every_crop(tmp_path, claimed):
-    soundfile.write(tmp_path / "a.wav", speech(48_000), SAMPLING_RATE)
-    with pytest.raises(AudioError, match="has 48000 samples .* shorter than its manifest says"):
-        read_pcm(str(tmp_path / "a.wav"), 0, 16_000, stop=round(claimed * SAMPLING_RATE))
-
-
-def test_a_longer_file_is_heard_as_its_manifest_says(tmp_path):
-    samples = speech(48_000)
-    soundfile.write(tmp_path / "a.wav", samples, SAMPLING_RATE)
-    whole = read_pcm(str(tmp_path / "a.wav"))
-    manifest = write_csv(tmp_path / "a.csv", ["a.wav"], [1.0])
-    table, skipped = load_manifest([str(manifest)], probe=probe)
-    assert (table["num_samples"][:], skipped) == ([16_000], [])
-    framing = build_framing(tiny_config(), Wav2Vec2FeatureExtractor(do_normalize=False))
-    batch = CropDataset(table, framing, seed=0)[plan_of([0], [0], [16_000])]
-    np.testing.assert_array_equal(batch.waveforms[0].numpy(), whole[:16_000])
+    assert peak < 20e6
 
 
 def plan_of(rows, starts, lengths):
