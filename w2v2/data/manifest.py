@@ -93,10 +93,10 @@ def _interpret(raw: RawTable, extras: Sequence[str], data_root: str | None) -> p
     texts = {name: _cast_text(raw, name, columns[name]) for name in ("audio", "id", *extras) if name in columns}
     written = texts.pop("audio")
     raw.refuse(pc.equal(pc.utf8_trim_whitespace(written), ""), "audio", written, "fill it in or remove the row")
-    if data_root is None:
-        marked = pc.match_substring_regex(written, ROOT_MARKER)
-        raw.refuse(marked, "audio", written, "pass --data_root with the folder that its beginning stands for")
-    written = pc.replace_substring_regex(written, ROOT_MARKER, "")
+    if pc.any(marked := pc.match_substring_regex(written, ROOT_MARKER)).as_py():
+        if data_root is None:
+            raw.refuse(marked, "audio", written, "pass --data_root with the folder that its beginning stands for")
+        written = pc.replace_substring_regex(written, ROOT_MARKER, "")
     start, num_samples = _find_extent(raw, columns)
     ids = _check_ids(raw, texts.pop("id")) if "id" in texts else _name_rows(written, start)
     audio = _resolve(raw, written, data_root)
