@@ -4,7 +4,7 @@
 
 Every audio file below the folder becomes a row `id,audio,duration`: its path without the extension, its path relative
 to the manifest, its seconds by its header. `--speaker_from_parent` adds `speaker`, `--text` adds `text`. Files that
-cannot be used are listed in OUTPUT.skipped.jsonl and left out. `--valid_fraction` makes another manifest, OUTPUT_dev.csv.
+cannot be used are listed in OUTPUT.skipped.jsonl and left out. `--valid_fraction` also makes OUTPUT_dev.csv.
 The same files and flags give the same manifests.
 """
 

@@ -25,14 +25,12 @@ _TRANSCRIPT = re.compile(r"^(?P<id>Ses\S+) \[[\d.]+-[\d.]+\]: (?P<text>.*)$")
 
 
 def find_sessions(folder: Path) -> list[Path]:
-    """Session1 … Session5; UserError where there is none, or one is missing."""
-    for root in (folder, folder / "IEMOCAP_full_release"):
-        found = [root / f"Session{number}" for number in range(1, NUM_SESSIONS + 1)]
-        if any(path.is_dir() for path in found):
-            if missing := [path.name for path in found if not path.is_dir()]:
-                raise UserError(f"{root}: has no {', '.join(missing)}: unpack all of the release")
-            return found
-    raise UserError(f"{folder}: holds no Session1 … Session5; give the folder that the archive unpacks to")
+    """Session1 … Session5 of the folder, or of IEMOCAP_full_release/ in it; UserError where one is missing."""
+    inner = folder / "IEMOCAP_full_release"
+    found = [(inner if inner.is_dir() else folder) / f"Session{number}" for number in range(1, NUM_SESSIONS + 1)]
+    if missing := [path.name for path in found if not path.is_dir()]:
+        raise UserError(f"{folder}: has no {', '.join(missing)}: give the folder that the archive unpacks to, whole")
+    return found
 
 
 def read_lines(folder: Path, pattern: re.Pattern) -> list[re.Match]:

@@ -1,4 +1,4 @@
-"""Audio that is not what it says: each file gives exactly the samples asked for, or a reason, and harms no other file."""
+"""Audio that is not what it says: each file gives exactly the samples asked for, or a reason, and harms no other."""
 
 import contextlib
 import json

@@ -38,7 +38,7 @@ def test_probabilities_sum_to_one_after_every_history(order):
 
 
 def brute_force(sentences, order, gram, num_words):
-    """p(last word | the others) straight from the text by Chen and Goodman's recursion, with nothing of the program's."""
+    """p(last word | the others) straight from the text by Chen and Goodman's recursion."""
     padded = [["<s>", *sentence, "</s>"] for sentence in sentences]
 
     @cache
