@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas
 import soundfile
 import torch
 
@@ -25,9 +28,19 @@ SHARD_SECONDS = 600
 PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow", "soundfile")
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose help shows a module's docstring as it is written."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str, reads_audio: bool = False) -> argparse.ArgumentParser:
+    """A parser whose help shows a module's docstring as it is written; `reads_audio`: with flags for a manifest."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if reads_audio:
+        parser.add_argument("--manifest", help="what pretrain.py takes as --train_data (default: synthesized audio)")
+        parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
+    return parser
+
+
+def fresh_process(start: Callable | None = None, *args) -> ProcessPoolExecutor:
+    """One new process, which calls `start` first. Its threads sleep where they wait: its CPU-seconds are work."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, args)
 
 
 # -- speech
@@ -150,23 +163,15 @@ def median_spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def spread(ratio: dict[str, float] | None) -> str:
+    """`median_spread` in words."""
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})" if ratio else ""
+
+
 def print_table(rows: Iterable[Sequence], headers: Sequence[str]) -> None:
-    """Columns as wide as they need; numbers to the right with four significant digits, text to the left."""
-    rows = list(rows)
-    cells = [list(map(str, headers)), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    is_text = [any(isinstance(value, str) for value in column) for column in zip(*rows, strict=True)]
-    for row in [cells[0], ["-" * width for width in widths], *cells[1:]]:
-        columns = zip(row, widths, is_text, strict=True)
-        print("  ".join(f"{cell:{'<' if left else '>'}{width}}" for cell, width, left in columns).rstrip())
-
-
-def _cell(value) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    """Columns as wide as they need, numbers with four significant digits."""
+    table = pandas.DataFrame(list(rows), columns=list(headers))
+    print(table.to_string(index=False, float_format=lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"))
 
 
 def print_json(values: dict) -> None:

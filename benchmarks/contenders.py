@@ -6,11 +6,11 @@ training. The stock loop shuffles them, takes a fixed number at a time, pads to 
 negatives with the functions that transformers' own example uses. Samples are noise: no kernel's time depends on them.
 """
 
+import argparse
 import importlib
 import resource
 import sys
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,34 +33,20 @@ from w2v2.train.update import build_optimizer, train_update
 NUM_UTTERANCES = 20_000
 
 
-@dataclass
-class Work:
-    """What both contenders are given."""
-
-    lengths: str  # `librispeech`, or `equal`
-    batch_seconds: float
-    micro_batch_seconds: float
-    crop_seconds: float
-    length_grid_seconds: float
-
-    def effective_batches(self) -> EffectiveBatches:
-        """The draw of utterances that both contenders follow."""
-        longest, grid = round(self.crop_seconds * SAMPLING_RATE), round(self.length_grid_seconds * SAMPLING_RATE)
-        num_samples = speech_lengths(NUM_UTTERANCES)
-        if self.lengths == "equal":
-            num_samples[:] = crop_length(np.array([longest]), longest, grid)
-        batch_samples = round(self.batch_seconds * SAMPLING_RATE)
-        return EffectiveBatches(
-            num_samples, batch_samples=batch_samples, crop_samples=longest, grid_samples=grid, seed=0
-        )
-
-
-def draw(batches: EffectiveBatches, update: int) -> Crops:
-    """The effective batch of this update."""
+def draw(args, lengths: str, update: int) -> tuple[Crops, np.ndarray]:
+    """The effective batch of this update, from utterances of `librispeech`'s lengths or `equal` ones; and those."""
+    longest, grid = round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
+    num_samples = speech_lengths(NUM_UTTERANCES)
+    if lengths == "equal":
+        num_samples[:] = crop_length(np.array([longest]), longest, grid)
+    batch_samples = round(args.batch_seconds * SAMPLING_RATE)
+    batches = EffectiveBatches(
+        num_samples, batch_samples=batch_samples, crop_samples=longest, grid_samples=grid, seed=0
+    )
     cursor = Cursor()
     for _ in range(update + 1):
         crops, cursor = batches.draw(cursor)
-    return crops
+    return crops, num_samples
 
 
 class NoiseCrops(CropDataset):
@@ -76,14 +62,15 @@ class NoiseCrops(CropDataset):
 
 
 class Contender:
-    """One side of the comparison: `prepare(work, update)` readies an update's data outside the clock, `run()` is what
-    is timed.
+    """One side of the comparison: `prepare(lengths, update)` readies an update's data outside the clock, `run()` is
+    what is timed.
 
-    `micro_batch_samples()` are those heard in the first micro-batch, `stages()` what `stages.py` times.
+    `args` are the program's flags, `flags` those of the benchmark. `micro_batch_samples()` are those heard in the
+    first micro-batch, `stages()` what `stages.py` times.
     """
 
-    def __init__(self, args: PretrainArguments, device: torch.device):
-        self.args, self.device = args, device
+    def __init__(self, args: PretrainArguments, flags: argparse.Namespace):
+        self.args, self.flags, self.device = args, flags, torch.device(flags.device)
         self.config = build_config(args)
         torch.manual_seed(0)
 
@@ -94,9 +81,9 @@ class Contender:
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
 
-    def timed_update(self, work: Work, update: int) -> dict:
+    def timed_update(self, lengths: str, update: int) -> dict:
         """Seconds, CPU-seconds, the samples of each utterance heard, and the peak of memory so far in bytes."""
-        self.prepare(work, update)
+        self.prepare(lengths, update)
         synchronize(self.device)
         cpu_started, started = time.process_time(), time.perf_counter()
         self.run()
@@ -116,9 +103,9 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Ours(Contender):
-    def __init__(self, args, device):
-        super().__init__(args, device)
-        is_cpu = device.type == "cpu"
+    def __init__(self, args, flags):
+        super().__init__(args, flags)
+        is_cpu = self.device.type == "cpu"
         if is_cpu:
             cpu.keep_freed()
         self.accelerator = Accelerator(cpu=is_cpu, mixed_precision="no" if is_cpu else "bf16")
@@ -127,9 +114,9 @@ class Ours(Contender):
         extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
         self.dataset = NoiseCrops(None, build_framing(self.config, extractor), seed=0)
 
-    def prepare(self, work, update):
-        crops = draw(work.effective_batches(), update)
-        cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(work.micro_batch_seconds * SAMPLING_RATE))
+    def prepare(self, lengths, update):
+        crops, _ = draw(self.flags, lengths, update)
+        cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(self.flags.micro_batch_seconds * SAMPLING_RATE))
         batches = [self.dataset[plan] for plan in plan_update(crops, update, Cursor(), **cut)]
         self.batches: list[PretrainBatch] = [b.pin_memory() for b in batches] if self.device.type == "cuda" else batches
         self.heard = [n for b in batches for n in b.num_samples.tolist()]
@@ -157,41 +144,37 @@ def layer_for_all_frames(module, hidden, rows, dtype, rest=None, positions=None,
 class Without(Ours):
     """This program without one of its levers (`--without`): what that one is worth in the whole update."""
 
-    # Lever → where the program has it, and what takes its place; or the flag that switches it off.
+    # Lever → where the program has it, and what takes its place.
     LEVERS = {
         "flat_convs": ("w2v2.model.pretraining", "is_flat", lambda config: False),
         "cpu_attention": ("w2v2.model.attention", "has_kernel", lambda device: True),
         "one_dnn": ("w2v2.model.cpu", "_ONE_DNN", None),
         "cheap_draws": ("w2v2.model.cpu", "draw_kept", lambda kept, p: kept.bernoulli_(1 - p)),
         "masked_last_layer": ("w2v2.model.pretraining", "layer", layer_for_all_frames),
-        "allocator": ("w2v2.model.cpu", "keep_freed", lambda: None),
-        "layerdrop_rows": ("w2v2.data.collate", "kept_rows", lambda keys, layers, p: torch.ones(layers, len(keys)) > 0),
-        "compile": ("torch_compile", False),
-        "positional_blocks": ("positional_conv", "stock"),
-        "checkpointing": ("gradient_checkpointing", False),
     }
 
-    def __init__(self, args, device, lever: str):
-        *module, name, instead = self.LEVERS[lever]
-        setattr(importlib.import_module(module[0]) if module else args, name, instead)
-        super().__init__(args, device)
+    def __init__(self, args, flags):
+        module, name, instead = self.LEVERS[flags.without]
+        setattr(importlib.import_module(module), name, instead)
+        super().__init__(args, flags)
 
 
 class Stock(Contender):
-    def __init__(self, args, device):
-        super().__init__(args, device)
-        self.model = Wav2Vec2ForPreTraining._from_config(self.config, attn_implementation="sdpa").to(device).train()
+    def __init__(self, args, flags):
+        super().__init__(args, flags)
+        model = Wav2Vec2ForPreTraining._from_config(self.config, attn_implementation="sdpa")
+        self.model = model.to(self.device).train()
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
         is_large = self.config.feat_extract_norm == "layer"
         self.extractor = Wav2Vec2FeatureExtractor(do_normalize=is_large, return_attention_mask=is_large)
 
-    def prepare(self, work, update):
-        batches = work.effective_batches()
-        utterances = np.random.default_rng(update).permutation(draw(batches, update).utterance)
-        self.heard = np.minimum(batches.num_samples[utterances], round(work.crop_seconds * SAMPLING_RATE)).tolist()
-        size = max(1, int(work.micro_batch_seconds / work.crop_seconds))
+    def prepare(self, lengths, update):
+        crops, num_samples = draw(self.flags, lengths, update)
+        utterances, longest = np.random.default_rng(update).permutation(crops.utterance), self.flags.crop_seconds
+        self.heard = np.minimum(num_samples[utterances], round(longest * SAMPLING_RATE)).tolist()
+        size = max(1, int(self.flags.micro_batch_seconds / longest))
         self.batches = []
         for first in range(0, len(self.heard), size):
             waveforms = [NoiseCrops.POOL[:n] / np.float32(32_768) for n in self.heard[first : first + size]]

@@ -16,23 +16,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from common import environment, make_parser, print_json
-from drill_runs import (
-    RECIPE,
-    Failed,
-    Life,
-    Watch,
-    changed_batches,
-    differing_bytes,
-    heard,
-    left_behind,
-    losses,
-    prepare,
-)
+from drill_runs import RECIPE, Life, Watch, changed_batches, differing_bytes, heard, left_behind, losses, prepare
 
 from w2v2.cli import run_script
 from w2v2.errors import UserError
@@ -44,6 +35,7 @@ SAVE_SECONDS = 12 * SLOW_DISK_MS / 1000  # about as long as a save takes on the 
 STAGES = ((0, 6.0), (1, 11.0), (2, 8.0))  # loader workers and --micro_batch_seconds of each stage
 MOST_LOSS_DIFFERENCE = 1e-3  # relative: rounding of sums, grown by the optimizer over the run
 QUIET = ("--no_gumbel", "--record")
+Start = Callable[..., Life]  # (output_dir, *flags) → the run
 
 
 class Aim(NamedTuple):
@@ -69,63 +61,54 @@ def draw_aims(num_kills: int, max_steps: int, start_seconds: float, rng: np.rand
     return aims
 
 
-def run_and_kill(recipe: Path, output_dir: Path, aim: Aim, record: Path, max_steps: int, deadline: float) -> str | None:
-    """A life up to its killing. Returns where the kill fell; None: it had ended before."""
-    watch = Watch(output_dir)
+def run_and_kill(life: Life, aim: Aim, max_steps: int) -> str | None:
+    """Kill a life as aimed. Returns the phase where the kill fell; None: the run had ended before."""
 
     def is_reached() -> bool:
-        return aim.phase in watch.phases(max_steps) and (watch.step >= aim.step or aim.phase == "start-up")
+        return aim.phase in life.watch.phases(max_steps) and (life.watch.step >= aim.step or aim.phase == "start-up")
 
-    with Life(recipe, output_dir, *AUTO, drilled=("--slow_disk_ms", SLOW_DISK_MS, "--record", record)) as life:
-        if not life.wait_until(is_reached, deadline):
+    with life:
+        if not life.wait_until(is_reached) or not life.sleep(aim.delay):
             return None
-        kill_at = time.monotonic() + aim.delay
-        if not life.wait_until(lambda: time.monotonic() >= kill_at, deadline):
-            return None
-        life.kill()
-    return watch.phases(max_steps)[0]
+    return life.watch.phases(max_steps)[0]
 
 
-def run_undisturbed(recipe: Path, folder: Path, deadline: float) -> float:
-    """A run in `folder/whole` from its beginning to its end. Returns the seconds before its first update."""
-    watch = Watch(folder / "whole")
-    with Life(recipe, folder / "whole", drilled=("--record", folder / "heard_whole")) as life:
-        life.wait_until(lambda: watch.phases() != ["start-up"], deadline)
-        seconds = time.monotonic() - life.started
-        life.finish(deadline)
-    return seconds
-
-
-def drill_kills(args, folder: Path, deadline: float) -> dict:
+def drill_kills(args, folder: Path, start: Start) -> dict:
     """`args.kills` kills in one run; what it left and heard, beside an undisturbed run."""
-    recipe = prepare(folder, args.manifest, args.data_root, max_steps=args.max_steps, seed=args.seed)
-    start_seconds = run_undisturbed(recipe, folder, deadline)
+    with start(folder / "whole", drilled=("--record", folder / "heard_whole")) as life:
+        life.wait_until(lambda: life.watch.phases() != ["start-up"])
+        start_seconds = time.monotonic() - life.started
+        life.finish()
     print(f"undisturbed   {args.max_steps} updates, {start_seconds:.1f} s before the first", flush=True)
-    output_dir, phases, lives, missed = folder / "killed", Counter(), [], 0
+
     aims = draw_aims(args.kills, args.max_steps, start_seconds, np.random.default_rng(args.seed))
-    while aims:
-        lives.append(folder / f"heard_{len(lives)}")
-        phase = run_and_kill(recipe, output_dir, aims[0], lives[-1], args.max_steps, deadline)
+    phases, lives, missed = Counter(), [], 0
+    while phases.total() < args.kills:
+        aim, drilled = (
+            aims[phases.total()],
+            ("--slow_disk_ms", SLOW_DISK_MS, "--record", folder / f"heard_{len(lives)}"),
+        )
+        lives.append(drilled[-1])
+        phase = run_and_kill(start(folder / "killed", *AUTO, drilled=drilled), aim, args.max_steps)
         if phase is None:  # it was faster: once more, in what is left of it
             missed += 1
             if missed > args.kills:
-                raise Failed(f"{missed} lives ended before they could be killed")
+                sys.exit(f"failed        {missed} lives ended before they could be killed")
             continue
         phases[phase] += 1
-        aim, number = aims.pop(0), phases.total()
-        print(
-            f"kill {number:3} of {args.kills}  {phase:12} (aimed at: {aim.phase}, update {aim.step} or later)",
-            flush=True,
-        )
+        print(f"kill {phases.total():3} of {args.kills}  {phase:12} (aimed at: {aim.phase}, update {aim.step} or later)",
+              flush=True)  # fmt: skip
     lives.append(folder / "heard_last")
-    with Life(recipe, output_dir, *AUTO, drilled=("--record", lives[-1])) as life:
-        life.finish(deadline)
+    with start(folder / "killed", *AUTO, drilled=("--record", lives[-1])) as life:
+        life.finish()
+
     expected = left_behind(folder / "whole", args.max_steps)
-    differing = differing_bytes(left_behind(output_dir, args.max_steps), expected)
+    differing = differing_bytes(left_behind(folder / "killed", args.max_steps), expected)
     for name, count in differing.items():
         print(f"differs       {name}: {count:,} bytes")
+    print(f"{args.kills} kills survived, {sum(differing.values())} differing bytes")
     return {
-        "kills": phases.total(),
+        "kills": args.kills,
         "differing_bytes": sum(differing.values()),
         "changed_batches": changed_batches([heard(life) for life in lives], heard(folder / "heard_whole")),
         "phases": dict(phases),
@@ -145,98 +128,81 @@ def stage_flags(stage: int) -> list:
     return [*AUTO, "--dataloader_num_workers", workers, "--micro_batch_seconds", seconds]
 
 
-def drill_world_sizes(args, folder: Path, deadline: float) -> dict:
+def drill_world_sizes(args, folder: Path, start: Start) -> dict:
     """One run whose stages have other numbers of processes, of loader workers and other micro-batches: batches and
     losses of the staged run beside those of one process, and the second stage resumed twice, with all noise on.
 
     Dropout and Gumbel noise follow the cut, so the losses are compared without them, and with the diversity loss of
     the whole effective batch.
     """
-    quiet = dict(config_name=str(folder / "quiet"), diversity_scope="effective_batch")
-    recipe = prepare(folder, args.manifest, args.data_root, max_steps=args.max_steps, seed=args.seed, **quiet)
-    with Life(recipe, folder / "whole", drilled=(*QUIET, folder / "heard_whole")) as life:
-        life.finish(deadline)
-    output_dir, lives = folder / "staged", []
-    for stage, size in enumerate(args.world_sizes):
-        record = folder / f"heard_{stage}"
-        with Life(recipe, output_dir, *stage_flags(stage), drilled=(*QUIET, record), num_processes=size) as life:
-            if stage == len(args.world_sizes) - 1:
-                life.finish(deadline)
-            else:
-                kill_after(life, output_dir, args.max_steps * (stage + 1) // len(args.world_sizes), deadline)
-        if stage == 0:
-            shutil.copytree(output_dir, folder / "fork")
+    with start(folder / "whole", drilled=(*QUIET, folder / "heard_whole")) as life:
+        life.finish()
+    staged, lives = folder / "staged", []
+    for stage, size in enumerate(args.world_sizes, start=1):
+        record, last = folder / f"heard_{stage}", args.max_steps * stage // len(args.world_sizes)
+        with start(staged, *stage_flags(stage - 1), drilled=(*QUIET, record), num_processes=size) as life:
+            if stage == len(args.world_sizes):
+                life.finish()
+            elif not life.wait_until(partial(has_made, life.watch, last)):
+                sys.exit(f"failed        the run was over before it could be killed after update {last}")
+        if stage == 1:
+            shutil.copytree(staged, folder / "fork")
         lives.append(heard(record, size))
-        print(f"stage {stage + 1}       {size} process(es), {len(lives[-1])} whole updates", flush=True)
-    pairs = list(zip(losses(output_dir), losses(folder / "whole"), strict=True))
+        print(f"stage {stage}       {size} process(es), {len(lives[-1])} whole updates", flush=True)
+
+    pairs = zip(losses(staged), losses(folder / "whole"), strict=True)
     largest = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
-    differing = resume_twice(args, recipe, folder, deadline)
+    differing = sum(resume_twice(args, folder, start).values())
+    changed = changed_batches(lives, heard(folder / "heard_whole"))
+    print(f"world sizes {' '.join(map(str, args.world_sizes))}: {changed} changed batches, losses equal to "
+          f"{largest:.1e}, resumed twice: {differing} differing bytes")  # fmt: skip
     return {
         "world_sizes": args.world_sizes,
-        "changed_batches": changed_batches(lives, heard(folder / "heard_whole")),
+        "changed_batches": changed,
         "compared_batches": sum(map(len, lives)),
         "compared_utterances": sum(batch.total() for life in lives for batch in life.values()),
         "largest_loss_difference": largest,
         "losses_differ": not largest < MOST_LOSS_DIFFERENCE,
-        "differing_bytes": sum(differing.values()),
+        "differing_bytes": differing,
         "updates": args.max_steps,
     }
 
 
-def kill_after(life: Life, output_dir: Path, step: int, deadline: float) -> None:
-    """Kill a run once it has made `step` updates and has a checkpoint to go on from."""
-    watch = Watch(output_dir)
-    if not life.wait_until(lambda: watch.phases() and watch.step >= step and watch.checkpoints(), deadline):
-        raise Failed(f"the run was over before it could be killed after update {step}")
-    life.kill()
+def has_made(watch: Watch, step: int) -> bool:
+    """Whether a run has made `step` updates and has a checkpoint to go on from."""
+    return watch.phases() != ["start-up"] and watch.step >= step and bool(watch.checkpoints())
 
 
-def resume_twice(args, recipe: Path, folder: Path, deadline: float) -> dict[str, int]:
+def resume_twice(args, folder: Path, start: Start) -> dict[str, int]:
     """The second stage from the first stage's checkpoint to the end, two times: files that differ, with their bytes."""
     flags = [*stage_flags(1), "--config_name", folder / "noisy", "--diversity_scope", "micro_batch"]
     left = []
     for name in ("once", "twice"):
         shutil.copytree(folder / "fork", folder / name)
-        with Life(recipe, folder / name, *flags, num_processes=args.world_sizes[1 % len(args.world_sizes)]) as life:
-            life.finish(deadline)
+        with start(folder / name, *flags, num_processes=args.world_sizes[1 % len(args.world_sizes)]) as life:
+            life.finish()
         left.append(left_behind(folder / name, args.max_steps))
     return differing_bytes(*left)
 
 
-# -- either of them
-
-
-def parse(argv: list[str] | None):
-    parser = make_parser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__, reads_audio=True)
     parser.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
     sizes = "numbers of processes, one after another; no kills then"
     parser.add_argument("--world_sizes", type=int, nargs="+", help=sizes)
-    parser.add_argument("--manifest", help="what pretrain.py takes as --train_data (default: synthesized audio)")
-    parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
     parser.add_argument("--max_steps", type=int, default=60, help="updates of the run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the run, and of the kills (default: %(default)s)")
     parser.add_argument("--most_minutes", type=float, default=30, help="longer is a failure (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.kills < 0 or any(size < 1 for size in args.world_sizes or []) or args.max_steps < 10:
         raise UserError("--kills must not be negative, --world_sizes at least 1 each, --max_steps at least 10")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
     started = time.monotonic()
-    drill = drill_world_sizes if args.world_sizes else drill_kills
-    with tempfile.TemporaryDirectory(prefix="crash_drill_") as folder:
-        try:
-            found = drill(args, Path(folder), started + 60 * args.most_minutes)
-        except Failed as error:
-            sys.exit(f"failed        {error}")  # status 1
-    if args.world_sizes:
-        sizes, difference = " ".join(map(str, args.world_sizes)), found["largest_loss_difference"]
-        print(f"world sizes {sizes}: {found['changed_batches']} changed batches, losses equal to {difference:.1e}, "
-              f"resumed twice: {found['differing_bytes']} differing bytes")  # fmt: skip
-    else:
-        print(f"{found['kills']} kills survived, {found['differing_bytes']} differing bytes")
+    with tempfile.TemporaryDirectory(prefix="crash_drill_") as name:
+        folder, changes = Path(name), dict(max_steps=args.max_steps, seed=args.seed)
+        if args.world_sizes:
+            changes |= dict(config_name=str(folder / "quiet"), diversity_scope="effective_batch")
+        start = partial(Life, prepare(folder, args, **changes), started + 60 * args.most_minutes)
+        found = (drill_world_sizes if args.world_sizes else drill_kills)(args, folder, start)
     print_json({"benchmark": "crash_drill", **found, "seconds": time.monotonic() - started, **environment()})
     sys.exit(bool(found["differing_bytes"] or found["changed_batches"] or found.get("losses_differ")))
 

@@ -1,6 +1,8 @@
 """What the drills share: a corpus, a tiny model, runs that are watched and killed from outside, comparisons."""
 
+import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import psutil
@@ -39,23 +42,19 @@ VALIDATION_ROWS = 8
 CPU_LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/cpu_2_processes.yaml"]
 
 
-class Failed(Exception):
-    """A run did what it must not: the drill is lost."""
-
-
 # -- what is run
 
 
-def prepare(folder: Path, manifest: str | None = None, data_root: str | None = None, **changes) -> Path:
+def prepare(folder: Path, flags: argparse.Namespace, **changes) -> Path:
     """A corpus and two tiny models, `noisy` and `quiet` (no dropout), in `folder`. Returns the recipe as a YAML file.
 
     The corpus is synthetic, or up to `SYNTHETIC_HOURS` of a manifest's. One more file can be opened but not used,
     which shows only when it is its turn, and another is absent, which shows at each start. Raises `UserError` for a
     manifest with too few rows.
     """
-    rows = make_rows(folder / "audio", SYNTHETIC_HOURS, manifest, data_root)
+    rows = make_rows(folder / "audio", SYNTHETIC_HOURS, flags.manifest, flags.data_root)
     if len(rows) < 2 * VALIDATION_ROWS:
-        raise UserError(f"--manifest {manifest}: {len(rows)} utterances of {SYNTHETIC_HOURS} h in all are too few; "
+        raise UserError(f"--manifest {flags.manifest}: {len(rows)} utterances of {SYNTHETIC_HOURS} h in all are too few; "
                         f"give {2 * VALIDATION_ROWS} shorter ones at least")  # fmt: skip
     damaged, absent = folder / "damaged.wav", folder / "absent.wav"
     soundfile.write(damaged, np.full(3 * SAMPLING_RATE, np.nan), SAMPLING_RATE, subtype="FLOAT")
@@ -73,14 +72,21 @@ def prepare(folder: Path, manifest: str | None = None, data_root: str | None = N
 
 
 class Life:
-    """One run of pretrain.py up to its end or its killing; its output goes to a log beside `output_dir`."""
+    """One run of pretrain.py, killed where its `with` block ends before it does. Its output goes to a log beside
+    `output_dir`.
 
-    def __init__(self, recipe: Path, output_dir: Path, *flags, drilled: Sequence = (), num_processes: int = 1):
+    It ends this program with status 1 if the run fails, or is still going at `deadline` (of `time.monotonic`).
+    """
+
+    def __init__(
+        self, recipe: Path, deadline: float, output_dir: Path, *flags, drilled: Sequence = (), num_processes: int = 1
+    ):
         launcher = [*CPU_LAUNCHER, "--num_processes", num_processes] if num_processes > 1 else []
         command = [sys.executable, *launcher, ROOT / "benchmarks/drilled.py", *drilled, "--", recipe]
         command = list(map(str, [*command, "--output_dir", output_dir, *flags]))
         environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        self.log, self.started = Path(f"{output_dir}.log"), time.monotonic()
+        self.watch, self.log = Watch(output_dir), Path(f"{output_dir}.log")
+        self.deadline, self.started = deadline, time.monotonic()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -90,30 +96,9 @@ class Life:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.process.poll() is None:
-            self.kill()
-
-    def wait_until(self, happened: Callable[[], bool], deadline: float, pause: float = 0.002) -> bool:
-        """Wait until something has happened; False when the run ended before.
-
-        Raises `Failed` if it ends with an error, and at `deadline` (of `time.monotonic`).
-        """
-        while (status := self.process.poll()) is None:
-            if happened():
-                return True
-            if time.monotonic() > deadline:
-                raise Failed(f"the time was up:\n{self.log.read_text()[-8000:]}")
-            time.sleep(pause)
-        if status:
-            raise Failed(f"pretrain.py ended with status {status}:\n{self.log.read_text()[-8000:]}")
-        return False
-
-    def finish(self, deadline: float) -> None:
-        """Wait for its end."""
-        self.wait_until(lambda: False, deadline, pause=0.05)
-
-    def kill(self) -> None:
         """SIGKILL to the process and its descendants, workers and ranks; returns when none runs any more."""
+        if self.process.poll() is not None:
+            return
         main = psutil.Process(self.process.pid)
         family = [main, *main.children(recursive=True)]
         with contextlib.suppress(ProcessLookupError):
@@ -124,6 +109,31 @@ class Life:
         self.process.wait()
         while any(map(is_alive, family)):
             time.sleep(0.002)
+
+    def wait_until(self, happened: Callable[[], bool]) -> bool:
+        """Wait until something has happened; False when the run ended before."""
+        while (status := self.process.poll()) is None:
+            if happened():
+                return True
+            if time.monotonic() > self.deadline:
+                self.fail("the time was up")
+            time.sleep(0.002)
+        if status:
+            self.fail(f"pretrain.py ended with status {status}")
+        return False
+
+    def sleep(self, seconds: float) -> bool:
+        """Wait for these seconds; False when the run ended before."""
+        until = time.monotonic() + seconds
+        return self.wait_until(lambda: time.monotonic() >= until)
+
+    def finish(self) -> None:
+        """Wait for its end."""
+        self.wait_until(lambda: False)
+
+    def fail(self, why: str) -> NoReturn:
+        """End the drill with status 1 and what the run has printed."""
+        sys.exit(f"failed        {why}:\n{self.log.read_text()[-8000:]}")
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -140,20 +150,16 @@ class Watch:
     """Looks into a run's folder from outside; what an earlier life left does not count until this one has begun."""
 
     def __init__(self, output_dir: Path):
-        self.output_dir, self.metrics = output_dir, output_dir / "metrics.jsonl"
-        self.at_start = self.seen = self.signature()
+        self.output_dir = output_dir
+        self.at_start, self.saved_before = self.records(), self.checkpoints()
         self.step = self.evaluated = 0  # last update logged, and last one that a validation was logged for
-        self.saved_before = self.checkpoints()
 
     def phases(self, max_steps: int = 0) -> list[str]:
         """The phases that the run may be in, the narrowest first; `start-up` before it has written its first line."""
-        signature = self.signature()
-        if signature == self.at_start:
+        if (records := self.records()) == self.at_start:
             return ["start-up"]
-        if signature != self.seen:
-            self.seen, records = signature, read_lines(self.metrics)
-            self.step = max((r["step"] for r in records if "loss" in r), default=0)
-            self.evaluated = max((r["step"] for r in records if "eval_loss" in r), default=0)
+        self.step = max((r["step"] for r in records if "loss" in r), default=0)
+        self.evaluated = max((r["step"] for r in records if "eval_loss" in r), default=0)
         names, steps = os.listdir(self.output_dir), self.checkpoints()
         has_saved = steps[-1:] > self.saved_before[-1:]
         found = {
@@ -166,16 +172,12 @@ class Watch:
         }
         return [phase for phase, is_in in found.items() if is_in]
 
+    def records(self) -> list[dict]:
+        return read_lines(self.output_dir / "metrics.jsonl")
+
     def checkpoints(self) -> list[int]:
         """Steps of the finished checkpoints, in rising order."""
-        names = [path.name.removeprefix("checkpoint-") for path in self.output_dir.glob("checkpoint-*")]
-        return sorted(int(name) for name in names if name.isdigit())
-
-    def signature(self) -> tuple | None:
-        """Changes with every line of the metrics, and when they are cut back."""
-        with contextlib.suppress(FileNotFoundError):
-            status = self.metrics.stat()
-            return status.st_ino, status.st_size, status.st_mtime_ns
+        return sorted(int(path.name.removeprefix("checkpoint-")) for path in self.output_dir.glob("checkpoint-*"))
 
 
 # -- what it heard and left
@@ -200,18 +202,15 @@ def differing_bytes(found: dict[str, bytes], expected: dict[str, bytes]) -> dict
     """How many bytes of each file differ; bytes that only one side has do."""
     counts = {}
     for name in sorted(found.keys() | expected.keys()):
-        ours, theirs = found.get(name, b""), expected.get(name, b"")
-        differ = sum(a != b for a, b in zip(ours, theirs, strict=False)) if ours != theirs else 0
-        counts[name] = differ + abs(len(ours) - len(theirs))
+        pairs = itertools.zip_longest(found.get(name, b""), expected.get(name, b""))
+        counts[name] = sum(ours != theirs for ours, theirs in pairs)
     return {name: count for name, count in counts.items() if count}
 
 
 def heard(folder: Path, num_ranks: int = 1) -> dict[int, Counter]:
     """Update → what all ranks together heard in it, of one life; updates that a kill left incomplete are left out."""
     lines = [line for rank in range(num_ranks) for line in read_lines(folder / f"rank{rank}.jsonl")]
-    updates: dict[int, list[dict]] = {}
-    for line in lines:
-        updates.setdefault(line["update"], []).append(line)
+    updates = {line["update"]: [other for other in lines if other["update"] == line["update"]] for line in lines}
     whole = {n: own for n, own in updates.items() if len(own) == num_ranks * own[0]["num_rounds"]}
     return {n: Counter(digest for line in own for digest in line["heard"]) for n, own in whole.items()}
 

@@ -9,7 +9,6 @@ is a run of update.py or loader.py in a process of its own. One that fails (out 
 others go on; none begins when the time is nearly up.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -62,82 +61,42 @@ def command(step: Step, dry_run: bool) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name(step.script)), *shlex.split(flags)]
 
 
-def run(step: Step, dry_run: bool, seconds: float) -> dict | str:
-    """What the step's last line says, or why there is none."""
+def run(step: Step, dry_run: bool, seconds: float) -> tuple[str, bool]:
+    """The tables that a step printed, or why there are none; and whether it went well."""
+    if seconds <= 5:
+        return "not begun: the time was up", False
     try:
         done = subprocess.run(command(step, dry_run), capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return "stopped: the time was up"
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return f"failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
-    return json.loads(lines[-1])
-
-
-def update_rows(step: Step, found: dict | str) -> list[list[str]]:
-    """Rows of the table of updates."""
-    if isinstance(found, str):
-        return [[step.title, found, *[""] * 5]]
-    rows = []
-    for result in found["results"]:
-        for side in ("stock", "ours"):
-            if one := result.get(side):
-                ratio = result.get("ratio") if side == "ours" else None
-                spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})" if ratio else ""
-                speed, use = one["audio_seconds_per_second"]["median"], one["mfu"]
-                use = f"{use:.1%}" if use else f"{one['tflops']:.3g} TFLOP/s"
-                rows.append(
-                    [step.title, result["lengths"], side, f"{speed:,.0f}", spread, f"{one['peak_gb']:.1f}", use]
-                )
-    return rows
-
-
-def markdown(headers: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [headers, ["---"] * len(headers), *rows])
-
-
-def section(done: list[tuple[Step, dict | str]]) -> str:
-    """The session as Markdown."""
-    here = environment()
-    versions = ", ".join(f"{name} {number}" for name, number in here["versions"].items())
-    parts = [f"## {here['date'][:10]}, {here['gpu'] or here['cpu']}\n", f"`{here['command']}`; {versions}.\n"]
-    rows = [row for step, found in done if step.script == "update.py" for row in update_rows(step, found)]
-    parts.append(markdown(["step", "lengths", "side", "audio-s/s", "ratio (min–max)", "peak GB", "MFU"], rows))
-    for step, found in done:
-        if isinstance(found, dict) and (stages := found.get("stages")):
-            names = next(iter(stages.values()))
-            rows = [[name, *(f"{table[name]:,.1f}" for table in stages.values())] for name in names]
-            parts.append(f"\n{step.title}: µs for each second of audio, forward and backward\n")
-            parts.append(markdown(["stage", *stages], rows))
-        if step.script == "loader.py":
-            keys = ("pcm_over_flac", "wait_fraction")
-            said = found if isinstance(found, str) else ", ".join(f"{key} {found[key]:.3g}" for key in keys)
-            parts.append(f"\n{step.title}: {said}")
-    return "\n".join(parts) + "\n"
+        return "stopped: the time was up", False
+    if done.returncode:
+        return f"failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}", False
+    return done.stdout.strip().rpartition("\n")[0].strip(), True  # the last line is JSON
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU, nothing written")
-    parser.add_argument(
-        "--minutes", type=float, default=9.5, help="no step begins after this, a running one is stopped"
-    )
+    until = "no step begins after this, a running one is stopped"
+    parser.add_argument("--minutes", type=float, default=9.5, help=until)
     output = ROOT / "docs" / "performance.md"
     parser.add_argument("--output", type=Path, default=output, help="where to append (default: %(default)s)")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no GPU is at hand: --dry_run tries the steps on the CPU")
-    deadline, done = time.monotonic() + 60 * args.minutes, []
-    before = args.output.read_text(encoding="utf-8").rstrip() + "\n\n" if args.output.exists() else ""
+    deadline, here, all_went_well = time.monotonic() + 60 * args.minutes, environment(), True
+    versions = ", ".join(f"{name} {number}" for name, number in here["versions"].items())
+    parts = [f"\n## {here['date'][:10]}, {here['gpu'] or here['cpu']}\n\n`{here['command']}`; {versions}.\n"]
     for step in steps():
-        left = deadline - time.monotonic()
-        found = run(step, args.dry_run, left) if left > 5 else "not begun: the time was up"
-        print(f"{step.title}: {found if isinstance(found, str) else 'done'}", flush=True)
-        done.append((step, found))
+        tables, went_well = run(step, args.dry_run, deadline - time.monotonic())
+        all_went_well &= went_well
+        parts.append(f"\n**{step.title}** (`{step.script} {step.flags}`)\n\n```\n{tables}\n```\n")
         if not args.dry_run:  # after every step, so that nothing measured is lost
-            args.output.write_text(before + section(done), encoding="utf-8")
-    print("\n" + section(done))
-    sys.exit(any(isinstance(found, str) for _, found in done))
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write("".join(parts))
+        print("".join(parts), end="", flush=True)
+        parts = []
+    sys.exit(not all_went_well)
 
 
 if __name__ == "__main__":

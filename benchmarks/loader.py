@@ -17,20 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import numpy as np
+import pandas
 import torch
-from common import (
-    ROOT,
-    environment,
-    make_parser,
-    make_rows,
-    median_spread,
-    print_json,
-    print_table,
-    read_lines,
-    write_files,
-    write_shards,
-)
 
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import run_script
@@ -42,21 +32,12 @@ from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.errors import UserError
 from w2v2.model.config import build_config
 from w2v2.model.loading import build_feature_extractor, build_framing
+from w2v2.train.log import read_metrics
 from w2v2.train.plan import build_batches
 
 FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}  # as libsndfile names them
 COMPARED = ("flac", "packed")
 LEAST_SECONDS = 0.2  # of processor time that a figure is taken from
-SETTINGS = (
-    "manifest",
-    "pairs",
-    "num_workers",
-    "updates",
-    "config_name",
-    "device",
-    "batch_hours",
-    "micro_batch_seconds",
-)
 
 
 # -- reading
@@ -67,30 +48,20 @@ class Source:
 
     def __init__(self, utterances: Utterances, framing: Framing):
         self.audio, self.starts = list(utterances.table["audio"]), list(utterances.table["start"])
-        self.num_samples, self.utterances = utterances.num_samples, utterances
-        self.dataset = CropDataset(utterances.table, framing, seed=0)
+        self.utterances, self.dataset = utterances, CropDataset(utterances.table, framing, seed=0)
 
     def read_files(self) -> None:
-        for audio, start, num_samples in zip(self.audio, self.starts, self.num_samples.tolist(), strict=True):
-            read_pcm(audio, round(start * SAMPLING_RATE), num_samples)
-
-    def read_crops(self, plan: MicroBatchPlan) -> list[np.ndarray]:
-        columns = zip(*(column.tolist() for column in plan.crops), strict=True)
-        return [read_pcm(self.audio[u], round(self.starts[u] * SAMPLING_RATE) + start, n) for u, _, start, n in columns]
+        for audio, start, n in zip(self.audio, self.starts, self.utterances.num_samples.tolist(), strict=True):
+            read_pcm(audio, round(start * SAMPLING_RATE), n)
 
     def stack_crops(self, plan: MicroBatchPlan) -> torch.Tensor:
         """From files to one micro-batch of samples in memory, (B, S)."""
-        return pad(self.read_crops(plan))
-
-    def whole_batches(self, plan: MicroBatchPlan):
-        """All that a worker does: `CropDataset` with its masks."""
-        return self.dataset[plan]
+        columns = zip(*(column.tolist() for column in plan.crops), strict=True)
+        starts = self.starts
+        return pad([read_pcm(self.audio[u], round(starts[u] * SAMPLING_RATE) + start, n) for u, _, start, n in columns])
 
     def megabytes_per_hour(self) -> float:
         return sum(map(os.path.getsize, set(self.audio))) / 1e6 / self.utterances.hours
-
-
-WAYS = ("read_crops", "stack_crops", "whole_batches")
 
 
 def cpu_seconds(work: Callable, items: list) -> float:
@@ -104,30 +75,27 @@ def cpu_seconds(work: Callable, items: list) -> float:
 
 
 def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: int) -> tuple[dict, dict]:
-    """Every format's figures on the same `pairs` effective batches, in turns, and packed over FLAC by way."""
+    """Every format's figures on the same `pairs` effective batches, in turns, and packed over FLAC."""
     batches, cursor = build_batches(sources["packed"].utterances, args), Cursor()
-    took = {(name, way): [] for name in sources for way in WAYS}
-    heard, num_crops = 0.0, 0
+    took, heard, num_crops = {name: [] for name in sources}, 0.0, 0
     whole = {name: cpu_seconds(lambda source: source.read_files(), [source]) for name, source in sources.items()}
     for pair in range(pairs):
         crops, cursor = batches.draw(cursor)
         plans = plan_update(crops, pair, cursor, **cut(args))
         heard += int(crops.num_samples.sum()) / SAMPLING_RATE
         num_crops += len(crops.utterance)
-        for way in WAYS:
-            for name in list(sources)[:: 1 if pair % 2 else -1]:
-                took[name, way].append(cpu_seconds(getattr(sources[name], way), plans))
-    formats = {}
-    for name, source in sources.items():
-        spent = {way: sum(took[name, way]) for way in WAYS}
-        formats[name] = {
+        for name in list(sources)[:: 1 if pair % 2 else -1]:
+            took[name].append(cpu_seconds(sources[name].stack_crops, plans))
+    formats = {
+        name: {
             "megabytes_per_hour": source.megabytes_per_hour(),
             "whole_files": 3600 * source.utterances.hours / whole[name],
-            **{way: heard / spent[way] for way in WAYS},
-            "microseconds_per_crop": {way: 1e6 * spent[way] / num_crops for way in WAYS},
-            "decoding_share": min(1.0, spent["read_crops"] / spent["whole_batches"]),
+            "stack_crops": heard / sum(took[name]),
+            "microseconds_per_crop": 1e6 * sum(took[name]) / num_crops,
         }
-    return formats, {way: median_spread(np.divide(took["flac", way], took["packed", way])) for way in WAYS}
+        for name, source in sources.items()
+    }
+    return formats, common.median_spread(np.divide(took["flac"], took["packed"]))
 
 
 def cut(args: PretrainArguments) -> dict[str, int]:
@@ -160,21 +128,22 @@ def measure_waiting(manifest: str, flags, folder: Path) -> dict:
         batch_hours=flags.batch_hours, micro_batch_seconds=flags.micro_batch_seconds,
         dataloader_num_workers=flags.num_workers, use_cpu=flags.device == "cpu",
     )  # fmt: skip
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    command = [
+        sys.executable,
+        str(common.ROOT / "pretrain.py"),
+        *(f"--{name}={value}" for name, value in values.items()),
+    ]
     precision = {} if flags.device == "cpu" else {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    run = subprocess.run(
-        [sys.executable, ROOT / "pretrain.py", *words], env=precision | os.environ, capture_output=True
-    )
+    run = subprocess.run(command, env=precision | os.environ, capture_output=True, text=True)
     if run.returncode:
-        raise UserError(f"pretrain.py: {run.stderr.decode().strip().splitlines()[-1]}")
-    records = read_lines(folder / "metrics.jsonl")[1:]  # in the first update the workers start
-    heard = np.array([3600 * record["batch_hours"] for record in records])
-    took = heard / [record["audio_seconds_per_second"] for record in records]
-    waited = np.array([record["data_wait_fraction"] for record in records])
+        raise UserError(f"pretrain.py: {run.stderr.strip().splitlines()[-1]}")
+    updates = pandas.DataFrame(read_metrics(folder / "metrics.jsonl")[1:])  # in the first one the workers start
+    heard, waited = 3600 * updates["batch_hours"], updates["data_wait_fraction"]
+    took = heard / updates["audio_seconds_per_second"]
     return {
         "audio_seconds_per_second": heard.sum() / took.sum(),
-        "wait_fraction": (waited * took).sum() / took.sum(),
-        "wait_fraction_spread": median_spread(waited),
+        "wait_fraction": np.average(waited, weights=took),
+        "wait_fraction_spread": common.median_spread(waited),
     }
 
 
@@ -192,39 +161,34 @@ def measure(flags, folder: Path) -> dict:
     )  # fmt: skip
     config = build_config(args)
     framing = build_framing(config, build_feature_extractor(args, config))
-    rows = make_rows(folder / "wav", flags.hours, flags.manifest, flags.data_root)
-    manifests = {name: write_files(rows, folder, *kind) for name, kind in FORMATS.items()}
-    manifests["packed"] = write_shards(rows, folder)
+    rows = common.make_rows(folder / "wav", flags.hours, flags.manifest, flags.data_root)
+    manifests = {name: common.write_files(rows, folder, *kind) for name, kind in FORMATS.items()}
+    manifests["packed"] = common.write_shards(rows, folder)
     sources = {name: Source(load_utterances([path], args, framing)[0], framing) for name, path in manifests.items()}
     hours, num_utterances = sources["packed"].utterances.hours, len(sources["packed"].audio)
     args.batch_hours = min(args.batch_hours, hours)
     print(f"{hours:.2f} hours in {num_utterances:,} utterances\n\nSeconds of audio per second of processor time")
-    formats, ratios = compare_reading(sources, args, flags.pairs)
-    columns = ["megabytes_per_hour", "whole_files", *WAYS, "decoding_share"]
-    print_table([[name, *(found[column] for column in columns)] for name, found in formats.items()], ["", *columns])
-    print(f"\nPacked over FLAC, {flags.pairs} effective batches")
-    print_table([[way, *ratio.values()] for way, ratio in ratios.items()], ["", "median", "least", "most"])
-
+    formats, ratio = compare_reading(sources, args, flags.pairs)
+    common.print_table([[name, *found.values()] for name, found in formats.items()], ["", *formats["packed"]])
+    print(f"\nPacked over FLAC, {flags.pairs} effective batches: {common.spread(ratio)}")
     waiting = {name: measure_waiting(manifests[name], flags, folder / f"run_{name}") for name in COMPARED}
     print(f"\n{flags.updates} updates of {flags.config_name} on the {flags.device}, {flags.num_workers} worker(s)")
     rows = [[name, found["audio_seconds_per_second"], found["wait_fraction"]] for name, found in waiting.items()]
-    print_table(rows, ["", "audio s / s", "share of the time spent waiting"])
+    common.print_table(rows, ["", "audio s / s", "share of the time spent waiting"])
     transfer = {name: measure_transfer(sources[name], args) for name in COMPARED} if on_gpu else None
     return {
-        "pcm_over_flac": ratios["stack_crops"]["median"],
+        "pcm_over_flac": ratio["median"],
         "wait_fraction": waiting["packed"]["wait_fraction"],
-        "packed_over_flac": ratios,
+        "packed_over_flac": {"stack_crops": ratio},
         "waiting": waiting,
         "audio_seconds_per_cpu_second": formats,
         "files_to_gpu": transfer,
-        "settings": {name: getattr(flags, name) for name in SETTINGS} | {"hours": hours, "utterances": num_utterances},
+        "settings": vars(flags) | {"hours": hours, "utterances": num_utterances},
     }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--manifest", help="what pretrain.py takes as --train_data (default: synthesized audio)")
-    parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
+    parser = common.make_parser(__doc__, reads_audio=True)
     parser.add_argument("--hours", type=float, default=0.5, help="most audio that is used (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="effective batches to compare on (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="of the DataLoader (default: %(default)s)")
@@ -242,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as folder:
         values = measure(flags, Path(folder))
     print(f"\npcm_over_flac {values['pcm_over_flac']:.1f}; wait_fraction {values['wait_fraction']:.4f}")
-    print_json({"benchmark": "loader", **values, **environment()})
+    common.print_json({"benchmark": "loader", **values, **common.environment()})
 
 
 if __name__ == "__main__":

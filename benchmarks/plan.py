@@ -5,25 +5,38 @@ to batch.
 
 The lengths are synthetic, shaped like LibriSpeech's 960 hours. Recipe of BASE: an effective batch of 1.6 h, crops of
 at most 15.38 s on a grid of 0.32 s, 200 s in a micro-batch. Every time is of fresh processes, which have imported
-everything and read the lengths, but not planned anything yet. Memory is the growth of the peak resident set in a
-process of its own, lengths included, the manifest left out.
+everything and read the lengths, but not planned anything yet. Memory is what Python and NumPy have allocated, lengths
+included, the manifest left out.
+
+The rivals take a fixed number of utterances to a micro-batch, with the settings that bring an update to the same
+hours. *Random padding* takes them in shuffled order. *Length grouping* does as `group_by_length` of transformers:
+shuffled utterances are cut into megabatches of 50 times the rows of a device's update, each sorted by length.
 """
 
-import json
-import subprocess
-import sys
+import math
 import tempfile
 import time
-from argparse import SUPPRESS
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from common import LIBRISPEECH, environment, make_parser, median_spread, print_json, print_table, speech_lengths
-from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets
+import pandas
+from common import (
+    LIBRISPEECH,
+    environment,
+    fresh_process,
+    make_parser,
+    median_spread,
+    print_json,
+    print_table,
+    speech_lengths,
+)
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
+from w2v2.data.cutting import cut, deal, padded_sizes
 from w2v2.data.utterances import Utterances
 from w2v2.train.plan import build_batches, identity, make_plan
 
@@ -34,111 +47,127 @@ RECIPE = SimpleNamespace(
 )  # fmt: skip
 BUDGET = round(RECIPE.micro_batch_seconds * SAMPLING_RATE)
 BATCH = round(RECIPE.batch_hours * 3600 * SAMPLING_RATE)
+MEGABATCH = 50  # in updates
+Step = list[np.ndarray]
 RANKS = (1, 8, 64)
 SHORT = {LIBRISPEECH: "281k", 10_000_000: "10m", 100_000_000: "100m"}
-
-
-def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--scales", type=int, nargs="+", default=list(SHORT), help="numbers of utterances")
-    parser.add_argument("--trials", type=int, default=5, help="fresh processes that each time is taken in")
-    parser.add_argument("--updates", type=int, default=580, help="updates measured; 580 are about an epoch of 960 h")
-    parser.add_argument("--trial", nargs=2, metavar=("KIND", "FILE"), help=SUPPRESS)
-    args = parser.parse_args()
-    if args.trial:
-        kind, file = args.trial
-        print(json.dumps({"times": take_times, "memory": measure_memory}[kind](np.load(file))))
-        return
-    scales = {n: measure_scale(n, args.trials) for n in args.scales}
-    lengths = speech_lengths(LIBRISPEECH)
-    ways = compare_ways(lengths, args.updates)
-    report(scales, lengths, ways)
-    print_json(summary(scales, lengths, ways))
 
 
 # -- cost
 
 
 def measure_scale(n: int, num_trials: int) -> dict:
-    """`take_times` of fresh processes as medians with their spread, and `measure_memory` per utterance."""
+    """Seconds to the first update of fresh processes as median with spread, and bytes an utterance."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "lengths.npy")
         np.save(file, speech_lengths(n))
-        trials = [run_trial("times", file) for _ in range(num_trials)]
-        found = {name: median_spread([trial[name] for trial in trials]) for name in trials[0]}
-        return found | {f"{name}_bytes": size / n for name, size in run_trial("memory", file).items()}
+        trials = [run_fresh(time_first_update, file) for _ in range(num_trials)]
+        return {"first_update": median_spread(trials), "peak_bytes": run_fresh(measure_memory, file) / n}
 
 
-def run_trial(kind: str, file: Path) -> dict:
-    command = [sys.executable, __file__, "--trial", kind, str(file)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def run_fresh(measurement: Callable[[Path], float], file: Path) -> float:
+    with fresh_process() as process:
+        return process.submit(measurement, file).result()
 
 
-def take_times(lengths: np.ndarray) -> dict:
-    """Of one process: the first update, then everything else that a run asks of its plan."""
-    data, start = Utterances(None, lengths, {}), time.perf_counter()
-    batches = build_batches(data, RECIPE)
-    plan_one(batches, Cursor(), num_ranks=8)
-    found = {"first_update": time.perf_counter() - start}
-    found["identity"] = seconds(lambda: identity(RECIPE, data))
-    found["make_plan"] = seconds(lambda: make_plan(data, batches, RECIPE, 8, RECIPE.micro_batch_seconds))
-    # Random places, far into a run: a resume costs no more than the next update.
-    rng = np.random.default_rng(0)
-    cursors = [Cursor(int(rng.integers(1_000)), int(rng.integers(len(lengths)))) for _ in range(50)]
-    draws = [1e3 * seconds(lambda cursor=cursor: batches.draw(cursor)) for cursor in cursors]
-    found |= {"cursor_ms": float(np.median(draws)), "cursor_ms_worst": max(draws)}
-    return found | {f"update_ms_{ranks}": update_ms(batches, ranks) for ranks in RANKS}
-
-
-def seconds(action) -> float:
+def time_first_update(file: Path) -> float:
+    lengths = np.load(file)
     start = time.perf_counter()
-    action()
+    plan_first_update(lengths)
     return time.perf_counter() - start
 
 
-def plan_one(batches: EffectiveBatches, cursor: Cursor, num_ranks: int) -> Cursor:
-    """Draw one update and cut it; returns where the next begins."""
-    crops, cursor = batches.draw(cursor)
-    plan_update(crops, 0, cursor, rank=0, num_ranks=num_ranks, micro_batch_samples=BUDGET)
-    return cursor
+def measure_memory(file: Path) -> int:
+    """Bytes allocated at the peak of all that a run asks of its plan, lengths included."""
+    plan_run(np.load(file)[::100].copy())  # what the libraries keep for themselves is not counted
+    tracemalloc.start()
+    plan_run(np.load(file))
+    return tracemalloc.get_traced_memory()[1]
 
 
-def update_ms(batches: EffectiveBatches, num_ranks: int, count: int = 30) -> float:
-    cursor, start = Cursor(), time.perf_counter()
-    for _ in range(count):
-        cursor = plan_one(batches, cursor, num_ranks)
-    return 1e3 * (time.perf_counter() - start) / count
-
-
-def measure_memory(lengths: np.ndarray) -> dict:
-    """Growth of the resident set while everything is planned, at its peak and afterwards, in bytes (lengths
-    included). Linux alone.
-
-    The same is done with a hundredth part first, so that what the libraries need for themselves is not counted.
-    """
-    plan_everything(lengths[::100].copy())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS") - lengths.nbytes
-    held = plan_everything(lengths)
-    return {"peak": status("VmHWM") - before, "steady": status("VmRSS") - before, "arrays": held.num_samples.nbytes}
-
-
-def plan_everything(lengths: np.ndarray) -> EffectiveBatches:
-    data = Utterances(None, lengths, {})
-    batches = build_batches(data, RECIPE)
-    identity(RECIPE, data)
-    make_plan(data, batches, RECIPE, 8, RECIPE.micro_batch_seconds)
-    plan_one(batches, Cursor(7, len(lengths) // 2), num_ranks=8)
+def plan_first_update(lengths: np.ndarray) -> EffectiveBatches:
+    batches = build_batches(Utterances(None, lengths, {}), RECIPE)
+    crops, cursor = batches.draw(Cursor())
+    plan_update(crops, 0, cursor, rank=0, num_ranks=8, micro_batch_samples=BUDGET)
     return batches
 
 
-def status(name: str) -> int:
-    """A line of this process's status, in bytes; the peak of `getrusage` would begin at the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+def plan_run(lengths: np.ndarray) -> None:
+    data, batches = Utterances(None, lengths, {}), plan_first_update(lengths)
+    identity(RECIPE, data)
+    make_plan(data, batches, RECIPE, 8, RECIPE.micro_batch_seconds)
 
 
 # -- quality
+
+
+# A step is a list of micro-batches, each the lengths (in samples) of its rows; the first `num_ranks` of them are one
+# round, and so on.
+
+
+def effective_batches(batches: EffectiveBatches, num_ranks: int, budget: int, num_steps: int) -> Iterator[Step]:
+    """Ours: one draw an update, cut and dealt. Dummies are rows of the shortest, marked by a negative length."""
+    cursor = Cursor()
+    for _ in range(num_steps):
+        crops, cursor = batches.draw(cursor)
+        lengths = np.sort(crops.num_samples)[::-1]
+        rounds, pieces = cut(lengths, num_ranks, budget)
+        rows = [lengths[piece] for piece in pieces] + [-lengths[-1:]] * (rounds * num_ranks - len(pieces))
+        dealt = deal(padded_sizes(lengths, pieces, len(rows)), num_ranks)
+        yield [rows[piece] for piece in dealt.T.ravel()]
+
+
+def fixed_counts(lengths: np.ndarray, num_ranks: int, budget: int, batch_samples: int, grouped: bool) -> Iterator[Step]:
+    """Random padding, or length grouping: the most rows that always fit, in as many rounds as the update needs."""
+    rows = batch_samples / lengths.mean() / num_ranks  # of a device in an update
+    rounds = math.ceil(rows * lengths.max() / budget)
+    count = round(rows / rounds)
+    order = np.random.default_rng(0).permutation(len(lengths))
+    if grouped:
+        parts = np.split(order, range(MEGABATCH * count * rounds, len(order), MEGABATCH * count * rounds))
+        order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    size = rounds * num_ranks  # micro-batches of an update
+    num_steps = len(order) // (count * size)  # the rest is no whole update
+    for step in order[: num_steps * count * size].reshape(num_steps, size, count):
+        yield list(lengths[step])
+
+
+def measure(steps: Iterator[Step], num_ranks: int) -> dict[str, float]:
+    """What the steps of a way of batching are like.
+
+    - `padded_fraction`: padding among the samples of all micro-batches, dummies left out.
+    - `rank_imbalance`: 1 − mean / max over the ranks of what each computes in an update, in padded samples with
+      dummies, averaged over updates: the share of device time spent waiting where ranks wait for each other once an
+      update, as under DDP.
+    - `round_imbalance`: the same of every round, for where they wait at each micro-batch, as under FSDP.
+    - `idle_or_padding`: both together, 1 − speech / (ranks × busiest rank's padded samples).
+    - `hours_spread`, `hours_deviation`: largest minus smallest update, and standard deviation, in hours.
+    - `alikeness`: variance over the updates of their mean utterance length, over what as many random draws of one
+      utterance give; 1 is a random draw, above it the utterances of an update are alike.
+    """
+    updates, real_rows = [], []
+    for step in steps:
+        real = np.concatenate([rows for rows in step if rows[0] > 0])
+        sizes = np.array([len(rows) * int(np.abs(rows).max()) for rows in step]).reshape(-1, num_ranks)
+        load, heard = sizes.sum(0), int(real.sum(dtype=np.int64))  # (ranks,) samples that each computes
+        updates.append(dict(
+            micro_batches=len(sizes), heard=heard, padded=sizes.sum() + sum(int(rows[0]) for rows in step if rows[0] < 0),
+            rank_imbalance=1 - load.mean() / load.max(), round_imbalance=np.mean(1 - sizes.mean(1) / sizes.max(1)),
+            idle_or_padding=1 - heard / (num_ranks * load.max()), mean_length=real.mean(), by_chance=1 / len(real),
+        ))  # fmt: skip
+        real_rows.append(real)
+    table = pandas.DataFrame(updates)
+    hours, mean = table["heard"] / SAMPLING_RATE / 3600, table.mean()
+    return {
+        "updates": len(table),
+        "micro_batches": float(mean["micro_batches"]),
+        "batch_hours": float(hours.mean()),
+        "padded_fraction": float(1 - mean["heard"] / mean["padded"]),
+        **mean[["rank_imbalance", "round_imbalance", "idle_or_padding"]].to_dict(),
+        "hours_spread": float(np.ptp(hours)),
+        "hours_deviation": float(np.std(hours)),
+        "alikeness": float(np.var(table["mean_length"]) / (np.concatenate(real_rows).var() * mean["by_chance"])),
+    }
 
 
 def compare_ways(lengths: np.ndarray, num_updates: int) -> dict[tuple[str, int], dict]:
@@ -151,7 +180,6 @@ def compare_ways(lengths: np.ndarray, num_updates: int) -> dict[tuple[str, int],
             "ours": effective_batches(batches, ranks, BUDGET, num_updates),
             "random padding": fixed_counts(cropped, ranks, BUDGET, BATCH, grouped=False),
             "length grouping": fixed_counts(cropped, ranks, BUDGET, BATCH, grouped=True),
-            "quantile buckets": quantile_buckets(cropped, ranks, BUDGET, BATCH),
         }
         found |= {(way, ranks): measure(steps, ranks) for way, steps in ways.items()}
     return found
@@ -169,34 +197,43 @@ def lost_to_grid(lengths: np.ndarray) -> dict[str, float]:
 
 
 def report(scales: dict[int, dict], lengths: np.ndarray, ways: dict) -> None:
-    medians = ["identity", "make_plan", "cursor_ms", *(f"update_ms_{ranks}" for ranks in RANKS)]
-    sizes = ["peak_bytes", "steady_bytes", "arrays_bytes"]
-    rows = [
-        [n, *found["first_update"].values(), *(found[m]["median"] for m in medians), *(found[size] for size in sizes)]
-        for n, found in scales.items()
-    ]
-    print_table(rows, ["utterances", "first update s", "min", "max", *medians, "peak B/utt.", "steady", "arrays"])
+    rows = [[n, *found["first_update"].values(), found["peak_bytes"]] for n, found in scales.items()]
+    print_table(rows, ["utterances", "first update s", "min", "max", "peak bytes an utterance"])
     hours, lost = lengths.sum(dtype=np.int64) / SAMPLING_RATE / 3600, lost_to_grid(lengths)
     grid, both = lost.values()
     print(f"\n{len(lengths):,} utterances, {hours:.1f} h; lost to the grid {grid:.2%}, with the crop limit {both:.2%} "
           f"of what the paper's limit of {PAPER_CROP_SECONDS} s leaves\n")  # fmt: skip
     names = list(next(iter(ways.values())))
-    rows = [[ranks, way, *(values[name] for name in names)] for (way, ranks), values in ways.items()]
-    print_table(rows, ["ranks", "way", *names])
-    print("\n(definitions in ways_to_batch.py)")
+    print_table([[ranks, way, *found.values()] for (way, ranks), found in ways.items()], ["ranks", "way", *names])
 
 
 def summary(scales: dict[int, dict], lengths: np.ndarray, ways: dict) -> dict:
-    here = environment()
-    values = {"benchmark": "plan", "machine": f"{here['cpu']}, {here['cores']} cores", **here}
-    values |= {f"seconds_{SHORT.get(n, n)}": found["first_update"]["median"] for n, found in scales.items()}
-    values |= lost_to_grid(lengths)
-    ours = ways["ours", 8]
-    values |= {name: ours[name] for name in ("padded_fraction", "rank_imbalance", "alikeness", "hours_spread")}
-    values |= {"rank_imbalance_64": ways["ours", 64]["rank_imbalance"]}
-    values |= {"bytes_per_utterance": scales[max(scales)]["peak_bytes"]}
-    values |= {"scales": {SHORT.get(n, str(n)): found for n, found in scales.items()}}
-    return values | {"ways": {f"{way}, {ranks} ranks": found for (way, ranks), found in ways.items()}}
+    here, ours = environment(), ways["ours", 8]
+    return {
+        "benchmark": "plan",
+        "machine": f"{here['cpu']}, {here['cores']} cores",
+        **here,
+        **{f"seconds_{SHORT.get(n, n)}": found["first_update"]["median"] for n, found in scales.items()},
+        **lost_to_grid(lengths),
+        **{name: ours[name] for name in ("padded_fraction", "rank_imbalance", "alikeness", "hours_spread")},
+        "rank_imbalance_64": ways["ours", 64]["rank_imbalance"],
+        "bytes_per_utterance": scales[max(scales)]["peak_bytes"],
+        "scales": {SHORT.get(n, str(n)): found for n, found in scales.items()},
+        "ways": {f"{way}, {ranks} ranks": found for (way, ranks), found in ways.items()},
+    }
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--scales", type=int, nargs="+", default=list(SHORT), help="numbers of utterances")
+    parser.add_argument("--trials", type=int, default=5, help="fresh processes that each time is taken in")
+    parser.add_argument("--updates", type=int, default=580, help="updates measured; 580 are about an epoch of 960 h")
+    args = parser.parse_args()
+    scales = {n: measure_scale(n, args.trials) for n in args.scales}
+    lengths = speech_lengths(LIBRISPEECH)
+    ways = compare_ways(lengths, args.updates)
+    report(scales, lengths, ways)
+    print_json(summary(scales, lengths, ways))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ more. Else *open*: a longer run would tell. Logs have a line for every logged up
 line is JSON; exit status 1 if something grows or a resume goes elsewhere.
 """
 
-import contextlib
+import itertools
 import os
 import sys
 import tempfile
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas
 import psutil
 from common import LIBRISPEECH, environment, make_parser, print_json, print_table, read_lines, speech_lengths
-from drill_runs import RECIPE, Failed, Life, prepare
+from drill_runs import RECIPE, Life, prepare
 
 from w2v2.cli import run_script
 from w2v2.data.audio import SAMPLING_RATE
@@ -52,105 +53,93 @@ class Trend(NamedTuple):
     verdict: str
 
 
-def fit(hours: np.ndarray, values: np.ndarray, tolerance: float | None = None) -> Trend:
+def fit(values: pandas.Series, tolerance: float | None = None) -> Trend:
     """A line through the medians of `NUM_BLOCKS` blocks of equal time; see the module's docstring for the verdict.
 
-    Neighbouring samples are alike, blocks less so: of single samples the standard error would come out too small.
+    `values` have hours as their index. Neighbouring samples are alike, blocks less so: of single samples the standard
+    error would come out too small.
     """
-    block = np.digitize(hours, np.linspace(hours[0], hours[-1], NUM_BLOCKS + 1)[1:-1])
-    x, y = (np.array([np.median(column[block == n]) for n in np.unique(block)]) for column in (hours, values))
-    if len(x) < 3:
+    blocks = values.reset_index().groupby(pandas.cut(values.index, NUM_BLOCKS, labels=False)).median().to_numpy()
+    if len(blocks) < 4:
         raise UserError("--minutes: too few samples for a line; let it run longer")
-    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
-    mean, error = float(y.mean()), float(np.sqrt(covariance[0, 0]))
+    (slope, _), covariance = np.polyfit(*blocks.T, 1, cov=True)
+    mean, error = float(blocks[:, 1].mean()), float(np.sqrt(covariance[0, 0]))
     allowed = 0.02 * mean if tolerance is None else tolerance
     verdict = "flat" if abs(slope) + 2 * error < allowed else "grows" if slope - 2 * error > allowed else "open"
     return Trend(mean, float(slope), error, verdict)
 
 
-def sample(life: Life, output_dir: Path) -> dict[str, float] | None:
-    """What the run takes at this moment; None if it has ended."""
-    try:
-        main = psutil.Process(life.process.pid)
-        values = {
-            "MB of the main process": main.memory_info().rss / 1e6,
-            "MB of its workers": sum(worker.memory_info().rss for worker in main.children(recursive=True)) / 1e6,
-            **open_files(main.pid),
-            "threads": float(main.num_threads()),
-        }
-    except (psutil.NoSuchProcess, FileNotFoundError):
-        return None
-    folders = list(output_dir.glob("*checkpoint-*"))
-    saved = sum(map(tree_bytes, folders))
-    values["newest"] = max((int(path.name.rpartition("-")[2]) for path in folders), default=0)
-    return values | {"MB of checkpoints": saved / 1e6, "MB of logs": tree_bytes(output_dir) / 1e6 - saved / 1e6}
+def sample(pid: int, output_dir: Path) -> dict[str, float]:
+    """What a run takes at this moment."""
+    main = psutil.Process(pid)
+    saved = {path.name: tree_bytes(path) for path in output_dir.glob("*checkpoint-*")}
+    in_all = sum(saved.values())
+    return {
+        "MB of the main process": main.memory_info().rss / 1e6,
+        "MB of its workers": sum(worker.memory_info().rss for worker in main.children(recursive=True)) / 1e6,
+        **open_files(pid),
+        "threads": float(main.num_threads()),
+        "newest": max((int(name.rpartition("-")[2]) for name in saved), default=0),
+        "MB of checkpoints": in_all / 1e6,
+        "MB of logs": (tree_bytes(output_dir) - in_all) / 1e6,
+    }
 
 
 def open_files(pid: int) -> dict[str, float]:
     """How many files a process has open: those that batches come in, which come and go, and the others."""
-    targets = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            targets.append(os.readlink(link))
+    targets = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
     batches = sum(target.startswith(("/dev/shm/", "/memfd:")) for target in targets)
     return {"open files": float(len(targets) - batches), "files of batches": float(batches)}
 
 
 def tree_bytes(folder: Path) -> int:
-    """Bytes of the files under a folder from which others are being removed."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def watch(args, folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], Path]:
-    """Hours since the start (n,), what was sampled then, each (n,), and the metrics of a run of `args.minutes`."""
+def watch(args, folder: Path) -> tuple[pandas.DataFrame, Path]:
+    """What was sampled of a run of `args.minutes`, by hours since its start, and its metrics."""
     changes = dict(max_steps=10**9, lr_scheduler_type="constant", logging_steps=10, eval_steps=EVERY, save_steps=EVERY)
     changes |= dict(report_to=["tensorboard"], dataloader_num_workers=args.num_workers)
-    recipe = prepare(folder, args.manifest, args.data_root, **changes)
-    output_dir, hours, samples = folder / "run", [], []
-    end = time.monotonic() + 60 * args.minutes
-    with Life(recipe, output_dir) as life:
-        life.wait_until(lambda: (output_dir / "metrics.jsonl").exists(), end)
-        began = time.monotonic()
-        while (now := time.monotonic()) < end and (values := sample(life, output_dir)):
-            hours.append((now - began) / 3600)
-            samples.append(values)
-            life.wait_until(lambda: time.monotonic() >= now + args.interval, end + 60)
-        if now < end:
-            raise Failed(f"the run ended by itself:\n{life.log.read_text()[-8000:]}")
-    columns = {name: np.array([values[name] for values in samples]) for name in samples[0]}
-    return np.array(hours), columns, output_dir / "metrics.jsonl"
+    recipe, output_dir = prepare(folder, args, **changes), folder / "run"
+    metrics, samples, end = output_dir / "metrics.jsonl", [], time.monotonic() + 60 * args.minutes
+    with Life(recipe, end, output_dir) as life:
+        is_going, began = life.wait_until(metrics.exists), time.monotonic()
+        life.deadline += 60 + args.interval  # the last sample may be late
+        while is_going and (now := time.monotonic()) < end:
+            try:
+                samples.append({"hours": (now - began) / 3600, **sample(life.process.pid, output_dir)})
+            except (psutil.NoSuchProcess, FileNotFoundError):  # something was removed meanwhile: the next one counts
+                pass
+            is_going = life.sleep(args.interval)
+        if not is_going:
+            life.fail("the run ended by itself")
+    return pandas.DataFrame(samples).set_index("hours"), metrics
 
 
-def update_seconds(metrics: Path) -> tuple[np.ndarray, np.ndarray, int]:
-    """At each logged update: hours of training so far, seconds of one update, both (n,); and the last update."""
-    training = [record for record in read_lines(metrics) if "loss" in record]
-    steps = np.array([record["step"] for record in training])
-    seconds = np.array([3600 * record["batch_hours"] / record["audio_seconds_per_second"] for record in training])
-    return np.cumsum(seconds * np.diff(steps, prepend=0)) / 3600, seconds, int(steps[-1])
+def update_times(metrics: Path) -> tuple[pandas.Series, int]:
+    """Milliseconds of an update by hours of training, and the last update."""
+    training = pandas.DataFrame([record for record in read_lines(metrics) if "loss" in record])
+    seconds = 3600 * training["batch_hours"] / training["audio_seconds_per_second"]
+    hours = (seconds * training["step"].diff().fillna(training["step"])).cumsum() / 3600
+    return pandas.Series(1000 * seconds.to_numpy(), index=hours), int(training["step"].iloc[-1])
 
 
 def soak(args, folder: Path) -> dict:
-    hours, columns, metrics = watch(args, folder)
-    rotated = hours[columns.pop("newest") >= FIRST_ROTATION]
+    samples, metrics = watch(args, folder)
+    rotated = samples.index[samples.pop("newest") >= FIRST_ROTATION]
     if not len(rotated):
         raise UserError(f"--minutes {args.minutes:g} did not suffice for {FIRST_ROTATION} updates; let it run longer")
     warm_up = max(min(5.0, args.minutes / 6) / 60, rotated[0])
-    later = hours > warm_up
-    trends = {name: fit(hours[later], values[later], COUNTED.get(name)) for name, values in columns.items()}
-    trained_hours, seconds, num_updates = update_seconds(metrics)
-    later = trained_hours > warm_up
-    trends["ms of an update"] = fit(trained_hours[later], 1000 * seconds[later])
+    times, num_updates = update_times(metrics)
+    columns = {**samples, "ms of an update": times}
+    trends = {name: fit(values[values.index > warm_up], COUNTED.get(name)) for name, values in columns.items()}
     trends["MB of logs"] = trends["MB of logs"]._replace(verdict="reported")  # they grow as they are meant to
     print_table([[name, *trend] for name, trend in trends.items()], ["", "mean", "slope an hour", "± (s.e.)", ""])
     return {
         "updates": num_updates,
         "minutes": args.minutes,
         "warm_up_minutes": 60 * warm_up,
-        "samples": len(hours),
+        "samples": len(samples),
         "trends": {name: trend._asdict() for name, trend in trends.items()},
         "grows": [name for name, trend in trends.items() if trend.verdict == "grows"],
     }
@@ -172,19 +161,19 @@ def resume_often(num_resumes: int, num_updates: int = UNINTERRUPTED, num_utteran
     recipe = dict(batch_samples=round(1.6 * 3600 * SAMPLING_RATE), crop_samples=round(15.38 * SAMPLING_RATE))
     recipe |= dict(grid_samples=round(0.32 * SAMPLING_RATE), seed=0)
     cuts = [dict(rank=rank, num_ranks=n, micro_batch_samples=200 * SAMPLING_RATE) for rank, n in ((0, 1), (5, 8))]
-    uninterrupted = []  # of each cut, every update's micro-batches
-    for cut in cuts:
-        updates: list[list[MicroBatchPlan]] = [[] for _ in range(num_updates)]
-        for plan in PlanStream(EffectiveBatches(lengths, **recipe), Cursor(), range(num_updates), **cut):
-            updates[plan.update].append(plan)
-        uninterrupted.append(updates)
+
+    def plan(cursor: Cursor, updates: range, cut: dict) -> list[list[MicroBatchPlan]]:
+        """Micro-batches by update, from a sampler made anew."""
+        plans = PlanStream(EffectiveBatches(lengths, **recipe), cursor, updates, **cut)
+        return [list(own) for _, own in itertools.groupby(plans, lambda plan: plan.update)]
+
+    uninterrupted = [plan(Cursor(), range(num_updates), cut) for cut in cuts]
     different, seconds = 0, []
     for _ in range(num_resumes):
         which, update = int(rng.integers(len(cuts))), int(rng.integers(1, num_updates))
         cursor = uninterrupted[which][update - 1][0].following
         started = time.perf_counter()
-        updates = range(update, update + 1)
-        plans = list(PlanStream(EffectiveBatches(lengths, **recipe), cursor, updates, **cuts[which]))
+        (plans,) = plan(cursor, range(update, update + 1), cuts[which])
         seconds.append(time.perf_counter() - started)
         different += not is_same(plans, uninterrupted[which][update])
     return {
@@ -199,13 +188,11 @@ def resume_often(num_resumes: int, num_updates: int = UNINTERRUPTED, num_utteran
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, reads_audio=True)
     parser.add_argument("--minutes", type=float, default=0, help="of one run, start included (default: no run)")
     parser.add_argument("--resumes", type=int, default=0, help="of the sampler alone (default: %(default)s)")
     parser.add_argument("--interval", type=float, default=5, help="seconds between two samples (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="of the loader (default: %(default)s)")
-    parser.add_argument("--manifest", help="what pretrain.py takes as --train_data (default: synthesized audio)")
-    parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
     args = parser.parse_args(argv)
     if args.minutes < 0 or args.resumes < 0 or not args.minutes + args.resumes or not args.interval > 0:
         raise UserError("give --minutes or --resumes, greater than 0")
@@ -216,10 +203,7 @@ def main(argv: list[str] | None = None) -> None:
               f"{resumed['mean_ms']:.1f} ms on average, {resumed['max_ms']:.1f} ms at most")  # fmt: skip
     if args.minutes:
         with tempfile.TemporaryDirectory(prefix="soak_") as folder:
-            try:
-                found["run"] = soak(args, Path(folder))
-            except Failed as error:
-                sys.exit(f"failed        {error}")  # status 1
+            found["run"] = soak(args, Path(folder))
     print_json({"benchmark": "soak", **found, **environment()})
     sys.exit(bool(found.get("run", {}).get("grows") or found.get("resumes", {}).get("different")))
 

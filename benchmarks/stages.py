@@ -1,5 +1,6 @@
 """Where the time of one micro-batch goes: each stage by itself, forward and backward, on equal lengths."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -11,9 +12,9 @@ from w2v2.model.transformer import linear, norm, positional
 REPEATS = 3
 
 
-def stage_table(contender, work) -> dict[str, float]:
+def stage_table(contender) -> dict[str, float]:
     """Stage → µs for each second of audio, median of a few. The head is the whole less the other stages."""
-    contender.prepare(work, 0)
+    contender.prepare("equal", 0)
     seconds = contender.micro_batch_samples() / SAMPLING_RATE
     table = {name: median_time(contender, run) * 1e6 / seconds for name, run in contender.stages().items()}
     table["head"] = table["whole"] - sum(table[name] for name in ("convs", "projection", "positional", "layers"))
@@ -33,7 +34,7 @@ def median_time(contender, run: Callable[[], torch.Tensor | None]) -> float:
         synchronize(contender.device)
         found.append(time.perf_counter() - started)
         contender.model.zero_grad(set_to_none=out is not None)
-    return sorted(found[1:])[REPEATS // 2]
+    return statistics.median(found[1:])
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,13 +13,11 @@ flat_convs` shows what one lever is worth.
 """
 
 import argparse
-import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from common import environment, make_parser, median_spread, print_json, print_table
-from contenders import CONTENDERS, Without, Work
+from common import environment, fresh_process, make_parser, median_spread, print_json, print_table, spread
+from contenders import CONTENDERS, Without
 from flops import model_flops, peak_flops
 from stages import stage_table
 
@@ -65,29 +63,18 @@ def program_flags(args) -> PretrainArguments:
 
 def start_side(name: str, args) -> None:
     global contender
-    lever = [args.without] if name == "without" else []
-    contender = CONTENDERS[name](program_flags(args), torch.device(args.device), *lever)
+    contender = CONTENDERS[name](program_flags(args), args)
 
 
-def timed_update(work: Work, update: int) -> dict:
-    return contender.timed_update(work, update)
+def timed_update(lengths: str, update: int) -> dict:
+    return contender.timed_update(lengths, update)
 
 
-def profile(work: Work) -> dict[str, float]:
-    return stage_table(contender, work)
+def profile() -> dict[str, float]:
+    return stage_table(contender)
 
 
 # -- the comparison
-
-
-def open_side(name: str, args) -> ProcessPoolExecutor:
-    """A process for one side. Its threads sleep where they wait: the CPU-seconds counted are work."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_side, (name, args))
-
-
-def work_of(args, lengths: str) -> Work:
-    return Work(lengths, args.batch_seconds, args.micro_batch_seconds, args.crop_seconds, args.length_grid_seconds)
 
 
 def rate(measured: dict, clock: str) -> float:
@@ -97,13 +84,13 @@ def rate(measured: dict, clock: str) -> float:
 
 def compare(args, sides: dict[str, ProcessPoolExecutor], lengths: str) -> dict:
     """Pairs of updates: each side's rates, the ratio of each pair, and the peaks of memory."""
-    work, clock = work_of(args, lengths), "seconds" if args.device == "cuda" else "cpu_seconds"
+    clock = "seconds" if args.device == "cuda" else "cpu_seconds"
     for side in sides.values():
-        side.submit(timed_update, work, 0).result()  # warms up
+        side.submit(timed_update, lengths, 0).result()  # warms up
     measured = {name: [] for name in sides}
     for pair in range(1, args.pairs + 1):
         for name in list(sides)[:: 1 if pair % 2 else -1]:
-            measured[name].append(sides[name].submit(timed_update, work, pair).result())
+            measured[name].append(sides[name].submit(timed_update, lengths, pair).result())
     config, peak = build_config(program_flags(args)), peak_flops()
     result = {"lengths": lengths, "clock": clock}
     for name, updates in measured.items():
@@ -129,31 +116,27 @@ def show(results: list[dict], names: list[str]) -> None:
         for name in names:
             side, ratio = result[name], result.get("ratio") if name == names[0] else None
             rates = [side[f"audio_seconds_per_{clock}"]["median"] for clock in ("second", "cpu_second")]
-            spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})" if ratio else ""
-            rows.append([result["lengths"], name, *rates, spread, side["peak_gb"], side["tflops"], side["mfu"]])
+            rows.append([result["lengths"], name, *rates, spread(ratio), side["peak_gb"], side["tflops"], side["mfu"]])
     heads = ["lengths", "side", "audio-s/s", "audio-s/CPU-s", "ratio (min–max)", "peak GB", "TFLOP/s", "MFU"]
     print_table(rows, heads)
 
 
 def main() -> None:
     args = parse()
-    sides = {name: open_side(name, args) for name in args.contenders}
+    sides = {name: fresh_process(start_side, name, args) for name in args.contenders}
     results = [compare(args, sides, lengths) for lengths in args.lengths]
     show(results, args.contenders)
     found = environment() | {"results": results}
     if args.profile:
-        found["stages"] = {n: side.submit(profile, work_of(args, "equal")).result() for n, side in sides.items()}
-        stages = list(next(iter(found["stages"].values())))
+        found["stages"] = tables = {name: side.submit(profile).result() for name, side in sides.items()}
         print("\nMicroseconds for each second of audio, forward and backward, one micro-batch of equal lengths:")
-        print_table([[stage, *(found["stages"][n][stage] for n in sides)] for stage in stages], ["stage", *sides])
-    by_lengths = {result["lengths"]: result for result in results}
-    for key, lengths in (("ratio_padded", "librispeech"), ("ratio_equal_lengths", "equal")):
-        found[key] = by_lengths.get(lengths, {}).get("ratio", {}).get("median")
-    first = results[0]
-    found["memory_ratio"] = first.get("memory_ratio")
-    if "ours" in first:
-        found["audio_seconds_per_second"] = first["ours"]["audio_seconds_per_second"]["median"]
-        found["mfu"] = first["ours"]["mfu"]
+        stages = tables[args.contenders[0]]
+        print_table([[stage, *(table[stage] for table in tables.values())] for stage in stages], ["stage", *tables])
+    ratios = {result["lengths"]: result["ratio"]["median"] for result in results if "ratio" in result}
+    found |= {"ratio_padded": ratios.get("librispeech"), "ratio_equal_lengths": ratios.get("equal")}
+    found["memory_ratio"] = results[0].get("memory_ratio")
+    if ours := results[0].get("ours"):
+        found |= {"audio_seconds_per_second": ours["audio_seconds_per_second"]["median"], "mfu": ours["mfu"]}
     print_json(found)
 
 

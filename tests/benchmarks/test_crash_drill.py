@@ -8,6 +8,7 @@ import crash_drill
 import drill_runs
 import drilled
 import numpy as np
+import pandas
 import pytest
 import soak
 from conftest import make_batch, run_here, tiny_config, write_csv, write_tones
@@ -52,7 +53,7 @@ def test_other_world_sizes_hear_the_same_batches(capsys, sizes):
 @pytest.mark.slow
 def test_a_run_that_fails_fails_the_drill(monkeypatch):
     monkeypatch.setitem(drill_runs.RECIPE, "crop_seconds", -1.0)
-    with pytest.raises(SystemExit, match="--crop_seconds is -1.0"):
+    with pytest.raises(SystemExit, match="--crop_seconds is -1"):
         crash_drill.main(["--kills", "1"])
 
 
@@ -71,7 +72,7 @@ def test_kills_are_spread_and_seeded():
     assert aims == draw_aims(20, 60, 5.0, np.random.default_rng(0)) != draw_aims(20, 60, 5.0, np.random.default_rng(1))
     steps = [aim.step for aim in aims]
     assert steps == sorted(steps) and steps[0] < 6 and 45 < steps[-1] < 60
-    assert {aim.phase for aim in aims} == {*crash_drill.AIMS, "finish"} and aims[-1].phase == "finish"
+    assert {aim.phase for aim in aims} == {*crash_drill.AIMS, "finish"}
 
 
 # What a life finds, what it adds, and the phase that it is then in.
@@ -98,8 +99,7 @@ def test_phases_are_seen_from_outside(tmp_path, phase):
         (tmp_path / name).mkdir()
     if step:
         records = [{"step": step, "loss": 1}, {"step": evaluated, "eval_loss": 1}]
-        (tmp_path / "new").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 9')
-        os.replace(tmp_path / "new", metrics)
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 9')
     assert watch.phases(max_steps=16)[0] == phase
     assert (watch.step, watch.evaluated) == (step, evaluated)
 
@@ -157,17 +157,20 @@ def test_files_of_batches_are_counted_apart(tmp_path):
 
 
 def test_a_slope_is_judged_by_its_error():
-    rng, hours = np.random.default_rng(0), np.linspace(0, 1, 400)
-    noise = rng.standard_normal(400)
-    found = soak.fit(hours, 500 + 3 * hours + noise)
+    hours, noise = np.linspace(0, 1, 400), np.random.default_rng(0).standard_normal(400)
+
+    def fit(values, *tolerance):
+        return soak.fit(pandas.Series(values, index=hours[: len(values)]), *tolerance)
+
+    found = fit(500 + 3 * hours + noise)
     assert found.slope == pytest.approx(3, abs=2 * found.error) and found.verdict == "flat"
     # The textbook's error for 40 medians of ten, whose variance is about π / 2 · 1 / 10.
     assert found.error == pytest.approx(np.sqrt(np.pi / 20 / 40 * 12), rel=0.3)
-    assert soak.fit(hours, 500 + 30 * hours + noise).verdict == "grows"
-    assert soak.fit(hours, 500 + 10 * hours + 30 * noise).verdict == "open"
-    assert soak.fit(hours, 20 + 2 * hours, 1.0).verdict == "grows"
+    assert fit(500 + 30 * hours + noise).verdict == "grows"
+    assert fit(500 + 10 * hours + 30 * noise).verdict == "open"
+    assert fit(20 + 2 * hours, 1.0).verdict == "grows"
     with pytest.raises(UserError, match="--minutes"):
-        soak.fit(hours[:2], noise[:2])
+        fit(noise[:2])
 
 
 def test_resumes_are_compared_with_the_whole_stream(monkeypatch):

@@ -27,7 +27,16 @@ def test_synthesized_audio_is_measured_in_both_formats(small, capsys):
     assert values["audio_seconds_per_cpu_second"].keys() == {"flac", "opus", "packed"}
     assert values["waiting"].keys() == {"flac", "packed"}
     assert values["audio_seconds_per_cpu_second"]["packed"]["megabytes_per_hour"] == pytest.approx(115.2, rel=1e-3)
-    assert {"date", "command", "cpu", "cores", "versions", "settings", "files_to_gpu"} <= values.keys()
+    assert {
+        "date",
+        "command",
+        "cpu",
+        "cores",
+        "versions",
+        "settings",
+        "files_to_gpu",
+        "packed_over_flac",
+    } <= values.keys()
 
 
 def test_a_manifest_is_measured_and_a_slip_is_one_line(small, capsys, tmp_path):
@@ -50,14 +59,3 @@ def test_formats_hold_the_same_utterances(tmp_path, monkeypatch):
         found = [read_pcm(r["audio"], round(r["start"] * 16_000), r["num_samples"]).tolist() for r in table.to_pylist()]
         assert found == expected
     assert len(list(tmp_path.glob("shard-*.wav"))) > 1
-
-
-def test_medians_and_tables(capsys):
-    assert common.median_spread([3, 1, 2]) == {"median": 2.0, "min": 1.0, "max": 3.0}
-    common.print_table([["a", 1234.5, None], ["bcd", 0.00012345, 7]], ["name", "x", "n"])
-    assert capsys.readouterr().out.splitlines() == [
-        "name          x  n",
-        "----  ---------  -",
-        "a         1,234  –",
-        "bcd   0.0001234  7",
-    ]

@@ -57,9 +57,8 @@ def test_a_run_says_how_both_sides_fared(tmp_path):
 
 
 def test_every_lever_is_there_to_be_taken_away():
-    """A lever's name in the program is one that the program has."""
-    for *place, name, _ in Without.LEVERS.values():
-        assert hasattr(importlib.import_module(place[0]) if place else update.program_flags(update.parse([])), name)
+    for module, name, _ in Without.LEVERS.values():
+        assert hasattr(importlib.import_module(module), name)
 
 
 @pytest.mark.parametrize("step", [s for s in gpu_session.steps() if s.script == "update.py"], ids=lambda s: s.flags)
@@ -70,21 +69,7 @@ def test_update_understands_every_step_of_the_session(step):
         assert not dry_run or (args.device, args.config_name) == ("cpu", "small")
 
 
-def test_the_session_is_a_table_that_names_failures():
-    side = dict(audio_seconds_per_second=dict(median=8_500.0), peak_gb=12.3, mfu=0.4, tflops=400.0)
-    found = dict(
-        results=[dict(lengths="equal", ours=side, stock=side, ratio=dict(median=4.0, min=3.9, max=4.1))],
-        stages=dict(ours=dict(convs=1.5), stock=dict(convs=3.0)),
-    )
-    first, second, *_, last = gpu_session.steps()
-    text = gpu_session.section(
-        [(first, found), (second, "failed: out of memory"), (last, "not begun: the time was up")]
-    )
-    assert "| BASE, 800 s in 200 s | equal | ours | 8,500 | 4.00 (3.90–4.10) | 12.3 | 40.0% |" in text
-    assert "failed: out of memory" in text and "not begun" in text
-    assert "| convs | 1.5 | 3.0 |" in text
-
-
 def test_a_failing_step_is_reported_and_not_raised():
     step = gpu_session.Step("nonsense", "update.py", "--no_such_flag")
-    assert "no_such_flag" in gpu_session.run(step, False, 60.0)
+    text, went_well = gpu_session.run(step, False, 60.0)
+    assert "no_such_flag" in text and not went_well
