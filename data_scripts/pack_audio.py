@@ -12,7 +12,7 @@ Takes every manifest that pretrain.py takes. The folder that it writes may be mo
     packing.jsonl       what was packed; then a line a shard
 
 The utterances keep their ids, order and lengths, so the effective batches stay the same. 16-bit mono audio at 16 kHz
-stays the same bit for bit. Other audio is resampled and averaged as in training, rounded and clipped: 115 MB an hour.
+stays the same bit for bit. Other audio is resampled and averaged as in training, rounded and clipped (counted): 115 MB an hour.
 
 After an interruption, the same command goes on with the missing shards. Unreadable utterances are left out and listed
 in skipped_audio.jsonl; once they are mended, pack anew with --overwrite. The same audio and flags give the same bytes.
@@ -67,6 +67,14 @@ def pack(args) -> None:
         raise UserError(f"{len(skipped)} of {total} utterances cannot be read, more than {limit} allows: mend them")
     write_index(folder, table, shards, records)
     print(f"{folder}: {total - len(skipped):,} utterances in {len(shards):,} shards; {len(skipped):,} left out")
+    # 4. What is not as the manifest or the source has it.
+    lengths = np.concatenate([np.array(record["num_samples"]) for record in records])
+    shorter = int(((lengths > 0) & (lengths != np.array(table["num_samples"]))).sum())
+    clipped = sum(record["clipped_samples"] for record in records)
+    if shorter or clipped:
+        print(
+            f"{shorter:,} utterances are shorter than their manifest says; {clipped:,} samples beyond full scale are clipped"
+        )
 
 
 def check_flags(args) -> None:
@@ -132,14 +140,15 @@ def pack_missing(folder: Path, table, shards: dict[str, range], records: dict, n
 
 def pack_shard(path: Path, table, rows: range) -> dict:
     """Write one shard. Returns its line of the log, in which an utterance that cannot be read has 0 samples."""
-    lengths, skipped, names = [], [], ("id", "audio", "start", "num_samples")
+    lengths, skipped, clipped, names = [], [], 0, ("id", "audio", "start", "num_samples")
     columns = table[rows.start : rows.stop]  # one look into the table for all of them
     try:
         with open_atomic(path, "wb") as file, wave.open(file, "wb") as shard:
             shard.setparams((1, 2, SAMPLING_RATE, 0, "NONE", ""))  # channels, bytes a sample, …
             for name, audio, start, num_samples in zip(*map(columns.get, names), strict=True):
                 try:
-                    samples = read_utterance(audio, round(start * SAMPLING_RATE), num_samples)  # (S,) int16
+                    samples, beyond = read_utterance(audio, round(start * SAMPLING_RATE), num_samples)  # (S,) int16
+                    clipped += beyond
                 except AudioError as error:
                     skipped.append({"id": name, "audio": audio, "reason": error.reason})
                     samples = np.empty(0, np.int16)
@@ -148,19 +157,21 @@ def pack_shard(path: Path, table, rows: range) -> dict:
     except OSError as error:
         reason = f"{path} cannot be written: {error.strerror or error}"
         raise UserError(f"{reason}: mend that and run the same command again; finished shards stay") from None
-    record = {"shard": path.name, "num_samples": lengths, "skipped": skipped}
+    record = {"shard": path.name, "num_samples": lengths, "skipped": skipped, "clipped_samples": clipped}
     return record | {"sha256": hash_file(path), "bytes": path.stat().st_size}
 
 
-def read_utterance(path: str, start: int, num_samples: int) -> np.ndarray:
-    """An utterance as int16 of shape (S,). Raises AudioError."""
+def read_utterance(path: str, start: int, num_samples: int) -> tuple[np.ndarray, int]:
+    """An utterance as int16 of shape (S,), and how many of its samples lie beyond full scale. Raises AudioError."""
     excess = num_samples - probe(path)
     if start == 0 and MAX_PADDING < excess <= MAX_SHIFT + MAX_PADDING:  # the manifest's duration is rounded
         num_samples -= excess
     samples = read_pcm(path, start, num_samples)
-    if samples.dtype != np.int16:
-        samples = np.rint(samples * np.float32(32_768)).clip(-32_768, 32_767).astype(np.int16)
-    return samples
+    if samples.dtype == np.int16:
+        return samples, 0
+    scaled = np.rint(samples * np.float32(32_768))
+    clipped = scaled.clip(-32_768, 32_767)
+    return clipped.astype(np.int16), int((np.abs(scaled) > 32_768).sum())
 
 
 def write_index(folder: Path, table, shards: dict[str, range], records: list[dict]) -> None:

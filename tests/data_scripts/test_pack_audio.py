@@ -102,10 +102,11 @@ def test_other_audio_is_resampled_averaged_and_rounded(tmp_path):
     np.testing.assert_allclose(read_row(row), expected, atol=0.51)
 
 
-def test_samples_beyond_full_scale_are_clipped(tmp_path):
+def test_samples_beyond_full_scale_are_clipped(tmp_path, capfd):
     soundfile.write(tmp_path / "loud.wav", np.array([0.5, 1.5, -0.5, -1.5, 1.0] * 100), 16_000, subtype="FLOAT")
     (row,) = packed_rows(pack(write_csv(tmp_path / "m.csv", [tmp_path / "loud.wav"]), tmp_path / "packed"))
     assert read_row(row)[:5].tolist() == [16_384, 32_767, -16_384, -32_768, 32_767]
+    assert "0 utterances are shorter than their manifest says; 200 samples beyond full scale" in capfd.readouterr().out
 
 
 def test_segments_are_packed_from_their_start(tmp_path):
