@@ -90,25 +90,19 @@ def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | No
     Raises `UserError` for an unknown flag or key (with the nearest name), a value of the wrong kind, a missing required one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(
-        list(dataclass_types),
-        allow_abbrev=False,
-        usage="%(prog)s [CONFIG.yaml] [--flag value …]",
-        conflict_handler="resolve",
-    )
+    options = dict(allow_abbrev=False, conflict_handler="resolve")
+    parser = _Parser(list(dataclass_types), usage="%(prog)s [CONFIG.yaml] [--flag value …]", **options)
     hints = {name: hint for types in dataclass_types for name, hint in get_type_hints(types).items()}
     known = [f.name for types in dataclass_types for f in fields(types) if f.init]
     if argv and not argv[0].startswith("-"):
         argv = _yaml_as_flags(argv[0], parser, {name: hints[name] for name in known}) + argv[1:]
-    rest = parser.parse_known_args(argv)[1]
-    if rest:
+    if rest := parser.parse_known_args(argv)[1]:
         if not rest[0].startswith("-"):
             raise UserError(f"unexpected argument {rest[0]!r}: write [CONFIG.yaml] --flag value …, the file first")
         name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"unknown flag {rest[0].split('=')[0]}{_nearest(name, known)}")
     _refuse_tokens(argv)
-    instances = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return tuple(instances)
+    return tuple(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
 
 
 def _refuse_tokens(argv: Sequence[str]) -> None:
@@ -125,7 +119,8 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
 def run_script(main: Callable[[], Any]) -> None:
     """Run an entry point. A user's slip, a full disk or memory, or a lost loader process is one line on standard error and status 2.
 
-    A rank that lost another one says so and ends with status 1. `Stopped` gives status 75, or 0 under a launcher that would start the run again. Any other error is a bug and keeps its traceback.
+    A rank that lost another one says so and ends with status 1. `Stopped` gives status 75, or 0 under a launcher that would start
+    the run again. Any other error is a bug and keeps its traceback.
     """
     logging.raiseExceptions = False  # a stream that cannot be written any more ends no run
     try:
@@ -133,14 +128,9 @@ def run_script(main: Callable[[], Any]) -> None:
     except Stopped as stopped:
         exit_stopped(stopped)
     except (UserError, OSError, RuntimeError) as error:
-        if reason := lost_rank(error):
-            with contextlib.suppress(OSError):
-                print(
-                    error_line(f"{reason}; --resume_from_checkpoint auto goes on from the last checkpoint"),
-                    file=sys.stderr,
-                )
-            sys.exit(1)
-        message = explain_error(error)
+        reason = lost_rank(error)
+        advice = "--resume_from_checkpoint auto goes on from the last checkpoint"
+        message = f"{reason}; {advice}" if reason else explain_error(error)
         if message is None:
             raise
         # What one rank alone may meet is said by that rank, anything else by the first of its machine.
@@ -148,7 +138,7 @@ def run_script(main: Callable[[], Any]) -> None:
         if is_local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             with contextlib.suppress(OSError):
                 print(error_line(message), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if reason else 2)
     finally:
         leave_group()
         flush_streams()
@@ -160,8 +150,7 @@ def explain_error(error: Exception) -> str | None:
         # One that was raised in a loader's worker brings its traceback along.
         return str(error).rpartition("UserError: ")[2].strip()
     if isinstance(error, OSError):
-        found = as_user_error(error)
-        return found and str(found)
+        return (found := as_user_error(error)) and str(found)
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         first = str(error).strip().splitlines()[0]
         return (

@@ -19,7 +19,7 @@ from w2v2.data.audio import probe, read_pcm
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import printable
 from w2v2.finetune.ctc_data import log_skipped, read_skipped
-from w2v2.train.skipped import SkippedAudio
+from w2v2.train.records import SkippedAudio
 
 NAMES = [
     "a b.wav",

@@ -16,8 +16,8 @@ from tiny_run import flip
 from transformers import Wav2Vec2ForPreTraining
 
 import pretrain
+from w2v2.train.checkpoint import find_damage
 from w2v2.train.log import read_metrics
-from w2v2.train.resume import find_damage
 
 STEPS, SAVE_STEPS = 16, 4
 BATCH_HOURS = 0.004

@@ -19,9 +19,8 @@ from transformers import (
 
 from w2v2.errors import UserError
 from w2v2.model.pretraining import PretrainingModel
-from w2v2.train.checkpoint import load_optimizer
+from w2v2.train.checkpoint import CHECKSUMS, find_checkpoint, load_optimizer, read_state
 from w2v2.train.durable import write_checksums
-from w2v2.train.resume import CHECKSUMS, find_checkpoint, read_state
 
 PRETRAINING_HEADS = ("quantizer.", "project_hid.", "project_q.")
 

@@ -1,7 +1,5 @@
 """Checkpoints under torn files, flipped bits, full disks, failing system calls and kills: never one lost, never a damaged one taken."""
 
-import builtins
-import io
 import json
 import os
 import shutil
@@ -29,8 +27,7 @@ from tiny_run import (
 )
 
 from w2v2.errors import UserError
-from w2v2.train.checkpoint import save_model
-from w2v2.train.resume import checkpoints, find_checkpoint, find_damage
+from w2v2.train.checkpoint import checkpoints, find_checkpoint, find_damage, save_model
 
 FILES = ["config.json", MODEL, "preprocessor_config.json", OPTIMIZER, STATE, CHECKSUMS]
 
@@ -60,32 +57,19 @@ def truncate(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
-def halve(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
 def empty(path):
     os.truncate(path, 0)
-
-
-def flip_last(path):
-    flip(path, 8 * path.stat().st_size - 3)
 
 
 def flip_in_the_middle(path):
     flip(path, 4 * path.stat().st_size)
 
 
-def make_unreadable(path):
-    path.unlink()
-    path.mkdir()
-
-
 # Damage
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [truncate, empty, flip_in_the_middle, Path.unlink, make_unreadable])
+@pytest.mark.parametrize("damage", [truncate, empty, flip_in_the_middle, Path.unlink])
 def test_auto_passes_over_a_damaged_checkpoint(saved, caplog, name, damage):
     damage(saved / "checkpoint-4" / name)
     assert find_checkpoint(saved, "auto") == saved / "checkpoint-2"
@@ -93,7 +77,7 @@ def test_auto_passes_over_a_damaged_checkpoint(saved, caplog, name, damage):
     assert "checkpoint-4 is damaged and passed over" in said[0] and "\n" not in said[0]
     if name != CHECKSUMS:  # a flip there accuses one of the others
         assert name in said[0]
-    assert not any("passed over" in line for line in said[1:])
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -111,7 +95,7 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(saved, name, damage):
 
 def test_a_run_never_starts_anew_beside_damaged_checkpoints(saved):
     truncate(saved / "checkpoint-2" / MODEL)
-    flip_last(saved / "checkpoint-4" / OPTIMIZER)
+    flip_in_the_middle(saved / "checkpoint-4" / OPTIMIZER)
     before = contents(saved)
     with pytest.raises(
         UserError, match="no checkpoint.*checkpoint-4.*optimizer.safetensors has changed.*--overwrite_output_dir"
@@ -119,24 +103,6 @@ def test_a_run_never_starts_anew_beside_damaged_checkpoints(saved):
         find_checkpoint(saved, "auto")
     assert contents(saved) == before
     assert prepare(saved, overwrite=True) is None and names(saved) == []
-
-
-def test_rotation_does_not_count_damage_that_reading_shows(run, saved):
-    flip_last(saved / "checkpoint-4" / MODEL)
-    damaged = contents(saved / "checkpoint-4")
-    assert [folder.name for folder in checkpoints(saved)] == ["checkpoint-2", "checkpoint-4"]
-    find_checkpoint(saved, "auto")
-    assert names(saved) == ["checkpoint-2", "checkpoint-4.damaged"]
-    assert contents(saved / "checkpoint-4.damaged") == damaged
-    run.save(saved, 5, keep=2)
-    assert names(saved) == ["checkpoint-2", "checkpoint-4.damaged", "checkpoint-5"]
-    assert find_checkpoint(saved, "auto").name == "checkpoint-5"
-
-    flip_last(saved / "checkpoint-5" / MODEL)  # a second time
-    run.save(saved, 4)
-    flip_last(saved / "checkpoint-4" / MODEL)
-    assert find_checkpoint(saved, "auto").name == "checkpoint-2"
-    assert names(saved) == ["checkpoint-2", "checkpoint-4.damaged", "checkpoint-5.damaged"]
 
 
 def test_rotation_neither_counts_nor_removes_what_is_torn(run, saved):
@@ -153,52 +119,17 @@ def test_a_torn_newer_checkpoint_does_not_forbid_an_older_one(saved):
     assert prepare(saved, saved / "checkpoint-2") == saved / "checkpoint-2"
 
 
-@pytest.mark.parametrize("resume", ["auto", "checkpoint-4"])
-@pytest.mark.parametrize("name", [MODEL, STATE, CHECKSUMS])
-def test_a_file_that_cannot_be_read_is_no_reason_to_go_back(saved, monkeypatch, resume, name):
-    """As of a file server that does not answer: the start ends with a line, and nothing is changed."""
-
-    def stale(path, *rest, **more):
-        if str(path) == str(saved / "checkpoint-4" / name):
-            raise OSError(116, "Stale file handle", str(path))
-        return original(path, *rest, **more)
-
-    original, before = open, contents(saved)
-    with monkeypatch.context() as patch:
-        for module in (io, builtins):
-            patch.setattr(module, "open", stale)
-        with pytest.raises(UserError, match=f"checkpoint-4.*{Path(name).name}") as error:
-            find_checkpoint(saved, resume if resume == "auto" else str(saved / resume))
-    assert "\n" not in str(error.value) and contents(saved) == before and len(names(saved)) == 2
-
-
-# Checkpoints of versions without checksums
-
-
-@pytest.fixture
-def old(saved):
-    for folder in checkpoints(saved):
-        (folder / CHECKSUMS).unlink()
-        state = json.loads((folder / STATE).read_text())
-        assert state.pop("has_checksums")
-        (folder / STATE).write_text(json.dumps(state))
-    return saved
-
-
-def test_a_checkpoint_without_checksums_is_taken_with_a_note(old, caplog):
-    for resume_from in ("auto", str(old / "checkpoint-4")):
-        caplog.clear()
-        assert find_checkpoint(old, resume_from) == old / "checkpoint-4"
-        (record,) = caplog.records
-        assert "checkpoint-4 is of a version that saved no checksums" in record.getMessage()
-
-
-@pytest.mark.parametrize("name", ["config.json", MODEL, STATE])
-@pytest.mark.parametrize("damage", [halve, empty])
-def test_one_that_cannot_be_loaded_is_passed_over(old, caplog, name, damage):
-    damage(old / "checkpoint-4" / name)
-    assert find_checkpoint(old, "auto") == old / "checkpoint-2"
-    assert f"checkpoint-4 is damaged and passed over: {name} is " in caplog.text
+def test_a_checkpoint_of_the_first_versions_has_no_checksums(saved):
+    """It is whole if its files are there; a later one says in its state that it had checksums."""
+    (saved / "checkpoint-4" / CHECKSUMS).unlink()
+    assert find_damage(saved / "checkpoint-4") == f"{CHECKSUMS} is missing"
+    state = json.loads((saved / "checkpoint-4" / STATE).read_text())
+    assert state.pop("has_checksums")
+    (saved / "checkpoint-4" / STATE).write_text(json.dumps(state))
+    for resume_from in ("auto", str(saved / "checkpoint-4")):
+        assert find_checkpoint(saved, resume_from) == saved / "checkpoint-4"
+    (saved / "checkpoint-4" / OPTIMIZER).unlink()
+    assert find_checkpoint(saved, "auto") == saved / "checkpoint-2"
 
 
 # Failures while saving

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from w2v2.arguments import PretrainArguments
-from w2v2.train.collapse import Criteria, Limits
-from w2v2.train.collapse_causes import likely_causes
+from w2v2.train.collapse import Criteria, Limits, likely_causes
 
 COLUMNS = ("step", "accuracy", "codebook_perplexity_hard", "distractors_left", "contrastive_loss")
 # configs/pretrain/small.yaml, validation: docs/results.md; what lies before update 500 is the plateau and the sharpening of the codes.

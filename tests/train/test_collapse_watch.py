@@ -15,10 +15,10 @@ import pretrain
 from w2v2.arguments import PretrainArguments
 from w2v2.data.utterances import Utterances, silent_share
 from w2v2.errors import UserError
+from w2v2.train.checkpoint import FILES
 from w2v2.train.collapse import CollapseWatch
 from w2v2.train.log import read_metrics
 from w2v2.train.records import json_line
-from w2v2.train.resume import FILES
 
 GOOD = dict(accuracy=0.3, codebook_perplexity_hard=50.0, distractors_left=98.0)
 BAD = dict(accuracy=0.5, codebook_perplexity_hard=2.5, distractors_left=40.0)

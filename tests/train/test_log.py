@@ -104,7 +104,7 @@ def test_without_a_bar_a_logged_step_is_one_line(tmp_path, monkeypatch, disable_
     log.write(VALIDATION)
     log.close()
     step, validation = console.getvalue().splitlines()
-    assert step == "step 120/400 | loss 3.912 | acc 0.183 | ppl 41.2 | 2.1 h heard | 38 x real time | 0:04:40 left"
+    assert step == "step 120/400 | loss 3.912 | acc 0.183 | ppl 41.2 | 2.1 h heard | 38 x real time | 04:40 left"
     assert validation == "step 120/400 | eval_loss 3.500 | eval_acc 0.250 | 2.1 h heard"
 
 

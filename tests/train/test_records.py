@@ -9,8 +9,7 @@ from tiny_run import file_size_limit
 
 from w2v2.errors import UserError
 from w2v2.train.log import RunLog, read_metrics
-from w2v2.train.records import StepRecords, json_line
-from w2v2.train.skipped import SkippedAudio
+from w2v2.train.records import SkippedAudio, StepRecords, json_line
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 
@@ -43,8 +42,8 @@ def test_lines_wait_for_room(records, caplog):
     records.append({"step": 3})
     records.append({"step": 4})
     assert steps(records.path) == [1, 2, 3, 4]
-    first, last = caplog.messages
-    assert "No space left on device" in first and str(records.path) in first and "no line is missing" in last
+    (warning,) = caplog.messages
+    assert "No space left on device" in warning and str(records.path) in warning
 
 
 def test_a_line_goes_on_where_the_disk_cut_it(records):
@@ -85,7 +84,7 @@ def test_lines_that_are_lost_in_the_end_are_a_warning(records, caplog):
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 3, "id": "\xc3', bytes(9)])
-def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path, torn, caplog):
+def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path, torn):
     path = tmp_path / "lines"
     line = '{"step": 2,  "loss": 0.10}\n'  # as no encoder of ours writes it
     path.write_bytes(b'{"step": 0}\n{"step": 1}\n' + 2 * line.encode() + b'{"step": 3}\n' + torn)
@@ -94,7 +93,6 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path, torn, capl
     assert path.read_text() == '{"step": 0, "id": "x"}\n' + line + line
     assert [record["step"] for record in records.kept] == [0, 2, 2]
     assert [record["step"] for record in others.kept] == [1, 2, 2]
-    assert len(caplog.messages) == (torn != b"")
     StepRecords(path)
     assert path.read_bytes() == b""
     assert os.listdir(tmp_path) == ["lines"]

@@ -13,7 +13,7 @@ from tiny_run import names, prepare
 
 from w2v2.errors import UserError
 from w2v2.train import run_folder
-from w2v2.train.resume import FILES
+from w2v2.train.checkpoint import FILES
 from w2v2.train.run_folder import HOLDER_FILE, lock_folder
 
 

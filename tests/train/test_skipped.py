@@ -23,7 +23,7 @@ import pretrain
 from w2v2.errors import UserError
 from w2v2.model import objective
 from w2v2.train.log import read_metrics
-from w2v2.train.skipped import NON_FINITE_FILE, SkippedUpdates
+from w2v2.train.records import NON_FINITE_FILE, SkippedUpdates
 from w2v2.train.update import train_update
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,7 +11,9 @@ the rest is JSON: nothing a checkpoint holds is ever executed. No state of a ran
 import json
 import logging
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,11 +26,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from w2v2.errors import UserError, one_line
-from w2v2.train.durable import match_modes, publish, remove, sync, unfinished, write_checksums
+from w2v2.train.durable import find_mismatch, match_modes, publish, remove, sync, unfinished, write_checksums
 from w2v2.train.launch import on_main_process
-from w2v2.train.resume import CHECKSUMS, OPTIMIZER, STATE, checkpoints, read_state, step_of
 
 logger = logging.getLogger(__name__)
+
+OPTIMIZER, STATE = "training_state/optimizer.safetensors", "training_state/state.json"
+CHECKSUMS = "training_state/checksums.json"
+FILES = ("config.json", "model.safetensors", OPTIMIZER, STATE)  # without one of these no run resumes
+
+
+# --------------------------------------------------------------------------------- saving
 
 
 def save_checkpoint(output_dir: Path, run, keep: int, on_failure: str = "stop") -> Path | None:
@@ -69,11 +77,7 @@ def save_model(folder: Path, accelerator: Accelerator, model, feature_extractor)
     Raises `UserError` on all ranks if they cannot be written; what `folder` held before is then still there.
     """
     weights, bare = accelerator.get_state_dict(model), accelerator.unwrap_model(model)
-    try:
-        on_main_process(accelerator, lambda: _replace_model(Path(folder), bare, weights, feature_extractor))
-    except UserError as failure:
-        advice = "free space or mend the disk, and start the run again with --resume_from_checkpoint auto"
-        raise UserError(f"{failure}: {advice}") from None
+    on_main_process(accelerator, lambda: _replace_model(Path(folder), bare, weights, feature_extractor))
 
 
 def _write_checkpoint(final: Path, run, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
@@ -103,7 +107,8 @@ def _replace_model(folder: Path, bare, weights: dict[str, torch.Tensor], feature
             new.rmdir()
             sync(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the model could not be saved ({one_line(error)})") from None
+        advice = "free space or mend the disk, and start the run again with --resume_from_checkpoint auto"
+        raise UserError(f"{folder}: the model could not be saved ({one_line(error)}): {advice}") from None
 
 
 def _write_model(folder: Path, bare, weights: dict[str, torch.Tensor], feature_extractor) -> None:
@@ -125,7 +130,7 @@ def _flatten(optimizer_state: dict) -> dict[str, torch.Tensor]:
 def _rotate(output_dir: Path, step: int, keep: int) -> None:
     """Remove all but the newest `keep` up to `step`; a run that went back to an older one leaves the newer ones alone.
 
-    Damaged ones neither count nor go. The one just saved is whole, and stays.
+    Torn ones neither count nor go. The one just saved is whole, and stays.
     """
     upto = [folder for folder in checkpoints(output_dir) if step_of(folder) <= step]
     for old in upto[:-keep]:
@@ -133,6 +138,83 @@ def _rotate(output_dir: Path, step: int, keep: int) -> None:
             remove(old)
         except OSError as error:
             logger.warning("%s is not needed any more but cannot be removed: %s", old, one_line(error))
+
+
+# --------------------------------------------------------------------------------- finding
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints in `output_dir` that are whole by their files' sizes, oldest first."""
+    return [folder for folder in _numbered(output_dir) if find_damage(folder, contents=False) is None]
+
+
+def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means: none, the newest whole one (`auto`), or that path.
+
+    Its files are compared with their checksums. `auto` passes over newer ones that are damaged, with a warning each; it
+    never starts anew beside checkpoints of which none is whole. Raises `UserError` then, and for a damaged path.
+    """
+    if resume_from is None:
+        return None
+    flag = f"--resume_from_checkpoint {resume_from}"
+    if resume_from != "auto":
+        folder = Path(resume_from)
+        if not folder.is_dir():
+            raise UserError(f"{flag}: no such folder; give a checkpoint-<step> folder or `auto`")
+        read_state(folder)
+        if damage := find_damage(folder):
+            raise UserError(f"{flag}: {damage}; give another checkpoint, or `auto` for the newest whole one")
+        return folder
+    damaged = []
+    for folder in reversed(_numbered(output_dir)):
+        if (damage := find_damage(folder)) is None:
+            return folder
+        logger.warning("%s is damaged and passed over: %s", folder, damage)
+        damaged.append(f"{folder.name}, whose {damage}")
+    if damaged:
+        raise UserError(
+            f"{flag}: no checkpoint in {output_dir} is whole, the newest being {damaged[0]}; mend that, or start anew with "
+            "--overwrite_output_dir"
+        )
+    return None
+
+
+def find_damage(folder: Path, contents: bool = True) -> str | None:
+    """What keeps a checkpoint from being resumed from, naming the file; None: it is whole.
+
+    Without `contents` only sizes are compared. The first versions saved no checksums; then files that are there count as whole.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    if (folder / CHECKSUMS).is_file():
+        return find_mismatch(folder, CHECKSUMS, FILES, contents)
+    return f"{CHECKSUMS} is missing" if b"has_checksums" in (folder / STATE).read_bytes() else None
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    """All folders named `checkpoint-<step>`, by step."""
+    folders = Path(output_dir).glob("checkpoint-*")
+    return sorted((f for f in folders if re.fullmatch(r"checkpoint-\d+", f.name) and f.is_dir()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The number in `checkpoint-<step>`."""
+    return int(folder.name.rpartition("-")[2])
+
+
+# --------------------------------------------------------------------------------- loading
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`training_state/state.json` of a checkpoint. Raises `UserError` if it holds none."""
+    try:
+        return json.loads((Path(folder) / STATE).read_bytes())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} holds no training state (state.json is missing or torn): resume from a checkpoint-<step> folder, or "
+            "start from its weights alone with --model_name_or_path"
+        ) from None
 
 
 def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
@@ -144,10 +226,8 @@ def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> 
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is missing or torn ({error}): resume from another checkpoint, or start from the weights alone with "
-            "--model_name_or_path"
-        ) from None
+        advice = "resume from another checkpoint, or start from the weights alone with --model_name_or_path"
+        raise UserError(f"{path} is missing or torn ({error}): {advice}") from None
     state: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition("/")

@@ -1,4 +1,4 @@
-"""Whether a run has collapsed, told from its records alone, and what the run does then.
+"""Whether a run has collapsed, told from its records alone, what may be the cause, and what the run does then.
 
 | criterion | a record is bad where | counted after |
 |---|---|---|
@@ -7,9 +7,12 @@
 | accuracy | it is below 3 / (1 + distractors left) | warm-up, at least a window |
 | loss | the contrastive loss stays within 0.1 % of itself | the same |
 
-The plateau that runs begin on has up to 2.5 times chance, and in a run that learns, batches alone vary the loss by 0.5 %.
-Bad records without a gap over half a window are a warning, over a whole one a collapse. All of it is a function of the
-records: a resumed run reads them again. Records without finite figures count neither way.
+The plateau that runs begin on has up to 2.5 times chance. In a run that learns, batches alone vary the loss by 0.5 %.
+Bad records without a gap over half a window are a warning, over a whole one a collapse. A resumed run reads the earlier
+records again. Records without finite figures count neither way.
+
+A cause is a setting that is known for a collapse and unlike what is usual: the paper's and fairseq's recipe for BASE and
+LARGE, and configs/pretrain/small.yaml for models below 512 wide.
 """
 
 import logging
@@ -19,24 +22,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from accelerate import Accelerator
 
 from w2v2.data.utterances import Utterances, silent_share
 from w2v2.errors import UserError
-from w2v2.train.collapse_causes import FEW_CODES, NO_LEARNING, likely_causes
+from w2v2.train.checkpoint import checkpoints, step_of
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import METRICS_FILE, read_metrics
-from w2v2.train.resume import checkpoints, step_of
-from w2v2.train.schedule import num_warmup_steps
+from w2v2.train.schedule import num_warmup_steps, ramp
 
 logger = logging.getLogger(__name__)
 
-CODES_PER_GROUP = 2.0
+FEW_CODES, NO_LEARNING = {"codes", "distractors"}, {"accuracy", "loss"}  # the criteria
+CODES_PER_GROUP = 2
 LEAST_DISTRACTORS = 0.1  # of those drawn
-TIMES_CHANCE = 3.0
+TIMES_CHANCE = 3
 LOSS_SPREAD = 1e-3  # (greatest − least) / greatest
 FEWEST_RECORDS = 4  # in a window, however rarely a run logs
 MEASURES = ("codebook_perplexity_hard", "distractors_left", "accuracy", "contrastive_loss")
+
+# (seconds in an effective batch, peak learning rate) of BASE, where batches are smaller than the paper's: arXiv 2402.13723
+RATES = ((87.5, 7.3e-6), (150, 7.9e-5), (300, 1.1e-4), (600, 1.6e-4), (1200, 2.2e-4), (2400, 5e-4))
 
 
 @dataclass(frozen=True)
@@ -72,14 +79,6 @@ class Finding(NamedTuple):
     text: str  # the criteria with their figures and thresholds
 
 
-class _Stretch(NamedTuple):
-    """Bad records without a gap, up to the newest."""
-
-    since: int
-    num_counted: int
-    text: str  # the newest figure and its threshold
-
-
 class Criteria:
     """Fed with training records in order; says once each when a collapse is suspected and when it is sure."""
 
@@ -88,73 +87,71 @@ class Criteria:
         self.counted_after = dict.fromkeys(FEW_CODES, limits.codes_after)
         self.counted_after |= dict.fromkeys(NO_LEARNING, limits.learning_after)
         self.first: int | None = None  # update of the first record
-        self.stretches: dict[str, _Stretch] = {}
-        self.losses: list[tuple[int, float]] = []  # (step, contrastive loss) of the newest records that are alike
+        self.bad: dict[str, list[int]] = {}  # criterion → updates of the bad records without a gap, up to the newest
+        self.losses: list[tuple[int, float]] = []  # (update, contrastive loss) of the newest records that are alike
         self.level = 0  # 1: warned of, 2: sure
 
     @property
     def is_suspicious(self) -> bool:
         """Whether the newest record is bad, earlier ones were not, and the collapse is not sure yet."""
-        return self.level < 2 and any(stretch.since != self.first for stretch in self.stretches.values())
+        return self.level < 2 and any(steps[0] != self.first for steps in self.bad.values())
 
     def add(self, record: Mapping[str, Any]) -> Finding | None:
         """Take the next training record; a finding where this one makes it a suspicion, or a certainty."""
         if not all(isinstance(record.get(name), int | float) and math.isfinite(record[name]) for name in MEASURES):
             return None
         step = int(record["step"])
-        self.first = step if self.first is None else self.first
-        self.stretches = {name: self._longer(name, step, text) for name, text in self._bad(record).items()}
-        self.stretches |= self._flat_loss(step, record["contrastive_loss"])
-        if not self.stretches:
+        self.first = self.first or step
+        texts = self._judge(record)
+        self.bad = {name: [*self.bad.get(name, []), step] for name in texts}
+        if spread := self._compare_loss(step, record["contrastive_loss"]):
+            self.bad["loss"] = [step for step, _ in self.losses]
+            texts["loss"] = f"contrastive_loss is {record['contrastive_loss']:.4f} and moved by {spread}"
+        if not self.bad:
             self.level = 0
         for level, share in ((2, 1.0), (1, 0.5)):
-            lasting = {name: s for name, s in self.stretches.items() if self._lasts(name, s, step, share)}
+            lasting = [name for name in self.bad if self._lasts(name, step, share)]
             if lasting and level > self.level:
                 self.level = level
-                text = "; ".join(f"{s.text}, since update {s.since:,}" for s in lasting.values())
-                return Finding(level == 2, min(s.since for s in lasting.values()), frozenset(lasting), text)
+                text = "; ".join(f"{texts[name]}, since update {self.bad[name][0]:,}" for name in lasting)
+                return Finding(level == 2, min(self.bad[name][0] for name in lasting), frozenset(lasting), text)
         return None
 
-    def _longer(self, name: str, step: int, text: str) -> _Stretch:
-        """The criterion's stretch with one more record."""
-        old = self.stretches.get(name, _Stretch(step, 0, text))
-        return _Stretch(old.since, old.num_counted + (step > self.counted_after[name]), text)
-
-    def _lasts(self, name: str, stretch: _Stretch, step: int, share: float) -> bool:
-        num_updates = step - max(stretch.since, self.counted_after[name])
-        return num_updates >= share * self.limits.window_steps and stretch.num_counted >= share * FEWEST_RECORDS
-
-    def _bad(self, record: Mapping[str, Any]) -> dict[str, str]:
+    def _judge(self, record: Mapping[str, Any]) -> dict[str, str]:
         """Criterion → what is bad about this record, but for the loss, which one record does not show."""
-        bad, limits, (perplexity, left, accuracy, _) = {}, self.limits, (record[name] for name in MEASURES)
-        if perplexity < (least := CODES_PER_GROUP * limits.num_groups):
-            of = f"{CODES_PER_GROUP:g} for each of {limits.num_groups} groups"
-            bad["codes"] = f"codebook_perplexity_hard is {perplexity:.2f}, below {least:g} ({of})"
-        if left < (least := LEAST_DISTRACTORS * limits.num_distractors):
-            own = f"of {limits.num_distractors}: the others carry the positive's own code"
-            bad["distractors"] = f"distractors_left is {left:.2f}, below {least:g} ({own})"
-        elif accuracy < (least := TIMES_CHANCE / (1.0 + left)):
-            bad["accuracy"] = f"accuracy is {accuracy:.4f}, below {least:.4f} ({TIMES_CHANCE:g} times chance)"
+        G, K = self.limits.num_groups, self.limits.num_distractors
+        own_codes = f"of {K}: the others carry the positive's own code"
+        rows = [
+            ("codes", MEASURES[0], CODES_PER_GROUP * G, f"{CODES_PER_GROUP} for each of {G} groups"),
+            ("distractors", MEASURES[1], LEAST_DISTRACTORS * K, own_codes),
+            ("accuracy", MEASURES[2], TIMES_CHANCE / (1 + record["distractors_left"]), f"{TIMES_CHANCE} times chance"),
+        ]
+        bad = {
+            criterion: f"{measure} is {record[measure]:#.3g}, below {least:.3g} ({why})"
+            for criterion, measure, least, why in rows
+            if record[measure] < least
+        }
+        if "distractors" in bad:
+            bad.pop("accuracy", None)  # among so few distractors it says nothing
         return bad
 
-    def _flat_loss(self, step: int, loss: float) -> dict[str, _Stretch]:
-        """The newest records, at most a window of them, whose losses are alike."""
+    def _compare_loss(self, step: int, loss: float) -> str | None:
+        """How little the loss moved over the newest records, at most a window of them; None: it moves."""
         losses = self.losses
         losses.append((step, loss))
-        while (spread := _spread([loss for _, loss in losses])) > LOSS_SPREAD:
+        while np.ptp(values := [loss for _, loss in losses]) > LOSS_SPREAD * max(values):
             losses.pop(0)
         while len(losses) > FEWEST_RECORDS and losses[1][0] <= step - self.limits.window_steps:
             losses.pop(0)
         if len(losses) < FEWEST_RECORDS:
-            return {}
-        num_counted = sum(step > self.limits.learning_after for step, _ in losses)
-        text = f"contrastive_loss is {loss:.4f} and moved by {spread:.3%}, not more than {LOSS_SPREAD:.1%}"
-        return {"loss": _Stretch(losses[0][0], num_counted, text)}
+            return None
+        return f"{np.ptp(values) / (max(values) or 1):.3%}, not more than {LOSS_SPREAD:.1%}"
 
-
-def _spread(values: list[float]) -> float:
-    greatest = max(map(abs, values))
-    return (max(values) - min(values)) / greatest if greatest else 0.0
+    def _lasts(self, name: str, step: int, share: float) -> bool:
+        """Whether the criterion has been met for this share of the window, by as many records."""
+        after, steps = self.counted_after[name], self.bad[name]
+        has_records = sum(bad > after for bad in steps) >= share * FEWEST_RECORDS
+        return has_records and step - max(steps[0], after) >= share * self.limits.window_steps
 
 
 class CollapseWatch:
@@ -165,15 +162,11 @@ class CollapseWatch:
         self.args, self.config, self.utterances, self.accelerator = args, config, utterances, accelerator
         self.criteria = Criteria(Limits.of(args, config))
         if args.collapse_action != "none" and first_step:
-            for record in on_main_process(accelerator, self._read_earlier):
+            path = Path(args.output_dir) / METRICS_FILE
+            for record in on_main_process(accelerator, lambda: read_metrics(path) if path.exists() else []):
                 self.criteria.add(record)
             # What was sure is said once more: whoever heard it is no more, or had other flags.
             self.criteria.level = min(self.criteria.level, 1)
-
-    def _read_earlier(self) -> list[dict[str, Any]]:
-        path = Path(self.args.output_dir) / METRICS_FILE
-        records = read_metrics(path) if path.exists() else []
-        return [{name: r[name] for name in ("step", *MEASURES)} for r in records if r.keys() >= set(MEASURES)]
 
     def see(self, record: Mapping[str, Any]) -> None:
         """Take the next training record. Raises `UserError` if a collapse has lasted for a window and is to stop the run."""
@@ -190,24 +183,67 @@ class CollapseWatch:
 
     def _message(self, finding: Finding, record: Mapping[str, Any]) -> str:
         what = "the codes have collapsed" if finding.criteria & FEW_CODES else "the run learns nothing"
-        ending = "" if finding.is_sure else "; the run stops at its end"
-        if not finding.is_sure and self.args.collapse_action != "stop":
-            ending = "; the run goes on"
-        share = "all" if finding.is_sure else "half"
-        lasted = f"for {share} of --collapse_window_steps {self.criteria.limits.window_steps}{ending}"
+        window = f"--collapse_window_steps {self.criteria.limits.window_steps}"
+        ending = "stops at its end" if self.args.collapse_action == "stop" else "goes on"
+        lasted = f"all of {window}" if finding.is_sure else f"half of {window}; the run {ending}"
 
         causes = likely_causes(finding.criteria, finding.since, record, self.args, self.config)
         if self.accelerator.mixed_precision == "fp16":
-            skipped = record.get("skipped_updates", 0)
-            causes.append(f"fp16, with {skipped} updates skipped (bf16 and fp32 do not overflow)")
+            causes.append(f"fp16, with {record['skipped_updates']} updates skipped (bf16 and fp32 do not overflow)")
         if (silent := silent_share(self.utterances)) >= 0.25:
             causes.append(f"{silent:.0%} of the utterances looked at are silence")
         why = f"Likely here: {'; '.join(causes)}" if causes else "No setting of this run is unusual: listen to its data"
 
         before = [folder for folder in checkpoints(self.args.output_dir) if step_of(folder) < finding.since]
-        way_out = "No checkpoint is from before it: start anew with other settings"
+        way_out = "No checkpoint is from before it: start anew"
         if before:
-            advice = "start from its weights with other settings (--model_name_or_path)"
-            way_out = f"{before[-1]} is from before it: {advice}"
-        way_out += "; --collapse_action warn would go on" if finding.is_sure else ""
-        return f"{what}: {finding.text} ({lasted}). {why}. {way_out}"
+            way_out = f"{before[-1]} is from before it: start from its weights (--model_name_or_path)"
+        more = "; --collapse_action warn would go on" if finding.is_sure else ""
+        return f"{what}: {finding.text} (for {lasted}). {why}. {way_out} with other settings{more}"
+
+
+def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any], args, config) -> list[str]:
+    """The settings to blame for the `criteria` met `since` that update, each with what is usual; `record` is the newest."""
+    few_codes, no_learning = bool(criteria & FEW_CODES), bool(criteria & NO_LEARNING)
+    hours, temperature = min(args.batch_hours, record["batch_hours"]), record["gumbel_temperature"]
+    rate, mult, weight = args.learning_rate, args.feature_grad_mult, config.diversity_loss_weight
+    delay, share = args.diversity_delay_steps, ramp(since, args.diversity_delay_steps, args.diversity_warmup_steps)
+    warmup = num_warmup_steps(args.warmup_steps, args.max_steps)
+
+    # 1. What is usual for a model of this size, such an effective batch and a run of this length.
+    is_small = config.hidden_size < 512
+    usual_mult, coldest = (1.0, 0.1) if config.do_stable_layer_norm else (0.1, 0.5)
+    usual_hours, usual_rate, usual_warmup = 0.0045, 1e-3, min(round(0.015 * args.max_steps), 60)
+    if not is_small:
+        fitting = [peak for seconds, peak in RATES if seconds <= 1.05 * 3600 * hours] or [RATES[0][1]]
+        usual_hours, usual_rate = 1.6, min(3e-4 if config.hidden_size >= 1024 else 5e-4, fitting[-1])
+        usual_warmup = min(round(0.08 * args.max_steps), 32_000)
+    # A small model whose codes are all used alike: nothing is left for the contrastive loss to learn from.
+    entries = config.num_codevector_groups * config.num_codevectors_per_group
+    is_blurred = no_learning and is_small and weight > 0 and record["codebook_perplexity_hard"] > entries / 2
+    has_short_warmup = usual_warmup >= 10 and warmup < 0.9 * usual_warmup and since <= 4 * usual_warmup
+    is_cold = few_codes and temperature < 0.99 * coldest
+
+    # 2. The settings as the user gave them.
+    batch = f"an effective batch of {hours:.4g} h (--batch_hours {args.batch_hours:g})"
+    peak_rate = f"--learning_rate {rate:g}, where {usual_rate:g} is usual"
+    scaled, gumbel = f"--feature_grad_mult {mult:g}", f"a Gumbel temperature of {temperature:.3g}"
+    diversity = f"--diversity_loss_weight {weight:g}, where 0.1 is usual"
+    delayed = f"--diversity_delay_steps {delay}, --diversity_warmup_steps {args.diversity_warmup_steps}"
+
+    # 3. Whether each of them is a cause.
+    causes = [
+        (hours < 0.9 * usual_hours, f"{batch}, where {usual_hours:g} h are usual"),
+        (rate > 1.5 * usual_rate, f"{peak_rate} for such a model and batch"),
+        (has_short_warmup, f"a warm-up of {warmup:,} updates (--warmup_steps), where {usual_warmup:,} are usual"),
+        (mult > 2 * usual_mult, f"{scaled}, where {usual_mult:g} is usual"),
+        (few_codes and weight < 0.05, f"{diversity}: little keeps the codes apart"),
+        (few_codes and weight >= 0.05 and share < 1, f"a diversity loss with {share:.0%} of its weight ({delayed})"),
+        (is_cold, f"{gumbel} (--min_gumbel_temperature), where {coldest:g} is usual"),
+        (no_learning and rate < usual_rate / 20, peak_rate),
+        (no_learning and weight > 0.5, f"{diversity}: it outweighs the contrastive loss"),
+        (no_learning and mult == 0, f"{scaled}: the convolutions do not learn"),
+        (is_blurred and not delay, "no --diversity_delay_steps in so small a model"),
+        (is_blurred and temperature > 1, f"{gumbel} in so small a model (--max_gumbel_temperature 0.5)"),
+    ]
+    return [text for is_met, text in causes if is_met]

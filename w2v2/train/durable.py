@@ -22,10 +22,8 @@ UNFINISHED = ".unfinished-"
 def write_file(path: Path, content: bytes) -> None:
     """Replace a file's content: after a kill or a full disk it holds the old or the new one. Raises `OSError`."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(content)
+    sync(temporary)
     os.replace(temporary, path)
 
 
@@ -71,7 +69,7 @@ def sync(path: Path) -> None:
 
 def match_modes(folder: Path) -> None:
     """Give safetensors files, which their owner alone may read whatever the umask says, the mode of `config.json`."""
-    for path in [*folder.glob("*.safetensors"), *folder.glob("training_state/*.safetensors")]:
+    for path in folder.rglob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
 
@@ -79,13 +77,15 @@ def write_checksums(folder: Path, name: str) -> None:
     """Make all files under `folder` durable, with their sizes and SHA-256 sums in its file `name`. Raises `OSError`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / name)
     with ThreadPoolExecutor() as pool:  # reading one file overlaps with waiting for the disk to take another
-        entries = list(pool.map(_make_durable, paths))
-    record = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
-    (folder / name).write_text(json.dumps(record, indent=2), encoding="utf-8")
-    sync(folder / name)
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            sync(path)
+        waits, sums = pool.map(sync, paths), list(pool.map(_sha256, paths))
+        list(waits)  # raises what the disk refused
+    entries = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, sums, strict=True)
+    }
+    (folder / name).write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    for path in [folder / name, *filter(Path.is_dir, folder.rglob("*")), folder]:
+        sync(path)
 
 
 def find_mismatch(folder: Path, name: str, required: Iterable[str] = (), contents: bool = True) -> str | None:
@@ -95,29 +95,23 @@ def find_mismatch(folder: Path, name: str, required: Iterable[str] = (), content
     are compared, which takes no time. Raises `OSError` where a file cannot be read.
     """
     try:
-        record = json.loads((folder / name).read_bytes())
-        sizes = {file: entry["size"] for file, entry in record.items()}
-        sums = {file: entry["sha256"] for file, entry in record.items()}
-    except (ValueError, AttributeError, TypeError, KeyError):
+        entries = json.loads((folder / name).read_bytes())
+        saved = {file: (entry["size"], entry["sha256"]) for file, entry in entries.items()}
+    except (ValueError, KeyError):
+        saved = {}
+    if not saved.keys() >= {*required} or not saved:
         return f"{name} is damaged"
-    if not sums.keys() >= set(required):
-        return f"{name} is damaged"
-    for file, size in sizes.items():
+    for file, (size, _) in saved.items():
         if not (folder / file).is_file():
             return f"{file} is missing"
         if (found := (folder / file).stat().st_size) != size:
             return f"{file} has {found} bytes, was saved with {size}"
-    if not contents:
-        return None
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(_sha256, [folder / file for file in sums]))
-    changed = [file for file, digest in zip(sums, found, strict=True) if digest != sums[file]]
-    return f"{changed[0]} has changed since it was saved (its SHA-256 differs)" if changed else None
-
-
-def _make_durable(path: Path) -> dict[str, int | str]:
-    sync(path)
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    if contents:
+        with ThreadPoolExecutor() as pool:
+            for file, found in zip(saved, pool.map(_sha256, [folder / file for file in saved]), strict=True):
+                if found != saved[file][1]:
+                    return f"{file} has changed since it was saved (its SHA-256 differs)"
+    return None
 
 
 def _sha256(path: Path) -> str:

@@ -97,11 +97,6 @@ def expected_processes(environment: Mapping[str, str]) -> int:
     return next((int(environment[name]) for name in WORLD_SIZES if environment.get(name)), 1)
 
 
-def is_restart() -> bool:
-    """Whether torchrun (`--max_restarts`) has started this attempt after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def join_group(timeout_seconds: float, cpu: bool) -> None:
     """Make the process group of several processes, before Accelerate would.
 
@@ -111,14 +106,14 @@ def join_group(timeout_seconds: float, cpu: bool) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or PartialState._shared_state:
         return
     timeout = timedelta(seconds=timeout_seconds)
-    uses_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if uses_agent_store else "0"
+    environment, attempt = os.environ, "0"
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
         store = distributed.PrefixStore(f"attempt-{attempt}", store)
         PartialState(cpu=cpu, store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:
-        environment = os.environ
         raise UserError(
             f"rank {environment['RANK']} of {environment['WORLD_SIZE']} cannot meet the others at {environment['MASTER_ADDR']}:"
             f"{environment['MASTER_PORT']} ({str(error).strip().splitlines()[0]}): is every process running, the port free, and the "
@@ -156,29 +151,25 @@ def configure_fsdp(accelerator: Accelerator, args) -> None:
     Raises `UserError` for what is not supported.
     """
     plugin, precision = accelerator.state.fsdp_plugin, accelerator.mixed_precision
-    refused = {
-        "version 1 (set fsdp_version: 2, as configs/accelerate/fsdp.yaml)": plugin.fsdp_version != 2,
-        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        f"{precision} (use bf16 or fp32, or DDP)": precision not in ("no", "bf16"),
-        "a parallelism_config": accelerator.parallelism_config is not None,
-        "--gradient_compression, which is DDP's": args.gradient_compression != "none",
-        "--micro_batch_seconds auto, which tries each device by itself (give a number)": args.micro_batch_seconds
-        is None,
-    }
-    for what, is_asked_for in refused.items():
+    refused = [
+        (plugin.fsdp_version != 2, "version 1 (set fsdp_version: 2, as configs/accelerate/fsdp.yaml)"),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params"),
+        (precision not in ("no", "bf16"), f"{precision} (use bf16 or fp32, or DDP)"),
+        (accelerator.parallelism_config is not None, "a parallelism_config"),
+        (args.gradient_compression != "none", "--gradient_compression, which is DDP's"),
+        (args.micro_batch_seconds is None, "--micro_batch_seconds auto, which tries each device by itself"),
+    ]
+    for is_asked_for, what in refused:
         if is_asked_for:
             raise UserError(f"FSDP is not supported with {what}")
-    ours = dict(
-        auto_wrap_policy=None, activation_checkpointing=False, cpu_ram_efficient_loading=False, ignored_modules=None
-    )
-    unused = sorted(name for name, value in ours.items() if (getattr(plugin, name) or None) != (value or None))
-    for name, value in ours.items():
-        setattr(plugin, name, value)
+    ours = ("activation_checkpointing", "auto_wrap_policy", "cpu_ram_efficient_loading", "ignored_modules")
+    unused = [f"fsdp_{name}" for name in ours if getattr(plugin, name)]
+    for name in ours:
+        setattr(plugin, name, None)
     plugin.mixed_precision_policy = None  # autocast, not casts of whole groups
-    note = f"; not used: fsdp_{', fsdp_'.join(unused)}" if unused else ""
-    accelerator.print(
-        f"sharding      FSDP2, the whole model as one group over {accelerator.num_processes} device(s){note}"
-    )
+    note = f"; not used: {', '.join(unused)}" if unused else ""
+    num_devices = accelerator.num_processes
+    accelerator.print(f"sharding      FSDP2, the whole model as one group over {num_devices} device(s){note}")
 
 
 def prepare_model(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):

@@ -27,7 +27,6 @@ import logging
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,12 +35,14 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from w2v2.errors import UserError, as_user_error, one_line
+from w2v2.errors import UserError, one_line
 from w2v2.train.records import StepRecords, parse_record
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+# Around writing to a terminal, which a run outlives: closed, on a full disk, or a pipe without a reader.
+STREAM_MAY_DIE = contextlib.suppress(OSError, ValueError)
 _BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar}| {desc} | {remaining} left"
 _SECONDS_BETWEEN_REFRESHES = 0.5
 
@@ -88,34 +89,22 @@ class RunLog:
         disable_tqdm: bool = False,
     ) -> None:
         """`trackers` is anything with `log(values, step=…)`, as an `Accelerator` with `init_trackers` done."""
-        self.total_steps = total_steps
-        self._first_step = first_step
-        self._is_main = is_main
-        self._trackers = trackers
-        self._bar = None
-        self._started_at = time.monotonic()
-        self._refreshed_at = -math.inf
+        self.total_steps, self._first_step, self._started_at = total_steps, first_step, time.monotonic()
+        self._is_main, self._trackers = is_main, trackers
+        self._bar, self._refreshed_at = None, -math.inf
         if is_main:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
         self.records = StepRecords(Path(output_dir) / METRICS_FILE, first_step, is_main=is_main)
-        if not is_main:
-            return
-        threading.excepthook = say_in_a_line
-        if not disable_tqdm and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps,
-                initial=first_step,
-                bar_format=_BAR_FORMAT,
-                dynamic_ncols=True,
-                file=sys.stderr,
-            )
+        if is_main and not disable_tqdm and sys.stderr.isatty():
+            options = dict(bar_format=_BAR_FORMAT, dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(total=total_steps, initial=first_step, **options)
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance the bar to this update; values are looked at (a device sync) only when the bar is redrawn."""
         if self._bar is None:
             return
         now = time.monotonic()
-        with self._console():
+        with STREAM_MAY_DIE:
             if now - self._refreshed_at >= _SECONDS_BETWEEN_REFRESHES:
                 self._refreshed_at = now
                 self._bar.set_description_str(_describe(_plain(record)), refresh=False)
@@ -135,21 +124,17 @@ class RunLog:
         self._track({name: value for name, value in record.items() if name != "step" and _is_number(value)}, step)
         has_validation = any(name.startswith("eval_") for name in record)
         if self._bar is None or has_validation:
-            with self._console():
+            with STREAM_MAY_DIE:
                 tqdm.write(self._line(record, step, has_validation), file=sys.stderr)
 
     def close(self) -> None:
         """Close bar and file; harmless when done twice."""
         if self._bar is not None:
-            with self._console():
+            with STREAM_MAY_DIE:
                 self._bar.close()
         self.records.close()
         self._bar = None
         self._is_main = False
-
-    def _console(self) -> contextlib.AbstractContextManager:
-        """Around writing to the terminal, which a run outlives: closed, on a full disk, or a pipe without a reader."""
-        return contextlib.suppress(OSError, ValueError)
 
     def _track(self, numbers: Mapping[str, Any], step: int) -> None:
         if self._trackers is None:
@@ -163,25 +148,18 @@ class RunLog:
     def _line(self, record: Mapping[str, Any], step: int, has_validation: bool) -> str:
         parts = [f"step {step}/{self.total_steps}"]
         if "loss" in record or not has_validation:
-            parts.append(_describe(record))
-            parts.append(f"{self._time_left(step)} left")
+            done, to_do = step - self._first_step, max(self.total_steps - step, 0)
+            seconds = (time.monotonic() - self._started_at) / done * to_do if done else 0
+            parts += [_describe(record), f"{tqdm.format_interval(seconds)} left"]
         if has_validation:
             parts.append(_describe(record, prefix="eval_"))
-        return " | ".join(part for part in parts if part)
-
-    def _time_left(self, step: int) -> str:
-        done = step - self._first_step
-        if done <= 0:
-            return "?"
-        seconds = (time.monotonic() - self._started_at) / done * max(self.total_steps - step, 0)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        return " | ".join(filter(None, parts))
 
 
 def announce(accelerator: Accelerator, text: str) -> None:
     """Print a line for people, once for all ranks. A dead stream ends no run."""
     if accelerator.is_main_process:
-        with contextlib.suppress(OSError, ValueError):
+        with STREAM_MAY_DIE:
             print(text, flush=True)
 
 
@@ -196,25 +174,17 @@ def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
     )
 
 
-def say_in_a_line(arguments: threading.ExceptHookArgs) -> None:
-    """What a thread ends of, as a tracker's that writes to a full disk; a traceback is for bugs."""
-    error = arguments.exc_value
-    if isinstance(error, OSError) and as_user_error(error):
-        logger.warning("%s has ended: %s", arguments.thread.name if arguments.thread else "a thread", one_line(error))
-    else:
-        threading.__excepthook__(arguments)
-
-
 def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
     """`loss 3.912 | acc 0.183 | ppl 41.2 | 2.1 h heard | 38 x real time`, from the values that are there."""
-    parts = [
-        (prefix + "loss", f"{prefix}loss {{:.3f}}"),
-        (prefix + "accuracy", f"{prefix}acc {{:.3f}}"),
-        (prefix + "codebook_perplexity", f"{prefix}ppl {{:.1f}}"),
-        ("audio_hours", "{:.1f} h heard" if (record.get("audio_hours") or 0) < 1000 else "{:.0f} h heard"),
-        ("audio_seconds_per_second", "{:.0f} x real time"),
-    ]
-    return " | ".join(form.format(record[name]) for name, form in parts if _is_number(record.get(name)))
+    hours = "{:.1f} h heard" if (record.get("audio_hours") or 0) < 1000 else "{:.0f} h heard"
+    parts = {
+        prefix + "loss": prefix + "loss {:.3f}",
+        prefix + "accuracy": prefix + "acc {:.3f}",
+        prefix + "codebook_perplexity": prefix + "ppl {:.1f}",
+        "audio_hours": hours,
+        "audio_seconds_per_second": "{:.0f} x real time",
+    }
+    return " | ".join(form.format(record[name]) for name, form in parts.items() if _is_number(record.get(name)))
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,16 @@
 """`--micro_batch_seconds auto`: the largest micro-batch that an accelerator holds, found by trying the worst that a budget allows.
 
-1. *Unit.* n crops of the longest length. Micro-batches within that budget may have more rows, but no more padded samples, latent
-   frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames than n rows of the longest.
-2. *Trial.* Forward and backward pass of such a micro-batch beside everything else that an update holds. It leaves nothing behind.
-3. *Search.* n is doubled until it no longer fits, then bisected. Nothing is gained beyond a device's share of an effective batch, nor
-   beyond what keeps a device busy.
-4. *Agreement.* All ranks take the least of what they found.
+The unit is n crops of the longest length. Micro-batches within that budget may have more rows, but no more padded samples, latent
+frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames than n rows of the longest.
+A trial is a forward and backward pass of that worst case, beside everything else that an update holds. All ranks take the least.
 
 A CPU's memory ends with a kill, not with an error that a trial could meet: a CPU takes `CPU_SECONDS`.
 """
 
-import contextlib
+import bisect
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,13 +30,12 @@ from w2v2.train.update import seed_noise
 
 DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
-# These keep a GPU busy with BASE (docs/performance.md), and fewer pieces of an update pad more.
-ACCELERATOR_SECONDS = 800.0
+ACCELERATOR_SECONDS = 800.0  # keep a GPU busy with BASE (docs/performance.md); fewer pieces of an update pad more
 
 
 @dataclass
 class Trial:
-    """Tries micro-batches of n crops of `longest` samples."""
+    """Tries micro-batches of n crops of `longest` samples, on an accelerator."""
 
     accelerator: Accelerator
     model: torch.nn.Module  # prepared
@@ -49,37 +45,19 @@ class Trial:
     longest: int
     grid_samples: int
 
-    def fits(self, n: int) -> bool:
-        """Whether the device does not run out of memory."""
-        try:
-            self.run(n)
-        except torch.OutOfMemoryError:
-            found = False  # leave the handler first: its traceback holds on to the activations
-        else:
-            found = True
-        self.free()
-        return found
-
     def run(self, n: int) -> None:
-        """Forward and backward pass of the bare model; gradients, weights, modes and generators are then as they were."""
+        """Forward and backward pass of the bare model; gradients and weights are then as they were."""
         device, bare = self.accelerator.device, self.accelerator.unwrap_model(self.model)
-        modes = [(module, module.training) for module in bare.modules()]
-        generators = {} if device.type == "cpu" else {"device_type": device.type}
-        with torch.random.fork_rng([device] if generators else [], **generators):
-            try:
-                batch = worst_case(n, self.longest, self.grid_samples, self.framing, self.settings.seed).to(device)
-                beside = self._stand_ins(bare)
-                bare.train()
-                seed_noise(self.settings.seed, self.settings.step, 0, device)
-                with self.accelerator.autocast():
-                    sums = bare(batch, self.settings.gumbel_temperature, self.settings.diversity_weight)
-                sums.loss.backward()
-                del beside  # not before
-            finally:
-                for parameter in bare.parameters():
-                    parameter.grad = None
-                for module, mode in modes:
-                    module.training = mode
+        try:
+            batch = worst_case(n, self.longest, self.grid_samples, self.framing, self.settings.seed).to(device)
+            beside = self._stand_ins(bare)
+            seed_noise(self.settings.seed, self.settings.step, 0, device)
+            with self.accelerator.autocast():
+                sums = bare(batch, self.settings.gumbel_temperature, self.settings.diversity_weight)
+            sums.loss.backward()
+            del beside  # not before
+        finally:
+            bare.zero_grad()
 
     def _stand_ins(self, bare: torch.nn.Module) -> list[torch.Tensor]:
         """Fill what an update's later micro-batches find allocated: gradients, and AdamW's two moments where there are none yet.
@@ -94,10 +72,35 @@ class Trial:
                     missing += [torch.ones_like(parameter), torch.ones_like(parameter)]
         return missing
 
+    def fits(self, n: int) -> bool:
+        """Whether the device does not run out of memory."""
+        try:
+            self.run(n)
+        except torch.OutOfMemoryError:
+            found = False  # leave the handler first: its traceback holds on to the activations
+        else:
+            found = True
+        self.free()
+        return found
+
     def free(self) -> None:
         """Give back what a trial took."""
         gc.collect()
         torch.get_device_module(self.accelerator.device).empty_cache()
+
+    def search(self, bound: int) -> tuple[int, float]:
+        """The most crops up to `bound` that fit, and the bytes they have: `DEVICE_SHARE` of what is free or already ours."""
+        device, module = self.accelerator.device, torch.get_device_module(self.accelerator.device)
+        if device.index is None:  # as Accelerate names a single device, and the limit's setter does not take
+            device = torch.device(device.type, module.current_device())
+        self.free()
+        free, total = module.mem_get_info(device)
+        limit = DEVICE_SHARE * (free + module.memory_reserved(device))
+        module.set_per_process_memory_fraction(limit / total, device)
+        try:
+            return largest(self.fits, bound), limit
+        finally:
+            module.set_per_process_memory_fraction(1.0, device)
 
 
 def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: int) -> PretrainBatch:
@@ -125,18 +128,14 @@ def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: 
 def largest(fits: Callable[[int], bool], bound: int) -> int:
     """The largest n in 1…bound that fits, 0 if none does, where everything smaller than what fits fits too.
 
-    Tries at most 2 · log2(bound) + 2 of them, and none beyond twice what fits: the bound itself, tried first, could be so far out that a
-    kernel fails at it in ways of its own.
+    Doubles, then bisects. None beyond twice what fits is tried: so far out a kernel could fail in ways of its own.
     """
     low, high = 0, 1  # `low` fits
     while fits(high):
         if high == bound:
             return bound
         low, high = high, min(2 * high, bound)
-    while high - low > 1:  # `high` does not fit
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return low + bisect.bisect_left(range(low + 1, high), True, key=lambda n: not fits(n))
 
 
 def find_micro_batch(run, batches: EffectiveBatches) -> float:
@@ -148,27 +147,21 @@ def find_micro_batch(run, batches: EffectiveBatches) -> float:
     longest = max([batches.longest] + ([build_batches(run.validation, run.args).longest] if run.validation else []))
     is_known = seconds is not None and seconds * SAMPLING_RATE >= longest
     if is_known and state.num_processes == accelerator.num_processes:
-        announce(accelerator, f"micro-batch   auto: {seconds:.1f} s, as before the checkpoint")
-        return seconds
-    settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
-    trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
-    seconds, finding = fit(trial, device_share(batches, longest, accelerator.num_processes))
+        finding = f"{seconds:.1f} s, as before the checkpoint"
+    else:
+        settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
+        trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
+        # Beyond a device's share of an effective batch, a larger micro-batch saves no round.
+        share = math.ceil(batches.batch_samples / accelerator.num_processes / longest)
+        seconds, finding = fit(trial, share)
     announce(accelerator, f"micro-batch   auto: {finding}")
     return seconds
-
-
-def device_share(batches: EffectiveBatches, longest: int, num_ranks: int) -> int:
-    """Crops of `longest` samples that hold a device's share of an effective batch. A larger micro-batch saves no round."""
-    return max(1, math.ceil(batches.batch_samples / num_ranks / longest))
 
 
 def fit(trial: Trial, share: int) -> tuple[float, str]:
     """Seconds of the largest micro-batch that every rank's device holds, and the finding for people. Call on all ranks.
 
-    Args:
-        share: crops beyond which nothing is gained .
-
-    Raises `UserError` if not even one crop fits.
+    Nothing is gained beyond `share` crops. Raises `UserError` if not even one crop fits.
     """
     seconds, device = trial.longest / SAMPLING_RATE, trial.accelerator.device.type
     enough = CPU_SECONDS if device == "cpu" else ACCELERATOR_SECONDS
@@ -177,7 +170,7 @@ def fit(trial: Trial, share: int) -> tuple[float, str]:
     if device == "cpu":
         return bound * seconds, f"{bound * seconds:.1f} s, not tried on a CPU; {why}"
 
-    crops, limit = min(gather_object([search(trial, bound)]))
+    crops, limit = min(gather_object([trial.search(bound)]))
     if crops < bound:
         why = f"more would take above {limit / 1e9:.1f} GB, {DEVICE_SHARE:.0%} of what is free"
     if crops == 0:
@@ -186,25 +179,3 @@ def fit(trial: Trial, share: int) -> tuple[float, str]:
             "--gradient_checkpointing, a smaller model, or a device with more memory"
         )
     return crops * seconds, f"{crops * seconds:.1f} s, {crops} times {seconds:.2f} s; {why}"
-
-
-def search(trial: Trial, bound: int) -> tuple[int, float]:
-    """The most crops up to `bound` that fit into the memory that `DEVICE_SHARE` leaves, and those bytes."""
-    trial.free()
-    with limited_memory(trial.accelerator.device) as limit:
-        return largest(trial.fits, bound), limit
-
-
-@contextlib.contextmanager
-def limited_memory(device: torch.device) -> Iterator[float]:
-    """Keep this process to `DEVICE_SHARE` of the memory that it has or could have: the bytes, of which other processes have none."""
-    module = torch.get_device_module(device)
-    if device.index is None:  # as Accelerate names a single device, and the limit's setter does not take
-        device = torch.device(device.type, module.current_device())
-    free, total = module.mem_get_info(device)
-    limit = DEVICE_SHARE * (free + module.memory_reserved(device))
-    module.set_per_process_memory_fraction(limit / total, device)
-    try:
-        yield limit
-    finally:
-        module.set_per_process_memory_fraction(1.0, device)

@@ -1,23 +1,34 @@
 """Records: what a run writes line by line, JSON objects with a `step`.
 
-    metrics.jsonl               `log.RunLog`
-    skipped_audio.jsonl         `skipped.SkippedAudio`
-    non_finite_updates.jsonl    `skipped.SkippedUpdates`
+    metrics.jsonl               the losses and measures of an update          `log.RunLog`
+    skipped_audio.jsonl         audio that cannot be read                     `SkippedAudio`
+    non_finite_updates.jsonl    updates whose loss or gradient is not finite  `SkippedUpdates`
 
-A resumed run cuts these files back to its checkpoint.
+All of them are functions of the data and the steps. A resumed run cuts the files back to its checkpoint and meets again
+what came after it, so its lines and counts are those of an uninterrupted run.
 """
 
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from w2v2.errors import UserError
 from w2v2.train.durable import write_file
+from w2v2.train.totals import Heard
 
 logger = logging.getLogger(__name__)
+
+SKIPPED_AUDIO_FILE = "skipped_audio.jsonl"
+NON_FINITE_FILE = "non_finite_updates.jsonl"
+NUM_NAMED = 5  # utterances that the error names
 
 
 class StepRecords:
@@ -48,11 +59,9 @@ class StepRecords:
         self._is_failing = False
         before = self.path.read_bytes() if self.path.exists() else b""
         content = b"".join(map(json_line, self.kept))
-        for row, line in enumerate(before.splitlines(), start=1):
+        for line in before.splitlines():
             record = parse_record(line)
-            if record is None and is_main:
-                logger.warning("%s: row %d is no record (a run killed while writing?); dropped", self.path, row)
-            elif record is not None and 0 < record["step"] <= first_step and not drop(record):
+            if record is not None and 0 < record["step"] <= first_step and not drop(record):
                 self.kept.append(record)
                 content += line + b"\n"
         if is_main and content != before:
@@ -88,14 +97,14 @@ class StepRecords:
                 logger.warning("%s cannot be written (%s): its lines are kept for later", self.path, error.strerror)
             self._is_failing = True
         else:
-            if self._is_failing:
-                logger.warning("%s is written again; no line is missing", self.path)
             self._is_failing = False
 
 
 def json_line(record: Mapping[str, Any]) -> bytes:
     """A flat record as one line of JSON. JSON has no word for a number that is not finite: it becomes `null`."""
-    finite = {name: None if _is_odd(value) else value for name, value in record.items()}
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
     return json.dumps(finite, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
@@ -109,5 +118,111 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     return record if has_step else None
 
 
-def _is_odd(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+class SkippedAudio:
+    """Unreadable files: listed once each in `skipped_audio.jsonl`, and too many of them end the run.
+
+    The `step` of a line is the update that met the file, 0 if it was met before the first update.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        num_utterances: int,
+        max_fraction: float,
+        first_step: int = 0,
+        found: Sequence[dict[str, Any]] = (),
+        is_main: bool = True,
+    ):
+        """`found` are the files met before the first update. Raises `UserError` beyond the tolerated fraction."""
+        self.num_utterances, self.max_fraction = num_utterances, max_fraction
+        met: dict[str, dict[str, Any]] = {}
+        for entry in found:
+            met.setdefault(entry["id"], entry | {"step": 0})
+        self.records = StepRecords(
+            Path(output_dir) / SKIPPED_AUDIO_FILE,
+            first_step,
+            is_main=is_main,
+            head=met.values(),
+            drop=lambda record: record["id"] in met,
+        )
+        self.ids = {entry["id"] for entry in self.records.kept}
+        self._check(found)
+
+    def add(self, skipped: Sequence[dict[str, Any]], step: int) -> None:
+        """Note utterances that update `step` could not read. Raises `UserError` beyond the tolerated fraction."""
+        for entry in skipped:
+            if entry["id"] not in self.ids:
+                self.ids.add(entry["id"])
+                self.records.append(entry | {"step": step})
+        self._check(skipped)
+
+    def _check(self, skipped: Sequence[dict[str, Any]]) -> None:
+        if skipped and len(self.ids) > self.max_fraction * self.num_utterances:
+            first = skipped[0]
+            raise UserError(
+                f"{first['audio']}: {first['reason']}; {len(self.ids)} of {self.num_utterances} files cannot be read, more "
+                f"than --max_skipped_fraction {self.max_fraction:g} allows: mend or remove them (listed in "
+                f"{self.records.path})"
+            )
+
+
+class SkippedUpdates:
+    """Updates whose loss or gradient is not finite: not taken, listed, and too many in a row end the run.
+
+    A line of `non_finite_updates.jsonl` has `step`, `loss`, `grad_norm` (null where not finite) and `ids`: the utterances
+    of the micro-batches whose own loss was not finite, or of all micro-batches where that does not tell them apart.
+    An overflow under fp16's loss scaler, which lowers its scale then, says nothing of the audio: it is counted, not listed.
+    """
+
+    def __init__(self, output_dir: Path, table, most_in_a_row: int, accelerator: Accelerator, first_step: int = 0):
+        """`table` gives the ids of utterances by their rows."""
+        self.table, self.most_in_a_row, self.accelerator = table, most_in_a_row, accelerator
+        self.row: list[int] = []  # the steps of the updates in a row that were not taken
+        self.named: Counter[str] = Counter()  # utterances that were listed for them
+        self.records = StepRecords(Path(output_dir) / NON_FINITE_FILE, first_step, is_main=accelerator.is_main_process)
+
+    def note(self, step: int, metrics: Mapping[str, float], heard: Heard) -> bool:
+        """Whether update `step` was skipped. Call on all ranks, whose metrics are the same.
+
+        Only for a skipped update do the ranks exchange a message. Raises `UserError` after too many in a row.
+        """
+        if not metrics["masked_frames"]:
+            return False  # nothing could be read, which `SkippedAudio` counts
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self.row, self.named = [], Counter()
+            return False
+        self.row.append(step)
+        is_overflow = self.accelerator.scaler is not None and math.isfinite(metrics["loss"])
+        if not is_overflow:
+            ids = self._suspects(heard)
+            self.named.update(ids)
+            self.records.append({"step": step, "loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "ids": ids})
+        if len(self.row) >= self.most_in_a_row:
+            raise UserError(self._advice())
+        return True
+
+    def _suspects(self, heard: Heard) -> list[str]:
+        """Ids of the update's utterances that may be to blame, over all ranks, in the order of the pieces."""
+        unread = {entry["id"] for entry in heard.skipped}
+        mine = [
+            (plan.piece, math.isfinite(loss), [i for i in self.table[plan.crops.utterance]["id"] if i not in unread])
+            for plan, loss in heard.losses
+        ]
+        pieces = sorted(gather_object(mine))
+        is_told_apart = len({is_finite for _, is_finite, _ in pieces}) == 2
+        return [i for _, is_finite, ids in pieces if not (is_told_apart and is_finite) for i in ids]
+
+    def _advice(self) -> str:
+        steps = f"{len(self.row)} updates in a row ({self.row[0]} to {self.row[-1]})"
+        found = f"{steps} had no finite loss or gradient and were not taken"
+        way_out = "lower --learning_rate or set --max_grad_norm"
+        if self.accelerator.mixed_precision == "fp16":
+            way_out += ", or use bf16 or fp32 in place of fp16"
+        if not self.named:
+            return f"{found}: fp16 overflowed at every loss scale; {way_out}"
+        ids = [name for name, _ in self.named.most_common(NUM_NAMED)]
+        more = f" and {len(self.named) - len(ids)} more" if len(self.named) > len(ids) else ""
+        return (
+            f"{found}; heard in them: {', '.join(ids)}{more} (all in {self.records.path}): look at these utterances and leave "
+            f"out what is broken; if they are sound, {way_out}"
+        )

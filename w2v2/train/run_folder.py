@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from w2v2.errors import UserError
+from w2v2.train.checkpoint import checkpoints, find_checkpoint
 from w2v2.train.durable import UNFINISHED, remove, write_file
-from w2v2.train.launch import is_restart, on_main_process
-from w2v2.train.resume import checkpoints, find_checkpoint
+from w2v2.train.launch import on_main_process
 
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 RUN_FILES = ("metrics.jsonl", "pretrain_config.yaml", "model.safetensors")
@@ -34,7 +34,7 @@ def prepare_run_folder(args, accelerator: Accelerator) -> Path | None:
     overwritten, that holds checkpoints newer than the one to resume from, or that is a file or cannot be written.
     """
     # Of several machines, only the one that lost a worker may count the restart.
-    is_restarted = any(gather_object([is_restart()]))
+    is_restarted = any(gather_object([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"]))
     checkpoint = on_main_process(accelerator, lambda: _prepare(args, is_restarted))
     if checkpoint and not all(gather_object([checkpoint.is_dir()])):
         raise UserError(
@@ -51,18 +51,17 @@ def _prepare(args, is_restarted: bool) -> Path | None:
     if args.dry_run:
         return None
 
-    before = lock_folder(output_dir)
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
-    if is_restarted and before.get("launch") == launch and before.get("is_prepared"):
+    before, launch = lock_folder(output_dir), os.environ.get("TORCHELASTIC_RUN_ID")
+    if is_restarted and before.get("launch") == launch:
         if resume_from is None or checkpoints(output_dir):
             resume_from = "auto"
     else:
         # Until the flags are obeyed, a restart of this launch does not go on with what lies here.
-        _write_holder(output_dir, launch=launch, is_prepared=False)
+        _write_holder(output_dir, launch=None)
         _obey_flags(args)
     for folder in output_dir.glob(UNFINISHED + "*"):
         remove(folder)
-    _write_holder(output_dir, launch=launch, is_prepared=True)
+    _write_holder(output_dir, launch)
     return find_checkpoint(output_dir, resume_from)
 
 
@@ -93,8 +92,8 @@ def _read_holder(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 
-def _write_holder(folder: Path, **launch) -> None:
-    holder = {"pid": os.getpid(), "host": socket.gethostname()} | launch
+def _write_holder(folder: Path, launch: str | None) -> None:
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "launch": launch}
     write_file(folder / HOLDER_FILE, json.dumps(holder).encode())
 
 
@@ -104,10 +103,9 @@ def _obey_flags(args) -> None:
     `--overwrite_output_dir` wins over `auto`: whoever asks for both, the one perhaps in a YAML file, starts anew.
     """
     output_dir, resume_from = Path(args.output_dir), args.resume_from_checkpoint
-    # A checkpoint of another folder does not make the run in this one ours.
-    is_named = resume_from not in (None, "auto") and Path(resume_from).resolve().parent == output_dir.resolve()
     remains = [p for name in RUN_FILES if (p := output_dir / name).exists()] + sorted(output_dir.glob("checkpoint-*"))
-    if is_named:
+    # A checkpoint of another folder does not make the run in this one ours.
+    if resume_from not in (None, "auto") and Path(resume_from).resolve().parent == output_dir.resolve():
         _refuse_newer(output_dir, Path(resume_from))
     elif args.overwrite_output_dir:
         _refuse_own_source(args)
@@ -124,9 +122,8 @@ def _refuse_newer(output_dir: Path, checkpoint: Path) -> None:
     """A run that goes back leaves later checkpoints of another past behind, which `auto` would take for its own."""
     whole = [folder.resolve() for folder in checkpoints(output_dir)]
     if checkpoint.resolve() in whole[:-1]:
-        newer = whole[whole.index(checkpoint.resolve()) + 1]
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: {newer.name} is newer; remove what is newer, or resume into another "
+            f"--resume_from_checkpoint {checkpoint}: {whole[-1].name} is newer; remove what is newer, or resume into another "
             "--output_dir"
         )
 

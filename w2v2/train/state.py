@@ -9,8 +9,8 @@ from w2v2.data.batching import Cursor
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.model.config import check_same_architecture
+from w2v2.train.checkpoint import read_state
 from w2v2.train.plan import check_identity, identity
-from w2v2.train.resume import read_state
 
 
 @dataclass
@@ -47,8 +47,11 @@ class RunState:
             check_same_architecture(config, checkpoint)
             saved = read_state(checkpoint)
             state.changes = check_identity(saved["identity"], state.identity, args.accept_changed_batches)
+            state.skipped_updates = saved.get("skipped_updates", 0)
             for name in ("step", "epoch", "position", "heard_samples"):
                 setattr(state, name, saved[name])
+            for name in ("micro_batch_seconds", "num_processes"):
+                setattr(state, name, saved.get(name))
             if state.step > state.max_steps:
                 raise UserError(
                     f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already; give as many at least, or start "
@@ -56,9 +59,6 @@ class RunState:
                 )
             if state.position >= state.num_utterances:
                 state.epoch, state.position = state.epoch + 1, 0
-            state.skipped_updates = saved.get("skipped_updates", 0)
-            for name in ("micro_batch_seconds", "num_processes"):
-                setattr(state, name, saved.get(name))
         return state
 
     @property

@@ -35,18 +35,15 @@ class StopRequest:
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self.signal_name: str | None = None
         self._num_interrupts = 0
-        self._handlers: dict = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self._handlers[number] = signal.signal(number, self._handle)
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._handlers = {}
 
     def _handle(self, number: int, frame) -> None:
         self._num_interrupts += number == signal.SIGINT

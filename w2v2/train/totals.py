@@ -89,7 +89,7 @@ class Heard:
     """What this rank heard in one update: looked at only when something went wrong with it."""
 
     skipped: list[dict] = field(default_factory=list)  # utterances that could not be read
-    # Each real micro-batch with its own loss (), on the device; without the diversity term, which may be the whole batch's.
+    # Each real micro-batch with its own loss, (), on the device; without the diversity term, which may be the whole batch's.
     losses: list[tuple[MicroBatchPlan, torch.Tensor]] = field(default_factory=list)
 
     def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:
