@@ -114,11 +114,6 @@ def test_rotation_neither_counts_nor_removes_what_is_torn(run, saved):
     assert find_checkpoint(saved, "auto").name == "checkpoint-8"
 
 
-def test_a_torn_newer_checkpoint_does_not_forbid_an_older_one(saved):
-    truncate(saved / "checkpoint-4" / MODEL)
-    assert prepare(saved, saved / "checkpoint-2") == saved / "checkpoint-2"
-
-
 def test_a_checkpoint_of_the_first_versions_has_no_checksums(saved):
     """It is whole if its files are there; a later one says in its state that it had checksums."""
     (saved / "checkpoint-4" / CHECKSUMS).unlink()
@@ -160,12 +155,6 @@ def refuse_or_warn(run, folder, step, on_failure, caplog, reason, newest):
         assert "--resume_from_checkpoint auto" in said and "free space" in said
     assert reason in said and f"checkpoint-{step} could not be saved" in said and "\n" not in said
     assert f"the newest whole checkpoint is {newest}" in said
-
-
-def test_the_first_save_of_all_fails_with_a_line(run, tmp_path):
-    with file_size_limit(100), pytest.raises(UserError, match="there is no other checkpoint yet"):
-        run.save(tmp_path, 2)
-    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("step", [5, 6])

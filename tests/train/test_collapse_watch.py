@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 import pretrain
 from w2v2.arguments import PretrainArguments
-from w2v2.data.utterances import Utterances, silent_share
+from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.train.checkpoint import FILES
 from w2v2.train.collapse import CollapseWatch
@@ -91,12 +91,6 @@ def test_it_stops_with_a_line_on_what_since_when_and_why(build, tmp_path, caplog
     assert "\n" not in message and len(caplog.messages) == 1
 
 
-def test_without_a_checkpoint_from_before_it_says_so(build, tmp_path):
-    checkpoint(tmp_path, 150)
-    with pytest.raises(UserError, match="No checkpoint is from before it"):
-        show(build())
-
-
 def test_a_run_told_to_warn_alone_warns_twice_and_goes_on(build, caplog):
     show(build("warn"))
     assert ["half of" in message for message in caplog.messages] == [True, False]
@@ -107,14 +101,6 @@ def test_a_run_told_to_do_nothing_does_nothing(build, caplog):
     watch = build("none")
     show(watch)
     assert caplog.messages == [] and watch.keep(3) == 3
-
-
-def test_other_ranks_stop_too_and_print_nothing(build, caplog):
-    watch = build(accelerator=SimpleNamespace(is_main_process=False, mixed_precision="no"))
-    show(watch, until=200)
-    assert caplog.messages == []
-    with pytest.raises(UserError):
-        show(watch, after=200)
 
 
 def test_no_checkpoint_is_removed_during_a_suspicion(build):
@@ -145,12 +131,6 @@ def test_a_resumed_run_does_not_forget_a_sure_collapse(build, tmp_path, caplog):
     show(build("warn", first_step=250), after=250)
     (again,) = caplog.messages
     assert "since update 110" in again
-
-
-def test_silence_is_heard_as_silence(utterances):
-    assert silent_share(utterances) == 0.75
-    missing = Utterances(utterances.table.map(lambda row: row | {"audio": "absent.wav"}), utterances.num_samples, {})
-    assert silent_share(missing) == 0.0
 
 
 # -- the whole script

@@ -8,7 +8,6 @@ import pytest
 from tiny_run import file_size_limit
 
 from w2v2.errors import UserError
-from w2v2.train.log import RunLog, read_metrics
 from w2v2.train.records import SkippedAudio, StepRecords, json_line
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -67,22 +66,6 @@ def test_a_sync_waits_for_the_disk_and_needs_no_further_line(records, monkeypatc
     assert steps(records.path) == [1] and synced == [len('{"step": 1}\n')]
 
 
-def test_without_records_there_is_no_file(records):
-    records.sync()
-    records.close()
-    assert not records.path.exists()
-
-
-def test_lines_that_are_lost_in_the_end_are_a_warning(records, caplog):
-    fill(records.path)
-    records.append({"step": 1})
-    records.close()
-    assert "could not be written" in caplog.messages[-1]
-    free(records.path)
-    records.close()
-    assert records.path.read_text() == ""
-
-
 @pytest.mark.parametrize("torn", [b"", b'{"step": 3, "id": "\xc3', bytes(9)])
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path, torn):
     path = tmp_path / "lines"
@@ -109,26 +92,6 @@ def test_a_line_is_strict_json_in_any_alphabet():
     line = json_line({"step": 1, "loss": float("nan"), "grad_norm": float("-inf"), "id": "ü\u2028\n"})
     assert line.count(b"\n") == 1 and line.endswith(b"\n") and "ü".encode() in line
     assert json.loads(line) == {"step": 1, "loss": None, "grad_norm": None, "id": "ü\u2028\n"}
-
-
-def test_a_run_goes_on_logging_beside_a_full_disk(tmp_path, caplog):
-    class Trackers:
-        seen = []
-
-        def log(self, values, step):
-            self.seen.append(step)
-            raise OSError(28, "No space left on device")
-
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    log = RunLog(tmp_path / "run", total_steps=4, trackers=Trackers())
-    fill(metrics)
-    for step in (1, 2):
-        log.write({"step": step, "loss": 0.5})
-    free(metrics)
-    log.write({"step": 3, "loss": 0.5})
-    log.close()
-    assert [record["step"] for record in read_metrics(metrics)] == [1, 2, 3]
-    assert Trackers.seen == [1] and "trackers cannot write (No space left on device)" in caplog.text
 
 
 def entries(*names):

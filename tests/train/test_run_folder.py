@@ -1,6 +1,5 @@
 """One run at a time in a folder, none overwritten unasked; a restarted attempt goes on with what its launch began."""
 
-import json
 import os
 import signal
 import threading
@@ -14,7 +13,7 @@ from tiny_run import names, prepare
 from w2v2.errors import UserError
 from w2v2.train import run_folder
 from w2v2.train.checkpoint import FILES
-from w2v2.train.run_folder import HOLDER_FILE, lock_folder
+from w2v2.train.run_folder import lock_folder
 
 
 @contextmanager
@@ -168,7 +167,7 @@ def test_a_restart_of_a_launch_that_was_refused_is_refused(tmp_path, monkeypatch
     assert names(run) == ["checkpoint-2", "metrics.jsonl"]
 
 
-def test_a_restart_of_another_launch_does_as_the_flags_say(tmp_path, monkeypatch):
+def test_a_restart_of_another_launch_obeys_the_flags(tmp_path, monkeypatch):
     run = tmp_path / "run"
     attempt(monkeypatch, 0, launch="job 1")
     prepare(run)
@@ -176,20 +175,4 @@ def test_a_restart_of_another_launch_does_as_the_flags_say(tmp_path, monkeypatch
     attempt(monkeypatch, 1, launch="job 2")
     with pytest.raises(UserError, match="already holds a run"):
         prepare(run)
-    assert prepare(run, overwrite=True) is None and names(run) == []
-
-
-def test_a_kill_while_overwriting_does_not_spare_the_rest(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    leave_run(run, 2, 4)
-
-    def killed(path):
-        assert json.loads((run / HOLDER_FILE).read_bytes())["pid"] == os.getpid()
-        raise KeyboardInterrupt
-
-    attempt(monkeypatch, 0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_folder, "remove", killed)
-        prepare(run, overwrite=True)
-    attempt(monkeypatch, 1)
     assert prepare(run, overwrite=True) is None and names(run) == []

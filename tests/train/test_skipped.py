@@ -244,16 +244,6 @@ def test_a_run_skips_and_lists_the_updates_that_hear_it(corpus, whole_run):
         assert is_same == (step in skipped)
 
 
-def test_its_batches_are_those_of_a_run_on_sound_files(corpus, whole_run, tmp_path):
-    paths = [str(path) for path in write_tones(tmp_path / "audio", [2.0] * NUM_FILES)]
-    sound = write_csv(tmp_path / "train.csv", paths, [2.0] * NUM_FILES)
-    assert run_here(pretrain.main, *flags(corpus, tmp_path / "run", train_data=sound)) == 0
-    for ours, theirs in zip(records(whole_run), records(tmp_path / "run"), strict=True):
-        for name in ("step", "epoch", "audio_hours", "masked_frames", "learning_rate", "gumbel_temperature"):
-            assert ours[name] == theirs[name], name
-    assert listed(tmp_path / "run") == []
-
-
 def test_a_resumed_run_counts_and_lists_as_an_uninterrupted_one(corpus, whole_run, tmp_path):
     output_dir = tmp_path / "run"
     shutil.copytree(whole_run, output_dir)

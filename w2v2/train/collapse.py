@@ -11,8 +11,7 @@ The plateau that runs begin on has up to 2.5 times chance. In a run that learns,
 Bad records without a gap over half a window are a warning, over a whole one a collapse. A resumed run reads the earlier
 records again. Records without finite figures count neither way.
 
-A cause is a setting that is known for a collapse and unlike what is usual: the paper's and fairseq's recipe for BASE and
-LARGE, and configs/pretrain/small.yaml for models below 512 wide.
+Likely causes are settings unlike the paper's and fairseq's recipes (small models: unlike configs/pretrain/small.yaml).
 """
 
 import logging
@@ -35,9 +34,8 @@ from w2v2.train.schedule import num_warmup_steps, ramp
 logger = logging.getLogger(__name__)
 
 FEW_CODES, NO_LEARNING = {"codes", "distractors"}, {"accuracy", "loss"}  # the criteria
-CODES_PER_GROUP = 2
+CODES_PER_GROUP, TIMES_CHANCE = 2, 3
 LEAST_DISTRACTORS = 0.1  # of those drawn
-TIMES_CHANCE = 3
 LOSS_SPREAD = 1e-3  # (greatest − least) / greatest
 FEWEST_RECORDS = 4  # in a window, however rarely a run logs
 MEASURES = ("codebook_perplexity_hard", "distractors_left", "accuracy", "contrastive_loss")
@@ -71,9 +69,9 @@ class Limits:
 
 
 class Finding(NamedTuple):
-    """A collapse that may be under way, or (`is_sure`) that has lasted for the whole window."""
+    """A collapse that may be under way."""
 
-    is_sure: bool
+    is_sure: bool  # it has lasted for the whole window
     since: int  # update of the first bad record
     criteria: frozenset[str]
     text: str  # the criteria with their figures and thresholds
@@ -87,14 +85,15 @@ class Criteria:
         self.counted_after = dict.fromkeys(FEW_CODES, limits.codes_after)
         self.counted_after |= dict.fromkeys(NO_LEARNING, limits.learning_after)
         self.first: int | None = None  # update of the first record
-        self.bad: dict[str, list[int]] = {}  # criterion → updates of the bad records without a gap, up to the newest
+        # Criterion → (first update, number that count) of the bad records without a gap, up to the newest.
+        self.bad: dict[str, tuple[int, int]] = {}
         self.losses: list[tuple[int, float]] = []  # (update, contrastive loss) of the newest records that are alike
         self.level = 0  # 1: warned of, 2: sure
 
     @property
     def is_suspicious(self) -> bool:
         """Whether the newest record is bad, earlier ones were not, and the collapse is not sure yet."""
-        return self.level < 2 and any(steps[0] != self.first for steps in self.bad.values())
+        return self.level < 2 and any(since != self.first for since, _ in self.bad.values())
 
     def add(self, record: Mapping[str, Any]) -> Finding | None:
         """Take the next training record; a finding where this one makes it a suspicion, or a certainty."""
@@ -103,9 +102,10 @@ class Criteria:
         step = int(record["step"])
         self.first = self.first or step
         texts = self._judge(record)
-        self.bad = {name: [*self.bad.get(name, []), step] for name in texts}
+        self.bad = {name: self._lengthen(name, step) for name in texts}
         if spread := self._compare_loss(step, record["contrastive_loss"]):
-            self.bad["loss"] = [step for step, _ in self.losses]
+            steps = [step for step, _ in self.losses]
+            self.bad["loss"] = (steps[0], sum(step > self.counted_after["loss"] for step in steps))
             texts["loss"] = f"contrastive_loss is {record['contrastive_loss']:.4f} and moved by {spread}"
         if not self.bad:
             self.level = 0
@@ -120,10 +120,9 @@ class Criteria:
     def _judge(self, record: Mapping[str, Any]) -> dict[str, str]:
         """Criterion → what is bad about this record, but for the loss, which one record does not show."""
         G, K = self.limits.num_groups, self.limits.num_distractors
-        own_codes = f"of {K}: the others carry the positive's own code"
         rows = [
             ("codes", MEASURES[0], CODES_PER_GROUP * G, f"{CODES_PER_GROUP} for each of {G} groups"),
-            ("distractors", MEASURES[1], LEAST_DISTRACTORS * K, own_codes),
+            ("distractors", MEASURES[1], LEAST_DISTRACTORS * K, f"of {K}: the others carry the same code"),
             ("accuracy", MEASURES[2], TIMES_CHANCE / (1 + record["distractors_left"]), f"{TIMES_CHANCE} times chance"),
         ]
         bad = {
@@ -143,15 +142,18 @@ class Criteria:
             losses.pop(0)
         while len(losses) > FEWEST_RECORDS and losses[1][0] <= step - self.limits.window_steps:
             losses.pop(0)
-        if len(losses) < FEWEST_RECORDS:
-            return None
-        return f"{np.ptp(values) / (max(values) or 1):.3%}, not more than {LOSS_SPREAD:.1%}"
+        spread = np.ptp(values) / (max(values) or 1.0)
+        return f"{spread:.3%}, not more than {LOSS_SPREAD:.1%}" if len(losses) >= FEWEST_RECORDS else None
+
+    def _lengthen(self, name: str, step: int) -> tuple[int, int]:
+        since, num_counted = self.bad.get(name, (step, 0))
+        return since, num_counted + (step > self.counted_after[name])
 
     def _lasts(self, name: str, step: int, share: float) -> bool:
         """Whether the criterion has been met for this share of the window, by as many records."""
-        after, steps = self.counted_after[name], self.bad[name]
-        has_records = sum(bad > after for bad in steps) >= share * FEWEST_RECORDS
-        return has_records and step - max(steps[0], after) >= share * self.limits.window_steps
+        since, num_counted = self.bad[name]
+        num_updates = step - max(since, self.counted_after[name])
+        return num_updates >= share * self.limits.window_steps and num_counted >= share * FEWEST_RECORDS
 
 
 class CollapseWatch:
@@ -186,14 +188,12 @@ class CollapseWatch:
         window = f"--collapse_window_steps {self.criteria.limits.window_steps}"
         ending = "stops at its end" if self.args.collapse_action == "stop" else "goes on"
         lasted = f"all of {window}" if finding.is_sure else f"half of {window}; the run {ending}"
-
         causes = likely_causes(finding.criteria, finding.since, record, self.args, self.config)
         if self.accelerator.mixed_precision == "fp16":
             causes.append(f"fp16, with {record['skipped_updates']} updates skipped (bf16 and fp32 do not overflow)")
         if (silent := silent_share(self.utterances)) >= 0.25:
             causes.append(f"{silent:.0%} of the utterances looked at are silence")
         why = f"Likely here: {'; '.join(causes)}" if causes else "No setting of this run is unusual: listen to its data"
-
         before = [folder for folder in checkpoints(self.args.output_dir) if step_of(folder) < finding.since]
         way_out = "No checkpoint is from before it: start anew"
         if before:
@@ -204,7 +204,7 @@ class CollapseWatch:
 
 def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any], args, config) -> list[str]:
     """The settings to blame for the `criteria` met `since` that update, each with what is usual; `record` is the newest."""
-    few_codes, no_learning = bool(criteria & FEW_CODES), bool(criteria & NO_LEARNING)
+    few_codes, no_learning = criteria & FEW_CODES, criteria & NO_LEARNING
     hours, temperature = min(args.batch_hours, record["batch_hours"]), record["gumbel_temperature"]
     rate, mult, weight = args.learning_rate, args.feature_grad_mult, config.diversity_loss_weight
     delay, share = args.diversity_delay_steps, ramp(since, args.diversity_delay_steps, args.diversity_warmup_steps)
