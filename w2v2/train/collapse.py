@@ -138,11 +138,11 @@ class Criteria:
         """How little the loss moved over the newest records, at most a window of them; None: it moves."""
         losses = self.losses
         losses.append((step, loss))
-        while np.ptp(values := [loss for _, loss in losses]) > LOSS_SPREAD * max(values):
+        while np.ptp(values := [loss for _, loss in losses]) > LOSS_SPREAD * max(map(abs, values)):
             losses.pop(0)
         while len(losses) > FEWEST_RECORDS and losses[1][0] <= step - self.limits.window_steps:
             losses.pop(0)
-        spread = np.ptp(values) / (max(values) or 1.0)
+        spread = np.ptp(values) / (max(map(abs, values)) or 1.0)
         return f"{spread:.3%}, not more than {LOSS_SPREAD:.1%}" if len(losses) >= FEWEST_RECORDS else None
 
     def _lengthen(self, name: str, step: int) -> tuple[int, int]:

@@ -100,26 +100,25 @@ class RunLog:
             self._bar = tqdm(total=total_steps, initial=first_step, **options)
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Advance the bar to this update; values are looked at (a device sync) only when the bar is redrawn."""
+        """Advance the bar to this update."""
         if self._bar is None:
             return
         now = time.monotonic()
         with STREAM_MAY_DIE:
             if now - self._refreshed_at >= _SECONDS_BETWEEN_REFRESHES:
                 self._refreshed_at = now
-                self._bar.set_description_str(_describe(_plain(record)), refresh=False)
-            self._bar.update(int(record["step"]) - self._bar.n)
+                self._bar.set_description_str(_describe(record), refresh=False)
+            self._bar.update(record["step"] - self._bar.n)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record: a line of `metrics.jsonl`, the trackers, and the console.
 
-        Tensors of one element become numbers. What is not finite becomes `null` in the file, which JSON has no
-        other word for; the trackers get every flat number as it is. A full disk holds up neither the run nor the lines to come.
+        What is not finite becomes `null` in the file, which JSON has no other word for; the trackers get every flat number
+        as it is. A full disk holds up neither the run nor the lines to come.
         """
         if not self._is_main:
             return
-        record = _plain(record)
-        step = int(record["step"])
+        step = record["step"]
         self.records.append(record)
         self._track({name: value for name, value in record.items() if name != "step" and _is_number(value)}, step)
         has_validation = any(name.startswith("eval_") for name in record)
@@ -185,11 +184,6 @@ def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
         "audio_seconds_per_second": "{:.0f} x real time",
     }
     return " | ".join(form.format(record[name]) for name, form in parts.items() if _is_number(record.get(name)))
-
-
-def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors and numpy scalars as Python numbers."""
-    return {name: value.item() if hasattr(value, "item") else value for name, value in record.items()}
 
 
 def _is_number(value: Any) -> bool:
