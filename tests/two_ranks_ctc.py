@@ -43,12 +43,14 @@ def write_speech(folder: Path, num: int = 8) -> Dataset:
     return Dataset.from_list(rows)
 
 
+QUIET = dict(train_data=["t"], validation_data=["v"], config_name="c", report_to=["none"], use_cpu=True,
+             dataloader_num_workers=0, max_steps=4, eval_steps=2, save_steps=2, logging_steps=1,
+             per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3)  # fmt: skip
+
+
 def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, **flags):
     """A trainer without anything random but the order of utterances, unless `model_changes` says so."""
-    quiet = dict(train_data=["t"], validation_data=["v"], config_name="c", report_to=["none"], use_cpu=True,
-                 dataloader_num_workers=0, max_steps=4, eval_steps=2, save_steps=2, logging_steps=1,
-                 per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3)  # fmt: skip
-    args = FineTuningArguments(output_dir=str(output_dir), **(quiet | flags))
+    args = FineTuningArguments(output_dir=str(output_dir), **(QUIET | flags))
     Path(output_dir).mkdir(exist_ok=True, parents=True)
     torch.manual_seed(0)
     head = dict(vocab_size=len(vocabulary), pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True)

@@ -43,45 +43,35 @@ def log10_probability(model, words):
     return sum(math.log10(model.probability(padded[:i], padded[i])) for i in range(1, len(padded)))
 
 
-def brute_force(emissions, vocabulary, model, setting, words):
+def brute_force(emissions, vocabulary, model, setting):
     """The best text over all paths: log p of its best path, the language model's share, and the words' bonus."""
     known = {gram[0] for gram in model.probabilities[0]} - {"<s>", "</s>", "<unk>"}
     best = {}
     ids = [i for i in vocabulary.values() if i != vocabulary["<unk>"]]
     for path in itertools.product(ids, repeat=len(emissions)):
         text = greedy_decode(path, vocabulary)
-        score = emissions[np.arange(len(path)), path].sum()
-        if known.issuperset(text.split()) and score > best.get(text, -math.inf):
-            best[text] = score
-    bonus = setting.word_score if words else 0.0
-    return max(
-        best,
-        key=lambda text: (
-            best[text] + setting.lm_weight * log10_probability(model, text.split()) + bonus * len(text.split())
-        ),
-    )
+        if known.issuperset(text.split()):
+            best[text] = max(best.get(text, -math.inf), emissions[np.arange(len(path)), path].sum())
+
+    def total(text):
+        words = text.split()
+        return best[text] + setting.lm_weight * log10_probability(model, words) + setting.word_score * len(words)
+
+    return max(best, key=total)
 
 
 SETTINGS = [Setting(0.0, 0.0), Setting(1.0, 0.0), Setting(3.0, 1.5), Setting(1.0, -3.0)]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_best_words_of_all_are_found(lm, seed):
+@pytest.mark.parametrize("vocabulary, num_frames", [(VOCABULARY, 6), (TOKENS, 5)])
+def test_the_best_hypothesis_of_all_is_found(lm, seed, vocabulary, num_frames):
     path, model = lm
-    emissions = log_probs(VOCABULARY, 6, seed)
-    decoder = BeamDecoder(path, VOCABULARY, SETTINGS, beam_size=10_000)
+    settings = SETTINGS if vocabulary is VOCABULARY else [Setting(0.0, 0.0), Setting(2.0, 0.0)]
+    emissions = log_probs(vocabulary, num_frames, seed)
+    decoder = BeamDecoder(path, vocabulary, settings, beam_size=10_000)
     found = [decoder.text(ids) for ids in decoder(emissions)]
-    assert found == [brute_force(emissions, VOCABULARY, model, setting, True) for setting in SETTINGS]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_best_tokens_of_all_are_found(lm, seed):
-    path, model = lm
-    emissions = log_probs(TOKENS, 5, seed)
-    settings = [Setting(0.0, 0.0), Setting(2.0, 0.0)]
-    decoder = BeamDecoder(path, TOKENS, settings, beam_size=10_000)
-    found = [decoder.text(ids) for ids in decoder(emissions)]
-    assert found == [brute_force(emissions, TOKENS, model, setting, False) for setting in settings]
+    assert found == [brute_force(emissions, vocabulary, model, setting) for setting in settings]
 
 
 def test_a_clear_utterance_is_written_as_it_is(lm):
@@ -91,17 +81,6 @@ def test_a_clear_utterance_is_written_as_it_is(lm):
         emissions = np.full((len(labels), len(VOCABULARY)), -30.0)
         emissions[np.arange(len(labels)), labels] = -0.01
         assert [decoder.text(ids) for ids in decoder(emissions)] == [text]
-
-
-def test_hypotheses_stack_and_come_apart_again(lm):
-    decoder = BeamDecoder(lm[0], VOCABULARY, SETTINGS[:2])
-    hypotheses = [[[0, 1], []], [[2], [3, 3, 0]]]
-    stacked = decoder.stack(hypotheses)
-    assert stacked.shape == (2, 3, 2)
-    again = [[[i for i in stacked[b, :, k] if i >= 0] for k in range(2)] for b in range(2)]
-    assert again == hypotheses
-    assert decoder.text(stacked[1, :, 0]) == decoder.words[2]
-    assert decoder.stack([[[], []]]).shape == (1, 1, 2)
 
 
 def test_the_grid_of_tokens_has_no_word_scores():
@@ -129,10 +108,6 @@ def test_a_kenlm_binary_tells_its_words(tmp_path):
     assert "--lexicon" in refusal(decoding.read_words, str(path), None)
 
 
-def test_words_that_cannot_be_spelled_are_left_out():
-    assert decoding.spellable(["AB", "BÄ", "A"], VOCABULARY, "lm") == ["AB", "A"]
-
-
 def refusal(make, *args, **kwargs):
     with pytest.raises(UserError) as caught:
         make(*args, **kwargs)
@@ -148,18 +123,20 @@ def test_another_alphabet_is_refused_in_one_line(lm):
 
 
 def test_a_file_that_is_no_language_model_is_refused(lm, tmp_path):
-    assert "no such file" in refusal(BeamDecoder, str(tmp_path / "absent.arpa"), VOCABULARY, SETTINGS)
-    (tmp_path / "garbage.bin").write_bytes(b"\x00\xff" * 100)
-    assert "no list of words" in refusal(BeamDecoder, str(tmp_path / "garbage.bin"), VOCABULARY, SETTINGS)
-    (tmp_path / "words.txt").write_text("AB\n")
-    message = refusal(
-        BeamDecoder, str(tmp_path / "garbage.bin"), VOCABULARY, SETTINGS, lexicon=str(tmp_path / "words.txt")
-    )
-    assert "garbage.bin" in message and "KenLM" in message
-    torn = Path(lm[0]).read_text()
-    (tmp_path / "torn.arpa").write_text(torn[: torn.index("\\2-grams:") + 20])
-    assert "torn.arpa" in refusal(BeamDecoder, str(tmp_path / "torn.arpa"), VOCABULARY, SETTINGS)
-    assert "nowhere.txt" in refusal(BeamDecoder, lm[0], VOCABULARY, SETTINGS, lexicon=str(tmp_path / "nowhere.txt"))
+    path = lm[0]
+    garbage, torn, words = (tmp_path / name for name in ("garbage.bin", "torn.arpa", "words.txt"))
+    garbage.write_bytes(b"\x00\xff" * 100)
+    words.write_text("AB\n")
+    torn.write_text(Path(path).read_text().partition("\\2-grams:")[0] + "\\2-grams:\n-0.3 A")
+    for lm_path, lexicon, message in (
+        (tmp_path / "absent.arpa", None, "no such file"),
+        (garbage, None, "no list of words"),
+        (garbage, words, "KenLM"),
+        (torn, None, "torn.arpa"),
+        (path, tmp_path / "nowhere.txt", "nowhere.txt"),
+    ):
+        lexicon = lexicon and str(lexicon)
+        assert message in refusal(BeamDecoder, str(lm_path), VOCABULARY, SETTINGS, lexicon=lexicon)
 
 
 def test_a_missing_package_is_named(lm, monkeypatch):

@@ -27,66 +27,50 @@ def test_defaults_are_the_recipe_for_100_hours(tmp_path):
     assert (args.learning_rate, args.max_steps, args.lr_scheduler_type) == (3e-5, 80_000, "tri_stage")
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.weight_decay) == (0.9, 0.98, 1e-8, 0.0)
     assert (args.warmup_steps, args.hold_fraction, args.final_lr_scale) == (0.1, 0.4, 0.05)
-    changes = args.model_changes()
-    assert {k: changes[k] for k in changes if k.startswith("mask")} == {
+    assert {name: value for name, value in args.model_changes().items() if value and name != "apply_spec_augment"} == {
         "mask_time_prob": 0.65, "mask_time_length": 10, "mask_feature_prob": 0.5, "mask_feature_length": 64,
+        "layerdrop": 0.1, "activation_dropout": 0.1,
     }  # fmt: skip
-    assert {k: v for k, v in changes.items() if "drop" in k and v} == {"layerdrop": 0.1, "activation_dropout": 0.1}
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (dict(train_data=[]), "--train_data is required"),
-        (dict(config_name="c"), "one of --model_name_or_path .* --config_name"),
-        (dict(model_name_or_path=None), "one of --model_name_or_path .* --config_name"),
-        (dict(do_train=False, push_to_hub=True), "--do_train false with --push_to_hub"),
-        (dict(min_seconds=5.0, max_seconds=2.0), "--max_seconds 2.0"),
-        (dict(eval_steps=3, save_steps=4), "saving steps"),
-        (dict(batch_seconds=100.0), "--batch_seconds needs --micro_batch_seconds"),
-        (dict(micro_batch_seconds=0.0), "--micro_batch_seconds is 0"),
-        (dict(layerdrop=1.5), "--layerdrop is 1.5"),
-        (dict(learning_rate=float("nan")), "--learning_rate is nan"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    (dict(train_data=[]), "--train_data is required"),
+    (dict(config_name="c"), "one of --model_name_or_path .* --config_name"),
+    (dict(model_name_or_path=None), "one of --model_name_or_path .* --config_name"),
+    (dict(do_train=False, config_name="c"), "--do_train false needs a fine-tuned model"),
+    (dict(do_train=False, model_name_or_path=None), "--do_train false needs a fine-tuned model"),
+    (dict(do_train=False, push_to_hub=True), "--do_train false with --push_to_hub"),
+    (dict(min_seconds=5.0, max_seconds=2.0), "--max_seconds 2.0"),
+    (dict(eval_steps=3, save_steps=4), "saving steps"),
+    (dict(batch_seconds=100.0), "--batch_seconds needs --micro_batch_seconds"),
+    (dict(micro_batch_seconds=0.0), "--micro_batch_seconds is 0"),
+    (dict(layerdrop=1.5), "--layerdrop is 1.5"),
+    (dict(learning_rate=float("nan")), "--learning_rate is nan"),
+])  # fmt: skip
 def test_flags_that_do_not_fit_are_named(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         FineTuningArguments(**(dict(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"],
                                     model_name_or_path="m", use_cpu=True) | flags))  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "flags, seconds",
-    [
-        (dict(), None),
-        (dict(micro_batch_seconds=100.0), 1_600.0),
-        (dict(micro_batch_seconds=100.0, gradient_accumulation_steps=4), 400.0),
-        (dict(micro_batch_seconds=100.0, batch_seconds=250.0), 250.0),
-    ],
-)
+@pytest.mark.parametrize("flags, seconds", [
+    (dict(), None),
+    (dict(micro_batch_seconds=100.0), 1_600.0),
+    (dict(micro_batch_seconds=100.0, gradient_accumulation_steps=4), 400.0),
+    (dict(micro_batch_seconds=100.0, batch_seconds=250.0), 250.0),
+])  # fmt: skip
 def test_an_effective_batch_in_seconds_is_given_or_derived(tmp_path, flags, seconds):
     args = arguments(tmp_path, **flags)
     assert args.batch_seconds == seconds
     assert args.gradient_accumulation_steps == (16 if seconds is None else 1)  # what `Trainer` accumulates itself
 
 
-def test_evaluation_alone_needs_a_fine_tuned_model(tmp_path):
-    args = FineTuningArguments(output_dir=str(tmp_path), do_train=False, model_name_or_path="m", use_cpu=True)
-    assert not args.train_data and not args.validation_data
-    for flags in (dict(config_name="c"), dict()):
-        with pytest.raises(UserError, match="--do_train false needs a fine-tuned model"):
-            FineTuningArguments(output_dir=str(tmp_path), do_train=False, use_cpu=True, **flags)
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (dict(train_hours=-1.0), "--train_hours is -1"),
-        (dict(beam_size=0), "--beam_size"),
-        (dict(tune_lm=True), "--tune_lm needs .* --lm"),
-        (dict(target_unit="tokens", word_score=1.0), "--word_score is for words"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    (dict(train_hours=-1.0), "--train_hours is -1"),
+    (dict(beam_size=0), "--beam_size"),
+    (dict(tune_lm=True), "--tune_lm needs .* --lm"),
+    (dict(target_unit="tokens", word_score=1.0), "--word_score is for words"),
+])  # fmt: skip
 def test_flags_of_recognition_that_do_not_fit_are_named(flags, message):
     with pytest.raises(UserError, match=message):
         CTCArguments(**flags)
@@ -114,9 +98,10 @@ def test_a_folder_that_holds_a_run_is_refused_unless_told(tmp_path):
     assert prepare_output_dir(arguments(tmp_path)) is None
     (tmp_path / "run" / "notes.txt").touch()
     assert prepare_output_dir(arguments(tmp_path)) is None  # a note is no run
-    make_checkpoint(tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(UserError, match="already holds a run"):
-        prepare_output_dir(arguments(tmp_path))
+    (tmp_path / "run" / "model.safetensors").touch()
+    for resume in (None, "auto"):  # a finished model is not overwritten either
+        with pytest.raises(UserError, match="already holds a run"):
+            prepare_output_dir(arguments(tmp_path, resume_from_checkpoint=resume))
     assert prepare_output_dir(arguments(tmp_path, overwrite_output_dir=True)) is None
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
@@ -130,11 +115,16 @@ def test_auto_takes_the_newest_whole_checkpoint(tmp_path):
     assert prepare_output_dir(auto) == str(newest)
 
 
-def test_auto_does_not_overwrite_a_finished_model(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "model.safetensors").touch()
-    with pytest.raises(UserError, match="already holds a run"):
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
+def test_auto_keeps_checkpoints_saved_without_a_state(tmp_path, missing):
+    """As with --save_only_model and under FSDP; one that was cut short lacks `trainer_state.json`."""
+    kept = make_checkpoint(tmp_path / "run" / "checkpoint-5", leave_out=missing)
+    make_checkpoint(tmp_path / "run" / "checkpoint-6", leave_out="trainer_state.json")
+    with pytest.raises(UserError, match=f"checkpoint-5 is no whole .* without {missing}"):
         prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="auto"))
+    assert kept.exists()
+    prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="auto", overwrite_output_dir=True))
+    assert not kept.exists()
 
 
 def test_a_pretrained_model_is_never_taken_for_a_checkpoint(tmp_path):
@@ -167,15 +157,3 @@ def test_the_written_configuration_starts_the_same_run(tmp_path):
     for a, b in zip(before, after, strict=True):
         different = {k for k, v in vars(a).items() if v != vars(b)[k]}
         assert different <= {"distributed_state", "accelerator_config"}, different
-
-
-@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
-def test_auto_keeps_checkpoints_saved_without_a_state(tmp_path, missing):
-    """As with --save_only_model and under FSDP; one that was cut short lacks `trainer_state.json`."""
-    kept = make_checkpoint(tmp_path / "run" / "checkpoint-5", leave_out=missing)
-    make_checkpoint(tmp_path / "run" / "checkpoint-6", leave_out="trainer_state.json")
-    with pytest.raises(UserError, match=f"checkpoint-5 is no whole .* without {missing}"):
-        prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="auto"))
-    assert kept.exists()
-    prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="auto", overwrite_output_dir=True))
-    assert not kept.exists()

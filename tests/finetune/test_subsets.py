@@ -20,50 +20,32 @@ def corpus(num=300, speakers=12, seed=0):
     ])  # fmt: skip
 
 
-def hours(table):
-    return sum(table["num_samples"]) / 16_000 / 3600
-
-
-@pytest.mark.parametrize("wanted", [0.02, 0.1, 0.5])
-def test_a_draw_is_as_long_as_asked_for_within_one_utterance(wanted):
-    longest = 400_000 / 16_000 / 3600
-    assert wanted - longest < hours(draw_hours(corpus(), wanted, seed=1)) <= wanted
-
-
-def test_draws_nest_and_another_seed_draws_others():
-    small, middle, large = (set(draw_hours(corpus(), h, seed=1)["id"]) for h in (0.05, 0.2, 0.6))
+@pytest.mark.parametrize("without", [[], ["speaker"]])
+def test_draws_nest_within_one_utterance_of_the_hours(without):
+    table, longest = corpus().remove_columns(without), 400_000 / 16_000 / 3600
+    drawn = [draw_hours(table, wanted, seed=1) for wanted in (0.05, 0.2, 0.6)]
+    for found, wanted in zip(drawn, (0.05, 0.2, 0.6), strict=True):
+        assert wanted - longest < sum(found["num_samples"]) / 16_000 / 3600 <= wanted
+    small, middle, large = (set(found["id"]) for found in drawn)
     assert small < middle < large
-    assert set(draw_hours(corpus(), 0.2, seed=2)["id"]) != middle
+    assert set(draw_hours(table, 0.2, seed=2)["id"]) != middle
 
 
 def test_the_order_of_rows_does_not_matter_and_is_kept():
     table = corpus()
     turned = table.select(range(len(table) - 1, -1, -1))
-    one, other = draw_hours(table, 0.2, seed=3)["id"][:], draw_hours(turned, 0.2, seed=3)["id"][:]
-    assert one == other[::-1]
+    assert draw_hours(table, 0.2, seed=3)["id"][:] == draw_hours(turned, 0.2, seed=3)["id"][::-1]
 
 
 def test_speakers_share_evenly():
-    drawn = draw_hours(corpus(), 0.4, seed=4)
-    seconds = {}
-    for speaker, samples in zip(drawn["speaker"], drawn["num_samples"], strict=True):
-        seconds[speaker] = seconds.get(speaker, 0) + samples / 16_000
-    assert len(seconds) == 12
-    assert max(seconds.values()) - min(seconds.values()) <= 2 * 25  # an utterance has up to 25 s
-
-
-def test_without_speakers_a_draw_is_still_a_draw():
-    table = corpus().remove_columns("speaker")
-    assert set(draw_hours(table, 0.1, seed=0)["id"]) < set(draw_hours(table, 0.3, seed=0)["id"])
+    drawn = draw_hours(corpus(), 0.4, seed=4).to_pandas()
+    seconds = drawn.groupby("speaker")["num_samples"].sum() / 16_000
+    assert len(seconds) == 12 and np.ptp(seconds) <= 2 * 25  # an utterance has up to 25 s
 
 
 def test_training_leaves_out_what_it_cannot_learn_from(tmp_path, capsys):
-    rows = [
-        ("AB", 16_000),
-        ("LL", 800),
-        ("A", 100),
-        ("A", 10**6),
-    ]  # CTC needs three frames for LL, and 800 samples make two
+    # CTC needs three frames for LL, and 800 samples make two.
+    rows = [("AB", 16_000), ("LL", 800), ("A", 100), ("A", 10**6)]
     table = Dataset.from_list([{"id": f"u{i}", "text": text, "num_samples": n} for i, (text, n) in enumerate(rows)])
     args = FineTuningArguments(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"], config_name="c",
                                use_cpu=True, min_seconds=0.01, max_seconds=10.0)  # fmt: skip

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -28,8 +27,7 @@ from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
 from w2v2.finetune.arguments import FineTuningArguments, check_metric, refuse, take_back, write_results
-from w2v2.finetune.ctc_data import check_skipped
-from w2v2.finetune.labels import Split, shared_groups
+from w2v2.finetune.labels import LabelledDataset, Split, shared_groups
 from w2v2.finetune.trainer import FineTuner
 from w2v2.model.feature_encoder import hide_padding
 from w2v2.model.loading import load_with_head
@@ -146,23 +144,15 @@ class ClassificationTrainer(FineTuner):
         losses = F.cross_entropy(logits.float(), labels, weights, reduction="none", label_smoothing=smoothing)
         return losses.sum() / (labels >= 0).sum().clamp(min=1)
 
-    def evaluation_loop(
-        self, dataloader: DataLoader, description: str, prediction_loss_only=None, ignore_keys=None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:  # fmt: skip
-        """The stock loop; `predictions` are probabilities. Those of unreadable audio are NaN and not scored."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+    def score_output(self, output: EvalLoopOutput, data: LabelledDataset) -> tuple[np.ndarray, dict[str, Any]]:
+        """Probabilities, NaN where the audio was unreadable, and their scores."""
         readable = output.label_ids >= 0
-        check_skipped(dataloader.dataset, self.args.max_skipped_fraction)
         logits = torch.tensor(output.predictions, dtype=torch.float32)
-        references = output.label_ids[readable]
-        scores: dict[str, Any] = classification_scores(references, logits[readable].argmax(-1).numpy())
-        scores["loss"] = float(self._loss(logits, torch.tensor(output.label_ids)))
-        scores["utterances"] = int(readable.sum())
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        scores = classification_scores(output.label_ids[readable], logits[readable].argmax(-1).numpy())
+        loss = float(self._loss(logits, torch.tensor(output.label_ids)))
         probabilities = logits.softmax(-1).numpy()
         probabilities[~readable] = np.nan
-        return output._replace(predictions=probabilities)
+        return probabilities, scores | {"loss": loss, "utterances": int(readable.sum())}
 
 
 def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str]) -> tuple[dict, list[dict]]:

@@ -4,14 +4,15 @@ Shapes: B utterances, T latent frames, U units of a transcript, V entries of the
 K settings of the decoder.
 """
 
+from typing import Any
+
 import torch
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import error_rates
-from w2v2.finetune.ctc_data import check_skipped
+from w2v2.finetune.ctc_data import SpeechDataset
 from w2v2.finetune.decoding import BeamDecoder
 from w2v2.finetune.text import BLANK, CTCArguments, greedy_decode, unit_of
 from w2v2.finetune.trainer import FineTuner
@@ -104,18 +105,10 @@ class CTCTrainer(FineTuner):
         )
         return loss, (best_path, torch.from_numpy(words).to(best_path.device)), labels
 
-    def evaluation_loop(
-        self, dataloader: DataLoader, description: str, prediction_loss_only=None, ignore_keys=None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:  # fmt: skip
-        """The stock loop; then `predictions` are texts, None where the audio was unreadable: those are not scored.
-
-        A set without any transcript gets no rates.
-        """
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+    def score_output(self, output: EvalLoopOutput, data: SpeechDataset) -> tuple[list[str | None], dict[str, Any]]:
+        """Texts, None where the audio was unreadable, and their rates. A set without any transcript gets no rates."""
         paths, words = output.predictions if self.decoder is not None else (output.predictions, None)
         readable = (output.label_ids >= 0).any(1)  # (N, U) -> (N,), N utterances of the set
-        check_skipped(dataloader.dataset, self.args.max_skipped_fraction)
         texts = [greedy_decode(path, self.vocabulary) if ok else None for path, ok in zip(paths, readable, strict=True)]
         if words is not None:
             self.beam_texts = [
@@ -123,10 +116,9 @@ class CTCTrainer(FineTuner):
                 for k in range(words.shape[2])
             ]
         known = [text for text in texts if text is not None]
-        rates = self.rates(dataloader.dataset.table["text"][:], texts)
-        rates |= {"utterances": len(known), "empty_fraction": sum(not text for text in known) / max(1, len(known))}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in rates.items()})
-        return output._replace(predictions=texts)
+        empty_fraction = sum(not text for text in known) / max(1, len(known))
+        counts = {"utterances": len(known), "empty_fraction": empty_fraction}
+        return texts, self.rates(data.table["text"][:], texts) | counts
 
     def rates(self, references: list[str], hypotheses: list[str | None]) -> dict[str, float]:
         """Error rates of the utterances that have a hypothesis; none for a set without references."""

@@ -95,10 +95,9 @@ def read_sets(args: FineTuningArguments, text_args: CTCArguments) -> dict[str, D
     for name, paths in sets.items():
         table, skipped = read_once(paths, args)
         needed = name in ("train", "validation")
-        table, num_dropped = prepare_texts(table, ", ".join(paths), text_args.rules, needed=needed)
-        without = f"{num_dropped} without text" if any(table["text"]) else "no text: to be transcribed"
-        args.print_once(f"{name:>12}: {describe_table(table)}, {len(skipped)} unreadable, {without}")
-        tables[name] = table
+        tables[name], num_dropped = prepare_texts(table, ", ".join(paths), text_args.rules, needed=needed)
+        without = f"{num_dropped} without text" if any(tables[name]["text"]) else "no text: to be transcribed"
+        args.print_once(f"{name:>12}: {describe_table(tables[name])}, {len(skipped)} unreadable, {without}")
     return tables
 
 
@@ -135,8 +134,7 @@ def prepare_texts(
 
 def longest_first(table: Dataset) -> Dataset:
     """By length, so that evaluation pads little and memory runs out at once, if it does."""
-    lengths = table["num_samples"][:]
-    return table.select(sorted(range(len(table)), key=lambda row: -lengths[row]))
+    return table.select(np.argsort(-np.array(table["num_samples"]), kind="stable"))
 
 
 class SpeechDataset(torch.utils.data.Dataset):

@@ -5,7 +5,7 @@ epoch), effective batches in seconds with a gradient that no cut changes, and `m
 """
 
 import contextlib
-from collections.abc import Iterator
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
@@ -30,6 +30,9 @@ from w2v2.train.schedule import lr_factor
 
 class FineTuner(Trainer):
     """`Trainer` for a head on a wav2vec 2.0. Data sets have `lengths` (in samples); evaluation keeps their order.
+
+    A subclass has `score_output`: an output of the stock evaluation and its data set → predictions, scores by name.
+    Unreadable audio has no label and is not scored.
 
     Without `train_dataset` it only evaluates. With `batch_seconds` an update is a whole effective batch, cut into
     micro-batches of at most `micro_batch_seconds`, padding included (`batching.py`); otherwise it is as `Trainer` has
@@ -82,11 +85,10 @@ class FineTuner(Trainer):
         args.print_once(f"       model: {start}, {num_all:.2f} M parameters, {num_learning:.2f} M learn{frozen}")
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         updates_per_epoch = len(self.sampler) if args.batch_seconds else num_utterances / size
-        batch = f"{seconds / updates_per_epoch:.0f} s"
-        if args.batch_seconds:
-            batch += f", micro-batches of at most {args.micro_batch_seconds:g} s"
-        else:
-            batch = f"{size} utterances ({batch})"
+        pieces = (
+            f"micro-batches of at most {args.micro_batch_seconds:g} s" if args.batch_seconds else f"{size} utterances"
+        )
+        batch = f"{seconds / updates_per_epoch:.0f} s ({pieces})"
         updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * updates_per_epoch)
         resumed = f", resumed from {checkpoint}" if checkpoint else ""
         args.print_once(f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
@@ -108,7 +110,12 @@ class FineTuner(Trainer):
         folder = Path(resume_from_checkpoint)
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         if not 0 < self.args.max_steps <= state.global_step:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            try:  # torch reads the state with `weights_only`
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except pickle.UnpicklingError as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"{folder}: its training state is not loaded, being none that Trainer wrote ({reason}): "
+                                "start from its weights with --model_name_or_path") from None  # fmt: skip
         best = folder.with_name(f"checkpoint-{state.best_global_step}")
         self.state = state
         self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else folder))
@@ -144,6 +151,15 @@ class FineTuner(Trainer):
         """How much a micro-batch's loss counts for: its utterances, where the loss is their mean."""
         return float(len(inputs["labels"]))
 
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval") -> EvalLoopOutput:  # fmt: skip
+        """The stock loop; what `score_output` makes of its output are the predictions and the metrics."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        check_skipped(dataloader.dataset, self.args.max_skipped_fraction)
+        predictions, scores = self.score_output(output, dataloader.dataset)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output._replace(predictions=predictions)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
         factor = partial(
@@ -169,14 +185,6 @@ class FineTuner(Trainer):
         """The update whose weights were chosen by validation and loaded at the end; None: the last ones stayed."""
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with _read_safely(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint):
-        with _read_safely(checkpoint):
-            super()._load_rng_state(checkpoint)
-
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict=state_dict)
         folder = Path(output_dir or self.args.output_dir)
@@ -184,21 +192,6 @@ class FineTuner(Trainer):
         getattr(self.processing_class, "feature_extractor", self.processing_class).save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
         match_modes(folder)
-
-
-@contextlib.contextmanager
-def _read_safely(checkpoint: str | None) -> Iterator[None]:
-    """torch reads these files with `weights_only`: what is no plain tensor in them, or torn, becomes a UserError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{checkpoint}: its training state is not loaded, being torn or none that Trainer wrote ({reason}): resume "
-            "from another checkpoint, or start from its weights with --model_name_or_path"
-        ) from None
 
 
 class _FreezeEncoder(TrainerCallback):
