@@ -8,7 +8,6 @@
 Shapes: B utterances, S samples, U units of a transcript.
 """
 
-import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -155,12 +154,6 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.table)
-
-    def take(self, rows: Sequence[int]) -> "SpeechDataset":
-        """The same with these utterances alone."""
-        taken = copy.copy(self)
-        taken.table, taken.lengths = self.table.select(rows), [self.lengths[row] for row in rows]
-        return taken
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         for candidate in range(row, row + (len(self) if self.substitute else 1)):

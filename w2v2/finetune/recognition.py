@@ -1,5 +1,6 @@
 """What a recogniser is scored by, greedily and, with a language model, by beam search, and what is written about it."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +72,8 @@ def tune_decoder(trainer: CTCTrainer, data: SpeechDataset, text_args: CTCArgumen
     """Search some utterances with every setting of a small grid, and go on with the best. Returns the error rates."""
     unit = unit_of(trainer.vocabulary)
     grid, name = tuning_grid(unit), RATES[unit][0]
-    some = data.take(sorted(draw_order(data.table, text_args.subset_seed)[: text_args.tune_utterances]))
+    some = copy.copy(data)
+    some.table = data.table.select(sorted(draw_order(data.table, text_args.subset_seed)[: text_args.tune_utterances]))
     trainer.decoder.use(grid)
     trainer.predict(some, metric_key_prefix="tuning")
     rates = [trainer.rates(some.table["text"][:], texts)[name] for texts in trainer.beam_texts]
