@@ -16,12 +16,7 @@ import yaml
 from conftest import run_here, tiny_config, write_recipe
 from huggingface_hub import snapshot_download
 from test_finetune_ctc import command, write_manifest
-from transformers import (
-    AutoFeatureExtractor,
-    AutoModelForCTC,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForPreTraining,
-)
+from transformers import AutoModelForCTC, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 from transformers.trainer_utils import HubStrategy
 
 import finetune_ctc
@@ -56,26 +51,16 @@ def make_run(output_dir):
     (output_dir / "plots" / "loss.png").write_bytes(bytes(range(256)))
     public = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
     make_folder(output_dir / "checkpoint-7")
-    for private in (
-        "checkpoint-7/training_state/optimizer.safetensors",
-        "training_state/state.json",
-        "optimizer.safetensors",
-        "trainer_state.json",
-        "plan.json",
-        "skipped_audio.jsonl",
-        "runs/events.out.tfevents.1.host",
-        "random_states.pkl",
-    ):
+    for private in ("checkpoint-7/training_state/optimizer.safetensors", "optimizer.safetensors", "trainer_state.json",
+                    "plan.json", "skipped_audio.jsonl", "runs/events.out.tfevents.1.host"):  # fmt: skip
         (output_dir / private).parent.mkdir(parents=True, exist_ok=True)
         (output_dir / private).write_text("private")
     return public
 
 
 def flags(output_dir, **changes):
-    values = dict(
-        output_dir=output_dir, hub_model_id="speech-lab/tiny", hub_private_repo=True, hub_strategy="every_save"
-    )
-    return SimpleNamespace(**values | changes)
+    values = dict(hub_model_id="speech-lab/tiny", hub_private_repo=True, hub_strategy="every_save")
+    return SimpleNamespace(output_dir=output_dir, **values | changes)
 
 
 def push_run(folder, message="the end", **changes):
@@ -227,11 +212,8 @@ def data(tmp_path_factory):
 
 def logits(source):
     model = AutoModelForCTC.from_pretrained(source).eval()
-    inputs = AutoFeatureExtractor.from_pretrained(source)(
-        torch.linspace(-1, 1, 8_000).numpy(), sampling_rate=16_000, return_tensors="pt"
-    )
     with torch.no_grad():
-        return model(**inputs).logits
+        return model(torch.linspace(-1, 1, 8_000)[None]).logits
 
 
 def test_a_recogniser_comes_back_with_the_same_outputs(data, hub):
@@ -254,9 +236,8 @@ def test_a_recogniser_comes_back_with_the_same_outputs(data, hub):
     assert read_text_flags("speech-lab/tiny", TEXT_FLAGS) == {}
 
 
-@pytest.mark.parametrize("failures", [{"": 401}, {"": 0}], ids=str)
-def test_a_failing_hub_does_not_end_fine_tuning(data, hub, failures, caplog, capsys):
-    hub.failures = failures
+def test_a_failing_hub_does_not_end_fine_tuning(data, hub, caplog, capsys):
+    hub.failures = {"": 401}
     finetune_ctc.main(command(data, *HUB, "--hub_strategy", "every_save", "--overwrite_output_dir", output="failing"))
     assert (data / "failing" / "model.safetensors").exists() and (data / "failing" / "README.md").exists()
     assert "pushed to: nowhere" in capsys.readouterr().out

@@ -52,6 +52,8 @@ def draw_scores(
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
     for name, level in levels.items():
         axes.axhline(level, color="tab:orange" if "random" in name else "grey", linestyle="--", label=name)
+    is_whole = all(isinstance(x, int) for points in curves.values() for x, _ in points)  # layers have no halves
+    axes.locator_params(axis="x", integer=is_whole)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.grid(alpha=0.3)
     axes.legend()

@@ -44,7 +44,9 @@ def draw_plots(
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, (title, panels) in pictures.items():
-        panels = [(label, curves) for label, measures in panels if (curves := _curves(metrics, measures, over[0]))]
+        panels = [
+            (label, curves) for label, measures in panels if (curves := gather_curves(metrics, measures, over[0]))
+        ]
         if not panels:
             continue
         figure = Figure(figsize=(7, 3.2 * len(panels)), layout="constrained")
@@ -73,7 +75,9 @@ def chance_accuracy(output_dir: str | os.PathLike) -> float:
     return 1 / (1 + model_config(output_dir).get("num_negatives", 100))
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]], measures: Sequence[str], over: str) -> dict[str, tuple[list, list]]:
+def gather_curves(
+    metrics: Sequence[Mapping[str, Any]], measures: Sequence[str], over: str
+) -> dict[str, tuple[list, list]]:
     """Label to (values of `over`, values), in training and validation; what was null in the file leaves a gap."""
     curves = {}
     for measure in measures:
