@@ -2,9 +2,9 @@
 
     accelerate launch pretrain.py configs/pretrain/small.yaml --output_dir runs/small
 
-Reads as the method: the utterances and the effective batches drawn from them, the model, the optimizer, then updates, with validation
-and checkpoints in between. Everything random is a function of (seed, epoch, utterance), so a run resumes exactly, on any number of
-devices.
+Reads as the method: the utterances and the effective batches drawn from them, the model, the optimizer, then updates,
+with validation and checkpoints in between. Everything random is a function of (seed, epoch, utterance), so a run
+resumes exactly, on any number of devices.
 """
 
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
@@ -133,9 +133,8 @@ def main() -> None:
         write_config(args, state.micro_batch_seconds)
 
     # 5. Updates until `max_steps`, or until the run is asked to stop.
-    # Libraries and model are a million objects. Frozen, they neither delay the garbage collector nor are copied into forked workers.
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # libraries and model are a million objects, which would delay the collector for days
     gc.collect()
     feed = Feed(run.load(training, PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut)))
     with StopRequest(args.max_hours) as stop:
@@ -152,7 +151,9 @@ def main() -> None:
 
 
 def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None, stop: StopRequest) -> None:
-    """Updates, each followed by what is due: a line of the log, a validation, a checkpoint. A run that is asked to stop saves first."""
+    """Updates, each followed by what is due: a line of the log, a validation, a checkpoint. A run that is asked to stop
+    saves first.
+    """
     args, accelerator, state, model = run.args, run.accelerator, run.state, run.model
     validation = None
     if run.validation:

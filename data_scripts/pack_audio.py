@@ -12,7 +12,8 @@ Takes every manifest that pretrain.py takes. The folder that it writes may be mo
     packing.jsonl       what was packed; then a line a shard
 
 The utterances keep their ids, order and lengths, so the effective batches stay the same. 16-bit mono audio at 16 kHz
-stays the same bit for bit. Other audio is resampled and averaged as in training, rounded and clipped (counted): 115 MB an hour.
+stays the same bit for bit. Other audio is resampled and averaged as in training, rounded and clipped (counted): 115 MB
+an hour.
 
 After an interruption, the same command goes on with the missing shards. Unreadable utterances are left out and listed
 in skipped_audio.jsonl; once they are mended, pack anew with --overwrite. The same audio and flags give the same bytes.

@@ -131,7 +131,9 @@ def write_recipe(folder: Path, noise: dict[str, float], **flags) -> Path:
 
 
 def run_here(main, *argv) -> int:
-    """Exit status of an entry point run in this process with these arguments (Accelerate's singletons are forgotten first)."""
+    """Exit status of an entry point run in this process with these arguments (Accelerate's singletons are forgotten
+    first).
+    """
     from w2v2.cli import run_script
 
     AcceleratorState._reset_state(True)

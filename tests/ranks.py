@@ -1,4 +1,6 @@
-"""Processes of the real program: one run with its launcher, or ranks that meet by their environment alone, as `srun` starts them."""
+"""Processes of the real program: one run with its launcher, or ranks that meet by their environment alone, as `srun`
+starts them.
+"""
 
 import os
 import signal
@@ -31,7 +33,9 @@ def environment(**changes) -> dict[str, str]:
 
 
 def start_run(flags, output_dir, *more, launcher=(), **variables) -> subprocess.Popen:
-    """pretrain.py, by a launcher or alone, in a session of its own; what it prints is appended to a log beside its folder."""
+    """pretrain.py, by a launcher or alone, in a session of its own; what it prints is appended to a log beside its
+    folder.
+    """
     words = [sys.executable, *launcher, "pretrain.py", flags, "--output_dir", output_dir, *more]
     with open(f"{output_dir}.log", "a") as log:
         own = dict(env=environment(**variables), stdout=log, stderr=log, start_new_session=True)
@@ -95,7 +99,9 @@ class Ranks:
             time.sleep(0.01)
 
     def statuses(self, *ranks: int) -> list[int]:
-        """Exit statuses of these ranks (default: all), waited for; where they do not end, what all of them are at fails the test."""
+        """Exit statuses of these ranks (default: all), waited for; where they do not end, what all of them are at fails
+        the test.
+        """
         try:
             return [self.processes[rank].wait(SECONDS) for rank in ranks or range(len(self.processes))]
         except subprocess.TimeoutExpired:

@@ -1,4 +1,5 @@
-"""FSDP2 on two CPU processes, for `test_sharding.py`. Accelerate shards on accelerators alone, so its state is told otherwise here.
+"""FSDP2 on two CPU processes, for `test_sharding.py`. Accelerate shards on accelerators alone, so its state is told
+otherwise here.
 
 RANK=0 WORLD_SIZE=2 … python tests/sharded.py gradients OUT.pt
 RANK=0 WORLD_SIZE=2 … python tests/sharded.py updates FOLDER

@@ -74,7 +74,8 @@ def test_every_pretraining_yaml_finds_its_model(path):
     assert config.mask_time_prob == args.mask_time_prob and config.hidden_size % config.num_attention_heads == 0
 
 
-# Labels: peak learning rate, updates, updates with a frozen encoder, channel and time masks, layerdrop (fairseq's base_*.yaml).
+# Labels: peak learning rate, updates, updates with a frozen encoder, channel and time masks, layerdrop (fairseq's
+# base_*.yaml).
 RECIPES = {
     "10min": (5e-5, 13_000, 10_000, 0.25, 0.65, 0.1),
     "1h": (5e-5, 13_000, 10_000, 0.25, 0.65, 0.1),

@@ -1,4 +1,6 @@
-"""On a GPU: the CPU's loss and gradient, no waiting for the device within an update, the kernels that are meant, and the scripts, end to end."""
+"""On a GPU: the CPU's loss and gradient, no waiting for the device within an update, the kernels that are meant, and
+the scripts, end to end.
+"""
 
 import json
 import math

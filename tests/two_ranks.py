@@ -1,4 +1,5 @@
-"""One effective batch in pieces, on one process or dealt to two: what `test_training.py` compares, and the script it launches twice.
+"""One effective batch in pieces, on one process or dealt to two: what `test_training.py` compares, and the script it
+launches twice.
 
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks.py OUT.pt
 """

@@ -1,4 +1,5 @@
-"""An update by seconds and a transcription, on one process or dealt to two: what `test_ctc.py` compares, and the script it launches twice.
+"""An update by seconds and a transcription, on one process or dealt to two: what `test_ctc.py` compares, and the script
+it launches twice.
 
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks_ctc.py FOLDER OUT.pt
 """
@@ -72,7 +73,9 @@ def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, *
 
 
 def one_update(table, output_dir, case="mean", **flags):
-    """What an update by plain gradient descent changes in each weight, over the learning rate; its gradient norm and loss, as logged."""
+    """What an update by plain gradient descent changes in each weight, over the learning rate; its gradient norm and
+    loss, as logged.
+    """
     changes = dict(ctc_loss_reduction="sum" if case == "sum" else "mean")
     flags = dict(max_steps=1, eval_strategy="no", save_strategy="no", optim="sgd", warmup_steps=0.0, learning_rate=1.0,
                  load_best_model_at_end=False, freeze_encoder_steps=1 if case == "frozen" else 0) | flags  # fmt: skip

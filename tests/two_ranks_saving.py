@@ -1,4 +1,5 @@
-"""Saves that fail on the main process alone, and the choice of a checkpoint: what `test_checkpoint_faults.py` launches twice.
+"""Saves that fail on the main process alone, and the choice of a checkpoint: what `test_checkpoint_faults.py` launches
+twice.
 
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks_saving.py FOLDER
 """

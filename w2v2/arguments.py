@@ -181,7 +181,9 @@ class RunArguments:
 
 @dataclass
 class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, DataArguments):
-    """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0 paper, section 4; fairseq's wav2vec2_base_librispeech)."""
+    """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0 paper, section 4; fairseq's
+    wav2vec2_base_librispeech).
+    """
 
     def __post_init__(self):
         for name in ("model_name_or_path", "config_name", "resume_from_checkpoint", "hub_model_id"):

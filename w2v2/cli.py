@@ -1,7 +1,7 @@
 """The command line of every script: a YAML file and flags in, exit status out.
 
-`pretrain.py CONFIG.yaml --flag value` — the YAML's values are put in front of the command line's, so the command line wins
-and both go through the same checks.
+`pretrain.py CONFIG.yaml --flag value` — the YAML's values are put in front of the command line's, so the command line
+wins and both go through the same checks.
 """
 
 import contextlib
@@ -87,7 +87,8 @@ def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -
 def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
     """Instances of `dataclass_types` from `[CONFIG.yaml] --flag value …` (default: the process's own arguments).
 
-    Raises `UserError` for an unknown flag or key (with the nearest name), a value of the wrong kind, a missing required one.
+    Raises `UserError` for an unknown flag or key (with the nearest name), a value of the wrong kind, a missing required
+    one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     options = dict(allow_abbrev=False, conflict_handler="resolve")
@@ -117,10 +118,11 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run an entry point. A user's slip, a full disk or memory, or a lost loader process is one line on standard error and status 2.
+    """Run an entry point. A user's slip, a full disk or memory, or a lost loader process is one line on standard error
+    and status 2.
 
-    A rank that lost another one says so and ends with status 1. `Stopped` gives status 75, or 0 under a launcher that would start
-    the run again. Any other error is a bug and keeps its traceback.
+    A rank that lost another one says so and ends with status 1. `Stopped` gives status 75, or 0 under a launcher that
+    would start the run again. Any other error is a bug and keeps its traceback.
     """
     logging.raiseExceptions = False  # a stream that cannot be written any more ends no run
     try:
@@ -161,7 +163,9 @@ def explain_error(error: Exception) -> str | None:
 
 
 def flush_streams() -> None:
-    """Flush; a dead stream goes nowhere from now on, as its last flush would change the exit status (Python's `signal` docs)."""
+    """Flush; a dead stream goes nowhere from now on, as its last flush would change the exit status (Python's `signal`
+    docs).
+    """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()

@@ -1,4 +1,6 @@
-"""Errors that a user can mend, and how they read: one line that names the file, row or flag, says what was found and what to do."""
+"""Errors that a user can mend, and how they read: one line that names the file, row or flag, says what was found and
+what to do.
+"""
 
 import errno
 import re

@@ -1,4 +1,6 @@
-"""Crops become micro-batches: 16-bit samples as they stand, floats where a file needs them, and the same sound on the device."""
+"""Crops become micro-batches: 16-bit samples as they stand, floats where a file needs them, and the same sound on the
+device.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"""The cut of an effective batch into micro-batches, and their deal to the ranks: even, within budget, against brute force."""
+"""The cut of an effective batch into micro-batches, and their deal to the ranks: even, within budget, against brute
+force.
+"""
 
 import itertools
 import math

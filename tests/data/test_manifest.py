@@ -1,4 +1,6 @@
-"""`w2v2.data.manifest` and `readers`: every kind of manifest gives the same table, lengths are known, and slips are named in one line."""
+"""`w2v2.data.manifest` and `readers`: every kind of manifest gives the same table, lengths are known, and slips are
+named in one line.
+"""
 
 import json
 import os

@@ -21,7 +21,9 @@ def keys_of(num_rows, seed=0):
 
 @cache
 def random_masks():
-    """(keys, frames, prob, length, min_spans, mask) of all kinds, rows of no frame at all and of less than a span among them."""
+    """(keys, frames, prob, length, min_spans, mask) of all kinds, rows of no frame at all and of less than a span among
+    them.
+    """
     rng, shapes = np.random.default_rng(0), []
     for shape in range(NUM_SHAPES):
         longest = int(rng.choice([3, 30, 120, 400]))

@@ -1,4 +1,6 @@
-"""Batching by seconds through `Trainer`: one gradient however it is cut; scoring that no batch size moves; blanks that are noticed."""
+"""Batching by seconds through `Trainer`: one gradient however it is cut; scoring that no batch size moves; blanks that
+are noticed.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Batching by seconds: nothing lost, nothing twice, effective batches that no device changes, equal numbers for the ranks."""
+"""Batching by seconds: nothing lost, nothing twice, effective batches that no device changes, equal numbers for the
+ranks.
+"""
 
 import numpy as np
 import pytest

@@ -52,7 +52,9 @@ def flags(corpus, output_dir, **changes):
 
 @pytest.fixture
 def refused(corpus, tmp_path, capsys):
-    """Runs the script in this process; it has to end with status 2 and one line, in which all of the named things stand."""
+    """Runs the script in this process; it has to end with status 2 and one line, in which all of the named things
+    stand.
+    """
 
     def check(*named, **changes):
         capsys.readouterr()

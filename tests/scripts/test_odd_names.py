@@ -1,4 +1,6 @@
-"""Ids and paths that strain a format: what goes in comes out again, line for line, in every manifest and every list that is written."""
+"""Ids and paths that strain a format: what goes in comes out again, line for line, in every manifest and every list
+that is written.
+"""
 
 import csv
 import json

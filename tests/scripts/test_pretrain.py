@@ -1,4 +1,6 @@
-"""The real script, end to end, on a few seconds of tones: its files, its numbers, and that a run can be killed and go on."""
+"""The real script, end to end, on a few seconds of tones: its files, its numbers, and that a run can be killed and go
+on.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The recognition script beyond training: a fine-tuned folder scored and set to work, a language model, few labels, phonemes."""
+"""The recognition script beyond training: a fine-tuned folder scored and set to work, a language model, few labels,
+phonemes.
+"""
 
 import shutil
 

@@ -1,4 +1,6 @@
-"""Nothing that comes from others is ever executed, nothing secret is ever written down, and nothing outside of the run's folder is touched."""
+"""Nothing that comes from others is ever executed, nothing secret is ever written down, and nothing outside of the
+run's folder is touched.
+"""
 
 import ast
 import json

@@ -1,4 +1,6 @@
-"""Checkpoints under torn files, flipped bits, full disks, failing system calls and kills: never one lost, never a damaged one taken."""
+"""Checkpoints under torn files, flipped bits, full disks, failing system calls and kills: never one lost, never a
+damaged one taken.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The collapse watch on curves: healthy ones as docs/results.md has them, slow ones, and the ways in which runs are known to fail."""
+"""The collapse watch on curves: healthy ones as docs/results.md has them, slow ones, and the ways in which runs are
+known to fail.
+"""
 
 import json
 from types import SimpleNamespace
@@ -10,7 +12,8 @@ from w2v2.arguments import PretrainArguments
 from w2v2.train.collapse import Criteria, Limits, likely_causes
 
 COLUMNS = ("step", "accuracy", "codebook_perplexity_hard", "distractors_left", "contrastive_loss")
-# configs/pretrain/small.yaml, validation: docs/results.md; what lies before update 500 is the plateau and the sharpening of the codes.
+# configs/pretrain/small.yaml, validation: docs/results.md; what lies before update 500 is the plateau and the
+# sharpening of the codes.
 SYNTHESIZED = [
     (1, 0.021, 126, 99.9, 4.62), (100, 0.022, 120, 99.5, 4.61), (200, 0.10, 9, 80, 4.3), (500, 0.252, 16.7, 90, 3.787),
     (1_000, 0.278, 22.2, 93, 3.635), (1_500, 0.276, 26.6, 95, 3.490), (2_000, 0.262, 33.2, 96, 3.427),
@@ -21,7 +24,8 @@ REAL = [
     (1_000, 0.283, 16.6, 90, 3.566), (1_500, 0.243, 26.7, 94, 3.551), (2_000, 0.277, 29.7, 95, 3.451),
     (2_500, 0.225, 36.0, 96, 3.507), (3_000, 0.253, 36.5, 96, 3.427), (4_000, 0.253, 39.9, 96, 3.386),
 ]  # fmt: skip
-# The codes of BASE dip in the first hundreds of updates; its accuracy leaves the plateau long before the warm-up of 32,000 ends.
+# The codes of BASE dip in the first hundreds of updates; its accuracy leaves the plateau long before the warm-up of
+# 32,000 ends.
 BASE = [
     (1, 0.02, 500, 100, 4.62), (300, 0.02, 3, 70, 4.55), (900, 0.03, 3.5, 75, 4.5), (1_500, 0.06, 30, 95, 4.4),
     (10_000, 0.25, 150, 99, 3.6), (100_000, 0.5, 350, 100, 2.6), (400_000, 0.62, 420, 100, 2.1),
@@ -33,7 +37,9 @@ LATE_SMALL = [(1, 0.02, 126, 99.9, 4.62), (650, 0.022, 120, 99.8, 4.6), (800, 0.
 
 
 def from_points(points, every, noise=0.005, until=None):
-    """Records of a curve through `points`, logged at every so many updates; the loss varies by `noise` from batch to batch."""
+    """Records of a curve through `points`, logged at every so many updates; the loss varies by `noise` from batch to
+    batch.
+    """
     steps = np.arange(every, (until or points[-1][0]) + 1, every)
     columns = [np.interp(steps, [p[0] for p in points], [p[c] for p in points]) for c in range(1, len(COLUMNS))]
     columns[-1] = columns[-1] * (1 + noise * np.random.default_rng(0).standard_normal(len(steps)))

@@ -1,4 +1,6 @@
-"""The real program on several processes: launched in every way, killed, restarted by its launcher, on two machines. On the CPU."""
+"""The real program on several processes: launched in every way, killed, restarted by its launcher, on two machines. On
+the CPU.
+"""
 
 import json
 import os
@@ -155,7 +157,9 @@ def test_two_machines_are_two_processes(flags, two_processes, tmp_path):
 
 @pytest.mark.slow
 def test_a_restart_counted_elsewhere_overwrites_nothing(flags, two_processes, tmp_path):
-    """Two agents meet by c10d; the worker of the one without rank 0 is killed, so that one counts and the other may not."""
+    """Two agents meet by c10d; the worker of the one without rank 0 is killed, so that one counts and the other may
+    not.
+    """
     address, output_dir, agents = f"127.0.0.1:{free_port()}", tmp_path / "run", []
     meeting = ["--nnodes", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id", "drill"]
     launcher = ["-m", "torch.distributed.run", *meeting, "--nproc_per_node", 1, "--max_restarts", 3]

@@ -1,4 +1,6 @@
-"""A run's records come back as they were written, as numbers that strict JSON holds, and the console has a line of them."""
+"""A run's records come back as they were written, as numbers that strict JSON holds, and the console has a line of
+them.
+"""
 
 import io
 import re

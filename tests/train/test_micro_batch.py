@@ -1,4 +1,6 @@
-"""`--micro_batch_seconds auto`: what is tried is the worst case, nothing is left of it, and what is found fits on every rank."""
+"""`--micro_batch_seconds auto`: what is tried is the worst case, nothing is left of it, and what is found fits on every
+rank.
+"""
 
 import copy
 import json
@@ -48,7 +50,9 @@ def trial():
 
 @pytest.fixture
 def ends_beyond(trial, monkeypatch):
-    """Memory ends in the forward or in the backward pass of more than so many rows; the list of the rows that were tried."""
+    """Memory ends in the forward or in the backward pass of more than so many rows; the list of the rows that were
+    tried.
+    """
 
     def limit(rows, stage):
         whole, tried = PretrainingModel._context, []
@@ -179,7 +183,8 @@ def test_no_micro_batch_costs_more_than_the_one_tried(seed, prob):
         lengths, batch_samples=int(lengths.sum()) // 2, crop_samples=12 * SAMPLING_RATE, grid_samples=GRID, seed=seed
     )
     n, num_ranks = int(random.integers(1, 9)), int(random.integers(1, 4))
-    # The tried one's shorter last row is there for what mixed lengths cost, and takes a little off the attention weights.
+    # The tried one's shorter last row is there for what mixed lengths cost, and takes a little off the attention
+    # weights.
     worst = costs(worst_case(n, batches.longest, 0, shape, seed))
     crops, following = batches.draw(Cursor())
     cut = dict(num_ranks=num_ranks, micro_batch_samples=n * batches.longest)

@@ -1,4 +1,6 @@
-"""FSDP2 gives DDP's numbers, and its checkpoints go on anywhere. Two processes with gloo; nothing here needs an accelerator."""
+"""FSDP2 gives DDP's numbers, and its checkpoints go on anywhere. Two processes with gloo; nothing here needs an
+accelerator.
+"""
 
 import json
 from types import SimpleNamespace
@@ -32,7 +34,9 @@ def gradients(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sharded_gradients_and_totals_are_those_of_ddp(gradients, case):
-    """With dropout, Gumbel noise and layerdrop, uneven deals with dummies, both scopes of the diversity loss, and recomputation."""
+    """With dropout, Gumbel noise and layerdrop, uneven deals with dummies, both scopes of the diversity loss, and
+    recomputation.
+    """
     (expected, totals), (found, sharded_totals) = (gradients[(*case, sharded)] for sharded in (False, True))
     assert_same_gradient(found, expected, 1e-11)
     assert_same_metrics(sharded_totals, totals, 1e-11)
@@ -80,7 +84,9 @@ def test_a_sharded_checkpoint_goes_on_under_everything(updates, where):
 
 
 def test_a_whole_sharded_run_is_that_of_ddp(tmp_path):
-    """Validation, saving and the model at the end included; the launch asks for layers wrapped one by one, which is not done."""
+    """Validation, saving and the model at the end included; the launch asks for layers wrapped one by one, which is not
+    done.
+    """
     values = dict(batch_hours=0.002, micro_batch_seconds=4, max_steps=3, warmup_steps=1, eval_steps=1, save_steps=2)
     values |= dict(max_grad_norm=1, diversity_scope="effective_batch", dataloader_num_workers=0, report_to=["none"])
     config = write_recipe(tmp_path, NOISY, **values)

@@ -1,4 +1,6 @@
-"""A loss or gradient that is not finite costs its own update and nothing else: not a weight, not a moment, not the batches to come."""
+"""A loss or gradient that is not finite costs its own update and nothing else: not a weight, not a moment, not the
+batches to come.
+"""
 
 import json
 import math
@@ -175,7 +177,8 @@ pretrain.run_script(pretrain.main)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Sixteen files of one length, one of which holds finite samples beyond all bounds, and LARGE's architecture in miniature.
+    """Sixteen files of one length, one of which holds finite samples beyond all bounds, and LARGE's architecture in
+    miniature.
 
     The reader's own bound, which keeps such files away from the model, is lifted.
     """

@@ -1,4 +1,6 @@
-"""The Slurm script with stand-ins for Slurm and for the program: what each process is given, and what becomes of its status."""
+"""The Slurm script with stand-ins for Slurm and for the program: what each process is given, and what becomes of its
+status.
+"""
 
 import os
 import stat

@@ -1,4 +1,6 @@
-"""Asked to stop, a run saves at the next update boundary, leaves with status 75, and goes on as if nothing had happened."""
+"""Asked to stop, a run saves at the next update boundary, leaves with status 75, and goes on as if nothing had
+happened.
+"""
 
 import errno
 import os

@@ -24,7 +24,9 @@ def accelerator():
 
 @pytest.fixture
 def noise_by_utterance(monkeypatch):
-    """Gumbel noise that depends on the utterance alone: the part of the randomness that a piece's number seeds in training."""
+    """Gumbel noise that depends on the utterance alone: the part of the randomness that a piece's number seeds in
+    training.
+    """
     heard = {}
 
     def noise(logits):

@@ -45,8 +45,8 @@ def measure_lengths(
 ) -> dict[str, int | str]:
     """Length of each file, or the reason (a string) why it has none.
 
-    `probe` raises AudioError for a file that cannot be used; any other exception is a bug and goes through.
-    Lengths are kept in `cache_dir/durations.jsonl`, by path, size and time of change, a line a file, so that processes which
+    `probe` raises AudioError for a file that cannot be used; any other exception is a bug and goes through. Lengths are
+    kept in `cache_dir/durations.jsonl`, by path, size and time of change, a line a file, so that processes which
     measure at the same time do each other no harm.
     """
     cache = None if cache_dir is None else Path(cache_dir, "durations.jsonl")

@@ -19,7 +19,8 @@ def flag(
 ) -> Any:
     """A field for `cli.parse_command_line`, which is an `HfArgumentParser`.
 
-    Values are at least `min`, greater than `above`, at most `max`; None is always allowed. `words` are texts that stand for values.
+    Values are at least `min`, greater than `above`, at most `max`; None is always allowed. `words` are texts that stand
+    for values.
     """
     limits = {name: limit for name, limit in (("min", min), ("above", above), ("max", max)) if limit is not None}
     metadata = {"help": help, "limits": limits}

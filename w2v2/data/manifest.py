@@ -2,12 +2,15 @@
 
 Columns are understood by name, upper or lower case, whichever toolkit wrote them (`COLUMNS`). What is decided here:
 
-- `duration` (seconds) comes before `num_samples` (at 16 kHz): seconds mean the same at every rate. Rows with neither are measured
+- `duration` (seconds) comes before `num_samples` (at 16 kHz): seconds mean the same at every rate. Rows with neither
+  are measured
   from the files' headers, once.
-- `start` and NeMo's `offset` are seconds. Where whole-numbered `start` *and* `stop` stand beside SpeechBrain's `wav`, they are samples
-  and also give the length, for VoxCeleb's `duration` there is that of the whole file. Elsewhere `stop` or `end` (seconds) serves
-  rows without a duration.
-- A row without an id gets its path as the manifest writes it (and `:start` in samples where there is one, `#2` if it comes twice).
+- `start` and NeMo's `offset` are seconds. Where whole-numbered `start` *and* `stop` stand beside SpeechBrain's `wav`,
+  they are samples
+  and also give the length, for VoxCeleb's `duration` there is that of the whole file. Elsewhere `stop` or `end`
+  (seconds) serves rows without a duration.
+- A row without an id gets its path as the manifest writes it (and `:start` in samples where there is one, `#2` if it
+  comes twice).
   An id given twice in one manifest is an error; manifests that share ids get theirs prefixed with `<manifest's name>/`.
 - Text, speaker and label are "" where a row, or one of several manifests, has none.
 """
@@ -53,11 +56,13 @@ def read_manifests(
 ) -> tuple[pa.Table, list[dict]]:
     """Read manifests, Kaldi folders, packed folders or folders of audio files into one table of utterances.
 
-    Returns the table and the files that could not be measured, as `{"id", "audio", "reason"}`. Columns: `id` (unique), `audio`
-    (absolute path; whether it exists is not looked up), `start` (seconds), `num_samples` (at 16 kHz), and `text`, `speaker`,
-    `label` where any manifest has them; so too, as text and in lower case, the `further` columns that are asked for.
-    `probe` gives a file's length at 16 kHz or raises AudioError; its findings are kept in `cache_dir`.
-    Raises UserError for whatever the user can mend: see `readers.read_table`; also columns, durations, ids, markers without a root.
+    Returns the table and the files that could not be measured, as `{"id", "audio", "reason"}`. Columns: `id` (unique),
+    `audio` (absolute path; whether it exists is not looked up), `start` (seconds), `num_samples` (at 16 kHz), and
+    `text`, `speaker`, `label` where any manifest has them; so too, as text and in lower case, the `further` columns
+    that are asked for. `probe` gives a file's length at 16 kHz or raises AudioError; its findings are kept in
+    `cache_dir`.
+    Raises UserError for whatever the user can mend: see `readers.read_table`; also columns, durations, ids, markers
+    without a root.
     """
     data_root = None if data_root is None else os.path.expanduser(data_root)
     names = list(map(str, paths))

@@ -1,8 +1,9 @@
 """Manifest files and folders of every kind → one table each, its columns as they stand there.
 
-A new kind of manifest is one more reader in this file; `manifest.py` says what the columns mean. Text goes row by row through
-Python's own csv and json, in strict mode: a cell is never guessed to be a number, a date or a missing value, a file that ends
-within quotes loses no rows in silence, and every message can name its line. Nothing found in a file is ever run.
+A new kind of manifest is one more reader in this file; `manifest.py` says what the columns mean. Text goes row by row
+through Python's own csv and json, in strict mode: a cell is never guessed to be a number, a date or a missing value, a
+file that ends within quotes loses no rows in silence, and every message can name its line. Nothing found in a file is
+ever run.
 """
 
 import csv
@@ -34,8 +35,8 @@ Row = tuple[int | None, dict]  # its line, where there is one, and {name: cell}
 class RawTable:
     """One manifest as it is written.
 
-    `table` holds the wanted columns, their names in lower case: text, or what a Parquet file holds; null where a row has nothing.
-    `found` names all columns as they are written.
+    `table` holds the wanted columns, their names in lower case: text, or what a Parquet file holds; null where a row
+    has nothing. `found` names all columns as they are written.
     """
 
     path: Path

@@ -27,8 +27,8 @@ class LengthSampler(Sampler[int]):
     """Batches of like length in random order, a pure function of (seed, epoch): a resumed run goes on with its batches.
 
     A random permutation is cut into windows of many batches. Each window is sorted by length and cut into batches, and
-    these are shuffled; a last batch that is not full stays last. `Trainer`'s own groups run from long to short: the demo
-    learns more slowly from them.
+    these are shuffled; a last batch that is not full stays last. `Trainer`'s own groups run from long to short: the
+    demo learns more slowly from them.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, batches_per_window: int = 50):

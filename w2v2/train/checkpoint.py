@@ -4,8 +4,9 @@
     checkpoint-<step>/training_state/optimizer.safetensors, state.json              what a run resumes from
     checkpoint-<step>/training_state/checksums.json                                 size and SHA-256 of each of these
 
-A folder is written under another name, made durable and renamed: a kill leaves no half of one. Tensors are safetensors and
-the rest is JSON: nothing a checkpoint holds is ever executed. No state of a random generator is saved, because a run has none.
+A folder is written under another name, made durable and renamed: a kill leaves no half of one. Tensors are safetensors
+and the rest is JSON: nothing a checkpoint holds is ever executed. No state of a random generator is saved, because a
+run has none.
 """
 
 import json
@@ -182,7 +183,8 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
 def find_damage(folder: Path, contents: bool = True) -> str | None:
     """What keeps a checkpoint from being resumed from, naming the file; None: it is whole.
 
-    Without `contents` only sizes are compared. The first versions saved no checksums; then files that are there count as whole.
+    Without `contents` only sizes are compared. The first versions saved no checksums; then files that are there count
+    as whole.
     """
     for name in FILES:
         if not (folder / name).is_file():

@@ -40,7 +40,8 @@ LOSS_SPREAD = 1e-3  # (greatest − least) / greatest
 FEWEST_RECORDS = 4  # in a window, however rarely a run logs
 MEASURES = ("codebook_perplexity_hard", "distractors_left", "accuracy", "contrastive_loss")
 
-# (seconds in an effective batch, peak learning rate) of BASE, where batches are smaller than the paper's: arXiv 2402.13723
+# (seconds in an effective batch, peak learning rate) of BASE, where batches are smaller than the paper's: arXiv
+# 2402.13723
 RATES = ((87.5, 7.3e-6), (150, 7.9e-5), (300, 1.1e-4), (600, 1.6e-4), (1200, 2.2e-4), (2400, 5e-4))
 
 
@@ -171,7 +172,9 @@ class CollapseWatch:
             self.criteria.level = min(self.criteria.level, 1)
 
     def see(self, record: Mapping[str, Any]) -> None:
-        """Take the next training record. Raises `UserError` if a collapse has lasted for a window and is to stop the run."""
+        """Take the next training record. Raises `UserError` if a collapse has lasted for a window and is to stop the
+        run.
+        """
         if self.args.collapse_action == "none" or (finding := self.criteria.add(record)) is None:
             return
         if finding.is_sure and self.args.collapse_action == "stop":
@@ -203,7 +206,9 @@ class CollapseWatch:
 
 
 def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any], args, config) -> list[str]:
-    """The settings to blame for the `criteria` met `since` that update, each with what is usual; `record` is the newest."""
+    """The settings to blame for the `criteria` met `since` that update, each with what is usual; `record` is the
+    newest.
+    """
     few_codes, no_learning = criteria & FEW_CODES, criteria & NO_LEARNING
     hours, temperature = min(args.batch_hours, record["batch_hours"]), record["gumbel_temperature"]
     rate, mult, weight = args.learning_rate, args.feature_grad_mult, config.diversity_loss_weight

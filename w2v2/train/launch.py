@@ -1,11 +1,12 @@
 """The processes of a run and its `Accelerator`: devices, precision, DDP or FSDP2, trackers.
 
-A launch that would not do what it looks like ends here, in one line. What else can go wrong between processes is torch's business:
-torchrun's agent names a failed rank and ends or restarts the others, and the process group times out (`--ddp_timeout`).
+A launch that would not do what it looks like ends here, in one line. What else can go wrong between processes is
+torch's business: torchrun's agent names a failed rank and ends or restarts the others, and the process group times out
+(`--ddp_timeout`).
 
-FSDP2 shards the model as one group. The layers are computed by functions outside of their modules' `forward` (`transformer.py`), so
-modules that are wrapped one by one would be used while they are sharded. Weights and gradients are float32 and autocast does the
-rest, as under DDP, so both give the same numbers.
+FSDP2 shards the model as one group. The layers are computed by functions outside of their modules' `forward`
+(`transformer.py`), so modules that are wrapped one by one would be used while they are sharded. Weights and gradients
+are float32 and autocast does the rest, as under DDP, so both give the same numbers.
 """
 
 import contextlib
@@ -39,8 +40,8 @@ MEETING = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def start_accelerator(args) -> Accelerator:
     """Devices and processes as `accelerate launch`, torchrun or srun set them; the CPU where there is no accelerator.
 
-    Raises `UserError` for DeepSpeed, for kinds of FSDP that are not supported, for processes that do not know of one another, and for
-    a tracker whose package is missing.
+    Raises `UserError` for DeepSpeed, for kinds of FSDP that are not supported, for processes that do not know of one
+    another, and for a tracker whose package is missing.
     """
     disable_progress_bar()  # transformers' bars would tear ours
     device = torch.accelerator.current_accelerator()
@@ -69,7 +70,9 @@ def start_accelerator(args) -> Accelerator:
 
 
 def check_environment(environment: Mapping[str, str], cpu: bool) -> None:
-    """Raises `UserError` where the launcher's variables ask for what is not supported, or for processes that would not meet."""
+    """Raises `UserError` where the launcher's variables ask for what is not supported, or for processes that would not
+    meet.
+    """
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(
@@ -100,7 +103,8 @@ def expected_processes(environment: Mapping[str, str]) -> int:
 def join_group(timeout_seconds: float, cpu: bool) -> None:
     """Make the process group of several processes, before Accelerate would.
 
-    torchrun's store outlives an attempt and keeps the addresses of processes that are gone. So each attempt has a prefix of its own.
+    torchrun's store outlives an attempt and keeps the addresses of processes that are gone. So each attempt has a
+    prefix of its own.
     Raises `UserError` where the processes do not find one another.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or PartialState._shared_state:
@@ -136,10 +140,11 @@ def check_processes(accelerator: Accelerator, args) -> None:
 
 
 def data_parallel(gradient_compression: str) -> DistributedDataParallelKwargs:
-    """DDP for an accumulated update: gradients live in the buckets that are sent, as they are or (`bf16`) in half the bytes.
+    """DDP for an accumulated update: gradients live in the buckets that are sent, as they are or (`bf16`) in half the
+    bytes.
 
-    They are sent once an update, while the last micro-batch's backward pass still runs. With `bf16` each rank's part is rounded once,
-    before the sum.
+    They are sent once an update, while the last micro-batch's backward pass still runs. With `bf16` each rank's part is
+    rounded once, before the sum.
     """
     hook = DDPCommunicationHookType.BF16 if gradient_compression == "bf16" else DDPCommunicationHookType.NO
     return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
@@ -185,7 +190,9 @@ def prepare_model(accelerator: Accelerator, model: torch.nn.Module, optimizer: t
 
 @contextlib.contextmanager
 def gradient_sync(accelerator: Accelerator, model: torch.nn.Module, now: bool) -> Iterator[None]:
-    """Around a micro-batch's forward and backward pass: its gradient is added up locally, or (`now`) all that was added is sent."""
+    """Around a micro-batch's forward and backward pass: its gradient is added up locally, or (`now`) all that was added
+    is sent.
+    """
     if isinstance(model, FSDPModule):
         model.set_reshard_after_backward(now)
     with contextlib.nullcontext() if now else accelerator.no_sync(model):
@@ -236,10 +243,12 @@ def end_training(accelerator: Accelerator) -> None:
 
 
 def leave_group() -> None:
-    """Let gloo's threads finish before the process group is destroyed or the interpreter ends. Without a group it does nothing.
+    """Let gloo's threads finish before the process group is destroyed or the interpreter ends. Without a group it does
+    nothing.
 
-    A thread that still holds an exchange's tensors needs the interpreter's lock to let go of them. The group's destructor holds that
-    lock while it waits for the thread, for ever (pytorch issue 56297; seen with torch 2.13 within 20 groups of 200).
+    A thread that still holds an exchange's tensors needs the interpreter's lock to let go of them. The group's
+    destructor holds that lock while it waits for the thread, for ever (pytorch issue 56297; seen with torch 2.13 within
+    20 groups of 200).
     """
     if distributed.is_available() and distributed.is_initialized():
         time.sleep(0.1)

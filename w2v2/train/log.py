@@ -113,8 +113,8 @@ class RunLog:
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record: a line of `metrics.jsonl`, the trackers, and the console.
 
-        What is not finite becomes `null` in the file, which JSON has no other word for; the trackers get every flat number
-        as it is. A full disk holds up neither the run nor the lines to come.
+        What is not finite becomes `null` in the file, which JSON has no other word for; the trackers get every flat
+        number as it is. A full disk holds up neither the run nor the lines to come.
         """
         if not self._is_main:
             return

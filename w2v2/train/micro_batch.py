@@ -1,8 +1,10 @@
-"""`--micro_batch_seconds auto`: the largest micro-batch that an accelerator holds, found by trying the worst that a budget allows.
+"""`--micro_batch_seconds auto`: the largest micro-batch that an accelerator holds, found by trying the worst that a
+budget allows.
 
-The unit is n crops of the longest length. Micro-batches within that budget may have more rows, but no more padded samples, latent
-frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames than n rows of the longest.
-A trial is a forward and backward pass of that worst case, beside everything else that an update holds. All ranks take the least.
+The unit is n crops of the longest length. Micro-batches within that budget may have more rows, but no more padded
+samples, latent frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames
+than n rows of the longest. A trial is a forward and backward pass of that worst case, beside everything else that an
+update holds. All ranks take the least.
 
 A CPU's memory ends with a kill, not with an error that a trial could meet: a CPU takes `CPU_SECONDS`.
 """
@@ -60,9 +62,11 @@ class Trial:
             bare.zero_grad()
 
     def _stand_ins(self, bare: torch.nn.Module) -> list[torch.Tensor]:
-        """Fill what an update's later micro-batches find allocated: gradients, and AdamW's two moments where there are none yet.
+        """Fill what an update's later micro-batches find allocated: gradients, and AdamW's two moments where there are
+        none yet.
 
-        Written to, so that they are really there. Under DDP gradients live in buckets that exist already and are counted twice.
+        Written to, so that they are really there. Under DDP gradients live in buckets that exist already and are
+        counted twice.
         """
         missing = []
         for parameter in bare.parameters():
@@ -89,7 +93,9 @@ class Trial:
         torch.get_device_module(self.accelerator.device).empty_cache()
 
     def search(self, bound: int) -> tuple[int, float]:
-        """The most crops up to `bound` that fit, and the bytes they have: `DEVICE_SHARE` of what is free or already ours."""
+        """The most crops up to `bound` that fit, and the bytes they have: `DEVICE_SHARE` of what is free or already
+        ours.
+        """
         device, module = self.accelerator.device, torch.get_device_module(self.accelerator.device)
         if device.index is None:  # as Accelerate names a single device, and the limit's setter does not take
             device = torch.device(device.type, module.current_device())
@@ -106,8 +112,8 @@ class Trial:
 def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: int) -> PretrainBatch:
     """The micro-batch of n rows of `longest` samples (noise) that takes most memory.
 
-    No layer leaves out a row, and no two mask spans overlap. The last of several rows is a grid step shorter where that leaves it a
-    masked span, so that what different lengths cost is paid too.
+    No layer leaves out a row, and no two mask spans overlap. The last of several rows is a grid step shorter where that
+    leaves it a masked span, so that what different lengths cost is paid too.
     """
     lengths = np.full(n, longest, dtype=np.int64)
     shorter = longest - (grid_samples or LATENT_STRIDE)
@@ -141,7 +147,8 @@ def largest(fits: Callable[[int], bool], bound: int) -> int:
 def find_micro_batch(run, batches: EffectiveBatches) -> float:
     """Seconds for `--micro_batch_seconds auto`: the checkpoint's, as noise follows the cut, or what the devices hold.
 
-    `run` has `args`, `config`, `accelerator`, `model`, `optimizer`, `framing`, `state` and `validation`. Call on all ranks.
+    `run` has `args`, `config`, `accelerator`, `model`, `optimizer`, `framing`, `state` and `validation`. Call on all
+    ranks.
     """
     accelerator, state, seconds = run.accelerator, run.state, run.state.micro_batch_seconds
     longest = max([batches.longest] + ([build_batches(run.validation, run.args).longest] if run.validation else []))

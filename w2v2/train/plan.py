@@ -61,7 +61,8 @@ def make_plan(
 ) -> dict[str, Any]:
     """What the run would do, as in plan.json; the figures of a batch are means over the first few.
 
-    Where `micro_batch_seconds` is still to be found (None), an assumed size is planned with, at least the longest crop's.
+    Where `micro_batch_seconds` is still to be found (None), an assumed size is planned with, at least the longest
+    crop's.
     """
     seconds = micro_batch_seconds or max(ASSUMED_SECONDS, batches.longest / SAMPLING_RATE)
     micro_batch_samples = round(seconds * SAMPLING_RATE)
@@ -151,7 +152,8 @@ def present_plan(
 
 
 def write_config(args, micro_batch_seconds: float) -> None:
-    """Write `pretrain_config.yaml`: the resolved flags, to repeat the run with, without those about the output folder's past.
+    """Write `pretrain_config.yaml`: the resolved flags, to repeat the run with, without those about the output folder's
+    past.
 
     `micro_batch_seconds` is the number that was found, so that a repeated run cuts alike.
     """

@@ -169,9 +169,10 @@ class SkippedAudio:
 class SkippedUpdates:
     """Updates whose loss or gradient is not finite: not taken, listed, and too many in a row end the run.
 
-    A line of `non_finite_updates.jsonl` has `step`, `loss`, `grad_norm` (null where not finite) and `ids`: the utterances
-    of the micro-batches whose own loss was not finite, or of all micro-batches where that does not tell them apart.
-    An overflow under fp16's loss scaler, which lowers its scale then, says nothing of the audio: it is counted, not listed.
+    A line of `non_finite_updates.jsonl` has `step`, `loss`, `grad_norm` (null where not finite) and `ids`: the
+    utterances of the micro-batches whose own loss was not finite, or of all micro-batches where that does not tell them
+    apart. An overflow under fp16's loss scaler, which lowers its scale then, says nothing of the audio: it is counted,
+    not listed.
     """
 
     def __init__(self, output_dir: Path, table, most_in_a_row: int, accelerator: Accelerator, first_step: int = 0):

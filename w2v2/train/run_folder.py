@@ -24,14 +24,14 @@ _locks: dict[Path, FileLock] = {}  # held until this process ends
 def prepare_run_folder(args, accelerator: Accelerator) -> Path | None:
     """Lock `output_dir` for this run and do with it what the flags say. Call on all ranks.
 
-    An attempt that the launcher restarted (`--max_restarts`) goes on with the newest checkpoint, whatever the flags say; the
-    one that they name is the start where there is none yet. A dry run changes nothing.
+    An attempt that the launcher restarted (`--max_restarts`) goes on with the newest checkpoint, whatever the flags
+    say; the one that they name is the start where there is none yet. A dry run changes nothing.
 
     Returns:
         The checkpoint to resume from, whole and seen by all ranks; None: the run starts anew.
 
-    Raises `UserError` for a folder that another process writes into, that holds a run which is neither resumed nor to be
-    overwritten, that holds checkpoints newer than the one to resume from, or that is a file or cannot be written.
+    Raises `UserError` for a folder that another process writes into, that holds a run which is neither resumed nor to
+    be overwritten, that holds checkpoints newer than the one to resume from, or that is a file or cannot be written.
     """
     # Of several machines, only the one that lost a worker may count the restart.
     is_restarted = any(gather_object([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"]))

@@ -25,9 +25,9 @@ def lr_factor(
 ) -> float:
     """Multiplier of the peak learning rate for the update that follows `step` finished ones.
 
-    All kinds warm up linearly. Then `linear` and `cosine` decay to zero at `total_steps`, `constant` stays, and `tri_stage`
-    (fairseq's schedule for fine-tuning) holds the peak for the fraction `hold` of the run and decays exponentially
-    to `final_scale`.
+    All kinds warm up linearly. Then `linear` and `cosine` decay to zero at `total_steps`, `constant` stays, and
+    `tri_stage` (fairseq's schedule for fine-tuning) holds the peak for the fraction `hold` of the run and decays
+    exponentially to `final_scale`.
     """
     if kind not in SCHEDULES:
         raise UserError(f"lr_scheduler_type {kind!r} is unknown: choose one of {', '.join(SCHEDULES)}")

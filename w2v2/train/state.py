@@ -35,12 +35,12 @@ class RunState:
     def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
         """The state of a new run, or of one that goes on from `checkpoint`.
 
-        With `accept_changed_batches` a run keeps its step and its place in the epoch, even if other data or another seed give that
-        epoch another order; what the epoch has heard already may then come again. If fewer data end before that place, the next
-        epoch begins.
+        With `accept_changed_batches` a run keeps its step and its place in the epoch, even if other data or another
+        seed give that epoch another order; what the epoch has heard already may then come again. If fewer data end
+        before that place, the next epoch begins.
 
-        Raises `UserError` for a checkpoint of another architecture, one beyond `max_steps`, or, unless that is accepted, one whose
-        run had other batches.
+        Raises `UserError` for a checkpoint of another architecture, one beyond `max_steps`, or, unless that is
+        accepted, one whose run had other batches.
         """
         state = cls(args.max_steps, len(training.table), identity=identity(args, training))
         if checkpoint:

@@ -1,7 +1,8 @@
 """A request to stop, from a signal or the clock. The run then saves at the next update boundary and leaves.
 
-SIGTERM (preemption), SIGUSR1 (Slurm's warning), SIGHUP (a closed terminal) and Ctrl-C ask alike; a third Ctrl-C ends the process at
-once. One process that is asked is enough: the others learn of it from the sums that all exchange at each update.
+SIGTERM (preemption), SIGUSR1 (Slurm's warning), SIGHUP (a closed terminal) and Ctrl-C ask alike; a third Ctrl-C ends
+the process at once. One process that is asked is enough: the others learn of it from the sums that all exchange at each
+update.
 """
 
 import contextlib
@@ -18,7 +19,9 @@ SIGNALS = [number for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if (num
 
 
 class Stopped(Exception):
-    """The run ended early because it was asked to, with a checkpoint to go on from. The script ends with status `RESUMABLE`."""
+    """The run ended early because it was asked to, with a checkpoint to go on from. The script ends with status
+    `RESUMABLE`.
+    """
 
 
 class StopRequest:
@@ -27,7 +30,8 @@ class StopRequest:
     Args:
         max_hours: wall-clock hours from now on; None: no limit.
 
-    A signal that the parent process ignores stays ignored, as shells do with Ctrl-C for background jobs, and nohup with SIGHUP.
+    A signal that the parent process ignores stays ignored, as shells do with Ctrl-C for background jobs, and nohup with
+    SIGHUP.
     """
 
     def __init__(self, max_hours: float | None = None):
@@ -67,7 +71,9 @@ class StopRequest:
 
 
 def exit_stopped(stopped: Stopped) -> None:
-    """End the process with `RESUMABLE`, or with 0 under torchrun's `--max_restarts`, which would start it again for any other status."""
+    """End the process with `RESUMABLE`, or with 0 under torchrun's `--max_restarts`, which would start it again for any
+    other status.
+    """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with contextlib.suppress(OSError):
             print(f"{os.path.basename(sys.argv[0])}: {stopped}", file=sys.stderr)

@@ -56,7 +56,9 @@ class Totals:
         return Totals(sums, Counts(*counts.tolist()))
 
     def with_diversity(self, weight: float) -> "Totals":
-        """With the diversity loss of the whole batch in place of the pieces', added to the loss: independent of the cut."""
+        """With the diversity loss of the whole batch in place of the pieces', added to the loss: independent of the
+        cut.
+        """
         sums = self.sums
         statistics = objective.CodeStatistics(sums.codes_soft, sums.codes_hard, sums.code_entropy)
         diversity = objective.diversity_loss(statistics, sums.num_masked)
@@ -89,7 +91,8 @@ class Heard:
     """What this rank heard in one update: looked at only when something went wrong with it."""
 
     skipped: list[dict] = field(default_factory=list)  # utterances that could not be read
-    # Each real micro-batch with its own loss, (), on the device; without the diversity term, which may be the whole batch's.
+    # Each real micro-batch with its own loss, (), on the device; without the diversity term, which may be the whole
+    # batch's.
     losses: list[tuple[MicroBatchPlan, torch.Tensor]] = field(default_factory=list)
 
     def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:

@@ -109,7 +109,9 @@ def train_update(
     settings: UpdateSettings,
     stop: StopRequest | None = None,
 ) -> Update:
-    """One update from one effective batch; no step is taken where loss or gradient is not finite, or nothing could be read."""
+    """One update from one effective batch; no step is taken where loss or gradient is not finite, or nothing could be
+    read.
+    """
     totals, scale, heard = accumulate(accelerator, model, micro_batches, settings, stop)
     masked = float(totals.sums.num_masked)
     factor = scale / masked if masked else math.nan
@@ -129,7 +131,8 @@ def accumulate(
     settings: UpdateSettings,
     stop: StopRequest | None = None,
 ) -> tuple[Totals, float, Heard]:
-    """Forward and backward passes over this rank's micro-batches of one update. All ranks learn whether one was asked to stop.
+    """Forward and backward passes over this rank's micro-batches of one update. All ranks learn whether one was asked
+    to stop.
 
     Returns: the totals over all ranks, the constant that the summed gradient was divided by, and what this rank heard.
     """
@@ -162,8 +165,8 @@ def take_step(
 ) -> float:
     """Scale the gradient once, clip it, and step if both the gradient and the loss (`is_finite`) are finite.
 
-    The norm is the whole gradient's and the loss that of all ranks, so all ranks decide alike. Without a step weights and moments stay;
-    only a loss scaler learns of the overflow. Returns: the gradient's norm before clipping.
+    The norm is the whole gradient's and the loss that of all ranks, so all ranks decide alike. Without a step weights
+    and moments stay; only a loss scaler learns of the overflow. Returns: the gradient's norm before clipping.
     """
     accelerator.unscale_gradients(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -200,7 +203,8 @@ def compute_mean_codes(
 def seed_noise(seed: int, step: int, piece: int, device: torch.device) -> None:
     """Seed dropout and Gumbel noise of one micro-batch, alike on whichever rank it runs.
 
-    `torch.manual_seed` would also format the stack for each kind of device that is absent, which takes half a millisecond.
+    `torch.manual_seed` would also format the stack for each kind of device that is absent, which takes half a
+    millisecond.
     """
     number = int(positive(derive(seed, NOISE, step, piece)))
     torch.default_generator.manual_seed(number)
