@@ -3,8 +3,9 @@
     accelerate launch pretrain.py configs/pretrain/small.yaml --output_dir runs/small
 
 Reads as the method: the utterances and the effective batches drawn from them, the model, the optimizer, then updates,
-with validation and checkpoints in between. Everything random is a function of (seed, epoch, utterance), so a run
-resumes exactly, on any number of devices.
+with validation and checkpoints in between. Batches, crops, masks, distractors and layerdrop follow (seed, epoch,
+utterance), dropout and Gumbel noise (seed, update, micro-batch). So a run resumes exactly, and keeps its batches on
+another number of devices.
 """
 
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
@@ -74,7 +75,7 @@ class Run:
         )
 
     @property
-    def cut(self) -> dict[str, int]:
+    def cut_arguments(self) -> dict[str, int]:
         """How this process's part of an effective batch is cut out of it."""
         return dict(
             rank=self.accelerator.process_index,
@@ -96,22 +97,24 @@ def main() -> None:
 
     # 2. The utterances, and the effective batches that are drawn from them.
     with accelerator.main_process_first():
-        training, unreadable = load_utterances(args.train_data, args, framing)
-        validation, lost = load_utterances(args.validation_data, args, framing) if args.validation_data else (None, [])
+        training, unmeasured = load_utterances(args.train_data, args, framing)
+        validation, missing = (
+            load_utterances(args.validation_data, args, framing) if args.validation_data else (None, [])
+        )
     batches = build_batches(training, args)
     if args.dry_run:
         return present_plan(training, batches, args, accelerator, args.micro_batch_seconds)
     if validation:
-        check_validation(validation, lost, args.max_skipped_fraction)
+        check_validation(validation, missing, args.max_skipped_fraction)
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint)
-    skipped = SkippedAudio(
+    skipped_audio = SkippedAudio(
         Path(args.output_dir),
-        num_utterances=len(training.table) + len(unreadable),
+        num_utterances=len(training.table) + len(unmeasured),
         max_fraction=args.max_skipped_fraction,
         first_step=state.step,
-        found=unreadable + probe_some(training),
+        found=unmeasured + probe_some(training),
         is_main=accelerator.is_main_process,
     )
     set_seed(args.seed)
@@ -124,7 +127,7 @@ def main() -> None:
             announce(accelerator, f"warning       other batches from here on, as accepted: {', '.join(state.changes)}")
     run = Run(args, config, accelerator, model, optimizer, feature_extractor, framing, state, training, validation)
 
-    # 4. The micro-batch, which cuts the effective batch to what a device holds.
+    # 4. The size of a micro-batch: how much padded audio a device holds, and so how the effective batch is cut.
     state.micro_batch_seconds = args.micro_batch_seconds or find_micro_batch(run, batches)
     state.num_processes = accelerator.num_processes
     present_plan(training, batches, args, accelerator, state.micro_batch_seconds)
@@ -134,11 +137,13 @@ def main() -> None:
 
     # 5. Updates until `max_steps`, or until the run is asked to stop.
     gc.collect()
-    gc.freeze()  # libraries and model are a million objects, which would delay the collector for days
+    gc.freeze()  # a million objects of libraries and model, which every full collection would look through again
     gc.collect()
-    feed = Feed(run.load(training, PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut)))
+    feed = Feed(
+        run.load(training, PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut_arguments))
+    )
     with StopRequest(args.max_hours) as stop:
-        train(run, feed, skipped, pusher, stop)
+        train(run, feed, skipped_audio, pusher, stop)
         if state.step == args.max_steps:
             finish(run, pusher)
     end_training(accelerator)
@@ -150,14 +155,14 @@ def main() -> None:
         )
 
 
-def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None, stop: StopRequest) -> None:
+def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher | None, stop: StopRequest) -> None:
     """Updates, each followed by what is due: a line of the log, a validation, a checkpoint. A run that is asked to stop
     saves first.
     """
     args, accelerator, state, model = run.args, run.accelerator, run.state, run.model
     validation = None
     if run.validation:
-        validation = run.load(run.validation, plan_validation(build_batches(run.validation, args), **run.cut))
+        validation = run.load(run.validation, plan_validation(build_batches(run.validation, args), **run.cut_arguments))
     start_trackers(accelerator, args, state.step)
     with ExitStack() as files:
         log = RunLog(
@@ -171,7 +176,7 @@ def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None,
         skipped_updates = SkippedUpdates(
             args.output_dir, run.training.table, args.max_non_finite_updates, accelerator, first_step=state.step
         )
-        records = [log.records, skipped.records, skipped_updates.records]
+        records = [log.records, skipped_audio.records, skipped_updates.records]
         for lines in (log, *records):
             files.callback(lines.close)
         watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
@@ -184,21 +189,21 @@ def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None,
             state.advance(feed.cursor, int(counts.heard_samples))
             # ------------------------------------------------------------------------------- what it skipped
             if counts.num_skipped:
-                skipped.add(gather_object(update.heard.skipped), state.step)
+                skipped_audio.add(gather_object(update.heard.skipped), state.step)
             state.skipped_updates += skipped_updates.note(state.step, update.metrics, update.heard)
             # ------------------------------------------------------------------------------- what is due
             is_stopping = counts.stops_asked > 0 and state.step < args.max_steps
             clock.heard_samples += int(counts.heard_samples)
-            record = state.progress() | update.metrics | {"skipped_audio": len(skipped.ids)}
+            record = state.progress() | update.metrics | {"skipped_audio": len(skipped_audio.ids)}
             record |= {"skipped_updates": state.skipped_updates, "num_processes": accelerator.num_processes}
             log.update(record | clock.rates())
             if state.is_due(args.logging_steps) or state.step == 1:
                 log.write(record | clock.lap())
-                watch.see(record)
+                watch.see(record)  # raises where the codes have collapsed, or nothing is learned
                 give_back()  # micro-batches of many lengths leave gaps in the heap
             if validation and state.is_due(args.eval_steps):
                 log.write(state.progress() | validate(accelerator, model, validation, settings.diversity_weight))
-                clock.lap()
+                clock.lap()  # neither validation nor saving counts as throughput
             if state.is_due(args.save_steps) or is_stopping:
                 for lines in records:
                     lines.sync()
@@ -206,7 +211,7 @@ def train(run: Run, feed: Feed, skipped: SkippedAudio, pusher: HubPusher | None,
                 folder = save_checkpoint(args.output_dir, run, watch.keep(args.save_total_limit), on_failure)
                 if pusher and folder:
                     pusher.push(folder, f"Weights after {state.step} updates")
-                clock.lap()
+                clock.lap()  # neither validation nor saving counts as throughput
 
 
 def finish(run: Run, pusher: HubPusher | None) -> None:

@@ -2,12 +2,12 @@
 
 1. *Order.* An epoch's order is a keyed bijection on 0…n−1 (a Feistel network with cycle walking): no table in memory,
    any position in O(1).
-2. *Draw.* An effective batch is the next utterances in that order until they hold `batch_samples` after cropping. It
-   depends on the seed and the lengths alone, not on devices, workers or micro-batches. It may span two epochs.
-3. *Crop.* Length and offset are pure functions of utterance, seed and epoch.
-4. *Cut.* The crops are sorted by length, longest first, and cut into few rounds, so that every micro-batch keeps its
-   padded budget. Every rank gets the same number of micro-batches (dummies without weight fill up) and about the same
-   padded samples (`cutting.py`).
+2. *Draw.* An effective batch is the next utterances in that order until they hold at least `batch_samples` after
+   cropping. Seed, lengths and sizes decide it, not devices, workers or micro-batches. It may span two epochs.
+3. *Crop.* Its length follows from the utterance's; its start is a pure function of seed, epoch and utterance.
+4. *Cut.* The crops are sorted by length, longest first, and cut into pieces, one a micro-batch, whose padded size
+   (rows × longest row) is within budget. A round is a piece on every rank. There are as few rounds as possible;
+   dummies without weight fill up the last, and ranks get about the same padded samples (`cutting.py`).
 
 Shapes: n utterances of the data, N utterances of a batch; lengths and offsets are samples at 16 kHz.
 """
@@ -61,7 +61,7 @@ class MicroBatchPlan(NamedTuple):
 class EpochOrder:
     """A pseudo-random permutation of 0…n−1 for each epoch, evaluated pointwise."""
 
-    NUM_ROUNDS = 6
+    FEISTEL_ROUNDS = 6
 
     def __init__(self, n: int, seed: int):
         self.n, self.seed = n, seed
@@ -69,7 +69,7 @@ class EpochOrder:
 
     def __call__(self, epoch: int, positions: torch.Tensor) -> torch.Tensor:
         """Utterances at `positions` (int64, each in 0…n−1) of the epoch's order."""
-        keys = derive(self.seed, ORDER, epoch, torch.arange(self.NUM_ROUNDS)).tolist()
+        keys = derive(self.seed, ORDER, epoch, torch.arange(self.FEISTEL_ROUNDS)).tolist()
         hashes = [derive_many(key) for key in keys]  # one round function a key
         x = self._permute(hashes, positions.numpy())
         # Cycle walking: up to three quarters of the domain lie outside 0…n−1 and are permuted again.
@@ -89,7 +89,7 @@ class EpochOrder:
 def crop_length(num_samples: np.ndarray, crop_samples: int, grid_samples: int) -> np.ndarray:
     """Longest crop on the grid: 320 + k · grid samples, at most `crop_samples`.
 
-    A grid of 0.32 s gives 16 · k latent frames. An utterance shorter than one grid step keeps its length.
+    A grid of 0.32 s gives 16 · k latent frames. An utterance below 320 samples and one grid step keeps its length.
     """
     longest = np.minimum(num_samples, crop_samples)
     if grid_samples <= 0:

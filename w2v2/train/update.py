@@ -1,6 +1,7 @@
 """One update of the effective batch, and validation.
 
-The gradient of an update is that of one sum over the whole effective batch, whichever way it was cut:
+The gradient of an update is that of one sum over the whole effective batch, whichever way it was cut (but for the
+diversity term, whose code statistics are a micro-batch's unless `diversity_scope` is `effective_batch`):
 
     fetch the micro-batches one by one           losses are sums over masked frames
     backward each, scaled by a constant          the same on every rank; communication only at the last
@@ -8,7 +9,7 @@ The gradient of an update is that of one sum over the whole effective batch, whi
     divide the gradient by the masked frames     once, together with the clipping
     step, if loss and gradient are finite        all ranks decide alike
 
-Nothing here has a random state: dropout and Gumbel noise of a micro-batch are seeded by (seed, update, piece).
+No random state is carried along: (seed, update, piece) seeds dropout and Gumbel noise of each micro-batch.
 
 Shapes: G codebook groups, V entries of a group.
 """
@@ -114,8 +115,8 @@ def train_update(
     """
     totals, scale, heard = accumulate(accelerator, model, micro_batches, settings, stop)
     masked = float(totals.sums.num_masked)
-    factor = scale / masked if masked else math.nan
-    norm = take_step(accelerator, optimizer, factor, settings, is_finite=math.isfinite(totals.sums.loss))
+    factor = scale / masked if masked else math.nan  # NaN takes no step: nothing could be read
+    norm = take_step(accelerator, optimizer, factor, settings, loss_is_finite=math.isfinite(totals.sums.loss))
     metrics = totals.metrics() | {
         "gumbel_temperature": settings.gumbel_temperature,
         "learning_rate": settings.learning_rate,
@@ -138,11 +139,11 @@ def accumulate(
     """
     mean_codes = None
     if settings.shared_diversity:
-        micro_batches = list(micro_batches)
+        micro_batches = list(micro_batches)  # read twice
         mean_codes = compute_mean_codes(accelerator, model, micro_batches, settings)
     totals, heard, scale = Totals(), Heard(), 1.0
     for number, batch in enumerate(micro_batches, start=1):
-        # Any constant serves here, as `take_step` divides exactly; this one keeps fp16 in range.
+        # The same for all micro-batches and ranks. `take_step` undoes it; it keeps fp16 in range.
         scale = batch.plan.batch_samples / LATENT_STRIDE
         batch = batch.to(accelerator.device)
         seed_noise(settings.seed, settings.step, batch.plan.piece, accelerator.device)
@@ -161,9 +162,9 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     gradient_factor: float,
     settings: UpdateSettings,
-    is_finite: bool = True,
+    loss_is_finite: bool = True,
 ) -> float:
-    """Scale the gradient once, clip it, and step if both the gradient and the loss (`is_finite`) are finite.
+    """Scale the gradient once, clip it, and step if both the gradient and the loss (`loss_is_finite`) are finite.
 
     The norm is the whole gradient's and the loss that of all ranks, so all ranks decide alike. Without a step weights
     and moments stay; only a loss scaler learns of the overflow. Returns: the gradient's norm before clipping.
@@ -172,7 +173,7 @@ def take_step(
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * gradient_factor
-    if is_finite and math.isfinite(norm):
+    if loss_is_finite and math.isfinite(norm):
         limit = settings.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         torch._foreach_mul_(gradients, gradient_factor * clip)
@@ -224,7 +225,7 @@ def validate(
     totals = Totals()
     for batch in micro_batches:
         batch = batch.to(accelerator.device)
-        totals.add(model(batch, diversity_weight=0.0), batch)
+        totals.add(model(batch, diversity_weight=0.0), batch)  # that of the whole set is added below
     if isinstance(model, FSDPModule):
         model.reshard()  # gives back the gathered weights
     model.train()
