@@ -26,7 +26,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.cli import run_script
 from w2v2.data.audio import SAMPLING_RATE, read_pcm
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
-from w2v2.data.collate import CropDataset, Framing, pad
+from w2v2.data.collate import CropDataset, Framing, PretrainBatch, pad
 from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.errors import UserError
@@ -37,6 +37,7 @@ from w2v2.train.plan import build_batches
 
 FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}  # as libsndfile names them
 COMPARED = ("flac", "packed")
+WAYS = ("read_crops", "stack_crops", "whole_batches")  # methods of Source
 LEAST_SECONDS = 0.2  # of processor time that a figure is taken from
 
 
@@ -54,11 +55,17 @@ class Source:
         for audio, start, n in zip(self.audio, self.starts, self.utterances.num_samples.tolist(), strict=True):
             read_pcm(audio, round(start * SAMPLING_RATE), n)
 
+    def read_crops(self, plan: MicroBatchPlan) -> list[np.ndarray]:
+        columns = zip(*(column.tolist() for column in plan.crops), strict=True)
+        return [read_pcm(self.audio[u], round(self.starts[u] * SAMPLING_RATE) + start, n) for u, _, start, n in columns]
+
     def stack_crops(self, plan: MicroBatchPlan) -> torch.Tensor:
         """From files to one micro-batch of samples in memory, (B, S)."""
-        columns = zip(*(column.tolist() for column in plan.crops), strict=True)
-        starts = self.starts
-        return pad([read_pcm(self.audio[u], round(starts[u] * SAMPLING_RATE) + start, n) for u, _, start, n in columns])
+        return pad(self.read_crops(plan))
+
+    def whole_batches(self, plan: MicroBatchPlan) -> PretrainBatch:
+        """All that a worker does: `CropDataset` with its masks."""
+        return self.dataset[plan]
 
     def megabytes_per_hour(self) -> float:
         return sum(map(os.path.getsize, set(self.audio))) / 1e6 / self.utterances.hours
@@ -75,27 +82,30 @@ def cpu_seconds(work: Callable, items: list) -> float:
 
 
 def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: int) -> tuple[dict, dict]:
-    """Every format's figures on the same `pairs` effective batches, in turns, and packed over FLAC."""
+    """Every format's figures on the same `pairs` effective batches, in turns, and packed over FLAC by way."""
     batches, cursor = build_batches(sources["packed"].utterances, args), Cursor()
-    took, heard, num_crops = {name: [] for name in sources}, 0.0, 0
+    took = {(name, way): [] for name in sources for way in WAYS}
+    heard, num_crops = 0.0, 0
     whole = {name: cpu_seconds(lambda source: source.read_files(), [source]) for name, source in sources.items()}
     for pair in range(pairs):
         crops, cursor = batches.draw(cursor)
         plans = plan_update(crops, pair, cursor, **cut(args))
         heard += int(crops.num_samples.sum()) / SAMPLING_RATE
         num_crops += len(crops.utterance)
-        for name in list(sources)[:: 1 if pair % 2 else -1]:
-            took[name].append(cpu_seconds(sources[name].stack_crops, plans))
-    formats = {
-        name: {
+        for way in WAYS:
+            for name in list(sources)[:: 1 if pair % 2 else -1]:
+                took[name, way].append(cpu_seconds(getattr(sources[name], way), plans))
+    formats = {}
+    for name, source in sources.items():
+        spent = {way: sum(took[name, way]) for way in WAYS}
+        formats[name] = {
             "megabytes_per_hour": source.megabytes_per_hour(),
             "whole_files": 3600 * source.utterances.hours / whole[name],
-            "stack_crops": heard / sum(took[name]),
-            "microseconds_per_crop": 1e6 * sum(took[name]) / num_crops,
+            **{way: heard / spent[way] for way in WAYS},
+            "microseconds_per_crop": {way: 1e6 * spent[way] / num_crops for way in WAYS},
+            "decoding_share": min(1.0, spent["read_crops"] / spent["whole_batches"]),
         }
-        for name, source in sources.items()
-    }
-    return formats, common.median_spread(np.divide(took["flac"], took["packed"]))
+    return formats, {way: common.median_spread(np.divide(took["flac", way], took["packed", way])) for way in WAYS}
 
 
 def cut(args: PretrainArguments) -> dict[str, int]:
@@ -168,18 +178,20 @@ def measure(flags, folder: Path) -> dict:
     hours, num_utterances = sources["packed"].utterances.hours, len(sources["packed"].audio)
     args.batch_hours = min(args.batch_hours, hours)
     print(f"{hours:.2f} hours in {num_utterances:,} utterances\n\nSeconds of audio per second of processor time")
-    formats, ratio = compare_reading(sources, args, flags.pairs)
-    common.print_table([[name, *found.values()] for name, found in formats.items()], ["", *formats["packed"]])
-    print(f"\nPacked over FLAC, {flags.pairs} effective batches: {common.spread(ratio)}")
+    formats, ratios = compare_reading(sources, args, flags.pairs)
+    columns = ["megabytes_per_hour", "whole_files", *WAYS, "decoding_share"]
+    common.print_table([[name, *(found[c] for c in columns)] for name, found in formats.items()], ["", *columns])
+    print(f"\nPacked over FLAC, {flags.pairs} effective batches")
+    common.print_table([[way, *ratio.values()] for way, ratio in ratios.items()], ["", "median", "least", "most"])
     waiting = {name: measure_waiting(manifests[name], flags, folder / f"run_{name}") for name in COMPARED}
     print(f"\n{flags.updates} updates of {flags.config_name} on the {flags.device}, {flags.num_workers} worker(s)")
     rows = [[name, found["audio_seconds_per_second"], found["wait_fraction"]] for name, found in waiting.items()]
     common.print_table(rows, ["", "audio s / s", "share of the time spent waiting"])
     transfer = {name: measure_transfer(sources[name], args) for name in COMPARED} if on_gpu else None
     return {
-        "pcm_over_flac": ratio["median"],
+        "pcm_over_flac": ratios["stack_crops"]["median"],
         "wait_fraction": waiting["packed"]["wait_fraction"],
-        "packed_over_flac": {"stack_crops": ratio},
+        "packed_over_flac": ratios,
         "waiting": waiting,
         "audio_seconds_per_cpu_second": formats,
         "files_to_gpu": transfer,

@@ -5,24 +5,17 @@ to batch.
 
 The lengths are synthetic, shaped like LibriSpeech's 960 hours. Recipe of BASE: an effective batch of 1.6 h, crops of
 at most 15.38 s on a grid of 0.32 s, 200 s in a micro-batch. Every time is of fresh processes, which have imported
-everything and read the lengths, but not planned anything yet. Memory is what Python and NumPy have allocated, lengths
-included, the manifest left out.
-
-The rivals take a fixed number of utterances to a micro-batch, with the settings that bring an update to the same
-hours. *Random padding* takes them in shuffled order. *Length grouping* does as `group_by_length` of transformers:
-shuffled utterances are cut into megabatches of 50 times the rows of a device's update, each sorted by length.
+everything and read the lengths, but not planned anything yet. Memory is the growth of the peak resident set in a
+process of its own, lengths included, the manifest left out. The rivals are described in ways_to_batch.py.
 """
 
-import math
 import tempfile
 import time
-import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas
 from common import (
     LIBRISPEECH,
     environment,
@@ -33,10 +26,10 @@ from common import (
     print_table,
     speech_lengths,
 )
+from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
-from w2v2.data.cutting import cut, deal, padded_sizes
 from w2v2.data.utterances import Utterances
 from w2v2.train.plan import build_batches, identity, make_plan
 
@@ -47,9 +40,8 @@ RECIPE = SimpleNamespace(
 )  # fmt: skip
 BUDGET = round(RECIPE.micro_batch_seconds * SAMPLING_RATE)
 BATCH = round(RECIPE.batch_hours * 3600 * SAMPLING_RATE)
-MEGABATCH = 50  # in updates
-Step = list[np.ndarray]
 RANKS = (1, 8, 64)
+NUM_CURSORS = 50
 SHORT = {LIBRISPEECH: "281k", 10_000_000: "10m", 100_000_000: "100m"}
 
 
@@ -57,117 +49,90 @@ SHORT = {LIBRISPEECH: "281k", 10_000_000: "10m", 100_000_000: "100m"}
 
 
 def measure_scale(n: int, num_trials: int) -> dict:
-    """Seconds to the first update of fresh processes as median with spread, and bytes an utterance."""
+    """`take_times` of fresh processes as medians with their spread, and `measure_memory` in bytes an utterance."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "lengths.npy")
         np.save(file, speech_lengths(n))
-        trials = [run_fresh(time_first_update, file) for _ in range(num_trials)]
-        return {"first_update": median_spread(trials), "peak_bytes": run_fresh(measure_memory, file) / n}
+        trials = [run_fresh(take_times, file) for _ in range(num_trials)]
+        found = {name: median_spread([trial[name] for trial in trials]) for name in trials[0]}
+        return found | {f"{name}_bytes": size / n for name, size in run_fresh(measure_memory, file).items()}
 
 
-def run_fresh(measurement: Callable[[Path], float], file: Path) -> float:
+def run_fresh(measurement: Callable[[Path], dict], file: Path) -> dict:
     with fresh_process() as process:
         return process.submit(measurement, file).result()
 
 
-def time_first_update(file: Path) -> float:
-    lengths = np.load(file)
+def take_times(file: Path) -> dict[str, float]:
+    """Of one process: the first update, then everything else that a run asks of its plan."""
+    data, start = Utterances(None, np.load(file), {}), time.perf_counter()
+    batches = build_batches(data, RECIPE)
+    plan_one(batches, Cursor(), num_ranks=8)
+    found = {"first_update": time.perf_counter() - start}
+    found["identity"] = seconds(lambda: identity(RECIPE, data))
+    found["make_plan"] = seconds(lambda: make_plan(data, batches, RECIPE, 8, RECIPE.micro_batch_seconds))
+    # Random places, far into a run: a resume costs no more than the next update.
+    rng = np.random.default_rng(0)
+    places = zip(
+        rng.integers(0, 1_000, NUM_CURSORS), rng.integers(0, len(batches.num_samples), NUM_CURSORS), strict=True
+    )
+    cursors = [Cursor(int(epoch), int(position)) for epoch, position in places]
+    draws = [1e3 * seconds(lambda cursor=cursor: batches.draw(cursor)) for cursor in cursors]
+    found |= {"cursor_ms": float(np.median(draws)), "cursor_ms_worst": max(draws)}
+    return found | {f"update_ms_{ranks}": 1e3 * seconds_an_update(batches, ranks) for ranks in RANKS}
+
+
+def seconds(action: Callable) -> float:
     start = time.perf_counter()
-    plan_first_update(lengths)
+    action()
     return time.perf_counter() - start
 
 
-def measure_memory(file: Path) -> int:
-    """Bytes allocated at the peak of all that a run asks of its plan, lengths included."""
-    plan_run(np.load(file)[::100].copy())  # what the libraries keep for themselves is not counted
-    tracemalloc.start()
-    plan_run(np.load(file))
-    return tracemalloc.get_traced_memory()[1]
+def seconds_an_update(batches: EffectiveBatches, num_ranks: int, count: int = 30) -> float:
+    cursor, start = Cursor(), time.perf_counter()
+    for _ in range(count):
+        cursor = plan_one(batches, cursor, num_ranks)
+    return (time.perf_counter() - start) / count
 
 
-def plan_first_update(lengths: np.ndarray) -> EffectiveBatches:
-    batches = build_batches(Utterances(None, lengths, {}), RECIPE)
-    crops, cursor = batches.draw(Cursor())
-    plan_update(crops, 0, cursor, rank=0, num_ranks=8, micro_batch_samples=BUDGET)
+def plan_one(batches: EffectiveBatches, cursor: Cursor, num_ranks: int) -> Cursor:
+    """Draw one update and cut it; returns where the next begins."""
+    crops, cursor = batches.draw(cursor)
+    plan_update(crops, 0, cursor, rank=0, num_ranks=num_ranks, micro_batch_samples=BUDGET)
+    return cursor
+
+
+def measure_memory(file: Path) -> dict[str, int]:
+    """Growth of the resident set while all is planned, at its peak and after, lengths included, in bytes. Linux alone.
+
+    The same is done with a hundredth part first, so that what the libraries keep for themselves is not counted.
+    """
+    lengths = np.load(file)
+    plan_run(lengths[::100].copy())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = read_status("VmRSS") - lengths.nbytes
+    held = plan_run(lengths)
+    peak, steady = read_status("VmHWM") - before, read_status("VmRSS") - before
+    return {"peak": peak, "steady": steady, "arrays": held.num_samples.nbytes}
+
+
+def plan_run(lengths: np.ndarray) -> EffectiveBatches:
+    """All that a run asks of its plan, up to an update of its eighth epoch."""
+    data = Utterances(None, lengths, {})
+    batches = build_batches(data, RECIPE)
+    identity(RECIPE, data)
+    make_plan(data, batches, RECIPE, 8, RECIPE.micro_batch_seconds)
+    plan_one(batches, Cursor(7, len(lengths) // 2), num_ranks=8)
     return batches
 
 
-def plan_run(lengths: np.ndarray) -> None:
-    data, batches = Utterances(None, lengths, {}), plan_first_update(lengths)
-    identity(RECIPE, data)
-    make_plan(data, batches, RECIPE, 8, RECIPE.micro_batch_seconds)
+def read_status(name: str) -> int:
+    """A line of this process's status, in bytes; the peak of `getrusage` would begin at the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 # -- quality
-
-
-# A step is a list of micro-batches, each the lengths (in samples) of its rows; the first `num_ranks` of them are one
-# round, and so on.
-
-
-def effective_batches(batches: EffectiveBatches, num_ranks: int, budget: int, num_steps: int) -> Iterator[Step]:
-    """Ours: one draw an update, cut and dealt. Dummies are rows of the shortest, marked by a negative length."""
-    cursor = Cursor()
-    for _ in range(num_steps):
-        crops, cursor = batches.draw(cursor)
-        lengths = np.sort(crops.num_samples)[::-1]
-        rounds, pieces = cut(lengths, num_ranks, budget)
-        rows = [lengths[piece] for piece in pieces] + [-lengths[-1:]] * (rounds * num_ranks - len(pieces))
-        dealt = deal(padded_sizes(lengths, pieces, len(rows)), num_ranks)
-        yield [rows[piece] for piece in dealt.T.ravel()]
-
-
-def fixed_counts(lengths: np.ndarray, num_ranks: int, budget: int, batch_samples: int, grouped: bool) -> Iterator[Step]:
-    """Random padding, or length grouping: the most rows that always fit, in as many rounds as the update needs."""
-    rows = batch_samples / lengths.mean() / num_ranks  # of a device in an update
-    rounds = math.ceil(rows * lengths.max() / budget)
-    count = round(rows / rounds)
-    order = np.random.default_rng(0).permutation(len(lengths))
-    if grouped:
-        parts = np.split(order, range(MEGABATCH * count * rounds, len(order), MEGABATCH * count * rounds))
-        order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
-    size = rounds * num_ranks  # micro-batches of an update
-    num_steps = len(order) // (count * size)  # the rest is no whole update
-    for step in order[: num_steps * count * size].reshape(num_steps, size, count):
-        yield list(lengths[step])
-
-
-def measure(steps: Iterator[Step], num_ranks: int) -> dict[str, float]:
-    """What the steps of a way of batching are like.
-
-    - `padded_fraction`: padding among the samples of all micro-batches, dummies left out.
-    - `rank_imbalance`: 1 − mean / max over the ranks of what each computes in an update, in padded samples with
-      dummies, averaged over updates: the share of device time spent waiting where ranks wait for each other once an
-      update, as under DDP.
-    - `round_imbalance`: the same of every round, for where they wait at each micro-batch, as under FSDP.
-    - `idle_or_padding`: both together, 1 − speech / (ranks × busiest rank's padded samples).
-    - `hours_spread`, `hours_deviation`: largest minus smallest update, and standard deviation, in hours.
-    - `alikeness`: variance over the updates of their mean utterance length, over what as many random draws of one
-      utterance give; 1 is a random draw, above it the utterances of an update are alike.
-    """
-    updates, real_rows = [], []
-    for step in steps:
-        real = np.concatenate([rows for rows in step if rows[0] > 0])
-        sizes = np.array([len(rows) * int(np.abs(rows).max()) for rows in step]).reshape(-1, num_ranks)
-        load, heard = sizes.sum(0), int(real.sum(dtype=np.int64))  # (ranks,) samples that each computes
-        updates.append(dict(
-            micro_batches=len(sizes), heard=heard, padded=sizes.sum() + sum(int(rows[0]) for rows in step if rows[0] < 0),
-            rank_imbalance=1 - load.mean() / load.max(), round_imbalance=np.mean(1 - sizes.mean(1) / sizes.max(1)),
-            idle_or_padding=1 - heard / (num_ranks * load.max()), mean_length=real.mean(), by_chance=1 / len(real),
-        ))  # fmt: skip
-        real_rows.append(real)
-    table = pandas.DataFrame(updates)
-    hours, mean = table["heard"] / SAMPLING_RATE / 3600, table.mean()
-    return {
-        "updates": len(table),
-        "micro_batches": float(mean["micro_batches"]),
-        "batch_hours": float(hours.mean()),
-        "padded_fraction": float(1 - mean["heard"] / mean["padded"]),
-        **mean[["rank_imbalance", "round_imbalance", "idle_or_padding"]].to_dict(),
-        "hours_spread": float(np.ptp(hours)),
-        "hours_deviation": float(np.std(hours)),
-        "alikeness": float(np.var(table["mean_length"]) / (np.concatenate(real_rows).var() * mean["by_chance"])),
-    }
 
 
 def compare_ways(lengths: np.ndarray, num_updates: int) -> dict[tuple[str, int], dict]:
@@ -180,6 +145,7 @@ def compare_ways(lengths: np.ndarray, num_updates: int) -> dict[tuple[str, int],
             "ours": effective_batches(batches, ranks, BUDGET, num_updates),
             "random padding": fixed_counts(cropped, ranks, BUDGET, BATCH, grouped=False),
             "length grouping": fixed_counts(cropped, ranks, BUDGET, BATCH, grouped=True),
+            "quantile buckets": quantile_buckets(cropped, ranks, BUDGET, BATCH),
         }
         found |= {(way, ranks): measure(steps, ranks) for way, steps in ways.items()}
     return found
@@ -197,8 +163,13 @@ def lost_to_grid(lengths: np.ndarray) -> dict[str, float]:
 
 
 def report(scales: dict[int, dict], lengths: np.ndarray, ways: dict) -> None:
-    rows = [[n, *found["first_update"].values(), found["peak_bytes"]] for n, found in scales.items()]
-    print_table(rows, ["utterances", "first update s", "min", "max", "peak bytes an utterance"])
+    single = ["identity", "make_plan", "cursor_ms", "cursor_ms_worst", *(f"update_ms_{ranks}" for ranks in RANKS)]
+    memory = ["peak_bytes", "steady_bytes", "arrays_bytes"]
+    rows = [
+        [n, *found["first_update"].values(), *(found[name]["median"] for name in single), *(found[m] for m in memory)]
+        for n, found in scales.items()
+    ]
+    print_table(rows, ["utterances", "first update s", "min", "max", *single, *memory])
     hours, lost = lengths.sum(dtype=np.int64) / SAMPLING_RATE / 3600, lost_to_grid(lengths)
     grid, both = lost.values()
     print(f"\n{len(lengths):,} utterances, {hours:.1f} h; lost to the grid {grid:.2%}, with the crop limit {both:.2%} "

@@ -24,19 +24,19 @@ def test_synthesized_audio_is_measured_in_both_formats(small, capsys):
     loader.main([*small, "--hours", "0.01"])
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert values["pcm_over_flac"] > 0 and 0 <= values["wait_fraction"] <= 1
-    assert values["audio_seconds_per_cpu_second"].keys() == {"flac", "opus", "packed"}
+    keys = {"benchmark", "date", "command", "cpu", "cores", "versions", "settings", "files_to_gpu"}
+    assert keys <= values.keys()
     assert values["waiting"].keys() == {"flac", "packed"}
-    assert values["audio_seconds_per_cpu_second"]["packed"]["megabytes_per_hour"] == pytest.approx(115.2, rel=1e-3)
-    assert {
-        "date",
-        "command",
-        "cpu",
-        "cores",
-        "versions",
-        "settings",
-        "files_to_gpu",
-        "packed_over_flac",
-    } <= values.keys()
+    assert values["packed_over_flac"].keys() == set(loader.WAYS)
+    assert all(ratio.keys() == {"median", "min", "max"} for ratio in values["packed_over_flac"].values())
+    formats = values["audio_seconds_per_cpu_second"]
+    assert formats.keys() == {"flac", "opus", "packed"}
+    for figures in formats.values():
+        others = {"megabytes_per_hour", "whole_files", "microseconds_per_crop", "decoding_share"}
+        assert figures.keys() == {*loader.WAYS, *others}
+        assert figures["microseconds_per_crop"].keys() == set(loader.WAYS)
+        assert 0 < figures["decoding_share"] <= 1
+    assert formats["packed"]["megabytes_per_hour"] == pytest.approx(115.2, rel=1e-3)
 
 
 def test_a_manifest_is_measured_and_a_slip_is_one_line(small, capsys, tmp_path):

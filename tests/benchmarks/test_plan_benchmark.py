@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from common import ROOT, speech_lengths
-from plan import effective_batches, fixed_counts, measure
+from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets
 
 from w2v2.data.batching import EffectiveBatches
 
@@ -25,11 +25,13 @@ def steps_of(way, lengths, ranks):
     if way == "ours":
         recipe = dict(batch_samples=BATCH, crop_samples=20 * SECOND, grid_samples=0, seed=0)
         return effective_batches(EffectiveBatches(lengths, **recipe), ranks, BUDGET, 4)
+    if way == "buckets":
+        return quantile_buckets(lengths, ranks, BUDGET, BATCH)
     return fixed_counts(lengths, ranks, BUDGET, BATCH, grouped=way == "grouped")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4])
-@pytest.mark.parametrize("way", ["ours", "random", "grouped"])
+@pytest.mark.parametrize("way", ["ours", "random", "grouped", "buckets"])
 def test_every_way_keeps_the_budget_and_repeats_nothing(way, num_ranks):
     lengths = make_lengths()
     steps = list(steps_of(way, lengths, num_ranks))
@@ -76,5 +78,14 @@ def test_the_last_line_is_json():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    keys = "machine date seconds_3000 cropped_fraction padded_fraction rank_imbalance rank_imbalance_64 ways scales"
-    assert {*keys.split(), "bytes_per_utterance"} <= found.keys()
+    keys = "machine versions command date seconds_3000 cropped_fraction cropped_fraction_from_paper padded_fraction"
+    keys += " rank_imbalance rank_imbalance_64 alikeness hours_spread bytes_per_utterance"
+    assert {*keys.split()} <= found.keys()
+    spreads = "first_update identity make_plan cursor_ms cursor_ms_worst update_ms_1 update_ms_8 update_ms_64".split()
+    assert found["scales"].keys() == {"3000", "20000"}
+    for scale in found["scales"].values():
+        assert scale.keys() == {*spreads, "peak_bytes", "steady_bytes", "arrays_bytes"}
+        assert all(scale[name].keys() == {"median", "min", "max"} for name in spreads)
+        assert scale["arrays_bytes"] == 4
+    ways = ("ours", "random padding", "length grouping", "quantile buckets")
+    assert found["ways"].keys() == {f"{way}, {ranks} ranks" for way in ways for ranks in (1, 8, 64)}

@@ -1,0 +1,111 @@
+"""Ways to make micro-batches and updates out of the same lengths, and what is measured of each.
+
+A step is a list of micro-batches, each the lengths (in samples) of its rows. The first `num_ranks` of them are one
+round, and so on. The rivals are the ideas of well-known samplers, with the settings that bring an update to the same
+hours:
+
+- random padding: shuffled utterances, a fixed number to a micro-batch;
+- length grouping, as `group_by_length` of transformers: shuffled, cut into megabatches of 50 times the rows of a
+  device's update, each sorted by length, the rest as before;
+- quantile buckets, as SpeechBrain's DynamicBatchSampler: utterances in shuffled order fall into buckets of like
+  length, each is cut into micro-batches, and the micro-batches are shuffled.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.batching import Cursor, EffectiveBatches
+from w2v2.data.cutting import cut, deal, padded_sizes
+
+Step = list[np.ndarray]
+MEGABATCH = 50  # in updates
+NUM_BUCKETS = 50
+
+
+def effective_batches(batches: EffectiveBatches, num_ranks: int, budget: int, num_steps: int) -> Iterator[Step]:
+    """Ours: one draw an update, cut and dealt. Dummies are rows of the shortest, marked by a negative length."""
+    cursor = Cursor()
+    for _ in range(num_steps):
+        crops, cursor = batches.draw(cursor)
+        lengths = np.sort(crops.num_samples)[::-1]
+        rounds, pieces = cut(lengths, num_ranks, budget)
+        rows = [lengths[piece] for piece in pieces] + [-lengths[-1:]] * (rounds * num_ranks - len(pieces))
+        dealt = deal(padded_sizes(lengths, pieces, len(rows)), num_ranks)
+        yield [rows[piece] for piece in dealt.T.ravel()]
+
+
+def fixed_counts(lengths: np.ndarray, num_ranks: int, budget: int, batch_samples: int, grouped: bool) -> Iterator[Step]:
+    """Random padding, or length grouping: the most rows that always fit, in as many rounds as the update needs."""
+    rows = batch_samples / lengths.mean() / num_ranks  # of a device in an update
+    rounds = math.ceil(rows * lengths.max() / budget)
+    count = round(rows / rounds)
+    order = np.random.default_rng(0).permutation(len(lengths))
+    if grouped:
+        parts = np.split(order, range(MEGABATCH * count * rounds, len(order), MEGABATCH * count * rounds))
+        order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    size = rounds * num_ranks  # micro-batches of an update
+    num_steps = len(order) // (count * size)  # the rest is no whole update
+    for step in order[: num_steps * count * size].reshape(num_steps, size, count):
+        yield list(lengths[step])
+
+
+def quantile_buckets(lengths: np.ndarray, num_ranks: int, budget: int, batch_samples: int) -> Iterator[Step]:
+    """Buckets of equally many utterances; a micro-batch holds as many of a bucket as its upper edge allows."""
+    rng = np.random.default_rng(0)
+    edges = np.unique(np.quantile(lengths, np.arange(1, NUM_BUCKETS + 1) / NUM_BUCKETS))
+    bucket = np.searchsorted(edges, lengths)
+    rounds = math.ceil(1.03 * batch_samples / (num_ranks * budget))
+    order, goal = rng.permutation(len(lengths)), batch_samples / (rounds * num_ranks)
+    limit = goal
+    for _ in range(3):  # find the limit at which a micro-batch holds on average what it should
+        micro_batches = []
+        for number, edge in enumerate(edges):
+            members = lengths[order[bucket[order] == number]]
+            count = max(1, int(min(limit, budget) / edge))
+            micro_batches += np.split(members, range(count, len(members), count))
+        limit *= goal / np.mean([rows.sum() for rows in micro_batches])
+    shuffled, size = [micro_batches[index] for index in rng.permutation(len(micro_batches))], rounds * num_ranks
+    for first in range(0, len(shuffled) - size + 1, size):
+        yield shuffled[first : first + size]
+
+
+def measure(steps: Iterator[Step], num_ranks: int) -> dict[str, float]:
+    """What the steps of a way of batching are like.
+
+    - `padded_fraction`: padding among the samples of all micro-batches, dummies left out.
+    - `rank_imbalance`: 1 − mean / max over the ranks of what each computes in an update, in padded samples with
+      dummies, averaged over updates: the share of device time spent waiting where ranks wait for each other once an
+      update, as under DDP.
+    - `round_imbalance`: the same of every round, for where they wait at each micro-batch, as under FSDP.
+    - `idle_or_padding`: both together, 1 − speech / (ranks × busiest rank's padded samples).
+    - `hours_spread`, `hours_deviation`: largest minus smallest update, and standard deviation, in hours.
+    - `alikeness`: variance over the updates of their mean utterance length, over what as many random draws of one
+      utterance give; 1 is a random draw, above it the utterances of an update are alike.
+    """
+    updates, real_rows = [], []
+    for step in steps:
+        real = np.concatenate([rows for rows in step if rows[0] > 0])
+        sizes = np.array([len(rows) * int(np.abs(rows).max()) for rows in step]).reshape(-1, num_ranks)
+        load, heard = sizes.sum(0), int(real.sum(dtype=np.int64))  # (ranks,) samples that each computes
+        updates.append(dict(
+            micro_batches=len(sizes), heard=heard, padded=sizes.sum() + sum(int(rows[0]) for rows in step if rows[0] < 0),
+            rank_imbalance=1 - load.mean() / load.max(), round_imbalance=np.mean(1 - sizes.mean(1) / sizes.max(1)),
+            idle_or_padding=1 - heard / (num_ranks * load.max()), mean_length=real.mean(), by_chance=1 / len(real),
+        ))  # fmt: skip
+        real_rows.append(real)
+    table = pandas.DataFrame(updates)
+    hours, mean = table["heard"] / SAMPLING_RATE / 3600, table.mean()
+    return {
+        "updates": len(table),
+        "micro_batches": float(mean["micro_batches"]),
+        "batch_hours": float(hours.mean()),
+        "padded_fraction": float(1 - mean["heard"] / mean["padded"]),
+        **mean[["rank_imbalance", "round_imbalance", "idle_or_padding"]].to_dict(),
+        "hours_spread": float(np.ptp(hours)),
+        "hours_deviation": float(np.std(hours)),
+        "alikeness": float(np.var(table["mean_length"]) / (np.concatenate(real_rows).var() * mean["by_chance"])),
+    }
