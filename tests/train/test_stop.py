@@ -109,6 +109,7 @@ def test_what_the_parent_had_ignored_stays_ignored():
         assert not stop.is_asked
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(("more", "status"), [((), 0), (("--max_hours", "1e-9"), RESUMABLE)])
 def test_a_full_disk_of_a_tracker_does_no_harm(flags, whole_run, tmp_path, monkeypatch, capfd, more, status):
     writes = iter(range(20))

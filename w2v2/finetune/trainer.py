@@ -5,7 +5,6 @@ epoch), effective batches in seconds with a gradient that no cut changes, and `m
 """
 
 import contextlib
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,9 @@ class FineTuner(Trainer):
         if not 0 < self.args.max_steps <= state.global_step:
             try:  # torch reads the state with `weights_only`
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except pickle.UnpicklingError as error:
+            except Exception as error:
+                if type(error).__name__ != "UnpicklingError":
+                    raise
                 reason = str(error).strip().partition("\n")[0]
                 raise UserError(f"{folder}: its training state is not loaded, being none that Trainer wrote ({reason}): "
                                 "start from its weights with --model_name_or_path") from None  # fmt: skip
@@ -186,6 +187,8 @@ class FineTuner(Trainer):
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
     def _save(self, output_dir: str | None = None, state_dict=None):
+        if not self.args.should_save:  # the stock class lets all ranks write into one folder
+            return
         super()._save(output_dir, state_dict=state_dict)
         folder = Path(output_dir or self.args.output_dir)
         # A processor writes another file alone.
