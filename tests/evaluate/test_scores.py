@@ -69,7 +69,7 @@ def test_classification_scores_are_their_definitions():
         assert scores["macro_f1"] == pytest.approx(np.mean(f1))
 
 
-def test_confusions_are_counted_by_true_row_and_predicted_column():
+def test_confusions_are_counted_by_row_and_column():
     labels = ["x", "y", "z"]
     pairs = list(product(labels, labels)) + [("x", "z")]
     counts = confusion_counts([t for t, _ in pairs], [p for _, p in pairs], labels)

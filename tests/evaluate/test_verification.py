@@ -24,7 +24,7 @@ def test_what_is_no_list_of_trials_is_refused_by_line(tmp_path, text, message):
         read_trials(tmp_path / "absent.txt")
 
 
-def test_drawn_trials_are_true_half_of_each_kind_and_never_twice():
+def test_drawn_trials_are_true_and_never_twice():
     trials = draw_trials(SPEAKERS, 60, seed=1)
     assert sum(trial.target for trial in trials) == 30 and len(trials) == 60
     assert all(trial.target == (SPEAKERS[trial.first] == SPEAKERS[trial.second]) for trial in trials)

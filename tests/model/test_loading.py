@@ -62,7 +62,7 @@ def test_the_head_is_new_even_from_a_fine_tuned_folder(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["lacks", "has another shape", "no place"])
-def test_weights_that_do_not_fit_their_configuration_are_refused(pretrained, change):
+def test_weights_that_do_not_fit_are_refused(pretrained, change):
     path = pretrained / "model.safetensors"
     weights = load_file(path)
     name = "wav2vec2.encoder.layers.1.final_layer_norm.weight"

@@ -102,7 +102,7 @@ def test_evaluation_takes_the_most_likely_entry():
     assert torch.equal(weights.sum(-1), torch.ones(2, 5, G)) and not weights.requires_grad
 
 
-def test_the_noise_picks_each_entry_as_often_as_the_softmax_says():
+def test_noise_picks_entries_as_often_as_the_softmax():
     logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=torch.float64), 40_000
     counts = torch.bincount(choose_codes(logits.expand(1, n, 1, 4), 0.5)[1].flatten(), minlength=4)
     expected = n * logits.softmax(-1)

@@ -171,7 +171,7 @@ def run(corpus, output_dir, **changes):
 ABSURD = dict(diversity_loss_weight=0, learning_rate=0.3, feature_penalty_weight=0)
 
 
-def test_a_forced_collapse_stops_the_run_and_leaves_a_checkpoint(corpus, tmp_path, capsys, caplog):
+def test_a_forced_collapse_stops_and_leaves_a_checkpoint(corpus, tmp_path, capsys, caplog):
     """A sound run of 15 updates goes on without diversity loss and with a learning rate 300 times too high."""
     folder = tmp_path / "run"
     assert run(corpus, folder, max_steps=15) == 0

@@ -172,9 +172,7 @@ class CollapseWatch:
             self.criteria.level = min(self.criteria.level, 1)
 
     def see(self, record: Mapping[str, Any]) -> None:
-        """Take the next training record. Raises `UserError` if a collapse has lasted for a window and is to stop the
-        run.
-        """
+        """Take the next record. Raises `UserError` if a collapse has lasted for a window and is to stop the run."""
         if self.args.collapse_action == "none" or (finding := self.criteria.add(record)) is None:
             return
         if finding.is_sure and self.args.collapse_action == "stop":
@@ -206,9 +204,7 @@ class CollapseWatch:
 
 
 def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any], args, config) -> list[str]:
-    """The settings to blame for the `criteria` met `since` that update, each with what is usual; `record` is the
-    newest.
-    """
+    """Settings to blame for the `criteria` met `since` that update, with what is usual; `record` is the newest."""
     few_codes, no_learning = criteria & FEW_CODES, criteria & NO_LEARNING
     hours, temperature = min(args.batch_hours, record["batch_hours"]), record["gumbel_temperature"]
     rate, mult, weight = args.learning_rate, args.feature_grad_mult, config.diversity_loss_weight

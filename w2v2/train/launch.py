@@ -70,9 +70,7 @@ def start_accelerator(args) -> Accelerator:
 
 
 def check_environment(environment: Mapping[str, str], cpu: bool) -> None:
-    """Raises `UserError` where the launcher's variables ask for what is not supported, or for processes that would not
-    meet.
-    """
+    """Raises `UserError` where the launcher's variables ask for something unsupported, or processes would not meet."""
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(
@@ -190,9 +188,7 @@ def prepare_model(accelerator: Accelerator, model: torch.nn.Module, optimizer: t
 
 @contextlib.contextmanager
 def gradient_sync(accelerator: Accelerator, model: torch.nn.Module, now: bool) -> Iterator[None]:
-    """Around a micro-batch's forward and backward pass: its gradient is added up locally, or (`now`) all that was added
-    is sent.
-    """
+    """Around a micro-batch's passes: its gradient is added up locally, or (`now`) the whole sum is sent."""
     if isinstance(model, FSDPModule):
         model.set_reshard_after_backward(now)
     with contextlib.nullcontext() if now else accelerator.no_sync(model):
