@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
 
 def match_modes(folder: Path) -> None:
     """Give safetensors files, which their owner alone may read whatever the umask says, the mode of `config.json`."""
-    for path in folder.rglob("*.safetensors"):
+    for path in [*folder.glob("*.safetensors"), *folder.glob("training_state/*.safetensors")]:
         shutil.copymode(folder / "config.json", path)
 
 
