@@ -201,7 +201,7 @@ def test_help_lists_every_flag_with_a_help_text(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     for f in fields(PretrainArguments):
-        assert f"--{f.name} " in shown, f.name
+        assert f"--{f.name} " in shown or f"--{f.name}, " in shown, f.name  # Python 3.13 names the value once
         assert len(f.metadata.get("help", "")) > 10, f"{f.name} has no help text"
         assert " ".join(f.metadata["help"].split())[:25] in shown, f.name
 
