@@ -77,7 +77,8 @@ def test_a_lost_worker_ends_the_run_with_one_line(tmp_path, number, cause):
         finally:
             run.kill()
     lines = [line for line in errors.read_text().splitlines() if "error:" in line]
-    assert status == 2 and len(lines) == 1 and "Traceback" not in errors.read_text(), errors.read_text()
+    # A thread of multiprocessing's may print a traceback of the broken connection; the script prints none.
+    assert status == 2 and len(lines) == 1 and "run_script" not in errors.read_text(), errors.read_text()
     assert "a process that decodes audio" in lines[0] and cause in lines[0] and "--resume_from_checkpoint" in lines[0]
 
 
