@@ -24,9 +24,9 @@ from w2v2.finetune.arguments import (
     prepare_output_dir,
     write_config,
 )
-from w2v2.finetune.ctc import CTCTrainer, build_recogniser, load_recogniser
+from w2v2.finetune.ctc import CTCTrainer, build_recogniser, describe_units, load_recogniser, score
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
-from w2v2.finetune.recognition import describe_units, load_decoder, score
+from w2v2.finetune.decoding import load_decoder
 from w2v2.finetune.subsets import select_training
 from w2v2.finetune.text import (
     CTCArguments,

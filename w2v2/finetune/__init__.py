@@ -1,6 +1,5 @@
 """Fine-tuning with `Trainer`: pretrained weights, transcribed or labelled audio in; a stock model and its scores out.
 
 Reading order: `arguments` (flags); `batching`, `trainer` (shared by both tasks); for recognition
-`text`, `subsets`, `ctc_data`, `ctc`, `decoding`, `recognition`; for labels of whole utterances `labels`,
-`classification`.
+`text`, `subsets`, `ctc_data`, `decoding`, `ctc`; for labels of whole utterances `labels`, `classification`.
 """

@@ -20,7 +20,8 @@ import numpy as np
 
 from w2v2.errors import UserError
 from w2v2.evaluate.error_rates import TOKENS
-from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, WORD_DELIMITER, encode, unit_of
+from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, WORD_DELIMITER, CTCArguments, encode, unit_of
 
 _BINARY = b"mmap lm http://kheafield.com/code"  # how KenLM's files begin
 IMPOSSIBLE = -1e4  # a log probability that no beam survives
@@ -131,6 +132,20 @@ class BeamDecoder:
         options = decoder.LexiconDecoderOptions(word_score=setting.word_score, unk_score=-np.inf, **shared)
         silence, unknown = self.vocabulary[WORD_DELIMITER], len(self.words)
         return decoder.LexiconDecoder(options, self._trie, self._lm, silence, blank, unknown, [], False)
+
+
+def load_decoder(text_args: CTCArguments, vocabulary: dict[str, int], args: FineTuningArguments) -> BeamDecoder | None:
+    """The beam search that the flags ask for; made before any training, so that a wrong file shows up at once."""
+    if text_args.lm is None:
+        return None
+    if text_args.tune_lm and not args.validation_data:
+        raise UserError("--tune_lm chooses on the validation data: give --validation_data")
+    settings = [Setting(text_args.lm_weight, text_args.word_score)]
+    options = dict(beam_size=text_args.beam_size, lexicon=text_args.lexicon)
+    decoder = BeamDecoder(text_args.lm, vocabulary, settings, **options)
+    left = f", {decoder.unspelled} more cannot be spelled" if decoder.unspelled else ""
+    args.print_once(f"language model: {text_args.lm}, {len(decoder.words)} words{left}")
+    return decoder
 
 
 def read_words(lm: str, lexicon: str | None) -> list[str]:
