@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from w2v2.hub.curves import chance_accuracy
+from w2v2.evaluate.plots import chance_accuracy
 from w2v2.train.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent

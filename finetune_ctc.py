@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from w2v2.cli import parse_command_line, run_script
-from w2v2.evaluate.error_rates import RATES
+from w2v2.evaluate.scores import RATES
 from w2v2.finetune.arguments import (
     CONFIG_FILE,
     SKIPPED_FILE,

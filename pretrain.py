@@ -29,8 +29,8 @@ from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing
 from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
+from w2v2.evaluate.plots import draw_plots
 from w2v2.hub.card import write_model_card
-from w2v2.hub.curves import draw_plots
 from w2v2.hub.push import HubPusher
 from w2v2.model.config import build_config
 from w2v2.model.cpu import give_back

@@ -23,8 +23,8 @@ from datasets import Dataset, concatenate_datasets
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import CHARACTERS
 from w2v2.evaluate.plots import draw_scores
+from w2v2.evaluate.scores import CHARACTERS
 from w2v2.finetune import ctc_data, labels, text
 from w2v2.finetune.labels import Split, group_splits
 from w2v2.finetune.subsets import select_lengths

@@ -18,8 +18,15 @@ from datasets import Dataset
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import AudioError, probe
 from w2v2.errors import UserError
-from w2v2.evaluate.scores import equal_error_rate, min_detection_cost
-from w2v2.evaluate.verification import Trial, cosine_scores, draw_trials, read_trials, write_trials
+from w2v2.evaluate.scores import (
+    Trial,
+    cosine_scores,
+    draw_trials,
+    equal_error_rate,
+    min_detection_cost,
+    read_trials,
+    write_trials,
+)
 from w2v2.finetune.labels import column_of
 from w2v2.probe.arguments import VerificationArguments
 from w2v2.probe.features import FrozenModel, read_table

@@ -20,7 +20,7 @@ from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 from w2v2.data.audio import probe
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import TARGET_UNITS
+from w2v2.evaluate.scores import TARGET_UNITS
 from w2v2.finetune.text import CASES, DROPPED_CHARACTERS, TextRules
 
 MANIFESTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")

@@ -1,18 +1,71 @@
-"""Scores against brute force over every threshold and against closed forms."""
+"""Scores against a textbook edit distance, brute force over every threshold, and closed forms."""
 
 from fractions import Fraction
-from itertools import product
+from itertools import accumulate, product
 
 import numpy as np
 import pytest
 
+from w2v2.errors import UserError
 from w2v2.evaluate.scores import (
+    Trial,
     classification_scores,
     confusion_counts,
+    cosine_scores,
+    count_edits,
+    draw_trials,
     equal_error_rate,
+    error_rates,
     mean_and_deviation,
     min_detection_cost,
+    read_trials,
+    word_error_rate,
+    worst_utterances,
+    write_trials,
 )
+
+
+def edits(a, b):
+    """Levenshtein distance, the textbook way."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = list(accumulate(
+            range(1, len(b) + 1),
+            lambda left, j, row=row, x=x: min(left + 1, row[j] + 1, row[j - 1] + (x != b[j - 1])),
+            initial=i,
+        ))  # fmt: skip
+    return row[-1]
+
+
+def test_error_rates_are_edit_distances_over_the_corpus():
+    random = np.random.default_rng(1)
+    references = [" ".join(random.choice(["A", "BB", "CAB"], 4)) for _ in range(30)]
+    hypotheses = [" ".join(random.choice(["A", "BB", "CAB"], n)) for n in random.integers(0, 7, 30)]
+    words = sum(edits(r.split(), h.split()) for r, h in zip(references, hypotheses, strict=True))
+    characters = sum(edits(r, h) for r, h in zip(references, hypotheses, strict=True))
+    rates = error_rates(references, hypotheses)
+    assert rates["wer"] == pytest.approx(words / sum(len(r.split()) for r in references))
+    assert rates["cer"] == pytest.approx(characters / sum(map(len, references)))
+    assert error_rates(references, hypotheses, "tokens") == {"per": rates["wer"]}
+
+
+def test_an_empty_reference_counts_insertions():
+    assert error_rates(["A B", ""], ["A B", "C C"]) == {"wer": 1.0, "cer": 1.0}
+    for unit in ("characters", "tokens"):
+        with pytest.raises(ValueError, match="all references are empty"):
+            error_rates(["", " "], ["A", ""], unit)
+
+
+def test_edits_are_counted_apart():
+    found = count_edits(["A B C", "D"], ["A X C Y", ""])
+    assert found == {"words": 4, "hits": 2, "substitutions": 1, "deletions": 1, "insertions": 1}
+
+
+def test_the_worst_utterances_come_first():
+    texts = {"a": ("ONE TWO", "ONE"), "b": ("ONE", "ONE"), "c": ("ONE TWO SIX TEN", "ONE TWO"), "d": ("ONE", "TWO TWO")}
+    lines = [{"id": i, "reference": r, "hypothesis": h, "wer": word_error_rate(r, h)} for i, (r, h) in texts.items()]
+    assert [line["id"] for line in worst_utterances(lines, "wer")] == ["d", "c", "a"]
+    assert [line["id"] for line in worst_utterances(lines, "wer", 1)] == ["d"]
 
 
 def operating_points(targets, scores):
@@ -82,3 +135,46 @@ def test_spread_over_folds_is_the_sample_deviation():
     assert spread["mean"] == pytest.approx({"accuracy": 0.5, "uar": 0.25, "macro_f1": 0.5})
     assert spread["std"]["accuracy"] == pytest.approx((((0.3**2) + (0.1**2) + (0.4**2)) / 2) ** 0.5)
     assert mean_and_deviation(folds[:1])["std"]["uar"] == 0.0
+
+
+SPEAKERS = {f"{speaker}{take}": speaker for speaker in "abcd" for take in range(5)}
+
+
+def test_a_list_is_read_as_it_was_written(tmp_path):
+    trials = [Trial(1, "a/1.wav", "a/2.wav"), Trial(0, "a/1.wav", "b/1.wav")]
+    write_trials(tmp_path / "trials.txt", trials)
+    assert (tmp_path / "trials.txt").read_text() == "1 a/1.wav a/2.wav\n0 a/1.wav b/1.wav\n"
+    assert read_trials(tmp_path / "trials.txt") == trials
+
+
+@pytest.mark.parametrize(("text", "message"), [("1 a b\n2 a c\n", "line 2"), ("1 a b\n\n0 a\n", "line 3"),
+                                              ("1 a b\n", "needs pairs"), ("", "needs pairs")])  # fmt: skip
+def test_what_is_no_list_of_trials_is_refused_by_line(tmp_path, text, message):
+    (tmp_path / "trials.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_trials(tmp_path / "trials.txt")
+    with pytest.raises(UserError, match="absent.txt: cannot be read"):
+        read_trials(tmp_path / "absent.txt")
+
+
+def test_drawn_trials_are_true_and_never_twice():
+    trials = draw_trials(SPEAKERS, 60, seed=1)
+    assert sum(trial.target for trial in trials) == 30 and len(trials) == 60
+    assert all(trial.target == (SPEAKERS[trial.first] == SPEAKERS[trial.second]) for trial in trials)
+    assert len({frozenset((trial.first, trial.second)) for trial in trials}) == 60
+    assert all(trial.first != trial.second for trial in trials)
+    assert draw_trials(SPEAKERS, 60, seed=1) == trials != draw_trials(SPEAKERS, 60, seed=2)
+    every = draw_trials(SPEAKERS, 10_000)  # all pairs that there are
+    assert [sum(trial.target == kind for trial in every) for kind in (1, 0)] == [4 * 10, 6 * 25]
+
+
+@pytest.mark.parametrize("speakers", [{"a": "x", "b": "y"}, {"a": "x", "b": "x"}, {"a": "", "b": ""}])
+def test_utterances_without_both_kinds_of_pairs_are_refused(speakers):
+    with pytest.raises(UserError, match="no pair of"):
+        draw_trials(speakers, 10)
+
+
+def test_scores_are_cosines():
+    vectors = {"a": np.array([3.0, 0.0]), "b": np.array([5.0, 5.0]), "c": np.array([-1.0, 0.0])}
+    scores = cosine_scores([Trial(1, "a", "b"), Trial(0, "a", "c")], vectors)
+    np.testing.assert_allclose(scores, [2**-0.5, -1.0])

@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from two_ranks_ctc import ARPA, CASES, VOCABULARY, make_trainer, one_update, transcribe, write_speech
 
-from w2v2.evaluate.error_rates import error_rates
+from w2v2.evaluate.scores import error_rates
 from w2v2.finetune.decoding import BeamDecoder, Setting
 from w2v2.finetune.text import build_vocabulary
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from two_ranks_ctc import make_trainer, write_speech
 
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import error_rates
+from w2v2.evaluate.scores import error_rates
 from w2v2.finetune import ctc_data
 from w2v2.finetune.batching import LengthSampler
 from w2v2.train.schedule import lr_factor

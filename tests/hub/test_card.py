@@ -15,8 +15,8 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
+from w2v2.evaluate.plots import FINETUNING_PICTURES, draw_plots, gather_curves
 from w2v2.hub.card import device_hours, write_finetuned_card, write_model_card
-from w2v2.hub.curves import FINETUNING_PICTURES, draw_plots, gather_curves
 
 TOKEN = "hf_" + "SecretOfTheTest" * 2
 CONFIG = {

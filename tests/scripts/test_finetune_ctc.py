@@ -21,7 +21,7 @@ from transformers import (
 
 import finetune_ctc
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import error_rates, word_error_rate
+from w2v2.evaluate.scores import error_rates, word_error_rate
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--logging_steps", "1", "--use_cpu",

@@ -18,7 +18,7 @@ from transformers import (
 import probe
 import verify_speakers
 from w2v2.errors import UserError
-from w2v2.evaluate.verification import read_trials
+from w2v2.evaluate.scores import read_trials
 
 PITCH = {"low": 200, "middle": 700, "high": 2_400}
 

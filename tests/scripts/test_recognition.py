@@ -19,7 +19,7 @@ from test_finetune_ctc import (
 )
 
 import finetune_ctc
-from w2v2.evaluate.error_rates import word_error_rate
+from w2v2.evaluate.scores import word_error_rate
 from w2v2.finetune.ctc_data import name_sets
 
 ARPA = ("\\data\\\nngram 1=6\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t-0.3\n-1\t</s>\n-0.5\t{0}\t-0.2\n"

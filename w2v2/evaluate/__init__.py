@@ -1,5 +1,5 @@
 """Answers of a model and the truth → figures and pictures.
 
-In: transcripts, labels, or scores of pairs. Out: error rates, accuracy and recall, equal error rates, plots.
-Read `error_rates` (recognition), `scores` (classification), `verification` (trials of speakers), then `plots`.
+In: transcripts, labels, scores of pairs, logged metrics. Out: error rates, accuracy and recall, equal error rates, plots.
+Read `scores` (recognition, classification, trials of speakers), then `plots`.
 """

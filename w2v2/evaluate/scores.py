@@ -1,29 +1,71 @@
-"""Scores of classifiers (accuracy, unweighted average recall, macro-F1) and verifiers (equal error rate, cost).
+"""Figures of transcripts (WER, CER, PER), of classes (accuracy, UAR, macro-F1) and of speakers' trials (EER, cost).
 
-Unweighted average recall (UAR, the measure of emotion recognition) is the mean over the true classes of the share
-recognised, so that a rare class counts as much as a common one; chance is 1 / classes. The equal error rate is where
-the line through the points of the ROC (misses and false alarms at every threshold) crosses misses = false alarms.
+An error rate is (substitutions + deletions + insertions) / units of the references over the whole corpus: a fraction
+that can exceed 1. Spaces count as characters; an empty reference adds its hypothesis as insertions.
+Unweighted average recall (UAR) is the mean over the true classes of the share recognised; chance is 1 / classes.
+A list of trials has a pair a line, `1 a.wav b.wav` for one speaker and `0 a.wav b.wav` for two, as VoxCeleb1's.
 """
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jiwer
 import numpy as np
 
+from w2v2.errors import UserError, one_line
+
+CHARACTERS, TOKENS = TARGET_UNITS = ("characters", "tokens")
+RATES = {CHARACTERS: ("wer", "cer"), TOKENS: ("per",)}  # the first says which checkpoint is best
+NAMES = {"wer": "WER", "cer": "CER", "per": "PER"}
 MEASURES = ("accuracy", "uar", "macro_f1")
+MOST_PAIRS = 2_000_000  # that are listed, to draw from
+
+
+# -- transcripts
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str], unit: str = CHARACTERS) -> dict[str, float]:
+    """`{"wer": …, "cer": …}`, or `{"per": …}` for tokens, over the corpus. Raises ValueError without references."""
+    references, hypotheses = list(references), list(hypotheses)
+    if not any(reference.strip() for reference in references):
+        raise ValueError("all references are empty: there is no error rate")
+    return {name: (jiwer.cer if name == "cer" else jiwer.wer)(references, hypotheses) for name in RATES[unit]}
+
+
+def word_error_rate(reference: str, hypothesis: str) -> float:
+    """WER (PER, if the words are tokens) of a single utterance, whose reference is not empty."""
+    return jiwer.wer(reference, hypothesis)
+
+
+def count_edits(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, int]:
+    """Words of the references, and how many of them were hit, substituted, deleted, and how many inserted."""
+    found = jiwer.process_words(list(references), list(hypotheses))
+    counts = {name: getattr(found, name) for name in ("hits", "substitutions", "deletions", "insertions")}
+    return {"words": sum(counts.values()) - counts["insertions"]} | counts
+
+
+def worst_utterances(lines: Sequence[dict[str, Any]], rate: str, most: int = 10) -> list[dict[str, Any]]:
+    """The `most` predictions with errors of the highest `rate`; among equals the longest reference comes first."""
+    wrong = [line for line in lines if line.get(rate)]
+    return sorted(wrong, key=lambda line: (-line[rate], -len(line["reference"]), line["id"]))[:most]
+
+
+# -- classes
 
 
 def classification_scores(references: Sequence, predictions: Sequence) -> dict[str, float]:
-    """`accuracy`, `uar` and `macro_f1` as fractions; the last over classes among references or predictions."""
+    """The `MEASURES` as fractions; macro-F1 over the classes among references or predictions."""
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score  # slow to import
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of predictions that are no class of the references, which is no fault
-        return {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "uar": float(balanced_accuracy_score(references, predictions)),
-            "macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0.0)),
-        }
+        uar = balanced_accuracy_score(references, predictions)
+    macro_f1 = f1_score(references, predictions, average="macro", zero_division=0.0)
+    return {"accuracy": float(accuracy_score(references, predictions)), "uar": float(uar), "macro_f1": float(macro_f1)}
 
 
 def describe_scores(scores: Mapping[str, float]) -> str:
@@ -40,17 +82,72 @@ def confusion_counts(references: Sequence[str], predictions: Sequence[str], labe
 def mean_and_deviation(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """`{"mean": {…}, "std": {…}}` of the measures over folds; the sample's deviation (n - 1), 0 for one fold."""
     table = {name: np.array([score[name] for score in scores]) for name in scores[0] if name in MEASURES}
-    return {
-        "mean": {name: float(values.mean()) for name, values in table.items()},
-        "std": {name: float(values.std(ddof=1)) if len(values) > 1 else 0.0 for name, values in table.items()},
-    }
+    deviation = {name: float(values.std(ddof=1)) if len(values) > 1 else 0.0 for name, values in table.items()}
+    return {"mean": {name: float(values.mean()) for name, values in table.items()}, "std": deviation}
+
+
+# -- speaker verification
+
+
+class Trial(NamedTuple):
+    target: int  # 1: the same speaker
+    first: str
+    second: str
+
+
+def read_trials(path: str | os.PathLike) -> list[Trial]:
+    """The trials as written. Raises UserError for anything else, naming the line, and for a list of one kind."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--trials {path}: cannot be read ({one_line(error)}): give `1 a.wav b.wav` lines") from None
+    trials = []
+    for number, line in enumerate(lines, start=1):
+        if not (fields := line.split()):
+            continue
+        if len(fields) != 3 or fields[0] not in ("0", "1"):
+            raise UserError(f"{path}, line {number}: {line[:80]!r} is no `1 a.wav b.wav` or `0 a.wav b.wav`: mend it")
+        trials.append(Trial(int(fields[0]), fields[1], fields[2]))
+    if len({trial.target for trial in trials}) < 2:
+        raise UserError(f"--trials {path}: an equal error rate needs pairs of one speaker (1) and of two (0)")
+    return trials
+
+
+def draw_trials(speakers: Mapping[str, str], num_trials: int, seed: int = 0) -> list[Trial]:
+    """Trials among utterances (name → speaker): half of one speaker, half of two, or all pairs where there are fewer.
+
+    Raises UserError where a kind is missing.
+    """
+    names = sorted(name for name, speaker in speakers.items() if speaker)
+    if len(names) * (len(names) - 1) // 2 > MOST_PAIRS:
+        names = sorted(np.random.default_rng([seed, 0]).permutation(names)[: int((2 * MOST_PAIRS) ** 0.5)].tolist())
+    pairs: dict[int, list[Trial]] = {1: [], 0: []}
+    for first, second in combinations(names, 2):
+        target = int(speakers[first] == speakers[second])
+        pairs[target].append(Trial(target, first, second))
+    if not pairs[0] or not pairs[1]:
+        kind = "two speakers" if pairs[1] else "one speaker"
+        raise UserError(f"--manifest: no pair of {kind} in it: give more speakers, with two utterances each")
+    random = np.random.default_rng([seed, 1])
+    chosen = [(found, random.permutation(len(found))[: max(1, num_trials // 2)]) for found in pairs.values()]
+    return [found[i] for found, drawn in chosen for i in sorted(drawn)]
+
+
+def write_trials(path: str | os.PathLike, trials: Sequence[Trial]) -> None:
+    lines = (f"{trial.target} {trial.first} {trial.second}\n" for trial in trials)
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def cosine_scores(trials: Sequence[Trial], embeddings: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Cosine of the angle between the embeddings (D,) of each pair, shape (trials,)."""
+    unit = {name: vector / max(np.linalg.norm(vector), 1e-12) for name, vector in embeddings.items()}
+    return np.array([float(unit[trial.first] @ unit[trial.second]) for trial in trials])
 
 
 def error_curve(targets: Sequence[int], scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Shares of missed targets and of false alarms at every threshold, highest first; 1 marks a target trial."""
     from sklearn.metrics import roc_curve
 
-    assert len(set(map(int, targets))) == 2, "the trials have to hold targets and non-targets"
     false_alarms, hits, _ = roc_curve(targets, scores, drop_intermediate=False)
     return 1.0 - hits, false_alarms
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import (
+from w2v2.evaluate.scores import (
     CHARACTERS,
     NAMES,
     RATES,

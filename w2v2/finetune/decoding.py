@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import TOKENS
+from w2v2.evaluate.scores import TOKENS
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, WORD_DELIMITER, CTCArguments, encode, unit_of
 

@@ -1,5 +1,5 @@
 """A trained folder → what others see of it: model card, curves, and a push to the Hugging Face Hub.
 
 In: the output folder, its resolved flags, metrics and scores. Out: `README.md`, `plots/`, a repository on the Hub.
-Read `curves`, then `card` (its text is in templates/), then `push`.
+Read `card` (its text is in templates/; the curves are in `evaluate.plots`), then `push`.
 """

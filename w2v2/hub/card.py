@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from w2v2.errors import printable
-from w2v2.hub.curves import FINETUNING_PICTURES, PICTURES, Pictures, chance_accuracy, model_config
+from w2v2.evaluate.plots import FINETUNING_PICTURES, PICTURES, Pictures, chance_accuracy, model_config
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TASKS = {

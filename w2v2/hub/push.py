@@ -21,8 +21,8 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers import TrainerCallback, TrainingArguments
 
 from w2v2.errors import HUB_TOKEN, UserError, one_line
+from w2v2.evaluate.plots import FINETUNING_PICTURES, draw_plots
 from w2v2.hub.card import publishable, write_finetuned_card
-from w2v2.hub.curves import FINETUNING_PICTURES, draw_plots
 from w2v2.train.log import read_metrics
 
 logger = logging.getLogger(__name__)

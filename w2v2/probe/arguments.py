@@ -9,7 +9,7 @@ import torch
 
 from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
-from w2v2.evaluate.error_rates import CHARACTERS
+from w2v2.evaluate.scores import CHARACTERS
 
 
 def refuse(slips: Mapping[str, Any]) -> None:

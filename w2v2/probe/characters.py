@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from w2v2.evaluate.error_rates import error_rates
+from w2v2.evaluate.scores import error_rates
 from w2v2.finetune.labels import Split
 from w2v2.finetune.text import encode, greedy_decode
 
