@@ -37,7 +37,7 @@ from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_feature_extractor, build_framing, build_model
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
-from w2v2.train.launch import end_training, prepare_model, start_accelerator
+from w2v2.train.launch import Stopped, StopRequest, end_training, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import find_micro_batch
 from w2v2.train.plan import build_batches, present_plan, write_config
@@ -45,7 +45,6 @@ from w2v2.train.records import SkippedAudio, SkippedUpdates
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import RunState
-from w2v2.train.stop import Stopped, StopRequest
 from w2v2.train.update import Clock, Feed, build_optimizer, train_update, validate
 
 

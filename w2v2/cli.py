@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
+from torch import distributed
 from transformers import HfArgumentParser
 
 from w2v2.data.loader import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
-from w2v2.train.launch import leave_group, lost_rank
-from w2v2.train.stop import Stopped, exit_stopped
+from w2v2.train.launch import Stopped, leave_group
+
+RESUMABLE = 75  # exit status of a run that stopped when asked and can go on (EX_TEMPFAIL of sysexits.h)
 
 
 class _Parser(HfArgumentParser):
@@ -144,6 +146,23 @@ def run_script(main: Callable[[], Any]) -> None:
     finally:
         leave_group()
         flush_streams()
+
+
+def exit_stopped(stopped: Stopped) -> None:
+    """End the process with `RESUMABLE`, or 0 under torchrun's `--max_restarts`, which starts other statuses again."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with contextlib.suppress(OSError):
+            print(f"{os.path.basename(sys.argv[0])}: {stopped}", file=sys.stderr)
+    sys.exit(0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else RESUMABLE)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What to say of an exchange that failed because another rank has ended or hangs; None for any other error."""
+    text = str(error)
+    if not distributed.is_initialized() or not (isinstance(error, distributed.DistError) or "gloo" in text):
+        return None
+    hangs = "another rank hangs, longer than --ddp_timeout allows" if "imed out" in text else "another rank has ended"
+    return f"{hangs} ({text.splitlines()[0].rpartition('] ')[2].split('. ')[0]}): look for the first error among the ranks' lines"
 
 
 def explain_error(error: Exception) -> str | None:

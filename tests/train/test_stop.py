@@ -14,8 +14,9 @@ from conftest import NOISY, assert_same_run, run_here, write_recipe
 from ranks import REPOSITORY, SECONDS, TWO_PROCESSES, environment, log_of, start_run, wait_for_records
 
 import pretrain
+from w2v2.cli import RESUMABLE
+from w2v2.train.launch import StopRequest
 from w2v2.train.log import read_metrics
-from w2v2.train.stop import RESUMABLE, StopRequest
 
 STEPS, ASKED_IN = 6, 3  # updates of the run; the one in which it is asked
 ENDLESS = ("--max_steps", 2_000, "--save_steps", 2_000, "--eval_steps", 2_000)

@@ -1,22 +1,18 @@
-"""The processes of a run and its `Accelerator`: devices, precision, DDP or FSDP2, trackers.
+"""The processes of a run: how they start, its `Accelerator`, how they are asked to stop, and how they end.
 
 A launch that would not do what it looks like ends here, in one line. What else can go wrong between processes is
 torch's business: torchrun's agent names a failed rank and ends or restarts the others, and the process group times out
 (`--ddp_timeout`).
-
-FSDP2 shards the model as one group. The layers are computed by functions outside of their modules' `forward`
-(`transformer.py`), so modules that are wrapped one by one would be used while they are sharded. Weights and gradients
-are float32 and autocast does the rest, as under DDP, so both give the same numbers.
 """
 
-import contextlib
 import logging
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -30,18 +26,16 @@ from w2v2.model.cpu import keep_freed
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 # Who says how many processes were launched; the first variable that is set counts.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 MEETING = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 def start_accelerator(args) -> Accelerator:
     """Devices and processes as `accelerate launch`, torchrun or srun set them; the CPU where there is no accelerator.
 
-    Raises `UserError` for DeepSpeed, for kinds of FSDP that are not supported, for processes that do not know of one
-    another, and for a tracker whose package is missing.
+    Raises `UserError` for a launch that is not supported, and for a tracker whose package is missing.
     """
     disable_progress_bar()  # transformers' bars would tear ours
     device = torch.accelerator.current_accelerator()
@@ -52,41 +46,38 @@ def start_accelerator(args) -> Accelerator:
         keep_freed()
     join_group(args.ddp_timeout, cpu)
     trackers = [name for name in args.report_to if name != "none"]
+    # Gradients live in DDP's buckets and are sent once an update, beside the last backward pass. With `bf16` each
+    # rank's part is rounded once, before the sum.
+    hook = DDPCommunicationHookType.BF16 if args.gradient_compression == "bf16" else DDPCommunicationHookType.NO
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
+    folder = str(Path(args.output_dir) / "runs")
     try:
-        accelerator = Accelerator(
-            cpu=cpu,
-            log_with=trackers or None,
-            project_dir=str(Path(args.output_dir) / "runs"),
-            kwargs_handlers=[data_parallel(args.gradient_compression)],
-        )
+        accelerator = Accelerator(cpu=cpu, log_with=trackers or None, project_dir=folder, kwargs_handlers=[ddp])
     except ValueError as error:
         raise UserError(f"--report_to {' '.join(trackers)}: {error}") from None
     check_processes(accelerator, args)
     installed = {getattr(tracker, "value", None) or tracker.name for tracker in accelerator.log_with}
-    if missing := set(trackers) - {"all"} - installed:
-        name = sorted(missing)[0]
+    for name in sorted({*trackers} - {"all"} - installed):
         raise UserError(f"--report_to {name}: its package is not installed; install it, or use --report_to none")
     return accelerator
 
 
 def check_environment(environment: Mapping[str, str], cpu: bool) -> None:
     """Raises `UserError` where the launcher's variables ask for something unsupported, or processes would not meet."""
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise UserError(
-                f"{name} is not supported (DeepSpeed steps at every micro-batch, so it cannot accumulate an effective batch): launch "
-                "with DDP or FSDP (configs/accelerate)"
-            )
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UserError(
+            "DeepSpeed is not supported (it steps at every micro-batch, so it cannot accumulate an effective batch): launch with DDP "
+            "or FSDP (configs/accelerate)"
+        )
     if cpu and environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UserError("FSDP needs accelerators: on a CPU launch with configs/accelerate/cpu_2_processes.yaml (DDP)")
-    several = expected_processes(environment) > 1
-    if several and "WORLD_SIZE" in environment and (missing := [n for n in MEETING if not environment.get(n)]):
+    several, has_size = expected_processes(environment) > 1, "WORLD_SIZE" in environment
+    if several and has_size and (missing := [name for name in MEETING if not environment.get(name)]):
         raise UserError(
             f"WORLD_SIZE is set, but {missing[0]} is not: set all of {', '.join(MEETING)}, or use `accelerate launch` or torchrun"
         )
     # `accelerate launch --cpu --num_processes 2` sets an address to meet at, and starts one process.
-    asked_for_several = "MASTER_ADDR" in environment and "ACCELERATE_MIXED_PRECISION" in environment
-    if not several and asked_for_several and "WORLD_SIZE" not in environment:
+    if not several and not has_size and {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= environment.keys():
         raise UserError(
             "several processes were asked for, but `accelerate launch` started this one alone (as it does with --cpu): launch with "
             "configs/accelerate/cpu_2_processes.yaml, or unset MASTER_ADDR if one is meant"
@@ -99,16 +90,15 @@ def expected_processes(environment: Mapping[str, str]) -> int:
 
 
 def join_group(timeout_seconds: float, cpu: bool) -> None:
-    """Make the process group of several processes, before Accelerate would.
+    """Make the process group of several processes. Raises `UserError` where they do not find one another.
 
     torchrun's store outlives an attempt and keeps the addresses of processes that are gone. So each attempt has a
     prefix of its own.
-    Raises `UserError` where the processes do not find one another.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or PartialState._shared_state:
+    environment, attempt = os.environ, "0"
+    if int(environment.get("WORLD_SIZE", 1)) == 1 or PartialState._shared_state:
         return
     timeout = timedelta(seconds=timeout_seconds)
-    environment, attempt = os.environ, "0"
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
@@ -137,65 +127,42 @@ def check_processes(accelerator: Accelerator, args) -> None:
         configure_fsdp(accelerator, args)
 
 
-def data_parallel(gradient_compression: str) -> DistributedDataParallelKwargs:
-    """DDP for an accumulated update: gradients live in the buckets that are sent, as they are or (`bf16`) in half the
-    bytes.
-
-    They are sent once an update, while the last micro-batch's backward pass still runs. With `bf16` each rank's part is
-    rounded once, before the sum.
-    """
-    hook = DDPCommunicationHookType.BF16 if gradient_compression == "bf16" else DDPCommunicationHookType.NO
-    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
-
-
 def configure_fsdp(accelerator: Accelerator, args) -> None:
-    """Set the launch's FSDP plugin to what this model needs, and print which of its settings are not used.
+    """Set the launch's FSDP plugin to what this model needs. Raises `UserError` for what is not supported.
 
-    Raises `UserError` for what is not supported.
+    The model is one group: its layers are computed outside of their modules' `forward` (`transformer.py`). Weights and
+    gradients are float32 and autocast does the rest, as under DDP, so both give the same numbers.
     """
     plugin, precision = accelerator.state.fsdp_plugin, accelerator.mixed_precision
-    refused = [
-        (plugin.fsdp_version != 2, "version 1 (set fsdp_version: 2, as configs/accelerate/fsdp.yaml)"),
-        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params"),
-        (precision not in ("no", "bf16"), f"{precision} (use bf16 or fp32, or DDP)"),
-        (accelerator.parallelism_config is not None, "a parallelism_config"),
-        (args.gradient_compression != "none", "--gradient_compression, which is DDP's"),
-        (args.micro_batch_seconds is None, "--micro_batch_seconds auto, which tries each device by itself"),
-    ]
-    for is_asked_for, what in refused:
+    refused = {
+        "version 1 (set fsdp_version: 2, as configs/accelerate/fsdp.yaml)": plugin.fsdp_version != 2,
+        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        f"{precision} (use bf16 or fp32, or DDP)": precision not in ("no", "bf16"),
+        "a parallelism_config": accelerator.parallelism_config is not None,
+        "--gradient_compression, which is DDP's": args.gradient_compression != "none",
+        "--micro_batch_seconds auto, which tries each device by itself": args.micro_batch_seconds is None,
+    }
+    for what, is_asked_for in refused.items():
         if is_asked_for:
             raise UserError(f"FSDP is not supported with {what}")
     ours = ("activation_checkpointing", "auto_wrap_policy", "cpu_ram_efficient_loading", "ignored_modules")
-    unused = [f"fsdp_{name}" for name in ours if getattr(plugin, name)]
-    for name in ours:
+    unused = ", ".join(f"fsdp_{name}" for name in ours if getattr(plugin, name))
+    for name in (*ours, "mixed_precision_policy"):
         setattr(plugin, name, None)
-    plugin.mixed_precision_policy = None  # autocast, not casts of whole groups
-    note = f"; not used: {', '.join(unused)}" if unused else ""
-    num_devices = accelerator.num_processes
-    accelerator.print(f"sharding      FSDP2, the whole model as one group over {num_devices} device(s){note}")
+    note = f"; not used: {unused}" if unused else ""
+    accelerator.print(f"sharding      FSDP2, the whole model as one group over the devices{note}")
 
 
 def prepare_model(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
     """Model and optimizer for this launch: the model wrapped or sharded, the optimizer over its parameters."""
     model, optimizer = accelerator.prepare(model, optimizer)
     if isinstance(model, FSDPModule):
-        groups = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-        assert groups == [""], f"only the root may be sharded, not {groups[1:]}"
         model.forward = accelerator.autocast()(model.forward)  # as Accelerate does for other wrappers
         register_fsdp_forward_method(model, "code_sums")
     return model, optimizer
 
 
-@contextlib.contextmanager
-def gradient_sync(accelerator: Accelerator, model: torch.nn.Module, now: bool) -> Iterator[None]:
-    """Around a micro-batch's passes: its gradient is added up locally, or (`now`) the whole sum is sent."""
-    if isinstance(model, FSDPModule):
-        model.set_reshard_after_backward(now)
-    with contextlib.nullcontext() if now else accelerator.no_sync(model):
-        yield
-
-
-def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """What `action` returns on the main process, on every rank. Call on all ranks; it holds them like a barrier.
 
     A `UserError` or a disk's error on the main process is a `UserError` on every rank, so that none is left waiting.
@@ -215,15 +182,50 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return result
 
 
-def lost_rank(error: BaseException) -> str | None:
-    """What to say of an exchange that failed because another rank has ended or hangs; None for any other error."""
-    text = str(error)
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    if not isinstance(error, distributed.DistError) and "gloo" not in text:
-        return None
-    hangs = "another rank hangs, longer than --ddp_timeout allows" if "imed out" in text else "another rank has ended"
-    return f"{hangs} ({text.splitlines()[0].rpartition('] ')[2].split('. ')[0]}): look for the first error among the ranks' lines"
+class Stopped(Exception):
+    """The run ended early because it was asked to, with a checkpoint to go on from."""
+
+
+class StopRequest:
+    """Watches for signals while it is entered, and for the clock (`max_hours` from now on; None: no limit).
+
+    SIGTERM (preemption), SIGUSR1 (Slurm's warning), SIGHUP (a closed terminal) and Ctrl-C ask alike; a third Ctrl-C
+    ends the process at once. What the parent process ignores stays ignored, as in background jobs and under nohup.
+    One process that is asked is enough: the sums that all exchange at each update tell the others.
+    """
+
+    def __init__(self, max_hours: float | None = None):
+        self.max_hours = max_hours
+        self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.signal_name: str | None = None
+        self._num_interrupts = 0
+
+    def __enter__(self) -> "StopRequest":
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._handle) for number in heeded}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts > 2:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        hint = "; a third Ctrl-C leaves at once" if number == signal.SIGINT else ""
+        logger.warning("%s: saving after this update, then leaving%s", self.signal_name, hint)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signal_name is not None or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    @property
+    def reason(self) -> str:
+        clock = f"--max_hours {self.max_hours:g}" if self.is_asked and self.deadline else None
+        return self.signal_name or clock or "another process was asked to"
 
 
 def end_training(accelerator: Accelerator) -> None:
@@ -239,12 +241,10 @@ def end_training(accelerator: Accelerator) -> None:
 
 
 def leave_group() -> None:
-    """Let gloo's threads finish before the process group is destroyed or the interpreter ends. Without a group it does
-    nothing.
+    """Let gloo's threads finish before the process group is destroyed or the interpreter ends.
 
-    A thread that still holds an exchange's tensors needs the interpreter's lock to let go of them. The group's
-    destructor holds that lock while it waits for the thread, for ever (pytorch issue 56297; seen with torch 2.13 within
-    20 groups of 200).
+    The group's destructor holds the interpreter's lock while it waits for a thread that needs it (pytorch issue 56297;
+    seen with torch 2.13 within 20 groups of 200).
     """
-    if distributed.is_available() and distributed.is_initialized():
+    if distributed.is_initialized():
         time.sleep(0.1)

@@ -14,15 +14,19 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from w2v2.data.batching import MicroBatchPlan
+from w2v2.data.collate import PretrainBatch
 from w2v2.errors import UserError
+from w2v2.model.pretraining import PretrainSums
 from w2v2.train.durable import write_file
-from w2v2.train.totals import Heard
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +120,21 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         return None
     has_step = isinstance(record, dict) and type(record.get("step")) in (int, float)
     return record if has_step else None
+
+
+@dataclass
+class Heard:
+    """What this rank heard in one update: looked at only when something went wrong with it."""
+
+    skipped: list[dict] = field(default_factory=list)  # utterances that could not be read
+    # Each real micro-batch with its own loss, (), on the device; without the diversity term, which may be the whole
+    # batch's.
+    losses: list[tuple[MicroBatchPlan, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:
+        self.skipped += batch.skipped
+        if batch.weight > 0:
+            self.losses.append((batch.plan, sums.contrastive.detach() + sums.penalty.detach()))
 
 
 class SkippedAudio:

@@ -14,6 +14,7 @@ No random state is carried along: (seed, update, piece) seeds dropout and Gumbel
 Shapes: G codebook groups, V entries of a group.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -29,10 +30,10 @@ from w2v2.data.collate import PretrainBatch
 from w2v2.data.hashing import NOISE, derive, positive
 from w2v2.errors import UserError
 from w2v2.model.pretraining import PretrainingModel
-from w2v2.train.launch import gradient_sync
+from w2v2.train.launch import StopRequest
+from w2v2.train.records import Heard
 from w2v2.train.schedule import UpdateSettings
-from w2v2.train.stop import StopRequest
-from w2v2.train.totals import Heard, Totals
+from w2v2.train.state import Totals
 
 
 class Feed:
@@ -155,6 +156,15 @@ def accumulate(
         heard.add(sums, batch)
     totals.counts = totals.counts._replace(stops_asked=float(stop is not None and stop.is_asked))
     return totals.reduced(accelerator), scale, heard
+
+
+@contextlib.contextmanager
+def gradient_sync(accelerator: Accelerator, model: torch.nn.Module, now: bool) -> Iterator[None]:
+    """Around a micro-batch's passes: its gradient is added up locally, or (`now`) the whole sum is sent."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_backward(now)
+    with contextlib.nullcontext() if now else accelerator.no_sync(model):
+        yield
 
 
 def take_step(
