@@ -8,86 +8,75 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, NamedTuple
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from w2v2.errors import printable
 from w2v2.evaluate.plots import FINETUNING_PICTURES, PICTURES, Pictures, chance_accuracy, model_config
 
-_TEMPLATES = Path(__file__).parent / "templates"
-_TASKS = {
-    "Wav2Vec2ForCTC": "automatic-speech-recognition",
-    "Wav2Vec2ForSequenceClassification": "audio-classification",
-}
+Facts = Mapping[str, Any]
 
-
-class Measure(NamedTuple):
-    name: str
-    hub_name: str
-    form: str = "{:.2%}"
-
-
-# By their keys in results.json, where those of a beam search with a language model stand under `lm`.
-MEASURES = {name: Measure(name.upper(), name) for name in ("wer", "cer", "per")}
-MEASURES |= {f"lm_{name}": Measure(f"{name.upper()} with the language model", name) for name in ("wer", "cer", "per")}
+# Key in results.json (`lm_…`: of a beam search with a language model) → name on a card, name on the Hub, form.
+MEASURES = {rate: (rate.upper(), rate, "{:.2%}") for rate in ("wer", "cer", "per")}
 MEASURES |= {
-    "accuracy": Measure("Accuracy", "accuracy"),
-    "uar": Measure("Unweighted average recall", "recall"),
-    "macro_f1": Measure("Macro-F1", "f1", "{:.4f}"),
+    f"lm_{rate}": (f"{name} with the language model", rate, form) for rate, (name, _, form) in MEASURES.items()
+}
+MEASURES |= {
+    "accuracy": ("Accuracy", "accuracy", "{:.2%}"),
+    "uar": ("Unweighted average recall", "recall", "{:.2%}"),
+    "macro_f1": ("Macro-F1", "f1", "{:.4f}"),
 }
 
 
-def write_model_card(
-    output_dir: str | os.PathLike,
-    *,
-    config: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write the `README.md` of a pretraining run.
+def write_model_card(output_dir: str | os.PathLike, *, config: Facts, summary: Facts, metrics: Sequence[Facts]) -> None:
+    """Write the `README.md` of a pretraining run from its resolved flags and the records of its `metrics.jsonl`.
 
-    Args:
-        config: the resolved flags; the folder's `config.json` is consulted for the model's own values.
-        summary: of `utterances`, `hours`, `validation_utterances`, `validation_hours`, `devices` and `num_parameters`,
-            whichever are known.
-        metrics: records as in `metrics.jsonl`. The pictures that `draw_plots` left in the folder are embedded.
+    `summary` holds `utterances`, `hours`, `validation_utterances`, `validation_hours`, `devices` and `num_parameters`,
+    whichever are known. The pictures that `draw_plots` left in the folder are embedded.
     """
-    trained, validated = (
-        next((record for record in reversed(metrics) if any(key.startswith(start) for key in record)), {})
-        for start in ("loss", "eval_")
-    )
-    facts = _merge(model_config(output_dir), config, summary) | {
+    trained, validated = (next((r for r in reversed(metrics) if key in r), {}) for key in ("loss", "eval_loss"))
+    facts = _merge(model_config(output_dir), config, summary, {"device_hours": device_hours(metrics)}) | {
         "trained": trained,
         "validated": validated,
         "updates_done": trained.get("step", 0),
         "heard": max((record.get("audio_hours") or 0 for record in metrics), default=0),
         "chance": chance_accuracy(output_dir),
     }
-    if hours := device_hours(metrics):
-        facts["device_hours"] = hours
     _save_card(Path(output_dir), "pretrained.md", facts, PICTURES, tags=["wav2vec2", "pretraining"])
 
 
-def write_finetuned_card(
-    output_dir: str | os.PathLike, *, config: Mapping[str, Any], results: Mapping[str, Any]
-) -> None:
+def write_finetuned_card(output_dir: str | os.PathLike, *, config: Facts, results: Facts) -> None:
     """Write the `README.md` of a fine-tuned folder; the scores are also in its metadata, for the Hub (`model-index`).
 
-    Args:
-        config: the resolved flags; also `world_size` and `device_hours`, where they are known.
-        results: as in `results.json`: name of a set → its measures; under `run` what was done.
+    `config` holds the resolved flags, and `world_size` and `device_hours` where they are known; `results` is what
+    `results.json` holds: name of a set → its measures, and under `run` what was done.
     """
     model, scores = model_config(output_dir), _read_scores(results)
-    task = _TASKS[model["architectures"][0]]
+    is_recogniser = model["architectures"][0].endswith("ForCTC")
+    task = "automatic-speech-recognition" if is_recogniser else "audio-classification"
     shown = {key: measure for key, measure in MEASURES.items() if any(key in found for found in scores.values())}
     facts = _merge(model, config, results.get("run") or {}) | {"task": task, "scores": scores, "measures": shown}
-    metadata = {"tags": ["wav2vec2"], "pipeline_tag": task, "eval_results": _eval_results(task, scores) or None}
+    evaluated = [
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split="validation" if name == "validation" else "test",
+            metric_type=hub_name,
+            metric_name=f"{measure} (fraction)",
+            metric_value=values[key],
+        )
+        for name, values in scores.items()
+        for key, (measure, hub_name, _) in shown.items()
+        if key in values
+    ]
+    metadata = dict(tags=["wav2vec2"], pipeline_tag=task, eval_results=evaluated or None)
     _save_card(Path(output_dir), "finetuned.md", facts, FINETUNING_PICTURES, **metadata)
 
 
-def _save_card(folder: Path, template: str, facts: Mapping[str, Any], pictures: Pictures, **metadata: Any) -> None:
+def _save_card(folder: Path, template: str, facts: Facts, pictures: Pictures, **metadata: Any) -> None:
     """Fill a template with `facts`, under the card's metadata (YAML), into `README.md`."""
     source = printable(facts.get("hub_model_id") or folder.resolve().name)
     title, base = source.split("/")[-1], facts.get("model_name_or_path") or ""
@@ -100,7 +89,7 @@ def _save_card(folder: Path, template: str, facts: Mapping[str, Any], pictures: 
     )
     card = ModelCard.from_template(
         data,
-        template_path=str(_TEMPLATES / template),
+        template_path=str(Path(__file__).parent / "templates" / template),
         title=title,
         source=source,
         quote=shlex.quote,
@@ -112,7 +101,7 @@ def _save_card(folder: Path, template: str, facts: Mapping[str, Any], pictures: 
     card.save(folder / "README.md")
 
 
-def _row(facts: Mapping[str, Any], label: str, form: str) -> str:
+def _row(facts: Facts, label: str, form: str) -> str:
     """A table's row of a label and a format string; empty where one of its facts is not known."""
     try:
         return f"\n| {label} | {_cell(form.format_map(facts))} |"
@@ -132,14 +121,12 @@ def publishable(value: Any) -> Any:
         return {name: item if name == "data_description" else publishable(item) for name, item in kept.items()}
     if isinstance(value, list):
         return [publishable(item) for item in value]
-    if isinstance(value, str) and PureWindowsPath(value).is_absolute():
-        return PureWindowsPath(value).name
-    if isinstance(value, str) and value.startswith(("/", "~", "..")):
-        return PurePath(value).name
+    if isinstance(value, str) and (value.startswith(("/", "~", "..")) or PureWindowsPath(value).is_absolute()):
+        return PureWindowsPath(value).name  # it splits at both kinds of slash
     return value
 
 
-def device_hours(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+def device_hours(metrics: Sequence[Facts]) -> float | None:
     """Hours of all devices in updates: audio heard between records, over the throughput there, times the processes.
 
     None where a record of training lacks the processes. What a resumed run had to repeat is not in it.
@@ -152,13 +139,12 @@ def device_hours(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     return total if total > 0 else None
 
 
-def _merge(*sources: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(*sources: Facts) -> dict[str, Any]:
     """What may be published of the facts that are known; later ones win."""
-    facts = {name: value for source in sources for name, value in source.items() if value not in (None, "")}
-    return publishable(facts)
+    return publishable({k: v for source in sources for k, v in source.items() if v not in (None, "")})
 
 
-def _read_scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _read_scores(results: Facts) -> dict[str, dict[str, float]]:
     """Set → the measures that a card shows, and how many utterances they are of."""
     scores = {}
     for name, values in results.items():
@@ -167,21 +153,3 @@ def _read_scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         if name != "run" and found.keys() & MEASURES.keys():
             scores[name] = found
     return scores
-
-
-def _eval_results(task: str, scores: Mapping[str, Mapping[str, float]]) -> list[EvalResult]:
-    """One entry for each set and measure; values are fractions, as everywhere in the program."""
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=name,
-            dataset_name=name,
-            dataset_split="validation" if name == "validation" else "test",
-            metric_type=measure.hub_name,
-            metric_name=f"{measure.name} (fraction)",
-            metric_value=values[key],
-        )
-        for name, values in scores.items()
-        for key, measure in MEASURES.items()
-        if key in values
-    ]

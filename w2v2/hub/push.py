@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -44,12 +43,8 @@ class HubPusher:
     def __init__(self, args):
         """Start to create the repository, so that a refused token shows in the first minute of the run.
 
-        Args:
-            args: flags with `output_dir`, `hub_model_id` (default: the folder's name), `hub_private_repo` (False: as
-                the account's default says) and `hub_strategy` (`end`: checkpoints are not pushed).
-
-        Raises:
-            UserError: `hub_model_id` cannot be the name of a repository.
+        `args` are flags with `output_dir`, `hub_model_id` (default: the folder's name), `hub_private_repo` (False: as
+        the account's default says) and `hub_strategy`. Raises UserError where `hub_model_id` can name no repository.
         """
         self._output_dir = Path(args.output_dir).resolve()
         self._repo_id = args.hub_model_id or self._output_dir.name
@@ -59,12 +54,10 @@ class HubPusher:
             raise UserError(f"--hub_model_id {self._repo_id}: {one_line(error)}; give it as user/name") from None
         self._private, self._every_save = args.hub_private_repo or None, args.hub_strategy != "end"
         self._jobs: queue.Queue = queue.Queue()  # (staged folder, message); None ends the thread
-        self._api = HfApi()
         self._pushed_to: str | None = None  # the address, if the last push arrived
         disable_progress_bars()  # they would tear the run's own bar
-        # What a killed run had set aside takes up room.
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        for left_over in self._output_dir.glob(f"{_STAGED}*"):
+        for left_over in self._output_dir.glob(f"{_STAGED}*"):  # of a killed run
             shutil.rmtree(left_over, ignore_errors=True)
         self._thread = threading.Thread(target=self._work, name="hub-push", daemon=True)
         self._thread.start()
@@ -88,30 +81,23 @@ class HubPusher:
         self._warn(f"given up after {timeout_seconds:.0f} s", TimeoutError("all files are in the output_dir"))
 
     def _work(self) -> None:
-        self._attempt("cannot create the repository", self._create)
-        while job := self._jobs.get():
-            self._pushed_to = self._attempt("the push failed", self._upload, *job)
-            self._jobs.task_done()
-
-    def _attempt(self, what: str, action: Callable, *arguments: object) -> str | None:
-        try:
-            get_session().timeout = SILENCE_SECONDS
-            return action(*arguments)
-        except BaseException as error:  # a panic in the transfer library is no Exception
-            self._warn(what, error)
-
-    def _create(self) -> str:
-        url = self._api.create_repo(self._repo_id, private=self._private, exist_ok=True)
-        self._repo_id = url.repo_id
-        return str(url)
-
-    def _upload(self, staged: Path, message: str) -> str:
-        try:
-            address = self._create()  # at the start it may have failed
-            self._api.upload_folder(repo_id=self._repo_id, folder_path=staged, commit_message=message)
-            return address
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        """Create the repository, then push one folder after the other."""
+        api, job = HfApi(), (None, "")
+        while job:
+            (staged, message), self._pushed_to = job, None
+            try:
+                get_session().timeout = SILENCE_SECONDS
+                url = api.create_repo(self._repo_id, private=self._private, exist_ok=True)
+                self._repo_id = url.repo_id
+                if staged:
+                    api.upload_folder(repo_id=self._repo_id, folder_path=staged, commit_message=message)
+                    self._pushed_to = str(url)
+            except BaseException as error:  # a panic in the transfer library is no Exception
+                self._warn("the push failed" if staged else "cannot create the repository", error)
+            if staged:
+                shutil.rmtree(staged, ignore_errors=True)
+                self._jobs.task_done()
+            job = self._jobs.get()
 
     def _warn(self, what: str, error: BaseException) -> None:
         why = HUB_TOKEN.sub("…", f"{type(error).__name__}: {one_line(error)[:300]}")
@@ -148,17 +134,16 @@ class HubCallback(TrainerCallback):
     """
 
     def __init__(self, args: TrainingArguments):
-        """Raises UserError where `hub_model_id` cannot be a repository's name."""
         self.pusher = HubPusher(args) if args.push_to_hub and args.process_index == 0 else None
-        self._device_hours: float | None = None
+        self._started = self._device_hours = None
         args.push_to_hub = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._started = time.perf_counter()
-        self._is_whole = state.global_step == 0  # of a resumed run the first part was not measured
+        if state.global_step == 0:  # of a resumed run the first part was not measured
+            self._started = time.perf_counter()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._is_whole:
+        if self._started:
             self._device_hours = (time.perf_counter() - self._started) / 3600 * args.world_size
 
     def on_save(self, args, state, control, **kwargs):
