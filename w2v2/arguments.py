@@ -1,6 +1,6 @@
 """The flags of pretrain.py: dataclasses with help texts and ranges. The defaults are BASE's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
@@ -11,34 +11,25 @@ from w2v2.train.schedule import SCHEDULES
 class DataArguments:
     """What is heard, and how an effective batch is drawn, cropped and cut."""
 
-    train_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Kaldi or audio folders)."},
-    )
+    train_data: list[str] = flag([], "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Kaldi or audio folders).")
     validation_data: list[str] = flag([], "Validation manifests; none: no validation.")
     data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
     min_seconds: float = flag(2.0, "Shorter utterances are left out.", min=0)
     max_seconds: float | None = flag(None, "Longer utterances are left out (none: they are cropped, never dropped).")
     crop_seconds: float = flag(
-        15.38, "Longest crop that is taken of an utterance, drawn anew each epoch (15.38: 768 latent frames).", above=0
+        15.38, "Longest crop of an utterance, drawn anew each epoch (768 latent frames).", above=0
     )
-    length_grid_seconds: float = flag(
-        0.32, "Crops are rounded down to this grid (+ 0.02 s): few distinct lengths.", min=0
-    )
-    batch_hours: float = flag(
-        1.6, "Effective batch: hours of speech, after cropping, in one update over all devices.", above=0
-    )
+    length_grid_seconds: float = flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few lengths.", min=0)
+    batch_hours: float = flag(1.6, "Effective batch: hours of cropped speech in one update of all devices.", above=0)
     micro_batch_seconds: float | None = flag(
         200.0,
-        "Most seconds of padded audio that a device holds at a time; `auto` tries before the first update what it can hold, up to what "
-        "keeps it busy (a resumed run on as many processes keeps what was found).",
+        "Most seconds of padded audio that a device holds at a time; `auto` tries before the first update what it can "
+        "hold, up to what keeps it busy (a resumed run on as many processes keeps what was found).",
         above=0,
         max=1e6,
         words={"auto": None},
     )
-    max_skipped_fraction: float = flag(
-        0.01, "Largest fraction of unreadable files that is skipped; beyond it the run stops."
-    )
+    max_skipped_fraction: float = flag(0.01, "Largest fraction of unreadable files; beyond it the run stops.")
     dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.", min=0)
     dataloader_prefetch_factor: int = flag(4, "Micro-batches that each worker decodes ahead.", min=1)
 
@@ -47,32 +38,23 @@ class DataArguments:
 class ModelArguments:
     """The model and its objective."""
 
-    model_name_or_path: str | None = flag(
-        None, "Start from the weights of this pretrained folder or Hub id (with a fresh optimizer)."
-    )
+    model_name_or_path: str | None = flag(None, "Start from the weights of this folder or Hub id (a fresh optimizer).")
     config_name: str | None = flag(
-        None,
-        "Start from random weights of this configuration: a folder, a Hub id or a name in configs/models (default: base).",
+        None, "Start from random weights: a folder, a Hub id or a name in configs/models (default: base)."
     )
     config_overrides: str | None = flag(None, "Changes to the configuration, as `num_hidden_layers=6,layerdrop=0.0`.")
-    mask_time_prob: float = flag(
-        0.65, "Mask spans: expected number of masked frames over frames, overlaps counted twice.", above=0
-    )
+    mask_time_prob: float = flag(0.65, "Mask spans: masked frames over frames, overlaps counted twice.", above=0)
     mask_time_length: int = flag(10, "Latent frames in a mask span.", min=1)
     mask_time_min_masks: int = flag(2, "Fewest mask spans in an utterance that has room for them.", min=1)
     diversity_loss_weight: float | None = flag(
         None, "Weight of the diversity loss (default: the configuration's, 0.1)."
     )
-    diversity_delay_steps: int = flag(
-        0, "Updates before the diversity loss is brought in (small models: see docs/results.md).", min=0
-    )
-    diversity_warmup_steps: int = flag(
-        0, "Updates over which the diversity loss then grows linearly to its weight.", min=0
-    )
+    diversity_delay_steps: int = flag(0, "Updates without diversity loss (small models: docs/results.md).", min=0)
+    diversity_warmup_steps: int = flag(0, "Updates over which it then grows linearly to its weight.", min=0)
     diversity_scope: str = flag(
         "micro_batch",
-        "Code statistics of the diversity loss: `micro_batch` (as fairseq per device) or `effective_batch` (exact, costs a "
-        "second pass through the convs).",
+        "Code statistics of the diversity loss: a `micro_batch`'s (as fairseq's device), or the `effective_batch`'s "
+        "(exact, costs a second pass through the convs).",
         choices=["micro_batch", "effective_batch"],
     )
     feature_grad_mult: float = flag(0.1, "Scale of the gradient that reaches the convs.")
@@ -98,32 +80,20 @@ class OptimizationArguments:
     max_grad_norm: float = flag(0.0, "Clip the gradient's norm (per masked frame) to this; 0 does not clip.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, slower.")
     gradient_checkpointing_stages: list[str] = flag(
-        ["encoder"],
-        "Whose activations: the `encoder`'s (transformer), the `convs`', or both.",
-        choices=["encoder", "convs"],
+        ["encoder"], "Whose activations: the `encoder`'s (transformer), the `convs`'.", choices=["encoder", "convs"]
     )
-    torch_compile: bool = flag(
-        False, "Fuse what the transformer does frame by frame (needs a C compiler; try whether it pays)."
-    )
+    torch_compile: bool = flag(False, "Fuse what the transformer does by frame (needs a C compiler; may not pay).")
     positional_conv: str = flag(
         "auto",
         "The positional convolution as the library's (`stock`) or as products in `blocks` (`auto`: blocks on a GPU).",
         choices=["auto", "blocks", "stock"],
     )
     gradient_compression: str = flag(
-        "none",
-        "Type in which several devices send their gradients: as they are, or half the bytes.",
-        choices=["none", "bf16"],
+        "none", "Several devices send gradients as they are, or half.", choices=["none", "bf16"]
     )
-    ddp_timeout: int = flag(
-        1800,
-        "Several devices: seconds without a step after which one of them counts as hung, and all of them end.",
-        min=1,
-    )
+    ddp_timeout: int = flag(1800, "Seconds without a step after which a device counts as hung and all end.", min=1)
     max_non_finite_updates: int = flag(
-        20,
-        "Updates in a row without a finite loss or gradient after which the run stops; one such update alone is skipped.",
-        min=1,
+        20, "Updates in a row without finite loss or gradient that stop the run; a single one is skipped.", min=1
     )
     seed: int = flag(42, "Seed of everything random.", min=0, max=2**32 - 1)
 
@@ -134,9 +104,7 @@ class RunArguments:
 
     output_dir: str | None = flag(None, "Folder of the run.")
     overwrite_output_dir: bool = flag(False, "Delete the run that `output_dir` holds and start anew.")
-    resume_from_checkpoint: str | None = flag(
-        None, "`auto` (newest whole checkpoint, or a fresh start) or a checkpoint's path."
-    )
+    resume_from_checkpoint: str | None = flag(None, "`auto` (newest whole checkpoint, or none yet), or its path.")
     accept_changed_batches: bool = flag(
         False, "Resume though data, seed, batch_hours, crops or masks are others than the checkpoint's run had."
     )
@@ -146,17 +114,16 @@ class RunArguments:
     save_total_limit: int = flag(3, "Checkpoints that are kept; 0 keeps all.", min=0)
     max_hours: float | None = flag(
         None,
-        "Save and leave with status 75 at the first update after so many hours of training (start-up not counted), as on SIGTERM.",
+        "Hours of training (without start-up) after which to save and leave with status 75, as on SIGTERM.",
         above=0,
     )
     save_failure: str = flag(
-        "stop",
-        "What a full or failing disk at a save does: `stop` ends the run, `warn` goes on and tries again at the next save.",
-        choices=["stop", "warn"],
+        "stop", "A full or failing disk at a save: `stop`, or `warn` and try at the next.", choices=["stop", "warn"]
     )
     collapse_action: str = flag(
         "stop",
-        "Where codes collapse or nothing is learned: `warn` half-way through the window and `stop` at its end, only `warn`, or `none`.",
+        "Codes collapse or nothing is learned: `warn` half-way through the window and `stop` at its end, only `warn`, "
+        "or `none`.",
         choices=["stop", "warn", "none"],
     )
     collapse_window_steps: int | None = flag(
@@ -172,18 +139,14 @@ class RunArguments:
     push_to_hub: bool = flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.")
     hub_model_id: str | None = flag(None, "Repository on the Hub (default: the name of output_dir).")
     hub_license: str | None = flag(None, "Licence of the weights, stated in the model card.")
-    data_description: str | None = flag(
-        None, "What the training audio is and where it comes from, in your words, for the model card."
-    )
+    data_description: str | None = flag(None, "The training audio and its source in your words, for the model card.")
     hub_private_repo: bool = flag(False, "Create the repository as a private one.")
     hub_strategy: str = flag("end", "When to push: at the `end`, or at `every_save`.", choices=["end", "every_save"])
 
 
 @dataclass
 class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, DataArguments):
-    """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0 paper, section 4; fairseq's
-    wav2vec2_base_librispeech).
-    """
+    """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0, section 4; fairseq's base_librispeech)."""
 
     def __post_init__(self):
         for name in ("model_name_or_path", "config_name", "resume_from_checkpoint", "hub_model_id"):
@@ -196,9 +159,7 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
         if self.max_seconds is not None and self.max_seconds < self.min_seconds:
             raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
         if not self.gradient_checkpointing_stages:
-            raise UserError(
-                "--gradient_checkpointing_stages is empty: name a stage, or leave --gradient_checkpointing out"
-            )
+            raise UserError("--gradient_checkpointing_stages is empty: name a stage")
         if self.gradient_checkpointing_stages != ["encoder"] and not self.gradient_checkpointing:
             raise UserError("--gradient_checkpointing_stages needs --gradient_checkpointing")
         if self.model_name_or_path and self.config_name:

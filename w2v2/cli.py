@@ -30,21 +30,12 @@ class _Parser(HfArgumentParser):
 
     def add_argument(self, *names: str, limits: dict | None = None, words: dict | None = None, **options) -> Any:
         if words:
-            options["type"] = _number_or_word(words)
+            options["type"] = lambda text: words[text] if text in words else float(text)
+            options["type"].__name__ = f"number or `{'`, `'.join(words)}`"  # argparse names it: invalid … value
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
-
-
-def _number_or_word(words: dict[str, Any]) -> Callable[[str], Any]:
-    """Parser of a number, or of one of `words`, which stand for values of their own."""
-
-    def parse(text: str) -> Any:
-        return words[text] if text in words else float(text)
-
-    parse.__name__ = f"number or `{'`, `'.join(words)}`"  # argparse names it: invalid … value
-    return parse
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -52,7 +43,11 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f": did you mean {close[0]}?" if close else "; --help lists what there is"
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -> list[str]:
+    """Command-line form of a flat YAML file; keys are checked here, values by the parser.
+
+    An empty value (`null`, `[]`) has no such form: it becomes the parser's default where the flag can be empty.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
@@ -61,16 +56,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `flag: value` lines, found a {type(values).__name__}")
-    return values
-
-
-def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -> list[str]:
-    """Command-line form of a flat YAML file; keys are checked here, values by the parser.
-
-    An empty value (`null`, `[]`) has no such form: it becomes the parser's default where the flag can be empty.
-    """
     flags = []
-    for name, value in _read_yaml(path).items():
+    for name, value in values.items():
         if name not in types:
             raise UserError(f"{path}: unknown key {name!r}{_nearest(str(name), list(types))}")
         if isinstance(value, dict):
@@ -79,18 +66,15 @@ def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -
             if not (type(None) in get_args(types[name]) if value is None else get_origin(types[name]) is list):
                 raise UserError(f"{path}: key {name!r} has no value: give it one, or leave the key out")
             parser.set_defaults(**{name: value})
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
         else:
-            flags.append(f"--{name}={value}")
+            flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
 
 
 def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
     """Instances of `dataclass_types` from `[CONFIG.yaml] --flag value …` (default: the process's own arguments).
 
-    Raises `UserError` for an unknown flag or key (with the nearest name), a value of the wrong kind, a missing required
-    one.
+    Raises `UserError` for an unknown flag or key (with the nearest name), a wrong value, a missing required one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     options = dict(allow_abbrev=False, conflict_handler="resolve")
@@ -104,87 +88,76 @@ def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | No
             raise UserError(f"unexpected argument {rest[0]!r}: write [CONFIG.yaml] --flag value …, the file first")
         name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"unknown flag {rest[0].split('=')[0]}{_nearest(name, known)}")
-    _refuse_tokens(argv)
+    for index, value in enumerate(argv):
+        if HUB_TOKEN.search(value):
+            name = next((text.split("=")[0] for text in argv[index::-1] if text.startswith("--")), "an argument")
+            raise UserError(
+                f"{name} holds what looks like a token of the Hub: flags are written to the run's files; set the "
+                "environment variable HF_TOKEN, or call `hf auth login`"
+            )
     return tuple(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
 
 
-def _refuse_tokens(argv: Sequence[str]) -> None:
-    """A flag's value is printed, logged and written to the run's files, where a token must never stand."""
-    for index, value in enumerate(argv):
-        if HUB_TOKEN.search(value):
-            flags = [text.split("=")[0] for text in argv[: index + 1] if text.startswith("--")]
-            raise UserError(
-                f"{flags[-1] if flags else 'an argument'} holds what looks like a token of the Hub: flags are written to the run's "
-                "files; set the environment variable HF_TOKEN, or call `hf auth login`"
-            )
-
-
 def run_script(main: Callable[[], Any]) -> None:
-    """Run an entry point. A user's slip, a full disk or memory, or a lost loader process is one line on standard error
-    and status 2.
+    """Run an entry point.
 
-    A rank that lost another one says so and ends with status 1. `Stopped` gives status 75, or 0 under a launcher that
-    would start the run again. Any other error is a bug and keeps its traceback.
+    A user's slip, a full disk or memory, or a lost loader process is one line on standard error and status 2; a rank
+    that lost another one says so and ends with status 1. `Stopped` gives status 75, or 0 under torchrun's
+    `--max_restarts`, which starts other statuses again. Any other error is a bug and keeps its traceback.
     """
     logging.raiseExceptions = False  # a stream that cannot be written any more ends no run
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
         main()
     except Stopped as stopped:
-        exit_stopped(stopped)
+        _print_line(f"{os.path.basename(sys.argv[0])}: {stopped}" if is_first else None)
+        sys.exit(0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else RESUMABLE)
     except (UserError, OSError, RuntimeError) as error:
-        reason = lost_rank(error)
-        advice = "--resume_from_checkpoint auto goes on from the last checkpoint"
-        message = f"{reason}; {advice}" if reason else explain_error(error)
+        lost = _lost_rank(error)
+        message = lost or _explain(error)
         if message is None:
             raise
         # What one rank alone may meet is said by that rank, anything else by the first of its machine.
         is_local = not isinstance(error, UserError) or isinstance(error, LocalError)
-        if is_local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            with contextlib.suppress(OSError):
-                print(error_line(message), file=sys.stderr)
-        sys.exit(1 if reason else 2)
+        _print_line(error_line(message) if is_local or is_first else None)
+        sys.exit(1 if lost else 2)
     finally:
         leave_group()
-        flush_streams()
+        _flush_streams()
 
 
-def exit_stopped(stopped: Stopped) -> None:
-    """End the process with `RESUMABLE`, or 0 under torchrun's `--max_restarts`, which starts other statuses again."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+def _print_line(line: str | None) -> None:
+    if line:
         with contextlib.suppress(OSError):
-            print(f"{os.path.basename(sys.argv[0])}: {stopped}", file=sys.stderr)
-    sys.exit(0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else RESUMABLE)
+            print(line, file=sys.stderr)
 
 
-def lost_rank(error: BaseException) -> str | None:
+def _lost_rank(error: BaseException) -> str | None:
     """What to say of an exchange that failed because another rank has ended or hangs; None for any other error."""
     text = str(error)
     if not distributed.is_initialized() or not (isinstance(error, distributed.DistError) or "gloo" in text):
         return None
     hangs = "another rank hangs, longer than --ddp_timeout allows" if "imed out" in text else "another rank has ended"
-    return f"{hangs} ({text.splitlines()[0].rpartition('] ')[2].split('. ')[0]}): look for the first error among the ranks' lines"
+    return f"{hangs} ({text.splitlines()[0].rpartition('] ')[2].split('. ')[0]}): look for the first error among the ranks' lines; --resume_from_checkpoint auto goes on from the last checkpoint"
 
 
-def explain_error(error: Exception) -> str | None:
+def _explain(error: Exception) -> str | None:
     """The line for an error that the user can mend; None for a bug."""
     if isinstance(error, UserError):
-        # One that was raised in a loader's worker brings its traceback along.
-        return str(error).rpartition("UserError: ")[2].strip()
+        return str(error).rpartition("UserError: ")[2].strip()  # a loader's worker sends its traceback along
     if isinstance(error, OSError):
         return (found := as_user_error(error)) and str(found)
     if type(error).__name__ == "OutOfMemoryError":  # torch's
-        first = str(error).strip().splitlines()[0]
         return (
-            f"{first} Use a smaller --micro_batch_seconds (pretrain.py: or `auto`), a smaller --per_device_train_batch_size "
-            "(fine-tuning) or --gradient_checkpointing; the run goes on with --resume_from_checkpoint auto"
+            f"{str(error).strip().splitlines()[0]} Use a smaller --micro_batch_seconds (pretrain.py: or `auto`), a smaller "
+            "--per_device_train_batch_size (fine-tuning) or --gradient_checkpointing; the run goes on with "
+            "--resume_from_checkpoint auto"
         )
     return explain_loss(error)
 
 
-def flush_streams() -> None:
-    """Flush; a dead stream goes nowhere from now on, as its last flush would change the exit status (Python's `signal`
-    docs).
-    """
+def _flush_streams() -> None:
+    """Flush; a dead stream goes nowhere from now on, as its last flush would change the exit status."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
