@@ -110,7 +110,8 @@ def run_script(main: Callable[[], Any]) -> None:
     try:
         main()
     except Stopped as stopped:
-        _print_line(f"{os.path.basename(sys.argv[0])}: {stopped}" if is_first else None)
+        if is_first:
+            _print_line(f"{os.path.basename(sys.argv[0])}: {stopped}")
         sys.exit(0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else RESUMABLE)
     except (UserError, OSError, RuntimeError) as error:
         lost = _lost_rank(error)
@@ -118,18 +119,17 @@ def run_script(main: Callable[[], Any]) -> None:
         if message is None:
             raise
         # What one rank alone may meet is said by that rank, anything else by the first of its machine.
-        is_local = not isinstance(error, UserError) or isinstance(error, LocalError)
-        _print_line(error_line(message) if is_local or is_first else None)
+        if is_first or isinstance(error, LocalError) or not isinstance(error, UserError):
+            _print_line(error_line(message))
         sys.exit(1 if lost else 2)
     finally:
         leave_group()
         _flush_streams()
 
 
-def _print_line(line: str | None) -> None:
-    if line:
-        with contextlib.suppress(OSError):
-            print(line, file=sys.stderr)
+def _print_line(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def _lost_rank(error: BaseException) -> str | None:
@@ -138,7 +138,10 @@ def _lost_rank(error: BaseException) -> str | None:
     if not distributed.is_initialized() or not (isinstance(error, distributed.DistError) or "gloo" in text):
         return None
     hangs = "another rank hangs, longer than --ddp_timeout allows" if "imed out" in text else "another rank has ended"
-    return f"{hangs} ({text.splitlines()[0].rpartition('] ')[2].split('. ')[0]}): look for the first error among the ranks' lines; --resume_from_checkpoint auto goes on from the last checkpoint"
+    return (
+        f"{hangs} ({text.splitlines()[0].rpartition('] ')[2].split('. ')[0]}): look for the first error among the ranks' "
+        "lines; --resume_from_checkpoint auto goes on from the last checkpoint"
+    )
 
 
 def _explain(error: Exception) -> str | None:
