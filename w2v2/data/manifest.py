@@ -2,16 +2,11 @@
 
 Columns are understood by name, upper or lower case, whichever toolkit wrote them (`COLUMNS`). What is decided here:
 
-- `duration` (seconds) comes before `num_samples` (at 16 kHz): seconds mean the same at every rate. Rows with neither
-  are measured
-  from the files' headers, once.
-- `start` and NeMo's `offset` are seconds. Where whole-numbered `start` *and* `stop` stand beside SpeechBrain's `wav`,
-  they are samples
-  and also give the length, for VoxCeleb's `duration` there is that of the whole file. Elsewhere `stop` or `end`
-  (seconds) serves rows without a duration.
-- A row without an id gets its path as the manifest writes it (and `:start` in samples where there is one, `#2` if it
-  comes twice).
-  An id given twice in one manifest is an error; manifests that share ids get theirs prefixed with `<manifest's name>/`.
+- `duration` (seconds) comes before `num_samples` (at 16 kHz); rows with neither are measured, once.
+- `start` and `offset`, `stop` and `end` are seconds. Whole-numbered `start` and `stop` beside SpeechBrain's `wav` are
+  samples, and give the length, for VoxCeleb's `duration` is that of the whole file.
+- A row without an id gets its path as written (and `:start` in samples, `#2` if it comes twice). An id twice in one
+  manifest is an error; manifests that share ids get theirs prefixed with `<manifest's name>/`.
 - Text, speaker and label are "" where a row, or one of several manifests, has none.
 """
 
@@ -19,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -54,18 +50,14 @@ def read_manifests(
     probe: Callable[[str], int] = probe_header,
     further: Sequence[str] = (),
 ) -> tuple[pa.Table, list[dict]]:
-    """Read manifests, Kaldi folders, packed folders or folders of audio files into one table of utterances.
+    """Read manifests and folders into one table of utterances. Raises UserError for whatever the user can mend.
 
     Returns the table and the files that could not be measured, as `{"id", "audio", "reason"}`. Columns: `id` (unique),
-    `audio` (absolute path; whether it exists is not looked up), `start` (seconds), `num_samples` (at 16 kHz), and
-    `text`, `speaker`, `label` where any manifest has them; so too, as text and in lower case, the `further` columns
-    that are asked for. `probe` gives a file's length at 16 kHz or raises AudioError; its findings are kept in
-    `cache_dir`.
-    Raises UserError for whatever the user can mend: see `readers.read_table`; also columns, durations, ids, markers
-    without a root.
+    `audio` (absolute path), `start` (seconds), `num_samples` (at 16 kHz), and `text`, `speaker`, `label` and, in lower
+    case, the `further` columns, as text, where any manifest has them. `probe` gives a file's length at 16 kHz or raises
+    AudioError; its findings are kept in `cache_dir`.
     """
-    data_root = None if data_root is None else os.path.expanduser(data_root)
-    names = list(map(str, paths))
+    data_root, names = data_root and os.path.expanduser(data_root), list(map(str, paths))
     if not names:
         raise UserError("no manifest given: name at least one")
     if twice := {name for name in names if names.count(name) > 1}:
@@ -98,10 +90,10 @@ def _interpret(raw: RawTable, extras: Sequence[str], data_root: str | None) -> p
     texts = {name: _cast_text(raw, name, columns[name]) for name in ("audio", "id", *extras) if name in columns}
     written = texts.pop("audio")
     raw.refuse(pc.equal(pc.utf8_trim_whitespace(written), ""), "audio", written, "fill it in or remove the row")
-    if pc.any(marked := pc.match_substring_regex(written, ROOT_MARKER)).as_py():
-        if data_root is None:
-            raw.refuse(marked, "audio", written, "pass --data_root with the folder that its beginning stands for")
-        written = pc.replace_substring_regex(written, ROOT_MARKER, "")
+    if data_root is None:
+        marked = pc.match_substring_regex(written, ROOT_MARKER)
+        raw.refuse(marked, "audio", written, "pass --data_root with the folder that its beginning stands for")
+    written = pc.replace_substring_regex(written, ROOT_MARKER, "")
     start, num_samples = _find_extent(raw, columns)
     ids = _check_ids(raw, texts.pop("id")) if "id" in texts else _name_rows(written, start)
     audio = _resolve(raw, written, data_root)
@@ -117,8 +109,8 @@ def _cast_text(raw: RawTable, name: str, column: pa.ChunkedArray) -> pa.ChunkedA
     return column if name == "audio" else pc.utf8_trim_whitespace(column)  # a file's name may begin with a space
 
 
-def _cast_numbers(raw: RawTable, name: str, column: pa.ChunkedArray, least: float, most: float) -> pa.ChunkedArray:
-    """float64, null where the cell is empty; what is no number from `least` to `most` is an error that names its row."""
+def _cast_numbers(raw: RawTable, name: str, column: pa.ChunkedArray, least: float, most: float) -> np.ndarray:
+    """float64, NaN where the cell is empty; what is no number from `least` to `most` is an error that names its row."""
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_decimal(column.type)):
         text = _cast_text(raw, name, column)
         column = pc.if_else(pc.equal(text, ""), None, text)
@@ -128,55 +120,56 @@ def _cast_numbers(raw: RawTable, name: str, column: pa.ChunkedArray, least: floa
     wrong = pc.invert(pc.and_(pc.less_equal(column, most), pc.greater_equal(column, least)))  # NaN is neither
     bounds = f"{'0 or more' if least == 0 else 'more than 0'} and at most {most:g}"
     raw.refuse(wrong, name, column, f"write {bounds}, or leave it empty")
-    return column
+    return column.to_numpy()
 
 
-def _find_extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+def _find_extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[np.ndarray, pa.Array]:
     """Start in seconds (float64) and length in samples (int64, null where unknown) of every row."""
     rate, most = float(SAMPLING_RATE), MOST_SECONDS * SAMPLING_RATE
     limits = {"start": (0, most), "stop": (0, most)}  # may turn out to be samples
     limits |= {"num_samples": (1, most), "duration": (0.5 / rate, MOST_SECONDS)}
     nothing = pa.chunked_array([pa.nulls(raw.table.num_rows, pa.float64())])
-    found = {name: _cast_numbers(raw, name, columns[name], *limits[name]) for name in limits if name in columns}
-    start, stop, num_samples, duration = (found.get(name, nothing) for name in limits)
+    start, stop, num_samples, duration = (
+        _cast_numbers(raw, name, columns.get(name, nothing), *limits[name]) for name in limits
+    )
     # 1. The length that the manifest states, in seconds.
-    start = pc.fill_null(start, 0.0)
-    length = pc.coalesce(duration, pc.divide(num_samples, rate))
-    between = pc.subtract(stop, start)
+    start = np.nan_to_num(start)
+    length = np.where(np.isnan(duration), num_samples / rate, duration)
+    between = stop - start
     # 2. SpeechBrain's whole-numbered `start` and `stop` are samples, unless their difference is the length in seconds.
-    whole = all(pc.all(pc.equal(column, pc.floor(column))).as_py() is not False for column in (start, stop))
-    in_samples = whole and {"wav", "start", "stop"} <= set(raw.table.column_names)
-    in_samples = in_samples and not pc.all(pc.less(pc.abs(pc.subtract(between, length)), 1.0)).as_py()
-    if in_samples:
-        start, stop, between = (pc.divide(column, rate) for column in (start, stop, between))
-    raw.refuse(pc.less(between, 1.0 / rate), "stop", stop, "in seconds, it has to come after the start")
+    whole = all((column == np.floor(column))[~np.isnan(column)].all() for column in (start, stop))
+    known = ~np.isnan(between - length)
+    in_seconds = known.any() and (np.abs(between - length)[known] < 1.0).all()
+    if in_samples := whole and {"wav", "start", "stop"} <= set(raw.table.column_names) and not in_seconds:
+        start, stop, between = (column / rate for column in (start, stop, between))
+    too_early = pa.array(between < 1.0 / rate)
+    raw.refuse(too_early, "stop", pa.array(stop), "in seconds, it has to come after the start")
     # 3. In samples the difference comes first, for the duration is then that of the whole file.
-    length = pc.coalesce(between, length) if in_samples else pc.coalesce(length, between)
-    return start, pc.round(pc.multiply(length, rate)).cast(pa.int64())
-
-
-def _count_repetitions(names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """How often each name has come before."""
-    series = names.to_pandas()
-    return pa.chunked_array([pa.array(series.groupby(series).cumcount())])
+    first, second = (between, length) if in_samples else (length, between)
+    return start, pa.array(np.round(np.where(np.isnan(first), second, first) * rate), from_pandas=True).cast(pa.int64())
 
 
 def _check_ids(raw: RawTable, ids: pa.ChunkedArray) -> pa.ChunkedArray:
     raw.refuse(pc.equal(ids, ""), "id", ids, "give every row one, or remove the column")
-    if pc.count_distinct(ids).as_py() < len(ids):
-        repeated = pc.greater(_count_repetitions(ids), 0)
-        raw.refuse(repeated, "id", ids, "an earlier row has it too, make it unique or remove the row")
+    repeated = pc.greater(_count_repetitions(ids), 0)
+    raw.refuse(repeated, "id", ids, "an earlier row has it too, make it unique or remove the row")
     return ids
 
 
-def _name_rows(written: pa.ChunkedArray, start: pa.ChunkedArray) -> pa.ChunkedArray:
-    at = pc.round(pc.multiply(start, float(SAMPLING_RATE))).cast(pa.int64()).cast(pa.string())
-    names = pc.if_else(pc.greater(start, 0.0), pc.binary_join_element_wise(written, at, ":"), written)
-    if pc.count_distinct(names).as_py() < len(names):
-        before = _count_repetitions(names)
-        numbered = pc.binary_join_element_wise(names, pc.add(before, 1).cast(pa.string()), "#")
-        names = pc.if_else(pc.equal(before, 0), names, numbered)
-    return names
+def _name_rows(written: pa.ChunkedArray, start: np.ndarray) -> pa.ChunkedArray:
+    at = pa.array(np.round(start * SAMPLING_RATE).astype(np.int64)).cast(pa.string())
+    names = pc.if_else(pa.array(start > 0), pc.binary_join_element_wise(written, at, ":"), written)
+    before = _count_repetitions(names)
+    numbered = pc.binary_join_element_wise(names, pc.add(before, 1).cast(pa.string()), "#")
+    return pc.if_else(pc.equal(before, 0), names, numbered)
+
+
+def _count_repetitions(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """How often each name has come before."""
+    if pc.count_distinct(names).as_py() == len(names):
+        return pa.chunked_array([np.zeros(len(names), np.int64)])
+    series = names.to_pandas()
+    return pa.chunked_array([pa.array(series.groupby(series).cumcount())])
 
 
 def _resolve(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) -> pa.ChunkedArray:

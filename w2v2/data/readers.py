@@ -1,9 +1,8 @@
 """Manifest files and folders of every kind → one table each, its columns as they stand there.
 
 A new kind of manifest is one more reader in this file; `manifest.py` says what the columns mean. Text goes row by row
-through Python's own csv and json, in strict mode: a cell is never guessed to be a number, a date or a missing value, a
-file that ends within quotes loses no rows in silence, and every message can name its line. Nothing found in a file is
-ever run.
+through Python's own csv and json: no cell is guessed to be a number, a date or a missing value, and every message can
+name its line. Nothing found in a file is ever run.
 """
 
 import csv
@@ -12,14 +11,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from w2v2.data.kaldi import read_kaldi
 from w2v2.errors import UserError, one_line
 
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .sph .nist .w64 .caf".split())
@@ -33,19 +31,15 @@ Row = tuple[int | None, dict]  # its line, where there is one, and {name: cell}
 
 @dataclass
 class RawTable:
-    """One manifest as it is written.
-
-    `table` holds the wanted columns, their names in lower case: text, or what a Parquet file holds; null where a row
-    has nothing. `found` names all columns as they are written.
-    """
+    """One manifest as it is written."""
 
     path: Path
-    table: pa.Table
-    found: list[str]
+    table: pa.Table  # the wanted columns, in lower case: text, or what a Parquet file holds; null for nothing
+    found: list[str]  # all columns, as they are written
     root: str = ""  # fairseq's root, or the folder that was read: relative audio paths continue it
 
     def refuse(self, bad: pa.ChunkedArray, name: str, column: pa.ChunkedArray, remedy: str) -> None:
-        """Raise UserError for the first row where `bad` is true: row (from 1), line, what `column` holds there, remedy."""
+        """Raise UserError for the first row where `bad` is true, with what `column` holds there."""
         if (index := pc.index(bad, True).as_py()) >= 0:
             line = self.table[LINE][index].as_py() if LINE in self.table.column_names else None
             where = f"{self.path}: row {index + 1}" + (f" (line {line})" if line else "")
@@ -53,19 +47,14 @@ class RawTable:
 
 
 def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
-    """Read one manifest file or folder, keeping the columns whose lower-case name is `wanted`.
-
-    Raises UserError, in one line with the file and its remedy, for whatever does not exist, is empty or does not parse.
-    """
+    """One manifest file or folder, with the columns whose lower-case name is `wanted`. Raises UserError, with a remedy."""
     if not path.exists():
         raise UserError(f"manifest {path} does not exist: check the path (relative ones start at {os.getcwd()})")
-    read = _read_folder if path.is_dir() else READERS.get(path.suffix.lower())
-    if read is None:
+    if not (read := _read_folder if path.is_dir() else READERS.get(path.suffix.lower())):
         kinds = f"{', '.join(READERS)}, or a folder of audio files"
         raise UserError(f"manifest {path} has the unknown suffix {path.suffix!r}: use {kinds}")
-    wanted = frozenset(wanted)
     try:
-        raw = read(path, wanted)
+        raw = read(path, wanted := frozenset(wanted))
     except UnicodeDecodeError:
         raise UserError(f"manifest {path} holds text that is not UTF-8: save it again with that encoding") from None
     except UnicodeEncodeError as error:
@@ -86,10 +75,9 @@ def _build_table(rows: Iterable[Row], wanted: frozenset[str]) -> pa.Table:
     rows, tables = iter(rows), []
     while batch := list(islice(rows, BATCH_ROWS)):
         columns = {LINE: pa.array([line for line, _ in batch], pa.int64())}
-        for name in dict.fromkeys(chain.from_iterable(row for _, row in batch)):
-            if name.lower() in wanted:
-                cells = (row.get(name) for _, row in batch)
-                columns[name] = pa.array([cell if cell is None else str(cell) for cell in cells], pa.string())
+        for name in dict.fromkeys(name for _, row in batch for name in row if name.lower() in wanted):
+            cells = (row.get(name) for _, row in batch)
+            columns[name] = pa.array([cell if cell is None else str(cell) for cell in cells], pa.string())
         tables.append(pa.table(columns))
     return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
 
@@ -103,12 +91,12 @@ def _read_delimited(path: Path, wanted: frozenset[str]) -> RawTable:
         first, second = file.readline().rstrip("\r\n"), file.readline()
         file.seek(0)
         is_tsv = path.suffix.lower() == ".tsv"
-        is_csv = not is_tsv and ("\t" not in first or "," in first)
-        # Sentences in TSV files (Common Voice) begin with lone quotes, which would swallow the rows after them.
-        quoting = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
-        # SpeechBrain's older files have spaces after their commas.
-        options = dict(quoting=quoting, skipinitialspace=is_csv, strict=True)
-        reader = csv.reader(file, delimiter="," if is_csv else "\t", **options)
+        # SpeechBrain's older CSV files have spaces after their commas. Sentences in TSV files (Common Voice) begin with
+        # lone quotes, which would swallow the rows after them.
+        if is_csv := not is_tsv and ("\t" not in first or "," in first):
+            reader = csv.reader(file, skipinitialspace=True, strict=True)
+        else:
+            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
 
         def rows() -> Iterator[Row]:
             for number, cells in enumerate(filter(None, reader), 1):
@@ -131,8 +119,7 @@ def _read_delimited(path: Path, wanted: frozenset[str]) -> RawTable:
 
 def _unquote(cell: str) -> str:
     """A cell of a TSV that a writer quoted for the quotes within it."""
-    quoted = TSV_QUOTED.fullmatch(cell) if cell.startswith('"') else None
-    return quoted[1].replace('""', '"') if quoted else cell
+    return quoted[1].replace('""', '"') if (quoted := TSV_QUOTED.fullmatch(cell)) else cell
 
 
 def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
@@ -142,14 +129,14 @@ def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
     def rows() -> Iterator[Row]:
         for line, row in entries:
             if not isinstance(row, dict):
-                where = f"line {line}" if line else "an entry"
-                raise UserError(f"manifest {path}: {where} is not a JSON object {{…}}: write one for each utterance")
+                where = f"manifest {path}: " + (f"line {line}" if line else "an entry")
+                raise UserError(f"{where} is not a JSON object {{…}}: write one for each utterance")
             found.update(dict.fromkeys(row))
-            for name in [name for name, cell in row.items() if isinstance(cell, dict) and name.lower() in wanted]:
-                # SpeechBrain's {"file", "start", "stop"} and datasets' {"path", "bytes"}
-                cell = row[name]
-                row |= {key: cell[key] for key in ("start", "stop") if key in cell}
-                row[name] = cell.get("file") or cell.get("path")
+            for name, cell in list(row.items()):
+                if isinstance(cell, dict) and name.lower() in wanted:
+                    # SpeechBrain's {"file", "start", "stop"} and datasets' {"path", "bytes"}
+                    row |= {key: cell[key] for key in ("start", "stop") if key in cell}
+                    row[name] = cell.get("file") or cell.get("path")
             yield line, row
 
     with open(path, encoding="utf-8-sig") as file:
@@ -176,9 +163,9 @@ def _parse(text: str, path: Path, line: int | None = None) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter for brackets in brackets
-        line = line or getattr(error, "lineno", 1)
         reason = getattr(error, "msg", "nested too deep, or a number too long")
-        raise UserError(f"manifest {path}: line {line} is not valid JSON ({reason}): mend or remove it") from None
+        where = f"manifest {path}: line {line or getattr(error, 'lineno', 1)}"
+        raise UserError(f"{where} is not valid JSON ({reason}): mend or remove it") from None
 
 
 def _read_parquet(path: Path, wanted: frozenset[str]) -> RawTable:
@@ -200,7 +187,7 @@ def _read_folder(folder: Path, wanted: frozenset[str]) -> RawTable:
     """A Kaldi folder, one that pack_audio.py wrote, or any other: its audio files, all levels down."""
     root = os.path.abspath(folder)
     if (folder / "wav.scp").exists():
-        rows, root = read_kaldi(folder), ""
+        rows, root = _read_kaldi(folder), ""
     elif (folder / PACKED_MANIFEST).exists():
         return replace(_read_parquet(folder / PACKED_MANIFEST, wanted), root=root)
     elif next(folder.glob("shard-*.wav"), None):
@@ -223,3 +210,44 @@ def find_audio(folder: Path) -> list[str]:
         audio = [name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
         paths += [os.path.relpath(os.path.join(parent, name), folder) for name in audio]
     return sorted(paths)
+
+
+def _read_kaldi(folder: Path) -> list[dict]:
+    """A row for each line of `segments`, or else of `wav.scp`; `text`, `utt2spk` and `utt2dur` tell more of them."""
+    recordings = _read_pairs(folder / "wav.scp")
+    for name, audio in recordings.items():
+        if re.search(r"\|$|\.ark:\d+$", audio):
+            remedy = "write the audio to files and list those"
+            raise UserError(f"{folder}/wav.scp: entry {name!r} is a shell pipe or lies in an archive: {remedy}")
+    further = {"text": "text", "utt2spk": "speaker", "utt2dur": "duration"}
+    rows = [{"id": name, "audio": audio} for name, audio in recordings.items()]
+    if (segments := folder / "segments").exists():
+        rows = []
+        del further["utt2dur"]
+        for name, fields in _read_pairs(segments).items():
+            recording, start, end = (fields.split() + [""] * 3)[:3]
+            if recording not in recordings or not end:
+                remedy = "needs a recording of wav.scp, a start and an end in seconds"
+                raise UserError(f"{segments}: {name!r} {remedy}, not {fields!r}")
+            end = None if end in ("-1", "-1.0") else end  # that of the recording
+            rows.append({"id": name, "audio": recordings[recording], "start": start, "end": end})
+    for file, column in further.items():
+        values = _read_pairs(folder / file) if (folder / file).exists() else {}
+        for row in rows if values else ():
+            row[column] = values.get(row["id"])
+    return rows
+
+
+def _read_pairs(path: Path) -> dict[str, str]:
+    """Lines of `name rest` in a file of Kaldi's → {name: rest}."""
+    values: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        # A no-break space and its like may stand in a name.
+        name, *rest = re.split(r"[ \t\r\n]+", line.strip(" \t\r\n"), maxsplit=1)
+        if name in values:
+            raise UserError(f"{path}: line {number} gives {name!r} a second time: remove one of them")
+        if name:
+            values[name] = rest[0] if rest else ""
+    if not values:
+        raise UserError(f"{path} is empty: write a line for each entry, or remove it")
+    return values
