@@ -48,9 +48,8 @@ from w2v2.finetune.labels import (
 )
 from w2v2.finetune.subsets import select_lengths
 from w2v2.hub.push import HubCallback
-from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import min_samples
-from w2v2.model.loading import load_feature_extractor
+from w2v2.model.loading import load_config, load_feature_extractor
 from w2v2.train.launch import leave_group
 
 

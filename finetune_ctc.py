@@ -37,9 +37,8 @@ from w2v2.finetune.text import (
     read_vocabulary,
 )
 from w2v2.hub.push import HubCallback
-from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import min_samples
-from w2v2.model.loading import load_feature_extractor
+from w2v2.model.loading import load_config, load_feature_extractor
 
 
 def main(argv: list[str] | None = None) -> None:

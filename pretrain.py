@@ -32,9 +32,9 @@ from w2v2.data.utterances import Utterances, check_validation, load_utterances, 
 from w2v2.evaluate.plots import draw_plots
 from w2v2.hub.card import write_model_card
 from w2v2.hub.push import HubPusher
-from w2v2.model.config import build_config
 from w2v2.model.cpu import give_back
-from w2v2.model.loading import build_feature_extractor, build_framing, build_model
+from w2v2.model.loading import build_config, build_framing, load_feature_extractor
+from w2v2.model.pretraining import build_model
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
 from w2v2.train.launch import Stopped, StopRequest, end_training, prepare_model, start_accelerator
@@ -91,7 +91,7 @@ def main() -> None:
 
     # 1. The model's configuration: how many frames a waveform makes, and what is masked.
     config = build_config(args)
-    feature_extractor = build_feature_extractor(args, config)
+    feature_extractor = load_feature_extractor(config.name_or_path, config)
     framing = build_framing(config, feature_extractor)
 
     # 2. The utterances, and the effective batches that are drawn from them.

@@ -25,8 +25,8 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.data.collate import CropDataset, PretrainBatch
 from w2v2.model import cpu, transformer
-from w2v2.model.config import build_config
-from w2v2.model.loading import build_framing, build_model
+from w2v2.model.loading import build_config, build_framing
+from w2v2.model.pretraining import build_model
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.update import build_optimizer, train_update
 

@@ -30,8 +30,7 @@ from w2v2.data.collate import CropDataset, Framing, PretrainBatch, pad
 from w2v2.data.loader import build_loader
 from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.errors import UserError
-from w2v2.model.config import build_config
-from w2v2.model.loading import build_feature_extractor, build_framing
+from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.train.log import read_metrics
 from w2v2.train.plan import build_batches
 
@@ -170,7 +169,7 @@ def measure(flags, folder: Path) -> dict:
         report_to=["none"], use_cpu=not on_gpu, dataloader_num_workers=flags.num_workers,
     )  # fmt: skip
     config = build_config(args)
-    framing = build_framing(config, build_feature_extractor(args, config))
+    framing = build_framing(config, load_feature_extractor(config.name_or_path, config))
     rows = common.make_rows(folder / "wav", flags.hours, flags.manifest, flags.data_root)
     manifests = {name: common.write_files(rows, folder, *kind) for name, kind in FORMATS.items()}
     manifests["packed"] = common.write_shards(rows, folder)

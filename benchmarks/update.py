@@ -23,7 +23,7 @@ from stages import stage_table
 
 from w2v2.arguments import PretrainArguments
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.model.config import build_config
+from w2v2.model.loading import build_config
 
 FLAGS = ("config_name", "config_overrides", "gradient_checkpointing", "torch_compile", "positional_conv")
 

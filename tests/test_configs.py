@@ -15,7 +15,7 @@ from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.classification import ClassificationArguments
 from w2v2.finetune.labels import LabelArguments
 from w2v2.finetune.text import CTCArguments
-from w2v2.model.config import build_config, load_config
+from w2v2.model.loading import build_config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRIPTS = {"pretrain": [PretrainArguments], "finetune": [CTCArguments, FineTuningArguments],

@@ -26,7 +26,7 @@ import finetune_ctc
 import pretrain
 from w2v2.convert.fairseq import convert_fairseq
 from w2v2.convert.speechbrain import convert_speechbrain, convert_without_positions
-from w2v2.model.loading import build_model
+from w2v2.model.pretraining import build_model
 
 SECONDS = [2.5, 3.0, 2.2]
 SPEECHBRAIN = "speechbrain.integrations.huggingface.wav2vec2"

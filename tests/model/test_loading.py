@@ -7,8 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 from w2v2.errors import UserError
-from w2v2.model.config import load_config
-from w2v2.model.loading import load_feature_extractor, load_weights, load_with_head
+from w2v2.model.loading import load_config, load_feature_extractor, load_weights, load_with_head
 from w2v2.model.pretraining import PretrainingModel
 
 HEAD = ("lm_head",)

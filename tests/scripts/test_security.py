@@ -33,8 +33,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.data.utterances import load_manifest
 from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir
 from w2v2.hub.card import write_model_card
-from w2v2.model.loading import build_model
-from w2v2.model.pretraining import PretrainingModel
+from w2v2.model.pretraining import PretrainingModel, build_model
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "RecognizableSecret" * 2

@@ -12,8 +12,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPr
 
 from w2v2.convert.weights import feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
-from w2v2.model.config import load_config
-from w2v2.model.loading import make_model
+from w2v2.model.loading import load_config, make_model
 
 # The interface to the stock model: its own attribute in front, and weight norm as torch named it before 2.0.
 INTERFACE_KEYS = (

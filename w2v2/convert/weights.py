@@ -17,7 +17,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPr
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.model.config import first_line
+from w2v2.model.loading import first_line
 
 Rules = Sequence[tuple[str, str]]  # a pattern that a whole key matches, and the stock key
 

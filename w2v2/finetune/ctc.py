@@ -28,9 +28,8 @@ from w2v2.finetune.decoding import BeamDecoder, tuning_grid
 from w2v2.finetune.subsets import draw_order, num_hours
 from w2v2.finetune.text import BLANK, CTCArguments, greedy_decode, unit_of, unknown_units
 from w2v2.finetune.trainer import FineTuner
-from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import hide_padding
-from w2v2.model.loading import load_with_head
+from w2v2.model.loading import load_config, load_with_head
 
 BLANK_LOSS = 2.0  # a character's loss: a model that writes blanks alone cannot be far below it
 BLANK_CAUSES = (

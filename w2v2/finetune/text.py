@@ -31,7 +31,7 @@ from w2v2.data.flags import check_ranges, flag
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import CHARACTERS, TARGET_UNITS, TOKENS
 from w2v2.finetune.arguments import CONFIG_FILE, refuse, take_back
-from w2v2.model.config import locate
+from w2v2.model.loading import locate
 
 VOCABULARY_FILE = "vocab.json"
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"

@@ -1,6 +1,6 @@
 """The model: micro-batches of masked utterances in, sums of loss terms out; stock weights in and out.
 
 In reading order: `feature_encoder` (convs), `attention` and `transformer` (context), `objective` (codes, contrast,
-penalties), `pretraining` (the forward pass that joins them), `config` and `loading` (what a model is made of, checked),
-`cpu` (kernels and memory where there is no accelerator). Every part is tested against the stock model.
+penalties), `loading` (configurations and weights, checked), `pretraining` (the forward pass that joins them), `cpu`
+(kernels and memory where there is no accelerator). Every part is tested against the stock model.
 """

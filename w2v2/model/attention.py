@@ -35,17 +35,16 @@ def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def attend(projections: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
-    """Scaled dot-product attention among the frames of each utterance, (N, 3, H, d) → (N, H, d).
+    """Attention among the frames of each utterance: query, key and value (N, 3, H, d) → (N, H, d).
 
-    Args:
-        projections: query, key and value of each frame.
-        dropout: probability with which an attention weight is zeroed.
+    `dropout` is the probability with which an attention weight is zeroed.
     """
     if takes_any_lengths(projections):
         bounds = rows.bounds, max(rows.lengths)
         return _flash(*projections.unbind(1), bounds, bounds, dropout)
     parts = _split_runs(projections, rows.lengths)  # each (B, T, 3, H, d)
-    return _join([_attend_alike(*part.unbind(2), dropout).flatten(0, 1) for part in parts])
+    out = [_attend_alike(*part.unbind(2), dropout).flatten(0, 1) for part in parts]
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def attend_from(query: torch.Tensor, keys_values: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
@@ -56,10 +55,10 @@ def attend_from(query: torch.Tensor, keys_values: torch.Tensor, rows: Rows, drop
         key, value = keys_values.unbind(1)
         out = _flash(query.flatten(0, 1), key, value, (bounds, M), (rows.bounds, max(rows.lengths)), dropout)
         return out.unflatten(0, (B, M))  # (B · M, H, d) -> (B, M, H, d)
-    sizes = [number for number, _ in runs(rows.lengths)]
-    queries = query.split(sizes) if len(sizes) > 1 else [query]
+    queries = query.split([number for number, _ in runs(rows.lengths)])
     parts = _split_runs(keys_values, rows.lengths)  # each (B, T, 2, H, d)
-    return _join([_attend_alike(q, *part.unbind(2), dropout) for q, part in zip(queries, parts, strict=True)])
+    out = [_attend_alike(q, *part.unbind(2), dropout) for q, part in zip(queries, parts, strict=True)]
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def takes_any_lengths(x: torch.Tensor) -> bool:
@@ -88,12 +87,8 @@ def _flash(query, key, value, asking, attended, dropout) -> torch.Tensor:
 def _split_runs(x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
     """(N, …) → for each run (B, T, …). One split, because each slice would fill its gradient up with zeros."""
     found = runs(lengths)
-    parts = x.split([number * length for number, length in found]) if len(found) > 1 else [x]
+    parts = x.split([number * length for number, length in found])
     return [part.unflatten(0, run) for part, run in zip(parts, found, strict=True)]
-
-
-def _join(outputs: list[torch.Tensor]) -> torch.Tensor:
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _attend_alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:

@@ -1,13 +1,8 @@
 """What only a CPU needs: faster products, dropout and attention with dropout, and settings of the allocator.
 
-On every other device these functions fall back to the stock ones.
-
-Products: on x86 PyTorch sends float32 products to MKL. oneDNN, which PyTorch brings along, was 7 to 18 % faster at this
-model's shapes on an AMD processor, in the forward pass and for the input's gradient. The weight's gradient stays with
-MKL. oneDNN keeps what it compiles for each shape (up to 1,024 of them). Small models gain nothing from it, and batches
-of many shapes would make them grow. So their products stay with MKL.
-
-Dropout: PyTorch's Bernoulli generator takes about 5 ns an element. A quarter of a 64-bit draw decides as well.
+On x86 PyTorch sends float32 products to MKL. oneDNN, which it brings along, was 7 to 18 % faster at this model's shapes
+on an AMD processor, in the forward pass and for the input's gradient. oneDNN keeps what it compiles for each shape, so
+small models, which gain nothing, stay with MKL. On other devices these functions fall back to the stock ones.
 
 Shapes: B utterances, M frames that ask, T frames that are attended to, H heads, d width of a head.
 """
@@ -19,13 +14,6 @@ import torch.nn.functional as F
 
 _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 SMALLEST_WEIGHT = 2**17  # elements: below the narrowest projection of BASE, above the widest of `configs/models/small`
-
-# Parameters of glibc's `mallopt` (malloc.h).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes: the most that glibc accepts
-
-
-# -- products
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -57,11 +45,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])  # (…, N) -> (rows, N)
         d_x = product(flat, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None
-        d_weight = flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        d_weight = flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None  # MKL is faster at this one
         return d_x, d_weight, flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-
-
-# -- dropout
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
@@ -93,24 +78,17 @@ def draw_kept(kept: torch.Tensor, p: float) -> None:
 
     Rows are drawn one after the other, so it does not matter how many of them are drawn in one call.
     """
-    # Each 64-bit draw holds four decisions of 16 bits.
+    # PyTorch's Bernoulli generator takes about 5 ns an element. Here each 64-bit draw holds four decisions of 16 bits.
     number = kept[0].numel()
     draws = torch.empty(len(kept), -(-number // 4), dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[:, :number].view(kept.shape)  # (n, number / 4) -> (n, …)
     torch.ge(draws, round(p * 65_536) - 32_768, out=kept)
 
 
-# -- attention with dropout
-
-
 def attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
     """Attention with dropout, for which the library has no fused kernel on a CPU.
 
-    Args:
-        query: (B, H, M, d); key and value: (B, H, T, d).
-        dropout: probability with which an attention weight is zeroed.
-
-    Returns: (B, H, M, d).
+    Query (B, H, M, d), key and value (B, H, T, d) → (B, H, M, d).
     """
     return _AttentionInBlocks.apply(query, key, value, dropout)
 
@@ -129,10 +107,7 @@ class _AttentionInBlocks(torch.autograd.Function):
         # (B, H, M, d) -> (B · H, M, d), and (B, H, T, d) -> (B · H, T, d)
         query, key, value = (x.reshape(B * H, -1, d) for x in (query * d**-0.5, key, value))
         out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
-        weights, factor = _buffers(query, value, 2)
-        for first in range(0, B * H, len(weights)):
-            heads = slice(first, first + len(weights))
-            p, f = (x[: len(query[heads])] for x in (weights, factor))  # (heads, M, T)
+        for heads, (p, f) in _blocks(query, key, 2):
             _softmax_scores(query[heads], key[heads], p)
             draw_kept(kept[heads], dropout)
             torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
@@ -149,10 +124,7 @@ class _AttentionInBlocks(torch.autograd.Function):
         shift = (gradient * out).sum(-1, keepdim=True)  # (B · H, M, 1)
         scaled = gradient * (1.0 / (1.0 - ctx.dropout))
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        weights, d_weights, factor = _buffers(query, value, 3)
-        for first in range(0, B * H, len(weights)):
-            heads = slice(first, first + len(weights))
-            p, dp, f = (x[: len(query[heads])] for x in (weights, d_weights, factor))  # (heads, M, T)
+        for heads, (p, dp, f) in _blocks(query, key, 3):
             # 1. The weights again, and which of them were kept.
             _softmax_scores(query[heads], key[heads], p)
             f.copy_(kept[heads])
@@ -167,10 +139,12 @@ class _AttentionInBlocks(torch.autograd.Function):
         return d_query.view(B, H, M, d), d_key.view(B, H, -1, d), d_value.view(B, H, -1, d), None
 
 
-def _buffers(query: torch.Tensor, key: torch.Tensor, number: int) -> list[torch.Tensor]:
-    """Buffers (heads, M, T) for the heads that are computed together, of query (B · H, M, d) and key (B · H, T, d)."""
+def _blocks(query: torch.Tensor, key: torch.Tensor, number: int):
+    """The heads of query (B · H, M, d) and key (B · H, T, d) that are computed together, with buffers (heads, M, T)."""
     together = min(len(query), torch.get_num_threads())
-    return [query.new_empty(together, query.shape[1], key.shape[1]) for _ in range(number)]
+    buffers = [query.new_empty(together, query.shape[1], key.shape[1]) for _ in range(number)]
+    for first in range(0, len(query), together):
+        yield slice(first, first + together), [x[: len(query) - first] for x in buffers]
 
 
 def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
@@ -178,24 +152,20 @@ def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -
     torch.softmax(out, -1, out=out)
 
 
-# -- memory
-
-
 def keep_freed() -> None:
     """Let the C library (glibc) keep what a micro-batch freed for the next one, as a GPU's allocator does.
 
-    By default glibc returns it at once, and every activation is mapped, cleared page by page and unmapped again. The
-    largest ones still come and go, because they would leave the largest gaps. Micro-batches of many lengths make the
-    heap grow all the same: call `give_back` from time to time. Other C libraries are left as they are.
+    By default it maps, clears and unmaps every activation. The largest ones still come and go, because they would leave
+    the largest gaps. Micro-batches of many lengths make the heap grow all the same: call `give_back` from time to time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, in bytes: the most that glibc accepts
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def give_back() -> None:
-    """Let the C library (glibc) return freed memory to the system, which `keep_freed` prevents."""
+    """Let glibc return freed memory to the system, which `keep_freed` prevents."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

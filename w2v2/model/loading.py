@@ -1,43 +1,161 @@
-"""Weights and feature extractors: fresh, or from a folder, the Hub or a checkpoint. Stock weights go in and out.
+"""What a model is made of: configuration, weights and feature extractor, from a folder, the Hub or `configs/models`.
 
-Weights that do not fit their configuration raise `UserError`, and so does a pickle.
+Stock weights go in and out. Whatever a user or a stranger's folder can get wrong raises a `UserError` of one line.
 """
 
+import difflib
+import json
 import os
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.collate import Framing
 from w2v2.errors import UserError
-from w2v2.model.config import first_line, locate
-from w2v2.model.pretraining import PretrainingModel
 
 # Without it transformers may load, in place of a Hub repository's weights, those of a stranger's pull request to it.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
+MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MASK_EMBEDDING = "wav2vec2.masked_spec_embed"  # a model that masks nothing has none
+CONVS = ("conv_dim", "conv_kernel", "conv_stride")  # lists, of one number a conv
+SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_conv_pos_embeddings",
+    "num_conv_pos_embedding_groups", "num_codevector_groups", "num_codevectors_per_group", "codevector_dim",
+    "proj_codevector_dim",
+)  # fmt: skip
+DIVISORS = {
+    "num_attention_heads": "hidden_size",
+    "num_conv_pos_embedding_groups": "hidden_size",
+    "num_codevector_groups": "codevector_dim",
+}
+# Weights fit only where all of these are equal.
+ARCHITECTURE = (
+    *CONVS, "conv_bias", "feat_extract_norm", "feat_extract_activation", "hidden_act", "do_stable_layer_norm", *SIZES
+)  # fmt: skip
+MASKING_FLAGS = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
 
 
-def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) -> PretrainingModel:
-    """Model to pretrain: from a checkpoint, from `model_name_or_path`, or with random weights."""
-    source = str(checkpoint) if checkpoint else args.model_name_or_path
-    model = load_weights(PretrainingModel, source, config) if source else make_model(PretrainingModel, config)
-    model.feature_grad_mult = args.feature_grad_mult
-    model.feature_penalty_weight = args.feature_penalty_weight
-    if args.gradient_checkpointing:
-        model.recomputed = frozenset(args.gradient_checkpointing_stages)
-    if args.positional_conv != "auto":
-        model.positional_in_blocks = args.positional_conv == "blocks"
-    if args.torch_compile:
-        model.compile_layers()
-    return model.train()
+def locate(name: str) -> str:
+    """A folder itself, the folder of a name in `configs/models` (with or without that prefix), or else a Hub id."""
+    folders = (Path(name), MODELS / name, MODELS.parents[1] / name)
+    return next((str(folder) for folder in folders if (folder / "config.json").is_file()), name)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# -- configurations
+
+
+def load_config(model_name_or_path: str | None, config_name: str | None, **changes) -> Wav2Vec2Config:
+    """Configuration of the pretrained model, or of the random one, with `changes`."""
+    flag, source = ("model_name_or_path", model_name_or_path) if model_name_or_path else ("config_name", config_name)
+    where = f"--{flag} {source}"
+    try:
+        config = AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
+        # A strict dataclass says what is wrong in its second line. Others advise there to run the folder's own code.
+        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        absent = "no such folder or Hub id, or its configuration cannot be read"
+        raise UserError(f"{where}: {absent} ({reason[:300]})") from None
+    if not isinstance(config, Wav2Vec2Config):
+        raise UserError(f"{where}: this is a {config.model_type} model; a wav2vec2 one is needed")
+
+    # Configurations accept any key. Refuse one that is nearly a known one; others may be another program's.
+    path, known = Path(locate(source), "config.json"), Wav2Vec2Config().to_dict()
+    for key in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if key not in known and near:
+            raise UserError(f"{path}: unknown key {key!r}: did you mean {near[0]}?")
+    _check_sizes(config, where)
+    config.update(changes)
+    if config.mask_feature_prob > 0 and config.mask_feature_length > config.hidden_size:
+        raise UserError(
+            f"--mask_feature_length {config.mask_feature_length} is more than the model's width, {config.hidden_size}: "
+            "lower it, or set --mask_feature_prob 0"
+        )
+    return config
+
+
+def _check_sizes(config: Wav2Vec2Config, where: str) -> None:
+    """Raises UserError, naming the key, for sizes that no model has and for weights beyond this machine's memory."""
+    sizes = {name: getattr(config, name) for name in (*SIZES, *CONVS)}
+    for name, value in sizes.items():
+        numbers = value if name in CONVS and isinstance(value, list | tuple) else [value]
+        if not numbers or not all(type(number) is int and number > 0 for number in numbers):
+            raise UserError(f"{where}: {name} is {str(value)[:60]}: sizes are whole numbers from 1")
+        sizes[name] = max(numbers)
+    for divisor, name in DIVISORS.items():
+        if sizes[name] % sizes[divisor]:
+            raise UserError(f"{where}: {name} {sizes[name]} cannot be divided by {divisor} {sizes[divisor]}")
+
+    # Kernels and matrices alone, without biases, norms and projections.
+    D, channels = config.hidden_size, [1, *config.conv_dim]
+    convs = sum(a * b * k for a, b, k in zip(channels, config.conv_dim, config.conv_kernel, strict=False))
+    positions = D * D // config.num_conv_pos_embedding_groups * config.num_conv_pos_embeddings
+    layers = config.num_hidden_layers * (4 * D * D + 2 * D * config.intermediate_size)
+    codebook = config.num_codevectors_per_group * config.codevector_dim
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * (convs + positions + layers + codebook) > memory:
+        largest = max(sizes, key=sizes.get)
+        raise UserError(
+            f"{where}: {largest} is {str(sizes[largest])[:60]}: "
+            f"the weights take more than this machine's {memory / 1e9:,.0f} GB"
+        )
+
+
+def build_config(args) -> Wav2Vec2Config:
+    """The run's configuration: its source, the overrides and the flags of the objective; all end up in config.json."""
+    config = load_config(args.model_name_or_path, args.config_name or "base")
+    for pair in map(str.strip, args.config_overrides.split(",")) if args.config_overrides else ():
+        key, separator, _ = pair.partition("=")
+        if key in (*MASKING_FLAGS, "diversity_loss_weight"):
+            raise UserError(f"--config_overrides {pair}: use the flag --{key}, which would overrule it")
+        if not separator or key not in config.to_dict():
+            raise UserError(f"--config_overrides {pair}: no key of Wav2Vec2Config (write key=value,key=value)")
+        try:
+            config.update_from_string(pair)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--config_overrides {pair}: {first_line(error)}") from None
+    _check_sizes(config, f"--config_overrides {args.config_overrides}")
+    for name in MASKING_FLAGS:
+        setattr(config, name, getattr(args, name))
+    if args.diversity_loss_weight is not None:
+        config.diversity_loss_weight = args.diversity_loss_weight
+    return config
+
+
+def check_same_architecture(config: Wav2Vec2Config, checkpoint: Path) -> None:
+    """Raises `UserError` naming the first difference between a run's configuration and its checkpoint's."""
+    # Through JSON, because conv_dim and its like are a tuple or a list.
+    ours, theirs = (json.loads(c.to_json_string(use_diff=False)) for c in (config, load_config(str(checkpoint), None)))
+    for key in ARCHITECTURE:
+        if ours[key] != theirs[key]:
+            raise UserError(
+                f"checkpoint {checkpoint} is of another architecture: its {key} is {theirs[key]}, this run's is "
+                f"{ours[key]}; resume with the run's own configuration"
+            )
+
+
+# -- weights
+
+
+def make_model(model_class: type[PreTrainedModel], config: Wav2Vec2Config) -> PreTrainedModel:
+    """A model of random weights. Raises UserError for an activation, norm or dropout that does not exist."""
+    try:
+        return model_class(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        source, reason = config.name_or_path, first_line(error)
+        raise UserError(f"{source}: its config.json makes no model ({reason}): mend it") from None
 
 
 def load_with_head(
@@ -60,16 +178,6 @@ def load_with_head(
     return model
 
 
-def make_model(model_class: type[PreTrainedModel], config: Wav2Vec2Config) -> PreTrainedModel:
-    """A model of random weights. Raises UserError for an activation, norm or dropout that does not exist."""
-    try:
-        return model_class(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{config.name_or_path}: its config.json makes no model ({first_line(error)}): mend it"
-        ) from None
-
-
 def load_weights(
     model_class: type[PreTrainedModel], source: str, config: Wav2Vec2Config, head: tuple[str, ...] | None = None
 ) -> PreTrainedModel:
@@ -79,8 +187,7 @@ def load_weights(
         head: beginnings of keys that may be missing or of another shape. Without a head the model is one to pretrain,
             and may take over some of the layers.
     """
-    folder = locate(source)
-    verbosity = transformers_logging.get_verbosity()
+    folder, verbosity = locate(source), transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of keys becomes our error below
     transformers_logging.disable_progress_bar()
     try:
@@ -89,7 +196,12 @@ def load_weights(
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{source}: weights cannot be loaded ({_explain(folder, error)})") from None
+        reason = first_line(error)
+        if not any(Path(folder).glob("*.safetensors")):
+            pickle = min((p.name for p in Path(folder).glob("*") if p.suffix in PICKLES), default="pytorch_model.bin")
+            reason += f"; only safetensors are loaded, because a pickle ({pickle}) can run programs: "
+            reason += "docs/security.md has the lines that convert one"
+        raise UserError(f"{source}: weights cannot be loaded ({reason})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -105,24 +217,11 @@ def load_weights(
     return model
 
 
-def _explain(folder: str, error: BaseException) -> str:
-    """The error's first line, and where there are no safetensors, what to do about a pickle."""
-    if any(Path(folder).glob("*.safetensors")):
-        return first_line(error)
-    pickles = sorted(path.name for path in Path(folder).glob("*") if path.suffix in PICKLES)
-    return (
-        f"{first_line(error)}; only safetensors are loaded, because a pickle ({(pickles or ['pytorch_model.bin'])[0]}) "
-        "can run programs: docs/security.md has the lines that convert one"
-    )
+# -- waveforms
 
 
-def build_feature_extractor(args, config: Wav2Vec2Config) -> Wav2Vec2FeatureExtractor:
-    """That of the run's source, or the one that `config` implies: LARGE normalises the waveform, BASE does not."""
-    return load_feature_extractor(args.model_name_or_path or args.config_name or "base", config)
-
-
-def load_feature_extractor(source: str | None, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
-    """The folder's own feature extractor (whether to normalise the waveform), else the one that `config` implies."""
+def load_feature_extractor(source: str, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
+    """The folder's own feature extractor, else the one that `config` implies: LARGE normalises the waveform."""
     try:
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(locate(source))
     except (OSError, ValueError, TypeError, AttributeError):

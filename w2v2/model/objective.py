@@ -29,20 +29,13 @@ class CodeStatistics(NamedTuple):
     entropy: torch.Tensor  # () entropy of the softmax in nats, averaged over groups
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.scale, None
-
-
 def scale_gradient(x: torch.Tensor, scale: float) -> torch.Tensor:
     """`x` itself, whose gradient is scaled on the way back (fairseq's `feature_grad_mult`)."""
-    return x if scale == 1.0 else _ScaleGradient.apply(x, scale)
+    if scale == 1.0 or not x.requires_grad:
+        return x
+    x = x.view_as(x)
+    x.register_hook(lambda gradient: gradient * scale)
+    return x
 
 
 def gumbel_noise(logits: torch.Tensor) -> torch.Tensor:
@@ -51,30 +44,21 @@ def gumbel_noise(logits: torch.Tensor) -> torch.Tensor:
 
 
 def choose_codes(logits_BMGV: torch.Tensor, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hard codes with a straight-through gradient.
+    """One-hot weights (B, M, G, V) and codes (B, M, G) int64.
 
-    With a temperature (training) the Gumbel softmax chooses (equation 1): its value is one-hot, its gradient the
-    softmax's. Without one (evaluation) the most likely entry is chosen, without gradient.
-
-    Returns: one-hot weights (B, M, G, V), and codes (B, M, G) int64.
+    With a temperature (training) the Gumbel softmax chooses (equation 1), and the weights have the softmax's gradient.
+    Without one (evaluation) the most likely entry is chosen, without gradient.
     """
-    if temperature is None:
-        codes = logits_BMGV.argmax(-1)
-        return F.one_hot(codes, logits_BMGV.shape[-1]).to(logits_BMGV.dtype), codes
-    soft = ((logits_BMGV + gumbel_noise(logits_BMGV)) / temperature).softmax(-1)
+    soft = logits_BMGV if temperature is None else ((logits_BMGV + gumbel_noise(logits_BMGV)) / temperature).softmax(-1)
     codes = soft.argmax(-1)
-    one_hot = F.one_hot(codes, logits_BMGV.shape[-1]).to(soft.dtype)
-    return one_hot + (soft - soft.detach()), codes
+    one_hot = F.one_hot(codes, soft.shape[-1]).to(soft.dtype)
+    return one_hot if temperature is None else one_hot + (soft - soft.detach()), codes
 
 
 def look_up(weights_BMGV: torch.Tensor, codevectors: torch.Tensor) -> torch.Tensor:
-    """Codevectors of the chosen entries, groups side by side: one small product a group, (B, M, G · d).
-
-    `codevectors` is the module's (1, G · V, d).
-    """
-    G, V = weights_BMGV.shape[-2:]
-    chosen = torch.einsum("bmgv,gvd->bmgd", weights_BMGV, codevectors.view(G, V, -1))
-    return chosen.flatten(2)  # (B, M, G, d) -> (B, M, G · d)
+    """Codevectors, of the module's (1, G · V, d), of the chosen entries, groups side by side: (B, M, G · d)."""
+    by_group = codevectors.view(*weights_BMGV.shape[-2:], -1)  # (G, V, d)
+    return torch.einsum("bmgv,gvd->bmgd", weights_BMGV, by_group).flatten(2)  # one small product a group
 
 
 def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeStatistics:
@@ -90,11 +74,8 @@ def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeSt
 
 
 def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
-    """Perplexity of the mean code distribution, summed over groups: from G (collapsed) to G · V (every entry alike).
-
-    The floor keeps the slope finite at an entry that nobody uses. There the slope of p log p is infinite, its gradient
-    not a number.
-    """
+    """Perplexity of the mean code distribution, summed over groups: from G (collapsed) to G · V (every entry alike)."""
+    # The slope of p log p is infinite at an entry that nobody uses, its gradient not a number. The floor prevents that.
     floored = mean_GV.clamp_min(torch.finfo(mean_GV.dtype).tiny)
     return torch.exp(-torch.xlogy(mean_GV, floored).sum(-1)).sum()
 
@@ -108,8 +89,8 @@ def diversity_loss(statistics: CodeStatistics, num_masked: torch.Tensor) -> torc
 def shared_diversity_loss(statistics: CodeStatistics, mean_GV: torch.Tensor, num_masked: torch.Tensor) -> torch.Tensor:
     """A micro-batch's share in the diversity loss of the effective batch, whose mean code distribution is `mean_GV`.
 
-    The loss is linearised at the known mean, so the shares' gradients add up to the gradient of `diversity_loss` on the
-    whole. The value is the whole's loss times this micro-batch's masked frames.
+    Its value is the whole's loss times this micro-batch's masked frames. The loss is linearised at the known mean, so
+    the shares' gradients add up to the gradient of `diversity_loss` on the whole.
     """
     size = mean_GV.numel()
     with torch.enable_grad():
@@ -128,15 +109,11 @@ def contrastive_loss(
     valid_BM: torch.Tensor,
     temperature: float,
 ) -> Contrast:
-    """Tell the true quantized frame from its distractors by cosine similarity (equation 3).
+    """Tell the true quantized frame from its distractors by cosine similarity over the temperature τ (equation 3).
 
-    All candidates are masked frames of the same utterance. So their similarities are one M × M product a row, and the K
-    draws of a frame are counts on its columns. A distractor with the positive's own codes is left out, as in fairseq
-    and `transformers`.
-
-    Args:
-        distractors_BMK: which of the row's M masked frames each frame draws.
-        temperature: τ, which divides the similarities.
+    All candidates are masked frames of the same utterance: `distractors_BMK` says which of them each frame draws. So
+    their similarities are one M × M product a row, and the K draws of a frame are counts on its columns. A distractor
+    with the positive's own codes is left out, as in fairseq and `transformers`.
     """
     # 1. Similarities S of every masked frame to every candidate.
     context, quantized = F.normalize(context_BMD, dim=-1, eps=1e-8), F.normalize(quantized_BMD, dim=-1, eps=1e-8)

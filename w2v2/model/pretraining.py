@@ -8,11 +8,12 @@ Shapes: B utterances, S samples, T latent frames of the longest, N frames of all
 that has most, C conv channels, D width, G codebook groups, V entries of a group.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import Wav2Vec2ForPreTraining
+from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
 from w2v2.data.collate import PretrainBatch, sound
 from w2v2.data.masking import distractors
@@ -20,17 +21,8 @@ from w2v2.model import objective
 from w2v2.model.attention import Rows
 from w2v2.model.cpu import dropout
 from w2v2.model.feature_encoder import flat_features, is_flat, stock_features
-from w2v2.model.transformer import (
-    after_attention,
-    gather,
-    ignore,
-    layer,
-    linear,
-    norm,
-    positional,
-    split_chosen,
-    take,
-)
+from w2v2.model.loading import load_weights, make_model
+from w2v2.model.transformer import after_attention, ignore, layer, linear, norm, positional, take
 
 
 class PretrainSums(NamedTuple):
@@ -38,14 +30,14 @@ class PretrainSums(NamedTuple):
 
     loss: torch.Tensor  # () weighted total: what is differentiated
     contrastive: torch.Tensor  # ()
-    diversity: torch.Tensor  # ()
-    penalty: torch.Tensor  # ()
     correct: torch.Tensor  # ()
     distractors_left: torch.Tensor  # ()
-    code_entropy: torch.Tensor  # ()
-    num_masked: torch.Tensor  # ()
     codes_soft: torch.Tensor  # (G, V)
     codes_hard: torch.Tensor  # (G, V)
+    code_entropy: torch.Tensor  # ()
+    diversity: torch.Tensor  # ()
+    penalty: torch.Tensor  # ()
+    num_masked: torch.Tensor  # ()
 
 
 class PretrainingModel(Wav2Vec2ForPreTraining):
@@ -60,8 +52,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
     def get_input_embeddings(self):
         return None  # the model has none, and sharding asks for them
 
-    def get_output_embeddings(self):
-        return None
+    get_output_embeddings = get_input_embeddings
 
     def forward(
         self,
@@ -110,18 +101,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             penalty = objective.feature_penalty(features, batch.frames, batch.num_masked)
             weight = self.config.diversity_loss_weight if diversity_weight is None else diversity_weight
             loss = contrast.loss + weight * diversity + self.feature_penalty_weight * penalty
-        sums = PretrainSums(
-            loss=loss,
-            contrastive=contrast.loss,
-            diversity=diversity,
-            penalty=penalty,
-            correct=contrast.correct,
-            distractors_left=contrast.distractors_left,
-            code_entropy=statistics.entropy,
-            num_masked=num_masked,
-            codes_soft=statistics.soft,
-            codes_hard=statistics.hard,
-        )
+        sums = loss, *contrast, *statistics, diversity, penalty, num_masked
         return PretrainSums(*(batch.weight * x for x in sums))
 
     @torch.no_grad()
@@ -150,9 +130,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         features = self._stage("convs", *arguments)[:, : batch.mask.shape[1]]
         if torch.is_autocast_enabled(features.device.type):
             features = features.to(torch.get_autocast_dtype(features.device.type))
-        if not batch.uniform:
-            features = torch.where(_owned(batch.frames, features.shape[1])[..., None], features, 0.0)
-        return objective.scale_gradient(features, self.feature_grad_mult)
+        return objective.scale_gradient(_zero_padding(features, batch), self.feature_grad_mult)
 
     def _stage(self, name: str, function, *arguments):
         """`function(*arguments)`. If `name` is in `recomputed`, the backward pass computes its activations again."""
@@ -162,21 +140,19 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
     def _code_logits(self, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Quantizer logits of the masked frames (B, M, G, V), at least float32. Its dropout is the first draw."""
-        quantizer = self.quantizer
-        masked = dropout(gather(normed, positions), self.dropout_features.p, self.training)  # (B, M, C)
-        logits = _full(linear(quantizer.weight_proj, masked))  # (B, M, G · V)
-        return logits.unflatten(-1, (quantizer.num_groups, quantizer.num_vars))
+        masked = normed.gather(1, positions[..., None].expand(-1, -1, normed.shape[-1]))  # (B, T, C) -> (B, M, C)
+        masked = dropout(masked, self.dropout_features.p, self.training)
+        logits = _full(linear(self.quantizer.weight_proj, masked))  # (B, M, G · V)
+        return logits.unflatten(-1, (self.quantizer.num_groups, self.quantizer.num_vars))
 
     def _context(self, normed: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
         """Transformer over the masked sequence: (B, M, D), the context of the masked frames. Others are not needed."""
         encoder, projection = self.wav2vec2.encoder, self.wav2vec2.feature_projection
 
         # 1. Project and mask: (B, T, C) -> (B, T, D).
-        hidden = linear(projection.projection, normed)
-        hidden = dropout(hidden, projection.dropout.p, self.training)
+        hidden = dropout(linear(projection.projection, normed), projection.dropout.p, self.training)
         hidden = torch.where(batch.mask[..., None], self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
-        if not batch.uniform:
-            hidden = torch.where(_owned(batch.frames, hidden.shape[1])[..., None], hidden, 0.0)
+        hidden = _zero_padding(hidden, batch)
 
         # 2. Positions.
         in_blocks = hidden.device.type != "cpu" if self.positional_in_blocks is None else self.positional_in_blocks
@@ -215,25 +191,28 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
         # 2. Compute the layer for the kept ones alone, or for the first one if there are none.
         computed = kept or (0,)
-        pieces, flags = split_chosen(hidden, batch.lengths, computed)
-        inputs = [piece for piece, is_computed in zip(pieces, flags, strict=True) if is_computed]
         chosen = batch.kept[index, : len(computed)]
         rows = Rows([batch.lengths[row] for row in computed], batch.bounds[index, : len(computed) + 1])
-        out = run(inputs[0] if len(inputs) == 1 else torch.cat(inputs), rows, chosen)
+        pieces = list(hidden.split(batch.lengths))
+        out = run(torch.cat([pieces[row] for row in computed]), rows, chosen)
 
         # 3. Put them back between the others.
         if is_last:
             masked = take(hidden, _masked_among(batch, everyone)).unflatten(0, batch.positions.shape)  # (B, M, D)
             return masked.index_copy(0, chosen, out if kept else ignore(out, masked[:1]))
-        if not kept:
-            out = ignore(out, inputs[0])
-        outputs = iter(out.split([len(piece) for piece in inputs]))
-        return torch.cat([next(outputs) if is_computed else x for x, is_computed in zip(pieces, flags, strict=True)])
+        for row, piece in zip(computed, out.split(rows.lengths), strict=True):
+            pieces[row] = piece if kept else ignore(piece, pieces[row])
+        return torch.cat(pieces)
 
 
 def _owned(counts_B: torch.Tensor, size: int) -> torch.Tensor:
     """(B, size) bool: the first slots of each row, as many as it has of its own."""
     return torch.arange(size, device=counts_B.device) < counts_B[:, None]
+
+
+def _zero_padding(x: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
+    """Frames (B, T, …), those past a row's end zero."""
+    return x if batch.uniform else torch.where(_owned(batch.frames, x.shape[1])[..., None], x, 0.0)
 
 
 def _masked_among(batch: PretrainBatch, rows: Rows, chosen: torch.Tensor | slice = slice(None)) -> torch.Tensor:
@@ -247,3 +226,18 @@ def _masked_among(batch: PretrainBatch, rows: Rows, chosen: torch.Tensor | slice
 def _full(x: torch.Tensor) -> torch.Tensor:
     """At least float32: the loss is computed in full precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) -> PretrainingModel:
+    """Model to pretrain: from a checkpoint, from `model_name_or_path`, or with random weights."""
+    source = str(checkpoint) if checkpoint else args.model_name_or_path
+    model = load_weights(PretrainingModel, source, config) if source else make_model(PretrainingModel, config)
+    model.feature_grad_mult = args.feature_grad_mult
+    model.feature_penalty_weight = args.feature_penalty_weight
+    if args.gradient_checkpointing:
+        model.recomputed = frozenset(args.gradient_checkpointing_stages)
+    if args.positional_conv != "auto":
+        model.positional_in_blocks = args.positional_conv == "blocks"
+    if args.torch_compile:
+        model.compile_layers()
+    return model.train()

@@ -8,9 +8,7 @@ for, D width, H heads, d width of a head, G groups of the positional convolution
 product gives.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +74,7 @@ def layer(
         rest: `after_attention`, perhaps compiled.
         positions: (B, M) int64, the frames whose output is asked for, (B, M, D). The others are only attended to.
     """
-    attention, before = module.attention, is_pre_norm(module)
+    attention, before = module.attention, hasattr(module, "adapter_layer")  # pre-norm layers alone have that
     x = norm(module.layer_norm, hidden).to(dtype) if before else hidden
     dropped = attention.dropout if module.training else 0.0
     if positions is None:
@@ -110,22 +108,6 @@ def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Ten
     return hidden
 
 
-def is_pre_norm(module: nn.Module) -> bool:
-    return hasattr(module, "adapter_layer")
-
-
-def split_chosen(
-    hidden: torch.Tensor, lengths: Sequence[int], chosen: Sequence[int]
-) -> tuple[tuple[torch.Tensor, ...], list[bool]]:
-    """Concatenated frames (N, D), split between neighbours of which one is chosen; and for each piece whether it is."""
-    flags = [False] * len(lengths)
-    for row in chosen:
-        flags[row] = True
-    groups = groupby(zip(flags, lengths, strict=True), itemgetter(0))
-    segments = [(is_chosen, sum(length for _, length in group)) for is_chosen, group in groups]
-    return hidden.split([frames for _, frames in segments]), [is_chosen for is_chosen, _ in segments]
-
-
 def ignore(out: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
     """`instead`, with a gradient of zero for `out`."""
     return torch.where(out.new_zeros((), dtype=torch.bool), out, instead)
@@ -141,11 +123,6 @@ def _project(x: torch.Tensor, num_heads: int, *modules: nn.Linear) -> torch.Tens
 def take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Frames (N, D) at `positions` (B, M) → (B · M, D)."""
     return x.index_select(0, positions.flatten())
-
-
-def gather(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Frames (B, T, D) at each row's own `positions` (B, M) → (B, M, D)."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:

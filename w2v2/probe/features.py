@@ -18,9 +18,8 @@ from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
 from w2v2.errors import UserError
 from w2v2.finetune.classification import HEAD
 from w2v2.finetune.ctc_data import read_utterances
-from w2v2.model.config import load_config
 from w2v2.model.feature_encoder import hide_padding, min_samples
-from w2v2.model.loading import load_feature_extractor, load_with_head
+from w2v2.model.loading import load_config, load_feature_extractor, load_with_head
 from w2v2.probe.arguments import FrozenArguments
 
 BATCH_SECONDS = 60.0  # padding included

@@ -16,7 +16,7 @@ from w2v2.data.collate import PretrainBatch
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.model import objective
-from w2v2.model.config import check_same_architecture
+from w2v2.model.loading import check_same_architecture
 from w2v2.model.pretraining import PretrainSums
 from w2v2.train.checkpoint import read_state
 from w2v2.train.plan import check_identity, identity
