@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback, set_seed
@@ -30,7 +31,6 @@ from w2v2.finetune.classification import (
     check_classes,
     check_folds,
     score,
-    summarise_run,
     write_pooled,
     write_scores,
 )
@@ -38,7 +38,6 @@ from w2v2.finetune.ctc_data import longest_first, name_sets
 from w2v2.finetune.labels import (
     LabelArguments,
     LabelledDataset,
-    balanced_weights,
     check_known,
     collate_labelled,
     column_of,
@@ -151,11 +150,14 @@ def run(
     model = build_classifier(config, classes, args.model_name_or_path, **freeze)
 
     # 3. Train: the best checkpoint on the validation set is loaded at the end.
-    is_balanced = label_args.class_weights == "balanced"
+    weights = None
+    if label_args.class_weights == "balanced":
+        from sklearn.utils.class_weight import compute_class_weight  # slow to import
+
+        weights = compute_class_weight("balanced", classes=np.array(classes), y=train["target"][:]).tolist()
     trainer = ClassificationTrainer(
         model, args, data_collator=collate_labelled, train_dataset=train_set, eval_dataset=data["validation"],
-        processing_class=extractor, class_weights=balanced_weights(train["target"], classes) if is_balanced else None,
-        callbacks=list(callbacks),
+        processing_class=extractor, class_weights=weights, callbacks=list(callbacks),
     )  # fmt: skip
     trainer.describe(checkpoint)
     if args.process_index == 0 and not args.folds:
@@ -165,8 +167,7 @@ def run(
 
     # 4. Evaluate: every set with these weights.
     results, lines = score(trainer, data, classes)
-    results["run"] = summarise_run(trainer, classes)
-    return results, lines
+    return results | {"run": trainer.summary()}, lines
 
 
 if __name__ == "__main__":

@@ -43,20 +43,15 @@ def test_labels_are_merged_and_others_left_out(tmp_path):
     assert labels.known_labels(table["target"]) == ["ang", "hap"]
 
 
-@pytest.mark.parametrize(
-    ("header", "rows", "rules", "message"),
-    [
-        ("audio,label", ["0.wav,a", "1.wav,"], {}, "m.csv: utterance 1.wav has an empty label"),
-        ("audio,text", ["0.wav,a"], {}, "m.csv: has no column 'label', which --label_column asks for .it has text."),
-        ("audio,label", ["0.wav,a"], dict(labels=["b"]), "--labels b; label holds a"),
-        ("audio,label", ["0.wav,a"], dict(label_map=["a"]), "--label_map 'a'"),
-        ("audio,label", ["0.wav,a"], dict(label_map=["a="]), "--label_map 'a='"),
-    ],
-)
-def test_what_is_wrong_with_labels_is_told_in_one_line(tmp_path, header, rows, rules, message):
-    with pytest.raises(UserError, match=message) as caught:
+@pytest.mark.parametrize("header, rows, rules, message", [
+    ("audio,label", ["0.wav,a", "1.wav,"], {}, "m.csv: utterance 1.wav has an empty label"),
+    ("audio,text", ["0.wav,a"], {}, "m.csv: has no column 'label', which --label_column asks for .it has text."),
+    ("audio,label", ["0.wav,a"], dict(labels=["b"]), "--labels b; label holds a"),
+    ("audio,label", ["0.wav,a"], dict(label_map=["a="]), "--label_map 'a='"),
+])  # fmt: skip
+def test_what_is_wrong_with_labels_is_told(tmp_path, header, rows, rules, message):
+    with pytest.raises(UserError, match=message):
         targets(tmp_path, header, rows, **rules)
-    assert "\n" not in str(caught.value)
 
 
 def test_single_unseen_and_absent_labels_are_refused():
@@ -66,13 +61,6 @@ def test_single_unseen_and_absent_labels_are_refused():
         labels.known_labels(["a", "b"], ["a", "b", "c"])
     with pytest.raises(UserError, match="test.csv: 2 utterances have the label 'z' and 1 more"):
         labels.check_known(["a", "b"], ["a", "z", "z", "y"], "test.csv")
-
-
-def test_balanced_weights_give_every_class_the_same_say():
-    found = ["a"] * 6 + ["b"] * 3 + ["c"]
-    weights = dict(zip("abc", labels.balanced_weights(found, list("abc")), strict=True))
-    assert np.mean([weights[label] for label in found]) == pytest.approx(1.0)
-    assert len({round(weights[label] * found.count(label), 9) for label in "abc"}) == 1
 
 
 def make_dataset(tmp_path, crop_seconds, **options):
@@ -114,15 +102,11 @@ def test_unreadable_audio_has_no_label_to_score(tmp_path):
     assert torch.equal(labels.collate_labelled(items)["labels"], torch.tensor([1, 1]))
 
 
-def draw_groups(seed):
-    random = np.random.default_rng(seed)
-    return [f"s{i}" for i in random.integers(0, random.integers(4, 15), 120)]
-
-
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("num_folds", [None, 3, 4])
 def test_groups_are_disjoint_and_all_are_tested_once(seed, num_folds):
-    groups = draw_groups(seed)
+    random = np.random.default_rng(seed)
+    groups = [f"s{i}" for i in random.integers(0, random.integers(4, 15), 120)]
     splits = group_splits(groups, "speaker", num_folds)
     assert len(splits) == (num_folds or len(set(groups)))
     assert sorted(row for split in splits for row in split.test) == list(range(len(groups)))
@@ -147,15 +131,11 @@ def test_a_speaker_in_two_sessions_is_found():
     assert shared_groups(group_splits(sessions, "session"), ["a", "b", "c", "d", "", ""]) == []
 
 
-@pytest.mark.parametrize(
-    ("groups", "num_folds", "message"),
-    [
-        (["a", "", "b", "c"], None, "utterance 2 has no speaker"),
-        (["a", "b", "a", "b"], None, "2 folds; 3 are needed"),
-        (["a", "b", "c", "d"], 2, "2 folds; 3 are needed"),
-        (["a", "b", "c", "d"], 5, "--num_folds 5"),
-    ],
-)
+@pytest.mark.parametrize("groups, num_folds, message", [
+    (["a", "", "b", "c"], None, "utterance 2 has no speaker"),
+    (["a", "b", "a", "b"], None, "2 folds; 3 are needed"),
+    (["a", "b", "c", "d"], 5, "--num_folds 5"),
+])  # fmt: skip
 def test_groups_that_cannot_be_folded_are_refused(groups, num_folds, message):
     with pytest.raises(UserError, match=message):
         group_splits(groups, "speaker", num_folds)

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import FineTuningArguments
-from w2v2.finetune.subsets import draw_hours, select_lengths, select_training, take_listed
+from w2v2.finetune.subsets import draw_hours, select_training, take_listed
 from w2v2.finetune.text import CTCArguments
 
 
@@ -55,22 +55,6 @@ def test_training_leaves_out_what_it_cannot_learn_from(tmp_path, capsys):
         select_training(table.select([1]), tiny_config(), args, CTCArguments())
 
 
-def test_lengths_choose_training_utterances():
-    table = Dataset.from_dict({"num_samples": [2_000, 20_000, 20_000, 20_000]})
-    kept, dropped = select_lengths(table, 0.2, None)
-    assert (len(kept), dropped) == (3, 1)
-    assert len(select_lengths(table, 0.0, 1.0)[0]) == 1
-    with pytest.raises(UserError, match="--min_seconds"):
-        select_lengths(table, 5.0, None)
-
-
-def test_too_many_and_too_few_hours_are_refused():
-    with pytest.raises(UserError, match="--train_hours 9: .* hold"):
-        draw_hours(corpus(), 9.0, seed=0)
-    with pytest.raises(UserError, match="shorter than one utterance"):
-        draw_hours(corpus(), 1e-6, seed=0)
-
-
 LISTS = {
     "ids": "{0}\n\n{1}\n",
     "paths": "/elsewhere/{0}.flac\nfar/away/{1}.wav\n",
@@ -99,13 +83,10 @@ def test_a_folder_of_audio_is_a_list(tmp_path):
     assert take_listed(table, str(tmp_path / "1h"))["id"][:] == wanted
 
 
-def test_ids_that_are_paths_are_known_by_their_last_part(tmp_path):
-    table = Dataset.from_list([{"id": f"train/{i}", "audio": f"/a/{i}.flac", "num_samples": 1} for i in "abc"])
-    (tmp_path / "list").write_text("b\n")
-    assert take_listed(table, str(tmp_path / "list"))["id"][:] == ["train/b"]
-
-
-def test_lists_that_do_not_fit_are_refused_by_name(tmp_path):
+def test_hours_and_lists_that_do_not_fit_are_refused(tmp_path):
+    for hours, message in ((9.0, "--train_hours 9: .* hold"), (1e-6, "shorter than one utterance")):
+        with pytest.raises(UserError, match=message):
+            draw_hours(corpus(), hours, seed=0)
     table = corpus()
     path = tmp_path / "list"
     for text, message in (("", "names no utterance"), (f"{table['id'][0]}\nabsent-1\n", "1 of its 2 .* absent-1")):
@@ -118,3 +99,4 @@ def test_lists_that_do_not_fit_are_refused_by_name(tmp_path):
     path.write_text("1\n")
     with pytest.raises(UserError, match="1 stands for several utterances"):
         take_listed(twins, str(path))
+    assert take_listed(twins.select([1]), str(path))["id"][:] == ["b/1"]  # known by its last part

@@ -39,8 +39,8 @@ _MODEL_FLAGS = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask
 class FineTuningArguments(TrainingArguments):
     """`TrainingArguments` plus data and model. Defaults: BASE on 100 h of labels (fairseq's base_100h).
 
-    fairseq's effective batch of 1,600 s is 128 utterances of LibriSpeech. Utterances are counted unless
-    `micro_batch_seconds` is given. Raises UserError for flags that do not go together, or are out of range.
+    Its effective batch of 1,600 s is 128 utterances of LibriSpeech, which are counted unless `micro_batch_seconds` is
+    given. Raises UserError for flags that do not go together, or are out of range.
     """
 
     train_data: list[str] = flag([], "Training manifests.")
@@ -73,13 +73,8 @@ class FineTuningArguments(TrainingArguments):
     learning_rate: float = flag(3e-5, "Peak learning rate.", min=0)
     lr_scheduler_type: str = flag("tri_stage", "What follows the warm-up.", choices=SCHEDULES)
     warmup_steps: float = flag(0.1, "Updates of warm-up; under 1: a fraction of the run.", min=0)
-    micro_batch_seconds: float | None = flag(
-        None, "Seconds of a device's micro-batch with its padding; replaces per_device_train_batch_size.", above=0
-    )
-    batch_seconds: float | None = flag(
-        None, "Seconds in one update over all devices, for any number of them; left out: micro_batch_seconds × "
-        "gradient_accumulation_steps × devices.", above=0,
-    )  # fmt: skip
+    micro_batch_seconds: float | None = flag(None, "Padded seconds of a micro-batch, in place of a number.", above=0)
+    batch_seconds: float | None = flag(None, "Seconds in one update of all devices (default: the product).", above=0)
     per_device_train_batch_size: int = flag(8, "Utterances in a micro-batch.", min=1)
     per_device_eval_batch_size: int = flag(8, "Utterances evaluated together (does not move results).", min=1)
     gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.", min=1)
@@ -124,16 +119,15 @@ class FineTuningArguments(TrainingArguments):
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
 
     def _check_combinations(self) -> None:
-        model, config, evaluates = self.model_name_or_path, self.config_name, not self.do_train
-        too_short = self.max_seconds is not None and self.max_seconds < self.min_seconds
+        model, config, least, most = self.model_name_or_path, self.config_name, self.min_seconds, self.max_seconds
         refuse(
             *((not getattr(self, name), f"--{name} is required: give it on the command line or in the YAML file")
               for name in self.required_flags()),
-            (evaluates and (config or not model),
+            (not self.do_train and (config or not model),
              "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"),
-            (evaluates and self.push_to_hub, "--do_train false with --push_to_hub: there is no new model to push"),
+            (not self.do_train and self.push_to_hub, "--do_train false with --push_to_hub: there is no new model to push"),
             (bool(model) == bool(config), "give one of --model_name_or_path (pretrained) and --config_name (random)"),
-            (too_short, f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
+            (most is not None and most < least, f"--max_seconds {most} is below --min_seconds {least}"),
             (self.batch_seconds and not self.micro_batch_seconds,
              "--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once"),
             (self.hub_token, "--hub_token: flags are written to files; set the environment variable HF_TOKEN instead"),
@@ -198,11 +192,11 @@ def _find_checkpoint(wanted: str, folder: Path) -> str | None:
         if not saved:
             return None
         newest = max(saved, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    if missing := [name for name in _CHECKPOINT_FILES if not (newest / name).is_file()]:
-        raise UserError(
-            f"--resume_from_checkpoint {wanted}: {newest} is no whole checkpoint of a fine-tuning run, being without "
-            f"{missing[0]} (--save_only_model?): start from it with --model_name_or_path in another --output_dir"
-        )
+    for name in _CHECKPOINT_FILES:
+        if not (newest / name).is_file():
+            raise UserError(f"--resume_from_checkpoint {wanted}: {newest} is no whole checkpoint of a fine-tuning run, "
+                            f"being without {name} (--save_only_model?): start from it with --model_name_or_path in "
+                            "another --output_dir")  # fmt: skip
     return str(newest)
 
 

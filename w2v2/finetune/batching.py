@@ -1,14 +1,8 @@
 """Which utterances go through the model together: by number in groups of like length, or by seconds.
 
-By seconds: an epoch of utterances → updates of about equal seconds → this rank's micro-batches.
-
-1. *Order.* The epoch's order is a pure function of (seed, epoch): `batching.EpochOrder`.
-2. *Share.* That order is cut where whole numbers of effective batches are reached, into as many updates as fit the
-   epoch best. Every utterance is heard once an epoch, no update is a small remainder, and every epoch has as many
-   updates, as `Trainer` needs to resume. Devices and micro-batches play no part. A set that is smaller than an
-   effective batch is one update.
-3. *Cut.* Sorted by length, longest first, into micro-batches within the padded budget, and dealt so that every rank
-   has as many (`cutting.py`); dummies without weight fill up.
+By seconds: an epoch of utterances → updates of about equal seconds → this rank's micro-batches. The epoch's order is
+cut where whole effective batches are reached, into as many updates as fit best. Every utterance is heard once an
+epoch, no update is a small remainder, and every epoch has as many updates, as `Trainer` needs to resume.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,24 +11,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback, set_seed
 
 from w2v2.data.batching import EpochOrder
 from w2v2.data.cutting import cut, deal, padded_sizes
+
+BATCHES_PER_WINDOW = 50
 
 
 class LengthSampler(Sampler[int]):
     """Batches of like length in random order, a pure function of (seed, epoch): a resumed run goes on with its batches.
 
-    A random permutation is cut into windows of many batches. Each window is sorted by length and cut into batches, and
-    these are shuffled; a last batch that is not full stays last. `Trainer`'s own groups run from long to short: the
-    demo learns more slowly from them.
+    A random permutation is cut into windows of many batches. Each is sorted by length and cut into batches, and these
+    are shuffled; a last batch that is not full stays last. `Trainer`'s own groups run from long to short: the demo
+    learns more slowly from them.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, batches_per_window: int = 50):
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.window = batch_size * batches_per_window
-        self.epoch = 0
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -42,12 +35,13 @@ class LengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         order = torch.randperm(len(self), generator=generator).tolist()
-        windows = [order[i : i + self.window] for i in range(0, len(order), self.window)]
-        order = [row for window in windows for row in sorted(window, key=self.lengths.__getitem__)]
-        num_full = len(order) // self.batch_size
+        window, size = self.batch_size * BATCHES_PER_WINDOW, self.batch_size
+        windows = [order[i : i + window] for i in range(0, len(order), window)]
+        order = [row for some in windows for row in sorted(some, key=self.lengths.__getitem__)]
+        num_full = len(order) // size
         for batch in torch.randperm(num_full, generator=generator).tolist():
-            yield from order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        yield from order[num_full * self.batch_size :]
+            yield from order[batch * size : (batch + 1) * size]
+        yield from order[num_full * size :]
 
 
 class MicroBatch(NamedTuple):
@@ -61,7 +55,7 @@ class UpdateSampler(Sampler[list[MicroBatch]]):
     """This rank's micro-batches, one list an update: the `batch_sampler` of a `DataLoader` over `MicroBatches`.
 
     `epoch` says which epoch is drawn next. Lengths and budgets are in samples; a single utterance longer than
-    `micro_batch_samples` is a micro-batch of its own.
+    `micro_batch_samples` is a micro-batch of its own. A set smaller than an effective batch is one update.
     """
 
     def __init__(self, lengths: Sequence[int], batch_samples: int, micro_batch_samples: int, seed: int, *,
@@ -76,11 +70,10 @@ class UpdateSampler(Sampler[list[MicroBatch]]):
         return self.num_updates
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        for rows in self.updates(self.epoch):
-            yield self.micro_batches(rows)
+        return map(self.micro_batches, self.updates(self.epoch))
 
     def updates(self, epoch: int) -> list[np.ndarray]:
-        """Rows of each effective batch of an epoch, int64."""
+        """Rows of each effective batch of an epoch, int64; devices and micro-batches play no part."""
         order = self.order(epoch, torch.arange(len(self.lengths))).numpy()
         heard = np.cumsum(self.lengths[order])
         middles = heard - self.lengths[order] / 2
@@ -90,17 +83,13 @@ class UpdateSampler(Sampler[list[MicroBatch]]):
         return np.split(order, np.searchsorted(update, np.arange(1, self.num_updates)))
 
     def micro_batches(self, rows: np.ndarray) -> list[MicroBatch]:
-        """This rank's part of an effective batch: as many micro-batches as every other rank has."""
+        """This rank's part of an effective batch, longest first: as many micro-batches as every other rank has."""
         rows = rows[np.lexsort((rows, -self.lengths[rows]))]
         lengths = self.lengths[rows]
         rounds, pieces = cut(lengths, self.num_ranks, self.micro_batch_samples)
-        sizes = padded_sizes(lengths, pieces, rounds * self.num_ranks)
-        dealt = []
-        for piece in deal(sizes, self.num_ranks)[self.rank].tolist():
-            is_dummy = piece >= len(pieces)
-            chosen = rows[-1:] if is_dummy else rows[pieces[piece]]
-            dealt.append(MicroBatch(tuple(chosen.tolist()), is_dummy))
-        return dealt
+        dealt = deal(padded_sizes(lengths, pieces, rounds * self.num_ranks), self.num_ranks)[self.rank].tolist()
+        chosen = [rows[pieces[piece]] if piece < len(pieces) else rows[-1:] for piece in dealt]
+        return [MicroBatch(tuple(c.tolist()), piece >= len(pieces)) for c, piece in zip(chosen, dealt, strict=True)]
 
 
 class MicroBatches(Dataset):
@@ -120,21 +109,3 @@ class MicroBatches(Dataset):
 def collate_update(micro_batches: list[dict[str, Any]]) -> dict[str, list]:
     """One update of one rank, as `Trainer` hands it to its training step."""
     return {"micro_batches": micro_batches}
-
-
-class DrawEpoch(TrainerCallback):
-    """Tells the sampler and the data set which epoch is drawn, before the workers start. Ranks draw masks of their own.
-
-    accelerate's loaders sometimes do not tell the sampler.
-    """
-
-    def __init__(self, *drawn: Sampler | Dataset):
-        self.drawn = drawn
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.process_index > 0:
-            set_seed(args.seed + args.process_index)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        for one in self.drawn:
-            one.epoch = int(state.epoch or 0)

@@ -31,6 +31,7 @@ from w2v2.finetune.labels import LabelledDataset, Split, shared_groups
 from w2v2.finetune.trainer import FineTuner
 from w2v2.model.feature_encoder import hide_padding
 from w2v2.model.loading import load_with_head
+from w2v2.train.schedule import SCHEDULES
 
 FOLDS_FILE = "folds.json"
 HEAD = ("projector", "classifier", "layer_weights")
@@ -41,9 +42,8 @@ class ClassificationArguments(FineTuningArguments):
     """`FineTuningArguments` with the defaults of transformers' audio classification example."""
 
     mode: str = flag(
-        "finetune", "`finetune`: all but the convs learns; `probe`: the encoder is frozen, and a weighted sum of its "
-        "layers and a linear head learn (SUPERB's way).", choices=["finetune", "probe"]
-    )  # fmt: skip
+        "finetune", "`probe`: only a linear head on the layers' sum learns.", choices=["finetune", "probe"]
+    )
     classifier_proj_size: int = flag(256, "Width of the head's projection, which is averaged over time.", min=1)
     crop_seconds: float = flag(20.0, "Longest piece that training hears, another each epoch; 0: all.", min=0)
     folds: str | None = flag(None, "Cross-validate over --train_data; groups of this column (speaker) stay together.")
@@ -53,9 +53,7 @@ class ClassificationArguments(FineTuningArguments):
     learning_rate: float | None = flag(None, "Peak learning rate (default: 3e-5; 1e-3 in `probe`).", min=0)
     max_steps: int = flag(3_000, "Updates in the run (in each fold).")
     gradient_accumulation_steps: int = flag(4, "Micro-batches of a device in one update.", min=1)
-    lr_scheduler_type: str = flag(
-        "linear", "What follows the warm-up.", choices=["linear", "cosine", "constant", "tri_stage"]
-    )
+    lr_scheduler_type: str = flag("linear", "What follows the warm-up.", choices=SCHEDULES)
     mask_time_prob: float = flag(0.05, "Time mask: masked frames over frames, overlaps counted twice.", min=0)
     mask_feature_prob: float = flag(0.0, "Channel mask: the same over channels.", min=0)
     layerdrop: float = flag(0.0, "Probability that a transformer layer is left out.", min=0, max=1)
@@ -124,8 +122,8 @@ def _stay_in_evaluation(base: nn.Module, inputs: tuple) -> None:
 class ClassificationTrainer(FineTuner):
     """Scores labels: `predict` gives probabilities (B, C), and metrics hold accuracy, UAR, macro-F1 and the mean loss.
 
-    The loss is the mean over utterances of the cross-entropy times the class's weight. It is divided by their number,
-    not by the sum of their weights, which would make an update depend on how it is cut into micro-batches.
+    The loss is the mean over utterances of the cross-entropy times the class's weight. Divided by the sum of the
+    weights instead, an update would depend on how it is cut into micro-batches.
     """
 
     def __init__(self, *args, class_weights: Sequence[float] | None = None, **kwargs):
@@ -154,28 +152,30 @@ class ClassificationTrainer(FineTuner):
         probabilities[~readable] = np.nan
         return probabilities, scores | {"loss": loss, "utterances": int(readable.sum())}
 
+    def summary(self) -> dict[str, Any]:
+        counts = dict(Counter(self.train_dataset.table["target"]))
+        run = super().summary() | {
+            "mode": self.args.mode,
+            "train_labels": counts,
+            "labels": list(self.train_dataset.vocabulary),
+        }
+        if self.args.mode == "probe":
+            run["layer_weights"] = self.model.layer_weights.detach().softmax(0).tolist()
+        return run
+
 
 def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str]) -> tuple[dict, list[dict]]:
-    """Scores and predictions of each set with the model as it is now."""
+    """Scores and predictions of each set with the model as it is now; unreadable audio has no prediction."""
     results, lines = {}, []
     for name, dataset in data.items():
         output = trainer.predict(dataset, metric_key_prefix=name)
         results[name] = {key: output.metrics[f"{name}_{key}"] for key in (*MEASURES, "loss", "utterances")}
         for row, probabilities in zip(dataset.table, output.predictions, strict=True):
-            if not np.isnan(probabilities).any():  # NaN: the audio was unreadable
+            if not np.isnan(probabilities).any():
                 best = int(probabilities.argmax())
                 line = {"set": name, "id": row["id"], "reference": row["target"], "prediction": classes[best]}
                 lines.append(line | {"probability": round(float(probabilities[best]), 4)})
     return results, lines
-
-
-def summarise_run(trainer: ClassificationTrainer, classes: Sequence[str]) -> dict[str, Any]:
-    """What `results.json` says of the training."""
-    counts = dict(Counter(trainer.train_dataset.table["target"]))
-    run = trainer.summary() | {"mode": trainer.args.mode, "train_labels": counts, "labels": list(classes)}
-    if trainer.args.mode == "probe":
-        run["layer_weights"] = trainer.model.layer_weights.detach().softmax(0).tolist()
-    return run
 
 
 def write_scores(output_dir: str, results: Mapping, lines: Sequence[Mapping], classes: Sequence[str]) -> None:
@@ -205,8 +205,8 @@ def check_folds(splits: list[Split], table: Dataset, groups: list[str], args: Cl
             raise UserError(f"--folds {args.folds}: {split.name} would train without the label {absent[0]!r}: give a "
                             "smaller --num_folds, leave the label out (--labels), or fold by another column")  # fmt: skip
     if "speaker" in table.column_names and (shared := shared_groups(splits, table["speaker"])):
-        found = f"{len(shared)} speakers, such as {shared[0]}"
-        args.print_once(f"     warning: {found}, are in training and in the test of a fold")
+        args.print_once(f"     warning: {len(shared)} speakers, such as {shared[0]}, are in training and in the test of "
+                        "a fold")  # fmt: skip
     path = Path(args.output_dir, FOLDS_FILE)
     folds = {split.name: sorted({groups[row] for row in split.test}) for split in splits}
     if args.resume_from_checkpoint and path.exists() and json.loads(path.read_text(encoding="utf-8")) != folds:
@@ -220,8 +220,8 @@ def write_pooled(results: list[dict], lines: list[dict], classes: list[str], arg
     references, predictions = ([line[key] for line in lines] for key in ("reference", "prediction"))
     pooled = classification_scores(references, predictions) | {"utterances": len(lines)}
     spread = mean_and_deviation(results)
-    run = {"model": args.model_name_or_path, "config": args.config_name, "mode": args.mode, "seed": args.seed,
-           "labels": classes, "folds": args.folds}  # fmt: skip
+    run = dict(model=args.model_name_or_path, config=args.config_name, mode=args.mode, seed=args.seed)
+    run |= {"labels": classes, "folds": args.folds}
     write_scores(args.output_dir, {"pooled": pooled, **spread, "folds": results, "run": run}, lines, classes)
     print(f"\n      pooled: {describe_scores(pooled)} over {len(lines)} utterances", flush=True)
     listed = ", ".join(f"{name} {spread['mean'][name]:.1%} ± {spread['std'][name]:.1%}" for name in MEASURES)

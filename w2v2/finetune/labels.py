@@ -32,9 +32,7 @@ class LabelArguments:
     label_column: str = flag("label", "The manifests' column that holds the label: label, speaker or any other.")
     label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW: exc=hap counts excited as happy.")
     labels: list[str] = flag([], "Only these labels (after --label_map), in this order; other utterances are left out.")
-    class_weights: str = flag(
-        "none", "`balanced` weights a loss inversely to the frequency of its class.", choices=["none", "balanced"]
-    )
+    class_weights: str = flag("none", "`balanced` weights rare classes' loss more.", choices=["none", "balanced"])
 
 
 def read_labelled(
@@ -61,10 +59,12 @@ def column_of(table: Dataset, name: str, flag: str, source: str) -> str:
 
 def parse_label_map(entries: Sequence[str]) -> dict[str, str]:
     """`["exc=hap"]` → {"exc": "hap"}."""
-    pairs = [[part.strip() for part in entry.split("=", 1)] for entry in entries]
-    for entry, pair in zip(entries, pairs, strict=True):
-        refuse((len(pair) < 2 or not all(pair), f"--label_map {entry!r}: write OLD=NEW, such as exc=hap"))
-    return dict(pairs)
+    mapping = {}
+    for entry in entries:
+        old, _, new = (part.strip() for part in entry.partition("="))
+        refuse((not (old and new), f"--label_map {entry!r}: write OLD=NEW, such as exc=hap"))
+        mapping[old] = new
+    return mapping
 
 
 def with_targets(
@@ -87,7 +87,7 @@ def with_targets(
     return table.add_column("target", values).select(kept), len(values) - len(kept)
 
 
-def known_labels(train: Sequence[str], wanted: Sequence[str] = (), source: str = "--train_data") -> list[str]:
+def known_labels(train: Sequence[str], wanted: Sequence[str] = ()) -> list[str]:
     """The labels of the training utterances, sorted, or as ordered in `wanted`.
 
     Raises UserError for fewer than two, and for absent ones.
@@ -95,8 +95,11 @@ def known_labels(train: Sequence[str], wanted: Sequence[str] = (), source: str =
     found = sorted(set(train))
     absent = ", ".join(label for label in wanted if label not in found)
     refuse(
-        (absent, f"--labels {absent}: no utterance of {source} has this label: leave it out, or mend --label_map"),
-        (len(found) < 2, f"{source}: holds a single class ({', '.join(found)}); two are needed: see --label_column"),
+        (absent, f"--labels {absent}: no utterance of --train_data has this label: leave it out, or mend --label_map"),
+        (
+            len(found) < 2,
+            f"--train_data: holds a single class ({', '.join(found)}); two are needed: see --label_column",
+        ),
     )
     return list(wanted) or found
 
@@ -109,17 +112,11 @@ def check_known(labels: Sequence[str], targets: Sequence[str], source: str) -> N
                         "mend them (--label_map), or leave them out (--labels)")  # fmt: skip
 
 
-def balanced_weights(targets: Sequence[str], labels: Sequence[str]) -> list[float]:
-    """A weight a class, inverse to its frequency; their mean over the utterances is 1."""
-    counts = Counter(targets)
-    return [len(targets) / (len(labels) * counts[label]) for label in labels]
-
-
 class LabelledDataset(SpeechDataset):
-    """Utterances decoded when they are asked for, with one label: items as in `SpeechDataset`, `labels` of length 1.
+    """As `SpeechDataset`, with one label: `labels` of length 1.
 
-    Where `crop_seconds` is not 0, of a longer utterance only a piece of that length is read, which one is a pure
-    function of (seed, epoch, utterance).
+    Where `crop_seconds` is not 0, a longer utterance gives a piece of that length, a pure function of (seed, epoch,
+    utterance).
     """
 
     def __init__(self, table: Dataset, labels: Sequence[str], *args, crop_seconds: float = 0.0, seed=0, **kwargs):
@@ -149,8 +146,7 @@ def collate_labelled(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]
 class Split:
     """Rows of a table, by what they are for.
 
-    Fold k tests, the next one validates (it chooses the checkpoint or the regularisation), and the rest trains: the
-    test fold has no say in anything that is measured on it.
+    Fold k tests, the next one validates, and the rest trains: the test fold has no say in what is measured on it.
     """
 
     name: str
@@ -168,9 +164,9 @@ def group_splits(groups: Sequence[str], column: str, num_folds: int | None = Non
 
     num_groups = len(set(groups))
     num_folds = num_folds or num_groups
-    row = groups.index("") + 1 if "" in groups else None
     refuse(
-        (row, f"--folds {column}: utterance {row} has no {column}: fill it in, or leave it out"),
+        ("" in groups, f"--folds {column}: utterance {[*groups, ''].index('') + 1} has no {column}: fill it in, or leave "
+                       "it out"),
         (num_folds < LEAST_FOLDS, f"--folds {column} makes {num_folds} folds; {LEAST_FOLDS} are needed, to train, "
                                   "validate and test"),
         (num_folds > num_groups, f"--num_folds {num_folds} is more than there are in {column}, {num_groups}: lower it"),
@@ -178,14 +174,15 @@ def group_splits(groups: Sequence[str], column: str, num_folds: int | None = Non
     splitter = LeaveOneGroupOut() if num_folds == num_groups else GroupKFold(num_folds)
     folds = [sorted(rows.tolist()) for _, rows in splitter.split(groups, groups=groups)]
     splits = []
-    for k, test in enumerate(folds):
-        validation = folds[(k + 1) % num_folds]
+    for k, (test, validation) in enumerate(zip(folds, folds[1:] + folds[:1], strict=True), start=1):
         train = sorted(set(range(len(groups))) - {*test, *validation})
-        splits.append(Split(f"fold-{k + 1}", train, validation, test))
+        splits.append(Split(f"fold-{k}", train, validation, test))
     return splits
 
 
 def shared_groups(splits: Sequence[Split], groups: Sequence[str]) -> list[str]:
     """Groups that both train and are tested in some split, such as speakers where folds are sessions."""
-    parts = [[{groups[row] for row in rows} for rows in (s.train + s.validation, s.test)] for s in splits]
-    return sorted(set().union(*(heard & tested for heard, tested in parts)) - {""})
+    shared = set()
+    for split in splits:
+        shared |= {groups[row] for row in split.train + split.validation} & {groups[row] for row in split.test}
+    return sorted(shared - {""})

@@ -1,7 +1,7 @@
 """Which utterances a run learns from: within some lengths, so many hours drawn, or those that a list names.
 
-A draw is a pure function of the seed and of the utterances' ids, lengths and speakers: the order of rows, of files
-and of machines does not matter. Draws nest: with one seed, the 10 minutes are part of the 1 hour.
+A draw is a pure function of the seed and of the utterances' ids, lengths and speakers, whatever the order of rows.
+Draws nest: with one seed, the 10 minutes are part of the 1 hour.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ def select_training(
     if text_args.train_list:
         train = take_listed(train, text_args.train_list)
     kept, num_others = select_lengths(train, args.min_seconds, args.max_seconds)
-    texts = [split_units(text, text_args.target_unit) for text in kept["text"]]
-    fits = [num_frames(config, n) >= frames_needed(t) for n, t in zip(kept["num_samples"], texts, strict=True)]
+    needed = [frames_needed(split_units(text, text_args.target_unit)) for text in kept["text"]]
+    fits = [num_frames(config, n) >= least for n, least in zip(kept["num_samples"], needed, strict=True)]
     kept = kept.select(np.flatnonzero(fits))
     dropped = f"{num_others} by their length, {len(fits) - len(kept)} with a text longer than their audio"
     refuse((not len(kept), f"--train_data: every utterance was dropped ({dropped}): see --min_seconds, --max_seconds"))
@@ -56,17 +56,18 @@ def select_training(
 
 def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None) -> tuple[Dataset, int]:
     """The utterances within these lengths, and how many are not."""
-    longest = float("inf") if max_seconds is None else max_seconds
-    kept = [row for row, n in enumerate(table["num_samples"]) if min_seconds <= n / SAMPLING_RATE <= longest]
-    refuse((not kept, "--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds"))
+    seconds = np.array(table["num_samples"]) / SAMPLING_RATE
+    kept = np.flatnonzero((seconds >= min_seconds) & (seconds <= (np.inf if max_seconds is None else max_seconds)))
+    refuse(
+        (not len(kept), "--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds")
+    )
     return table.select(kept), len(table) - len(kept)
 
 
 def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
     """At most `hours` of the utterances, less by under one utterance, in the table's order; speakers share evenly.
 
-    The utterances stand in one fixed order and the draw is its beginning: first one utterance of every speaker, then
-    always one of the speaker who has had least time. Raises UserError where the table holds less than `hours`.
+    Raises UserError where the table holds less than `hours`.
     """
     there = num_hours(table)
     refuse(
@@ -83,13 +84,13 @@ def draw_order(table: Dataset, seed: int) -> list[int]:
     """All rows in the order in which draws take them: by the time that their speaker had before, ties by hash."""
     ids, lengths = table["id"][:], table["num_samples"][:]
     speakers = table["speaker"][:] if "speaker" in table.column_names else [""] * len(ids)
+    hashes = [_hash(seed, id) for id in ids]
     heard: Counter[str] = Counter()
     keys = {}
-    for row in sorted(range(len(ids)), key=lambda row: _hash(seed, ids[row])):
-        speaker = speakers[row]
-        before = heard[speaker] if speaker else 0
-        keys[row] = (before, _hash(seed, speaker or ids[row]), _hash(seed, ids[row]))
-        heard[speaker] += lengths[row]
+    for row in sorted(range(len(ids)), key=hashes.__getitem__):
+        speaker = speakers[row] or ids[row]  # an utterance without a speaker is one of its own
+        keys[row] = (heard[speakers[row]] if speakers[row] else 0, _hash(seed, speaker), hashes[row])
+        heard[speakers[row]] += lengths[row]
     return sorted(keys, key=keys.__getitem__)
 
 
@@ -100,23 +101,21 @@ def _hash(seed: int, name: str) -> bytes:
 def take_listed(table: Dataset, path: str) -> Dataset:
     """The utterances that a list names, in the table's order.
 
-    `path` is a text file, or a folder of audio as Libri-Light's `librispeech_finetuning/1h`. In a file the first
-    field of each line counts: an id, or the path of an audio file, which stands for its name without the ending; so
-    wav2letter's lists, fairseq's manifests (root line first) and `.trans.txt` serve. An utterance is known by its id,
-    by the last part of its id, or by its audio file's name. Raises UserError where the list is missing, empty,
-    ambiguous, or names what the table lacks.
+    `path` is a folder of audio, as Libri-Light's `librispeech_finetuning/1h`, or a text file: wav2letter's lists,
+    fairseq's manifests, `.trans.txt`. The first field of a line counts, an id or the path of an audio file. An
+    utterance is known by its id, by the last part of its id, or by its audio file's name. Raises UserError where the
+    list is missing, empty, ambiguous, or names what the table lacks.
     """
     rows_of = defaultdict(set)
     for row, (id, audio) in enumerate(zip(table["id"], table["audio"], strict=True)):
         for name in (id, _stem(id), _stem(audio)):
             rows_of[name].add(row)
-    wanted = _read_list(Path(path))
-    found = {name: rows_of.get(name) or rows_of.get(_stem(name), set()) for name in wanted}
+    found = {name: rows_of.get(name) or rows_of.get(_stem(name), set()) for name in _read_list(Path(path))}
     missing = [name for name, rows in found.items() if not rows]
     twins = [name for name, rows in found.items() if len(rows) > 1]
     refuse(
-        (not wanted, f"--train_list {path} names no utterance: write an id or an audio file's path in each line"),
-        (missing, f"--train_list {path}: {len(missing)} of its {len(wanted)} utterances are not in --train_data, the "
+        (not found, f"--train_list {path} names no utterance: write an id or an audio file's path in each line"),
+        (missing, f"--train_list {path}: {len(missing)} of its {len(found)} utterances are not in --train_data, the "
                   f"first {', '.join(missing[:1])}: give the manifests that hold them all"),
         (twins, f"--train_list {path}: {', '.join(twins[:1])} stands for several utterances of --train_data: use ids"),
     )  # fmt: skip
@@ -124,15 +123,14 @@ def take_listed(table: Dataset, path: str) -> Dataset:
 
 
 def _stem(name: str) -> str:
-    name = name.rsplit("/", 1)[-1]
-    stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in _AUDIO_ENDINGS else name
+    stem, ending = os.path.splitext(name.rsplit("/", 1)[-1])
+    return stem if ending.lower() in _AUDIO_ENDINGS else stem + ending
 
 
 def _read_list(path: Path) -> list[str]:
-    """The names in a list, in order, each once; those of the audio files where `path` is a folder."""
+    """The names in a list, in order; those of the audio files where `path` is a folder."""
     if path.is_dir():
-        return sorted({_stem(file.name) for file in path.rglob("*") if file.suffix.lower() in _AUDIO_ENDINGS})
+        return sorted(_stem(file.name) for file in path.rglob("*") if file.suffix.lower() in _AUDIO_ENDINGS)
     try:
         lines = [line.rstrip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -140,4 +138,4 @@ def _read_list(path: Path) -> list[str]:
     # fairseq's manifests name their root first, then `path <tab> samples`.
     if len(lines) > 1 and "\t" not in lines[0] and lines[1].count("\t") == 1 and lines[1].split("\t")[1].isdigit():
         lines = lines[1:]
-    return list(dict.fromkeys(line.split("\t" if "\t" in line else None)[0] for line in lines))
+    return [line.split("\t" if "\t" in line else None)[0] for line in lines]

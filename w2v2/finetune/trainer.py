@@ -1,10 +1,11 @@
 """`Trainer` with the wav2vec 2.0 paper's way of fine-tuning (appendix B of the paper, fairseq's configurations).
 
-It adds the tri-stage learning rate, an encoder that stays frozen at first, an order that is a pure function of (seed,
-epoch), effective batches in seconds with a gradient that no cut changes, and `metrics.jsonl`.
+It adds the tri-stage learning rate, an encoder frozen at first, an order that is a pure function of (seed, epoch),
+effective batches in seconds with a gradient that no cut changes, and `metrics.jsonl`.
 """
 
 import contextlib
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import METRICS_FILE, SKIPPED_FILE
-from w2v2.finetune.batching import DrawEpoch, LengthSampler, MicroBatches, UpdateSampler, collate_update
+from w2v2.finetune.batching import LengthSampler, MicroBatches, UpdateSampler, collate_update
 from w2v2.finetune.ctc_data import check_skipped, read_skipped
 from w2v2.finetune.subsets import num_hours
 from w2v2.train.durable import match_modes
@@ -31,11 +32,10 @@ class FineTuner(Trainer):
     """`Trainer` for a head on a wav2vec 2.0. Data sets have `lengths` (in samples); evaluation keeps their order.
 
     A subclass has `score_output`: an output of the stock evaluation and its data set → predictions, scores by name.
-    Unreadable audio has no label and is not scored.
+    Unreadable audio has no label and is not scored. Without `train_dataset` it only evaluates.
 
-    Without `train_dataset` it only evaluates. With `batch_seconds` an update is a whole effective batch, cut into
-    micro-batches of at most `micro_batch_seconds`, padding included (`batching.py`); otherwise it is as `Trainer` has
-    it.
+    With `batch_seconds` an update is a whole effective batch, cut into micro-batches of at most `micro_batch_seconds`,
+    padding included; otherwise it is as `Trainer` has it.
     """
 
     def __init__(self, *args, **kwargs):
@@ -45,17 +45,15 @@ class FineTuner(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.train_dataset is not None:
             self.sampler = self._build_sampler()
-            draw = DrawEpoch(self.sampler, self.train_dataset)
-            for callback in (draw, _FreezeEncoder(), _WatchSkippedAudio(self.train_dataset), _MetricsFile()):
-                self.add_callback(callback)
+            self.add_callback(_AroundUpdates(self.sampler, self.train_dataset))
         transformers.utils.logging.disable_progress_bar()  # of writing a model's one shard
 
     def _build_sampler(self) -> Sampler:
         args, lengths = self.args, self.train_dataset.lengths
-        if args.batch_seconds:
-            samples = [round(seconds * SAMPLING_RATE) for seconds in (args.batch_seconds, args.micro_batch_seconds)]
-            return UpdateSampler(lengths, *samples, args.seed, rank=args.process_index, num_ranks=args.world_size)
-        return LengthSampler(lengths, args.per_device_train_batch_size, args.seed)
+        if not args.batch_seconds:
+            return LengthSampler(lengths, args.per_device_train_batch_size, args.seed)
+        samples = [round(seconds * SAMPLING_RATE) for seconds in (args.batch_seconds, args.micro_batch_seconds)]
+        return UpdateSampler(lengths, *samples, args.seed, rank=args.process_index, num_ranks=args.world_size)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return self.sampler
@@ -76,18 +74,16 @@ class FineTuner(Trainer):
 
     def describe(self, checkpoint: str | None) -> None:
         """What this run will do, on the console."""
-        args, num_utterances = self.args, len(self.train_dataset)
-        seconds = sum(self.train_dataset.lengths) / SAMPLING_RATE
+        args, model = self.args, self.model
         start = args.model_name_or_path or f"random weights of {args.config_name}"
-        num_all, num_learning = self.model.num_parameters() / 1e6, self.get_num_trainable_parameters() / 1e6
+        num_all, num_learning = model.num_parameters() / 1e6, self.get_num_trainable_parameters() / 1e6
         frozen = f", the encoder after {args.freeze_encoder_steps} updates" if args.freeze_encoder_steps else ""
         args.print_once(f"       model: {start}, {num_all:.2f} M parameters, {num_learning:.2f} M learn{frozen}")
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        updates_per_epoch = len(self.sampler) if args.batch_seconds else num_utterances / size
-        pieces = (
-            f"micro-batches of at most {args.micro_batch_seconds:g} s" if args.batch_seconds else f"{size} utterances"
-        )
-        batch = f"{seconds / updates_per_epoch:.0f} s ({pieces})"
+        pieces, updates_per_epoch = f"{size} utterances", len(self.train_dataset) / size
+        if args.batch_seconds:
+            pieces, updates_per_epoch = f"micro-batches of at most {args.micro_batch_seconds:g} s", len(self.sampler)
+        batch = f"{sum(self.train_dataset.lengths) / SAMPLING_RATE / updates_per_epoch:.0f} s ({pieces})"
         updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * updates_per_epoch)
         resumed = f", resumed from {checkpoint}" if checkpoint else ""
         args.print_once(f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
@@ -99,8 +95,8 @@ class FineTuner(Trainer):
         run = dict(model=args.model_name_or_path, config=args.config_name, seed=args.seed, skipped_audio=num_skipped)
         if train is None:
             return run
-        heard = dict(train_utterances=len(train), train_hours=round(num_hours(train.table), 4))
-        return run | dict(updates=self.state.global_step, best_update=self.best_update) | heard
+        run |= dict(updates=self.state.global_step, best_update=self.best_update)
+        return run | dict(train_utterances=len(train), train_hours=round(num_hours(train.table), 4))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """The stock training. A finished run is only loaded: `Trainer` would do an update more if it ended in an epoch."""
@@ -108,31 +104,27 @@ class FineTuner(Trainer):
             return super().train(**kwargs)
         folder = Path(resume_from_checkpoint)
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        if not 0 < self.args.max_steps <= state.global_step:
-            try:  # torch reads the state with `weights_only`
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except Exception as error:
-                if type(error).__name__ != "UnpicklingError":
-                    raise
-                reason = str(error).strip().partition("\n")[0]
-                raise UserError(f"{folder}: its training state is not loaded, being none that Trainer wrote ({reason}): "
-                                "start from its weights with --model_name_or_path") from None  # fmt: skip
-        best = folder.with_name(f"checkpoint-{state.best_global_step}")
-        self.state = state
-        self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else folder))
+        if 0 < self.args.max_steps <= state.global_step:
+            best = folder.with_name(f"checkpoint-{state.best_global_step}")
+            self.state = state
+            return self._load_from_checkpoint(str(best if self.best_update and best.is_dir() else folder))
+        try:  # torch reads the state with `weights_only`
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except pickle.UnpicklingError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{folder}: its training state is not loaded, being none that Trainer wrote ({reason}): "
+                            "start from its weights with --model_name_or_path") from None  # fmt: skip
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """By seconds: this rank's micro-batches of one update, accumulated and divided once, by the effective batch.
 
-        Each micro-batch's loss counts for as much as `loss_weight` says, over the sum of that on all ranks. DDP's
-        mean over the ranks is undone. Returns this rank's part of the loss times the ranks, whose mean is the
-        effective batch's loss.
+        Returns this rank's part of the loss times the ranks, whose mean is the effective batch's loss.
         """
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         micro_batches = self._prepare_inputs(inputs)["micro_batches"]
-        # 1. Weigh: a dummy counts for nothing; the total is over all ranks.
+        # 1. Weigh each micro-batch's loss: a dummy counts for nothing; the total is over all ranks.
         weights = [micro["weight"] * self.loss_weight(micro["inputs"]) for micro in micro_batches]
         total = self.accelerator.reduce(torch.tensor(sum(weights), device=self.args.device), "sum")
         heard = torch.zeros((), device=self.args.device)
@@ -163,10 +155,8 @@ class FineTuner(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
-        factor = partial(
-            lr_factor, total_steps=num_training_steps, warmup_steps=args.warmup_steps, kind=args.lr_scheduler_type,
-            hold=args.hold_fraction, final_scale=args.final_lr_scale,
-        )  # fmt: skip
+        shape = dict(kind=args.lr_scheduler_type, hold=args.hold_fraction, final_scale=args.final_lr_scale)
+        factor = partial(lr_factor, total_steps=num_training_steps, warmup_steps=args.warmup_steps, **shape)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -197,42 +187,37 @@ class FineTuner(Trainer):
         match_modes(folder)
 
 
-class _FreezeEncoder(TrainerCallback):
-    """In the first updates only the head learns; the convs keep whatever they were.
+class _AroundUpdates(TrainerCallback):
+    """Tells sampler and data set the epoch, freezes the encoder at first, and writes `metrics.jsonl`.
 
-    Freezing starts after the optimizer took all parameters in. It skips those without a gradient.
+    Stops the run where decoding meets more unreadable files than allowed; headers were looked at before it began.
     """
 
-    def __init__(self):
+    def __init__(self, sampler: Sampler, train_dataset: Dataset):
+        self.sampler, self.train_dataset = sampler, train_dataset
         self._frozen = []
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.process_index > 0:  # ranks draw masks of their own
+            set_seed(args.seed + args.process_index)
+        known = [dict(sorted(entry.items())) for entry in state.log_history]  # of a run that is resumed
+        path = Path(args.output_dir, METRICS_FILE)
+        self._records = StepRecords(path, head=known, is_main=state.is_world_process_zero)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Before the workers start; accelerate's loaders sometimes do not tell the sampler."""
+        self.sampler.epoch = self.train_dataset.epoch = int(state.epoch or 0)
+
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        """Freezing starts after the optimizer took all parameters in; it skips those without a gradient."""
         is_frozen = state.global_step < args.freeze_encoder_steps
         if is_frozen and not self._frozen:
             self._frozen = [p for p in model.wav2vec2.parameters() if p.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(not is_frozen)
 
-
-class _WatchSkippedAudio(TrainerCallback):
-    """Stops the run where decoding meets more unreadable files than allowed; headers were looked at before it began."""
-
-    def __init__(self, train_dataset: Dataset):
-        self.train_dataset = train_dataset
-
-    def on_log(self, args, state, control, **kwargs):
-        check_skipped(self.train_dataset, args.max_skipped_fraction)
-
-
-class _MetricsFile(TrainerCallback):
-    """`metrics.jsonl`: one object a logged step. A resumed run's file begins with what its checkpoint knows."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        known = [dict(sorted(entry.items())) for entry in state.log_history]
-        path = Path(args.output_dir, METRICS_FILE)
-        self._records = StepRecords(path, head=known, is_main=state.is_world_process_zero)
-
     def on_log(self, args, state, control, logs=None, **kwargs):
+        check_skipped(self.train_dataset, args.max_skipped_fraction)
         if "train_runtime" not in logs:  # the summary at the end
             self._records.append(dict(sorted(state.log_history[-1].items())))
 
