@@ -75,15 +75,11 @@ _FAIRSEQ_LIMITED = {
     "extractor_mode": ("default", ("default", "layer_norm")),
 }
 
-_TRIPLE = r"\((\d+),(\d+),(\d+)\)"
 _CONV_TERM = r"\[(?:\(\d+,\d+,\d+\),?)+\](?:\*\d{1,2})?"
 
 
 def convert_fairseq(path: Path) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2FeatureExtractor]:
-    """The model of a fairseq pretraining checkpoint (`.pt`), and whether the waveform is normalised.
-
-    Raises UserError where it is none, or one that the stock model cannot hold.
-    """
+    """The model of a pretraining checkpoint (`.pt`). Raises UserError for any other, or what stock cannot hold."""
     checkpoint = read_weights(path)
     weights = checkpoint.get("model")
     if not isinstance(weights, Mapping):
@@ -121,14 +117,11 @@ def fairseq_config(options: Mapping[str, Any], path: Path) -> Wav2Vec2Config:
 
 
 def conv_layers(text: str | None, path: Path) -> list[tuple[int, int, int]]:
-    """(channels, kernel, stride) of each conv, from the Python expression that fairseq evaluates; here it is only read.
-
-    It is a sum of lists of triples, each perhaps times a number: `[(512, 10, 5)] + [(512, 3, 2)] * 4`.
-    """
+    """(channels, kernel, stride) of each conv, read from fairseq's Python: `[(512, 10, 5)] + [(512, 3, 2)] * 4`."""
     compact = re.sub(r"\s", "", text) if isinstance(text, str) else ""
     if not re.fullmatch(rf"{_CONV_TERM}(\+{_CONV_TERM})*", compact):
         raise UserError(f"{path}: conv_feature_layers {text!r} is no list of (channels, kernel, stride)")
     layers = []
     for triples, times in re.findall(r"\[([^]]*)\](?:\*(\d+))?", compact):
-        layers += [tuple(map(int, triple)) for triple in re.findall(_TRIPLE, triples)] * int(times or 1)
+        layers += [tuple(map(int, triple)) for triple in re.findall(r"(\d+),(\d+),(\d+)", triples)] * int(times or 1)
     return layers

@@ -1,7 +1,7 @@
 """SpeechBrain's pretraining checkpoints: the stock model under names of its own, and an architecture of its own.
 
-The latter (speechbrain/lobes/models/wav2vec.py) differs from the stock one in a single computation: it adds sinusoidal
-positions to the transformer's input, the stock one the output of a convolution. No weights make these equal.
+The latter (speechbrain/lobes/models/wav2vec.py) adds sinusoidal positions to the transformer's input, where the stock
+one adds the output of a convolution. No weights make these equal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,9 +56,8 @@ def convert_speechbrain(path: Path, config_name: str) -> tuple[Wav2Vec2ForPreTra
     if path.is_dir():
         if (path / "latent_encoder.ckpt").exists():
             raise UserError(
-                f"{path}: SpeechBrain's own wav2vec 2.0 (latent_encoder.ckpt) adds sinusoidal positions where the "
-                "stock model has a convolution, and no weights make them equal; --without_positions takes over "
-                "everything else, for further pretraining"
+                f"{path}: SpeechBrain's own wav2vec 2.0 (latent_encoder.ckpt) has sinusoidal positions, the stock model a "
+                "convolution; --without_positions takes over everything else, for further pretraining"
             )
         path = path / "wav2vec2.ckpt"
     config = load_config(None, config_name)
@@ -71,14 +70,17 @@ def convert_without_positions(
 ) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2FeatureExtractor]:
     """SpeechBrain's own architecture but for its positions: convs, transformer, quantizer and projections as they are.
 
-    The stock positional convolution starts at zero and has to learn, so this is a start for pretraining, not the same
-    model. Heads and strides are the recipe's (`nhead`, `latentextractor_strides`): the weights do not show them.
+    The stock positional convolution starts at zero and has to learn. Heads and strides are the recipe's (`nhead`,
+    `latentextractor_strides`): the weights do not show them.
     """
     # 1. One file a module; their keys get the stock names.
     weights = {}
     for name in _OWN_FILES:
         weights |= {f"{name}.{key}": tensor for key, tensor in read_weights(folder / f"{name}.ckpt").items()}
-    weights = {key: tensor for key, tensor in _split_attention(weights).items() if key not in _NOT_WEIGHTS}
+    for key in [key for key in weights if "in_proj_" in key]:  # (3 × D, …): queries, keys and values
+        parts = zip("qkv", weights.pop(key).chunk(3), strict=True)
+        weights |= {key.replace("in_proj_", f"{part}_proj."): tensor.contiguous() for part, tensor in parts}
+    weights = {key: tensor for key, tensor in weights.items() if key not in _NOT_WEIGHTS}
     renamed = rename(weights, OWN_KEYS, folder)
 
     # 2. The shapes tell the architecture. Its positional convolution gets random directions; norm and bias are zero.
@@ -88,19 +90,6 @@ def convert_without_positions(
         if key.startswith("wav2vec2.encoder.pos_conv_embed."):
             renamed[key] = tensor if key.endswith("original1") else torch.zeros_like(tensor)
     return fill_stock(config, renamed, folder), feature_extractor(config, True)
-
-
-def _split_attention(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`in_proj_weight` (3 × width, width) and `in_proj_bias` as those of queries, keys and values."""
-    split = {}
-    for key, tensor in weights.items():
-        stem, packed, kind = key.partition("in_proj_")
-        if packed:
-            parts = zip("qkv", tensor.chunk(3), strict=True)
-            split |= {f"{stem}{name}_proj.{kind}": part.contiguous() for name, part in parts}
-        else:
-            split[key] = tensor
-    return split
 
 
 def _own_config(
@@ -132,6 +121,4 @@ def _own_config(
             mask_time_prob=0.65,
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{folder}: no wav2vec 2.0 of SpeechBrain's with these strides: {error} is missing or odd"
-        ) from None
+        raise UserError(f"{folder}: no wav2vec 2.0 of SpeechBrain's: {error} does not fit these strides") from None

@@ -22,25 +22,19 @@ from w2v2.model.loading import first_line
 Rules = Sequence[tuple[str, str]]  # a pattern that a whole key matches, and the stock key
 
 
-class _Inert:
-    """In the place of a class that a checkpoint names beside its weights; it takes anything and does nothing."""
-
-    def __init__(self, *args: object, **kwargs: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
+def _ignore(self: object, *args: object, **kwargs: object) -> None:
+    """How an inert stand-in is made: it takes anything and does nothing."""
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """The dictionary that `torch.save` wrote, without executing any of it. Raises UserError where it is none."""
+    """The dictionary that `torch.save` wrote; none of it is executed. Raises UserError where it is none."""
     known = [argparse.Namespace]  # fairseq's older checkpoints keep their options in one
     try:
         # 1. Which classes does it name that torch does not know? Each gets an inert stand-in.
         with torch.serialization.safe_globals(known), contextlib.suppress(ValueError, RuntimeError):
             for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):  # not in files of before torch 1.6
                 module, _, kind = name.rpartition(".")
-                known.append(type(kind, (_Inert,), {"__module__": module}))
+                known.append(type(kind, (), {"__module__": module, "__init__": _ignore, "__setstate__": _ignore}))
         # 2. Tensors, plain values and stand-ins are read; a call of anything else is refused by torch.
         with torch.serialization.safe_globals(known):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
