@@ -67,9 +67,7 @@ FILES = {
     "nemo.jsonl": "\n".join(map(json.dumps, NEMO)),
     "nemo.json": "\n\n".join(map(json.dumps, NEMO)) + "\n",
     "list.json": json.dumps(NEMO),
-    "mixed_types.jsonl": "\n".join(json.dumps(row | {"duration": str(row["duration"])}) for row in NEMO[:1])
-    + "\n"
-    + json.dumps(NEMO[1] | {"text": None}),
+    "mixed_types.jsonl": "\n".join(map(json.dumps, [NEMO[0] | {"duration": "1.5"}, NEMO[1] | {"text": None}])),
 }
 
 
@@ -85,11 +83,14 @@ def test_every_kind_of_manifest_gives_the_same_table(corpus, name):
     assert "label" not in data.column_names
 
 
-def test_parquet_may_hold_numbers(corpus):
+def test_parquet_may_hold_numbers_but_not_audio(corpus):
     table = pa.table({"Audio": NAMES, "duration": pa.array([1.5, 2], pa.float32()), "label": [3, 4], "other": [1, 2]})
     pyarrow.parquet.write_table(table, corpus / "a.parquet")
     data = load(corpus / "a.parquet")
     assert data["num_samples"][:] == [24_000, 32_000] and data["label"][:] == ["3", "4"]
+    pyarrow.parquet.write_table(pa.table({"audio": [{"bytes": b"", "path": "x"}]}), corpus / "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: the column for audio holds struct"):
+        load(corpus / "b.parquet")
 
 
 @pytest.mark.parametrize("root", [".", "", "deep/..", "{absolute}"])
@@ -128,13 +129,6 @@ def test_relative_paths_start_at_data_root_or_the_manifest(corpus, tmp_path):
         assert data["id"][:] == ["x/a.wav", "/abs/b.wav", "/abs/b.wav#2"]
 
 
-def test_nemo_offsets_are_seconds(corpus):
-    rows = [{"audio_filepath": "a.wav", "duration": 2.5, "offset": start} for start in (0, 3.5)]
-    data = load(write(corpus / "a.json", "\n".join(map(json.dumps, rows))))
-    assert data["start"][:] == [0.0, 3.5] and data["num_samples"][:] == [40_000, 40_000]
-    assert data["id"][:] == ["a.wav", "a.wav:56000"]
-
-
 @pytest.mark.parametrize(
     "rows, start, num_samples",
     [
@@ -143,11 +137,13 @@ def test_nemo_offsets_are_seconds(corpus):
         ("ID,duration,wav,start,stop\nu,10,a b.wav,2,12\n", 2.0, 160_000),  # stop - start is the duration: seconds
         ("ID,wav,start\nu,a b.wav,0.5\n", 0.5, 16_000),  # no stop: seconds, and the rest of the file
         ("audio,start,end\na b.wav,1,3\n", 1.0, 32_000),  # our names: seconds
+        ("audio_filepath,offset,duration\na b.wav,3.5,2.5\n", 3.5, 40_000),  # NeMo's: seconds
     ],
 )
 def test_start_and_stop(corpus, rows, start, num_samples):
-    data = load(write(corpus / "a.csv", rows), probe=probe)
-    assert (data["start"][0], data["num_samples"][0]) == (start, num_samples)
+    row = load(write(corpus / "a.csv", rows), probe=probe)[0]
+    assert (row["start"], row["num_samples"]) == (start, num_samples)
+    assert row["id"] == ("u" if rows.startswith("ID") else f"a b.wav:{round(start * 16_000)}")
 
 
 def test_speechbrains_wav_may_be_an_object_with_samples(corpus):
@@ -228,11 +224,8 @@ def test_files_that_cannot_be_measured_are_listed(corpus):
     manifest = write(corpus / "a.csv", "id,audio,start\nu1,a b.wav,0\nu2,bad.wav,0\nu3,gone.wav,0\nu4,a b.wav,9\n")
     data, skipped = load_manifest([manifest])
     assert data["id"][:] == ["u1"]
-    assert [(row["id"], row["audio"]) for row in skipped] == [
-        ("u2", str(corpus / "bad.wav")),
-        ("u3", str(corpus / "gone.wav")),
-        ("u4", str(corpus / "a b.wav")),
-    ]
+    names = {"u2": "bad.wav", "u3": "gone.wav", "u4": "a b.wav"}
+    assert {row["id"]: row["audio"] for row in skipped} == {name: str(corpus / file) for name, file in names.items()}
     assert skipped[1]["reason"] == "does not exist"
     assert "ends before 9 s" in skipped[2]["reason"]
 
@@ -257,18 +250,14 @@ SLIPS = [
     ("missing.csv", None, "missing.csv does not exist"),
     ("empty.csv", "", "empty.csv is empty"),
     ("empty.jsonl", "\n\n", "empty.jsonl is empty"),
-    ("header.csv", "audio,duration\n", "header.csv is empty: it has no rows"),
     ("list.txt", "a.wav\n", "unknown suffix '.txt': use .csv"),
     ("a.csv", "foo,bar\n1,2\n", "no audio column: it has foo, bar; name one of them audio or wav"),
-    ("a.jsonl", '{"foo": 1}\n', "no audio column: it has foo;"),
     ("a.csv", "audio,duration\na.wav,1\nb.wav,-1\n", r"row 2 \(line 3\): duration is -1.0"),
-    ("a.csv", "audio,duration\na.wav,1\nb.wav,0\n", r"row 2 \(line 3\): duration is 0"),
     ("a.csv", "audio,duration\na.wav,1\n\nb.wav,nan\n", r"row 2 \(line 4\): duration is nan"),
     ("a.csv", "audio,duration\na.wav,long\n", r"row 1 \(line 2\): duration is 'long': write a number"),
     ("a.tsv", "/root\na.wav\t16000\nb.wav\tx\n", r"row 2 \(line 3\): num_samples is 'x'"),
     ("a.csv", "audio,duration,start\na.wav,1,-2\n", r"row 1 \(line 2\): start is -2"),
     ("a.csv", "audio,start,end\na.wav,3,2\n", r"row 1 \(line 2\): stop is 2.0"),
-    ("a.jsonl", GOOD + "\n" + '{"audio": "b.wav", "duration": -3}\n', r"row 2 \(line 3\): duration is -3"),
     ("a.jsonl", GOOD + '{"audio": "b.wav", "duration": NaN}\n', r"row 2 \(line 2\): duration is nan"),
     ("a.jsonl", GOOD + '{"audio": "b.wav", "dur\n', "a.jsonl: line 2 is not valid JSON"),
     ("a.jsonl", GOOD + "[1]\n", "line 2 is not a JSON object"),
@@ -282,14 +271,9 @@ SLIPS = [
     ("a.csv", 'audio,duration,text\na.wav,1,"hi" you\n', "line 2 does not parse"),
     ("a.json", '[{"audio": "a.wav"}, 3]', "an entry is not a JSON object"),
     ("a.csv", "audio,audio,duration\na,b,1\n", "more than one column 'audio'"),
-    ("a.csv", "audio,AUDIO,duration\na,b,1\n", "more than one column 'audio'"),
     ("a.csv", "id,audio,duration\nx,a,1\ny,b,1\nx,c,1\n", r"row 3 \(line 4\): id is 'x'"),
     ("a.csv", "id,audio,duration\nx,a,1\n,b,1\n", r"row 2 \(line 3\): id is ''"),
-    (
-        "a.csv",
-        "ID,duration,wav\nx,1,$data_root/a.wav\n",
-        r"row 1 \(line 2\): audio is '\$data_root/a.wav': pass --data_root",
-    ),
+    ("a.csv", "wav\n$data_root/a.wav\n", r"row 1 \(line 2\): audio is '\$data_root/a.wav': pass --data_root"),
     ("a.csv", "audio,duration\nhttps://x/a.wav,1\n", "audio is 'https://x/a.wav': download"),
     ("a.csv", "audio,duration\né.wav,1\n".encode("latin-1"), "a.csv holds text that is not UTF-8"),
     ("a.parquet", b"PAR0", "a.parquet cannot be read .*[Pp]arquet"),
@@ -306,12 +290,6 @@ def test_a_slip_is_named_in_one_line(tmp_path, name, content, message):
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
-def test_a_parquet_that_embeds_its_audio_is_a_slip(tmp_path):
-    pyarrow.parquet.write_table(pa.table({"audio": [{"bytes": b"", "path": "x"}]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match="b.parquet: the column for audio holds struct"):
-        load(tmp_path / "b.parquet")
-
-
 def test_arguments_that_name_nothing_are_slips(corpus):
     manifest = write(corpus / "a.csv", OURS)
     (corpus / "empty").mkdir()
@@ -326,11 +304,9 @@ def test_arguments_that_name_nothing_are_slips(corpus):
             load(*paths, **options)
 
 
-@pytest.mark.parametrize(
-    "segments", ["u1 r9 0 1\n", "u1 r1 0\n", "u1 r1 0 x\n", "u1 r1 2 1\n", "u1 r1 0 1\nu1 r1 1 2\n"]
-)
-def test_bad_kaldi_segments_are_slips(tmp_path, segments):
+def test_bad_kaldi_segments_are_slips(tmp_path):
     write(tmp_path / "wav.scp", "r1 a.wav\n")
-    write(tmp_path / "segments", segments)
-    with pytest.raises(UserError, match="u1|row 1"):
-        load(tmp_path)
+    for segments in ("u1 r9 0 1\n", "u1 r1 0\n", "u1 r1 0 x\n", "u1 r1 2 1\n", "u1 r1 0 1\nu1 r1 1 2\n"):
+        write(tmp_path / "segments", segments)
+        with pytest.raises(UserError, match="u1|row 1"):
+            load(tmp_path)

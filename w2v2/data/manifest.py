@@ -69,10 +69,9 @@ def read_manifests(
     tables = [_interpret(read_table(Path(name).expanduser(), wanted), extras, data_root) for name in names]
     table, skipped = fill_lengths(_join(tables, names, extras), probe, cache_dir)
     if skipped and not len(table):
-        raise UserError(
-            f"{', '.join(names)}: no audio file could be measured, beginning with {skipped[0]['audio']}, which "
-            f"{skipped[0]['reason']}: check the paths, and --data_root if they are relative"
-        )
+        first = f"beginning with {skipped[0]['audio']}, which {skipped[0]['reason']}"
+        remedy = "check the paths, and --data_root if they are relative"
+        raise UserError(f"{', '.join(names)}: no audio file could be measured, {first}: {remedy}")
     return table, skipped
 
 
@@ -83,10 +82,8 @@ def _interpret(raw: RawTable, extras: Sequence[str], data_root: str | None) -> p
         if present := [alias for alias in aliases if alias in raw.table.column_names]:
             columns[name] = raw.table[present[0]]
     if "audio" not in columns:
-        raise UserError(
-            f"manifest {raw.path} has no audio column: it has {', '.join(raw.found) or 'none'}; "
-            f"name one of them {' or '.join(COLUMNS['audio'])}"
-        )
+        found, remedy = ", ".join(raw.found) or "none", f"name one of them {' or '.join(COLUMNS['audio'])}"
+        raise UserError(f"manifest {raw.path} has no audio column: it has {found}; {remedy}")
     texts = {name: _cast_text(raw, name, columns[name]) for name in ("audio", "id", *extras) if name in columns}
     written = texts.pop("audio")
     raw.refuse(pc.equal(pc.utf8_trim_whitespace(written), ""), "audio", written, "fill it in or remove the row")
@@ -95,7 +92,7 @@ def _interpret(raw: RawTable, extras: Sequence[str], data_root: str | None) -> p
         raw.refuse(marked, "audio", written, "pass --data_root with the folder that its beginning stands for")
     written = pc.replace_substring_regex(written, ROOT_MARKER, "")
     start, num_samples = _find_extent(raw, columns)
-    ids = _check_ids(raw, texts.pop("id")) if "id" in texts else _name_rows(written, start)
+    ids = _name_rows(raw, texts.pop("id", None), written, start)
     audio = _resolve(raw, written, data_root)
     return pa.table({"id": ids, "audio": audio, "start": start, "num_samples": num_samples} | texts)
 
@@ -129,9 +126,8 @@ def _find_extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[np
     limits = {"start": (0, most), "stop": (0, most)}  # may turn out to be samples
     limits |= {"num_samples": (1, most), "duration": (0.5 / rate, MOST_SECONDS)}
     nothing = pa.chunked_array([pa.nulls(raw.table.num_rows, pa.float64())])
-    start, stop, num_samples, duration = (
-        _cast_numbers(raw, name, columns.get(name, nothing), *limits[name]) for name in limits
-    )
+    numbers = [_cast_numbers(raw, name, columns.get(name, nothing), *limits[name]) for name in limits]
+    start, stop, num_samples, duration = numbers
     # 1. The length that the manifest states, in seconds.
     start = np.nan_to_num(start)
     length = np.where(np.isnan(duration), num_samples / rate, duration)
@@ -142,34 +138,28 @@ def _find_extent(raw: RawTable, columns: dict[str, pa.ChunkedArray]) -> tuple[np
     in_seconds = known.any() and (np.abs(between - length)[known] < 1.0).all()
     if in_samples := whole and {"wav", "start", "stop"} <= set(raw.table.column_names) and not in_seconds:
         start, stop, between = (column / rate for column in (start, stop, between))
-    too_early = pa.array(between < 1.0 / rate)
-    raw.refuse(too_early, "stop", pa.array(stop), "in seconds, it has to come after the start")
+    raw.refuse(pa.array(between < 1 / rate), "stop", pa.array(stop), "in seconds, it has to come after the start")
     # 3. In samples the difference comes first, for the duration is then that of the whole file.
     first, second = (between, length) if in_samples else (length, between)
     return start, pa.array(np.round(np.where(np.isnan(first), second, first) * rate), from_pandas=True).cast(pa.int64())
 
 
-def _check_ids(raw: RawTable, ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    raw.refuse(pc.equal(ids, ""), "id", ids, "give every row one, or remove the column")
-    repeated = pc.greater(_count_repetitions(ids), 0)
-    raw.refuse(repeated, "id", ids, "an earlier row has it too, make it unique or remove the row")
-    return ids
-
-
-def _name_rows(written: pa.ChunkedArray, start: np.ndarray) -> pa.ChunkedArray:
-    at = pa.array(np.round(start * SAMPLING_RATE).astype(np.int64)).cast(pa.string())
-    names = pc.if_else(pa.array(start > 0), pc.binary_join_element_wise(written, at, ":"), written)
-    before = _count_repetitions(names)
-    numbered = pc.binary_join_element_wise(names, pc.add(before, 1).cast(pa.string()), "#")
-    return pc.if_else(pc.equal(before, 0), names, numbered)
-
-
-def _count_repetitions(names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """How often each name has come before."""
+def _name_rows(
+    raw: RawTable, ids: pa.ChunkedArray | None, written: pa.ChunkedArray, start: np.ndarray
+) -> pa.ChunkedArray:
+    """The ids that the manifest gives; or else paths, with their start in samples, numbered where they come twice."""
+    names = ids
+    if ids is None:
+        at = pa.array(np.round(start * SAMPLING_RATE).astype(np.int64)).cast(pa.string())
+        names = pc.if_else(pa.array(start > 0), pc.binary_join_element_wise(written, at, ":"), written)
+    raw.refuse(pc.equal(names, ""), "id", names, "give every row one, or remove the column")
     if pc.count_distinct(names).as_py() == len(names):
-        return pa.chunked_array([np.zeros(len(names), np.int64)])
+        return names
     series = names.to_pandas()
-    return pa.chunked_array([pa.array(series.groupby(series).cumcount())])
+    nth = pa.array(series.groupby(series).cumcount() + 1)
+    if ids is not None:
+        raw.refuse(pc.greater(nth, 1), "id", names, "an earlier row has it too, make it unique or remove the row")
+    return pc.if_else(pc.equal(nth, 1), names, pc.binary_join_element_wise(names, nth.cast(pa.string()), "#"))
 
 
 def _resolve(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) -> pa.ChunkedArray:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -25,8 +25,6 @@ PACKED_MANIFEST = "manifest.parquet"  # in a folder that pack_audio.py wrote, be
 LINE = "line in the file"  # a column of our own, beside those of the file
 BATCH_ROWS = 65_536  # so many rows exist as Python's objects at a time
 TSV_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
-
-Row = tuple[int | None, dict]  # its line, where there is one, and {name: cell}
 
 
 @dataclass
@@ -70,8 +68,8 @@ def read_table(path: Path, wanted: Iterable[str]) -> RawTable:
     return raw
 
 
-def _build_table(rows: Iterable[Row], wanted: frozenset[str]) -> pa.Table:
-    """The wanted columns of all rows as text, and their lines."""
+def _build_table(rows: Iterable[tuple[int | None, dict]], wanted: frozenset[str]) -> pa.Table:
+    """The wanted columns as text, and the lines, of rows given as (line, {name: cell})."""
     rows, tables = iter(rows), []
     while batch := list(islice(rows, BATCH_ROWS)):
         columns = {LINE: pa.array([line for line, _ in batch], pa.int64())}
@@ -98,7 +96,7 @@ def _read_delimited(path: Path, wanted: frozenset[str]) -> RawTable:
         else:
             reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
 
-        def rows() -> Iterator[Row]:
+        def rows() -> Iterator[tuple[int, dict]]:
             for number, cells in enumerate(filter(None, reader), 1):
                 if len(cells) != len(found):
                     counts = f"row {number} (line {reader.line_num}) has {len(cells)} cells where the header has {len(found)}"
@@ -126,7 +124,7 @@ def _read_json(path: Path, wanted: frozenset[str]) -> RawTable:
     """A list of rows, SpeechBrain's object of id → row, or a row a line, whichever the suffix (NeMo says .json too)."""
     found: dict[str, None] = {}
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[tuple[int | None, dict]]:
         for line, row in entries:
             if not isinstance(row, dict):
                 where = f"manifest {path}: " + (f"line {line}" if line else "an entry")
@@ -168,10 +166,10 @@ def _parse(text: str, path: Path, line: int | None = None) -> object:
         raise UserError(f"{where} is not valid JSON ({reason}): mend or remove it") from None
 
 
-def _read_parquet(path: Path, wanted: frozenset[str]) -> RawTable:
+def _read_parquet(path: Path, wanted: frozenset[str], root: str = "") -> RawTable:
     with pyarrow.parquet.ParquetFile(path) as file:
         found = file.schema_arrow.names
-        return RawTable(path, file.read([name for name in found if name.lower() in wanted]), found)
+        return RawTable(path, file.read([name for name in found if name.lower() in wanted]), found, root)
 
 
 READERS = {
@@ -189,12 +187,11 @@ def _read_folder(folder: Path, wanted: frozenset[str]) -> RawTable:
     if (folder / "wav.scp").exists():
         rows, root = _read_kaldi(folder), ""
     elif (folder / PACKED_MANIFEST).exists():
-        return replace(_read_parquet(folder / PACKED_MANIFEST, wanted), root=root)
+        return _read_parquet(folder / PACKED_MANIFEST, wanted, root)
     elif next(folder.glob("shard-*.wav"), None):
         raise UserError(f"folder {folder} was not packed to its end: run the same pack_audio.py command again")
     elif not (rows := [{"audio": path} for path in find_audio(folder)]):
-        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
-        raise UserError(f"folder {folder} holds no audio files ({suffixes}) and no wav.scp: check the path")
+        raise UserError(f"folder {folder} holds no audio files and no wav.scp: check the path, or name a manifest")
     return RawTable(folder, _build_table(((None, row) for row in rows), wanted), list(rows[0]), root)
 
 
@@ -207,7 +204,7 @@ def find_audio(folder: Path) -> list[str]:
             continue
         seen.add(real)
         folders.sort()
-        audio = [name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
+        audio = (name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES)
         paths += [os.path.relpath(os.path.join(parent, name), folder) for name in audio]
     return sorted(paths)
 
@@ -225,10 +222,10 @@ def _read_kaldi(folder: Path) -> list[dict]:
         rows = []
         del further["utt2dur"]
         for name, fields in _read_pairs(segments).items():
-            recording, start, end = (fields.split() + [""] * 3)[:3]
+            recording, start, end, *_ = *fields.split(), "", "", ""
             if recording not in recordings or not end:
-                remedy = "needs a recording of wav.scp, a start and an end in seconds"
-                raise UserError(f"{segments}: {name!r} {remedy}, not {fields!r}")
+                needs = f"{name!r} needs a recording of wav.scp, a start and an end in seconds"
+                raise UserError(f"{segments}: {needs}, not {fields!r}")
             end = None if end in ("-1", "-1.0") else end  # that of the recording
             rows.append({"id": name, "audio": recordings[recording], "start": start, "end": end})
     for file, column in further.items():
