@@ -17,7 +17,6 @@ Likely causes are settings unlike the paper's and fairseq's recipes (small model
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +44,7 @@ MEASURES = ("codebook_perplexity_hard", "distractors_left", "accuracy", "contras
 RATES = ((87.5, 7.3e-6), (150, 7.9e-5), (300, 1.1e-4), (600, 1.6e-4), (1200, 2.2e-4), (2400, 5e-4))
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What the criteria need to know of a run."""
 
     window_steps: int
@@ -57,16 +55,11 @@ class Limits:
 
     @classmethod
     def of(cls, args, config) -> "Limits":
-        """From the flags and the model's configuration."""
         window = args.collapse_window_steps or min(2_000, max(500, args.max_steps // 10))
         has_diversity = config.diversity_loss_weight > 0
-        return cls(
-            window_steps=window,
-            num_groups=config.num_codevector_groups,
-            num_distractors=config.num_negatives,
-            codes_after=args.diversity_delay_steps + args.diversity_warmup_steps // 2 if has_diversity else 0,
-            learning_after=max(window, num_warmup_steps(args.warmup_steps, args.max_steps)),
-        )
+        codes_after = args.diversity_delay_steps + args.diversity_warmup_steps // 2 if has_diversity else 0
+        learning_after = max(window, num_warmup_steps(args.warmup_steps, args.max_steps))
+        return cls(window, config.num_codevector_groups, config.num_negatives, codes_after, learning_after)
 
 
 class Finding(NamedTuple):
@@ -104,14 +97,18 @@ class Criteria:
         self.first = self.first or step
         texts = self._judge(record)
         self.bad = {name: self._lengthen(name, step) for name in texts}
-        if spread := self._compare_loss(step, record["contrastive_loss"]):
-            steps = [step for step, _ in self.losses]
+        if text := self._judge_loss(step, record["contrastive_loss"]):
+            steps, texts["loss"] = [step for step, _ in self.losses], text
             self.bad["loss"] = (steps[0], sum(step > self.counted_after["loss"] for step in steps))
-            texts["loss"] = f"contrastive_loss is {record['contrastive_loss']:.4f} and moved by {spread}"
         if not self.bad:
             self.level = 0
-        for level, share in ((2, 1.0), (1, 0.5)):
-            lasting = [name for name in self.bad if self._lasts(name, step, share)]
+        for level, share in ((2, 1.0), (1, 0.5)):  # of the window, and of the records that it holds at least
+            lasting = [
+                name
+                for name, (since, num_counted) in self.bad.items()
+                if step - max(since, self.counted_after[name]) >= share * self.limits.window_steps
+                and num_counted >= share * FEWEST_RECORDS
+            ]
             if lasting and level > self.level:
                 self.level = level
                 text = "; ".join(f"{texts[name]}, since update {self.bad[name][0]:,}" for name in lasting)
@@ -121,21 +118,21 @@ class Criteria:
     def _judge(self, record: Mapping[str, Any]) -> dict[str, str]:
         """Criterion → what is bad about this record, but for the loss, which one record does not show."""
         G, K = self.limits.num_groups, self.limits.num_distractors
-        rows = [
-            ("codes", MEASURES[0], CODES_PER_GROUP * G, f"{CODES_PER_GROUP} for each of {G} groups"),
-            ("distractors", MEASURES[1], LEAST_DISTRACTORS * K, f"of {K}: the others carry the same code"),
-            ("accuracy", MEASURES[2], TIMES_CHANCE / (1 + record["distractors_left"]), f"{TIMES_CHANCE} times chance"),
-        ]
+        criteria = {
+            "codes": (MEASURES[0], CODES_PER_GROUP * G, f"{CODES_PER_GROUP} for each of {G} groups"),
+            "distractors": (MEASURES[1], LEAST_DISTRACTORS * K, f"of {K}: the others carry the same code"),
+            "accuracy": (MEASURES[2], TIMES_CHANCE / (1 + record["distractors_left"]), f"{TIMES_CHANCE} times chance"),
+        }
         bad = {
             criterion: f"{measure} is {record[measure]:#.3g}, below {least:.3g} ({why})"
-            for criterion, measure, least, why in rows
+            for criterion, (measure, least, why) in criteria.items()
             if record[measure] < least
         }
         if "distractors" in bad:
             bad.pop("accuracy", None)  # among so few distractors it says nothing
         return bad
 
-    def _compare_loss(self, step: int, loss: float) -> str | None:
+    def _judge_loss(self, step: int, loss: float) -> str | None:
         """How little the loss moved over the newest records, at most a window of them; None: it moves."""
         losses = self.losses
         losses.append((step, loss))
@@ -143,18 +140,14 @@ class Criteria:
             losses.pop(0)
         while len(losses) > FEWEST_RECORDS and losses[1][0] <= step - self.limits.window_steps:
             losses.pop(0)
+        if len(losses) < FEWEST_RECORDS:
+            return None
         spread = np.ptp(values) / (max(map(abs, values)) or 1.0)
-        return f"{spread:.3%}, not more than {LOSS_SPREAD:.1%}" if len(losses) >= FEWEST_RECORDS else None
+        return f"contrastive_loss is {loss:.4f} and moved by {spread:.3%}, not more than {LOSS_SPREAD:.1%}"
 
     def _lengthen(self, name: str, step: int) -> tuple[int, int]:
         since, num_counted = self.bad.get(name, (step, 0))
         return since, num_counted + (step > self.counted_after[name])
-
-    def _lasts(self, name: str, step: int, share: float) -> bool:
-        """Whether the criterion has been met for this share of the window, by as many records."""
-        since, num_counted = self.bad[name]
-        num_updates = step - max(since, self.counted_after[name])
-        return num_updates >= share * self.limits.window_steps and num_counted >= share * FEWEST_RECORDS
 
 
 class CollapseWatch:
@@ -205,46 +198,46 @@ class CollapseWatch:
 
 def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any], args, config) -> list[str]:
     """Settings to blame for the `criteria` met `since` that update, with what is usual; `record` is the newest."""
-    few_codes, no_learning = criteria & FEW_CODES, criteria & NO_LEARNING
+    few_codes, no_learning, is_small = criteria & FEW_CODES, criteria & NO_LEARNING, config.hidden_size < 512
     hours, temperature = min(args.batch_hours, record["batch_hours"]), record["gumbel_temperature"]
     rate, mult, weight = args.learning_rate, args.feature_grad_mult, config.diversity_loss_weight
-    delay, share = args.diversity_delay_steps, ramp(since, args.diversity_delay_steps, args.diversity_warmup_steps)
-    warmup = num_warmup_steps(args.warmup_steps, args.max_steps)
+    delay, ramp_steps = args.diversity_delay_steps, args.diversity_warmup_steps
+    share, warmup = ramp(since, delay, ramp_steps), num_warmup_steps(args.warmup_steps, args.max_steps)
 
     # 1. What is usual for a model of this size, such an effective batch and a run of this length.
-    is_small = config.hidden_size < 512
     usual_mult, coldest = (1.0, 0.1) if config.do_stable_layer_norm else (0.1, 0.5)
     usual_hours, usual_rate, usual_warmup = 0.0045, 1e-3, min(round(0.015 * args.max_steps), 60)
     if not is_small:
         fitting = [peak for seconds, peak in RATES if seconds <= 1.05 * 3600 * hours] or [RATES[0][1]]
         usual_hours, usual_rate = 1.6, min(3e-4 if config.hidden_size >= 1024 else 5e-4, fitting[-1])
         usual_warmup = min(round(0.08 * args.max_steps), 32_000)
+    has_short_warmup = usual_warmup >= 10 and warmup < 0.9 * usual_warmup and since <= 4 * usual_warmup
     # A small model whose codes are all used alike: nothing is left for the contrastive loss to learn from.
     entries = config.num_codevector_groups * config.num_codevectors_per_group
     is_blurred = no_learning and is_small and weight > 0 and record["codebook_perplexity_hard"] > entries / 2
-    has_short_warmup = usual_warmup >= 10 and warmup < 0.9 * usual_warmup and since <= 4 * usual_warmup
-    is_cold = few_codes and temperature < 0.99 * coldest
 
     # 2. The settings as the user gave them.
     batch = f"an effective batch of {hours:.4g} h (--batch_hours {args.batch_hours:g})"
-    peak_rate = f"--learning_rate {rate:g}, where {usual_rate:g} is usual"
-    scaled, gumbel = f"--feature_grad_mult {mult:g}", f"a Gumbel temperature of {temperature:.3g}"
+    peak, gumbel = (
+        f"--learning_rate {rate:g}, where {usual_rate:g} is usual",
+        f"a Gumbel temperature of {temperature:.3g}",
+    )
     diversity = f"--diversity_loss_weight {weight:g}, where 0.1 is usual"
-    delayed = f"--diversity_delay_steps {delay}, --diversity_warmup_steps {args.diversity_warmup_steps}"
+    delayed = f"--diversity_delay_steps {delay}, --diversity_warmup_steps {ramp_steps}"
 
     # 3. Whether each of them is a cause.
-    causes = [
-        (hours < 0.9 * usual_hours, f"{batch}, where {usual_hours:g} h are usual"),
-        (rate > 1.5 * usual_rate, f"{peak_rate} for such a model and batch"),
-        (has_short_warmup, f"a warm-up of {warmup:,} updates (--warmup_steps), where {usual_warmup:,} are usual"),
-        (mult > 2 * usual_mult, f"{scaled}, where {usual_mult:g} is usual"),
-        (few_codes and weight < 0.05, f"{diversity}: little keeps the codes apart"),
-        (few_codes and weight >= 0.05 and share < 1, f"a diversity loss with {share:.0%} of its weight ({delayed})"),
-        (is_cold, f"{gumbel} (--min_gumbel_temperature), where {coldest:g} is usual"),
-        (no_learning and rate < usual_rate / 20, peak_rate),
-        (no_learning and weight > 0.5, f"{diversity}: it outweighs the contrastive loss"),
-        (no_learning and mult == 0, f"{scaled}: the convolutions do not learn"),
-        (is_blurred and not delay, "no --diversity_delay_steps in so small a model"),
-        (is_blurred and temperature > 1, f"{gumbel} in so small a model (--max_gumbel_temperature 0.5)"),
-    ]
-    return [text for is_met, text in causes if is_met]
+    causes = {
+        f"{batch}, where {usual_hours:g} h are usual": hours < 0.9 * usual_hours,
+        f"{peak} for such a model and batch": rate > 1.5 * usual_rate,
+        f"a warm-up of {warmup:,} updates (--warmup_steps), where {usual_warmup:,} are usual": has_short_warmup,
+        f"--feature_grad_mult {mult:g}, where {usual_mult:g} is usual": mult > 2 * usual_mult,
+        f"{diversity}: little keeps the codes apart": few_codes and weight < 0.05,
+        f"a diversity loss with {share:.0%} of its weight ({delayed})": few_codes and weight >= 0.05 and share < 1,
+        f"{gumbel} (--min_gumbel_temperature), where {coldest:g} is usual": few_codes and temperature < 0.99 * coldest,
+        peak: no_learning and rate < usual_rate / 20,
+        f"{diversity}: it outweighs the contrastive loss": no_learning and weight > 0.5,
+        f"--feature_grad_mult {mult:g}: the convolutions do not learn": no_learning and mult == 0,
+        "no --diversity_delay_steps in so small a model": is_blurred and not delay,
+        f"{gumbel} in so small a model (--max_gumbel_temperature 0.5)": is_blurred and temperature > 1,
+    }
+    return [text for text, is_met in causes.items() if is_met]
