@@ -20,11 +20,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from w2v2.errors import UserError, one_line
 from w2v2.train.durable import find_mismatch, match_modes, publish, remove, sync, unfinished, write_checksums
@@ -37,17 +33,11 @@ CHECKSUMS = "training_state/checksums.json"
 FILES = ("config.json", "model.safetensors", OPTIMIZER, STATE)  # without one of these no run resumes
 
 
-# --------------------------------------------------------------------------------- saving
-
-
 def save_checkpoint(output_dir: Path, run, keep: int, on_failure: str = "stop") -> Path | None:
     """Save `checkpoint-<step>` and remove the oldest beyond `keep` (0: none). Call on all ranks.
 
-    A full or failing disk leaves all other checkpoints as they are, and the outcome is the same on all ranks.
-
-    Args:
-        run: has `accelerator`, `model`, `optimizer`, `feature_extractor`, and a `state` with `step` and `as_dict()`.
-        on_failure: "stop" raises a `UserError`, "warn" returns None after a warning.
+    `run` has `accelerator`, `model`, `optimizer`, `feature_extractor` and `state`. A full or failing disk leaves the
+    other checkpoints as they are: `on_failure` "stop" raises a `UserError`, "warn" returns None after a warning.
     """
     accelerator, step = run.accelerator, run.state.step
     final = Path(output_dir) / f"checkpoint-{step}"
@@ -55,7 +45,12 @@ def save_checkpoint(output_dir: Path, run, keep: int, on_failure: str = "stop") 
     # All ranks gather what may be sharded; the main process alone writes it.
     weights = accelerator.get_state_dict(run.model)
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    moments = _flatten(get_optimizer_state_dict(run.model, run.optimizer.optimizer, options=gathered))
+    optimizer = get_optimizer_state_dict(run.model, run.optimizer.optimizer, options=gathered)
+    moments = {
+        f"{name}/{moment}": torch.as_tensor(value).contiguous()
+        for name, values in optimizer.get("state", {}).items()
+        for moment, value in values.items()
+    }
     try:
         on_main_process(accelerator, lambda: _write_checkpoint(final, run, weights, moments))
     except UserError as failure:
@@ -119,29 +114,13 @@ def _write_model(folder: Path, bare, weights: dict[str, torch.Tensor], feature_e
     feature_extractor.save_pretrained(folder)
 
 
-def _flatten(optimizer_state: dict) -> dict[str, torch.Tensor]:
-    """AdamW's moments under `<parameter>/<moment>`."""
-    return {
-        f"{name}/{moment}": torch.as_tensor(value).contiguous()
-        for name, values in optimizer_state.get("state", {}).items()
-        for moment, value in values.items()
-    }
-
-
 def _rotate(output_dir: Path, step: int, keep: int) -> None:
-    """Remove all but the newest `keep` up to `step`; a run that went back to an older one leaves the newer ones alone.
-
-    Torn ones neither count nor go. The one just saved is whole, and stays.
-    """
-    upto = [folder for folder in checkpoints(output_dir) if step_of(folder) <= step]
-    for old in upto[:-keep]:
+    """Remove all but the newest `keep` whole ones up to `step`: after going back to an older one, the newer ones stay."""
+    for old in [folder for folder in checkpoints(output_dir) if step_of(folder) <= step][:-keep]:
         try:
             remove(old)
         except OSError as error:
             logger.warning("%s is not needed any more but cannot be removed: %s", old, one_line(error))
-
-
-# --------------------------------------------------------------------------------- finding
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -152,8 +131,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: none, the newest whole one (`auto`), or that path.
 
-    Its files are compared with their checksums. `auto` passes over newer ones that are damaged, with a warning each; it
-    never starts anew beside checkpoints of which none is whole. Raises `UserError` then, and for a damaged path.
+    `auto` passes over damaged ones, with a warning each. Raises `UserError` for a damaged path, and where all are.
     """
     if resume_from is None:
         return None
@@ -166,25 +144,22 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
         if damage := find_damage(folder):
             raise UserError(f"{flag}: {damage}; give another checkpoint, or `auto` for the newest whole one")
         return folder
-    damaged = []
+    newest = None
     for folder in reversed(_numbered(output_dir)):
         if (damage := find_damage(folder)) is None:
             return folder
         logger.warning("%s is damaged and passed over: %s", folder, damage)
-        damaged.append(f"{folder.name}, whose {damage}")
-    if damaged:
-        raise UserError(
-            f"{flag}: no checkpoint in {output_dir} is whole, the newest being {damaged[0]}; mend that, or start anew with "
-            "--overwrite_output_dir"
-        )
+        newest = newest or f"{folder.name}, whose {damage}"
+    if newest:
+        advice = "mend that, or start anew with --overwrite_output_dir"
+        raise UserError(f"{flag}: no checkpoint in {output_dir} is whole, the newest being {newest}; {advice}")
     return None
 
 
 def find_damage(folder: Path, contents: bool = True) -> str | None:
     """What keeps a checkpoint from being resumed from, naming the file; None: it is whole.
 
-    Without `contents` only sizes are compared. The first versions saved no checksums; then files that are there count
-    as whole.
+    Without `contents` only sizes are compared. The first versions saved no checksums.
     """
     for name in FILES:
         if not (folder / name).is_file():
@@ -205,9 +180,6 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-# --------------------------------------------------------------------------------- loading
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """`training_state/state.json` of a checkpoint. Raises `UserError` if it holds none."""
     try:
@@ -220,10 +192,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
-    """Restore the optimizer's and the loss scaler's state; the hyperparameters are the run's own.
-
-    Raises `UserError` if the file cannot be loaded.
-    """
+    """Restore the optimizer's and the loss scaler's state; the hyperparameters are the run's own."""
     path = Path(folder) / OPTIMIZER
     try:
         tensors = load_file(path)
@@ -235,12 +204,8 @@ def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> 
         name, _, moment = key.rpartition("/")
         state.setdefault(name, {})[moment] = tensor
     groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
-    set_optimizer_state_dict(
-        model,
-        optimizer.optimizer,
-        {"state": state, "param_groups": groups},
-        options=StateDictOptions(full_state_dict=True),
-    )
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer.optimizer, {"state": state, "param_groups": groups}, options=options)
     scaler = read_state(folder).get("scaler")
     if accelerator.scaler is not None and scaler:
         accelerator.scaler.load_state_dict(scaler)
