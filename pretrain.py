@@ -197,12 +197,13 @@ def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher |
             record |= {"skipped_updates": state.skipped_updates, "num_processes": accelerator.num_processes}
             log.update(record | clock.rates())
             if state.is_due(args.logging_steps) or state.step == 1:
-                log.write(record | clock.lap())
+                log.write(record | clock.rates())
+                clock.restart()
                 watch.see(record)  # raises where the codes have collapsed, or nothing is learned
                 give_back()  # micro-batches of many lengths leave gaps in the heap
             if validation and state.is_due(args.eval_steps):
                 log.write(state.progress() | validate(accelerator, model, validation, settings.diversity_weight))
-                clock.lap()  # neither validation nor saving counts as throughput
+                clock.restart()  # neither validation nor saving counts as throughput
             if state.is_due(args.save_steps) or is_stopping:
                 for lines in records:
                     lines.sync()
@@ -210,7 +211,7 @@ def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher |
                 folder = save_checkpoint(args.output_dir, run, watch.keep(args.save_total_limit), on_failure)
                 if pusher and folder:
                     pusher.push(folder, f"Weights after {state.step} updates")
-                clock.lap()  # neither validation nor saving counts as throughput
+                clock.restart()
 
 
 def finish(run: Run, pusher: HubPusher | None) -> None:

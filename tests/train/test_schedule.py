@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from w2v2.errors import UserError
 from w2v2.train.schedule import SCHEDULES, gumbel_temperature, lr_factor, num_warmup_steps
 
 TOTAL, WARMUP = 1_000, 80
@@ -67,13 +66,6 @@ def test_factors_never_rise_after_warmup(kind, total, warmup):
 )  # fmt: skip
 def test_warmup_is_a_fraction_of_the_run_when_under_one(warmup, total, steps):
     assert num_warmup_steps(warmup, total) == steps
-
-
-def test_slips_are_named():
-    with pytest.raises(UserError, match="--warmup_steps -1"):
-        lr_factor(0, TOTAL, -1)
-    with pytest.raises(UserError, match="'polynomial'.*tri_stage"):
-        lr_factor(0, TOTAL, 0, "polynomial")
 
 
 def test_gumbel_temperature_decays_geometrically_to_its_floor():

@@ -3,8 +3,6 @@
 A folder is filled as `.unfinished-NAME`, made durable together with the checksums of its files, and renamed:
 
     {"config.json": {"size": 2043, "sha256": "9f86d081…"}, "model.safetensors": …}
-
-What a disk makes of the files later shows in these checksums.
 """
 
 import contextlib
@@ -91,8 +89,7 @@ def write_checksums(folder: Path, name: str) -> None:
 def find_mismatch(folder: Path, name: str, required: Iterable[str] = (), contents: bool = True) -> str | None:
     """Which file under `folder` differs from its checksum in the file `name`, and how. None: none does.
 
-    `required` files need a checksum; other files without one do not matter. Without `contents` only presence and sizes
-    are compared, which takes no time. Raises `OSError` where a file cannot be read.
+    `required` files need a checksum. Without `contents` only sizes are compared. Raises `OSError`.
     """
     try:
         entries = json.loads((folder / name).read_bytes())
@@ -106,11 +103,10 @@ def find_mismatch(folder: Path, name: str, required: Iterable[str] = (), content
             return f"{file} is missing"
         if (found := (folder / file).stat().st_size) != size:
             return f"{file} has {found} bytes, was saved with {size}"
-    if contents:
-        with ThreadPoolExecutor() as pool:
-            for file, found in zip(saved, pool.map(_sha256, [folder / file for file in saved]), strict=True):
-                if found != saved[file][1]:
-                    return f"{file} has changed since it was saved (its SHA-256 differs)"
+    with ThreadPoolExecutor() as pool:
+        for file, found in zip(saved, pool.map(_sha256, map(folder.joinpath, saved)) if contents else (), strict=False):
+            if found != saved[file][1]:
+                return f"{file} has changed since it was saved (its SHA-256 differs)"
     return None
 
 

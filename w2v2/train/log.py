@@ -1,6 +1,7 @@
 """What a run says of itself: the console line, `metrics.jsonl` and the trackers.
 
-A record is one flat dictionary for one step. Names in training records, all over the whole effective batch:
+A record is one flat dictionary for one step. Names in training records, all over the whole effective batch
+(validation: the first three and the measures, under `eval_`):
 
 | name | meaning |
 |---|---|
@@ -18,8 +19,6 @@ A record is one flat dictionary for one step. Names in training records, all ove
 | `skipped_audio` | unreadable files met so far |
 | `num_processes` | devices at work: with hours heard and throughput, the device-hours |
 | `skipped_updates` | updates so far that were not taken, because loss or gradient was not finite |
-
-Validation records hold `step`, `epoch`, `audio_hours` and the same measures under `eval_`.
 """
 
 import contextlib
@@ -48,34 +47,25 @@ _SECONDS_BETWEEN_REFRESHES = 0.5
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`, in order; a torn last line (a run killed while writing) is left out.
+    """Records of a `metrics.jsonl`, in order, without a last line that a kill tore.
 
-    Raises:
-        UserError: the file is absent, or a line before the last is no record.
+    Raises `UserError` where the file cannot be read, or a line before the last is no record.
     """
-    path = Path(path)
     try:
-        lines = path.read_bytes().splitlines()
+        lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the metrics.jsonl of a run") from None
-    records = []
-    for row, line in enumerate(lines, start=1):
-        record = parse_record(line)
-        if record is not None:
-            records.append(record)
-        elif line.strip() and row < len(lines):
+    records = [(row, parse_record(line)) for row, line in enumerate(lines, start=1) if line.strip()]
+    for row, record in records:
+        if record is None and row < len(lines):
             raise UserError(f"{path}: row {row} is no record with a step; remove that line")
-    return records
+    return [record for _, record in records if record is not None]
 
 
 class RunLog:
     """Console, `metrics.jsonl` and trackers of one run; on processes other than the main one it does nothing.
 
-    A run resumed at `first_step` keeps exactly the lines of steps up to it, so that the file of an interrupted
-    and resumed run equals that of an uninterrupted one; `first_step` 0 starts the file afresh.
-
-    A bar is drawn where standard error is a terminal; elsewhere, and with `disable_tqdm`, every logged step is
-    one plain line.
+    A bar is drawn where standard error is a terminal; elsewhere, and with `disable_tqdm`, a logged step is a line.
     """
 
     def __init__(
@@ -87,7 +77,7 @@ class RunLog:
         trackers: Any = None,
         is_main: bool = True,
         disable_tqdm: bool = False,
-    ) -> None:
+    ):
         """`trackers` is anything with `log(values, step=…)`, as an `Accelerator` with `init_trackers` done."""
         self.total_steps, self._first_step, self._started_at = total_steps, first_step, time.monotonic()
         self._is_main, self._trackers = is_main, trackers
@@ -111,48 +101,37 @@ class RunLog:
             self._bar.update(record["step"] - self._bar.n)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log one record: a line of `metrics.jsonl`, the trackers, and the console.
-
-        What is not finite becomes `null` in the file, which JSON has no other word for; the trackers get every flat
-        number as it is. A full disk holds up neither the run nor the lines to come.
-        """
+        """Log one record: a line of `metrics.jsonl`, the trackers, and the console."""
         if not self._is_main:
             return
-        step = record["step"]
         self.records.append(record)
-        self._track({name: value for name, value in record.items() if name != "step" and _is_number(value)}, step)
-        has_validation = any(name.startswith("eval_") for name in record)
-        if self._bar is None or has_validation:
+        if self._trackers is not None:
+            numbers = {name: value for name, value in record.items() if name != "step" and _is_number(value)}
+            try:
+                self._trackers.log(numbers, step=record["step"])
+            except Exception as error:  # as what TensorBoard's writing thread met; it is dead from then on
+                note = "trackers cannot write (%s): they get nothing from step %d on"
+                logger.warning(note, one_line(error), record["step"])
+                self._trackers = None
+        if self._bar is None or "eval_loss" in record:
             with STREAM_MAY_DIE:
-                tqdm.write(self._line(record, step, has_validation), file=sys.stderr)
+                tqdm.write(self._line(record), file=sys.stderr)
 
     def close(self) -> None:
-        """Close bar and file; harmless when done twice."""
+        """Close bar and file."""
         if self._bar is not None:
             with STREAM_MAY_DIE:
                 self._bar.close()
         self.records.close()
-        self._bar = None
-        self._is_main = False
 
-    def _track(self, numbers: Mapping[str, Any], step: int) -> None:
-        if self._trackers is None:
-            return
-        try:
-            self._trackers.log(numbers, step=step)
-        except Exception as error:  # as what TensorBoard's writing thread met; it is dead from then on
-            logger.warning("trackers cannot write (%s): they get nothing from step %d on", one_line(error), step)
-            self._trackers = None
-
-    def _line(self, record: Mapping[str, Any], step: int, has_validation: bool) -> str:
-        parts = [f"step {step}/{self.total_steps}"]
-        if "loss" in record or not has_validation:
-            done, to_do = step - self._first_step, max(self.total_steps - step, 0)
+    def _line(self, record: Mapping[str, Any]) -> str:
+        if "eval_loss" in record:
+            end = [_describe(record, prefix="eval_")]
+        else:
+            done, to_do = record["step"] - self._first_step, max(self.total_steps - record["step"], 0)
             seconds = (time.monotonic() - self._started_at) / done * to_do if done else 0
-            parts += [_describe(record), f"{tqdm.format_interval(seconds)} left"]
-        if has_validation:
-            parts.append(_describe(record, prefix="eval_"))
-        return " | ".join(filter(None, parts))
+            end = [_describe(record), f"{tqdm.format_interval(seconds)} left"]
+        return " | ".join([f"step {record['step']}/{self.total_steps}", *end])
 
 
 def announce(accelerator: Accelerator, text: str) -> None:
@@ -167,20 +146,17 @@ def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
     if not accelerator.log_with:
         return
     flags = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
-    tensorboard = {"purge_step": first_step + 1} if first_step else {}
-    accelerator.init_trackers(
-        Path(args.output_dir).resolve().name, config=flags, init_kwargs={"tensorboard": tensorboard}
-    )
+    options = {"tensorboard": {"purge_step": first_step + 1} if first_step else {}}
+    accelerator.init_trackers(Path(args.output_dir).resolve().name, config=flags, init_kwargs=options)
 
 
 def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
     """`loss 3.912 | acc 0.183 | ppl 41.2 | 2.1 h heard | 38 x real time`, from the values that are there."""
-    hours = "{:.1f} h heard" if (record.get("audio_hours") or 0) < 1000 else "{:.0f} h heard"
     parts = {
         prefix + "loss": prefix + "loss {:.3f}",
         prefix + "accuracy": prefix + "acc {:.3f}",
         prefix + "codebook_perplexity": prefix + "ppl {:.1f}",
-        "audio_hours": hours,
+        "audio_hours": "{:.1f} h heard" if (record.get("audio_hours") or 0) < 1000 else "{:.0f} h heard",
         "audio_seconds_per_second": "{:.0f} x real time",
     }
     return " | ".join(form.format(record[name]) for name, form in parts.items() if _is_number(record.get(name)))

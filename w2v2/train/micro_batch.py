@@ -1,12 +1,8 @@
-"""`--micro_batch_seconds auto`: the largest micro-batch that an accelerator holds, found by trying the worst that a
-budget allows.
+"""`--micro_batch_seconds auto`: the largest micro-batch that every rank's accelerator holds, found by trying the worst.
 
-The unit is n crops of the longest length. Micro-batches within that budget may have more rows, but no more padded
-samples, latent frames, attention weights or (where a row's masked frames grow with its length) pairs of masked frames
-than n rows of the longest. A trial is a forward and backward pass of that worst case, beside everything else that an
-update holds. All ranks take the least.
-
-A CPU's memory ends with a kill, not with an error that a trial could meet: a CPU takes `CPU_SECONDS`.
+The unit is n crops of the longest length: no micro-batch within that budget has more padded samples, latent frames,
+attention weights or pairs of masked frames. A CPU's memory ends with a kill, which no trial could meet: a CPU takes
+`CPU_SECONDS`.
 """
 
 import bisect
@@ -62,28 +58,22 @@ class Trial:
             bare.zero_grad()
 
     def _stand_ins(self, bare: torch.nn.Module) -> list[torch.Tensor]:
-        """Fill what an update's later micro-batches find allocated: gradients, and AdamW's two moments where there are
-        none yet.
+        """Fill what an update's later micro-batches find allocated: gradients, and AdamW's moments if there are none.
 
-        Written to, so that they are really there. Under DDP gradients live in buckets that exist already and are
-        counted twice.
+        Written to, so that they are really there. DDP's gradients, whose buckets exist already, are counted twice.
         """
-        missing = []
-        for parameter in bare.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-                if parameter not in self.optimizer.state:
-                    missing += [torch.ones_like(parameter), torch.ones_like(parameter)]
-        return missing
+        parameters = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        return [torch.ones_like(p) for p in parameters if p not in self.optimizer.state for _ in range(2)]
 
     def fits(self, n: int) -> bool:
         """Whether the device does not run out of memory."""
+        found = True
         try:
             self.run(n)
         except torch.OutOfMemoryError:
             found = False  # leave the handler first: its traceback holds on to the activations
-        else:
-            found = True
         self.free()
         return found
 
@@ -93,12 +83,9 @@ class Trial:
         torch.get_device_module(self.accelerator.device).empty_cache()
 
     def search(self, bound: int) -> tuple[int, float]:
-        """The most crops up to `bound` that fit, and the bytes they have: `DEVICE_SHARE` of what is free or already
-        ours.
-        """
-        device, module = self.accelerator.device, torch.get_device_module(self.accelerator.device)
-        if device.index is None:  # as Accelerate names a single device, and the limit's setter does not take
-            device = torch.device(device.type, module.current_device())
+        """The most crops up to `bound` that fit into `DEVICE_SHARE` of what is free or ours, and that in bytes."""
+        module, kind = torch.get_device_module(self.accelerator.device), self.accelerator.device.type
+        device = torch.device(kind, module.current_device())
         self.free()
         free, total = module.mem_get_info(device)
         limit = DEVICE_SHARE * (free + module.memory_reserved(device))
@@ -112,8 +99,8 @@ class Trial:
 def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: int) -> PretrainBatch:
     """The micro-batch of n rows of `longest` samples (noise) that takes most memory.
 
-    No layer leaves out a row, and no two mask spans overlap. The last of several rows is a grid step shorter where that
-    leaves it a masked span, so that what different lengths cost is paid too.
+    No layer leaves out a row, and no two mask spans overlap. The last of several rows is a grid step shorter, so that
+    what different lengths cost is paid too.
     """
     lengths = np.full(n, longest, dtype=np.int64)
     shorter = longest - (grid_samples or LATENT_STRIDE)
@@ -132,10 +119,7 @@ def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: 
 
 
 def largest(fits: Callable[[int], bool], bound: int) -> int:
-    """The largest n in 1…bound that fits, 0 if none does, where everything smaller than what fits fits too.
-
-    Doubles, then bisects. None beyond twice what fits is tried: so far out a kernel could fail in ways of its own.
-    """
+    """The largest n in 1…bound that fits, 0 if none does. None beyond twice what fits is tried."""
     low, high = 0, 1  # `low` fits
     while fits(high):
         if high == bound:
@@ -147,11 +131,10 @@ def largest(fits: Callable[[int], bool], bound: int) -> int:
 def find_micro_batch(run, batches: EffectiveBatches) -> float:
     """Seconds for `--micro_batch_seconds auto`: the checkpoint's, as noise follows the cut, or what the devices hold.
 
-    `run` has `args`, `config`, `accelerator`, `model`, `optimizer`, `framing`, `state` and `validation`. Call on all
-    ranks.
+    `run` is `pretrain.Run`. Call on all ranks.
     """
     accelerator, state, seconds = run.accelerator, run.state, run.state.micro_batch_seconds
-    longest = max([batches.longest] + ([build_batches(run.validation, run.args).longest] if run.validation else []))
+    longest = max(batches.longest, build_batches(run.validation, run.args).longest if run.validation else 0)
     is_known = seconds is not None and seconds * SAMPLING_RATE >= longest
     if is_known and state.num_processes == accelerator.num_processes:
         finding = f"{seconds:.1f} s, as before the checkpoint"
@@ -166,9 +149,9 @@ def find_micro_batch(run, batches: EffectiveBatches) -> float:
 
 
 def fit(trial: Trial, share: int) -> tuple[float, str]:
-    """Seconds of the largest micro-batch that every rank's device holds, and the finding for people. Call on all ranks.
+    """Seconds of the largest micro-batch of at most `share` crops that every rank's device holds, and why.
 
-    Nothing is gained beyond `share` crops. Raises `UserError` if not even one crop fits.
+    Call on all ranks. Raises `UserError` if not even one crop fits.
     """
     seconds, device = trial.longest / SAMPLING_RATE, trial.accelerator.device.type
     enough = CPU_SECONDS if device == "cpu" else ACCELERATOR_SECONDS

@@ -61,8 +61,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """What the run would do, as in plan.json; the figures of a batch are means over the first few.
 
-    Where `micro_batch_seconds` is still to be found (None), an assumed size is planned with, at least the longest
-    crop's.
+    A micro-batch size that is still to be found (None) is assumed, as at least the longest crop's.
     """
     seconds = micro_batch_seconds or max(ASSUMED_SECONDS, batches.longest / SAMPLING_RATE)
     micro_batch_samples = round(seconds * SAMPLING_RATE)
@@ -90,48 +89,40 @@ def make_plan(
         "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
         "num_processes": num_ranks,
     }
-    warnings = _warnings(plan, utterances, args)
-    if micro_batch_seconds is None:
-        message = f"micro_batch_seconds is auto: planned with {seconds:g} s; the run tries what its devices hold"
-        warnings.insert(0, {"code": "micro_batch_auto", "message": message})
-    return plan | {"warnings": warnings}
+    return plan | {"warnings": _warnings(plan, args, is_found=micro_batch_seconds is not None)}
 
 
-def _warnings(plan: dict[str, Any], utterances: Utterances, args) -> list[dict[str, str]]:
-    found = {}
-    if args.batch_hours < RECOMMENDED_BATCH_HOURS:
-        found["small_effective_batch"] = (
-            f"batch_hours is {args.batch_hours:g}: BASE needs about {RECOMMENDED_BATCH_HOURS} hours of speech an update; word error "
-            "rates rise steadily below it"
-        )
-    if plan["updates_per_epoch"] < 1:
-        found["batch_exceeds_epoch"] = (
-            f"an effective batch is {1 / plan['updates_per_epoch']:.1f} times the data: it holds utterances more than once"
-        )
-    if args.warmup_steps >= args.max_steps:
-        found["warmup_exceeds_run"] = (
-            f"warmup_steps {args.warmup_steps:g} of max_steps {args.max_steps}: the learning rate never reaches its peak; a fraction "
-            "such as 0.08 follows the run's length"
-        )
-    if args.crop_seconds > 20:
-        found["long_crops"] = f"crop_seconds is {args.crop_seconds:g}: beyond 20 s memory grows and nothing is gained"
-    total = len(utterances.num_samples) + sum(utterances.dropped.values())
-    if sum(utterances.dropped.values()) > 0.1 * total:
-        found["many_dropped"] = (
-            f"{total - len(utterances.num_samples)} of {total} utterances are left out: {plan['dropped']}"
-        )
-    if not args.validation_data:
-        found["no_validation"] = (
-            "no validation_data: a run that learns nothing would show in the training figures alone"
-        )
-    return [{"code": code, "message": message} for code, message in found.items()]
+def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]]:
+    per_epoch, num_left = plan["updates_per_epoch"], plan["utterances"]
+    num_dropped = sum(plan["dropped"].values())
+    total = num_left + num_dropped
+    warnings = {
+        "micro_batch_auto": not is_found
+        and f"micro_batch_seconds is auto: planned with {plan['micro_batch_seconds']:g} s; the run tries what its devices hold",
+        "small_effective_batch": args.batch_hours < RECOMMENDED_BATCH_HOURS
+        and f"batch_hours is {args.batch_hours:g}: BASE needs about {RECOMMENDED_BATCH_HOURS} hours of speech an update; "
+        "word error rates rise steadily below it",
+        "batch_exceeds_epoch": per_epoch < 1
+        and f"an effective batch is {1 / per_epoch:.1f} times the data: it holds utterances more than once",
+        "warmup_exceeds_run": args.warmup_steps >= args.max_steps
+        and f"warmup_steps {args.warmup_steps:g} of max_steps {args.max_steps}: the learning rate never reaches its peak; "
+        "a fraction such as 0.08 follows the run's length",
+        "long_crops": args.crop_seconds > 20
+        and f"crop_seconds is {args.crop_seconds:g}: beyond 20 s memory grows and nothing is gained",
+        "many_dropped": num_dropped > 0.1 * total
+        and f"{num_dropped} of {total} utterances are left out: {plan['dropped']}",
+        "no_validation": not args.validation_data
+        and "no validation_data: a run that learns nothing would show in the training figures alone",
+    }
+    return [{"code": code, "message": message} for code, message in warnings.items() if message]
 
 
 def describe(plan: dict[str, Any]) -> str:
     """The plan for people."""
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in plan["dropped"].items())
     rows = [
         f"data          {plan['hours']:.2f} h in {plan['utterances']:,} utterances"
-        + (f" (left out: {', '.join(f'{n:,} {r}' for r, n in plan['dropped'].items())})" if plan["dropped"] else ""),
+        + (f" (left out: {left_out})" if left_out else ""),
         f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches on each of "
         f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
         f"run           {plan['updates_per_epoch']:.1f} updates an epoch, {plan['epochs']:.1f} epochs",
@@ -152,11 +143,7 @@ def present_plan(
 
 
 def write_config(args, micro_batch_seconds: float) -> None:
-    """Write `pretrain_config.yaml`: the resolved flags, to repeat the run with, without those about the output folder's
-    past.
-
-    `micro_batch_seconds` is the number that was found, so that a repeated run cuts alike.
-    """
+    """Write `pretrain_config.yaml`: the flags to repeat the run with, and the size that was found, to cut it alike."""
     once = ("overwrite_output_dir", "resume_from_checkpoint", "accept_changed_batches", "dry_run")
     flags = {name: value for name, value in vars(args).items() if name not in once}
     text = yaml.safe_dump(flags | {"micro_batch_seconds": micro_batch_seconds}, sort_keys=False, allow_unicode=True)

@@ -38,8 +38,7 @@ NUM_NAMED = 5  # utterances that the error names
 class StepRecords:
     """A file of records in the order of their steps. Lines that a full disk refuses wait in memory for the next try.
 
-    A run resumed at `first_step` keeps the records of steps 1 to `first_step`, byte for byte, and the file of an
-    interrupted and resumed run equals that of an uninterrupted one. `first_step` 0 starts the file afresh.
+    A run resumed at `first_step` keeps the records of steps 1 to `first_step`, byte for byte (0: it starts afresh).
     """
 
     def __init__(
@@ -51,21 +50,17 @@ class StepRecords:
         head: Iterable[Mapping[str, Any]] = (),
         drop: Callable[[dict[str, Any]], bool] = lambda record: False,
     ):
-        """Cut the file back. Other processes than the main one read, but never write.
+        """Cut the file back. `head` comes before all other records; what is to `drop` goes too.
 
-        Args:
-            head: records that come before all others.
-            drop: records up to `first_step` that go as well.
+        Other processes than the main one read, but never write.
         """
-        self.path, self.is_main = Path(path), is_main
-        self.kept = list(head)
-        self._waiting = b""  # lines that the disk has not taken yet
-        self._is_failing = False
+        self.path, self.is_main, self.kept = Path(path), is_main, list(head)
+        self._waiting, self._is_failing = b"", False  # lines that the disk has not taken yet
         before = self.path.read_bytes() if self.path.exists() else b""
         content = b"".join(map(json_line, self.kept))
         for line in before.splitlines():
             record = parse_record(line)
-            if record is not None and 0 < record["step"] <= first_step and not drop(record):
+            if record and 0 < record["step"] <= first_step and not drop(record):
                 self.kept.append(record)
                 content += line + b"\n"
         if is_main and content != before:
@@ -106,9 +101,7 @@ class StepRecords:
 
 def json_line(record: Mapping[str, Any]) -> bytes:
     """A flat record as one line of JSON. JSON has no word for a number that is not finite: it becomes `null`."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
@@ -118,8 +111,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    has_step = isinstance(record, dict) and type(record.get("step")) in (int, float)
-    return record if has_step else None
+    return record if isinstance(record, dict) and type(record.get("step")) in (int, float) else None
 
 
 @dataclass
@@ -154,16 +146,11 @@ class SkippedAudio:
     ):
         """`found` are the files met before the first update. Raises `UserError` beyond the tolerated fraction."""
         self.num_utterances, self.max_fraction = num_utterances, max_fraction
-        met: dict[str, dict[str, Any]] = {}
+        met, path = {}, Path(output_dir) / SKIPPED_AUDIO_FILE
         for entry in found:
             met.setdefault(entry["id"], entry | {"step": 0})
-        self.records = StepRecords(
-            Path(output_dir) / SKIPPED_AUDIO_FILE,
-            first_step,
-            is_main=is_main,
-            head=met.values(),
-            drop=lambda record: record["id"] in met,
-        )
+        head = met.values()
+        self.records = StepRecords(path, first_step, is_main=is_main, head=head, drop=lambda entry: entry["id"] in met)
         self.ids = {entry["id"] for entry in self.records.kept}
         self._check(found)
 
@@ -188,10 +175,9 @@ class SkippedAudio:
 class SkippedUpdates:
     """Updates whose loss or gradient is not finite: not taken, listed, and too many in a row end the run.
 
-    A line of `non_finite_updates.jsonl` has `step`, `loss`, `grad_norm` (null where not finite) and `ids`: the
-    utterances of the micro-batches whose own loss was not finite, or of all micro-batches where that does not tell them
-    apart. An overflow under fp16's loss scaler, which lowers its scale then, says nothing of the audio: it is counted,
-    not listed.
+    A line of `non_finite_updates.jsonl` has `step`, `loss`, `grad_norm` and `ids`: the utterances of the micro-batches
+    whose own loss was not finite, or of all where that does not tell them apart. An overflow under fp16's loss scaler
+    says nothing of the audio: it is counted, not listed.
     """
 
     def __init__(self, output_dir: Path, table, most_in_a_row: int, accelerator: Accelerator, first_step: int = 0):
@@ -202,10 +188,7 @@ class SkippedUpdates:
         self.records = StepRecords(Path(output_dir) / NON_FINITE_FILE, first_step, is_main=accelerator.is_main_process)
 
     def note(self, step: int, metrics: Mapping[str, float], heard: Heard) -> bool:
-        """Whether update `step` was skipped. Call on all ranks, whose metrics are the same.
-
-        Only for a skipped update do the ranks exchange a message. Raises `UserError` after too many in a row.
-        """
+        """Whether update `step` was skipped. Call on all ranks. Raises `UserError` after too many in a row."""
         if not metrics["masked_frames"]:
             return False  # nothing could be read, which `SkippedAudio` counts
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
@@ -233,8 +216,8 @@ class SkippedUpdates:
         return [i for _, is_finite, ids in pieces if not (is_told_apart and is_finite) for i in ids]
 
     def _advice(self) -> str:
-        steps = f"{len(self.row)} updates in a row ({self.row[0]} to {self.row[-1]})"
-        found = f"{steps} had no finite loss or gradient and were not taken"
+        rows = f"{len(self.row)} updates in a row ({self.row[0]} to {self.row[-1]})"
+        found = f"{rows} had no finite loss or gradient and were not taken"
         way_out = "lower --learning_rate or set --max_grad_norm"
         if self.accelerator.mixed_precision == "fp16":
             way_out += ", or use bf16 or fp32 in place of fp16"

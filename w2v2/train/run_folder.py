@@ -22,16 +22,11 @@ _locks: dict[Path, FileLock] = {}  # held until this process ends
 
 
 def prepare_run_folder(args, accelerator: Accelerator) -> Path | None:
-    """Lock `output_dir` for this run and do with it what the flags say. Call on all ranks.
+    """Lock `output_dir`, do with it what the flags say, and find the checkpoint to resume from (None: start anew).
 
-    An attempt that the launcher restarted (`--max_restarts`) goes on with the newest checkpoint, whatever the flags
-    say; the one that they name is the start where there is none yet. A dry run changes nothing.
-
-    Returns:
-        The checkpoint to resume from, whole and seen by all ranks; None: the run starts anew.
-
-    Raises `UserError` for a folder that another process writes into, that holds a run which is neither resumed nor to
-    be overwritten, that holds checkpoints newer than the one to resume from, or that is a file or cannot be written.
+    Call on all ranks. An attempt that the launcher restarted (`--max_restarts`) goes on with the newest checkpoint,
+    whatever the flags say; the one that they name is the start where there is none yet. A dry run changes nothing.
+    Raises `UserError` for a folder that cannot be written, is in use, or holds a run that the flags do not speak of.
     """
     # Of several machines, only the one that lost a worker may count the restart.
     is_restarted = any(gather_object([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"]))
@@ -69,7 +64,7 @@ def lock_folder(folder: Path, wait_seconds: float = 15.0) -> dict[str, Any]:
     """Keep other runs out of `folder` until this process ends; returns what the last holder noted.
 
     A run that is just ending is waited for: its data workers may hold the lock some seconds longer.
-    Raises `UserError` that names the process and the machine which hold it, or for a folder that cannot be locked.
+    Raises `UserError` for a folder that is held or cannot be locked.
     """
     path = folder.resolve() / LOCK_FILE
     lock = _locks.setdefault(path, FileLock(path))
@@ -78,10 +73,9 @@ def lock_folder(folder: Path, wait_seconds: float = 15.0) -> dict[str, Any]:
         lock.acquire(timeout=wait_seconds)
     except Timeout:
         holder = _read_holder(folder)
-        raise UserError(
-            f"--output_dir {folder} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}: wait for "
-            "that run or end it, or give another folder"
-        ) from None
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        advice = "wait for that run or end it, or give another folder"
+        raise UserError(f"--output_dir {folder} is being written by {who}: {advice}") from None
     except (OSError, NotImplementedError) as error:
         raise UserError(f"--output_dir {folder} cannot be written or locked ({error}): give another folder") from None
     return _read_holder(folder)
@@ -106,9 +100,17 @@ def _obey_flags(args) -> None:
     remains = [p for name in RUN_FILES if (p := output_dir / name).exists()] + sorted(output_dir.glob("checkpoint-*"))
     # A checkpoint of another folder does not make the run in this one ours.
     if resume_from not in (None, "auto") and Path(resume_from).resolve().parent == output_dir.resolve():
-        _refuse_newer(output_dir, Path(resume_from))
+        # Going back leaves later checkpoints of another past behind, which `auto` would take for its own.
+        whole = [folder.resolve() for folder in checkpoints(output_dir)]
+        if Path(resume_from).resolve() in whole[:-1]:
+            newer, advice = whole[-1].name, "remove what is newer, or resume into another --output_dir"
+            raise UserError(f"--resume_from_checkpoint {resume_from}: {newer} is newer; {advice}")
     elif args.overwrite_output_dir:
-        _refuse_own_source(args)
+        for flag in ("model_name_or_path", "config_name"):
+            source = Path(getattr(args, flag) or "/").resolve()
+            if source.exists() and source.is_relative_to(output_dir.resolve()):
+                problem = f"{output_dir} holds {source}, which --{flag} names; give another --output_dir"
+                raise UserError(f"--overwrite_output_dir: {problem}")
         for path in [*remains, *(output_dir / name for name in BESIDE_THEM)]:
             remove(path)
     elif remains and resume_from != "auto":
@@ -116,24 +118,3 @@ def _obey_flags(args) -> None:
             f"--output_dir {output_dir} already holds a run ({remains[0].name}): go on with --resume_from_checkpoint auto, "
             "start anew with --overwrite_output_dir, or give another folder"
         )
-
-
-def _refuse_newer(output_dir: Path, checkpoint: Path) -> None:
-    """A run that goes back leaves later checkpoints of another past behind, which `auto` would take for its own."""
-    whole = [folder.resolve() for folder in checkpoints(output_dir)]
-    if checkpoint.resolve() in whole[:-1]:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: {whole[-1].name} is newer; remove what is newer, or resume into another "
-            "--output_dir"
-        )
-
-
-def _refuse_own_source(args) -> None:
-    """Overwriting would remove what the run is to start from."""
-    folder = Path(args.output_dir).resolve()
-    for flag in ("model_name_or_path", "config_name"):
-        source = getattr(args, flag)
-        if source and (inside := Path(source).resolve()).exists() and (inside == folder or folder in inside.parents):
-            raise UserError(
-                f"--overwrite_output_dir: {folder} holds {inside}, which --{flag} names; give another --output_dir"
-            )

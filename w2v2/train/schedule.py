@@ -3,34 +3,23 @@
 import math
 from dataclasses import dataclass
 
-from w2v2.errors import UserError
-
 SCHEDULES = ("linear", "cosine", "constant", "tri_stage")
 
 
 def num_warmup_steps(warmup_steps: float, total_steps: int) -> int:
     """Updates of warm-up: a number of updates, or a fraction of the run when under 1 (as `TrainingArguments` has it)."""
-    if warmup_steps < 0:
-        raise UserError(f"--warmup_steps {warmup_steps} is negative: give a number of updates, or a fraction under 1")
     return round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
 
 
 def lr_factor(
-    step: int,
-    total_steps: int,
-    warmup_steps: float,
-    kind: str = "linear",
-    hold: float = 0.4,
-    final_scale: float = 0.05,
+    step: int, total_steps: int, warmup_steps: float, kind: str = "linear", hold: float = 0.4, final_scale: float = 0.05
 ) -> float:
     """Multiplier of the peak learning rate for the update that follows `step` finished ones.
 
     All kinds warm up linearly. Then `linear` and `cosine` decay to zero at `total_steps`, `constant` stays, and
-    `tri_stage` (fairseq's schedule for fine-tuning) holds the peak for the fraction `hold` of the run and decays
-    exponentially to `final_scale`.
+    `tri_stage` (fairseq's, for fine-tuning) holds the peak for the fraction `hold` of the run and decays exponentially
+    to `final_scale`.
     """
-    if kind not in SCHEDULES:
-        raise UserError(f"lr_scheduler_type {kind!r} is unknown: choose one of {', '.join(SCHEDULES)}")
     warmup = num_warmup_steps(warmup_steps, total_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -72,14 +61,12 @@ class UpdateSettings:
     def at(cls, step: int, args, diversity_weight: float) -> "UpdateSettings":
         """What the schedules give for the update that follows `step` finished ones."""
         rate = lr_factor(step, args.max_steps, args.warmup_steps, args.lr_scheduler_type)
-        temperature = gumbel_temperature(
-            step, args.max_gumbel_temperature, args.min_gumbel_temperature, args.gumbel_temperature_decay
-        )
+        highest, lowest, decay = args.max_gumbel_temperature, args.min_gumbel_temperature, args.gumbel_temperature_decay
         return cls(
             step=step,
             seed=args.seed,
             learning_rate=args.learning_rate * rate,
-            gumbel_temperature=temperature,
+            gumbel_temperature=gumbel_temperature(step, highest, lowest, decay),
             diversity_weight=diversity_weight * ramp(step, args.diversity_delay_steps, args.diversity_warmup_steps),
             shared_diversity=args.diversity_scope == "effective_batch",
             max_grad_norm=args.max_grad_norm,

@@ -34,37 +34,33 @@ class RunState:
     heard_samples: int = 0
     skipped_updates: int = 0  # updates whose loss or gradient was not finite
     identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
-    # The cut of the effective batches, which dropout and Gumbel noise follow. None: not decided yet.
-    micro_batch_seconds: float | None = None
+    micro_batch_seconds: float | None = None  # their cut, which noise follows; None: not decided yet
     num_processes: int | None = None
-    # Settings of the batches that differ from the checkpoint's; not saved.
-    changes: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)  # of the identity, from the checkpoint's; not saved
 
     @classmethod
     def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
         """The state of a new run, or of one that goes on from `checkpoint`.
 
-        With `accept_changed_batches` a run keeps its step and its place in the epoch, even if other data or another
-        seed give that epoch another order; what the epoch has heard already may then come again. If fewer data end
-        before that place, the next epoch begins.
-
-        Raises `UserError` for a checkpoint of another architecture, one beyond `max_steps`, or, unless that is
-        accepted, one whose run had other batches.
+        With `accept_changed_batches` a run keeps its place in the epoch, even if other data or another seed give that
+        epoch another order. If fewer data end before that place, the next epoch begins. Raises `UserError` for another
+        architecture, a checkpoint beyond `max_steps`, and other batches that are not accepted.
         """
         state = cls(args.max_steps, len(training.table), identity=identity(args, training))
         if checkpoint:
             check_same_architecture(config, checkpoint)
             saved = read_state(checkpoint)
             state.changes = check_identity(saved["identity"], state.identity, args.accept_changed_batches)
-            state.skipped_updates = saved.get("skipped_updates", 0)
             for name in ("step", "epoch", "position", "heard_samples"):
                 setattr(state, name, saved[name])
-            for name in ("micro_batch_seconds", "num_processes"):
-                setattr(state, name, saved.get(name))
+            for name in ("skipped_updates", "micro_batch_seconds", "num_processes"):
+                setattr(state, name, saved.get(name, getattr(state, name)))
             if state.step > state.max_steps:
+                advice = (
+                    "give as many at least, or start from its weights (--model_name_or_path) in another --output_dir"
+                )
                 raise UserError(
-                    f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already; give as many at least, or start "
-                    "from its weights (--model_name_or_path) in another --output_dir"
+                    f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already; {advice}"
                 )
             if state.position >= state.num_utterances:
                 state.epoch, state.position = state.epoch + 1, 0
@@ -98,9 +94,9 @@ class RunState:
 class Counts(NamedTuple):
     """What is counted of micro-batches on the host."""
 
-    heard_samples: float = 0.0  # after cropping
+    heard_samples: float = 0.0
     original_samples: float = 0.0  # before cropping
-    padded_samples: float = 0.0  # with padding
+    padded_samples: float = 0.0
     num_skipped: float = 0.0  # utterances that could not be read
     stops_asked: float = 0.0  # ranks that were asked to stop
 
@@ -135,12 +131,10 @@ class Totals:
         return Totals(sums, Counts(*counts.tolist()))
 
     def with_diversity(self, weight: float) -> "Totals":
-        """With the diversity loss of the whole batch in place of the pieces', added to the loss: independent of the
-        cut.
-        """
+        """With the whole batch's diversity loss in place of the pieces', added to the loss: independent of the cut."""
         sums = self.sums
-        statistics = objective.CodeStatistics(sums.codes_soft, sums.codes_hard, sums.code_entropy)
-        diversity = objective.diversity_loss(statistics, sums.num_masked)
+        codes = objective.CodeStatistics(sums.codes_soft, sums.codes_hard, sums.code_entropy)
+        diversity = objective.diversity_loss(codes, sums.num_masked)
         return Totals(sums._replace(diversity=diversity, loss=sums.loss + weight * diversity), self.counts)
 
     def metrics(self, prefix: str = "") -> dict[str, float]:

@@ -40,8 +40,7 @@ class Feed:
     """Hands out a loader's micro-batches update by update, and counts the seconds spent waiting for them."""
 
     def __init__(self, loader: Iterable[PretrainBatch]):
-        self.iterator = iter(loader)
-        self.waited_seconds = 0.0
+        self.iterator, self.waited_seconds = iter(loader), 0.0
         self.cursor: Cursor | None = None  # where the data stands after the update that was handed out last
 
     def update(self) -> Iterator[PretrainBatch]:
@@ -64,9 +63,9 @@ class Clock:
 
     def __init__(self, feed: Feed):
         self.feed = feed
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         self.started, self.heard_samples, self.waited_before = time.perf_counter(), 0, self.feed.waited_seconds
 
     def rates(self) -> dict[str, float]:
@@ -76,12 +75,6 @@ class Clock:
             "audio_seconds_per_second": self.heard_samples / SAMPLING_RATE / seconds,
             "data_wait_fraction": (self.feed.waited_seconds - self.waited_before) / seconds,
         }
-
-    def lap(self) -> dict[str, float]:
-        """The rates, and the next lap begins."""
-        rates = self.rates()
-        self._restart()
-        return rates
 
 
 class Update(NamedTuple):
@@ -94,11 +87,11 @@ class Update(NamedTuple):
 
 def build_optimizer(model: torch.nn.Module, args) -> torch.optim.AdamW:
     """AdamW with decoupled weight decay, on norms and biases too unless `decay_norms_and_biases` is false."""
-    decayed = [p for p in model.parameters() if args.decay_norms_and_biases or p.ndim > 1]
-    others = [p for p in model.parameters() if not (args.decay_norms_and_biases or p.ndim > 1)]
+    decayed, others = [], []
+    for parameter in model.parameters():
+        (decayed if args.decay_norms_and_biases or parameter.ndim > 1 else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": args.weight_decay}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
@@ -111,9 +104,7 @@ def train_update(
     settings: UpdateSettings,
     stop: StopRequest | None = None,
 ) -> Update:
-    """One update from one effective batch; no step is taken where loss or gradient is not finite, or nothing could be
-    read.
-    """
+    """One update from one effective batch; no step where loss or gradient is not finite, or nothing could be read."""
     totals, scale, heard = accumulate(accelerator, model, micro_batches, settings, stop)
     masked = float(totals.sums.num_masked)
     factor = scale / masked if masked else math.nan  # NaN takes no step: nothing could be read
@@ -133,8 +124,7 @@ def accumulate(
     settings: UpdateSettings,
     stop: StopRequest | None = None,
 ) -> tuple[Totals, float, Heard]:
-    """Forward and backward passes over this rank's micro-batches of one update. All ranks learn whether one was asked
-    to stop.
+    """Forward and backward passes over this rank's micro-batches of one update.
 
     Returns: the totals over all ranks, the constant that the summed gradient was divided by, and what this rank heard.
     """
@@ -174,18 +164,17 @@ def take_step(
     settings: UpdateSettings,
     loss_is_finite: bool = True,
 ) -> float:
-    """Scale the gradient once, clip it, and step if both the gradient and the loss (`loss_is_finite`) are finite.
+    """Scale the gradient once, clip it, and step if both gradient and loss are finite; all ranks decide alike.
 
-    The norm is the whole gradient's and the loss that of all ranks, so all ranks decide alike. Without a step weights
-    and moments stay; only a loss scaler learns of the overflow. Returns: the gradient's norm before clipping.
+    Without a step weights and moments stay; only a loss scaler learns of the overflow. Returns: the gradient's norm
+    before clipping.
     """
     accelerator.unscale_gradients(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * gradient_factor
     if loss_is_finite and math.isfinite(norm):
-        limit = settings.max_grad_norm
-        clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        clip = min(1.0, settings.max_grad_norm / (norm + 1e-6)) if settings.max_grad_norm > 0 else 1.0
         torch._foreach_mul_(gradients, gradient_factor * clip)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate
@@ -199,7 +188,7 @@ def take_step(
 def compute_mean_codes(
     accelerator: Accelerator, model: torch.nn.Module, micro_batches: list[PretrainBatch], settings: UpdateSettings
 ) -> torch.Tensor:
-    """(G, V) mean code distribution over the masked frames of the whole effective batch: a first pass without gradient."""
+    """(G, V) mean code distribution over the effective batch's masked frames: a first pass without gradient."""
     bare: PretrainingModel = accelerator.unwrap_model(model)
     soft, num_masked = 0.0, 0.0
     for batch in micro_batches:
@@ -214,8 +203,7 @@ def compute_mean_codes(
 def seed_noise(seed: int, step: int, piece: int, device: torch.device) -> None:
     """Seed dropout and Gumbel noise of one micro-batch, alike on whichever rank it runs.
 
-    `torch.manual_seed` would also format the stack for each kind of device that is absent, which takes half a
-    millisecond.
+    `torch.manual_seed` takes half a millisecond for the kinds of devices that are absent.
     """
     number = int(positive(derive(seed, NOISE, step, piece)))
     torch.default_generator.manual_seed(number)
