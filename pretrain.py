@@ -45,7 +45,7 @@ from w2v2.train.records import SkippedAudio, SkippedUpdates
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import RunState
-from w2v2.train.update import Clock, Feed, build_optimizer, train_update, validate
+from w2v2.train.update import Feed, build_optimizer, train_update, validate
 
 
 @dataclass
@@ -108,14 +108,8 @@ def main() -> None:
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint)
-    skipped_audio = SkippedAudio(
-        Path(args.output_dir),
-        num_utterances=len(training.table) + len(unmeasured),
-        max_fraction=args.max_skipped_fraction,
-        first_step=state.step,
-        found=unmeasured + probe_some(training),
-        is_main=accelerator.is_main_process,
-    )
+    num_listed, unreadable = len(training.table) + len(unmeasured), unmeasured + probe_some(training)
+    skipped_audio = SkippedAudio(args, accelerator, num_listed, unreadable, state.step)
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
     model, optimizer = prepare_model(accelerator, model, build_optimizer(model, args))
@@ -164,46 +158,38 @@ def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher |
         validation = run.load(run.validation, plan_validation(build_batches(run.validation, args), **run.cut_arguments))
     start_trackers(accelerator, args, state.step)
     with ExitStack() as files:
-        log = RunLog(
-            args.output_dir,
-            total_steps=args.max_steps,
-            first_step=state.step,
-            trackers=accelerator,
-            is_main=accelerator.is_main_process,
-            disable_tqdm=args.disable_tqdm,
-        )
-        skipped_updates = SkippedUpdates(
-            args.output_dir, run.training.table, args.max_non_finite_updates, accelerator, first_step=state.step
-        )
+        log = RunLog(args, accelerator, state.step)
+        skipped_updates = SkippedUpdates(args, accelerator, run.training.table, state.step)
         records = [log.records, skipped_audio.records, skipped_updates.records]
         for lines in (log, *records):
             files.callback(lines.close)
         watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
-        clock, is_stopping = Clock(feed), False
+        is_stopping = False
+        feed.restart()
         while state.step < args.max_steps and not is_stopping:
             # ------------------------------------------------------------------------------- one update
             settings = UpdateSettings.at(state.step, args, run.config.diversity_loss_weight)
-            update = train_update(accelerator, model, run.optimizer, feed.update(), settings, stop)
-            counts = update.totals.counts
+            metrics, totals = train_update(accelerator, model, run.optimizer, feed.update(), settings, stop)
+            counts = totals.counts
             state.advance(feed.cursor, int(counts.heard_samples))
             # ------------------------------------------------------------------------------- what it skipped
             if counts.num_skipped:
-                skipped_audio.add(gather_object(update.heard.skipped), state.step)
-            state.skipped_updates += skipped_updates.note(state.step, update.metrics, update.heard)
+                skipped_audio.add(gather_object(totals.skipped), state.step)
+            state.skipped_updates += skipped_updates.note(state.step, metrics, totals)
             # ------------------------------------------------------------------------------- what is due
             is_stopping = counts.stops_asked > 0 and state.step < args.max_steps
-            clock.heard_samples += int(counts.heard_samples)
-            record = state.progress() | update.metrics | {"skipped_audio": len(skipped_audio.ids)}
+            feed.heard_samples += int(counts.heard_samples)
+            record = state.progress() | metrics | {"skipped_audio": len(skipped_audio.ids)}
             record |= {"skipped_updates": state.skipped_updates, "num_processes": accelerator.num_processes}
-            log.update(record | clock.rates())
+            log.update(record | feed.rates())
             if state.is_due(args.logging_steps) or state.step == 1:
-                log.write(record | clock.rates())
-                clock.restart()
+                log.write(record | feed.rates())
+                feed.restart()
                 watch.see(record)  # raises where the codes have collapsed, or nothing is learned
                 give_back()  # micro-batches of many lengths leave gaps in the heap
             if validation and state.is_due(args.eval_steps):
                 log.write(state.progress() | validate(accelerator, model, validation, settings.diversity_weight))
-                clock.restart()  # neither validation nor saving counts as throughput
+                feed.restart()  # neither validation nor saving counts as throughput
             if state.is_due(args.save_steps) or is_stopping:
                 for lines in records:
                     lines.sync()
@@ -211,7 +197,7 @@ def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher |
                 folder = save_checkpoint(args.output_dir, run, watch.keep(args.save_total_limit), on_failure)
                 if pusher and folder:
                     pusher.push(folder, f"Weights after {state.step} updates")
-                clock.restart()
+                feed.restart()
 
 
 def finish(run: Run, pusher: HubPusher | None) -> None:

@@ -72,9 +72,7 @@ def gradients(accelerator: Accelerator, out: str) -> None:
             bare = accelerator.unwrap_model(model)
             assert any(isinstance(p, DTensor) for p in bare.parameters()) == sharded
             update = settings(shared_diversity=shared)
-            totals, scale, _ = accumulate(
-                accelerator, model, mine(bare.config, deal, accelerator.process_index), update
-            )
+            totals, scale = accumulate(accelerator, model, mine(bare.config, deal, accelerator.process_index), update)
             factor = scale / float(totals.sums.num_masked)
             values = {name: full(p.grad) * factor for name, p in bare.named_parameters()}
             found[deal, shared, recomputed, sharded] = values, totals.metrics()
@@ -116,7 +114,7 @@ def update_once(accelerator: Accelerator, model, optimizer, step: int) -> dict:
     bare = accelerator.unwrap_model(model)
     batches = mine(bare.config, DEAL, accelerator.process_index)
     update = settings(step=step, learning_rate=0.01, max_grad_norm=0.5)
-    metrics, _, _ = train_update(accelerator, model, optimizer, batches, update)
+    metrics, _ = train_update(accelerator, model, optimizer, batches, update)
     return {name: full(p) for name, p in bare.named_parameters()} | {"grad_norm": metrics["grad_norm"]}
 
 

@@ -55,7 +55,7 @@ def dummy(batch):
 def gradient(accelerator, model, batches, update: UpdateSettings):
     """(gradient of the whole effective batch, divided as an update divides it; the totals)."""
     model.zero_grad()
-    totals, scale, _ = accumulate(accelerator, model, batches, update)
+    totals, scale = accumulate(accelerator, model, batches, update)
     factor = scale / float(totals.sums.num_masked)
     bare = accelerator.unwrap_model(model)
     return {name: p.grad.detach() * factor for name, p in bare.named_parameters()}, totals

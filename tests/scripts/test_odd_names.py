@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pack_audio
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import soundfile
+from accelerate import Accelerator
 from conftest import error_line, run_here, write_csv
 
 import pretrain
@@ -206,12 +208,13 @@ ENTRIES = [{"id": f"<{name}>", "audio": f"/audio/{name}", "reason": "does not ex
 
 
 def test_a_runs_list_of_skipped_files_survives_a_resumption(tmp_path):
-    first = SkippedAudio(tmp_path, num_utterances=1_000, max_fraction=1.0)
+    args, accelerator = SimpleNamespace(output_dir=tmp_path, max_skipped_fraction=1.0), Accelerator(cpu=True)
+    first = SkippedAudio(args, accelerator, 1_000, [])
     first.add(ENTRIES[:20], step=3)
     first.add(ENTRIES[20:], step=9)
     with open(tmp_path / "skipped_audio.jsonl", "ab") as file:
         file.write('{"id": "ü'.encode()[:-1])  # a kill in the middle of a character
-    again = SkippedAudio(tmp_path, num_utterances=1_000, max_fraction=1.0, first_step=5)
+    again = SkippedAudio(args, accelerator, 1_000, [], first_step=5)
     assert again.ids == {entry["id"] for entry in ENTRIES[:20]}
     again.add(ENTRIES, step=6)
     with open(tmp_path / "skipped_audio.jsonl", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ them.
 
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,12 +36,18 @@ class Trackers:
         self.seen.append((step, values))
 
 
+def build(folder, trackers=None, is_main=True, first_step=0, **flags):
+    accelerator = SimpleNamespace(is_main_process=is_main, log=(trackers or Trackers()).log)
+    values = dict(output_dir=folder, max_steps=400, disable_tqdm=False) | flags
+    return RunLog(SimpleNamespace(**values), accelerator, first_step)
+
+
 def lines_of(*steps):
     return "".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in steps)
 
 
 def test_records_are_on_disk_at_once_and_come_back(tmp_path):
-    log = RunLog(tmp_path, total_steps=400)
+    log = build(tmp_path)
     for count, record in enumerate([RECORD, VALIDATION], start=1):
         log.write(record)
         assert read_metrics(tmp_path / "metrics.jsonl") == [RECORD, VALIDATION][:count]
@@ -49,7 +56,7 @@ def test_records_are_on_disk_at_once_and_come_back(tmp_path):
 
 def test_what_is_not_finite_leaves_strict_json(tmp_path):
     trackers = Trackers()
-    log = RunLog(tmp_path, total_steps=4, trackers=trackers)
+    log = build(tmp_path, trackers)
     log.write({"step": 3, "loss": 0.5, "accuracy": 0.25, "grad_norm": np.inf})
     log.write({"step": 4, "loss": np.nan, "note": "x", "flag": True, "none": None, "deep": {"a": 1}})
     log.close()
@@ -64,7 +71,7 @@ def test_what_is_not_finite_leaves_strict_json(tmp_path):
 def test_a_resumed_run_keeps_the_lines_up_to_its_step(tmp_path, first_step, kept):
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines_of(1, 2, 2, 3, 4))
-    log = RunLog(tmp_path, total_steps=9, first_step=first_step)
+    log = build(tmp_path, first_step=first_step)
     log.write({"step": 3, "loss": 0.5})
     log.close()
     assert path.read_text() == lines_of(*kept, 3)
@@ -83,7 +90,7 @@ def test_reading_passes_over_a_torn_end_but_names_a_broken_row(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path, capsys):
     trackers = Trackers()
-    log = RunLog(tmp_path / "run", total_steps=4, trackers=trackers, is_main=False)
+    log = build(tmp_path / "run", trackers, is_main=False)
     log.update(RECORD)
     log.write(RECORD)
     log.close()
@@ -96,7 +103,7 @@ def test_without_a_bar_a_logged_step_is_one_line(tmp_path, monkeypatch, disable_
     console, clock = Terminal() if disable_tqdm else io.StringIO(), [1000.0]
     monkeypatch.setattr("sys.stderr", console)
     monkeypatch.setattr("w2v2.train.log.time.monotonic", lambda: clock[0])
-    log = RunLog(tmp_path, total_steps=400, first_step=100, disable_tqdm=disable_tqdm)
+    log = build(tmp_path, first_step=100, disable_tqdm=disable_tqdm)
     clock[0] += 20
     log.update(RECORD)
     log.write(RECORD)
@@ -111,7 +118,7 @@ def test_the_bar_fits_a_terminal_and_validation_has_a_line(tmp_path, monkeypatch
     console = Terminal()
     monkeypatch.setattr("sys.stderr", console)
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (100, 24))
-    log = RunLog(tmp_path, total_steps=400_000, first_step=119)
+    log = build(tmp_path, first_step=119, max_steps=400_000)
     log.update({**RECORD, "audio_hours": 12_345.6, "audio_seconds_per_second": 3_800.0})
     log._bar.refresh()
     shown = re.split("[\r\n]", console.getvalue())[-1].strip()

@@ -10,8 +10,9 @@ from w2v2.data import batching
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.data.utterances import Utterances
-from w2v2.train import plan
-from w2v2.train.plan import build_batches, identity, make_plan
+from w2v2.train import state
+from w2v2.train.plan import build_batches, make_plan
+from w2v2.train.state import identity
 
 
 def make_args(**changes):
@@ -23,7 +24,7 @@ def make_args(**changes):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    for module in (batching, plan):
+    for module in (batching, state):
         monkeypatch.setattr(module, "CHUNK", 7)
 
 

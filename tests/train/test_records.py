@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import file_size_limit
@@ -70,9 +71,9 @@ def test_a_sync_waits_for_the_disk_and_needs_no_further_line(records, monkeypatc
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path, torn):
     path = tmp_path / "lines"
     line = '{"step": 2,  "loss": 0.10}\n'  # as no encoder of ours writes it
-    path.write_bytes(b'{"step": 0}\n{"step": 1}\n' + 2 * line.encode() + b'{"step": 3}\n' + torn)
+    path.write_bytes(b'{"step": 0}\n{"step": 1, "id": "x"}\n' + 2 * line.encode() + b'{"step": 3}\n' + torn)
     others = StepRecords(path, 2, is_main=False)
-    records = StepRecords(path, 2, head=[{"step": 0, "id": "x"}], drop=lambda record: record["step"] == 1)
+    records = StepRecords(path, 2, head=[{"step": 0, "id": "x"}])
     assert path.read_text() == '{"step": 0, "id": "x"}\n' + line + line
     assert [record["step"] for record in records.kept] == [0, 2, 2]
     assert [record["step"] for record in others.kept] == [1, 2, 2]
@@ -94,33 +95,38 @@ def test_a_line_is_strict_json_in_any_alphabet():
     assert json.loads(line) == {"step": 1, "loss": None, "grad_norm": None, "id": "ü\u2028\n"}
 
 
+def build(folder, num_utterances=100, max_fraction=0.5, found=(), first_step=0):
+    args = SimpleNamespace(output_dir=folder, max_skipped_fraction=max_fraction)
+    return SkippedAudio(args, SimpleNamespace(is_main_process=True), num_utterances, found, first_step)
+
+
 def entries(*names):
     return [{"id": name, "audio": f"{name}.wav", "reason": "torn"} for name in names]
 
 
 def test_skipped_audio_is_counted_beside_a_full_disk(tmp_path, caplog):
-    skipped = SkippedAudio(tmp_path, 100, 0.5)
+    skipped = build(tmp_path)
     fill(skipped.records.path)
     skipped.add(entries("a"), step=2)
     assert skipped.ids == {"a"} and "No space left on device" in caplog.text
     free(skipped.records.path)
     skipped.add(entries("b", "a"), step=3)
-    assert SkippedAudio(tmp_path, 100, 0.5, first_step=3).ids == {"a", "b"}
+    assert build(tmp_path, first_step=3).ids == {"a", "b"}
 
 
 def test_skipped_audio_is_listed_once_and_as_uninterrupted(tmp_path):
-    whole = SkippedAudio(tmp_path, 100, 0.5, found=entries("a", "b", "a"))
+    whole = build(tmp_path, found=entries("a", "b", "a"))
     whole.add(entries("c", "a"), step=4)
     expected = whole.records.path.read_bytes()
     assert [json.loads(line)["id"] for line in expected.splitlines()] == ["a", "b", "c"]
     whole.add(entries("d"), step=6)
-    again = SkippedAudio(tmp_path, 100, 0.5, first_step=5, found=entries("a", "b"))
+    again = build(tmp_path, first_step=5, found=entries("a", "b"))
     assert again.records.path.read_bytes() == expected and again.ids == {"a", "b", "c"}
 
 
 def test_too_much_skipped_audio_ends_the_run(tmp_path):
     with pytest.raises(UserError, match=r"a\.wav: torn; 2 of 10 files.*--max_skipped_fraction 0.1"):
-        SkippedAudio(tmp_path, 10, 0.1, found=entries("a", "b"))
-    skipped = SkippedAudio(tmp_path, 10, 0.1, found=entries("a"))
+        build(tmp_path, 10, 0.1, found=entries("a", "b"))
+    skipped = build(tmp_path, 10, 0.1, found=entries("a"))
     with pytest.raises(UserError, match=r"b\.wav: torn"):
         skipped.add(entries("b"), step=1)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,7 +66,8 @@ class Trainee:
         self.batches = pieces(self.model.config, FIVE, dtype)
         self.optimizer = accelerator.prepare(torch.optim.AdamW(self.model.parameters(), lr=1.0, weight_decay=0.1))
         self.model.register_forward_hook(self._spoiled)
-        self.notes = SkippedUpdates(folder, TABLE, most_in_a_row, accelerator)
+        args = SimpleNamespace(output_dir=folder, max_non_finite_updates=most_in_a_row)
+        self.notes = SkippedUpdates(args, accelerator, TABLE)
 
     def _spoiled(self, _, arguments, sums):
         return self.spoil(sums) if self.spoil and arguments[0].plan.piece == SPOILED_PIECE else sums
@@ -73,8 +75,8 @@ class Trainee:
     def update(self, step, spoil=None, batches=None):
         self.spoil = spoil
         update = settings(step=step, learning_rate=1e-3, shared_diversity=False)
-        metrics, _, heard = train_update(self.accelerator, self.model, self.optimizer, batches or self.batches, update)
-        return metrics, self.notes.note(step + 1, metrics, heard)
+        metrics, totals = train_update(self.accelerator, self.model, self.optimizer, batches or self.batches, update)
+        return metrics, self.notes.note(step + 1, metrics, totals)
 
     def state(self):
         moments = [value for state in self.optimizer.state.values() for value in state.values()]

@@ -12,8 +12,7 @@ from w2v2.data.batching import EffectiveBatches
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.train.log import read_metrics
-from w2v2.train.plan import identity
-from w2v2.train.state import RunState
+from w2v2.train.state import RunState, identity
 
 SECOND = 16_000
 

@@ -149,7 +149,7 @@ def test_update_divides_by_the_masked_frames_of_all_pieces(accelerator):
     config, before = model.config, {name: p.detach().clone() for name, p in model.named_parameters()}
     batches, update = pieces(config, FIVE), settings(learning_rate=1.0, diversity_weight=0.0, shared_diversity=False)
     optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=1.0))
-    metrics, totals, _ = train_update(accelerator, model, optimizer, batches, update)
+    metrics, totals = train_update(accelerator, model, optimizer, batches, update)
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     model.load_state_dict(before, strict=False)
@@ -188,7 +188,7 @@ def test_an_update_without_a_readable_utterance_takes_no_step(accelerator):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1))
     nothing = [make_batch(tiny_config(), [9_000], weight=0.0, dtype=torch.float64)]
-    _, totals, _ = train_update(accelerator, model, optimizer, nothing, settings(shared_diversity=False))
+    _, totals = train_update(accelerator, model, optimizer, nothing, settings(shared_diversity=False))
     found = totals.metrics()
     assert found["masked_frames"] == 0 and all(math.isfinite(value) for value in found.values())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -68,26 +68,15 @@ class RunLog:
     A bar is drawn where standard error is a terminal; elsewhere, and with `disable_tqdm`, a logged step is a line.
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike,
-        *,
-        total_steps: int,
-        first_step: int = 0,
-        trackers: Any = None,
-        is_main: bool = True,
-        disable_tqdm: bool = False,
-    ):
-        """`trackers` is anything with `log(values, step=…)`, as an `Accelerator` with `init_trackers` done."""
-        self.total_steps, self._first_step, self._started_at = total_steps, first_step, time.monotonic()
-        self._is_main, self._trackers = is_main, trackers
+    def __init__(self, args, accelerator: Accelerator, first_step: int = 0):
+        """A resumed run's file is cut back to `first_step`."""
+        self._total_steps, self._first_step, self._started_at = args.max_steps, first_step, time.monotonic()
+        self._is_main, self._trackers = accelerator.is_main_process, accelerator
         self._bar, self._refreshed_at = None, -math.inf
-        if is_main:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-        self.records = StepRecords(Path(output_dir) / METRICS_FILE, first_step, is_main=is_main)
-        if is_main and not disable_tqdm and sys.stderr.isatty():
+        self.records = StepRecords(Path(args.output_dir) / METRICS_FILE, first_step, is_main=self._is_main)
+        if self._is_main and not args.disable_tqdm and sys.stderr.isatty():
             options = dict(bar_format=_BAR_FORMAT, dynamic_ncols=True, file=sys.stderr)
-            self._bar = tqdm(total=total_steps, initial=first_step, **options)
+            self._bar = tqdm(total=args.max_steps, initial=first_step, **options)
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance the bar to this update."""
@@ -128,10 +117,10 @@ class RunLog:
         if "eval_loss" in record:
             end = [_describe(record, prefix="eval_")]
         else:
-            done, to_do = record["step"] - self._first_step, max(self.total_steps - record["step"], 0)
+            done, to_do = record["step"] - self._first_step, max(self._total_steps - record["step"], 0)
             seconds = (time.monotonic() - self._started_at) / done * to_do if done else 0
             end = [_describe(record), f"{tqdm.format_interval(seconds)} left"]
-        return " | ".join([f"step {record['step']}/{self.total_steps}", *end])
+        return " | ".join([f"step {record['step']}/{self._total_steps}", *end])
 
 
 def announce(accelerator: Accelerator, text: str) -> None:

@@ -1,6 +1,5 @@
-"""The plan of a run: all that is known before its first update, and what a resumed run has to agree in."""
+"""The plan of a run: all that is known before its first update."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,39 +9,13 @@ import yaml
 from accelerate import Accelerator
 
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.batching import CHUNK, Cursor, EffectiveBatches
+from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
 from w2v2.data.utterances import Utterances
-from w2v2.errors import UserError
 from w2v2.train.log import announce
 
 RECOMMENDED_BATCH_HOURS = 1.6
 ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
-
-
-def identity(args, utterances: Utterances) -> dict[str, Any]:
-    """All that the effective batches depend on: a resumed run has to agree in it."""
-    digest, lengths = hashlib.sha256(), utterances.num_samples
-    for first in range(0, len(lengths), CHUNK):
-        digest.update(lengths[first : first + CHUNK].astype("<i8"))
-    names = ("seed", "batch_hours", "crop_seconds", "length_grid_seconds")
-    masks = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
-    values = {name: getattr(args, name) for name in names + masks}
-    return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
-
-
-def check_identity(saved: dict[str, Any], current: dict[str, Any], accept: bool = False) -> list[str]:
-    """Settings in which a resumed run's batches differ from the checkpoint's, with both values: `seed 43 (was 42)`.
-
-    Raises `UserError` if there is one and `accept` is false.
-    """
-    changed = [f"{name} {value} (was {saved.get(name)})" for name, value in current.items() if saved.get(name) != value]
-    if changed and not accept:
-        raise UserError(
-            f"the batches would differ from those of the checkpoint's run: {', '.join(changed)}; use the old values, go on "
-            "with other batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
-        )
-    return changed
 
 
 def build_batches(utterances: Utterances, args) -> EffectiveBatches:

@@ -13,20 +13,16 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from w2v2.data.batching import MicroBatchPlan
-from w2v2.data.collate import PretrainBatch
 from w2v2.errors import UserError
-from w2v2.model.pretraining import PretrainSums
 from w2v2.train.durable import write_file
+from w2v2.train.state import Totals
 
 logger = logging.getLogger(__name__)
 
@@ -42,25 +38,19 @@ class StepRecords:
     """
 
     def __init__(
-        self,
-        path: Path,
-        first_step: int = 0,
-        *,
-        is_main: bool = True,
-        head: Iterable[Mapping[str, Any]] = (),
-        drop: Callable[[dict[str, Any]], bool] = lambda record: False,
+        self, path: Path, first_step: int = 0, *, is_main: bool = True, head: Sequence[Mapping[str, Any]] = ()
     ):
-        """Cut the file back. `head` comes before all other records; what is to `drop` goes too.
+        """Cut the file back. `head` comes before all other records, and in place of those with the same `id`.
 
         Other processes than the main one read, but never write.
         """
         self.path, self.is_main, self.kept = Path(path), is_main, list(head)
         self._waiting, self._is_failing = b"", False  # lines that the disk has not taken yet
         before = self.path.read_bytes() if self.path.exists() else b""
-        content = b"".join(map(json_line, self.kept))
+        content, ids = b"".join(map(json_line, head)), {record.get("id", "") for record in head}
         for line in before.splitlines():
             record = parse_record(line)
-            if record and 0 < record["step"] <= first_step and not drop(record):
+            if record and 0 < record["step"] <= first_step and record.get("id") not in ids:
                 self.kept.append(record)
                 content += line + b"\n"
         if is_main and content != before:
@@ -114,48 +104,24 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and type(record.get("step")) in (int, float) else None
 
 
-@dataclass
-class Heard:
-    """What this rank heard in one update: looked at only when something went wrong with it."""
-
-    skipped: list[dict] = field(default_factory=list)  # utterances that could not be read
-    # Each real micro-batch with its own loss, (), on the device; without the diversity term, which may be the whole
-    # batch's.
-    losses: list[tuple[MicroBatchPlan, torch.Tensor]] = field(default_factory=list)
-
-    def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:
-        self.skipped += batch.skipped
-        if batch.weight > 0:
-            self.losses.append((batch.plan, sums.contrastive.detach() + sums.penalty.detach()))
-
-
 class SkippedAudio:
     """Unreadable files: listed once each in `skipped_audio.jsonl`, and too many of them end the run.
 
     The `step` of a line is the update that met the file, 0 if it was met before the first update.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        num_utterances: int,
-        max_fraction: float,
-        first_step: int = 0,
-        found: Sequence[dict[str, Any]] = (),
-        is_main: bool = True,
-    ):
-        """`found` are the files met before the first update. Raises `UserError` beyond the tolerated fraction."""
-        self.num_utterances, self.max_fraction = num_utterances, max_fraction
-        met, path = {}, Path(output_dir) / SKIPPED_AUDIO_FILE
+    def __init__(self, args, accelerator: Accelerator, num_utterances: int, found: Sequence[dict], first_step: int = 0):
+        """`found` are the files met before the first update. Raises `UserError` beyond `max_skipped_fraction`."""
+        self.num_utterances, self.max_fraction = num_utterances, args.max_skipped_fraction
+        path, met = Path(args.output_dir) / SKIPPED_AUDIO_FILE, {}
         for entry in found:
             met.setdefault(entry["id"], entry | {"step": 0})
-        head = met.values()
-        self.records = StepRecords(path, first_step, is_main=is_main, head=head, drop=lambda entry: entry["id"] in met)
+        self.records = StepRecords(path, first_step, is_main=accelerator.is_main_process, head=[*met.values()])
         self.ids = {entry["id"] for entry in self.records.kept}
         self._check(found)
 
     def add(self, skipped: Sequence[dict[str, Any]], step: int) -> None:
-        """Note utterances that update `step` could not read. Raises `UserError` beyond the tolerated fraction."""
+        """Note utterances that update `step` could not read. Raises `UserError` beyond `max_skipped_fraction`."""
         for entry in skipped:
             if entry["id"] not in self.ids:
                 self.ids.add(entry["id"])
@@ -164,11 +130,10 @@ class SkippedAudio:
 
     def _check(self, skipped: Sequence[dict[str, Any]]) -> None:
         if skipped and len(self.ids) > self.max_fraction * self.num_utterances:
-            first = skipped[0]
+            first, share = skipped[0], f"{len(self.ids)} of {self.num_utterances} files cannot be read"
             raise UserError(
-                f"{first['audio']}: {first['reason']}; {len(self.ids)} of {self.num_utterances} files cannot be read, more "
-                f"than --max_skipped_fraction {self.max_fraction:g} allows: mend or remove them (listed in "
-                f"{self.records.path})"
+                f"{first['audio']}: {first['reason']}; {share}, more than --max_skipped_fraction {self.max_fraction:g} allows: "
+                f"mend or remove them (listed in {self.records.path})"
             )
 
 
@@ -180,14 +145,15 @@ class SkippedUpdates:
     says nothing of the audio: it is counted, not listed.
     """
 
-    def __init__(self, output_dir: Path, table, most_in_a_row: int, accelerator: Accelerator, first_step: int = 0):
+    def __init__(self, args, accelerator: Accelerator, table, first_step: int = 0):
         """`table` gives the ids of utterances by their rows."""
-        self.table, self.most_in_a_row, self.accelerator = table, most_in_a_row, accelerator
+        self.table, self.most_in_a_row, self.accelerator = table, args.max_non_finite_updates, accelerator
         self.row: list[int] = []  # the steps of the updates in a row that were not taken
         self.named: Counter[str] = Counter()  # utterances that were listed for them
-        self.records = StepRecords(Path(output_dir) / NON_FINITE_FILE, first_step, is_main=accelerator.is_main_process)
+        path = Path(args.output_dir) / NON_FINITE_FILE
+        self.records = StepRecords(path, first_step, is_main=accelerator.is_main_process)
 
-    def note(self, step: int, metrics: Mapping[str, float], heard: Heard) -> bool:
+    def note(self, step: int, metrics: Mapping[str, float], totals: Totals) -> bool:
         """Whether update `step` was skipped. Call on all ranks. Raises `UserError` after too many in a row."""
         if not metrics["masked_frames"]:
             return False  # nothing could be read, which `SkippedAudio` counts
@@ -197,19 +163,19 @@ class SkippedUpdates:
         self.row.append(step)
         is_overflow = self.accelerator.scaler is not None and math.isfinite(metrics["loss"])
         if not is_overflow:
-            ids = self._suspects(heard)
+            ids = self._suspects(totals)
             self.named.update(ids)
             self.records.append({"step": step, "loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "ids": ids})
         if len(self.row) >= self.most_in_a_row:
             raise UserError(self._advice())
         return True
 
-    def _suspects(self, heard: Heard) -> list[str]:
+    def _suspects(self, totals: Totals) -> list[str]:
         """Ids of the update's utterances that may be to blame, over all ranks, in the order of the pieces."""
-        unread = {entry["id"] for entry in heard.skipped}
+        unread = {entry["id"] for entry in totals.skipped}
         mine = [
             (plan.piece, math.isfinite(loss), [i for i in self.table[plan.crops.utterance]["id"] if i not in unread])
-            for plan, loss in heard.losses
+            for plan, loss in totals.losses
         ]
         pieces = sorted(gather_object(mine))
         is_told_apart = len({is_finite for _, is_finite, _ in pieces}) == 2

@@ -3,7 +3,8 @@
 Shapes: G codebook groups, V entries of a group.
 """
 
-from dataclasses import asdict, dataclass, field
+import hashlib
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.batching import Cursor
+from w2v2.data.batching import CHUNK, Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
@@ -19,7 +20,6 @@ from w2v2.model import objective
 from w2v2.model.loading import check_same_architecture
 from w2v2.model.pretraining import PretrainSums
 from w2v2.train.checkpoint import read_state
-from w2v2.train.plan import check_identity, identity
 
 
 @dataclass
@@ -91,6 +91,31 @@ class RunState:
         return {name: value for name, value in asdict(self).items() if name != "changes"}
 
 
+def identity(args, utterances: Utterances) -> dict[str, Any]:
+    """All that the effective batches depend on: a resumed run has to agree in it."""
+    digest, lengths = hashlib.sha256(), utterances.num_samples
+    for first in range(0, len(lengths), CHUNK):
+        digest.update(lengths[first : first + CHUNK].astype("<i8"))
+    names = ("seed", "batch_hours", "crop_seconds", "length_grid_seconds")
+    masks = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
+    values = {name: getattr(args, name) for name in names + masks}
+    return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], accept: bool = False) -> list[str]:
+    """Settings in which a resumed run's batches differ from the checkpoint's, with both values: `seed 43 (was 42)`.
+
+    Raises `UserError` if there is one and `accept` is false.
+    """
+    changed = [f"{name} {value} (was {saved.get(name)})" for name, value in current.items() if saved.get(name) != value]
+    if changed and not accept:
+        raise UserError(
+            f"the batches would differ from those of the checkpoint's run: {', '.join(changed)}; use the old values, go on "
+            "with other batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
+        )
+    return changed
+
+
 class Counts(NamedTuple):
     """What is counted of micro-batches on the host."""
 
@@ -107,6 +132,10 @@ class Totals:
 
     sums: PretrainSums | None = None
     counts: Counts = Counts()
+    # This rank's, for when something went wrong: utterances that could not be read, and each real micro-batch with its
+    # own loss, (), on the device (without the diversity term, which may be the whole batch's).
+    skipped: list[dict] = field(default_factory=list)
+    losses: list[tuple[MicroBatchPlan, torch.Tensor]] = field(default_factory=list)
 
     def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:
         """One micro-batch more. A dummy counts nothing."""
@@ -118,6 +147,8 @@ class Totals:
             num_skipped=len(batch.skipped),
         )
         sums = PretrainSums(*(x.detach() for x in sums))
+        self.skipped += batch.skipped
+        self.losses += [(batch.plan, sums.contrastive + sums.penalty)] * is_real
         self.sums = sums if self.sums is None else PretrainSums(*(a + b for a, b in zip(self.sums, sums, strict=True)))
         self.counts = Counts(*(a + b for a, b in zip(self.counts, counts, strict=True)))
 
@@ -128,14 +159,14 @@ class Totals:
         flat = accelerator.reduce(flat, reduction="sum").cpu()
         *parts, counts = flat.split([x.numel() for x in self.sums] + [len(counts)])
         sums = PretrainSums(*(part.view(x.shape) for part, x in zip(parts, self.sums, strict=True)))
-        return Totals(sums, Counts(*counts.tolist()))
+        return Totals(sums, Counts(*counts.tolist()), self.skipped, self.losses)
 
     def with_diversity(self, weight: float) -> "Totals":
         """With the whole batch's diversity loss in place of the pieces', added to the loss: independent of the cut."""
         sums = self.sums
         codes = objective.CodeStatistics(sums.codes_soft, sums.codes_hard, sums.code_entropy)
         diversity = objective.diversity_loss(codes, sums.num_masked)
-        return Totals(sums._replace(diversity=diversity, loss=sums.loss + weight * diversity), self.counts)
+        return replace(self, sums=sums._replace(diversity=diversity, loss=sums.loss + weight * diversity))
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Means over masked frames, and the batch's composition."""

@@ -18,7 +18,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -31,17 +30,21 @@ from w2v2.data.hashing import NOISE, derive, positive
 from w2v2.errors import UserError
 from w2v2.model.pretraining import PretrainingModel
 from w2v2.train.launch import StopRequest
-from w2v2.train.records import Heard
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import Totals
 
 
 class Feed:
-    """Hands out a loader's micro-batches update by update, and counts the seconds spent waiting for them."""
+    """Hands out a loader's micro-batches update by update, and measures throughput since it was last restarted."""
 
     def __init__(self, loader: Iterable[PretrainBatch]):
-        self.iterator, self.waited_seconds = iter(loader), 0.0
+        self.iterator = iter(loader)
         self.cursor: Cursor | None = None  # where the data stands after the update that was handed out last
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.waited_seconds = time.perf_counter(), 0.0
+        self.heard_samples = 0  # of all ranks, which the caller counts
 
     def update(self) -> Iterator[PretrainBatch]:
         """The micro-batches of the next update."""
@@ -57,32 +60,13 @@ class Feed:
         self.waited_seconds += time.perf_counter() - asked
         return batch
 
-
-class Clock:
-    """Throughput over all ranks since the last lap."""
-
-    def __init__(self, feed: Feed):
-        self.feed = feed
-        self.restart()
-
-    def restart(self) -> None:
-        self.started, self.heard_samples, self.waited_before = time.perf_counter(), 0, self.feed.waited_seconds
-
     def rates(self) -> dict[str, float]:
         """Audio-seconds per second, and the share of the time that was spent waiting for data."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         return {
             "audio_seconds_per_second": self.heard_samples / SAMPLING_RATE / seconds,
-            "data_wait_fraction": (self.feed.waited_seconds - self.waited_before) / seconds,
+            "data_wait_fraction": self.waited_seconds / seconds,
         }
-
-
-class Update(NamedTuple):
-    """An update that was done, or left out because loss or gradient was not finite."""
-
-    metrics: dict[str, float]
-    totals: Totals  # over all ranks
-    heard: Heard  # by this rank
 
 
 def build_optimizer(model: torch.nn.Module, args) -> torch.optim.AdamW:
@@ -103,18 +87,17 @@ def train_update(
     micro_batches: Iterable[PretrainBatch],
     settings: UpdateSettings,
     stop: StopRequest | None = None,
-) -> Update:
-    """One update from one effective batch; no step where loss or gradient is not finite, or nothing could be read."""
-    totals, scale, heard = accumulate(accelerator, model, micro_batches, settings, stop)
+) -> tuple[dict[str, float], Totals]:
+    """One update from one effective batch; no step where loss or gradient is not finite, or nothing could be read.
+
+    Returns: its metrics, and the totals that they come from.
+    """
+    totals, scale = accumulate(accelerator, model, micro_batches, settings, stop)
     masked = float(totals.sums.num_masked)
     factor = scale / masked if masked else math.nan  # NaN takes no step: nothing could be read
     norm = take_step(accelerator, optimizer, factor, settings, loss_is_finite=math.isfinite(totals.sums.loss))
-    metrics = totals.metrics() | {
-        "gumbel_temperature": settings.gumbel_temperature,
-        "learning_rate": settings.learning_rate,
-        "grad_norm": norm,
-    }
-    return Update(metrics, totals, heard)
+    used = {"gumbel_temperature": settings.gumbel_temperature, "learning_rate": settings.learning_rate}
+    return totals.metrics() | used | {"grad_norm": norm}, totals
 
 
 def accumulate(
@@ -123,38 +106,31 @@ def accumulate(
     micro_batches: Iterable[PretrainBatch],
     settings: UpdateSettings,
     stop: StopRequest | None = None,
-) -> tuple[Totals, float, Heard]:
+) -> tuple[Totals, float]:
     """Forward and backward passes over this rank's micro-batches of one update.
 
-    Returns: the totals over all ranks, the constant that the summed gradient was divided by, and what this rank heard.
+    Returns: the totals over all ranks, and the constant that the summed gradient was divided by.
     """
     mean_codes = None
     if settings.shared_diversity:
         micro_batches = list(micro_batches)  # read twice
         mean_codes = compute_mean_codes(accelerator, model, micro_batches, settings)
-    totals, heard, scale = Totals(), Heard(), 1.0
+    totals, scale = Totals(), 1.0
     for number, batch in enumerate(micro_batches, start=1):
         # The same for all micro-batches and ranks. `take_step` undoes it; it keeps fp16 in range.
         scale = batch.plan.batch_samples / LATENT_STRIDE
         batch = batch.to(accelerator.device)
         seed_noise(settings.seed, settings.step, batch.plan.piece, accelerator.device)
-        with gradient_sync(accelerator, model, now=number == batch.plan.num_rounds):
+        is_last = number == batch.plan.num_rounds  # only then are gradients sent
+        if isinstance(model, FSDPModule):
+            model.set_reshard_after_backward(is_last)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             sums = model(batch, settings.gumbel_temperature, settings.diversity_weight, mean_codes)
             # DDP averages over ranks; times their number the gradient is a sum.
             accelerator.backward(sums.loss * (accelerator.num_processes / scale))
         totals.add(sums, batch)
-        heard.add(sums, batch)
     totals.counts = totals.counts._replace(stops_asked=float(stop is not None and stop.is_asked))
-    return totals.reduced(accelerator), scale, heard
-
-
-@contextlib.contextmanager
-def gradient_sync(accelerator: Accelerator, model: torch.nn.Module, now: bool) -> Iterator[None]:
-    """Around a micro-batch's passes: its gradient is added up locally, or (`now`) the whole sum is sent."""
-    if isinstance(model, FSDPModule):
-        model.set_reshard_after_backward(now)
-    with contextlib.nullcontext() if now else accelerator.no_sync(model):
-        yield
+    return totals.reduced(accelerator), scale
 
 
 def take_step(
