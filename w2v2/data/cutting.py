@@ -11,14 +11,15 @@ MOST_IDLE = 0.06  # unevenness that is worth another round
 EFFICIENT_SAMPLES = 40 * 16_000  # a smaller piece costs about as much overhead as it saves
 
 
-def greedy_pieces(lengths: np.ndarray, budget: int) -> list[slice]:
-    """Cut lengths into runs whose padded size is within `budget`, or of one row that is longer than that."""
-    pieces, first = [], 0
+def greedy_starts(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """Where pieces begin whose padded size is within `budget`, or of one row that is longer than that."""
+    rising, starts, first = lengths[::-1], [], 0
     while first < len(lengths):
         rows = max(1, int(budget // lengths[first]))
-        pieces.append(slice(first, min(first + rows, len(lengths))))
-        first += rows
-    return pieces
+        end = len(lengths) - int(rising.searchsorted(lengths[first]))  # of the rows of this very length
+        starts.append(np.arange(first, end, rows))  # pieces that begin at the same length hold the same number of rows
+        first += len(starts[-1]) * rows
+    return np.concatenate(starts)
 
 
 def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[int, list[slice]]:
@@ -31,14 +32,11 @@ def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[
 
     Returns: m, and at most m × num_ranks pieces.
     """
-    # 1. The fewest rounds.
-    fewest = max(1, math.ceil(lengths.sum() / (num_ranks * micro_batch_samples)))
-    while len(greedy_pieces(lengths, micro_batch_samples)) > fewest * num_ranks:
-        fewest += 1
-    # 2. More of them, while the ranks are uneven.
+    fewest = math.ceil(len(greedy_starts(lengths, micro_batch_samples)) / num_ranks)
     for rounds in range(fewest, 2 * fewest + 1):
         budget = smallest_budget(lengths, rounds * num_ranks, micro_batch_samples)
-        pieces = greedy_pieces(lengths, budget)
+        starts = greedy_starts(lengths, budget).tolist()
+        pieces = [slice(*ends) for ends in zip(starts, [*starts[1:], len(lengths)], strict=True)]
         if rounds == fewest:
             found = rounds, pieces
         elif budget < EFFICIENT_SAMPLES:
@@ -53,7 +51,7 @@ def smallest_budget(lengths: np.ndarray, num_pieces: int, enough: int) -> int:
     low, high = int(lengths[0]), enough
     while low < high:
         middle = (low + high) // 2
-        if len(greedy_pieces(lengths, middle)) <= num_pieces:
+        if len(greedy_starts(lengths, middle)) <= num_pieces:
             high = middle
         else:
             low = middle + 1
