@@ -26,8 +26,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
-from w2v2.data.collate import CropDataset, Framing
-from w2v2.data.loader import build_loader
+from w2v2.data.collate import CropDataset, Framing, build_loader
 from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
 from w2v2.evaluate.plots import draw_plots
 from w2v2.hub.card import write_model_card

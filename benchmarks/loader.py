@@ -26,8 +26,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.cli import run_script
 from w2v2.data.audio import SAMPLING_RATE, read_pcm
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
-from w2v2.data.collate import CropDataset, Framing, PretrainBatch, pad
-from w2v2.data.loader import build_loader
+from w2v2.data.collate import CropDataset, Framing, PretrainBatch, build_loader, pad
 from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.errors import UserError
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor

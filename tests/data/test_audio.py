@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import soxr
 
-from w2v2.data import audio
+from w2v2.data import decoding
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
 
 FORMATS = [
@@ -188,7 +188,7 @@ def test_a_transient_error_of_opening_is_tried_again(tmp_path, monkeypatch, numb
             raise OSError(number, os.strerror(number), name)
         return opened(name, *rest)
 
-    monkeypatch.setattr(audio, "PAUSES", (0, 0))
+    monkeypatch.setattr(decoding, "PAUSES", (0, 0))
     monkeypatch.setattr(os, "open", fail_first)
     with pytest.raises(AudioError) if failures >= num_tries else contextlib.nullcontext():
         assert probe(path) == 16_000

@@ -23,10 +23,9 @@ from test_loader import flags_for
 from transformers import Wav2Vec2FeatureExtractor
 
 import pretrain
-from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
+from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_lengths, probe, read_crop, read_pcm
 from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
 from w2v2.data.collate import CropDataset
-from w2v2.data.durations import measure_lengths
 from w2v2.data.utterances import load_manifest
 from w2v2.model.loading import build_framing
 

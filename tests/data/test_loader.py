@@ -16,10 +16,9 @@ from test_batching import SECOND, START, make_batches, rows
 from torch.utils.data import Dataset
 
 import pretrain
-from w2v2.data import loader
+from w2v2.data import collate
 from w2v2.data.batching import PlanStream
-from w2v2.data.collate import CropDataset
-from w2v2.data.loader import build_loader
+from w2v2.data.collate import CropDataset, build_loader
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +83,7 @@ def test_a_lost_worker_ends_the_run_with_one_line(tmp_path, number, cause):
 
 def test_an_endless_decode_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
     manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", [2.0] * 12), [2.0] * 12)
-    monkeypatch.setattr(loader, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(collate, "TIMEOUT_SECONDS", 2)
     monkeypatch.setattr(CropDataset, "read", lambda *_: threading.Event().wait(30))
     status = run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "run"))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

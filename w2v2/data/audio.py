@@ -1,67 +1,39 @@
 """Audio files → exactly the crop that is asked for: 16 kHz, mono, int16 where the source holds 16 bits, else float32.
 
-libsndfile (through soundfile) decodes. A file gives exactly the samples that were asked for, or an `AudioError`. Only
-regular files are opened, because a pipe would be waited for. A header is believed within bounds, because time and
-memory follow from it.
-
-Only the crop is decoded. soxr resamples other rates: the crop and a margin around it, cut where both rates have a
-sample at the same instant. The result equals that part of the whole resampled file, but for the filter's far tails.
-
-Shapes: S samples at 16 kHz.
+A file gives exactly the samples that were asked for, or an `AudioError`. libsndfile decodes only the crop. soxr
+resamples other rates: the crop and a margin, cut where both rates have a sample at the same instant. The result equals
+that part of the whole resampled file, but for the filter's far tails. Lengths are measured in threads and remembered.
 """
 
 import contextlib
-import errno
-import io
+import json
 import os
-import stat
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import gcd
+from pathlib import Path
 
 import numpy as np
-import soundfile
+import pyarrow as pa
+import pyarrow.compute as pc
 import soxr
+from tqdm.auto import tqdm
 
-SAMPLING_RATE = 16_000
+from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound, scan_read, seek_read
 
 MARGIN = 1_600  # samples at 16 kHz on either side of a crop: many times the resampling filter's half-length
 MAX_SHIFT = SAMPLING_RATE // 2  # a duration rounded to whole seconds overshoots the end by at most this
 MAX_PADDING = SAMPLING_RATE // 100  # a duration rounded to two decimals: shorter than one latent frame
 FITS_INT16 = frozenset("PCM_16 PCM_S8 PCM_U8 ULAW ALAW ALAC_16".split())  # every sample is a 16-bit number
-PREROLL_SECONDS = {"VORBIS": 10, "MP3": 1}  # decoded and thrown away, see `_AudioFile._seek_read`
-BLOCK = 1 << 20  # samples decoded at once where a header does not tell the length
-MAX_FRAMES_PER_BYTE = 1_000  # a header that claims more is not believed
-SAMPLING_RATES = range(1_000, 768_001)  # of recordings; margins and filters follow from the rate
 MAX_AMPLITUDE = 2.0**31  # of floats on the scale of 32-bit integers; anything larger would only spoil an update
-TRANSIENT = frozenset((errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE))
-PAUSES = (1.0, 4.0)  # seconds before another try to open a file, after a transient error
-REFUSALS = {
-    **dict.fromkeys((FileNotFoundError, NotADirectoryError), "does not exist"),
-    IsADirectoryError: "is a folder, not an audio file",
-    PermissionError: "may not be read (permissions)",
-    UnicodeEncodeError: "has a name that is not UTF-8 text, as a manifest has to be: rename it",
-}
-
-
-class AudioError(Exception):
-    """One audio file that cannot be used: `path` and `reason`. Callers skip the file, count it and list it."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)  # both in `args`, so that a DataLoader worker's pickle holds both
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+FILES_AT_ONCE = 10_000  # measured between two writes to the cache, so that an interrupted scan of millions is not lost
+NUM_THREADS = min(32, 4 * (os.cpu_count() or 1))  # they wait for the disk
 
 
 def probe(path: str) -> int:
-    """Length of a file in samples at 16 kHz (rounded down), from its header.
-
-    Raises AudioError for a file that is missing, empty, no audio, or without a single sample.
-    """
-    with _open_sound(os.fsdecode(path)) as file:
-        return file.length
+    """Length of a file in samples at 16 kHz (rounded down), from its header. Raises AudioError."""
+    with open_sound(os.fsdecode(path)) as (file, num_frames):
+        return num_frames * SAMPLING_RATE // file.samplerate
 
 
 def read_crop(path: str, start: int = 0, num_samples: int | None = None) -> np.ndarray:
@@ -71,31 +43,32 @@ def read_crop(path: str, start: int = 0, num_samples: int | None = None) -> np.n
 
 
 def read_pcm(path: str, start: int = 0, num_samples: int | None = None, stop: int | None = None) -> np.ndarray:
-    """`num_samples` from `start` (both in samples at 16 kHz; None: to the end), mono, shape (S,), without any loss.
+    """`num_samples` from `start` (both in samples at 16 kHz; None: to the end), mono, (S,), without any loss.
 
-    int16 where the source is mono at 16 kHz and no sample needs more than 16 bits, else float32 (other rates, several
-    channels, 24-bit, float and lossy files).
+    int16 where the source is mono at 16 kHz and no sample needs more than 16 bits, else float32. Manifests often round
+    durations: a window that overshoots the file's end by up to half a second moves back, and up to 10 ms that the whole
+    file lacks are filled with zeros. `stop` is the end of the whole utterance by its manifest. A file that ends more
+    than half a second before it is refused, so whether a file is used does not depend on the crop that is drawn.
 
-    The array is exactly `num_samples` long. Manifests often round durations. A window that overshoots the file's end by
-    up to half a second therefore moves back, and up to 10 ms that the whole file lacks are filled with zeros.
-
-    `stop` is the end of the whole utterance by its manifest. A file that ends more than half a second before `stop` is
-    refused, so whether a file is used does not depend on the crop that is drawn.
-
-    Raises AudioError where more is missing, where decoding fails or ends early (a truncated file), and for samples that
-    no recording has: NaN, infinity, or beyond 2³¹.
+    Raises AudioError where more is missing, where decoding fails or ends early, and for samples that no recording has.
     """
     path = os.fsdecode(path)
     assert start >= 0 and (num_samples is None or num_samples > 0), (path, start, num_samples)
-    with _open_sound(path) as file:
-        rate = file.rate
-        start, num_samples, padding = _fit_window(path, start, num_samples, file.length, stop)
-        first, last, skip = _source_window(start, num_samples, rate, file.num_frames)
-        samples = file.read(first, last)  # (last - first,) at the file's rate
+    with open_sound(path) as (file, num_frames):
+        rate = file.samplerate
+        length = num_frames * SAMPLING_RATE // rate
+        start, num_samples, padding = _fit_window(path, start, num_samples, length, stop)
+        first, last, skip = _source_window(start, num_samples, rate, num_frames)
+        dtype = "int16" if rate == SAMPLING_RATE and file.channels == 1 and file.subtype in FITS_INT16 else "float32"
+        read = seek_read if num_frames == file.frames else scan_read
+        samples = read(path, file, first, last, dtype)  # (last - first,) at the file's rate
+    peak = 0 if dtype == "int16" else np.maximum(samples.max(), -samples.min())  # NaN where there is one
+    if not peak <= MAX_AMPLITUDE:
+        loud = f"samples up to {peak:.3g}, where full scale is 1: damaged"
+        raise AudioError(path, f"holds {loud if np.isfinite(peak) else 'NaN or infinite samples'}")
     if rate != SAMPLING_RATE:
         samples = soxr.resample(samples, rate, SAMPLING_RATE, quality="HQ")  # → (skip + num_samples + margin,)
-    crop = samples[skip : skip + num_samples]
-    return np.ascontiguousarray(np.pad(crop, (0, padding)) if padding else crop)
+    return np.ascontiguousarray(np.pad(samples[skip : skip + num_samples], (0, padding)))
 
 
 def _fit_window(path: str, start: int, num_samples: int | None, length: int, stop: int | None) -> tuple[int, int, int]:
@@ -107,9 +80,7 @@ def _fit_window(path: str, start: int, num_samples: int | None, length: int, sto
         if start >= length:
             raise AudioError(path, f"{has}, so nothing at {start}: {short}")
         return start, length - start, 0
-    missing = start + num_samples - length
-    if missing <= 0:
-        return start, num_samples, 0
+    missing = max(0, start + num_samples - length)
     padding = max(0, num_samples - length)
     if padding > MAX_PADDING or missing > MAX_SHIFT + MAX_PADDING:
         raise AudioError(path, f"{has}, of which {start} to {start + num_samples} were asked for: {short}")
@@ -119,8 +90,8 @@ def _fit_window(path: str, start: int, num_samples: int | None, length: int, sto
 def _source_window(start: int, num_samples: int, rate: int, num_frames: int) -> tuple[int, int, int]:
     """First and last frame (at the file's `rate`) that the crop needs, and the resampled samples before the crop.
 
-    The first frame lies on the common grid of both rates (every 441 frames = 160 samples for 44.1 kHz). The resampled
-    margin is then a whole number of samples, and no fraction shifts the crop.
+    The first frame lies on the common grid of both rates (every 441 frames = 160 samples for 44.1 kHz), so no fraction
+    of a sample shifts the crop.
     """
     if rate == SAMPLING_RATE:
         return start, start + num_samples, 0
@@ -131,119 +102,68 @@ def _source_window(start: int, num_samples: int, rate: int, num_frames: int) -> 
     return cell * frames_per_cell, min(last, num_frames), start - cell * samples_per_cell
 
 
-class _AudioFile:
-    """An open file: its `rate`, `num_frames`, `length` in samples at 16 kHz, and the `dtype` that holds its samples.
+def fill_lengths(
+    table: pa.Table, probe: Callable[[str], int], cache_dir: str | Path | None
+) -> tuple[pa.Table, list[dict]]:
+    """Fill the nulls of `num_samples`; rows whose file cannot be measured come back as {id, audio, reason} instead."""
+    unknown = pc.is_null(table["num_samples"]).combine_chunks()
+    rows = table.filter(unknown).select(["id", "audio", "start"]).to_pylist()
+    if not rows:
+        return table, []
+    found = measure_lengths(list(dict.fromkeys(row["audio"] for row in rows)), probe, cache_dir)
+    skipped, lengths = [], []
+    for row in rows:
+        length, start = found[row["audio"]], round(row["start"] * SAMPLING_RATE)
+        if isinstance(length, int) and length <= start:
+            length = f"ends before {row['start']:g} s, where the row starts"
+        if isinstance(length, str):
+            skipped.append({"id": row["id"], "audio": row["audio"], "reason": length})
+        lengths.append(None if isinstance(length, str) else length - start)
+    filled = pc.replace_with_mask(table["num_samples"].combine_chunks(), unknown, pa.array(lengths, pa.int64()))
+    table = table.set_column(table.column_names.index("num_samples"), "num_samples", filled)
+    return table.filter(pc.is_valid(filled)), skipped
 
-    A file whose header does not tell its length, such as a FLAC written to a pipe, is decoded and counted.
+
+def measure_lengths(
+    paths: list[str], probe: Callable[[str], int], cache_dir: str | Path | None = None
+) -> dict[str, int | str]:
+    """Length of each file, or the reason (a string) why it has none: that of the AudioError which `probe` raises.
+
+    Lengths are kept in `cache_dir/durations.jsonl` by path, size and time of change, a line a file, so that processes
+    which measure at the same time do each other no harm.
     """
+    cache = None if cache_dir is None else Path(cache_dir, "durations.jsonl")
+    known: dict[tuple, int] = {}
+    for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache and cache.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):  # a line torn by an interruption
+            *key, length = json.loads(line)
+            known[tuple(key)] = int(length)
 
-    def __init__(self, path: str, file: soundfile.SoundFile):
-        self._path, self._file = path, file
-        self.rate = file.samplerate
-        is_exact = self.rate == SAMPLING_RATE and file.channels == 1 and file.subtype in FITS_INT16
-        self.dtype = "int16" if is_exact else "float32"
-        if self.rate not in SAMPLING_RATES:
-            raise AudioError(path, f"claims {self.rate} samples a second, as no recording has: its header is damaged")
-        # libsndfile gives an unknown length as 0 or as about 2**63.
-        self._is_told = 0 < file.frames <= MAX_FRAMES_PER_BYTE * os.fstat(file.name).st_size
-        self.num_frames = file.frames if self._is_told else sum(map(len, self._decode_blocks("int16")))
-        self.length = self.num_frames * SAMPLING_RATE // self.rate
-        if not self.length:
-            raise AudioError(path, "holds no audio")
-
-    def read(self, first: int, last: int) -> np.ndarray:
-        """Frames `first` to `last`, channels averaged, shape (last - first,).
-
-        Raises AudioError where decoding fails or ends early, and for float samples that no recording has.
-        """
-        samples = self._seek_read(first, last) if self._is_told else self._scan_read(first, last)
-        peak = 0 if self.dtype == "int16" else np.maximum(samples.max(), -samples.min())  # NaN where there is one
-        if not peak <= MAX_AMPLITUDE:
-            loud = f"samples up to {peak:.3g}, where full scale is 1: damaged"
-            raise AudioError(self._path, f"holds {loud if np.isfinite(peak) else 'NaN or infinite samples'}")
-        return samples
-
-    def _seek_read(self, first: int, last: int) -> np.ndarray:
-        """Seek, then decode.
-
-        Right after a seek, libsndfile 1.2 returns wrong samples in the last page of an OGG Vorbis file (up to 8 s) and
-        in an MP3's first frames. Decoding from somewhat earlier gives exactly what decoding from the start gives.
-        """
-        seconds = PREROLL_SECONDS.get(self._file.subtype, PREROLL_SECONDS.get(self._file.format, 0))
-        preroll = min(seconds * self.rate, first)
+    def measure(path: str) -> tuple[int | str, tuple | None]:
+        """Length or reason, and the key to remember a new length by."""
+        key = None
+        with contextlib.suppress(OSError, ValueError):  # the probe says why; ValueError: a null character
+            status = os.stat(path)
+            key = (path, status.st_size, status.st_mtime_ns)
+        if key in known:
+            return known[key], None
         try:
-            self._file.seek(first - preroll)
-            frames = self._file.read(preroll + last - first, dtype=self.dtype, always_2d=True)[preroll:]
-        except (soundfile.SoundFileError, RuntimeError) as error:
-            reason = f"cannot be decoded from {first / self.rate:.2f} s (damaged or truncated): {error}"
-            raise AudioError(self._path, reason) from None
-        if len(frames) < last - first:
-            claimed = self._file.frames / self.rate
-            raise AudioError(self._path, f"holds less audio than the {claimed:.2f} s that its header claims: truncated")
-        return _mix_down(frames)
+            return int(probe(path)), key
+        except AudioError as error:
+            return error.reason, None
 
-    def _scan_read(self, first: int, last: int) -> np.ndarray:
-        """Decode from the start, for a file without seeking; only frames `first` to `last` stay in memory."""
-        parts, at = [np.empty(0, self.dtype)], 0
-        for block in self._decode_blocks(self.dtype):
-            parts.append(block[max(0, first - at) : max(0, last - at)].copy())
-            at += len(block)
-            if at >= last:
-                return np.concatenate(parts)
-        raise AudioError(self._path, "changed while it was read")
-
-    def _decode_blocks(self, dtype: str) -> Iterator[np.ndarray]:
-        """All frames that can be decoded, mono, in blocks."""
-        try:
-            with _open_regular(self._path) as descriptor, _Stream(descriptor.fileno(), closefd=False) as file:
-                while len(block := file.read(BLOCK // file.channels, dtype=dtype, always_2d=True)):
-                    yield _mix_down(block)
-        except (soundfile.SoundFileError, RuntimeError) as error:
-            raise AudioError(self._path, f"cannot be decoded: {error}") from None
-
-
-class _Stream(soundfile.SoundFile):
-    """soundfile seeks to its own position after each read, which libsndfile refuses for a FLAC of unknown length."""
-
-    def seekable(self) -> bool:
-        return False
-
-
-def _mix_down(frames: np.ndarray) -> np.ndarray:
-    """(S, channels) → (S,)"""
-    if frames.shape[1] == 1:
-        return frames[:, 0]
-    with np.errstate(over="ignore", invalid="ignore"):  # of damaged floats, which `_AudioFile.read` refuses
-        return frames.mean(axis=1, dtype=np.float32)
-
-
-@contextlib.contextmanager
-def _open_sound(path: str) -> Iterator[_AudioFile]:
-    """Open through a descriptor: by name, libsndfile waits for pipes, trusts suffixes, takes at most 1,024 bytes."""
-    with _open_regular(path) as descriptor:
-        try:
-            sound = soundfile.SoundFile(descriptor.fileno(), closefd=False)
-        except soundfile.LibsndfileError as error:
-            reason = f"is not audio that libsndfile reads (WAV, FLAC, OGG, Opus, MP3 …): {error.error_string}"
-            raise AudioError(path, reason) from None
-        with sound:
-            yield _AudioFile(path, sound)
-
-
-def _open_regular(path: str) -> io.FileIO:
-    """A regular file that holds something; AudioError for anything else. Transient errors are tried again."""
-    for pause in (*PAUSES, None):
-        try:
-            path.encode()
-            file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-            break
-        except (OSError, ValueError) as error:  # ValueError: a null character
-            if pause is None or getattr(error, "errno", None) not in TRANSIENT:
-                why = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-                raise AudioError(path, REFUSALS.get(type(error), why)) from None
-            time.sleep(pause)
-    status = os.fstat(file.fileno())
-    if stat.S_ISREG(status.st_mode) and status.st_size:
-        return file
-    file.close()
-    raise AudioError(path, "is an empty file" if stat.S_ISREG(status.st_mode) else "is a pipe or a device, not a file")
+    lengths = {}
+    bar = tqdm(total=len(paths), desc="Measuring audio files", unit=" files", disable=None)
+    with ThreadPoolExecutor(NUM_THREADS) as pool, bar:
+        for first in range(0, len(paths), FILES_AT_ONCE):
+            block, fresh = paths[first : first + FILES_AT_ONCE], []
+            for path, (length, key) in zip(block, pool.map(measure, block), strict=True):
+                lengths[path] = length
+                bar.update()
+                if key is not None:
+                    fresh.append(json.dumps([*key, length]) + "\n")
+            if cache and fresh:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                with open(cache, "a", encoding="utf-8") as file:
+                    file.write("".join(fresh))
+    return lengths

@@ -1,13 +1,11 @@
 """Epoch order, effective batches, and their cut into micro-batches. State = (epoch, position), nothing else.
 
-1. *Order.* An epoch's order is a keyed bijection on 0…n−1 (a Feistel network with cycle walking): no table in memory,
-   any position in O(1).
+1. *Order.* An epoch's order is a keyed bijection on 0…n−1 (a Feistel network with cycle walking): no table in memory.
 2. *Draw.* An effective batch is the next utterances in that order until they hold at least `batch_samples` after
    cropping. Seed, lengths and sizes decide it, not devices, workers or micro-batches. It may span two epochs.
 3. *Crop.* Its length follows from the utterance's; its start is a pure function of seed, epoch and utterance.
-4. *Cut.* The crops are sorted by length, longest first, and cut into pieces, one a micro-batch, whose padded size
-   (rows × longest row) is within budget. A round is a piece on every rank. There are as few rounds as possible;
-   dummies without weight fill up the last, and ranks get about the same padded samples (`cutting.py`).
+4. *Cut.* The crops, longest first, are cut into pieces, one a micro-batch, whose padded size is within budget. A round
+   is a piece on every rank; dummies without weight fill up the last one (`cutting.py`).
 
 Shapes: n utterances of the data, N utterances of a batch; lengths and offsets are samples at 16 kHz.
 """
@@ -87,10 +85,7 @@ class EpochOrder:
 
 
 def crop_length(num_samples: np.ndarray, crop_samples: int, grid_samples: int) -> np.ndarray:
-    """Longest crop on the grid: 320 + k · grid samples, at most `crop_samples`.
-
-    A grid of 0.32 s gives 16 · k latent frames. An utterance below 320 samples and one grid step keeps its length.
-    """
+    """Longest crop of 320 + k · grid samples (latent frames: 16 · k at 0.32 s). A shorter utterance keeps its length."""
     longest = np.minimum(num_samples, crop_samples)
     if grid_samples <= 0:
         return longest
@@ -99,12 +94,7 @@ def crop_length(num_samples: np.ndarray, crop_samples: int, grid_samples: int) -
 
 
 class EffectiveBatches:
-    """Draws effective batches from utterances of known lengths.
-
-    Args:
-        num_samples: (n,) lengths, kept as int32: four bytes an utterance, without a copy where they are int32 already.
-        batch_samples: fewest samples of an effective batch.
-        crop_samples, grid_samples: see `crop_length`.
+    """Draws effective batches of at least `batch_samples` from utterances of known lengths, (n,), kept as int32.
 
     Raises UserError where one utterance alone holds more than an effective batch.
     """
@@ -196,10 +186,7 @@ class PlanStream:
 def plan_validation(
     batches: EffectiveBatches, *, rank: int, num_ranks: int, micro_batch_samples: int
 ) -> list[MicroBatchPlan]:
-    """This rank's micro-batches of a whole validation set, with the same crops every time.
-
-    Raises UserError where a micro-batch cannot hold the longest crop.
-    """
+    """This rank's micro-batches of a whole validation set, with the same crops every time."""
     batches.check_budget(micro_batch_samples)
     crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0)
     return plan_update(crops, 0, Cursor(), rank=rank, num_ranks=num_ranks, micro_batch_samples=micro_batch_samples)

@@ -1,16 +1,20 @@
-"""Crops → one `PretrainBatch`: decode, pad, mask. It runs in the `DataLoader`'s workers, except `sound`, on the device.
+"""Crops → one `PretrainBatch`: decode, pad, mask, in the `DataLoader`'s workers; `sound` runs on the device.
 
 Shapes: B utterances, S samples of the longest, T latent frames of the longest, N latent frames of all utterances
 together, M masked frames of the row that has most.
 """
 
-from collections.abc import Sequence
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from w2v2.data.audio import AudioError, read_pcm
 from w2v2.data.batching import Crops, MicroBatchPlan
@@ -18,6 +22,7 @@ from w2v2.data.hashing import derive
 from w2v2.data.masking import kept_rows, latent_lengths, least_samples, mask_spans, masked_positions
 
 FULL_SCALE = 32_768  # of 16-bit samples
+TIMEOUT_SECONDS = 1_800  # without a micro-batch from a worker: hung storage, or a decoder that never ends
 
 
 @dataclass
@@ -51,12 +56,14 @@ class PretrainBatch:
         return len(set(self.lengths)) == 1
 
     def to(self, device: torch.device) -> "PretrainBatch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if torch.is_tensor(v)})
+        return self._move(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PretrainBatch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.pin_memory() for k, v in moved.items() if torch.is_tensor(v)})
+        return self._move(torch.Tensor.pin_memory)
+
+    def _move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PretrainBatch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: move(value) for name, value in values.items() if torch.is_tensor(value)})
 
 
 @dataclass
@@ -89,10 +96,11 @@ class CropDataset(Dataset):
         if plan.dummy:
             return self._silence(plan, row=0)
         waveforms, rows, skipped, original_samples = [], [], [], 0
-        for row, entry in enumerate(self.entries(plan)):
-            start, num_samples = int(plan.crops.start[row]), int(plan.crops.num_samples[row])
+        columns = self.table[plan.crops.utterance]
+        for row, values in enumerate(zip(*columns.values(), strict=True)):
+            entry = dict(zip(columns, values, strict=True))
             try:
-                waveforms.append(self.read(entry, start, num_samples))
+                waveforms.append(self.read(entry, int(plan.crops.start[row]), int(plan.crops.num_samples[row])))
                 rows.append(row)
                 original_samples += entry["num_samples"]
             except AudioError as error:
@@ -101,11 +109,6 @@ class CropDataset(Dataset):
             return replace(self._silence(plan, row=-1), skipped=skipped)
         batch = build_batch(plan, plan.crops.take(rows), waveforms, self.framing, self.seed)
         return replace(batch, skipped=skipped, original_samples=original_samples)
-
-    def entries(self, plan: MicroBatchPlan) -> list[dict[str, Any]]:
-        """The table's rows of a micro-batch, in its order, from one look into the table."""
-        columns = self.table[plan.crops.utterance]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def read(self, entry: dict[str, Any], start: int, num_samples: int) -> np.ndarray:
         """Samples of one crop, int16 or float32. Raises AudioError."""
@@ -184,3 +187,57 @@ def sound(batch: PretrainBatch) -> torch.Tensor:
     centred = torch.where(inside, x - mean, 0.0)
     variance = centred.pow(2).sum(1, keepdim=True) / batch.num_samples[:, None]
     return centred * torch.rsqrt(variance + 1e-7)
+
+
+def build_loader(
+    dataset: Dataset, plans: Iterable[MicroBatchPlan], num_workers: int, prefetch_factor: int, pin_memory: bool
+) -> DataLoader:
+    """A loader that decodes the micro-batches of `plans` ahead of time, in their order."""
+    options = {"num_workers": num_workers, "pin_memory": pin_memory}
+    if num_workers:
+        options |= {"prefetch_factor": prefetch_factor, "persistent_workers": True}
+        options |= {"worker_init_fn": shield_worker, "timeout": TIMEOUT_SECONDS}
+    return DataLoader(dataset, batch_size=None, sampler=plans, **options)
+
+
+def shield_worker(worker: int) -> None:
+    """Keep a worker alive when a scheduler or a terminal signals every process of the run: the last update needs it.
+
+    A SIGTERM from its own parent ends it, which is the loader's last resort. It also ends when its parent is gone.
+    """
+
+    def obey_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    for name in ("SIGUSR1", "SIGHUP", "SIGINT"):  # Slurm's warning, a closed terminal, Ctrl-C
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_parent, name="sigterm", daemon=True).start()
+
+
+def explain_loss(error: BaseException) -> str | None:
+    """One line for a worker that was lost or hangs, with the likely cause and the remedy; None for any other error.
+
+    torch raises a bare RuntimeError from wherever the main process is when it hears of its child's death.
+    """
+    text = " ".join(f"{error.__cause__ or ''} {error}".split())  # the cause, where there is one, knows the signal
+    if hung := re.search(r"DataLoader timed out after ([\d.]+)", text):
+        return (
+            f"no audio came for {float(hung[1]):,.0f} s from the processes that decode it: the storage does not "
+            "answer, or a damaged file keeps the decoder busy"
+        )
+    lost = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) (?:is killed by signal: (\w[\w ]*))?", text)
+    if not lost:
+        return None
+    how = lost[2] or "it ended by itself"
+    cause = "memory ran out, or shared memory (in a container: --shm-size=2g): use fewer --dataloader_num_workers"
+    if re.search("egmentation|loating|Abort", how):
+        cause = "a damaged file crashed the decoder: find it and leave it out of the manifest"
+    return (
+        f"a process that decodes audio (pid {lost[1]}) was lost ({how}): probably {cause}; "
+        "--resume_from_checkpoint auto goes on from the last checkpoint"
+    )

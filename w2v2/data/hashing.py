@@ -1,8 +1,7 @@
 """Stateless randomness: 64-bit hashes of (seed, stream, epoch, utterance, counter) in place of generators.
 
-A generator's state breaks resuming, and changing the number of workers or devices. A hash has no state: the crop of
-utterance 17 in epoch 3 is the same for every process that asks. The mixer is splitmix64's finaliser (Steele, Lea and
-Flood, 2014), in int64 tensors that wrap around, so it gives the same on every device.
+A hash has no state that could break resuming: the crop of utterance 17 in epoch 3 is the same for every process that
+asks. The mixer is splitmix64's finaliser (Steele, Lea and Flood, 2014), in int64 tensors that wrap around.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,7 @@ def _signed(constant: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
-# Streams: the purposes of a hash. They are negative, so none equals an epoch, an utterance or a counter. Two purposes
-# never share a hash.
+# Streams: the purposes of a hash. They are negative, so none equals an epoch, an utterance or a counter.
 ORDER, CROP, MASK, DISTRACTOR, LAYERDROP, NOISE = range(-7, -1)
 
 

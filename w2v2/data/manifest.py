@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.audio import SAMPLING_RATE, fill_lengths
 from w2v2.data.audio import probe as probe_header
-from w2v2.data.durations import fill_lengths
 from w2v2.data.readers import RawTable, read_table
 from w2v2.errors import UserError
 

@@ -1,8 +1,7 @@
 """Latent lengths, mask spans, distractors and layerdrop, for all rows of a micro-batch at once.
 
-All are pure functions of an utterance's key. Each row depends on its own key and length alone, never on the rows beside
-it, on padding or on a generator's state. Source: wav2vec 2.0, sections 3.1 and 3.2. The number of spans follows
-`transformers`, with one rounding an utterance.
+All are pure functions of an utterance's key and length: the rows beside it and padding do not matter. Source: wav2vec
+2.0, sections 3.1 and 3.2. The number of spans follows `transformers`, with one rounding an utterance.
 
 Shapes: B utterances, T latent frames of the longest, M masked frames of the row that has most, K distractors.
 """
@@ -37,11 +36,7 @@ def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: in
     `min_spans`, at most t // length, and at most one a start. The starts are uniform without replacement; spans may
     overlap. A `prob` of 0.65 and a `length` of 10 mask about 49 % of the frames.
 
-    Args:
-        keys: (B,) int64, one an utterance and epoch.
-        frames: (B,) int64, latent frames of each row.
-
-    Returns: (B, T) bool, T = frames.max(); false past a row's end, and everywhere in a row shorter than one span.
+    keys, frames (B,) int64: one key an utterance and epoch, and the row's latent frames → (B, T) bool, T = frames.max()
     """
     # 1. How many spans each row gets: (B,).
     starts = (frames - length + 1).clamp_min(0)  # positions where a span can begin
@@ -79,13 +74,8 @@ def masked_positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def distractors(keys: torch.Tensor, counts: torch.Tensor, num_slots: int, num_negatives: int) -> torch.Tensor:
     """Distractors of each masked frame: uniform, with replacement, from the *other* masked frames of its utterance.
 
-    Args:
-        keys: (B,) int64.
-        counts: (B,) int64, masked frames of each row. The only masked frame of a row draws itself, which is a collision
-            and no distractor.
-        num_slots: M, at least the largest count; a number on the host, so that no device has to be asked.
-
-    Returns: (B, M, K) int64 indices into the compacted masked frames of the row.
+    keys, counts (B,) int64: `counts` are the masked frames of each row. The only one of a row draws itself, which is a
+    collision and no distractor. `num_slots` is M, on the host. → (B, M, K) indices into the compacted masked frames
     """
     frame = torch.arange(num_slots, device=keys.device)[:, None]  # (M, 1)
     draw = torch.arange(num_negatives, device=keys.device)  # (K,)

@@ -1,7 +1,6 @@
 """The utterances that a run hears: read from manifests, those of a fitting length kept, a few of them looked at.
 
-A run holds four bytes an utterance, its length. The table of ids and paths is a `datasets.Dataset` over a memory-mapped
-Arrow file, so that all processes and workers share its pages.
+A run holds four bytes an utterance. All processes share the table of ids and paths, a memory-mapped Arrow file.
 """
 
 import contextlib
@@ -55,8 +54,8 @@ def load_manifest(
 def map_table(table: pa.Table, cache_dir: str | Path | None) -> datasets.Dataset:
     """The same rows, memory-mapped from a file in `cache_dir`, or in memory where that is None.
 
-    The file is named by the digest of its content, so that the same manifests find it again, and processes that start
-    together share it. Each writes it aside and renames it when it has reached the disk: what bears the name is whole.
+    The digest of its content names the file, so that processes that start together share it. Each writes it aside and
+    renames it when it has reached the disk.
     """
     if cache_dir is None:
         return datasets.Dataset(table)
@@ -81,8 +80,7 @@ def map_table(table: pa.Table, cache_dir: str | Path | None) -> datasets.Dataset
 def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[Utterances, list[dict]]:
     """Read manifests and leave out what is too short or too long.
 
-    Returns: the utterances, and the files whose length had to be measured and could not. Their table is mapped from a
-    file in the run's folder, except for a dry run, which leaves none. Raises `UserError` when nothing is left.
+    Returns: the utterances, their table mapped from a file except in a dry run, and the files that could not be measured
     """
     cache_dir = Path(args.output_dir) / "cache"
     table, unmeasured = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
