@@ -57,17 +57,13 @@ def test_the_defaults_are_base():
 
 
 def test_the_command_line_overrides_the_file(config):
-    path = config("learning_rate: 5e-4\nmax_steps: 100\nseed: 7\ntrain_data: [a.csv, b.csv]\noutput_dir: from_file\n")
+    path = config("learning_rate: 5e-4\nmax_seconds: 30\nseed: 7\ntrain_data: [a.csv, b.csv]\noutput_dir: run\n")
     args = parse(path, "--max_steps", "200", "--seed=8", given=[])
-    assert (args.learning_rate, args.max_steps, args.seed) == (5e-4, 200, 8)
-    assert (args.train_data, args.output_dir) == (["a.csv", "b.csv"], "from_file")
-
-
-def test_lists_are_replaced_and_one_value_is_a_list(config):
-    path = config("train_data: [a.csv, b.csv]\nvalidation_data: dev.csv\noutput_dir: run\n")
-    assert parse(path, given=[]).validation_data == ["dev.csv"]
+    assert (args.learning_rate, args.max_steps, args.seed, args.output_dir) == (5e-4, 200, 8, "run")
+    assert args.train_data == ["a.csv", "b.csv"] and type(args.max_seconds) is float and type(args.seed) is int
     assert parse(path, "--train_data", "c.csv", given=[]).train_data == ["c.csv"]
     assert parse(path, "--train_data", "c.csv", "d.csv", "--seed", "1", given=[]).train_data == ["c.csv", "d.csv"]
+    assert parse(config("validation_data: dev.csv\n")).validation_data == ["dev.csv"]
 
 
 @pytest.mark.parametrize("text, value", [("true", True), ("yes", True), ("false", False), ("no", False)])
@@ -77,12 +73,6 @@ def test_booleans_of_the_file_and_of_the_command_line(config, text, value):
     assert (args.gradient_checkpointing, args.decay_norms_and_biases) == (value, value)
     assert parse(path, "--gradient_checkpointing", str(not value)).gradient_checkpointing is not value
     assert parse("--gradient_checkpointing").gradient_checkpointing is True
-
-
-def test_values_keep_the_type_of_their_flag(config):
-    args = parse(config("batch_hours: 2\nmax_seconds: 30\nwarmup_steps: 10\nseed: 3\n"))
-    assert {type(v) for v in (args.batch_hours, args.max_seconds, args.warmup_steps)} == {float}
-    assert type(args.seed) is int
 
 
 def test_an_empty_value_empties_a_flag_that_can_be_empty(config):
@@ -108,30 +98,17 @@ def test_resolved_flags_as_yaml_parse_to_the_same_run(config):
     assert parse(config(yaml.safe_dump(vars(args), sort_keys=False)), given=[]) == args
 
 
-def test_several_dataclasses_share_one_command_line(config):
-    @dataclass
-    class Extra:
-        colour: str = field(default="red")
-
-    extra, args = parse_command_line([Extra, PretrainArguments], [config("colour: blue\nseed: 4\n"), *GIVEN])
-    assert (extra.colour, args.seed) == ("blue", 4)
-
-
 # -- slips
 
 
 @pytest.mark.parametrize("wrong, nearest", [("lerning_rate", "learning_rate"), ("batch_hour", "batch_hours"),
-                                            ("train_dat", "train_data"), ("max_step", "max_steps")])  # fmt: skip
+                                            ("train_dat", "train_data"), ("zzqx", None)])  # fmt: skip
 def test_an_unknown_name_is_refused_with_the_nearest(config, wrong, nearest):
     path = config(f"{wrong}: 1\n")
-    assert refusal(path) == f"{path}: unknown key '{wrong}': did you mean {nearest}?"
+    advice = f": did you mean {nearest}?" if nearest else "; --help lists what there is"
+    assert refusal(path) == f"{path}: unknown key '{wrong}'{advice}"
     for flag in ([f"--{wrong}", "1"], [f"--{wrong}=1"], [f"--{wrong.replace('_', '-')}", "1"]):
-        assert refusal(*flag) == f"unknown flag {flag[0].split('=')[0]}: did you mean {nearest}?"
-
-
-def test_a_name_that_is_near_to_none_points_to_the_help(config):
-    assert refusal("--zzqx", "1") == "unknown flag --zzqx; --help lists what there is"
-    assert "--help" in refusal(config("zzqx: 1\n"))
+        assert refusal(*flag) == f"unknown flag {flag[0].split('=')[0]}{advice}"
 
 
 @pytest.mark.parametrize("text, name", [("max_steps: many\n", "max_steps"), ("learning_rate: fast\n", "learning_rate"),
@@ -141,11 +118,7 @@ def test_a_value_of_the_wrong_kind_names_its_flag_and_the_value(config, text, na
     value = text.split()[1]
     for message in (refusal(config(text)), refusal(f"--{name}", value)):
         assert f"--{name}" in message and value in message.replace("dry_run", "")
-
-
-def test_a_wrong_choice_lists_the_right_ones():
-    message = refusal("--lr_scheduler_type", "polynomial")
-    assert all(kind in message for kind in ("linear", "cosine", "constant", "tri_stage"))
+        assert name != "lr_scheduler_type" or "cosine" in message and "tri_stage" in message
 
 
 @pytest.mark.parametrize(("given", "kept"), [("12.5", 12.5), ("200", 200.0), ("auto", None)])
@@ -182,13 +155,10 @@ def test_a_file_that_is_no_list_of_flags_is_refused_by_name(config, text, found)
     assert message.startswith(path) and found in message
 
 
-def test_a_missing_or_binary_file_is_refused_by_name(tmp_path):
+def test_a_missing_binary_or_later_file_is_refused(tmp_path):
     assert refusal("none.yaml") == "none.yaml: no such configuration file"
     (tmp_path / "a.wav").write_bytes(bytes(range(256)))
     assert refusal(str(tmp_path / "a.wav")).startswith(f"{tmp_path / 'a.wav'}: not valid YAML")
-
-
-def test_a_file_behind_the_flags_is_pointed_out():
     assert "the file first" in refusal("--seed", "1", "config.yaml")
 
 
@@ -235,9 +205,7 @@ def test_a_disk_that_takes_nothing_is_a_line(capsys, number):
 @pytest.mark.parametrize("rank", ["0", "5"])
 def test_too_little_memory_of_a_device_is_a_line(capsys, monkeypatch, rank):
     monkeypatch.setenv("LOCAL_RANK", rank)
-    assert (
-        end_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")) == 2
-    )
+    assert end_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee more")) == 2
     line = error_line(capsys.readouterr().err)
     assert "Tried to allocate 20.00 GiB. Use a smaller" in line and "--micro_batch_seconds" in line
 

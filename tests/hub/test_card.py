@@ -46,11 +46,6 @@ def card_of(folder, config=CONFIG, metrics=METRICS):
     return ModelCard.load(folder / "README.md")
 
 
-def finetuned_card_of(folder, **arguments):
-    write_finetuned_card(folder, **arguments)
-    return ModelCard.load(folder / "README.md")
-
-
 def run_code_of(card, folder):
     """The names that the card's own code leaves, with a folder in the place of the repository."""
     names = {}
@@ -65,30 +60,23 @@ def test_a_card_tells_recipe_data_and_results(tmp_path):
     for row in (
         "| Effective batch | 0.25 h of audio |",
         "| Updates | 20 of 400 |",
-        "| Gumbel temperature | 2.0 to 0.5 |",
         "| Distractors | 9 |",
         "| Masks | probability 0.05, spans of 10 frames |",
         "| Training | `train.csv`, `lists/more.tsv`, 1,234 utterances, 3.50 h |",
         "| | Training, update 20 | Validation, update 20 |",
         "| Accuracy | 0.1875 | 0.1562 |",
         "| Loss | not measured | 4.125 |",
-        "| Codebook perplexity (hard) | not measured | not measured |",
         "| Sources, as stated by who trained the model | ~3 h of read speech \\| openslr.org/0 |",
-        "| Devices at the end of the run | 2 × CPU |",
     ):
         assert row in card.text
-    assert "by chance it is 0.1000" in card.text and "counting repetitions: 5.00" in card.text
-    assert "no speech recogniser" in card.text and "codebooks: at most 2 × 8." in card.text
+    assert "by chance it is 0.1000" in card.text and "codebooks: at most 2 × 8." in card.text
     assert "No licence was stated" in card.text and "Device-hours" not in card.text
-    for secret in (TOKEN, "somebody", str(tmp_path)):
-        assert secret not in card.content
+    assert not any(secret in card.content for secret in (TOKEN, "somebody", str(tmp_path)))
 
-
-def test_a_card_without_any_record_invents_nothing(tmp_path):
-    card = card_of(tmp_path, config={}, metrics=[])
-    assert "| Accuracy | not measured | not measured |" in card.text
-    assert "counting repetitions: not measured" in card.text
-    assert not any(left in card.content for left in ("{{", "{%", "None"))
+    nothing = card_of(tmp_path, config={}, metrics=[])
+    assert "| Accuracy | not measured | not measured |" in nothing.text
+    assert "counting repetitions: not measured" in nothing.text
+    assert not any(left in nothing.content for left in ("{{", "{%", "None"))
 
 
 def test_device_hours_are_those_of_all_devices(tmp_path):
@@ -104,18 +92,17 @@ def test_device_hours_are_those_of_all_devices(tmp_path):
     assert device_hours(records) is None
 
 
-@pytest.mark.parametrize(
-    ("source", "base"), [("facebook/wav2vec2-base", "facebook/wav2vec2-base"), ("runs/a/b", None), ("base", None)]
-)
-def test_only_weights_of_the_hub_are_the_base_model(tmp_path, source, base):
-    assert card_of(tmp_path, config={**CONFIG, "model_name_or_path": source}).data.base_model == base
+def test_metadata_claims_only_what_was_stated(tmp_path):
+    def stated(**config):
+        return card_of(tmp_path, config=CONFIG | config).data.to_dict()
 
-
-def test_metadata_claims_a_licence_only_if_stated(tmp_path):
     expected = {"library_name": "transformers", "tags": ["wav2vec2", "pretraining"]}
-    assert card_of(tmp_path).data.to_dict() == expected
-    stated = card_of(tmp_path, config={**CONFIG, "hub_license": "cc-by-4.0"})
-    assert stated.data.to_dict() == expected | {"license": "cc-by-4.0"} and "`cc-by-4.0`, as stated" in stated.text
+    assert stated() == expected
+    assert stated(hub_license="cc-by-4.0") == expected | {"license": "cc-by-4.0"}
+    assert "`cc-by-4.0`, as stated" in ModelCard.load(tmp_path / "README.md").text
+    base = "facebook/wav2vec2-base"
+    assert stated(model_name_or_path=base) == expected | {"base_model": base}
+    assert stated(model_name_or_path="runs/a/b") == stated(model_name_or_path="base") == expected
 
 
 def test_a_cards_own_code_loads_the_folder(tmp_path):
@@ -136,17 +123,16 @@ def test_a_recognisers_card_has_scores_recipe_and_code(tmp_path, capsys):
     run = {"lm": {"path": "/home/me/x.arpa"}, "updates": 4, "train_utterances": 4, "train_hours": 0.5}
     flags = dict(train_data=["/home/me/train.csv"], test_data=["test.csv"], max_steps=4, batch_seconds=1600.0)
     results = {"validation": {"wer": 0.4}, "test": rates, "run": run}
-    card = finetuned_card_of(tmp_path, config=flags | {"device_hours": 1.5}, results=results)
+    write_finetuned_card(tmp_path, config=flags | {"device_hours": 1.5}, results=results)
+    card = ModelCard.load(tmp_path / "README.md")
     for line in (
         "| Set | Utterances | WER | CER | WER with the language model |",
         "| `validation` |  | 40.00% | not measured | not measured |",
         "| `test` | 9 | 50.00% | 25.00% | 12.50% |",
         "| Language model of the search | x.arpa |",
         "| Effective batch | 1600 s of audio |",
-        "| Updates | 4 of 4 |",
         "| Device-hours, validation in between included | 1.50 |",
         "| Training | `train.csv`, 4 utterances, 0.50 h |",
-        "| Test | `test.csv` |",
         "![Loss](plots/loss.png)",
         "The best update was chosen on the set `validation`.",
         "No licence was stated.",
@@ -167,7 +153,8 @@ def test_a_classifiers_card_has_scores_classes_and_code(tmp_path, capsys):
     Wav2Vec2ForSequenceClassification(config).save_pretrained(tmp_path)
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
     scores = {"accuracy": 0.75, "uar": 0.5, "macro_f1": 0.25, "loss": 1.0, "utterances": 8, "confusion": []}
-    card = finetuned_card_of(tmp_path, config={"train_data": ["train.csv"]}, results={"test": scores, "run": {}})
+    write_finetuned_card(tmp_path, config={"train_data": ["train.csv"]}, results={"test": scores, "run": {}})
+    card = ModelCard.load(tmp_path / "README.md")
     assert "| `test` | 8 | 75.00% | 50.00% | 0.2500 |" in card.text and "| Classes | 2: calm, angry |" in card.text
     assert {(r.task_type, r.metric_type, r.metric_value) for r in card.data.eval_results} == {
         ("audio-classification", name, value) for name, value in (("accuracy", 0.75), ("recall", 0.5), ("f1", 0.25))
@@ -177,14 +164,12 @@ def test_a_classifiers_card_has_scores_classes_and_code(tmp_path, capsys):
     assert "'calm'" in capsys.readouterr().out
 
 
-def test_curves_run_over_hours_heard():
-    found = gather_curves(METRICS, ["accuracy"], "audio_hours")
-    assert found == {"training": ([2.5, 5.0], [0.02, 0.1875]), "validation": ([5.0], [0.15625])}
-
-
 def test_pictures_show_what_was_logged_and_are_embedded(tmp_path):
-    drawn = draw_plots(tmp_path, METRICS)
+    assert gather_curves(METRICS, ["accuracy"], "audio_hours") == {
+        "training": ([2.5, 5.0], [0.02, 0.1875]), "validation": ([5.0], [0.15625])
+    }  # fmt: skip
     names = ["plots/loss.png", "plots/accuracy.png", "plots/schedule.png"]
+    drawn = draw_plots(tmp_path, METRICS)
     assert [path.relative_to(tmp_path).as_posix() for path in drawn] == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     assert re.findall(r"!\[.*\]\((.*)\)", card_of(tmp_path).text) == names

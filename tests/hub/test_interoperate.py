@@ -56,86 +56,74 @@ def recogniser(pretrained, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def waveform():
-    return 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32) + 0.05
+WAVEFORM = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32) + 0.05
+VALUES = torch.from_numpy(WAVEFORM)[None]
 
 
-def stock_frames(folder, waveform):
-    """(frames, width) and all hidden states of the stock model behind the folder's own feature extractor."""
-    extractor, model = AutoFeatureExtractor.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt")
+@pytest.fixture(autouse=True)
+def _no_grad():
     with torch.no_grad():
-        found = model(**inputs, output_hidden_states=True)
-    return found.last_hidden_state, found.hidden_states
+        yield
+
+
+def stock_output(folder):
+    """What the stock model makes of the waveform, behind the folder's own feature extractor."""
+    extractor, model = AutoFeatureExtractor.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    return model(**extractor(WAVEFORM, sampling_rate=16_000, return_tensors="pt"), output_hidden_states=True)
 
 
 def assert_close(found, expected, within=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=within)
 
 
-def test_auto_classes_load_the_folder_whole_and_agree(pretrained, waveform):
-    frames, _ = stock_frames(pretrained, waveform)
+def test_auto_classes_load_the_folder_whole_and_agree(pretrained):
+    frames = stock_output(pretrained).last_hidden_state
     model, report = AutoModelForPreTraining.from_pretrained(pretrained, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     flags = SimpleNamespace(model_name_or_path=str(pretrained), feature_grad_mult=1.0, feature_penalty_weight=0.0,
                             gradient_checkpointing=False, positional_conv="auto", torch_compile=False)  # fmt: skip
     ours = build_model(flags, model.config).eval()
-    inputs = AutoFeatureExtractor.from_pretrained(pretrained)(waveform, sampling_rate=16_000, return_tensors="pt")
-    with torch.no_grad():
-        assert_close(model.eval().wav2vec2(**inputs).last_hidden_state, frames, within=0)
-        assert_close(ours.wav2vec2(**inputs).last_hidden_state, frames)
+    inputs = AutoFeatureExtractor.from_pretrained(pretrained)(WAVEFORM, sampling_rate=16_000, return_tensors="pt")
+    assert_close(model.eval().wav2vec2(**inputs).last_hidden_state, frames, within=0)
+    assert_close(ours.wav2vec2(**inputs).last_hidden_state, frames)
 
 
-def test_the_pipeline_recognises_as_the_model_does(recogniser, waveform):
-    said = pipeline("automatic-speech-recognition", model=str(recogniser), device="cpu")(waveform.copy())["text"]
+def test_the_pipeline_recognises_as_the_model_does(recogniser):
+    said = pipeline("automatic-speech-recognition", model=str(recogniser), device="cpu")(WAVEFORM.copy())["text"]
     processor, model = AutoProcessor.from_pretrained(recogniser), AutoModelForCTC.from_pretrained(recogniser).eval()
-    inputs = processor(waveform, sampling_rate=16_000, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs).logits
+    logits = model(**processor(WAVEFORM, sampling_rate=16_000, return_tensors="pt")).logits
     assert said == processor.batch_decode(logits.argmax(-1))[0]
 
 
-def test_torchaudio_imports_it(pretrained, recogniser, waveform):
+def test_torchaudio_imports_it(pretrained, recogniser):
     utils = pytest.importorskip("torchaudio.models.wav2vec2.utils", exc_type=(ImportError, OSError))
     stock = AutoModel.from_pretrained(pretrained).eval()
-    values = torch.from_numpy(waveform)[None]
-    with torch.no_grad():
-        layers, _ = utils.import_huggingface_model(stock).eval().extract_features(values)
-        expected = stock(values, output_hidden_states=True)
-        for theirs, ours in zip(layers[:-1], expected.hidden_states[1:-1], strict=True):
-            assert_close(theirs, ours)
-        last = stock.encoder.layer_norm if stock.config.do_stable_layer_norm else torch.nn.Identity()
-        assert_close(last(layers[-1]), expected.last_hidden_state)
-        tuned = AutoModelForCTC.from_pretrained(recogniser).eval()
-        logits, _ = utils.import_huggingface_model(tuned).eval()(values)
-        assert_close(logits, tuned(values).logits)
+    layers, _ = utils.import_huggingface_model(stock).eval().extract_features(VALUES)
+    expected = stock(VALUES, output_hidden_states=True)
+    for theirs, ours in zip(layers[:-1], expected.hidden_states[1:-1], strict=True):
+        assert_close(theirs, ours)
+    last = stock.encoder.layer_norm if stock.config.do_stable_layer_norm else torch.nn.Identity()
+    assert_close(last(layers[-1]), expected.last_hidden_state)
+    tuned = AutoModelForCTC.from_pretrained(recogniser).eval()
+    logits, _ = utils.import_huggingface_model(tuned).eval()(VALUES)
+    assert_close(logits, tuned(VALUES).logits)
 
 
 @pytest.mark.parametrize("all_layers", [False, True])
-def test_speechbrains_wrapper_gives_the_same_frames(pretrained, waveform, tmp_path, all_layers):
+def test_speechbrains_wrapper_gives_the_same_frames(pretrained, tmp_path, all_layers):
     """Its epsilon of normalisation is 1e-5, the feature extractor's 1e-7: fed the same, the frames are the same."""
-    pytest.importorskip(SPEECHBRAIN)
-    recipe = f"""
-wav2vec2: !new:{SPEECHBRAIN}.Wav2Vec2
-    source: {pretrained}
-    save_path: {tmp_path}
-    freeze: True
-    output_all_hiddens: {all_layers}
-"""
-    wrapper = pytest.importorskip("hyperpyyaml").load_hyperpyyaml(recipe)["wav2vec2"].eval()
-    stock, values = AutoModel.from_pretrained(pretrained).eval(), torch.from_numpy(waveform)[None]
+    module = pytest.importorskip(SPEECHBRAIN)
+    wrapper = module.Wav2Vec2(str(pretrained), str(tmp_path), freeze=True, output_all_hiddens=all_layers).eval()
+    stock = AutoModel.from_pretrained(pretrained).eval()
     assert wrapper.normalize_wav == AutoFeatureExtractor.from_pretrained(pretrained).do_normalize
-    fed = torch.nn.functional.layer_norm(values, values.shape[1:]) if wrapper.normalize_wav else values
-    with torch.no_grad():
-        expected = stock(fed, output_hidden_states=True)
-    frames, hidden = stock_frames(pretrained, waveform)
-    found = wrapper(values)
-    assert_close(found, torch.stack(expected.hidden_states) if all_layers else expected.last_hidden_state)
-    assert_close(found, torch.stack(hidden) if all_layers else frames, within=5e-3)
+    fed = torch.nn.functional.layer_norm(VALUES, VALUES.shape[1:]) if wrapper.normalize_wav else VALUES
+    found = wrapper(VALUES)
+    for expected, within in ((stock(fed, output_hidden_states=True), 1e-5), (stock_output(pretrained), 5e-3)):
+        expected = torch.stack(expected.hidden_states) if all_layers else expected.last_hidden_state
+        assert_close(found, expected, within)
 
 
-def test_a_checkpoint_that_speechbrain_pretrained_comes_back(pretrained, waveform, tmp_path):
+def test_a_checkpoint_that_speechbrain_pretrained_comes_back(pretrained, tmp_path):
     module = pytest.importorskip(SPEECHBRAIN)
     trained = module.Wav2Vec2Pretrain(source=str(pretrained), save_path=str(tmp_path / "cache"))
     trained.model.quantizer.codevectors.data += 1.0
@@ -146,12 +134,11 @@ def test_a_checkpoint_that_speechbrain_pretrained_comes_back(pretrained, wavefor
     assert all(torch.equal(value, expected[key]) for key, value in converted.state_dict().items())
 
 
-def test_speechbrains_own_encoder_but_for_its_positions(waveform, tmp_path):
+def test_speechbrains_own_encoder_but_for_its_positions(tmp_path):
     pytest.importorskip(SPEECHBRAIN)
     own, transformer = (
         importlib.import_module(f"speechbrain.lobes.models.{name}") for name in ("wav2vec", "transformer.Transformer")
     )
-    torch.manual_seed(0)
     convs = own.W2VLatentExtractor([16] * 7, [11, 3, 3, 3, 3, 3, 3], [5, 2, 2, 2, 2, 3, 3])
     layers = transformer.TransformerEncoder(
         2, 2, 48, d_model=32, dropout=0.1, activation=torch.nn.GELU, normalize_before=True, layerdrop_prob=0.05
@@ -161,30 +148,27 @@ def test_speechbrains_own_encoder_but_for_its_positions(waveform, tmp_path):
     modules = dict(latent_extractor=convs, latent_encoder=encoder, target_quantiser=quantizer, feat_proj=projection)
     for name, module in modules.items():
         for parameter in module.eval().parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter += 0.1 * torch.randn_like(parameter)
         torch.save(module.state_dict(), tmp_path / f"{name}.ckpt")
     encoder.positional_encoding.pe.zero_()
     ours, extractor = convert_without_positions(tmp_path, 2, [5, 2, 2, 2, 2, 3, 3])
-    values = torch.from_numpy(waveform)[None]
-    with torch.no_grad():
-        found = ours(**extractor(waveform, sampling_rate=16_000, return_tensors="pt"))
-        latents = convs(values)
-        assert_close(found.projected_states, projection(encoder(latents)["embeddings"]), within=1e-4)
-        assert_close(found.projected_quantized_states, quantizer(latents)[0], within=1e-4)
+    found = ours(**extractor(WAVEFORM, sampling_rate=16_000, return_tensors="pt"))
+    latents = convs(VALUES)
+    assert_close(found.projected_states, projection(encoder(latents)["embeddings"]), within=1e-4)
+    assert_close(found.projected_quantized_states, quantizer(latents)[0], within=1e-4)
 
 
-def test_s3prls_upstream_gives_the_same_hidden_states(pretrained, waveform):
+def test_s3prls_upstream_gives_the_same_hidden_states(pretrained):
     expert = pytest.importorskip("s3prl.upstream.hf_wav2vec2.expert")
     upstream = expert.UpstreamExpert(str(pretrained)).eval()
     assert upstream.extracter.do_normalize == AutoFeatureExtractor.from_pretrained(pretrained).do_normalize
-    with torch.no_grad():
-        found = upstream([torch.from_numpy(waveform)])["hidden_states"]
-    for ours, theirs in zip(stock_frames(pretrained, waveform)[1], found, strict=True):
+    found = upstream([torch.from_numpy(WAVEFORM)])["hidden_states"]
+    for ours, theirs in zip(stock_output(pretrained).hidden_states, found, strict=True):
         assert_close(theirs, ours)
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-def test_a_checkpoint_of_fairseqs_own_model_computes_the_same(waveform, tmp_path, large):
+def test_a_checkpoint_of_fairseqs_own_model_computes_the_same(tmp_path, large):
     """s3prl keeps a copy of fairseq's model: its weights, options and forward pass are not of our making."""
     fairseq = pytest.importorskip("s3prl.upstream.wav2vec2.wav2vec2_model")
     options = fairseq.Wav2Vec2Config(
@@ -193,18 +177,15 @@ def test_a_checkpoint_of_fairseqs_own_model_computes_the_same(waveform, tmp_path
         encoder_ffn_embed_dim=48, encoder_attention_heads=2, final_dim=16, latent_vars=12, latent_groups=2, conv_pos=16,
         conv_pos_groups=2, quantize_targets=True,
     )  # fmt: skip
-    torch.manual_seed(0)
     theirs = fairseq.Wav2Vec2Model(options).eval()
     for parameter in theirs.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter += 0.1 * torch.randn_like(parameter)
     cfg = {"model": dataclasses.asdict(options), "task": {"normalize": large}}
     torch.save({"cfg": cfg, "model": theirs.state_dict()}, tmp_path / "checkpoint.pt")
     ours, extractor = convert_fairseq(tmp_path / "checkpoint.pt")
     assert extractor.do_normalize == large
-    values = torch.from_numpy(waveform)[None]
-    with torch.no_grad():
-        found = ours(values)
-        context = theirs(values, mask=False, features_only=True)["x"]
-        latents = theirs.layer_norm(theirs.feature_extractor(values).transpose(1, 2))
-        assert_close(found.projected_states, theirs.final_proj(context))
-        assert_close(found.projected_quantized_states, theirs.project_q(theirs.quantizer(latents)["x"]))
+    found = ours(VALUES)
+    context = theirs(VALUES, mask=False, features_only=True)["x"]
+    latents = theirs.layer_norm(theirs.feature_extractor(VALUES).transpose(1, 2))
+    assert_close(found.projected_states, theirs.final_proj(context))
+    assert_close(found.projected_quantized_states, theirs.project_q(theirs.quantizer(latents)["x"]))
