@@ -6,9 +6,9 @@ RANK=0 WORLD_SIZE=2 … python tests/sharded.py updates FOLDER
 RANK=0 WORLD_SIZE=2 … python tests/sharded.py pretrain [CONFIG.yaml] --flag value …
 """
 
+import itertools
 import runpy
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +20,13 @@ from ranks import REPOSITORY
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import Wav2Vec2FeatureExtractor
-from two_ranks import DEALS, FIVE, NOISY, build_model, dummy, pieces, settings
+from two_ranks import DEALS, NOISY, build_model, dealt, full, gradient, settings
 
 from w2v2.model.pretraining import PretrainingModel
 from w2v2.train import launch
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint
 from w2v2.train.launch import leave_group
-from w2v2.train.update import accumulate, build_optimizer, train_update
+from w2v2.train.update import build_optimizer, train_update
 
 RECIPE = SimpleNamespace(decay_norms_and_biases=False, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.98,
                          adam_epsilon=1e-6, learning_rate=0.01)  # fmt: skip
@@ -34,36 +34,20 @@ FLAGS = SimpleNamespace(gradient_compression="none", micro_batch_seconds=10.0)
 UPDATES, DEAL = 2, "4/1"
 
 
-def told(accelerator: Accelerator, sharded: bool, **settings) -> Accelerator:
+def told(accelerator: Accelerator, sharded: bool) -> None:
     """The same processes as FSDP2 or, again, as DDP on a CPU."""
     kind = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings) if sharded else None
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2) if sharded else None
     for state in (PartialState._shared_state, AcceleratorState._shared_state):
-        state["distributed_type"] = kind
-        state["fsdp_plugin"] = plugin
+        state["distributed_type"], state["fsdp_plugin"] = kind, plugin
     if sharded:
         launch.configure_fsdp(accelerator, FLAGS)
-    return accelerator
-
-
-def mine(config, deal: str, rank: int) -> list:
-    """This rank's micro-batches of the common effective batch."""
-    whole, ranks = pieces(config, FIVE), DEALS[deal]
-    rounds = max(map(len, ranks))
-    batches = [whole[i] for i in ranks[rank]] + [dummy(whole[-1])] * (rounds - len(ranks[rank]))
-    return [replace(batch, plan=batch.plan._replace(num_rounds=rounds)) for batch in batches]
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def gradients(accelerator: Accelerator, out: str) -> None:
     """Of one effective batch, under both, however it is dealt: compared on the way, and with recomputed activations."""
-    found = {}
-    for deal, shared, recomputed in [(deal, shared, False) for deal in DEALS for shared in (True, False)] + [
-        ("4/1", True, True)
-    ]:
+    found, cases = {}, [*itertools.product(DEALS, (True, False), (False,)), ("4/1", True, True)]
+    for deal, shared, recomputed in cases:
         for sharded in (False, True):
             told(accelerator, sharded)
             model = build_model(**NOISY)
@@ -71,10 +55,8 @@ def gradients(accelerator: Accelerator, out: str) -> None:
             model, _ = launch.prepare_model(accelerator, model, build_optimizer(model, RECIPE))
             bare = accelerator.unwrap_model(model)
             assert any(isinstance(p, DTensor) for p in bare.parameters()) == sharded
-            update = settings(shared_diversity=shared)
-            totals, scale = accumulate(accelerator, model, mine(bare.config, deal, accelerator.process_index), update)
-            factor = scale / float(totals.sums.num_masked)
-            values = {name: full(p.grad) * factor for name, p in bare.named_parameters()}
+            mine = dealt(bare.config, deal, accelerator.process_index)
+            values, totals = gradient(accelerator, model, mine, settings(shared_diversity=shared))
             found[deal, shared, recomputed, sharded] = values, totals.metrics()
     if accelerator.is_main_process:
         torch.save(found, out)
@@ -112,7 +94,7 @@ def loaded(saved: Path) -> PretrainingModel:
 def update_once(accelerator: Accelerator, model, optimizer, step: int) -> dict:
     """The weights after one more update, clipped, and its gradient's norm."""
     bare = accelerator.unwrap_model(model)
-    batches = mine(bare.config, DEAL, accelerator.process_index)
+    batches = dealt(bare.config, DEAL, accelerator.process_index)
     update = settings(step=step, learning_rate=0.01, max_grad_norm=0.5)
     metrics, _ = train_update(accelerator, model, optimizer, batches, update)
     return {name: full(p) for name, p in bare.named_parameters()} | {"grad_norm": metrics["grad_norm"]}

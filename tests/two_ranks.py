@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 from conftest import make_batch, tiny_config
+from torch.distributed.tensor import DTensor
 
 from w2v2.model.pretraining import PretrainingModel
 from w2v2.train.launch import leave_group
@@ -52,27 +53,35 @@ def dummy(batch):
     return replace(last, plan=batch.plan._replace(dummy=True, piece=99))
 
 
+def dealt(config, deal: str, rank: int) -> list:
+    """This rank's micro-batches of the effective batch of `FIVE` pieces, with dummies up to the longest rank's number."""
+    whole, ranks = pieces(config, FIVE), DEALS[deal]
+    rounds = max(map(len, ranks))
+    batches = [whole[i] for i in ranks[rank]] + [dummy(whole[-1])] * (rounds - len(ranks[rank]))
+    return [replace(batch, plan=batch.plan._replace(num_rounds=rounds)) for batch in batches]
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 def gradient(accelerator, model, batches, update: UpdateSettings):
     """(gradient of the whole effective batch, divided as an update divides it; the totals)."""
     model.zero_grad()
     totals, scale = accumulate(accelerator, model, batches, update)
     factor = scale / float(totals.sums.num_masked)
     bare = accelerator.unwrap_model(model)
-    return {name: p.grad.detach() * factor for name, p in bare.named_parameters()}, totals
+    return {name: full(p.grad) * factor for name, p in bare.named_parameters()}, totals
 
 
 def main(out: str) -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     found = {}
-    for deal, ranks in DEALS.items():
+    for deal in DEALS:
         for shared in (True, False):
             model = accelerator.prepare(build_model(**NOISY))
-            whole = pieces(model.module.config, FIVE)
-            mine = [whole[i] for i in ranks[accelerator.process_index]]
-            rounds = max(map(len, ranks))
-            mine += [dummy(whole[-1])] * (rounds - len(mine))
-            mine = [replace(batch, plan=batch.plan._replace(num_rounds=rounds)) for batch in mine]
+            mine = dealt(model.module.config, deal, accelerator.process_index)
             found[deal, shared], totals = gradient(accelerator, model, mine, settings(shared_diversity=shared))
             found[deal, shared]["metrics"] = totals.metrics()
     if accelerator.is_main_process:

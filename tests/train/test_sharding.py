@@ -12,10 +12,10 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import assert_same_run, write_recipe
 from ranks import Ranks, run_ranks
 from safetensors.torch import load_file
-from sharded import FIVE, NOISY, RECIPE, UPDATES, loaded, pieces, settings
+from sharded import RECIPE, UPDATES, loaded
 from test_update import assert_same_gradient, assert_same_metrics
 from transformers import Wav2Vec2ForPreTraining
-from two_ranks import DEALS
+from two_ranks import DEALS, FIVE, NOISY, pieces, settings
 
 from w2v2.errors import UserError
 from w2v2.train import launch
