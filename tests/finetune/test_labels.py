@@ -1,5 +1,7 @@
 """Labels of utterances, and folds: every utterance is tested once, and no group is in two parts of a split."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import soundfile
@@ -21,8 +23,8 @@ def write_manifest(folder, header, *rows):
 
 
 def targets(tmp_path, header, rows, column="label", **rules):
-    options = dict(data_root=None, cache_dir=tmp_path / "cache", max_skipped_fraction=0.0)
-    table, _ = read_utterances(write_manifest(tmp_path, header, *rows), [column], **options)
+    args = SimpleNamespace(data_root=None, output_dir=tmp_path, max_skipped_fraction=0.0)
+    table, _ = read_utterances(write_manifest(tmp_path, header, *rows), args, [column])
     return labels.with_targets(table, "m.csv", column, **rules)
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import HubStrategy
 import finetune_ctc
 import pretrain
 from w2v2.errors import UserError
-from w2v2.finetune.text import TEXT_FLAGS, CTCArguments, follow_folder, read_text_flags, read_vocabulary
+from w2v2.finetune.text import CTCArguments, follow_folder, read_vocabulary
 from w2v2.hub.push import HubCallback, HubPusher
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +217,8 @@ def test_a_recogniser_comes_back_with_the_same_outputs(data, hub):
     assert (flags.text_case, flags.fold_accents, flags.drop_characters) == ("lower", True, "e")
     del hub.files["finetune_config.yaml"]
     hub.commits.append("without the flags")
-    assert read_text_flags("speech-lab/tiny", TEXT_FLAGS) == {}
+    vocabulary = read_vocabulary("speech-lab/tiny")
+    assert follow_folder(CTCArguments(), "speech-lab/tiny", vocabulary) == CTCArguments(text_case="lower")
 
 
 def test_a_failing_hub_ends_no_script(data, hub, caplog, capsys, tmp_path):

@@ -32,10 +32,8 @@ from w2v2.model.feature_encoder import hide_padding
 from w2v2.model.loading import load_config, load_with_head
 
 BLANK_LOSS = 2.0  # a character's loss: a model that writes blanks alone cannot be far below it
-BLANK_CAUSES = (
-    "a low --learning_rate, many --freeze_encoder_steps, heavy masks for a small model (--mask_time_prob, "
-    "--mask_feature_prob), random weights, or transcripts of other audio"
-)
+BLANK_CAUSES = ("a low --learning_rate, many --freeze_encoder_steps, heavy masks for a small model (--mask_time_prob, "
+                "--mask_feature_prob), random weights, or transcripts of other audio")  # fmt: skip
 
 
 def build_recogniser(
@@ -117,14 +115,13 @@ class CTCTrainer(FineTuner):
         paths, words = output.predictions if self.decoder is not None else (output.predictions, None)
         readable = (output.label_ids >= 0).any(1)  # (N, U) -> (N,), N utterances of the set
         texts = [greedy_decode(path, self.vocabulary) if ok else None for path, ok in zip(paths, readable, strict=True)]
-        if words is not None:
+        if words is not None:  # (N, W, K)
             self.beam_texts = [
-                [self.decoder.text(row[:, k]) if ok else None for row, ok in zip(words, readable, strict=True)]
+                [self.decoder.text(row) if ok else None for row, ok in zip(words[..., k], readable, strict=True)]
                 for k in range(words.shape[2])
             ]
-        known = [text for text in texts if text is not None]
-        empty_fraction = sum(not text for text in known) / max(1, len(known))
-        counts = {"utterances": len(known), "empty_fraction": empty_fraction}
+        num_known = int(readable.sum())
+        counts = {"utterances": num_known, "empty_fraction": texts.count("") / max(1, num_known)}
         return texts, self.rates(data.table["text"][:], texts) | counts
 
     def rates(self, references: list[str], hypotheses: list[str | None]) -> dict[str, float]:
@@ -167,29 +164,27 @@ def score(
     trainer: CTCTrainer, sets: dict[str, SpeechDataset], decoder: BeamDecoder | None, text_args: CTCArguments
 ) -> None:
     """Score each set with the model as it is now, and write and print the results; the beam search is tuned first."""
-    trainer.decoder = decoder
+    trainer.decoder, unit = decoder, unit_of(trainer.vocabulary)
     tuned = tune_decoder(trainer, sets["validation"], text_args) if text_args.tune_lm else {}
-    results, lines = {}, []
-    for name, data in sets.items():
-        results[name], found = score_set(trainer, name, data)
-        lines += found
+    scored = {name: score_set(trainer, name, data) for name, data in sets.items()}
     if not trainer.is_world_process_zero():
         return
 
-    unit = unit_of(trainer.vocabulary)
-    unknown = {name: result.get(f"unknown_{unit}", {}).get("counts") for name, result in results.items()}
+    results, say = {name: result for name, (result, _) in scored.items()}, trainer.args.print_once
     run = trainer.summary() | {"target_unit": unit, "vocabulary_size": len(trainer.vocabulary)}
+    unknown = {name: result[f"unknown_{unit}"]["counts"] for name, result in results.items() if "loss" in result}
     run[f"unknown_{unit}"] = {name: counts for name, counts in unknown.items() if counts}
     if is_trained := trainer.train_dataset is not None:
         run["warnings"] = trainer.blanks.warnings
     if decoder is not None:
         lm = {"path": decoder.lm_path, "beam_size": decoder.beam_size, "words": len(decoder.words)}
         run["lm"] = lm | decoder.settings[0]._asdict() | tuned
+    lines = [line for _, lines in scored.values() for line in lines]
     write_results(trainer.args.output_dir, results | {"run": run}, lines)
     for name, result in results.items():
-        print(f"{name:>12}: {_describe_result(result, unit)}", flush=True)
+        say(f"{name:>12}: {_describe_result(result, unit)}")
     best = f"        best: update {trainer.best_update}; " if trainer.best_update else ""
-    print(f"{best}{'model and ' if is_trained else ''}{RESULTS_FILE} in {trainer.args.output_dir}", flush=True)
+    say(f"{best}{'model and ' if is_trained else ''}{RESULTS_FILE} in {trainer.args.output_dir}")
 
 
 def tune_decoder(trainer: CTCTrainer, data: SpeechDataset, text_args: CTCArguments) -> dict[str, Any]:
@@ -201,11 +196,12 @@ def tune_decoder(trainer: CTCTrainer, data: SpeechDataset, text_args: CTCArgumen
     trainer.decoder.use(grid)
     trainer.predict(some, metric_key_prefix="tuning")
     rates = [trainer.rates(some.table["text"][:], texts)[name] for texts in trainer.beam_texts]
-    rate, best = min(zip(rates, range(len(grid)), strict=True))
+    best = rates.index(min(rates))
     trainer.decoder.use([grid[best]])
     chosen = ", ".join(f"{flag} {value}" for flag, value in grid[best]._asdict().items())
-    found = f"{chosen}: {NAMES[name]} {rate:.1%} on {len(some)} validation utterances"
-    trainer.args.print_once(f"      tuning: {found}")
+    trainer.args.print_once(
+        f"      tuning: {chosen}: {NAMES[name]} {rates[best]:.1%} on {len(some)} validation utterances"
+    )
     listed = [setting._asdict() | {name: round(rate, 5)} for setting, rate in zip(grid, rates, strict=True)]
     return {"tuned_on": len(some), "grid": listed}
 
@@ -241,7 +237,7 @@ def score_set(trainer: CTCTrainer, name: str, data: SpeechDataset) -> tuple[dict
 
 
 def _describe_result(result: Mapping[str, Any], unit: str) -> str:
-    if RATES[unit][0] not in result:
+    if "loss" not in result:
         return f"{result['utterances']} utterances transcribed in {PREDICTIONS_FILE}"
     greedy, beam = (", ".join(f"{NAMES[name]} {rates[name]:.1%}" for name in RATES[unit] if name in rates)
                     for rates in (result, result.get("lm", {})))  # fmt: skip

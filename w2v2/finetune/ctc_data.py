@@ -2,8 +2,7 @@
 
 1. *Read.* `read_sets` reads the manifests, normalises transcripts, and leaves out and counts what lacks audio or text.
 2. *Select.* `subsets.select_training` keeps what CTC can learn from, and of this the subset that the flags ask for.
-3. *Decode.* `SpeechDataset` decodes an utterance when it is asked for.
-4. *Collate.* `collate_speech` pads a batch.
+3. *Decode.* `SpeechDataset` decodes an utterance when it is asked for; `collate_speech` pads a batch.
 
 Shapes: B utterances, S samples, U units of a transcript.
 """
@@ -31,51 +30,48 @@ from w2v2.finetune.text import UNKNOWN, CTCArguments, encode
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
 
-def read_utterances(
-    paths: Sequence[str], columns: Sequence[str] = (), *, data_root: str | None, cache_dir: Path,
-    max_skipped_fraction: float,
-) -> tuple[Dataset, list[dict[str, str]]]:  # fmt: skip
+def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()) -> tuple[Dataset, list[dict]]:
     """Utterances whose audio opens, with `columns` beside the usual ones, and {id, audio, reason} of the others.
 
-    Raises UserError where more than `max_skipped_fraction` of them are unreadable.
+    Of `args`, `data_root`, `output_dir` and `max_skipped_fraction` count. Raises UserError where more are unreadable.
     """
-    table, skipped = load_manifest(list(paths), data_root=data_root, cache_dir=cache_dir, probe=probe, further=columns)
+    cache_dir = Path(args.output_dir, CACHE_FOLDER)
+    table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=cache_dir, probe=probe, further=columns)
     num_utterances = len(table) + len(skipped)
     table, unopened = drop_unreadable(table)
     skipped += unopened
-    if len(skipped) > max_skipped_fraction * num_utterances:
+    if len(skipped) > args.max_skipped_fraction * num_utterances:
         raise UserError(
             f"{', '.join(paths)}: {len(skipped)} of {num_utterances} utterances have unreadable audio, the first "
             f"{skipped[0]['audio']}: {skipped[0]['reason']}; mend the paths (--data_root?) or raise "
-            f"--max_skipped_fraction, now {max_skipped_fraction}"
+            f"--max_skipped_fraction, now {args.max_skipped_fraction}"
         )
     return table, skipped
 
 
 def drop_unreadable(table: Dataset) -> tuple[Dataset, list[dict[str, str]]]:
     """The utterances whose file opens as audio, by its header, and a list of {id, audio, reason} of the others."""
+
+    def reason(path: str) -> str | None:
+        try:
+            probe(path)
+        except AudioError as error:
+            return error.reason
+
     paths = sorted(set(table["audio"]))
     with ThreadPoolExecutor(16) as threads:
-        reasons = dict(zip(paths, threads.map(_why_unreadable, paths), strict=True))
+        reasons = dict(zip(paths, threads.map(reason, paths), strict=True))
     rows = list(zip(table["id"], table["audio"], strict=True))
     skipped = [{"id": id, "audio": audio, "reason": reasons[audio]} for id, audio in rows if reasons[audio]]
     return table.select([row for row, (_, audio) in enumerate(rows) if not reasons[audio]]), skipped
 
 
-def _why_unreadable(path: str) -> str | None:
-    try:
-        probe(path)
-    except AudioError as error:
-        return error.reason
-
-
 def read_once(
     paths: Sequence[str], args: FineTuningArguments, columns: Sequence[str] = ()
-) -> tuple[Dataset, list[dict[str, str]]]:
-    """`read_utterances` with the flags of a run: the main process fills the cache, and lists what is unreadable."""
-    options = dict(data_root=args.data_root, max_skipped_fraction=args.max_skipped_fraction)
+) -> tuple[Dataset, list[dict]]:
+    """`read_utterances` of a run: the main process fills the cache, and lists what is unreadable."""
     with args.main_process_first(local=False):
-        table, skipped = read_utterances(paths, columns, cache_dir=Path(args.output_dir, CACHE_FOLDER), **options)
+        table, skipped = read_utterances(paths, args, columns)
     if skipped and args.process_index == 0:
         log_skipped(Path(args.output_dir, SKIPPED_FILE), skipped)
     return table, skipped
@@ -137,11 +133,10 @@ def longest_first(table: Dataset) -> Dataset:
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Utterances decoded when they are asked for; nothing is cached.
+    """Items {"input_values": (S,) float32, "labels": (U,) ids}, decoded when asked for. `lengths` are in samples.
 
-    An item is {"input_values": (S,) float32, "labels": (U,) ids}. `lengths` are in samples. Audio that turns out to
-    be unreadable is appended to `skip_log` by whichever worker meets it. In its place comes the next utterance that
-    reads where `substitute` (training), else a silence without labels, which is not scored (evaluation).
+    Audio that turns out to be unreadable is listed in `skip_log`. In its place comes the next utterance that reads
+    where `substitute` (training), else a silence without labels, which is not scored (evaluation).
     """
 
     def __init__(
@@ -215,8 +210,6 @@ def collate_speech(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "input_values": pad_sequence(values, batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
     }
-    lengths = torch.tensor([len(value) for value in values])  # (B,)
-    if len(lengths.unique()) > 1:
-        # (S,) < (B, 1) -> (B, S)
-        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    if len({len(value) for value in values}) > 1:
+        batch["attention_mask"] = pad_sequence([torch.ones(len(v), dtype=torch.long) for v in values], batch_first=True)
     return batch

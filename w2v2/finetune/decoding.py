@@ -1,9 +1,8 @@
 """Beam search with an n-gram language model, through flashlight-text (KenLM inside).
 
 It finds the best word sequence by log p(audio) of its best path + lm_weight · log10 p(words) + word_score · words.
-Words are those of the language model (or of a lexicon), spelled in the model's characters and closed by `|`. A last
-frame that is certainly `|` closes the last word of an utterance. Where the vocabulary is of tokens (phonemes), the
-language model is over tokens: there is no lexicon, and no word score.
+Words are those of the language model (or of a lexicon), spelled in the model's characters and closed by `|`. Where the
+vocabulary is of tokens (phonemes), so is the language model: there is no lexicon, and no word score.
 
 Shapes: B utterances, T latent frames, V entries of the vocabulary, W words, K settings.
 """
@@ -20,7 +19,7 @@ import numpy as np
 
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import TOKENS
-from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.arguments import FineTuningArguments, refuse
 from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, WORD_DELIMITER, CTCArguments, encode, unit_of
 
 _BINARY = b"mmap lm http://kheafield.com/code"  # how KenLM's files begin
@@ -51,51 +50,12 @@ class BeamDecoder:
                  lexicon: str | None = None):  # fmt: skip
         self.lm_path, self.vocabulary, self.beam_size = lm, vocabulary, beam_size
         self.has_tokens = unit_of(vocabulary) == TOKENS
-        if not os.path.isfile(lm):
-            raise UserError(f"--lm {lm}: no such file: give an ARPA file or a KenLM binary")
+        refuse((not os.path.isfile(lm), f"--lm {lm}: no such file: give an ARPA file or a KenLM binary"))
         known = read_words(lm, None if self.has_tokens else lexicon)
-        if self.has_tokens:
-            check_tokens(known, vocabulary, lm)
-            self.words, self.unspelled = sorted(vocabulary, key=vocabulary.__getitem__), 0
-        else:
-            self.words = spellable(known, vocabulary, lexicon or lm)
-            self.unspelled = len(known) - len(self.words)
+        self.words = choose_words(known, vocabulary, lexicon or lm)
+        self.unspelled = 0 if self.has_tokens else len(known) - len(self.words)
         self._load()
         self.use(settings)
-
-    def use(self, settings: Sequence[Setting]) -> None:
-        """Decode with these settings from now on."""
-        self.settings = list(settings)
-        self._decoders = [self._build(setting) for setting in self.settings]
-
-    def __call__(self, log_probs: np.ndarray) -> list[list[int]]:
-        """Ids of the best hypothesis of each setting, from log probabilities (T, V)."""
-        log_probs = np.array(log_probs, dtype=np.float32)
-        log_probs[:, self.vocabulary[UNKNOWN]] = IMPOSSIBLE
-        if not self.has_tokens:
-            closing = np.full((1, log_probs.shape[1]), IMPOSSIBLE, np.float32)
-            closing[0, self.vocabulary[WORD_DELIMITER]] = 0.0
-            log_probs = np.concatenate([log_probs, closing])  # (T, V) -> (T + 1, V)
-        return [self._search(decoder, log_probs) for decoder in self._decoders]
-
-    def _search(self, decoder, log_probs: np.ndarray) -> list[int]:
-        found = decoder.decode(log_probs.ctypes.data, *log_probs.shape)
-        if not found:
-            return []
-        if not self.has_tokens:
-            return [word for word in found[0].words if word >= 0]
-        # The first and the last token of a path stand for its beginning and its end.
-        return [token for token, _ in groupby(found[0].tokens[1:-1]) if token != self.vocabulary[BLANK]]
-
-    def stack(self, hypotheses: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-        """Hypotheses of B utterances as one array (B, W, K), -1 where there is no word."""
-        num_words = max([1, *(len(ids) for settings in hypotheses for ids in settings)])
-        padded = [[[*ids, *[-1] * (num_words - len(ids))] for ids in settings] for settings in hypotheses]
-        return np.array(padded, np.int64).transpose(0, 2, 1)  # (B, K, W) -> (B, W, K)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Words of one hypothesis; negative ids are padding."""
-        return " ".join(self.words[i] for i in ids if i >= 0)
 
     def _load(self) -> None:
         """The language model and, for words, a trie of their spellings."""
@@ -119,6 +79,11 @@ class BeamDecoder:
             self._trie.insert(spelling, index, self._lm.score(start, index)[1])
         self._trie.smear(SmearingMode.MAX)
 
+    def use(self, settings: Sequence[Setting]) -> None:
+        """Decode with these settings from now on."""
+        self.settings = list(settings)
+        self._decoders = [self._build(setting) for setting in self.settings]
+
     def _build(self, setting: Setting):
         from flashlight.lib.text import decoder
 
@@ -127,19 +92,44 @@ class BeamDecoder:
                       beam_threshold=BEAM_THRESHOLD, lm_weight=setting.lm_weight, sil_score=0.0, log_add=False,
                       criterion_type=decoder.CriterionType.CTC)  # fmt: skip
         if self.has_tokens:
-            options = decoder.LexiconFreeDecoderOptions(**shared)
-            return decoder.LexiconFreeDecoder(options, self._lm, blank, blank, [])
+            return decoder.LexiconFreeDecoder(decoder.LexiconFreeDecoderOptions(**shared), self._lm, blank, blank, [])
         options = decoder.LexiconDecoderOptions(word_score=setting.word_score, unk_score=-np.inf, **shared)
         silence, unknown = self.vocabulary[WORD_DELIMITER], len(self.words)
         return decoder.LexiconDecoder(options, self._trie, self._lm, silence, blank, unknown, [], False)
+
+    def __call__(self, log_probs: np.ndarray) -> list[list[int]]:
+        """Ids of the best hypothesis of each setting, from log probabilities (T, V)."""
+        log_probs = np.array(log_probs, dtype=np.float32)
+        log_probs[:, self.vocabulary[UNKNOWN]] = IMPOSSIBLE
+        if not self.has_tokens:  # a last frame that is certainly `|` closes the last word
+            closing = np.full((1, log_probs.shape[1]), IMPOSSIBLE, np.float32)
+            closing[0, self.vocabulary[WORD_DELIMITER]] = 0.0
+            log_probs = np.concatenate([log_probs, closing])  # (T, V) -> (T + 1, V)
+        best = [decoder.decode(log_probs.ctypes.data, *log_probs.shape)[:1] for decoder in self._decoders]
+        if not self.has_tokens:
+            return [[word for path in paths for word in path.words if word >= 0] for paths in best]
+        # The first and the last token of a path stand for its beginning and its end.
+        blank = self.vocabulary[BLANK]
+        return [
+            [token for path in paths for token, _ in groupby(path.tokens[1:-1]) if token != blank] for paths in best
+        ]
+
+    def stack(self, hypotheses: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+        """Hypotheses of B utterances as one array (B, W, K), -1 where there is no word."""
+        num_words = max([1, *(len(ids) for settings in hypotheses for ids in settings)])
+        padded = [[[*ids, *[-1] * (num_words - len(ids))] for ids in settings] for settings in hypotheses]
+        return np.array(padded, np.int64).transpose(0, 2, 1)  # (B, K, W) -> (B, W, K)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Words of one hypothesis; negative ids are padding."""
+        return " ".join(self.words[i] for i in ids if i >= 0)
 
 
 def load_decoder(text_args: CTCArguments, vocabulary: dict[str, int], args: FineTuningArguments) -> BeamDecoder | None:
     """The beam search that the flags ask for; made before any training, so that a wrong file shows up at once."""
     if text_args.lm is None:
         return None
-    if text_args.tune_lm and not args.validation_data:
-        raise UserError("--tune_lm chooses on the validation data: give --validation_data")
+    refuse((text_args.tune_lm and not args.validation_data, "--tune_lm chooses on --validation_data: give it"))
     settings = [Setting(text_args.lm_weight, text_args.word_score)]
     options = dict(beam_size=text_args.beam_size, lexicon=text_args.lexicon)
     decoder = BeamDecoder(text_args.lm, vocabulary, settings, **options)
@@ -153,27 +143,26 @@ def read_words(lm: str, lexicon: str | None) -> list[str]:
     try:
         if lexicon is not None:
             lines = Path(lexicon).read_text(encoding="utf-8").splitlines()
-            return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
-        with open(lm, "rb") as file:
-            is_binary = file.read(len(_BINARY)) == _BINARY
-        words = _binary_words(lm) if is_binary else _arpa_words(lm)
+            words = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+        else:
+            words = _words_of(lm)
     except (OSError, ValueError, IndexError, EOFError) as error:
         raise UserError(f"{lexicon or lm} holds no list of words ({error}): give an ARPA file or a KenLM binary as "
                         "--lm, a text file with a word a line as --lexicon") from None  # fmt: skip
     return [word for word in words if word not in ("", "<UNK>", *SPECIAL)]
 
 
-def _binary_words(path: str) -> list[str]:
-    """Words of a KenLM binary, which stand at its end, each closed by a zero byte, `<unk>` first."""
+def _words_of(path: str) -> list[str]:
+    """Unigrams of an n-gram file.
+
+    A KenLM binary ends with its words, each closed by a zero byte, `<unk>` first. In an ARPA file they are the second
+    field of each line from `\\1-grams:` to the next section.
+    """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        first = content.rfind(b"<unk>\0")
-        if first < 0:
-            raise ValueError("a KenLM binary without them")
-        return content[first:].decode("utf-8", "replace").split("\0")
-
-
-def _arpa_words(path: str) -> list[str]:
-    """Unigrams of an ARPA file, in its order: the second field of each line from `\\1-grams:` to the next section."""
+        if content[: len(_BINARY)] == _BINARY:
+            if (first := content.rfind(b"<unk>\0")) < 0:
+                raise ValueError("a KenLM binary without them")
+            return content[first:].decode("utf-8", "replace").split("\0")
     with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
         after = dropwhile(lambda line: line != "\\1-grams:", map(str.strip, file))
         if next(after, None) is None:
@@ -181,25 +170,20 @@ def _arpa_words(path: str) -> list[str]:
         return [line.split()[1] for line in takewhile(lambda line: not line.startswith("\\"), after) if line]
 
 
-def spellable(words: Sequence[str], vocabulary: dict[str, int], source: str) -> list[str]:
-    """The words that the vocabulary can spell.
+def choose_words(words: Sequence[str], vocabulary: dict[str, int], source: str) -> list[str]:
+    """The words that the vocabulary can spell; for tokens, all of these by their ids.
 
-    Raises UserError where these are less than half: the language model was made for another alphabet.
+    Raises UserError where less than half is common to both: the language model was made for another alphabet.
     """
-    known = set(vocabulary) - {*SPECIAL, WORD_DELIMITER}
-    kept = [word for word in words if known.issuperset(word)]
-    if 2 * len(kept) < len(words) or not kept:
-        strange = next((word for word in words if not known.issuperset(word)), "")
-        raise UserError(
-            f"{source}: {len(words) - len(kept)} of its {len(words)} words, such as {strange!r}, have characters that "
-            f"the model lacks ({''.join(sorted(known))[:40]}): make it from text normalised alike (--text_case?)"
-        )
+    units = set(vocabulary) - {*SPECIAL, WORD_DELIMITER}
+    if unit_of(vocabulary) == TOKENS:
+        missing = sorted(units - set(words))
+        refuse((2 * len(missing) > len(units), f"--lm {source}: lacks {len(missing)} of the model's {len(units)} tokens, "
+                f"such as {missing[:1]}: make it from the same tokens"))  # fmt: skip
+        return sorted(vocabulary, key=vocabulary.__getitem__)
+    kept = [word for word in words if units.issuperset(word)]
+    strange = [word for word in words if not units.issuperset(word)]
+    refuse((len(kept) < len(strange) or not kept, f"{source}: {len(strange)} of its {len(words)} words, such as "
+            f"{strange[0] if strange else ''!r}, have characters that the model lacks ({''.join(sorted(units))[:40]}): "
+            "make it from text normalised alike (--text_case?)"))  # fmt: skip
     return kept
-
-
-def check_tokens(words: Sequence[str], vocabulary: dict[str, int], lm: str) -> None:
-    """Raises UserError where the language model knows less than half of the vocabulary's tokens."""
-    tokens = set(vocabulary) - set(SPECIAL)
-    if 2 * len(missing := sorted(tokens - set(words))) > len(tokens):
-        raise UserError(f"--lm {lm}: lacks {len(missing)} of the model's {len(tokens)} tokens, such as {missing[0]!r}: "
-                        "make it from the same tokens")  # fmt: skip

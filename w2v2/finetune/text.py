@@ -1,11 +1,8 @@
 """Transcripts for CTC: their flags, normalisation, the vocabulary and its files, and the text of a best path.
 
-The units of a text are characters with `|` between words, or, where the transcripts are phonemes, the tokens between
-its spaces. The vocabulary says which: one of characters has the entry `|`, one of tokens has not. It comes from the
-training text alone; a unit that only occurs elsewhere is `<unk>` to the loss, and an error to the error rates, whose
-references stay as written.
-
-Shapes: T latent frames, U units of a transcript.
+Units are characters with `|` between words, or tokens (phonemes). A vocabulary of characters has the entry `|`, one of
+tokens has not. It comes from the training text alone. A unit that only occurs elsewhere is `<unk>` to the loss, and an
+error to the error rates. Shapes: T latent frames, U units of a transcript.
 """
 
 import json
@@ -16,15 +13,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
 
 import yaml
-from transformers import (
-    Wav2Vec2CTCTokenizer,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2PhonemeCTCTokenizer,
-    Wav2Vec2Processor,
-)
+from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2PhonemeCTCTokenizer, Wav2Vec2Processor
 from transformers.utils import cached_file
 
 from w2v2.data.flags import check_ranges, flag
@@ -45,12 +36,11 @@ _APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'"})
 
 @dataclass(frozen=True)
 class TextRules:
-    """How a transcript is made into what the model is to write. Called with a text, gives the normalised one.
+    """Called with a transcript, gives what the model is to write.
 
-    Characters: NFKC, one case (unless `keep`), accents folded if asked for (É → E), dropped characters gone, single
-    spaces, plain apostrophes. A dropped dash, slash or underscore becomes a space, so that `well-known` stays two
-    words. Tokens are left as they are but for `drop_tokens`. `|` is always dropped, since the vocabulary uses it for
-    the space.
+    Characters: NFKC, one case (unless `keep`), accents folded if asked for, plain apostrophes, single spaces. Dropped
+    characters are gone; a dash, slash or underscore becomes a space. `|` is always dropped: the vocabulary uses it for
+    the space. Tokens are left as they are but for `drop_tokens`.
     """
 
     unit: str = CHARACTERS
@@ -82,16 +72,14 @@ class CTCArguments:
     drop_tokens: list[str] = flag([], "Tokens that are left out of the transcripts, such as sil spn.")
     ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.")
     ctc_loss_reduction: str = flag(
-        "mean", "`mean` over utterances of the loss a character, or `sum`: over characters with --batch_seconds (as "
-        "fairseq weights them), over a micro-batch without.", choices=["mean", "sum"]
+        "mean", "`mean` over utterances of the loss a character; `sum` over the characters of an update with "
+        "--batch_seconds, of a micro-batch without.", choices=["mean", "sum"]
     )  # fmt: skip
-    train_hours: float | None = flag(
-        None, "Learn from so many hours, drawn evenly over speakers; small draws are part of large ones; 0: all.", min=0
-    )  # fmt: skip
-    subset_seed: int = flag(0, "Another number draws other hours.")
+    train_hours: float | None = flag(None, "Learn from so many hours, drawn evenly over speakers; 0: all.", min=0)
+    subset_seed: int = flag(0, "Another number draws other hours; with one, small draws are part of large ones.")
     train_list: str | None = flag(None, "Learn from these alone: a list of ids or paths, or a folder (Libri-Light's).")
     blank_warning_steps: int = flag(
-        1_000, "Warn where nothing but blanks is written so many updates after the encoder began to learn; 0 does not."
+        1_000, "Warn of nothing but blanks so long after the encoder began to learn; 0: not."
     )
     lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file (also .gz) or a KenLM binary.")
     lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the n-gram.")
@@ -107,10 +95,7 @@ class CTCArguments:
         self.train_hours = self.train_hours or None
         refuse(
             (self.tune_lm and not self.lm, "--tune_lm needs a language model: name it with --lm"),
-            (
-                self.target_unit == TOKENS and self.word_score,
-                "--word_score is for words; tokens have none: leave it out",
-            ),
+            (self.target_unit == TOKENS and self.word_score, "--word_score is for words, not tokens: leave it out"),
         )
 
     @property
@@ -143,8 +128,7 @@ def build_vocabulary(texts: Iterable[str], unit: str = CHARACTERS) -> dict[str, 
 
 def unknown_units(texts: Iterable[str], vocabulary: dict[str, int]) -> dict[str, int]:
     """Units that the vocabulary lacks, with their counts, commonest first."""
-    unit = unit_of(vocabulary)
-    counts = Counter(token for text in texts for token in split_units(text, unit))
+    counts = Counter(token for text in texts for token in split_units(text, unit_of(vocabulary)))
     return {token: n for token, n in counts.most_common() if token not in vocabulary}
 
 
@@ -170,14 +154,13 @@ def frames_needed(labels: Sequence[Hashable]) -> int:
 
 def make_processor(vocabulary: dict[str, int], feature_extractor: Wav2Vec2FeatureExtractor) -> Wav2Vec2Processor:
     """Feature extractor and tokenizer in one, for `pipeline("automatic-speech-recognition")`."""
-    special = dict(bos_token=None, eos_token=None, unk_token=UNKNOWN, pad_token=BLANK)
+    options = dict(bos_token=None, eos_token=None, unk_token=UNKNOWN, pad_token=BLANK)
+    if is_phonetic := unit_of(vocabulary) == TOKENS:
+        options |= dict(do_phonemize=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, VOCABULARY_FILE)
         path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        if unit_of(vocabulary) == TOKENS:
-            tokenizer = Wav2Vec2PhonemeCTCTokenizer(str(path), do_phonemize=False, **special)
-        else:
-            tokenizer = Wav2Vec2CTCTokenizer(str(path), word_delimiter_token=WORD_DELIMITER, **special)
+        tokenizer = (Wav2Vec2PhonemeCTCTokenizer if is_phonetic else Wav2Vec2CTCTokenizer)(str(path), **options)
     return Wav2Vec2Processor(feature_extractor=feature_extractor, tokenizer=tokenizer)
 
 
@@ -202,8 +185,11 @@ def check_vocabulary(vocabulary: dict[str, int], checkpoint: str | None) -> None
         raise UserError(f"{checkpoint}: made with another vocabulary than --train_data's; resume with the same text")
 
 
-def read_text_flags(source: str, names: set[str]) -> dict[str, Any]:
-    """Which of the flags in `names` a fine-tuned folder was made with, as far as they differed from their defaults."""
+def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
+    """Flags that normalise transcripts as the fine-tuned folder or Hub id `source` did; a flag that was given wins.
+
+    What its own flags do not tell, its vocabulary does: units and case.
+    """
     folder = Path(locate(source))
     if folder.is_dir():
         places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
@@ -211,15 +197,7 @@ def read_text_flags(source: str, names: set[str]) -> dict[str, Any]:
     else:
         found = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
     written = yaml.safe_load(Path(found).read_text(encoding="utf-8")) or {} if found else {}
-    return {name: value for name, value in written.items() if name in names}
-
-
-def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
-    """Flags that normalise transcripts as the fine-tuned folder `source` did; a flag that was given wins.
-
-    What the folder's own flags do not tell, its vocabulary does: units and case.
-    """
-    trained = {"text_case": case_of(vocabulary)} | read_text_flags(source, TEXT_FLAGS)
+    trained = {"text_case": case_of(vocabulary)} | {k: v for k, v in written.items() if k in TEXT_FLAGS}
     defaults = CTCArguments()
     followed = {k: v for k, v in trained.items() if getattr(arguments, k) == getattr(defaults, k)}
     return replace(arguments, **followed | {"target_unit": unit_of(vocabulary)})

@@ -27,13 +27,7 @@ BATCH_SECONDS = 60.0  # padding included
 
 def read_table(paths: Sequence[str], columns: Sequence[str], args: FrozenArguments) -> Dataset:
     """Utterances of these manifests whose audio opens, with these columns beside the usual ones."""
-    table, skipped = read_utterances(
-        paths,
-        columns,
-        data_root=args.data_root,
-        cache_dir=Path(args.output_dir, "_cache"),
-        max_skipped_fraction=args.max_skipped_fraction,
-    )
+    table, skipped = read_utterances(paths, args, columns)
     if skipped:
         print(f"{', '.join(paths)}: {len(skipped)} utterances with unreadable audio are left out")
     return table
