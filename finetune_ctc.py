@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from w2v2.cli import parse_command_line, run_script
+from w2v2.errors import UserError
 from w2v2.evaluate.scores import RATES
 from w2v2.finetune.arguments import (
     CONFIG_FILE,
@@ -28,14 +29,7 @@ from w2v2.finetune.ctc import CTCTrainer, build_recogniser, describe_units, load
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
 from w2v2.finetune.decoding import load_decoder
 from w2v2.finetune.subsets import select_training
-from w2v2.finetune.text import (
-    CTCArguments,
-    build_vocabulary,
-    check_vocabulary,
-    follow_folder,
-    make_processor,
-    read_vocabulary,
-)
+from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_folder, make_processor, read_vocabulary
 from w2v2.hub.push import HubCallback
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_config, load_feature_extractor
@@ -62,7 +56,8 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     tables = read_sets(args, text_args)
     train_table = select_training(tables.pop("train"), config, args, text_args)
     vocabulary = build_vocabulary(train_table["text"], text_args.target_unit)
-    check_vocabulary(vocabulary, checkpoint)
+    if checkpoint and read_vocabulary(checkpoint) != vocabulary:
+        raise UserError(f"{checkpoint}: made with another vocabulary than --train_data's; resume with the same text")
     decoder = load_decoder(text_args, vocabulary, args)
     extractor = load_feature_extractor(config.name_or_path, config)
     shared = dict(min_samples=min_samples(config), skip_log=Path(args.output_dir, SKIPPED_FILE))

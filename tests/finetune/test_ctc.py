@@ -109,12 +109,12 @@ def test_a_model_of_tokens_reports_their_rate(table, tmp_path):
 @pytest.mark.parametrize("is_blank", [True, False])
 def test_nothing_but_blanks_is_warned_of_after_a_while(table, tmp_path, capsys, is_blank):
     trainer = make_trainer(table, tmp_path, max_steps=4, eval_steps=1, save_steps=1, learning_rate=1e-9)
-    trainer.blanks.patience = 2
+    trainer.blank_warning_steps = 2
     if is_blank:
         with torch.no_grad():
             trainer.model.lm_head.weight.zero_()
             trainer.model.lm_head.bias.copy_(3.0 * (torch.arange(len(VOCABULARY)) == 0))
     trainer.train()
-    warned = [warning.split(":")[0] for warning in trainer.blanks.warnings]
+    warned = [warning.split(":")[0] for warning in trainer.warnings]
     assert warned == (["update 2", "update 3", "update 4"] if is_blank else [])
     assert capsys.readouterr().out.count("warning: update") == len(warned)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import soundfile
@@ -51,8 +53,9 @@ def audio(tmp_path):
 
 
 def test_files_that_do_not_open_are_found_before_training(audio):
-    paths = ["good.wav", "empty.wav", "absent.wav"]
-    kept, skipped = ctc_data.drop_unreadable(table([{"audio": str(audio / path)} for path in paths]))
+    (audio / "m.csv").write_text("id,audio,duration\nu0,good.wav,2\nu1,empty.wav,2\nu2,absent.wav,2\n")
+    args = SimpleNamespace(data_root=None, output_dir=audio, max_skipped_fraction=0.7)
+    kept, skipped = ctc_data.read_utterances([str(audio / "m.csv")], args)
     assert kept["id"][:] == ["u0"]
     assert [entry["id"] for entry in skipped] == ["u1", "u2"]
     assert "empty" in skipped[0]["reason"] and "exist" in skipped[1]["reason"]

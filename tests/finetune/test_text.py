@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.finetune.text import (
+    CTCArguments,
     TextRules,
     build_vocabulary,
-    case_of,
     encode,
+    follow_folder,
     frames_needed,
     greedy_decode,
     make_processor,
@@ -95,5 +96,5 @@ def test_special_entries_are_not_written():
 
 
 @pytest.mark.parametrize("text, case", [("AB", "upper"), ("ab '", "lower"), ("Ab", "keep"), ("漢字", "upper")])
-def test_a_vocabulary_tells_its_case(text, case):
-    assert case_of(build_vocabulary([text])) == case
+def test_a_vocabulary_tells_its_case(tmp_path, text, case):
+    assert follow_folder(CTCArguments(), str(tmp_path), build_vocabulary([text])).text_case == case

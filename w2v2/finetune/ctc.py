@@ -9,19 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForCTC
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.errors import UserError
-from w2v2.evaluate.scores import (
-    CHARACTERS,
-    NAMES,
-    RATES,
-    count_edits,
-    error_rates,
-    word_error_rate,
-    worst_utterances,
-)  # fmt: skip
+from w2v2.evaluate import scores
+from w2v2.evaluate.scores import CHARACTERS, NAMES, RATES
 from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE, write_results
 from w2v2.finetune.ctc_data import SpeechDataset
 from w2v2.finetune.decoding import BeamDecoder, tuning_grid
@@ -39,10 +33,7 @@ BLANK_CAUSES = ("a low --learning_rate, many --freeze_encoder_steps, heavy masks
 def build_recogniser(
     config: Wav2Vec2Config, vocabulary: dict[str, int], model_name_or_path: str | None, text_args: CTCArguments
 ) -> Wav2Vec2ForCTC:
-    """Pretrained (or random) weights under a new layer with an output for each entry of the vocabulary.
-
-    An utterance's output does not depend on its neighbours in the batch.
-    """
+    """Pretrained (or random) weights under a new layer; no utterance's output depends on its neighbours in the batch."""
     ids = dict(vocab_size=len(vocabulary), pad_token_id=vocabulary[BLANK], bos_token_id=None, eos_token_id=None)
     config.update(ids | {name: getattr(text_args, name) for name in ("ctc_zero_infinity", "ctc_loss_reduction")})
     return hide_padding(load_with_head(Wav2Vec2ForCTC, model_name_or_path, config, head=("lm_head",)))
@@ -61,17 +52,16 @@ def load_recogniser(source: str, vocabulary: dict[str, int]) -> Wav2Vec2ForCTC:
 class CTCTrainer(FineTuner):
     """Scores by greedy decoding: `predict` gives texts, and metrics hold WER and CER (PER for tokens).
 
-    While `decoder` is set, `predict` searches with it too: `beam_texts` then holds the texts of each of its settings,
-    lists of strings in the data set's order, None where the audio was unreadable.
+    While `decoder` is set, `predict` searches with it too: `beam_texts` holds the texts of each of its settings.
+    Texts are in the data set's order, None where the audio was unreadable.
     """
 
     def __init__(self, *args, vocabulary: dict[str, int], blank_warning_steps: int = 1_000, **kwargs):
         super().__init__(*args, **kwargs)
-        self.vocabulary = vocabulary
+        self.vocabulary, self.blank_warning_steps = vocabulary, blank_warning_steps
         self.decoder: BeamDecoder | None = None
         self.beam_texts: list[list[str | None]] = []
-        self.blanks = WatchBlanks(blank_warning_steps)
-        self.add_callback(self.blanks)
+        self.warnings: list[str] = []
 
     def loss_weight(self, inputs: dict[str, torch.Tensor]) -> float:
         """As many as the loss is summed over, or, for a mean over utterances, these; see `FineTuner.training_step`."""
@@ -107,8 +97,11 @@ class CTCTrainer(FineTuner):
         if self.decoder is None:
             return loss, best_path, labels
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
-        words = self.decoder.stack([self.decoder(row[:n]) for row, n in zip(log_probs, num_frames, strict=True)])
-        return loss, (best_path, torch.from_numpy(words).to(best_path.device)), labels
+        found = [self.decoder(row[:n]) for row, n in zip(log_probs, num_frames, strict=True)]
+        words = [torch.tensor([*ids, -1], device=logits.device) for settings in found for ids in settings]
+        words = pad_sequence(words, batch_first=True, padding_value=-1)  # (B · K, W)
+        words = words.view(len(logits), -1, words.shape[1]).transpose(1, 2)  # -> (B, K, W) -> (B, W, K)
+        return loss, (best_path, words.contiguous()), labels
 
     def score_output(self, output: EvalLoopOutput, data: SpeechDataset) -> tuple[list[str | None], dict[str, Any]]:
         """Texts, None where the audio was unreadable, and their rates. A set without any transcript gets no rates."""
@@ -129,24 +122,18 @@ class CTCTrainer(FineTuner):
         pairs = [pair for pair in zip(references, hypotheses, strict=True) if pair[1] is not None]
         if not any(reference for reference, _ in pairs):
             return {}
-        return error_rates(*zip(*pairs, strict=True), unit_of(self.vocabulary))
+        return scores.error_rates(*zip(*pairs, strict=True), unit_of(self.vocabulary))
 
-
-class WatchBlanks(TrainerCallback):
-    """Warns where a model still writes nothing but blanks `patience` updates after its encoder began to learn."""
-
-    def __init__(self, patience: int):
-        self.patience = patience
-        self.warnings: list[str] = []
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        is_due = self.patience and state.global_step >= args.freeze_encoder_steps + self.patience
-        loss = metrics.get("eval_loss", 0.0)
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The stock validation. Warns of a model that still writes blanks alone, long after its encoder began to learn."""
+        metrics = super().evaluate(*args, **kwargs)
+        patience, step, loss = self.blank_warning_steps, self.state.global_step, metrics["eval_loss"]
+        is_due = patience and step >= self.args.freeze_encoder_steps + patience
         # A model that writes nothing below this loss has learnt something: it is not on this plateau.
-        if is_due and metrics.get("eval_empty_fraction", 0.0) >= 1.0 and loss >= BLANK_LOSS:
-            warning = f"update {state.global_step}: nothing but blanks, validation loss {loss:.2f}: {BLANK_CAUSES}"
-            self.warnings.append(warning)
-            args.print_once(f"     warning: {warning}")
+        if is_due and metrics["eval_empty_fraction"] >= 1.0 and loss >= BLANK_LOSS:
+            self.warnings += [f"update {step}: nothing but blanks, validation loss {loss:.2f}: {BLANK_CAUSES}"]
+            self.args.print_once(f"     warning: {self.warnings[-1]}")
+        return metrics
 
 
 def describe_units(sets: dict[str, SpeechDataset], trainer: CTCTrainer) -> None:
@@ -175,7 +162,7 @@ def score(
     unknown = {name: result[f"unknown_{unit}"]["counts"] for name, result in results.items() if "loss" in result}
     run[f"unknown_{unit}"] = {name: counts for name, counts in unknown.items() if counts}
     if is_trained := trainer.train_dataset is not None:
-        run["warnings"] = trainer.blanks.warnings
+        run["warnings"] = trainer.warnings
     if decoder is not None:
         lm = {"path": decoder.lm_path, "beam_size": decoder.beam_size, "words": len(decoder.words)}
         run["lm"] = lm | decoder.settings[0]._asdict() | tuned
@@ -220,19 +207,20 @@ def score_set(trainer: CTCTrainer, name: str, data: SpeechDataset) -> tuple[dict
         line = {"set": name, "id": row["id"], "reference": row["text"] if is_scored else None}
         for prefix, text in zip(hypotheses, texts, strict=True):
             line[f"{prefix}hypothesis"] = text
-            line |= {f"{prefix}{rate}": word_error_rate(row["text"], text)} if is_scored else {}
+            line |= {f"{prefix}{rate}": scores.word_error_rate(row["text"], text)} if is_scored else {}
         lines.append(line)
     result: dict[str, Any] = {"utterances": len(lines), "hours": round(num_hours(data.table), 4)}
     if not is_scored:
         return result, lines
     unknown = unknown_units(data.table["text"], trainer.vocabulary)
     result |= {key: output.metrics[f"{name}_{key}"] for key in (*RATES[unit], "loss")}
-    result["edits"] = count_edits([line["reference"] for line in lines], [line["hypothesis"] for line in lines])
+    pairs = ([line[key] for line in lines] for key in ("reference", "hypothesis"))
+    result["edits"] = scores.count_edits(*pairs)
     result[f"unknown_{unit}"] = {"total": sum(unknown.values()), "counts": unknown}
-    result["worst_utterances"] = worst_utterances(lines, rate)
+    result["worst_utterances"] = scores.worst_utterances(lines, rate)
     if trainer.decoder is not None:
         rates = trainer.rates(data.table["text"][:], hypotheses["lm_"])
-        result["lm"] = rates | {"worst_utterances": worst_utterances(lines, f"lm_{rate}")}
+        result["lm"] = rates | {"worst_utterances": scores.worst_utterances(lines, f"lm_{rate}")}
     return result, lines
 
 

@@ -31,38 +31,30 @@ _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
 
 def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()) -> tuple[Dataset, list[dict]]:
-    """Utterances whose audio opens, with `columns` beside the usual ones, and {id, audio, reason} of the others.
+    """Utterances whose audio opens, by its header, with `columns`, and {id, audio, reason} of the others.
 
     Of `args`, `data_root`, `output_dir` and `max_skipped_fraction` count. Raises UserError where more are unreadable.
     """
+
+    def find_reason(path: str) -> str | None:
+        try:
+            probe(path)
+        except AudioError as error:
+            return error.reason
+
     cache_dir = Path(args.output_dir, CACHE_FOLDER)
     table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=cache_dir, probe=probe, further=columns)
-    num_utterances = len(table) + len(skipped)
-    table, unopened = drop_unreadable(table)
-    skipped += unopened
+    files = sorted(set(table["audio"]))
+    with ThreadPoolExecutor(16) as threads:
+        reasons = dict(zip(files, threads.map(find_reason, files), strict=True))
+    rows, num_utterances = list(zip(table["id"], table["audio"], strict=True)), len(table) + len(skipped)
+    skipped += [{"id": id, "audio": audio, "reason": reasons[audio]} for id, audio in rows if reasons[audio]]
     if len(skipped) > args.max_skipped_fraction * num_utterances:
         raise UserError(
             f"{', '.join(paths)}: {len(skipped)} of {num_utterances} utterances have unreadable audio, the first "
             f"{skipped[0]['audio']}: {skipped[0]['reason']}; mend the paths (--data_root?) or raise "
             f"--max_skipped_fraction, now {args.max_skipped_fraction}"
         )
-    return table, skipped
-
-
-def drop_unreadable(table: Dataset) -> tuple[Dataset, list[dict[str, str]]]:
-    """The utterances whose file opens as audio, by its header, and a list of {id, audio, reason} of the others."""
-
-    def reason(path: str) -> str | None:
-        try:
-            probe(path)
-        except AudioError as error:
-            return error.reason
-
-    paths = sorted(set(table["audio"]))
-    with ThreadPoolExecutor(16) as threads:
-        reasons = dict(zip(paths, threads.map(reason, paths), strict=True))
-    rows = list(zip(table["id"], table["audio"], strict=True))
-    skipped = [{"id": id, "audio": audio, "reason": reasons[audio]} for id, audio in rows if reasons[audio]]
     return table.select([row for row, (_, audio) in enumerate(rows) if not reasons[audio]]), skipped
 
 
@@ -78,10 +70,7 @@ def read_once(
 
 
 def read_sets(args: FineTuningArguments, text_args: CTCArguments) -> dict[str, Dataset]:
-    """Name → utterances: `train` and `validation` where they are given, and the test sets.
-
-    A test set may have no transcripts at all; it is then transcribed and not scored.
-    """
+    """Name → utterances: `train`, `validation`, and the test sets, which may be without transcripts."""
     sets = {"train": args.train_data if args.do_train else [], "validation": args.validation_data}
     sets |= {name: [path] for name, path in name_sets(args.test_data).items()}
     sets = {name: paths for name, paths in sets.items() if paths}
@@ -100,8 +89,7 @@ def name_sets(paths: list[str]) -> dict[str, str]:
     """Set name → manifest: the file's name without its ending, numbered where that would name two."""
     named: dict[str, str] = {}
     for path in paths:
-        stem = Path(path).stem
-        names = (stem, *(f"{stem}_{number}" for number in range(2, len(paths) + 5)))
+        names = (Path(path).stem + ending for ending in ("", *(f"_{n}" for n in range(2, len(paths) + 5))))
         named[next(name for name in names if name not in (*named, "train", "validation", "run"))] = path
     return named
 
@@ -111,8 +99,7 @@ def prepare_texts(
 ) -> tuple[Dataset, int]:
     """The utterances that have a transcript, normalised, and how many have none.
 
-    A set without a single transcript raises UserError where they are `needed`; otherwise all of it comes back, with
-    "" for text.
+    A set without any transcript comes back whole, with "" for text, or raises UserError where they are `needed`.
     """
     written = table["text"][:] if "text" in table.column_names else []
     table = table.remove_columns("text") if written else table
@@ -206,10 +193,8 @@ def collate_speech(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Items → input_values (B, S), labels (B, U) padded with -100, and attention_mask (B, S) where lengths differ."""
     values = [torch.from_numpy(item["input_values"]) for item in items]
     labels = [torch.tensor(item["labels"] or [_IGNORED]) for item in items]
-    batch = {
-        "input_values": pad_sequence(values, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
-    }
+    padded = pad_sequence(labels, batch_first=True, padding_value=_IGNORED)
+    batch = {"input_values": pad_sequence(values, batch_first=True), "labels": padded}
     if len({len(value) for value in values}) > 1:
         batch["attention_mask"] = pad_sequence([torch.ones(len(v), dtype=torch.long) for v in values], batch_first=True)
     return batch

@@ -4,16 +4,16 @@ It finds the best word sequence by log p(audio) of its best path + lm_weight · 
 Words are those of the language model (or of a lexicon), spelled in the model's characters and closed by `|`. Where the
 vocabulary is of tokens (phonemes), so is the language model: there is no lexicon, and no word score.
 
-Shapes: B utterances, T latent frames, V entries of the vocabulary, W words, K settings.
+Shapes: T latent frames, V entries of the vocabulary, K settings.
 """
 
 import gzip
 import mmap
 import os
+from collections import namedtuple
 from collections.abc import Sequence
 from itertools import dropwhile, groupby, product, starmap, takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,11 +29,7 @@ LM_WEIGHTS = (0.5, 1.0, 1.5, 2.0, 3.0)
 WORD_SCORES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
-class Setting(NamedTuple):
-    """What tuning chooses; both in natural logarithms for each decade of p(words) and each word."""
-
-    lm_weight: float
-    word_score: float
+Setting = namedtuple("Setting", "lm_weight word_score")  # natural logarithms, for a decade of p(words) and for a word
 
 
 def tuning_grid(unit: str) -> list[Setting]:
@@ -113,12 +109,6 @@ class BeamDecoder:
         return [
             [token for path in paths for token, _ in groupby(path.tokens[1:-1]) if token != blank] for paths in best
         ]
-
-    def stack(self, hypotheses: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-        """Hypotheses of B utterances as one array (B, W, K), -1 where there is no word."""
-        num_words = max([1, *(len(ids) for settings in hypotheses for ids in settings)])
-        padded = [[[*ids, *[-1] * (num_words - len(ids))] for ids in settings] for settings in hypotheses]
-        return np.array(padded, np.int64).transpose(0, 2, 1)  # (B, K, W) -> (B, W, K)
 
     def text(self, ids: Sequence[int]) -> str:
         """Words of one hypothesis; negative ids are padding."""

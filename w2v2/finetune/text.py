@@ -113,12 +113,6 @@ def unit_of(vocabulary: dict[str, int]) -> str:
     return CHARACTERS if WORD_DELIMITER in vocabulary else TOKENS
 
 
-def case_of(vocabulary: dict[str, int]) -> str:
-    """The case of the texts that a vocabulary of characters was made from, `upper` where nothing tells."""
-    letters = "".join(set(vocabulary) - set(SPECIAL))
-    return "upper" if letters == letters.upper() else "lower" if letters == letters.lower() else "keep"
-
-
 def build_vocabulary(texts: Iterable[str], unit: str = CHARACTERS) -> dict[str, int]:
     """Unit → id, from normalised training text: blank 0, unknown 1, delimiter 2 (characters only), then the units."""
     first = [BLANK, UNKNOWN, WORD_DELIMITER] if unit == CHARACTERS else [BLANK, UNKNOWN]
@@ -179,12 +173,6 @@ def read_vocabulary(source: str) -> dict[str, int]:
     return vocabulary
 
 
-def check_vocabulary(vocabulary: dict[str, int], checkpoint: str | None) -> None:
-    """Raises UserError where a run would go on with another vocabulary than it began with."""
-    if checkpoint and json.loads(Path(checkpoint, VOCABULARY_FILE).read_text(encoding="utf-8")) != vocabulary:
-        raise UserError(f"{checkpoint}: made with another vocabulary than --train_data's; resume with the same text")
-
-
 def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
     """Flags that normalise transcripts as the fine-tuned folder or Hub id `source` did; a flag that was given wins.
 
@@ -197,7 +185,9 @@ def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, in
     else:
         found = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
     written = yaml.safe_load(Path(found).read_text(encoding="utf-8")) or {} if found else {}
-    trained = {"text_case": case_of(vocabulary)} | {k: v for k, v in written.items() if k in TEXT_FLAGS}
+    letters = "".join(set(vocabulary) - set(SPECIAL))
+    case = "upper" if letters == letters.upper() else "lower" if letters == letters.lower() else "keep"
+    trained = {"text_case": case} | {k: v for k, v in written.items() if k in TEXT_FLAGS}
     defaults = CTCArguments()
     followed = {k: v for k, v in trained.items() if getattr(arguments, k) == getattr(defaults, k)}
     return replace(arguments, **followed | {"target_unit": unit_of(vocabulary)})
