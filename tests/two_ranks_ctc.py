@@ -1,8 +1,4 @@
-"""An update by seconds and a transcription, on one process or dealt to two: what `test_ctc.py` compares, and the script
-it launches twice.
-
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/two_ranks_ctc.py FOLDER OUT.pt
-"""
+"""An update by seconds and a transcription, on one process or two: `test_ctc.py` compares them, and launches this."""
 
 import sys
 from pathlib import Path
@@ -26,11 +22,7 @@ WORDS = ["AB", "BA CAB", "C", "A B", "CABAC", "BB AA"]
 VOCABULARY = build_vocabulary(WORDS)
 ARPA = ("\\data\\\nngram 1=6\nngram 2=1\n\n\\1-grams:\n-2\t<unk>\n-99\t<s>\t-0.3\n-1\t</s>\n-0.5\tAB\t-0.2\n"
         "-0.7\tC\n-0.9\tBA\n\n\\2-grams:\n-0.2\tAB C\n\n\\end\\\n")  # fmt: skip
-CASES = {
-    "mean": dict(micro_batch_seconds=2.5),
-    "sum": dict(micro_batch_seconds=2.5),
-    "frozen": dict(micro_batch_seconds=1.5),
-}
+CASES = {"mean": 2.5, "sum": 2.5, "frozen": 1.5}  # seconds of a micro-batch
 
 
 def write_speech(folder: Path, num: int = 8) -> Dataset:
@@ -61,15 +53,10 @@ def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, *
     extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
     kwargs = dict(vocabulary=vocabulary, feature_extractor=extractor, min_samples=400)
     kwargs["skip_log"] = Path(output_dir) / "skipped_audio.jsonl"
-    return CTCTrainer(
-        model,
-        args,
-        data_collator=ctc_data.collate_speech,
-        train_dataset=ctc_data.SpeechDataset(table, substitute=True, **kwargs),
-        eval_dataset=ctc_data.SpeechDataset(ctc_data.longest_first(table), substitute=False, **kwargs),
-        processing_class=make_processor(vocabulary, extractor),
-        vocabulary=vocabulary,
-    )
+    train = ctc_data.SpeechDataset(table, substitute=True, **kwargs)
+    validation = ctc_data.SpeechDataset(ctc_data.longest_first(table), substitute=False, **kwargs)
+    processor = make_processor(vocabulary, extractor)
+    return CTCTrainer(model, args, ctc_data.collate_speech, train, validation, processor, vocabulary=vocabulary)
 
 
 def one_update(table, output_dir, case="mean", **flags):
@@ -105,8 +92,9 @@ class _Keep(TrainerCallback):
 
 def main(folder: str, out: str) -> None:
     table, found = Dataset.load_from_disk(f"{folder}/table"), {}
-    for case, flags in CASES.items():
-        found[case] = one_update(table, Path(folder) / case, case, batch_seconds=1_000.0, **flags)
+    for case, seconds in CASES.items():
+        flags = dict(batch_seconds=1_000.0, micro_batch_seconds=seconds)
+        found[case] = one_update(table, Path(folder) / case, case, **flags)
     found["texts"] = transcribe(table, Path(folder) / "texts", f"{folder}/lm.arpa", per_device_eval_batch_size=3)
     if torch.distributed.get_rank() == 0:
         torch.save(found, out)

@@ -1,6 +1,4 @@
-"""Batching by seconds through `Trainer`: one gradient however it is cut; scoring that no batch size moves; blanks that
-are noticed.
-"""
+"""Batching by seconds: one gradient however it is cut; scoring that no batch size moves; blanks that are noticed."""
 
 from pathlib import Path
 
@@ -9,9 +7,7 @@ import torch
 from ranks import run_ranks
 from two_ranks_ctc import ARPA, CASES, VOCABULARY, make_trainer, one_update, transcribe, write_speech
 
-from w2v2.evaluate.scores import error_rates
 from w2v2.finetune.decoding import BeamDecoder, Setting
-from w2v2.finetune.text import build_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -85,25 +81,6 @@ def test_beam_search_does_not_move_with_the_batch_size(table, tmp_path, reductio
         assert trainer.model.config.ctc_loss_reduction == reduction
     assert any(found[0][1][0]) and found[0][1][0] != found[0][1][1] and found == found[:1] * 3
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
-
-
-def test_a_set_without_text_is_transcribed_and_not_scored(table, tmp_path):
-    trainer = make_trainer(table, tmp_path)
-    scored = trainer.predict(trainer.eval_dataset)
-    trainer.eval_dataset.table = trainer.eval_dataset.table.map(lambda row: {"text": ""})
-    silent = trainer.predict(trainer.eval_dataset)
-    assert silent.predictions == scored.predictions
-    assert "test_wer" in scored.metrics and "test_wer" not in silent.metrics
-
-
-def test_a_model_of_tokens_reports_their_rate(table, tmp_path):
-    vocabulary = build_vocabulary(table["text"], "tokens")
-    trainer = make_trainer(table, tmp_path, vocabulary=vocabulary, metric_for_best_model="per")
-    trainer.train()
-    output = trainer.predict(trainer.eval_dataset)
-    expected = error_rates(trainer.eval_dataset.table["text"][:], output.predictions, "tokens")
-    assert output.metrics["test_per"] == expected["per"] and "test_cer" not in output.metrics
-    assert any(" " in text for text in output.predictions)
 
 
 @pytest.mark.parametrize("is_blank", [True, False])

@@ -15,7 +15,7 @@ from kneser_ney import estimate, write_arpa
 
 from w2v2.errors import UserError
 from w2v2.finetune import decoding
-from w2v2.finetune.decoding import BeamDecoder, Setting, tuning_grid
+from w2v2.finetune.decoding import BeamDecoder, Setting
 from w2v2.finetune.text import build_vocabulary, encode, greedy_decode
 
 SENTENCES = [line.split() for line in ["A BA AB", "AB AB A", "B", "BA B AB", "A A AB", "AB B B", "BA"]]
@@ -83,11 +83,6 @@ def test_a_clear_utterance_is_written_as_it_is(lm):
         assert [decoder.text(ids) for ids in decoder(emissions)] == [text]
 
 
-def test_the_grid_of_tokens_has_no_word_scores():
-    assert {setting.word_score for setting in tuning_grid("tokens")} == {0.0}
-    assert len(tuning_grid("characters")) == len(set(tuning_grid("characters"))) == 25
-
-
 def test_words_come_from_a_lexicon_or_a_compressed_file(lm, tmp_path):
     (tmp_path / "words.txt").write_text("AB A B |\nB\n\nB\n")
     assert decoding.read_words(lm[0], str(tmp_path / "words.txt")) == ["AB", "B"]
@@ -124,19 +119,16 @@ def test_another_alphabet_is_refused_in_one_line(lm):
 
 def test_a_file_that_is_no_language_model_is_refused(lm, tmp_path):
     path = lm[0]
-    garbage, torn, words = (tmp_path / name for name in ("garbage.bin", "torn.arpa", "words.txt"))
-    garbage.write_bytes(b"\x00\xff" * 100)
-    words.write_text("AB\n")
-    torn.write_text(Path(path).read_text().partition("\\2-grams:")[0] + "\\2-grams:\n-0.3 A")
+    names = ("garbage.bin", "torn.arpa", "words.txt", "absent.arpa", "nowhere.txt")
+    garbage, torn, words, absent, nowhere = (str(tmp_path / name) for name in names)
+    Path(garbage).write_bytes(b"\x00\xff" * 100)
+    Path(words).write_text("AB\n")
+    Path(torn).write_text(Path(path).read_text().partition("\\2-grams:")[0] + "\\2-grams:\n-0.3 A")
     for lm_path, lexicon, message in (
-        (tmp_path / "absent.arpa", None, "no such file"),
-        (garbage, None, "no list of words"),
-        (garbage, words, "KenLM"),
-        (torn, None, "torn.arpa"),
-        (path, tmp_path / "nowhere.txt", "nowhere.txt"),
-    ):
-        lexicon = lexicon and str(lexicon)
-        assert message in refusal(BeamDecoder, str(lm_path), VOCABULARY, SETTINGS, lexicon=lexicon)
+        (absent, None, "no such file"), (garbage, None, "no list of words"), (garbage, words, "KenLM"),
+        (torn, None, "torn.arpa"), (path, nowhere, "nowhere.txt"),
+    ):  # fmt: skip
+        assert message in refusal(BeamDecoder, lm_path, VOCABULARY, SETTINGS, lexicon=lexicon)
 
 
 def test_a_missing_package_is_named(lm, monkeypatch):

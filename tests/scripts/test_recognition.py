@@ -1,22 +1,12 @@
-"""The recognition script beyond training: a fine-tuned folder scored and set to work, a language model, few labels,
-phonemes.
-"""
+"""The recognition script beyond training: evaluation alone, a language model, few labels, phonemes."""
 
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
-from test_finetune_ctc import (
-    check_pipeline,
-    check_refusal,
-    command,
-    data,  # noqa: F401
-    read_json,
-    read_lines,
-    write_manifest,
-    write_rows,
-)
+from test_finetune_ctc import check_pipeline, check_refusal, command, read_json, read_lines, write_manifest, write_rows
+from test_finetune_ctc import data as data
 
 import finetune_ctc
 from w2v2.evaluate.scores import word_error_rate
@@ -34,7 +24,7 @@ def test_every_test_set_has_a_name_of_its_own():
 
 
 @pytest.fixture(scope="module")
-def more(data):  # noqa: F811
+def more(data):
     """Beside the fine-tuned run: a set without text, a language model."""
     for name in ("silent", "empty"):
         rows = []
@@ -57,9 +47,8 @@ def evaluate(folder, output, *flags, model="run"):
 
 def test_a_folder_alone_gives_the_results_of_its_run(more):
     expected = read_json(more / "run" / "results.json")
-    results, lines = evaluate(
-        more, "scores", "--test_data", str(more / "test.csv"), str(more / "silent.csv"), str(more / "empty.csv")
-    )
+    paths = (str(more / f"{name}.csv") for name in ("test", "silent", "empty"))
+    results, lines = evaluate(more, "scores", "--test_data", *paths)
     same = ("wer", "cer", "utterances", "edits", "unknown_characters", "worst_utterances")
     assert {key: results["test"][key] for key in same} == {key: expected["test"][key] for key in same}
     assert results["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=1e-5)
@@ -69,9 +58,7 @@ def test_a_folder_alone_gives_the_results_of_its_run(more):
         assert set(results[name]) == {"utterances", "hours"}
         found = [line for line in lines if line["set"] == name]
         assert {line["id"] for line in found} == {f"{name}_0.wav", f"{name}_1.wav"}
-        assert all(
-            line["reference"] is None and set(line) == {"set", "id", "reference", "hypothesis"} for line in found
-        )
+        assert all(set(line) == {"set", "id", "reference", "hypothesis"} for line in found)
     assert not list((more / "scores").glob("checkpoint-*")) and not (more / "scores" / "model.safetensors").exists()
 
 
@@ -83,25 +70,16 @@ def test_a_checkpoint_can_be_scored_as_well(more):
 def test_results_hold_what_is_wrong_and_what_is_worst(more):
     results = read_json(more / "run" / "results.json")
     lines = [line for line in read_lines(more / "run" / "predictions.jsonl") if line["set"] == "validation"]
-    validation = results["validation"]
+    validation, edits = results["validation"], results["validation"]["edits"]
     assert validation["unknown_characters"] == {"total": 3, "counts": {"Q": 1, "Ü": 1, "X": 1}}
-    edits = validation["edits"]
-    assert edits["words"] == sum(len(line["reference"].split()) for line in lines)
-    assert validation["wer"] == pytest.approx(
-        sum(v for k, v in edits.items() if k not in ("words", "hits")) / edits["words"]
-    )
+    wrong = sum(edits[name] for name in ("substitutions", "deletions", "insertions"))
+    assert validation["wer"] == pytest.approx(wrong / sum(len(line["reference"].split()) for line in lines))
     worst = validation["worst_utterances"]
     assert [line["wer"] for line in worst] == sorted((line["wer"] for line in lines if line["wer"]), reverse=True)
 
 
 def test_a_language_model_is_tuned_and_reported(more):
-    flags = [
-        "--validation_data",
-        str(more / "dev.csv"),
-        "--test_data",
-        str(more / "test.csv"),
-        str(more / "silent.csv"),
-    ]
+    flags = ["--validation_data", f"{more}/dev.csv", "--test_data", f"{more}/test.csv", f"{more}/silent.csv"]
     results, lines = evaluate(more, "beam", *flags, "--lm", str(more / "lm.arpa"), "--tune_lm", "--beam_size", "20")
     greedy = read_json(more / "run" / "results.json")
     assert results["test"]["wer"] == greedy["test"]["wer"]
