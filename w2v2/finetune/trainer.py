@@ -5,9 +5,9 @@ effective batches in seconds with a gradient that no cut changes, and `metrics.j
 """
 
 import contextlib
-import pickle
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class FineTuner(Trainer):
             return self._load_from_checkpoint(str(best if self.best_update and best.is_dir() else folder))
         try:  # torch reads the state with `weights_only`
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except pickle.UnpicklingError as error:
+        except UnpicklingError as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{folder}: its training state is not loaded, being none that Trainer wrote ({reason}): "
                             "start from its weights with --model_name_or_path") from None  # fmt: skip
