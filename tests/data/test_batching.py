@@ -105,23 +105,19 @@ def test_crop_lengths_are_the_longest_on_the_grid():
         assert ((cropped[on_grid] - 320) % GRID == 0).all()
         assert (cropped[~on_grid] == longest[~on_grid]).all()
         assert np.array_equal(crop_length(lengths, crop, 0), longest)
-
-
-def test_the_default_grid_gives_16k_latent_frames():
-    lengths = torch.from_numpy(crop_length(np.arange(2 * SECOND, 16 * SECOND, 997), 249_600, GRID))
-    frames = latent_lengths(lengths, (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
-    assert (frames % 16 == 0).all() and frames.max() == 768
+    frames = latent_lengths(torch.from_numpy(cropped[on_grid]), (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
+    assert (frames % 16 == 0).all()
 
 
 def test_crops_reach_both_ends_of_an_utterance():
     batches = make_batches(n=400)
-    starts_fraction = []
+    fractions = []
     for epoch in range(5):
         crops = batches.crops(np.arange(400), epoch)
         spare = batches.num_samples - crops.num_samples
         assert (crops.start >= 0).all() and (crops.start <= spare).all()
-        starts_fraction.append(crops.start[spare > 1000] / spare[spare > 1000])
-    fractions = np.concatenate(starts_fraction)
+        fractions.append(crops.start[spare > 1000] / spare[spare > 1000])
+    fractions = np.concatenate(fractions)
     assert fractions.min() < 0.01 and fractions.max() > 0.99
     assert abs(fractions.mean() - 0.5) < 5 * (1 / 12 / len(fractions)) ** 0.5
 

@@ -1,16 +1,32 @@
-"""Crops become micro-batches: 16-bit samples as they stand, floats where a file needs them, and the same sound on the
-device.
+"""Crops become micro-batches: 16-bit samples as they stand, floats where a file needs them, the same sound on the device;
+the same micro-batches from any number of workers, and one line for a worker that is lost or hangs.
 """
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, tiny_config
+import yaml
+from conftest import make_batch, run_here, tiny_config, write_csv, write_tones
+from test_batching import SECOND, START, make_batches, rows
+from torch.utils.data import Dataset
 from transformers import Wav2Vec2FeatureExtractor
 
-from w2v2.data.collate import pad, sound
+import pretrain
+from w2v2.data import collate
+from w2v2.data.batching import PlanStream
+from w2v2.data.collate import CropDataset, build_loader, pad, sound
+
+ROOT = Path(__file__).parents[2]
 
 
 def samples(*lengths, dtype=np.int16):
@@ -54,12 +70,82 @@ def test_host_and_device_agree_about_a_batch():
     config = tiny_config(layerdrop=0.5)
     batch = make_batch(config, [16_400, 9_000, 9_000, 24_000])
     assert list(batch.lengths) == batch.frames.tolist()
-    for index, rows in enumerate(batch.kept_rows):
-        assert batch.kept[index, : len(rows)].tolist() == sorted(rows)
-        ends = torch.tensor([batch.lengths[row] for row in rows or [0]]).cumsum(0)
+    for index, own in enumerate(batch.kept_rows):
+        assert batch.kept[index, : len(own)].tolist() == sorted(own)
+        ends = torch.tensor([batch.lengths[row] for row in own or [0]]).cumsum(0)
         assert batch.bounds[index, 1 : 1 + len(ends)].tolist() == ends.tolist()
     assert sorted(map(len, batch.kept_rows)) != [4, 4]  # layerdrop did drop something
     assert batch.bounds[-1].tolist() == [0, *np.cumsum(batch.lengths)]
     frames = torch.arange(batch.mask.shape[1]).expand_as(batch.mask)
     assert torch.equal(frames.flatten()[batch.inside], torch.cat([torch.arange(n) for n in batch.lengths]))
     assert not batch.uniform and make_batch(config, [9_000] * 2).uniform
+
+
+# -- the loader
+
+
+class Echo(Dataset):
+    """Gives back what it is asked for, from whichever worker."""
+
+    def __getitem__(self, plan):
+        return repr((plan.update, plan.piece, plan.dummy, rows(plan.crops)))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_number_of_workers_changes_nothing(num_workers):
+    stream = PlanStream(make_batches(), START, range(4), rank=1, num_ranks=2, micro_batch_samples=30 * SECOND)
+    loader = build_loader(Echo(), stream, num_workers=num_workers, prefetch_factor=2, pin_memory=False)
+    assert list(loader) == [Echo()[plan] for plan in stream]
+
+
+def flags_for(folder: Path, manifest: Path, output_dir: Path, **changes) -> list[str]:
+    tiny_config().save_pretrained(folder / "model")
+    values = dict(train_data=[str(manifest)], config_name=str(folder / "model"), output_dir=str(output_dir))
+    values |= dict(min_seconds=0.5, crop_seconds=1.3, batch_hours=0.006, micro_batch_seconds=12, max_steps=12)
+    values |= dict(warmup_steps=2, logging_steps=1, save_steps=100, max_skipped_fraction=0.9, dataloader_num_workers=2)
+    values |= dict(report_to=["none"], use_cpu=True, learning_rate=0.001) | changes
+    config = folder / f"{output_dir.name}.yaml"
+    config.write_text(yaml.safe_dump(values))
+    return [str(config)]
+
+
+def child_of(pid: int) -> int:
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                return int(status.parent.name)
+    raise AssertionError(f"{pid} has no child")
+
+
+@pytest.mark.parametrize(
+    "number, cause", [(signal.SIGKILL, "memory ran out"), (signal.SIGSEGV, "a damaged file crashed the decoder")]
+)
+def test_a_lost_worker_ends_the_run_with_one_line(tmp_path, number, cause):
+    manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", [2.0] * 12), [2.0] * 12)
+    arguments = flags_for(tmp_path, manifest, tmp_path / "run", max_steps=100_000)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
+    log, errors = tmp_path / "run" / "metrics.jsonl", tmp_path / "errors.txt"
+    with open(errors, "w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as run:
+        try:
+            while not (log.exists() and log.stat().st_size):
+                assert run.poll() is None, errors.read_text()
+                time.sleep(0.1)
+            os.kill(child_of(run.pid), number)
+            status = run.wait(timeout=60)
+        finally:
+            run.kill()
+    lines = [line for line in errors.read_text().splitlines() if "error:" in line]
+    # A thread of multiprocessing's may print a traceback of the broken connection; the script prints none.
+    assert status == 2 and len(lines) == 1 and "run_script" not in errors.read_text(), errors.read_text()
+    assert "a process that decodes audio" in lines[0] and cause in lines[0] and "--resume_from_checkpoint" in lines[0]
+
+
+def test_an_endless_decode_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
+    manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", [2.0] * 12), [2.0] * 12)
+    monkeypatch.setattr(collate, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(CropDataset, "read", lambda *_: threading.Event().wait(30))
+    status = run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "run"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert status == 2 and len(lines) == 1 and "no audio came for 2 s" in lines[0]

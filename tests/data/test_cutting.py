@@ -2,7 +2,6 @@
 force.
 """
 
-import itertools
 import math
 
 import numpy as np
@@ -66,13 +65,15 @@ def test_no_exchange_in_a_round_evens_the_ranks(seed):
 
 @pytest.mark.parametrize("num_ranks, most_idle", [(8, 0.006), (64, 0.06)])
 def test_ranks_are_even_at_1_6_hours(num_ranks, most_idle):
-    """Pieces dealt out in turn would leave the average of 8 ranks idle for 1.8 %."""
+    """Pieces dealt out in turn would leave the average of 8 ranks idle for 1.8 %. Padding stays below 5 %."""
     batches, idle = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.38), []
     ranks = plans_of(batches, range(4), num_ranks, budget=200 * SECOND)
     for update in range(4):
         load = [sum(padded(plan) for plan in plans if plan.update == update) for plans in ranks]
         idle.append(1 - np.mean(load) / max(load))
     assert np.mean(idle) <= most_idle
+    real = [plan for plans in ranks for plan in plans if plan.update == 0 and not plan.dummy]
+    assert 1 - real[0].batch_samples / sum(map(padded, real)) < 0.05
 
 
 def test_uneven_ranks_get_another_round(monkeypatch):
@@ -85,19 +86,6 @@ def test_uneven_ranks_get_another_round(monkeypatch):
     monkeypatch.setattr(cutting, "EFFICIENT_SAMPLES", 60 * SECOND)
     rounds, pieces = cut(lengths, 64, 200 * SECOND)
     assert rounds == 1 and idle_fraction(padded_sizes(lengths, pieces, 64), 64) > cutting.MOST_IDLE
-
-
-def test_a_dummy_costs_the_shortest_row():
-    lengths = np.array([9, 7, 7, 2])
-    assert padded_sizes(lengths, [slice(0, 1), slice(1, 4)], 4).tolist() == [9, 21, 2, 2]
-
-
-@pytest.mark.parametrize("num_ranks", [1, 8])
-def test_a_batch_of_1_6_hours_pads_little(num_ranks):
-    batches = make_batches(n=3_000, batch_seconds=1.6 * 3600, crop_seconds=15.6)
-    plans = list(itertools.chain(*plans_of(batches, range(1), num_ranks, budget=200 * SECOND)))
-    real = [p for p in plans if not p.dummy]
-    assert 1 - real[0].batch_samples / sum(map(padded, real)) < 0.05
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])

@@ -19,7 +19,7 @@ from audio_mutants import speech, write_originals
 from conftest import run_here, tiny_config, write_tones
 from safetensors.torch import load_file
 from test_audio import set_flac_length
-from test_loader import flags_for
+from test_collate import flags_for
 from transformers import Wav2Vec2FeatureExtractor
 
 import pretrain
@@ -103,15 +103,12 @@ def odd_files(folder: Path) -> dict[str, str]:
 
 
 def test_what_cannot_be_read_says_why_at_once(tmp_path):
-    for path, reason in odd_files(tmp_path).items():
+    bad = odd_files(tmp_path)
+    for path, reason in bad.items():
         for read in (lambda path: read_pcm(path, 100, 40_000), read_crop):
             with pytest.raises(AudioError, match=reason.replace("+", r"\+")) as error:
                 read(path)
             assert error.value.path == path and error.value.reason.isprintable()
-
-
-def test_measuring_meets_them_all_and_lists_them(tmp_path):
-    bad = odd_files(tmp_path)
     good = str(tmp_path / "speech.wav")
     found = measure_lengths([good, *bad], probe, tmp_path / "cache")
     assert found[good] == 48_000

@@ -55,14 +55,10 @@ def test_latent_lengths_are_those_of_the_stock_convs():
     for num_samples in (400, 719, 720, 1039, 1040, 5119, 16_000):
         expected = model.feature_extractor(torch.zeros(1, num_samples)).shape[-1]
         assert latent_lengths(torch.tensor(num_samples), config.conv_kernel, config.conv_stride) == expected
+    assert not latent_lengths(torch.arange(400), config.conv_kernel, config.conv_stride).any()
     many = torch.arange(400, 40_000, 7)
     expected = model._get_feat_extract_output_lengths(many)
     assert torch.equal(latent_lengths(many, config.conv_kernel, config.conv_stride), expected)
-
-
-def test_audio_too_short_for_one_frame_has_none():
-    config = Wav2Vec2Config()
-    assert latent_lengths(torch.arange(400), config.conv_kernel, config.conv_stride).tolist() == [0] * 400
 
 
 # -- masks
@@ -86,13 +82,6 @@ def test_a_mask_depends_on_its_own_row_alone():
         some = torch.randperm(len(frames))[: int(torch.randint(1, len(frames) + 1, ()))]
         apart = mask_spans(keys[some], frames[some], prob, length, min_spans)
         assert torch.equal(together[some, : apart.shape[1]], apart)
-
-
-def test_masks_differ_between_utterances_epochs_and_seeds():
-    frames = torch.full((200,), 500)
-    keys = torch.cat([derive(seed, epoch, torch.arange(200)) for seed, epoch in [(0, 0), (0, 1), (1, 0)]])
-    rows = mask_spans(keys, frames.repeat(3), 0.65, 10).numpy()
-    assert len({row.tobytes() for row in rows}) == 600
 
 
 def test_49_percent_of_the_frames_of_long_rows_are_masked():
@@ -175,12 +164,6 @@ def test_distractors_are_uniform_over_the_other_frames(count):
         expected = num_rows * K / (count - 1)
         assert counts[frame] == 0
         assert float(((others - expected) ** 2 / expected).sum()) <= chi_square_bound(count - 1)
-
-
-def test_distractors_are_drawn_with_replacement():
-    drawn = distractors(keys_of(1), torch.tensor([40]), 40, 100)[0]
-    assert all(len(frame.unique()) < 40 for frame in drawn)
-    assert len({tuple(frame.tolist()) for frame in drawn}) == 40
 
 
 @pytest.mark.parametrize("counts", [[1], [0], [1, 0], [1, 5], [0, 2]])

@@ -139,31 +139,29 @@ def measure_lengths(
             *key, length = json.loads(line)
             known[tuple(key)] = int(length)
 
-    def measure(path: str) -> tuple[int | str, tuple | None]:
-        """Length or reason, and the key to remember a new length by."""
+    def measure(path: str) -> tuple[tuple | None, int | str]:
+        """The key of a file in the cache, and its length or the reason why it has none."""
         key = None
         with contextlib.suppress(OSError, ValueError):  # the probe says why; ValueError: a null character
             status = os.stat(path)
             key = (path, status.st_size, status.st_mtime_ns)
-        if key in known:
-            return known[key], None
         try:
-            return int(probe(path)), key
+            return key, known[key] if key in known else int(probe(path))
         except AudioError as error:
-            return error.reason, None
+            return None, error.reason
 
     lengths = {}
     bar = tqdm(total=len(paths), desc="Measuring audio files", unit=" files", disable=None)
     with ThreadPoolExecutor(NUM_THREADS) as pool, bar:
         for first in range(0, len(paths), FILES_AT_ONCE):
             block, fresh = paths[first : first + FILES_AT_ONCE], []
-            for path, (length, key) in zip(block, pool.map(measure, block), strict=True):
+            for path, (key, length) in zip(block, pool.map(measure, block), strict=True):
                 lengths[path] = length
                 bar.update()
-                if key is not None:
+                if key and key not in known:
                     fresh.append(json.dumps([*key, length]) + "\n")
             if cache and fresh:
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 with open(cache, "a", encoding="utf-8") as file:
-                    file.write("".join(fresh))
+                    file.writelines(fresh)
     return lengths

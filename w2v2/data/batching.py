@@ -161,13 +161,12 @@ def plan_update(
     crops = crops.take(np.lexsort((crops.utterance, -crops.num_samples)))
     rounds, pieces = cut(crops.num_samples, num_ranks, micro_batch_samples)
     sizes = padded_sizes(crops.num_samples, pieces, rounds * num_ranks)
-    total = int(crops.num_samples.sum())
-    plans = []
-    for piece in deal(sizes, num_ranks)[rank].tolist():
-        dummy = piece >= len(pieces)
-        rows = slice(len(crops.utterance) - 1, None) if dummy else pieces[piece]  # a dummy is the shortest row
-        plans.append(MicroBatchPlan(crops.take(rows), update, piece, rounds, total, dummy, following))
-    return plans
+    total, num_real = int(crops.num_samples.sum()), len(pieces)
+    pieces += [slice(len(crops.utterance) - 1, None)] * (len(sizes) - len(pieces))  # dummies, of the shortest row
+    return [
+        MicroBatchPlan(crops.take(pieces[piece]), update, piece, rounds, total, piece >= num_real, following)
+        for piece in deal(sizes, num_ranks)[rank].tolist()
+    ]
 
 
 class PlanStream:

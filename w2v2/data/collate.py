@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -135,6 +135,9 @@ def build_batch(
     positions, num_masked = masked_positions(mask)
     kept = kept_rows(keys, framing.num_layers, framing.layerdrop)
     rows = [torch.nonzero(flags)[:, 0].tolist() for flags in kept]
+    bounds = np.zeros((len(rows) + 1, len(lengths) + 1), np.int32)
+    for line, own in zip(bounds, [*(own or [0] for own in rows), range(len(lengths))], strict=True):
+        np.cumsum([lengths[row] for row in own], out=line[1 : len(own) + 1])
     heard = int(crops.num_samples.sum())
     return PretrainBatch(
         waveforms=pad(waveforms),
@@ -146,7 +149,7 @@ def build_batch(
         num_masked=num_masked,
         inside=torch.nonzero((torch.arange(mask.shape[1]) < frames[:, None]).flatten())[:, 0],
         kept=kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True),
-        bounds=_bounds(lengths, [*(own or [0] for own in rows), range(len(lengths))]),
+        bounds=torch.from_numpy(bounds),
         lengths=tuple(lengths),
         kept_rows=tuple(map(tuple, rows)),
         normalize=framing.normalize,
@@ -156,14 +159,6 @@ def build_batch(
         original_samples=heard if weight else 0,
         skipped=[],
     )
-
-
-def _bounds(lengths: list[int], rows: list[Sequence[int]]) -> torch.Tensor:
-    """For each list of rows: where each row begins in their concatenation, and the end. (len(rows), B + 1) int32."""
-    bounds = np.zeros((len(rows), len(lengths) + 1), np.int32)
-    for line, own in zip(bounds, rows, strict=True):
-        np.cumsum([lengths[row] for row in own], out=line[1 : len(own) + 1])
-    return torch.from_numpy(bounds)
 
 
 def pad(waveforms: list[np.ndarray]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -41,6 +41,11 @@ class Utterances:
     @property
     def hours(self) -> float:
         return float(self.num_samples.sum(dtype=np.int64)) / SAMPLING_RATE / 3600
+
+    def spread(self, most: int) -> list[dict]:
+        """Rows of at most so many utterances, evenly spread."""
+        rows = np.unique(np.linspace(0, len(self.num_samples) - 1, most).astype(int))
+        return [self.table[int(row)] for row in rows]
 
 
 def load_manifest(
@@ -108,16 +113,10 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     return Utterances(data, num_samples[kept].astype(np.int32), dropped), unmeasured
 
 
-def _spread(utterances: Utterances, most: int) -> Iterator[tuple[dict, int]]:
-    """Row and length in samples of at most so many utterances, evenly spread."""
-    rows = np.unique(np.linspace(0, len(utterances.num_samples) - 1, most).astype(int))
-    return ((utterances.table[int(row)], int(utterances.num_samples[row])) for row in rows)
-
-
 def probe_some(utterances: Utterances) -> list[dict]:
     """Read the headers of a few files: a wrong root or format is found before the first update."""
     unreadable = []
-    for entry, _ in _spread(utterances, NUM_PROBED):
+    for entry in utterances.spread(NUM_PROBED):
         try:
             probe(entry["audio"])
         except AudioError as error:
@@ -128,9 +127,9 @@ def probe_some(utterances: Utterances) -> list[dict]:
 def silent_share(utterances: Utterances) -> float:
     """Share of silence among a few utterances, of each at most five seconds from its middle."""
     is_silent = []
-    for entry, length in _spread(utterances, NUM_LISTENED):
-        num_samples = min(5 * SAMPLING_RATE, length)
-        start = round(entry["start"] * SAMPLING_RATE) + (length - num_samples) // 2
+    for entry in utterances.spread(NUM_LISTENED):
+        num_samples = min(5 * SAMPLING_RATE, entry["num_samples"])
+        start = round(entry["start"] * SAMPLING_RATE) + (entry["num_samples"] - num_samples) // 2
         with contextlib.suppress(AudioError):
             is_silent.append(np.sqrt(np.mean(np.square(read_crop(entry["audio"], start, num_samples)))) < SILENCE)
     return float(np.mean(is_silent)) if is_silent else 0.0
@@ -138,11 +137,9 @@ def silent_share(utterances: Utterances) -> float:
 
 def check_validation(utterances: Utterances, unmeasured: list[dict], max_fraction: float) -> None:
     """Raises `UserError` where more of the validation set is unreadable than tolerated: its figures would mislead."""
-    unreadable = unmeasured + probe_some(utterances)
-    num_files = len(utterances.num_samples) + len(unmeasured)
+    unreadable, num_files = unmeasured + probe_some(utterances), len(utterances.num_samples) + len(unmeasured)
     if len(unreadable) > max_fraction * num_files:
-        first = unreadable[0]
         raise UserError(
-            f"--validation_data: {first['audio']}: {first['reason']}; {len(unreadable)} of {num_files} files cannot be read, more "
-            f"than --max_skipped_fraction {max_fraction:g} allows: mend or remove them"
+            f"--validation_data: {unreadable[0]['audio']}: {unreadable[0]['reason']}; {len(unreadable)} of {num_files} files "
+            f"cannot be read, more than --max_skipped_fraction {max_fraction:g} allows: mend or remove them"
         )
