@@ -154,18 +154,6 @@ def test_a_trial_runs_all_rows_and_layers_beside_gradients(trial, monkeypatch):
     assert seen == [(0, True, True, False, True), (1, True, True, False, True)]
 
 
-def test_moments_are_stood_in_for_where_there_are_none_yet(trial):
-    def stand_ins():
-        found = trial._stand_ins(trial.model)
-        trial.model.zero_grad()
-        return sum(x.numel() for x in found)
-
-    assert stand_ins() == 2 * trial.model.num_parameters()
-    trial.model(make_batch(trial.model.config, [LONGEST])).loss.backward()
-    trial.optimizer.step()
-    assert stand_ins() == 0
-
-
 def costs(batch):
     """What memory grows with: padded samples, latent frames, attention weights, pairs of masked slots."""
     B, S = batch.waveforms.shape

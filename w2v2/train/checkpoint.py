@@ -5,8 +5,7 @@
     checkpoint-<step>/training_state/checksums.json                                 size and SHA-256 of each of these
 
 A folder is written under another name, made durable and renamed: a kill leaves no half of one. Tensors are safetensors
-and the rest is JSON: nothing a checkpoint holds is ever executed. No state of a random generator is saved, because a
-run has none.
+and the rest is JSON: nothing a checkpoint holds is ever executed.
 """
 
 import json

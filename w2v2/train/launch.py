@@ -1,8 +1,7 @@
 """The processes of a run: how they start, its `Accelerator`, how they are asked to stop, and how they end.
 
-A launch that would not do what it looks like ends here, in one line. What else can go wrong between processes is
-torch's business: torchrun's agent names a failed rank and ends or restarts the others, and the process group times out
-(`--ddp_timeout`).
+A launch that would not do what it looks like ends here, in one line. What else can go wrong is torch's business:
+torchrun's agent ends or restarts the ranks beside a failed one, and the process group times out (`--ddp_timeout`).
 """
 
 import logging
@@ -90,17 +89,13 @@ def expected_processes(environment: Mapping[str, str]) -> int:
 
 
 def join_group(timeout_seconds: float, cpu: bool) -> None:
-    """Make the process group of several processes. Raises `UserError` where they do not find one another.
-
-    torchrun's store outlives an attempt and keeps the addresses of processes that are gone. So each attempt has a
-    prefix of its own.
-    """
-    environment, attempt = os.environ, "0"
+    """Make the process group of several processes. Raises `UserError` where they do not find one another."""
+    environment, timeout = os.environ, timedelta(seconds=timeout_seconds)
     if int(environment.get("WORLD_SIZE", 1)) == 1 or PartialState._shared_state:
         return
-    timeout = timedelta(seconds=timeout_seconds)
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # torchrun's store outlives an attempt and keeps the addresses of processes that are gone: a prefix for each.
+    has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0") if has_store else "0"
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
         store = distributed.PrefixStore(f"attempt-{attempt}", store)
@@ -138,7 +133,6 @@ def configure_fsdp(accelerator: Accelerator, args) -> None:
         "version 1 (set fsdp_version: 2, as configs/accelerate/fsdp.yaml)": plugin.fsdp_version != 2,
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         f"{precision} (use bf16 or fp32, or DDP)": precision not in ("no", "bf16"),
-        "a parallelism_config": accelerator.parallelism_config is not None,
         "--gradient_compression, which is DDP's": args.gradient_compression != "none",
         "--micro_batch_seconds auto, which tries each device by itself": args.micro_batch_seconds is None,
     }
@@ -189,9 +183,8 @@ class Stopped(Exception):
 class StopRequest:
     """Watches for signals while it is entered, and for the clock (`max_hours` from now on; None: no limit).
 
-    SIGTERM (preemption), SIGUSR1 (Slurm's warning), SIGHUP (a closed terminal) and Ctrl-C ask alike; a third Ctrl-C
-    ends the process at once. What the parent process ignores stays ignored, as in background jobs and under nohup.
-    One process that is asked is enough: the sums that all exchange at each update tell the others.
+    SIGTERM (preemption), SIGUSR1 (Slurm's warning), SIGHUP (a closed terminal) and Ctrl-C ask alike, one process for
+    all; a third Ctrl-C ends the process at once. What the parent process ignores stays ignored, as under nohup.
     """
 
     def __init__(self, max_hours: float | None = None):

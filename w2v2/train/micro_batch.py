@@ -48,24 +48,19 @@ class Trial:
         device, bare = self.accelerator.device, self.accelerator.unwrap_model(self.model)
         try:
             batch = worst_case(n, self.longest, self.grid_samples, self.framing, self.settings.seed).to(device)
-            beside = self._stand_ins(bare)
+            # What an update's later micro-batches find allocated: gradients, and AdamW's moments if there are none yet.
+            # Written to, so that they are really there. DDP's gradients, whose buckets exist, are counted twice.
+            parameters = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            moments = [torch.ones_like(p) for p in parameters if p not in self.optimizer.state for _ in range(2)]
             seed_noise(self.settings.seed, self.settings.step, 0, device)
             with self.accelerator.autocast():
                 sums = bare(batch, self.settings.gumbel_temperature, self.settings.diversity_weight)
             sums.loss.backward()
-            del beside  # not before
+            del moments  # not before
         finally:
             bare.zero_grad()
-
-    def _stand_ins(self, bare: torch.nn.Module) -> list[torch.Tensor]:
-        """Fill what an update's later micro-batches find allocated: gradients, and AdamW's moments if there are none.
-
-        Written to, so that they are really there. DDP's gradients, whose buckets exist already, are counted twice.
-        """
-        parameters = [parameter for parameter in bare.parameters() if parameter.requires_grad]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        return [torch.ones_like(p) for p in parameters if p not in self.optimizer.state for _ in range(2)]
 
     def fits(self, n: int) -> bool:
         """Whether the device does not run out of memory."""
@@ -84,8 +79,8 @@ class Trial:
 
     def search(self, bound: int) -> tuple[int, float]:
         """The most crops up to `bound` that fit into `DEVICE_SHARE` of what is free or ours, and that in bytes."""
-        module, kind = torch.get_device_module(self.accelerator.device), self.accelerator.device.type
-        device = torch.device(kind, module.current_device())
+        module = torch.get_device_module(self.accelerator.device)
+        device = torch.device(self.accelerator.device.type, module.current_device())
         self.free()
         free, total = module.mem_get_info(device)
         limit = DEVICE_SHARE * (free + module.memory_reserved(device))
@@ -135,8 +130,7 @@ def find_micro_batch(run, batches: EffectiveBatches) -> float:
     """
     accelerator, state, seconds = run.accelerator, run.state, run.state.micro_batch_seconds
     longest = max(batches.longest, build_batches(run.validation, run.args).longest if run.validation else 0)
-    is_known = seconds is not None and seconds * SAMPLING_RATE >= longest
-    if is_known and state.num_processes == accelerator.num_processes:
+    if state.num_processes == accelerator.num_processes and seconds * SAMPLING_RATE >= longest:
         finding = f"{seconds:.1f} s, as before the checkpoint"
     else:
         settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
@@ -164,8 +158,6 @@ def fit(trial: Trial, share: int) -> tuple[float, str]:
     if crops < bound:
         why = f"more would take above {limit / 1e9:.1f} GB, {DEVICE_SHARE:.0%} of what is free"
     if crops == 0:
-        raise UserError(
-            f"--micro_batch_seconds auto: not even one crop of {seconds:.2f} s fits: {why}; lower --crop_seconds, use "
-            "--gradient_checkpointing, a smaller model, or a device with more memory"
-        )
+        advice = "lower --crop_seconds, use --gradient_checkpointing, a smaller model, or a device with more memory"
+        raise UserError(f"--micro_batch_seconds auto: not even one crop of {seconds:.2f} s fits: {why}; {advice}")
     return crops * seconds, f"{crops * seconds:.1f} s, {crops} times {seconds:.2f} s; {why}"

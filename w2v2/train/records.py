@@ -4,8 +4,8 @@
     skipped_audio.jsonl         audio that cannot be read                     `SkippedAudio`
     non_finite_updates.jsonl    updates whose loss or gradient is not finite  `SkippedUpdates`
 
-All of them are functions of the data and the steps. A resumed run cuts the files back to its checkpoint and meets again
-what came after it, so its lines and counts are those of an uninterrupted run.
+A resumed run cuts the files back to its checkpoint and meets again what came after it: its lines are those of an
+uninterrupted run.
 """
 
 import json
@@ -140,9 +140,8 @@ class SkippedAudio:
 class SkippedUpdates:
     """Updates whose loss or gradient is not finite: not taken, listed, and too many in a row end the run.
 
-    A line of `non_finite_updates.jsonl` has `step`, `loss`, `grad_norm` and `ids`: the utterances of the micro-batches
-    whose own loss was not finite, or of all where that does not tell them apart. An overflow under fp16's loss scaler
-    says nothing of the audio: it is counted, not listed.
+    The `ids` of a line are the utterances of the micro-batches whose own loss was not finite, or of all where that does
+    not tell them apart. An overflow under fp16's loss scaler says nothing of the audio: it is counted, not listed.
     """
 
     def __init__(self, args, accelerator: Accelerator, table, first_step: int = 0):
@@ -184,9 +183,8 @@ class SkippedUpdates:
     def _advice(self) -> str:
         rows = f"{len(self.row)} updates in a row ({self.row[0]} to {self.row[-1]})"
         found = f"{rows} had no finite loss or gradient and were not taken"
-        way_out = "lower --learning_rate or set --max_grad_norm"
-        if self.accelerator.mixed_precision == "fp16":
-            way_out += ", or use bf16 or fp32 in place of fp16"
+        is_half = self.accelerator.mixed_precision == "fp16"
+        way_out = "lower --learning_rate or set --max_grad_norm" + ", or use bf16 or fp32 in place of fp16" * is_half
         if not self.named:
             return f"{found}: fp16 overflowed at every loss scale; {way_out}"
         ids = [name for name, _ in self.named.most_common(NUM_NAMED)]

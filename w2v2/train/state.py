@@ -56,12 +56,8 @@ class RunState:
             for name in ("skipped_updates", "micro_batch_seconds", "num_processes"):
                 setattr(state, name, saved.get(name, getattr(state, name)))
             if state.step > state.max_steps:
-                advice = (
-                    "give as many at least, or start from its weights (--model_name_or_path) in another --output_dir"
-                )
-                raise UserError(
-                    f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already; {advice}"
-                )
+                found = f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already"
+                raise UserError(f"{found}; give as many at least, or start from its weights with --model_name_or_path")
             if state.position >= state.num_utterances:
                 state.epoch, state.position = state.epoch + 1, 0
         return state
@@ -132,8 +128,7 @@ class Totals:
 
     sums: PretrainSums | None = None
     counts: Counts = Counts()
-    # This rank's, for when something went wrong: utterances that could not be read, and each real micro-batch with its
-    # own loss, (), on the device (without the diversity term, which may be the whole batch's).
+    # This rank's: what could not be read, and each real micro-batch with its own loss, (), without the diversity term.
     skipped: list[dict] = field(default_factory=list)
     losses: list[tuple[MicroBatchPlan, torch.Tensor]] = field(default_factory=list)
 
@@ -148,7 +143,8 @@ class Totals:
         )
         sums = PretrainSums(*(x.detach() for x in sums))
         self.skipped += batch.skipped
-        self.losses += [(batch.plan, sums.contrastive + sums.penalty)] * is_real
+        if is_real:
+            self.losses.append((batch.plan, sums.contrastive + sums.penalty))
         self.sums = sums if self.sums is None else PretrainSums(*(a + b for a, b in zip(self.sums, sums, strict=True)))
         self.counts = Counts(*(a + b for a, b in zip(self.counts, counts, strict=True)))
 
