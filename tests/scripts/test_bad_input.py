@@ -36,17 +36,8 @@ def finished(corpus):
 
 
 def flags(corpus, output_dir, **changes):
-    values = dict(
-        train_data=corpus / "train.csv",
-        config_name=corpus / "model",
-        output_dir=output_dir,
-        batch_hours=0.002,
-        micro_batch_seconds=8,
-        max_steps=1,
-        dataloader_num_workers=0,
-        report_to="none",
-        use_cpu=True,
-    )
+    values = dict(train_data=corpus / "train.csv", config_name=corpus / "model", output_dir=output_dir, max_steps=1)
+    values |= dict(batch_hours=0.002, micro_batch_seconds=8, dataloader_num_workers=0, report_to="none", use_cpu=True)
     return [f"--{name}={value}" for name, value in (values | changes).items() if value is not None]
 
 
@@ -84,25 +75,14 @@ def test_the_script_itself_exits_with_2_and_one_line(corpus, tmp_path):
     [
         ("train_data", None, "is required"),
         ("output_dir", None, "is required"),
-        ("max_steps", "many", ""),
-        ("batch_hours", 0, ""),
         ("batch_hours", 0.0005, "raise it"),  # smaller than an utterance
-        ("seed", -1, ""),
         ("seed", 2**40, ""),
-        ("dataloader_num_workers", -1, ""),
         ("mask_time_length", 0, ""),
         ("warmup_steps", -5, ""),
         ("diversity_scope", "world", ""),
-        ("logging_steps", 0, ""),
-        ("save_total_limit", -1, ""),
-        ("dataloader_prefetch_factor", 0, ""),
-        ("max_non_finite_updates", 0, ""),
-        ("collapse_window_steps", 0, ""),
-        ("collapse_action", "panic", ""),
         ("micro_batch_seconds", 1, "--crop_seconds"),  # smaller than a crop
         ("config_overrides", "hiden_size=3", "hiden_size"),
         ("config_overrides", "hidden_size=wide", "hidden_size"),
-        ("config_overrides", "hidden_size", "hidden_size"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_its_flag(refused, name, value, named):
@@ -110,13 +90,7 @@ def test_a_value_that_cannot_be_is_refused_by_its_flag(refused, name, value, nam
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (None, ""),
-        ("", ""),
-        ("audio,duration\n", ""),
-        ("voice,colour\na,b\n", "voice, colour"),
-    ],
+    ("content", "named"), [(None, ""), ("", ""), ("audio,duration\n", ""), ("voice,colour\na,b\n", "voice, colour")]
 )
 def test_a_manifest_without_utterances_is_refused(refused, tmp_path, content, named):
     if content is not None:
@@ -195,13 +169,8 @@ def save_torn(folder):
 )
 def test_a_model_to_start_from_that_is_none(refused, tmp_path, save, named):
     save(tmp_path / "model")
-    refused(
-        tmp_path / "model",
-        named,
-        config_name=None,
-        model_name_or_path=tmp_path / "model",
-        config_overrides="hidden_size=32",
-    )
+    start = dict(config_name=None, model_name_or_path=tmp_path / "model", config_overrides="hidden_size=32")
+    refused(tmp_path / "model", named, **start)
 
 
 def test_checkpoint_to_resume_that_is_none(finished, refused, tmp_path):

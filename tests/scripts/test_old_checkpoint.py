@@ -17,20 +17,10 @@ NOISE = dict.fromkeys(
 
 def test_an_old_checkpoint_has_the_same_next_updates(tmp_path):
     output_dir = tmp_path / "output"
-    config = write_recipe(
-        tmp_path,
-        NOISE | {"layerdrop": 0.2},
-        output_dir=str(output_dir),
-        data_root=str(tmp_path),
-        batch_hours=0.004,
-        micro_batch_seconds=8.0,
-        crop_seconds=2.0,
-        mask_time_length=5,
-        max_steps=8,
-        eval_steps=4,
-        report_to=["none"],
-        dataloader_num_workers=0,
-    )
+    values = dict(output_dir=str(output_dir), data_root=str(tmp_path), batch_hours=0.004, micro_batch_seconds=8.0)
+    values |= dict(crop_seconds=2.0, mask_time_length=5, max_steps=8, eval_steps=4)
+    values |= dict(report_to=["none"], dataloader_num_workers=0)
+    config = write_recipe(tmp_path, NOISE | {"layerdrop": 0.2}, **values)
     shutil.copytree(OLD, output_dir)
     assert run_here(pretrain.main, config, "--resume_from_checkpoint", "auto") == 0
     found, expected = read_metrics(output_dir / "metrics.jsonl"), read_metrics(OLD / "metrics.jsonl")

@@ -30,25 +30,15 @@ TRAINING_KEYS = set(
     "data_wait_fraction cropped_fraction padded_fraction distractors_left code_entropy skipped_audio skipped_updates "
     "num_processes".split()
 )
-PLAN_KEYS = set(
-    "utterances hours dropped batch_hours micro_batches_per_update updates_per_epoch epochs warnings".split()
-)
+PLAN_KEYS = {"utterances", "hours", "dropped", "batch_hours", "micro_batches_per_update", "updates_per_epoch"}
+PLAN_KEYS |= {"epochs", "warnings"}
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    return write_recipe(
-        tmp_path_factory.mktemp("pretrain"),
-        NOISY,
-        batch_hours=BATCH_HOURS,
-        micro_batch_seconds=MICRO_BATCH_SECONDS,
-        max_steps=STEPS,
-        eval_steps=6,
-        save_steps=SAVE_STEPS,
-        dataloader_num_workers=0,
-        report_to=["tensorboard"],
-        use_cpu=True,
-    )
+    values = dict(batch_hours=BATCH_HOURS, micro_batch_seconds=MICRO_BATCH_SECONDS, max_steps=STEPS, eval_steps=6)
+    values |= dict(save_steps=SAVE_STEPS, dataloader_num_workers=0, report_to=["tensorboard"], use_cpu=True)
+    return write_recipe(tmp_path_factory.mktemp("pretrain"), NOISY, **values)
 
 
 @pytest.fixture(scope="module")

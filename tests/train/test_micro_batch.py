@@ -3,7 +3,6 @@ rank.
 """
 
 import copy
-import json
 import math
 from types import SimpleNamespace
 
@@ -12,11 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from conftest import make_batch, run_here, tiny_config, write_recipe
+from conftest import make_batch, tiny_config
 from transformers import Wav2Vec2FeatureExtractor
 from two_ranks import NOISY, settings
 
-import pretrain
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
 from w2v2.data.collate import build_batch
@@ -238,19 +236,3 @@ def test_a_cpu_takes_a_minute_and_tries_nothing(trial, monkeypatch, longest, sha
     seconds, finding = fit(trial, share)
     assert seconds == crops * longest and finding.startswith(f"{seconds:.1f} s, not tried on a CPU; ")
     assert ("share of an effective batch" if share == crops else "60 s are enough") in finding
-
-
-def test_a_run_with_auto_equals_one_given_the_number(tmp_path, monkeypatch):
-    def tried(trial, share):
-        trial.run(2)
-        return 2 * trial.longest / SAMPLING_RATE, "tried"
-
-    monkeypatch.setattr(micro_batch, "fit", tried)
-    flags = dict(batch_hours=0.002, max_steps=2, report_to=["none"], dataloader_num_workers=0, use_cpu=True)
-    config, seconds, weights = write_recipe(tmp_path, NOISY, **flags), "auto", []
-    for name in ("found", "given"):
-        folder = tmp_path / name
-        assert run_here(pretrain.main, config, "--output_dir", folder, "--micro_batch_seconds", seconds) == 0
-        seconds = json.loads((folder / "plan.json").read_text())["micro_batch_seconds"]
-        weights.append((folder / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]

@@ -8,7 +8,7 @@ import pytest
 
 from w2v2.data import batching
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.batching import Cursor, EffectiveBatches, crop_length, plan_update
+from w2v2.data.batching import Cursor, crop_length, plan_update
 from w2v2.data.utterances import Utterances
 from w2v2.train import state
 from w2v2.train.plan import build_batches, make_plan
@@ -54,13 +54,7 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     """Against every rank's own micro-batches, and the whole epoch's lengths at once."""
     args = make_args(length_grid_seconds=grid)
     samples = np.array(in_samples(lengths))
-    batches = EffectiveBatches(
-        samples,
-        batch_samples=round(0.02 * 3600 * SAMPLING_RATE),
-        crop_samples=8 * SAMPLING_RATE,
-        grid_samples=round(grid * SAMPLING_RATE),
-        seed=3,
-    )
+    batches = build_batches(Utterances(None, samples.astype(np.int32), {}), args)
     cursor, rounds, drawn, padded = Cursor(), [], [], []
     for update in range(5):
         crops, cursor = batches.draw(cursor)

@@ -75,10 +75,3 @@ def test_gumbel_temperature_decays_geometrically_to_its_floor():
         exact.append(exact[-1] * 0.999)
     assert values == pytest.approx([max(0.5, value) for value in exact])
     assert values[0] == 2.0 and values[-1] == 0.5
-
-
-def test_base_is_coldest_after_277_thousand_updates():
-    """Paper's schedule: 2 · 0.999995^n = 0.5 at n = log 4 / −log 0.999995."""
-    floor = math.log(4) / -math.log(0.999995)
-    assert gumbel_temperature(math.floor(floor), 2.0, 0.5, 0.999995) > 0.5
-    assert gumbel_temperature(math.ceil(floor), 2.0, 0.5, 0.999995) == 0.5

@@ -109,13 +109,7 @@ def test_a_whole_sharded_run_is_that_of_ddp(tmp_path):
 )
 def test_what_cannot_be_sharded_is_refused(settings, flags, said):
     plugin = FullyShardedDataParallelPlugin(**settings)
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=plugin),
-        mixed_precision="bf16",
-        parallelism_config=None,
-        num_processes=2,
-        is_main_process=True,
-    )
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16")
     args = SimpleNamespace(**(dict(gradient_compression="none", micro_batch_seconds=200.0) | flags))
     with pytest.raises(UserError, match=said):
         launch.configure_fsdp(accelerator, args)

@@ -55,16 +55,12 @@ def submit(tmp_path):
     return run
 
 
-def test_each_task_is_a_rank_with_flags_as_given(submit):
+def test_each_task_is_a_rank_with_flags_as_given(submit, tmp_path):
     status, program, asked = submit(0)
+    assert "--cpus-per-task=6" in (tmp_path / "srun.txt").read_text().splitlines()
     flags = "pretrain.py a b.yaml --seed 7 --resume_from_checkpoint auto --overwrite_output_dir false"
     assert (status, asked) == (0, "")
     assert program.splitlines() == [f"{rank} {rank} 8 node1 20123 bf16 | {flags}" for rank in range(2)]
-
-
-def test_each_task_has_the_cpus_of_the_job(submit, tmp_path):
-    submit(0)
-    assert "--cpus-per-task=6" in (tmp_path / "srun.txt").read_text().splitlines()
 
 
 def test_what_the_script_adds_takes_the_place_of_overwriting(tmp_path):
