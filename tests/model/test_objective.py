@@ -47,41 +47,32 @@ def brute_force(context, quantized, codes, draws, valid, temperature):
     return loss, correct, left
 
 
-# -- contrastive
-
-
 @pytest.mark.parametrize("num_entries", [1, 2, 3, 50])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_contrastive_loss_and_gradient_equal_brute_force(num_entries, temperature):
     for seed in range(5):
         problem = random_problem(seed, num_entries=num_entries)
         expected, correct, left = brute_force(*problem, temperature)
-        ours = contrastive_loss(*problem, temperature)
-        assert (int(ours.correct), int(ours.distractors_left)) == (correct, left)
-        assert_same_function(ours.loss, expected, problem[:2], rtol=1e-10, atol=1e-10)
+        loss, *counts = contrastive_loss(*problem, temperature)
+        assert counts == [correct, left]
+        assert_same_function(loss, expected, problem[:2], rtol=1e-10, atol=1e-10)
 
 
 def test_unused_slots_count_for_nothing():
-    context, quantized, codes, draws, valid = random_problem(4)
-    ours = contrastive_loss(context, quantized, codes, draws, valid, 0.1)
-    for tensor, gradient in zip(
-        (context, quantized), torch.autograd.grad(ours.loss, (context, quantized)), strict=True
-    ):
+    *tensors, codes, draws, valid = random_problem(4)
+    ours = contrastive_loss(*tensors, codes, draws, valid, 0.1)
+    for tensor, gradient in zip(tensors, torch.autograd.grad(ours[0], tensors), strict=True):
         assert (gradient[~valid] == 0).all() and gradient[valid].abs().max() > 0
         tensor.data[~valid] = 1e3 * torch.randn_like(tensor[~valid])
-    again = contrastive_loss(context, quantized, codes, draws, valid, 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    assert ours == contrastive_loss(*tensors, codes, draws, valid, 0.1)
 
 
 def test_opposite_vectors_at_a_low_temperature_stay_finite():
     context = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)
     codes, draws = torch.tensor([[[0], [1]]]), torch.tensor([[[1], [0]]])
-    ours = contrastive_loss(context, -context.detach(), codes, draws, torch.ones(1, 2, dtype=torch.bool), 0.025)
-    assert ours.loss.item() == pytest.approx(2 * 80)  # each positive at −1/τ, its distractor at 1/τ
-    assert torch.autograd.grad(ours.loss, context)[0].isfinite().all()
-
-
-# -- codes
+    loss, *_ = contrastive_loss(context, -context.detach(), codes, draws, torch.ones(1, 2, dtype=torch.bool), 0.025)
+    assert loss.item() == pytest.approx(2 * 80)  # each positive at −1/τ, its distractor at 1/τ
+    assert torch.autograd.grad(loss, context)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [2.0, 0.5])
@@ -119,9 +110,6 @@ def test_look_up_and_its_gradient_are_the_stock_ones():
     assert_same_function(found, stock, [weights, codevectors])
 
 
-# -- use of the codebook
-
-
 def random_logits(seed, B=4, M=9, entries=11):
     torch.manual_seed(seed)
     valid = torch.arange(M) < torch.randint(1, M + 1, (B,))[:, None]
@@ -130,50 +118,39 @@ def random_logits(seed, B=4, M=9, entries=11):
 
 def test_code_statistics_sum_over_the_masked_frames_alone():
     logits, valid = random_logits(0)
-    ours = code_statistics(logits, valid)
+    soft, hard, entropy = code_statistics(logits, valid)
     p = logits.softmax(-1)[valid]  # (masked, G, V)
-    torch.testing.assert_close(ours.soft, p.sum(0))
-    assert torch.equal(ours.hard, F.one_hot(p.argmax(-1), 11).sum(0).double())
-    torch.testing.assert_close(ours.entropy, torch.distributions.Categorical(probs=p).entropy().mean(-1).sum())
-    assert (
-        not ours.entropy.requires_grad and (torch.autograd.grad(ours.soft.pow(2).sum(), logits)[0][~valid] == 0).all()
-    )
+    torch.testing.assert_close(soft, p.sum(0))
+    assert torch.equal(hard, F.one_hot(p.argmax(-1), 11).sum(0).double())
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(probs=p).entropy().mean(-1).sum())
+    assert not entropy.requires_grad
+    assert (torch.autograd.grad(soft.pow(2).sum(), logits)[0][~valid] == 0).all()
 
 
 def test_perplexity_and_diversity_loss_are_the_stock_ones():
     logits, valid = random_logits(1)
-    num_masked = valid.sum()
-    ours = code_statistics(logits, valid)
-    p = logits.softmax(-1).flatten(0, 1)
-    stock = Wav2Vec2GumbelVectorQuantizer._compute_perplexity(p, valid)
-    torch.testing.assert_close(perplexity(ours.soft / num_masked), stock)
-    size = G * 11
-    torch.testing.assert_close(diversity_loss(ours, num_masked), (size - stock) / size * num_masked)
+    soft, num_masked, size = code_statistics(logits, valid)[0], valid.sum(), G * 11
+    stock = Wav2Vec2GumbelVectorQuantizer._compute_perplexity(logits.softmax(-1).flatten(0, 1), valid)
+    torch.testing.assert_close(perplexity(soft / num_masked), stock)
+    torch.testing.assert_close(diversity_loss(soft, num_masked), (size - stock) / size * num_masked)
+    none = diversity_loss(code_statistics(logits, valid & False)[0], num_masked * 0)
+    assert none.item() == 0.0 and (torch.autograd.grad(none, logits)[0] == 0).all()
 
 
 def test_diversity_loss_is_zero_at_even_use_most_at_collapse():
-    valid = torch.ones(1, V, dtype=torch.bool)
-    even = torch.zeros(1, V, G, V)
-    assert float(diversity_loss(code_statistics(even, valid), valid.sum())) == pytest.approx(0, abs=1e-5)
-    collapsed = code_statistics(1e3 * F.one_hot(torch.zeros(1, V, G, dtype=torch.long), V).float(), valid)
-    assert float(diversity_loss(collapsed, valid.sum())) == pytest.approx((1 - 1 / V) * V)
-
-
-def test_without_masked_frames_the_diversity_loss_is_zero():
-    logits, valid = random_logits(2)
-    loss = diversity_loss(code_statistics(logits, valid & False), valid.sum() * 0)
-    assert loss.item() == 0.0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
+    collapsed, frames = torch.eye(V)[:1].expand(G, V), torch.tensor(V)
+    assert float(diversity_loss(torch.ones(G, V), frames)) == pytest.approx(0, abs=1e-5)
+    assert float(diversity_loss(V * collapsed, frames)) == pytest.approx((1 - 1 / V) * V)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_shared_diversity_losses_add_up_to_that_of_the_whole(seed):
     logits, valid = random_logits(seed, B=6)
-    whole = code_statistics(logits, valid)
-    loss = diversity_loss(whole, valid.sum())
-    mean = whole.soft / valid.sum()
+    soft, num_masked = code_statistics(logits, valid)[0], valid.sum()
+    loss, mean = diversity_loss(soft, num_masked), soft / num_masked
     for cut in ([6], [1, 5], [2, 1, 3], [1] * 6):
         pieces = zip(logits.split(cut), valid.split(cut), strict=True)
-        total = sum(shared_diversity_loss(code_statistics(piece, used), mean, used.sum()) for piece, used in pieces)
+        total = sum(shared_diversity_loss(code_statistics(piece, used)[0], mean, used.sum()) for piece, used in pieces)
         assert_same_function(total, loss, [logits], rtol=1e-12, atol=1e-15)
 
 
@@ -182,15 +159,9 @@ def test_the_diversity_gradient_survives_unused_entries():
     logits = torch.full((1, 4, 1, 5), -500.0)
     logits[..., 0] = 500.0
     logits.requires_grad_()
-    statistics = code_statistics(logits, torch.ones(1, 4, dtype=torch.bool))
-    for loss in (
-        diversity_loss(statistics, torch.tensor(4)),
-        shared_diversity_loss(statistics, statistics.soft.detach() / 4, torch.tensor(4)),
-    ):
+    soft, frames = code_statistics(logits, torch.ones(1, 4, dtype=torch.bool))[0], torch.tensor(4)
+    for loss in (diversity_loss(soft, frames), shared_diversity_loss(soft, soft.detach() / 4, frames)):
         assert loss.isfinite() and torch.autograd.grad(loss, logits, retain_graph=True)[0].isfinite().all()
-
-
-# -- convs
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0])
@@ -207,7 +178,5 @@ def test_feature_penalty_is_mean_square_times_masked_frames():
     expected = sum((features[b, : frames[b]] ** 2).mean() * masked[b] for b in (0, 1))
     assert_same_function(feature_penalty(features, frames, masked), expected, [features])
 
-
-def test_feature_penalty_of_half_precision_does_not_overflow():
-    features = torch.full((1, 4, 3), 300.0, dtype=torch.float16)  # 300² is beyond fp16
-    assert float(feature_penalty(features, torch.tensor([4]), torch.tensor([2]))) == 180_000.0
+    half = torch.full((1, 4, 3), 300.0, dtype=torch.float16)  # 300² is beyond fp16
+    assert float(feature_penalty(half, torch.tensor([4]), torch.tensor([2]))) == 180_000.0

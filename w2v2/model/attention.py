@@ -1,14 +1,13 @@
 """Attention of utterances of different lengths, without a mask or padding, on their concatenated frames.
 
-A mask keeps the fast kernels away, and padding costs time for nothing. On a GPU in 16 bits one call of the flash kernel
-takes all utterances, whatever their lengths. Elsewhere each run of equal lengths goes to the library's kernel by
-itself. There are few runs, because micro-batches are sorted by length and lengths lie on a grid.
+A mask keeps the fast kernels away. On a GPU in 16 bits one call of the flash kernel takes utterances of any lengths.
+Elsewhere each run of equal lengths goes to the library's kernel by itself. There are few runs, because micro-batches
+are sorted by length and lengths lie on a grid.
 
 Shapes: B utterances, N frames of all of them, T frames of one, M frames of each that ask, H heads, d width of a head.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from w2v2.model.cpu import attend_in_blocks
 
 # The function behind nested tensors' `scaled_dot_product_attention`. It is differentiable and has dropout, which the
 # public `torch.nn.attention.varlen` lacks. Nested tensors would cost the host some hundred microseconds a call.
-_FLASH = getattr(getattr(torch.ops.aten, "_flash_attention_forward", None), "default", None)
+_FLASH = torch.ops.aten._flash_attention_forward.default
 
 
 class Rows(NamedTuple):
@@ -35,10 +34,7 @@ def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def attend(projections: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
-    """Attention among the frames of each utterance: query, key and value (N, 3, H, d) → (N, H, d).
-
-    `dropout` is the probability with which an attention weight is zeroed.
-    """
+    """Attention among the frames of each utterance: query, key and value (N, 3, H, d) → (N, H, d)."""
     if takes_any_lengths(projections):
         bounds = rows.bounds, max(rows.lengths)
         return _flash(*projections.unbind(1), bounds, bounds, dropout)
@@ -63,19 +59,11 @@ def attend_from(query: torch.Tensor, keys_values: torch.Tensor, rows: Rows, drop
 
 def takes_any_lengths(x: torch.Tensor) -> bool:
     """Whether the flash kernel takes (…, H, d) of different lengths: in 16 bits, on an NVIDIA GPU since Ampere."""
-    return (
-        x.device.type == "cuda"
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.shape[-1] % 8 == 0
-        and x.shape[-1] <= 192  # not every device has the backward pass of wider ones
-        and _has_flash(x.device)
-    )
-
-
-@cache
-def _has_flash(device: torch.device) -> bool:
-    is_built = torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
-    return _FLASH is not None and is_built and torch.cuda.get_device_capability(device) >= (8, 0)
+    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    # Not every device has the backward pass of wider heads.
+    fits = x.shape[-1] % 8 == 0 and x.shape[-1] <= 192 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return fits and torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
 
 
 def _flash(query, key, value, asking, attended, dropout) -> torch.Tensor:

@@ -50,7 +50,7 @@ class _Linear(torch.autograd.Function):
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    """As `F.dropout`, from torch's generator of the device; on a CPU p is rounded to a multiple of 2⁻¹⁶."""
+    """As `F.dropout`; on a CPU p is rounded to a multiple of 2⁻¹⁶."""
     if not training or p == 0.0:
         return x
     if x.device.type != "cpu" or p == 1.0 or torch.compiler.is_compiling():
@@ -74,10 +74,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def draw_kept(kept: torch.Tensor, p: float) -> None:
-    """Fill `kept` (n, …), a bool tensor, with what dropout of probability p leaves: true with probability 1 − p.
-
-    Rows are drawn one after the other, so it does not matter how many of them are drawn in one call.
-    """
+    """Fill `kept` (n, …), a bool tensor, with true with probability 1 − p; row by row, however many in one call."""
     # PyTorch's Bernoulli generator takes about 5 ns an element. Here each 64-bit draw holds four decisions of 16 bits.
     number = kept[0].numel()
     draws = torch.empty(len(kept), -(-number // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -86,19 +83,15 @@ def draw_kept(kept: torch.Tensor, p: float) -> None:
 
 
 def attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Attention with dropout, for which the library has no fused kernel on a CPU.
-
-    Query (B, H, M, d), key and value (B, H, T, d) → (B, H, M, d).
-    """
+    """Query (B, H, M, d), key and value (B, H, T, d) → (B, H, M, d), with dropout: no library has a kernel for it."""
     return _AttentionInBlocks.apply(query, key, value, dropout)
 
 
 class _AttentionInBlocks(torch.autograd.Function):
     """Computes as many heads at a time as there are threads, so that their weights stay in the cache.
 
-    As in flash attention (Dao et al., 2022, algorithm 4), the backward pass computes the weights again. The softmax's
-    gradient needs only D = (output · its gradient) of each query. Beside the inputs, one byte a weight is kept: whether
-    it was dropped.
+    As in flash attention (Dao et al., 2022, algorithm 4), the backward pass computes the weights again. One byte a
+    weight is kept: whether it was dropped.
     """
 
     @staticmethod
@@ -108,7 +101,7 @@ class _AttentionInBlocks(torch.autograd.Function):
         query, key, value = (x.reshape(B * H, -1, d) for x in (query * d**-0.5, key, value))
         out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
         for heads, (p, f) in _blocks(query, key, 2):
-            _softmax_scores(query[heads], key[heads], p)
+            torch.softmax(torch.bmm(query[heads], key[heads].transpose(1, 2), out=p), -1, out=p)
             draw_kept(kept[heads], dropout)
             torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
         out *= 1.0 / (1.0 - dropout)
@@ -126,7 +119,7 @@ class _AttentionInBlocks(torch.autograd.Function):
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for heads, (p, dp, f) in _blocks(query, key, 3):
             # 1. The weights again, and which of them were kept.
-            _softmax_scores(query[heads], key[heads], p)
+            torch.softmax(torch.bmm(query[heads], key[heads].transpose(1, 2), out=p), -1, out=p)
             f.copy_(kept[heads])
             # 2. Through dropout and softmax to the gradient of the scores.
             torch.bmm(scaled[heads], value[heads].transpose(1, 2), out=dp)
@@ -147,16 +140,11 @@ def _blocks(query: torch.Tensor, key: torch.Tensor, number: int):
         yield slice(first, first + together), [x[: len(query) - first] for x in buffers]
 
 
-def _softmax_scores(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
-    torch.bmm(query, key.transpose(1, 2), out=out)
-    torch.softmax(out, -1, out=out)
-
-
 def keep_freed() -> None:
     """Let the C library (glibc) keep what a micro-batch freed for the next one, as a GPU's allocator does.
 
-    By default it maps, clears and unmaps every activation. The largest ones still come and go, because they would leave
-    the largest gaps. Micro-batches of many lengths make the heap grow all the same: call `give_back` from time to time.
+    By default it maps, clears and unmaps every activation. Micro-batches of many lengths leave gaps: call `give_back`
+    from time to time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:

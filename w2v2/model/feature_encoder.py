@@ -1,18 +1,14 @@
 """The convolutional feature encoder as matrix products on flat, channels-last memory.
 
 Every layer after the first halves the frame rate. With rows of 320 · n samples all rows and layers tile one matrix
-without gaps. A layer is the matrix of its input's frame *pairs* times its weight. A kernel of three adds the next
-pair's first frame. One frame a row comes out wrong, because it looks into the next row. It lies past the row's end and
-feeds only such frames.
+without gaps: a layer is the matrix of its input's frame *pairs* times its weight. A kernel of three adds the next
+pair's first frame. One frame a row looks into the next row. It lies past the row's end and feeds only such frames.
 
-BASE's group norm over time is folded into the first convolution. Mean and variance of a linear map's output are exact
-functions of the mean μ and covariance Σ of its input windows: var = wᵀΣw. Both are taken over each row's own windows,
-so padding changes nothing.
-
-LARGE's layer norms are over the channels, which lie side by side here. The stock layers transpose twice for each.
+Padding changes nothing: BASE's group norm is folded into the first convolution with the statistics of each row's own
+frames. Only the stock modules' parameters are used.
 
 Shapes: B utterances, S samples (a multiple of the stride), T frames, N frames of all rows, C channels in, O channels
-out, k taps. Only the stock modules' parameters are used.
+out, k taps.
 """
 
 import torch
@@ -23,23 +19,20 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncode
 
 from w2v2.data.masking import latent_lengths, least_samples
 from w2v2.model.cpu import linear, product
+from w2v2.model.transformer import norm
 
 
 def is_flat(config) -> bool:
     """Whether the flat layout holds: strides of 2 after the first, kernels of 2 or 3, no bias under a group norm."""
-    first_kernel, first_stride = config.conv_kernel[0], config.conv_stride[0]
-    return (
-        (config.feat_extract_norm == "layer" or not config.conv_bias)
-        and first_stride < first_kernel <= 2 * first_stride
-        and all(s == 2 for s in config.conv_stride[1:])
-        and all(k in (2, 3) for k in config.conv_kernel[1:])
-    )
+    (kernel, *kernels), (stride, *strides) = config.conv_kernel, config.conv_stride
+    has_biased_norm = config.feat_extract_norm == "group" and config.conv_bias
+    return stride < kernel <= 2 * stride and set(strides) <= {2} and set(kernels) <= {2, 3} and not has_biased_norm
 
 
 class _PairsWithNext(torch.autograd.Function):
     """Convolution of kernel 3 and stride 2 on a flat (N, C) matrix, N even, as two products without copies: (N/2, O).
 
-    It is written by hand because the two products read overlapping views, and autograd would hold a gradient of each.
+    The two read overlapping views, and autograd would hold a gradient of each.
     """
 
     @staticmethod
@@ -64,42 +57,42 @@ class _PairsWithNext(torch.autograd.Function):
         return d_pairs.view(-1, channels), d_weight  # (N/2, 2 · C) -> (N, C)
 
 
-def _halve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """One convolution of stride 2 and kernel 2 or 3 on a flat (N, C) matrix → (N/2, O)."""
-    if weight.shape[-1] == 3:
-        return _PairsWithNext.apply(x, weight)
-    return linear(x.view(len(x) // 2, -1), weight.transpose(1, 2).flatten(1))
-
-
 def _windows(waveforms_BS: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
     """Input windows of the first convolution, (B, S / stride, k): a view."""
     B, S = waveforms_BS.shape
     return F.pad(waveforms_BS, (0, stride)).as_strided((B, S // stride, kernel), (S + stride, stride, 1))
 
 
+def inside_rows(counts_B: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, size) bool: the first slots of each row, as many as it has of its own."""
+    return torch.arange(size, device=counts_B.device) < counts_B[:, None]
+
+
 def _fold_norm(windows: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, ...]:
-    """First convolution and group norm as one affine map a row: weight (B, C, k) and offset (B, C), in float64."""
-    conv, norm = layer.conv, layer.layer_norm
+    """First convolution and group norm as one affine map a row: weight (B, C, k) and offset (B, C), in float64.
+
+    A linear map w of windows with mean μ and covariance Σ has the mean wᵀμ and the variance wᵀΣw.
+    """
+    conv, group_norm = layer.conv, layer.layer_norm
     with torch.no_grad():
         count = latent_lengths(num_samples_B, conv.kernel_size, conv.stride)  # (B,)
-        inside = torch.arange(windows.shape[1], device=count.device) < count[:, None]
-        u = torch.where(inside[..., None], windows.double(), 0.0)  # (B, T, k)
+        inside = inside_rows(count, windows.shape[1])[..., None]
+        u = torch.where(inside, windows.double(), 0.0)  # (B, T, k)
         mean = u.sum(1) / count[:, None]  # (B, k)
-        centred = torch.where(inside[..., None], u - mean[:, None], 0.0)
+        centred = torch.where(inside, u - mean[:, None], 0.0)
         covariance = centred.transpose(1, 2) @ centred / count[:, None, None]  # (B, k, k)
     weight = conv.weight[:, 0].double()  # (C, k)
     variance = torch.einsum("ck,bkl,cl->bc", weight, covariance, weight)
-    gain = torch.rsqrt(variance + norm.eps) * norm.weight.double()  # (B, C)
+    gain = torch.rsqrt(variance + group_norm.eps) * group_norm.weight.double()  # (B, C)
     folded = gain[:, :, None] * weight  # (B, C, k)
-    return folded, norm.bias.double() - (folded * mean[:, None]).sum(-1)
+    return folded, group_norm.bias.double() - (folded * mean[:, None]).sum(-1)
 
 
 def _affine(windows: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """windows (B, T, k) times weight (B, C, k) plus offset (B, C) → (B, T, C) in `dtype`.
 
     A 16-bit type alone would round the waveform and the folded weights away. So its product is over the high and low
-    half of each, [x_hi x_lo x_hi 1 1] · [w_hi w_hi w_lo b_hi b_lo], which carries twice the bits (and is 32 wide for
-    ten taps).
+    half of each, [x_hi x_lo x_hi 1 1] · [w_hi w_hi w_lo b_hi b_lo], which carries twice the bits.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return torch.baddbmm(offset[:, None].to(dtype), windows.to(dtype), weight.transpose(1, 2).to(dtype))
@@ -114,10 +107,7 @@ def _affine(windows: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor, d
 
 
 def flat_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
-    """Latent frames (B, T, C) of the feature encoder; each row as if it were alone. Under autocast in its type.
-
-    Frames past a row's end are garbage.
-    """
+    """Latent frames (B, T, C) of each row as if it were alone, in autocast's type; past a row's end they are garbage."""
     layers, device = extractor.conv_layers, waveforms_BS.device.type
     first = layers[0]
     kernel, first_stride = first.conv.kernel_size[0], first.conv.stride[0]
@@ -138,7 +128,11 @@ def flat_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extra
         B, frames, channels = x.shape
         x = x.reshape(B * frames, channels)
         for layer in layers[1:]:
-            x = _halve(x, layer.conv.weight.to(dtype))
+            weight = layer.conv.weight.to(dtype)  # (O, C, 2 or 3)
+            if weight.shape[-1] == 3:
+                x = _PairsWithNext.apply(x, weight)
+            else:
+                x = linear(x.view(len(x) // 2, -1), weight.transpose(1, 2).flatten(1))
             if layer.conv.bias is not None:
                 x = x + layer.conv.bias.to(dtype)
             x = _activate(x, layer)
@@ -146,30 +140,25 @@ def flat_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extra
 
 
 def _activate(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Layer norm over the channels, if the layer has one, and activation. The norm's statistics are float32 inside."""
-    norm = getattr(layer, "layer_norm", None)
-    if norm is not None:
-        x = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-    return layer.activation(x)
+    """Layer norm over the channels, if the layer has one, and activation."""
+    return layer.activation(norm(layer.layer_norm, x) if hasattr(layer, "layer_norm") else x)
 
 
 def stock_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
-    """Latent frames (B, T, C) through the stock layers, for configurations that are not flat.
-
-    A group norm takes its statistics over each row's own frames.
-    """
+    """The same through the stock layers, for configurations that are not flat."""
     x, layers = waveforms_BS[:, None], list(extractor.conv_layers)
     has_group_norm = isinstance(getattr(layers[0], "layer_norm", None), nn.GroupNorm)
     if has_group_norm and not bool((num_samples_B == waveforms_BS.shape[1]).all()):
+        # The group norm takes its statistics over each row's own frames.
         first = layers.pop(0)
-        norm = first.layer_norm
         x = first.conv(x)  # (B, 1, S) -> (B, C, T)
-        count = latent_lengths(num_samples_B, first.conv.kernel_size, first.conv.stride)[:, None, None]
-        inside = torch.arange(x.shape[-1], device=x.device) < count  # (B, 1, T)
+        count = latent_lengths(num_samples_B, first.conv.kernel_size, first.conv.stride)
+        inside, count = inside_rows(count, x.shape[-1])[:, None], count[:, None, None]
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         mean = torch.where(inside, x, 0.0).sum(-1, keepdim=True) / count
         variance = torch.where(inside, x - mean, 0.0).pow(2).sum(-1, keepdim=True) / count
-        x = (x - mean) * torch.rsqrt(variance + norm.eps) * norm.weight[:, None] + norm.bias[:, None]
+        gain, bias = first.layer_norm.weight[:, None], first.layer_norm.bias[:, None]
+        x = (x - mean) * torch.rsqrt(variance + first.layer_norm.eps) * gain + bias
         x = first.activation(torch.where(inside, x, 0.0))
     for layer in layers:
         x = layer(x)
@@ -187,11 +176,7 @@ def min_samples(config: Wav2Vec2Config) -> int:
 
 
 class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
-    """The stock convs and their parameters, but each row comes out as if it were alone in the batch.
-
-    BASE's first conv is group-normed over time, so in the stock encoder padding changes every frame. Word error rates
-    would depend on the batch size, and training would differ from inference.
-    """
+    """The stock convs, but each row comes out as if alone; stock group norm over time lets padding change all frames."""
 
     num_samples: torch.Tensor | None = None  # (B,) of the batch at hand; None: no padding
 
@@ -202,8 +187,8 @@ class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         B, S = input_values.shape
-        whole = torch.full((B,), S, device=input_values.device)
-        features = self._features(input_values, whole if self.num_samples is None else self.num_samples, self)
+        num_samples = torch.full((B,), S, device=input_values.device) if self.num_samples is None else self.num_samples
+        features = self._features(input_values, num_samples, self)
         return features[:, : num_frames(self.config, S)].transpose(1, 2)  # (B, T, C) -> (B, C, T)
 
 

@@ -53,9 +53,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# -- configurations
-
-
 def load_config(model_name_or_path: str | None, config_name: str | None, **changes) -> Wav2Vec2Config:
     """Configuration of the pretrained model, or of the random one, with `changes`."""
     flag, source = ("model_name_or_path", model_name_or_path) if model_name_or_path else ("config_name", config_name)
@@ -65,8 +62,8 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         # A strict dataclass says what is wrong in its second line. Others advise there to run the folder's own code.
         reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
-        absent = "no such folder or Hub id, or its configuration cannot be read"
-        raise UserError(f"{where}: {absent} ({reason[:300]})") from None
+        wrong = "no such folder or Hub id, or its configuration cannot be read"
+        raise UserError(f"{where}: {wrong} ({reason[:300]})") from None
     if not isinstance(config, Wav2Vec2Config):
         raise UserError(f"{where}: this is a {config.model_type} model; a wav2vec2 one is needed")
 
@@ -79,10 +76,8 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
     _check_sizes(config, where)
     config.update(changes)
     if config.mask_feature_prob > 0 and config.mask_feature_length > config.hidden_size:
-        raise UserError(
-            f"--mask_feature_length {config.mask_feature_length} is more than the model's width, {config.hidden_size}: "
-            "lower it, or set --mask_feature_prob 0"
-        )
+        wrong = f"--mask_feature_length {config.mask_feature_length} is more than the model's width"
+        raise UserError(f"{wrong}, {config.hidden_size}: lower it, or set --mask_feature_prob 0")
     return config
 
 
@@ -107,10 +102,8 @@ def _check_sizes(config: Wav2Vec2Config, where: str) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * (convs + positions + layers + codebook) > memory:
         largest = max(sizes, key=sizes.get)
-        raise UserError(
-            f"{where}: {largest} is {str(sizes[largest])[:60]}: "
-            f"the weights take more than this machine's {memory / 1e9:,.0f} GB"
-        )
+        wrong = f"{where}: {largest} is {str(sizes[largest])[:60]}"
+        raise UserError(f"{wrong}: the weights take more than this machine's {memory / 1e9:,.0f} GB")
 
 
 def build_config(args) -> Wav2Vec2Config:
@@ -140,17 +133,12 @@ def check_same_architecture(config: Wav2Vec2Config, checkpoint: Path) -> None:
     ours, theirs = (json.loads(c.to_json_string(use_diff=False)) for c in (config, load_config(str(checkpoint), None)))
     for key in ARCHITECTURE:
         if ours[key] != theirs[key]:
-            raise UserError(
-                f"checkpoint {checkpoint} is of another architecture: its {key} is {theirs[key]}, this run's is "
-                f"{ours[key]}; resume with the run's own configuration"
-            )
-
-
-# -- weights
+            wrong = f"checkpoint {checkpoint} is of another architecture: its {key} is {theirs[key]}"
+            raise UserError(f"{wrong}, this run's is {ours[key]}; resume with the run's own configuration")
 
 
 def make_model(model_class: type[PreTrainedModel], config: Wav2Vec2Config) -> PreTrainedModel:
-    """A model of random weights. Raises UserError for an activation, norm or dropout that does not exist."""
+    """A model of random weights. Raises UserError where `config` makes none."""
     try:
         return model_class(config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -163,11 +151,9 @@ def load_with_head(
 ) -> PreTrainedModel:
     """`model_class` with pretrained weights below and a new, random head, or all random where `source` is None.
 
-    The quantizer and projections of pretraining are left behind.
-
     Args:
-        head: what is new, even if the folder was fine-tuned before. Modules get their values here. A single parameter
-            may be missing, and is the caller's to fill.
+        head: what is new, even if the folder was fine-tuned before. Modules get their values here; a parameter that is
+            missing is the caller's to fill.
     """
     if source is None:
         return make_model(model_class, config)
@@ -181,11 +167,8 @@ def load_with_head(
 def load_weights(
     model_class: type[PreTrainedModel], source: str, config: Wav2Vec2Config, head: tuple[str, ...] | None = None
 ) -> PreTrainedModel:
-    """Model with the weights in `source`, which have to fit `config`: any key that does not raises `UserError`.
-
-    Args:
-        head: beginnings of keys that may be missing or of another shape. Without a head the model is one to pretrain,
-            and may take over some of the layers.
+    """Model with the weights in `source`. Raises UserError for a key that does not fit `config`, unless it begins as one
+    of `head`. A model to pretrain has no head, and may take over some of the layers.
     """
     folder, verbosity = locate(source), transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of keys becomes our error below
@@ -215,9 +198,6 @@ def load_weights(
             what = f"{problem} {len(keys)} weights, such as {keys[0]}"
             raise UserError(f"{source} is of another architecture than the configuration: it {what}{hint}")
     return model
-
-
-# -- waveforms
 
 
 def load_feature_extractor(source: str, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:

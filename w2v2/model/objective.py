@@ -7,26 +7,8 @@ Shapes: B utterances, T latent frames, M masked frames of the row that has most,
 entries of a group, D width, d width of a codevector. `valid_BM` says which of the M slots hold a masked frame.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-
-
-class Contrast(NamedTuple):
-    """Sums over masked frames."""
-
-    loss: torch.Tensor  # () cross-entropy, equation 3
-    correct: torch.Tensor  # () frames whose positive beats every distractor
-    distractors_left: torch.Tensor  # () distractors that are not the positive's own code
-
-
-class CodeStatistics(NamedTuple):
-    """Sums over masked frames of what the quantizer chose."""
-
-    soft: torch.Tensor  # (G, V) softmax of the logits, without noise; carries the gradient
-    hard: torch.Tensor  # (G, V) how often each entry is the most likely one
-    entropy: torch.Tensor  # () entropy of the softmax in nats, averaged over groups
 
 
 def scale_gradient(x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -61,8 +43,10 @@ def look_up(weights_BMGV: torch.Tensor, codevectors: torch.Tensor) -> torch.Tens
     return torch.einsum("bmgv,gvd->bmgd", weights_BMGV, by_group).flatten(2)  # one small product a group
 
 
-def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeStatistics:
-    """Use of the codebook over the valid frames."""
+def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Sums over the valid frames: softmax of the logits without noise (G, V), which carries the gradient; how often each
+    entry is the most likely one (G, V); and the softmax's entropy () in nats, averaged over groups.
+    """
     weight = valid_BM.to(logits_BMGV.dtype)
     log_p = logits_BMGV.log_softmax(-1)
     p = log_p.exp()
@@ -70,7 +54,7 @@ def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> CodeSt
     entry = logits_BMGV.argmax(-1).flatten(0, 1).T  # (B, M, G) -> (G, B · M)
     hard.scatter_add_(1, entry, weight.flatten().expand_as(entry))
     entropy = -(p * log_p).detach().sum(-1).mean(-1)  # (B, M)
-    return CodeStatistics(torch.einsum("bmgv,bm->gv", p, weight), hard, (entropy * weight).sum())
+    return torch.einsum("bmgv,bm->gv", p, weight), hard, (entropy * weight).sum()
 
 
 def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
@@ -80,24 +64,23 @@ def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
     return torch.exp(-torch.xlogy(mean_GV, floored).sum(-1)).sum()
 
 
-def diversity_loss(statistics: CodeStatistics, num_masked: torch.Tensor) -> torch.Tensor:
+def diversity_loss(soft_GV: torch.Tensor, num_masked: torch.Tensor) -> torch.Tensor:
     """(G·V − perplexity) / (G·V), times the masked frames (equation 4 in the form of fairseq and `transformers`)."""
-    size = statistics.soft.numel()
-    return (size - perplexity(statistics.soft / num_masked.clamp_min(1))) / size * num_masked
+    size = soft_GV.numel()
+    return (size - perplexity(soft_GV / num_masked.clamp_min(1))) / size * num_masked
 
 
-def shared_diversity_loss(statistics: CodeStatistics, mean_GV: torch.Tensor, num_masked: torch.Tensor) -> torch.Tensor:
+def shared_diversity_loss(soft_GV: torch.Tensor, mean_GV: torch.Tensor, num_masked: torch.Tensor) -> torch.Tensor:
     """A micro-batch's share in the diversity loss of the effective batch, whose mean code distribution is `mean_GV`.
 
     Its value is the whole's loss times this micro-batch's masked frames. The loss is linearised at the known mean, so
     the shares' gradients add up to the gradient of `diversity_loss` on the whole.
     """
-    size = mean_GV.numel()
     with torch.enable_grad():
         mean = mean_GV.detach().requires_grad_(True)
-        loss = (size - perplexity(mean)) / size
+        loss = (mean.numel() - perplexity(mean)) / mean.numel()
         slope = torch.autograd.grad(loss, mean)[0]  # (G, V)
-    share = (slope * statistics.soft).sum()
+    share = (slope * soft_GV).sum()
     return loss.detach() * num_masked + share - share.detach()
 
 
@@ -108,12 +91,15 @@ def contrastive_loss(
     distractors_BMK: torch.Tensor,
     valid_BM: torch.Tensor,
     temperature: float,
-) -> Contrast:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tell the true quantized frame from its distractors by cosine similarity over the temperature τ (equation 3).
 
     All candidates are masked frames of the same utterance: `distractors_BMK` says which of them each frame draws. So
     their similarities are one M × M product a row, and the K draws of a frame are counts on its columns. A distractor
     with the positive's own codes is left out, as in fairseq and `transformers`.
+
+    Returns: sums over masked frames of the cross-entropy, of frames whose positive beats every distractor, and of
+    distractors left.
     """
     # 1. Similarities S of every masked frame to every candidate.
     context, quantized = F.normalize(context_BMD, dim=-1, eps=1e-8), F.normalize(quantized_BMD, dim=-1, eps=1e-8)
@@ -126,8 +112,7 @@ def contrastive_loss(
     other_code = (codes_BMG[:, :, None] != codes_BMG[:, None]).any(-1)  # (B, M, M)
     draws = draws * other_code
 
-    # 3. Log of the sum of exponentials, with the positive as a candidate. S ≤ 1/τ, so relative to 1/τ it cannot
-    # overflow.
+    # 3. Log of the sum of exponentials, with the positive as a candidate. Relative to 1/τ ≥ S it cannot overflow.
     candidates = draws + torch.eye(draws.shape[-1], dtype=draws.dtype, device=draws.device)
     ceiling = 1.0 / temperature
     log_sum = ((similarity - ceiling).exp() * candidates).sum(-1).log() + ceiling  # (B, M)
@@ -137,11 +122,8 @@ def contrastive_loss(
     correct = (positive.detach() > best_distractor) & best_distractor.isfinite()
 
     weight = valid_BM.to(similarity.dtype)
-    return Contrast(
-        torch.where(valid_BM, log_sum - positive, 0.0).sum(),
-        (correct & valid_BM).sum().to(similarity.dtype),
-        (draws.sum(-1) * weight).sum(),
-    )
+    loss = torch.where(valid_BM, log_sum - positive, 0.0).sum()
+    return loss, (correct & valid_BM).sum().to(similarity.dtype), (draws.sum(-1) * weight).sum()
 
 
 def feature_penalty(features_BTD: torch.Tensor, frames_B: torch.Tensor, masked_B: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """`Wav2Vec2ForPreTraining` with a forward pass of its own: same parameters, same keys, stock weights in and out.
 
-The stock forward computes quantizer and loss for all frames, then ignores most of them. This one computes them for
-masked frames only. Nothing sees padding, so the loss of a micro-batch is the sum of the stock model's losses on each of
-its utterances alone.
+The stock forward computes quantizer and loss for all frames, this one for masked frames only. Nothing sees padding, so
+the loss of a micro-batch is the sum of the stock model's losses on each of its utterances alone.
 
 Shapes: B utterances, S samples, T latent frames of the longest, N frames of all of them, M masked frames of the row
 that has most, C conv channels, D width, G codebook groups, V entries of a group.
@@ -20,7 +19,7 @@ from w2v2.data.masking import distractors
 from w2v2.model import objective
 from w2v2.model.attention import Rows
 from w2v2.model.cpu import dropout
-from w2v2.model.feature_encoder import flat_features, is_flat, stock_features
+from w2v2.model.feature_encoder import flat_features, inside_rows, is_flat, stock_features
 from w2v2.model.loading import load_weights, make_model
 from w2v2.model.transformer import after_attention, ignore, layer, linear, norm, positional, take
 
@@ -30,14 +29,14 @@ class PretrainSums(NamedTuple):
 
     loss: torch.Tensor  # () weighted total: what is differentiated
     contrastive: torch.Tensor  # ()
-    correct: torch.Tensor  # ()
-    distractors_left: torch.Tensor  # ()
-    codes_soft: torch.Tensor  # (G, V)
-    codes_hard: torch.Tensor  # (G, V)
-    code_entropy: torch.Tensor  # ()
     diversity: torch.Tensor  # ()
     penalty: torch.Tensor  # ()
+    correct: torch.Tensor  # ()
+    distractors_left: torch.Tensor  # ()
+    code_entropy: torch.Tensor  # ()
     num_masked: torch.Tensor  # ()
+    codes_soft: torch.Tensor  # (G, V)
+    codes_hard: torch.Tensor  # (G, V)
 
 
 class PretrainingModel(Wav2Vec2ForPreTraining):
@@ -68,7 +67,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             diversity_weight: default the configuration's `diversity_loss_weight`.
             mean_codes: (G, V) mean code distribution of the effective batch; by default the micro-batch's own.
         """
-        valid = _owned(batch.num_masked, batch.positions.shape[1])  # (B, M), slots that hold a masked frame
+        valid = inside_rows(batch.num_masked, batch.positions.shape[1])  # (B, M), slots that hold a masked frame
         num_masked = batch.num_masked.sum()
 
         # 1. Latent frames, and what the transformer and the quantizer make of them.
@@ -80,43 +79,38 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
             # 2. Quantize the masked frames.
             one_hot, codes = objective.choose_codes(logits, gumbel_temperature if self.training else None)
-            statistics = objective.code_statistics(logits, valid)
+            soft, hard, entropy = objective.code_statistics(logits, valid)
             codevectors = objective.look_up(one_hot, self.quantizer.codevectors)  # (B, M, codevector_dim)
 
             # 3. Contrast them with distractors, other masked frames of the same utterance.
-            contrast = objective.contrastive_loss(
-                context_BMD=self.project_hid(_full(context)),
-                quantized_BMD=self.project_q(codevectors),
-                codes_BMG=codes,
-                distractors_BMK=distractors(batch.keys, batch.num_masked, valid.shape[1], self.config.num_negatives),
-                valid_BM=valid,
-                temperature=self.config.contrastive_logits_temperature,
+            drawn = distractors(batch.keys, batch.num_masked, valid.shape[1], self.config.num_negatives)  # (B, M, K)
+            context, quantized = self.project_hid(_full(context)), self.project_q(codevectors)
+            contrastive, correct, left = objective.contrastive_loss(
+                context, quantized, codes, drawn, valid, self.config.contrastive_logits_temperature
             )
 
             # 4. The loss: L = L_m + α L_d (equation 2), and fairseq's feature penalty.
             if mean_codes is None:
-                diversity = objective.diversity_loss(statistics, num_masked)
+                diversity = objective.diversity_loss(soft, num_masked)
             else:
-                diversity = objective.shared_diversity_loss(statistics, mean_codes, num_masked)
+                diversity = objective.shared_diversity_loss(soft, mean_codes, num_masked)
             penalty = objective.feature_penalty(features, batch.frames, batch.num_masked)
             weight = self.config.diversity_loss_weight if diversity_weight is None else diversity_weight
-            loss = contrast.loss + weight * diversity + self.feature_penalty_weight * penalty
-        sums = loss, *contrast, *statistics, diversity, penalty, num_masked
+            loss = contrastive + weight * diversity + self.feature_penalty_weight * penalty
+        sums = loss, contrastive, diversity, penalty, correct, left, entropy, num_masked, soft, hard
         return PretrainSums(*(batch.weight * x for x in sums))
 
     @torch.no_grad()
     def code_sums(self, batch: PretrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the code distributions over masked frames (G, V), and their number ().
-
-        It is the first pass of `diversity_scope: effective_batch`: convs and `weight_proj` alone. From the same
-        generator state it draws the same dropout as `forward`.
+        """Sum of the code distributions over masked frames (G, V), and their number (): the first pass of
+        `diversity_scope: effective_batch`. From the same generator state it draws the same dropout as `forward`.
         """
         features = self._features(batch)
         with torch.autocast(features.device.type, enabled=False):
             normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
             logits = self._code_logits(normed, batch.positions)
-            valid = _owned(batch.num_masked, batch.positions.shape[1])
-            soft = objective.code_statistics(logits, valid).soft
+            valid = inside_rows(batch.num_masked, batch.positions.shape[1])
+            soft, _, _ = objective.code_statistics(logits, valid)
         return batch.weight * soft, batch.weight * batch.num_masked.sum()
 
     def compile_layers(self) -> None:
@@ -172,10 +166,9 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         return norm(encoder.layer_norm, hidden) if pre_norm else hidden
 
     def _layer(self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype) -> torch.Tensor:
-        """One layer on the concatenated frames (N, D), computed for the utterances that layerdrop leaves it.
+        """One layer on the concatenated frames (N, D) of the utterances that layerdrop leaves it. The last gives (B, M, D).
 
-        At least one utterance is computed, so that every parameter has a gradient. The last layer gives the masked
-        frames, (B, M, D).
+        At least one utterance is computed, so that every parameter has a gradient.
         """
         is_last = index == self.config.num_hidden_layers - 1
 
@@ -205,14 +198,9 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         return torch.cat(pieces)
 
 
-def _owned(counts_B: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, size) bool: the first slots of each row, as many as it has of its own."""
-    return torch.arange(size, device=counts_B.device) < counts_B[:, None]
-
-
 def _zero_padding(x: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
     """Frames (B, T, …), those past a row's end zero."""
-    return x if batch.uniform else torch.where(_owned(batch.frames, x.shape[1])[..., None], x, 0.0)
+    return x if batch.uniform else torch.where(inside_rows(batch.frames, x.shape[1])[..., None], x, 0.0)
 
 
 def _masked_among(batch: PretrainBatch, rows: Rows, chosen: torch.Tensor | slice = slice(None)) -> torch.Tensor:

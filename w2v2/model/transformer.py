@@ -1,7 +1,6 @@
 """The transformer as functions over the stock modules' parameters: positional convolution and layers.
 
-They compute what the stock modules compute, in the type that they are given. Statistics of norms and softmax are
-float32, inside the kernels. Queries, keys and values are one product, and attention needs no mask (`attention.py`).
+They compute what the stock modules compute, in the type that they are given; norms and softmax are float32 inside.
 
 Shapes: B utterances, T latent frames of the longest, N frames of all of them, M frames of each whose output is asked
 for, D width, H heads, d width of a head, G groups of the positional convolution, k its taps, R frames that a row of its
@@ -32,10 +31,9 @@ def positional(module: nn.Module, hidden: torch.Tensor, in_blocks: bool) -> torc
 
 
 def _convolve_in_blocks(x: torch.Tensor, conv: nn.Conv1d) -> torch.Tensor:
-    """Grouped convolution (B, T, D) as one product a group: its matrix is block-Toeplitz.
+    """Grouped convolution (B, T, D) as one product a group; libraries are slow at it with groups of 48 channels.
 
-    Groups of 48 channels leave the libraries' grouped convolutions far below a device's speed. R neighbouring outputs
-    share a window of k + R − 1 frames. A band matrix makes all R of each window, and wastes R − 1 of k + R − 1 taps.
+    R neighbouring outputs share a window of k + R − 1 frames, of which a band matrix makes all R.
     """
     B, T, D = x.shape
     G, k, R = conv.groups, conv.kernel_size[0], BLOCK
@@ -69,7 +67,6 @@ def layer(
     """One transformer layer, post-norm (BASE) or pre-norm (LARGE), on concatenated utterances: (N, D) → (N, D).
 
     Args:
-        rows: where each utterance lies.
         dtype: of the products, and of the post-norm residual. The pre-norm residual, a sum over layers, keeps its own.
         rest: `after_attention`, perhaps compiled.
         positions: (B, M) int64, the frames whose output is asked for, (B, M, D). The others are only attended to.

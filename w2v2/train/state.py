@@ -160,8 +160,7 @@ class Totals:
     def with_diversity(self, weight: float) -> "Totals":
         """With the whole batch's diversity loss in place of the pieces', added to the loss: independent of the cut."""
         sums = self.sums
-        codes = objective.CodeStatistics(sums.codes_soft, sums.codes_hard, sums.code_entropy)
-        diversity = objective.diversity_loss(codes, sums.num_masked)
+        diversity = objective.diversity_loss(sums.codes_soft, sums.num_masked)
         return replace(self, sums=sums._replace(diversity=diversity, loss=sums.loss + weight * diversity))
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
