@@ -30,9 +30,8 @@ from w2v2.finetune.labels import Split, group_splits
 from w2v2.finetune.subsets import select_lengths
 from w2v2.model.feature_encoder import num_frames
 from w2v2.probe.arguments import ProbingArguments
-from w2v2.probe.characters import CharacterProbe
 from w2v2.probe.features import FrozenModel, read_table, save_frames
-from w2v2.probe.linear import best_layer, format_table, heard_hours, hold_out, probe_layers
+from w2v2.probe.linear import CharacterProbe, best_layer, format_table, heard_hours, hold_out, probe_layers
 
 RESULTS_FILE = "probe.json"
 COLUMNS = ["id", "audio", "start", "num_samples", "target"]

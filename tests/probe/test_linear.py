@@ -6,7 +6,7 @@ import pytest
 from w2v2.finetune.labels import Split, group_splits
 from w2v2.finetune.text import build_vocabulary, encode
 from w2v2.probe import linear
-from w2v2.probe.characters import CharacterProbe, FrameSet
+from w2v2.probe.linear import CharacterProbe, FrameSet
 
 SPLIT = Split("test", list(range(120)), list(range(120, 180)), list(range(180, 240)))
 

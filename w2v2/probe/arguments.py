@@ -13,10 +13,8 @@ from w2v2.evaluate.scores import CHARACTERS
 
 
 def refuse(slips: Mapping[str, Any]) -> None:
-    """Raises UserError with the first message whose condition holds."""
-    for message, is_wrong in slips.items():
-        if is_wrong:
-            raise UserError(message)
+    for message in (message for message, is_wrong in slips.items() if is_wrong):
+        raise UserError(message)
 
 
 @dataclass
@@ -42,10 +40,8 @@ class FrozenArguments:
     def prepare_output_dir(self, results: str) -> Path:
         """The folder, made; UserError where it has results that may not be replaced."""
         folder = Path(self.output_dir)
-        refuse({
-            f"--output_dir {folder} already holds {results}: choose another, or give --overwrite_output_dir":
-                (folder / results).exists() and not self.overwrite_output_dir,
-        })  # fmt: skip
+        slip = f"--output_dir {folder} already holds {results}: choose another, or give --overwrite_output_dir"
+        refuse({slip: (folder / results).exists() and not self.overwrite_output_dir})
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -55,9 +51,7 @@ class ProbingArguments(FrozenArguments):
     """Linear probes of every layer."""
 
     checkpoints: list[str] = flag([], "Pretrained folders or Hub ids: runs/x/checkpoint-*.")
-    random_weights: bool = flag(
-        True, "Probe random weights as well, of --config_name or of the first checkpoint's configuration."
-    )
+    random_weights: bool = flag(True, "Probe random weights too, of --config_name or the first checkpoint's shape.")
     target: str = flag("label", f"The manifests' column that is read: label, speaker, any other, or `{CHARACTERS}`.")
     label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW.")
     labels: list[str] = flag([], "Only these labels (after --label_map); other utterances are left out.")
@@ -68,9 +62,7 @@ class ProbingArguments(FrozenArguments):
     num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).")
     min_seconds: float = flag(0.2, "Shorter utterances are left out of training.")
     max_seconds: float | None = flag(None, "Longer utterances are left out of training.")
-    classifier: str = flag(
-        "logistic", "Linear classifier; ridge is faster with many classes.", choices=["logistic", "ridge"]
-    )
+    classifier: str = flag("logistic", "Ridge is faster with many classes.", choices=["logistic", "ridge"])
     measure: str = flag("uar", "What chooses the penalty and is shown.", choices=["uar", "accuracy", "macro_f1"])
     ctc_updates: int = flag(1_500, f"Updates of 16 utterances for each layer's CTC head ({CHARACTERS}).", min=1)
 
@@ -93,19 +85,12 @@ class VerificationArguments(FrozenArguments):
     """Speaker verification."""
 
     model_name_or_path: str | None = flag(None, "A pretrained or fine-tuned folder, or a Hub id.")
-    trials: str | None = flag(
-        None, "List of `1 a.wav b.wav` lines (0: two speakers); paths under --data_root or beside it."
-    )
+    trials: str | None = flag(None, "`1 a.wav b.wav` lines (0: two speakers); paths under --data_root or beside it.")
     manifest: list[str] = flag([], "Instead of --trials: utterances with speakers, among which trials are drawn.")
     speaker_column: str = flag("speaker", "The manifest's column that tells speakers apart.")
     num_trials: int = flag(20_000, "Trials drawn from --manifest, half of them of one speaker.", min=2)
-    layer: int | None = flag(
-        None,
-        "Average this layer's frames (default: a fine-tuned classifier's projection; of other models every layer).",
-    )
-    cohort: list[str] = flag(
-        [], "Manifests of other utterances, by whose mean and deviation the embeddings are standardised."
-    )
+    layer: int | None = flag(None, "Average this layer's frames (default: a classifier's projection, or every layer).")
+    cohort: list[str] = flag([], "Manifests of other utterances, whose mean and deviation standardise the embeddings.")
     p_target: float = flag(0.01, "Prior of a target trial in the detection cost.")
 
     def __post_init__(self):

@@ -1,8 +1,6 @@
-"""What a frozen wav2vec 2.0 makes of utterances: frames of every layer, their means, or a classifier's projection.
+"""What a frozen wav2vec 2.0 makes of each utterance alone: frames of every layer, their means, or its embedding.
 
-Layer 0 is what the transformer is fed, layer i the output of its i-th block (as `output_hidden_states` of the stock
-model counts). An utterance's features are those that it has alone: padding is seen by nothing.
-
+Layer 0 is what the transformer is fed, layer i the output of its i-th block.
 Shapes: N utterances, B of a batch, S samples, T latent frames, L layers (with layer 0), D width.
 """
 
@@ -12,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification
+from transformers import Wav2Vec2ForSequenceClassification
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
 from w2v2.errors import UserError
 from w2v2.finetune.classification import HEAD
 from w2v2.finetune.ctc_data import read_utterances
-from w2v2.model.feature_encoder import hide_padding, min_samples
+from w2v2.model.feature_encoder import hide_padding, inside_rows, min_samples
 from w2v2.model.loading import load_config, load_feature_extractor, load_with_head
 from w2v2.probe.arguments import FrozenArguments
 
@@ -43,9 +41,8 @@ class FrozenModel:
         head = () if self.has_head else HEAD  # a head that came with the weights is kept
         model = load_with_head(Wav2Vec2ForSequenceClassification, source, config, head)
         self.model = hide_padding(model).requires_grad_(False).eval().to(device)
-        self.extractor: Wav2Vec2FeatureExtractor = load_feature_extractor(config.name_or_path, config)
-        self.config, self.device = config, device
-        self.num_layers = config.num_hidden_layers + 1
+        self.extractor = load_feature_extractor(config.name_or_path, config)
+        self.config, self.device, self.num_layers = config, device, config.num_hidden_layers + 1
 
     def batches(self, table: Dataset) -> Iterator[tuple[list[int], dict[str, torch.Tensor], torch.Tensor]]:
         """Rows, inputs, and frames (B,) of each batch: utterances of like length, `BATCH_SECONDS` together, or one."""
@@ -59,8 +56,7 @@ class FrozenModel:
             values = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)  # (B, S)
             inputs = {"input_values": values.to(self.device)}
             if int(num_samples_B.min()) < values.shape[1]:
-                mask = torch.arange(values.shape[1]) < num_samples_B[:, None]  # (B, S)
-                inputs["attention_mask"] = mask.long().to(self.device)
+                inputs["attention_mask"] = inside_rows(num_samples_B, values.shape[1]).long().to(self.device)  # (B, S)
             yield rows, inputs, self.model._get_feat_extract_output_lengths(num_samples_B)
 
     def _read_waveform(self, utterance: dict) -> np.ndarray:
@@ -91,20 +87,15 @@ class FrozenModel:
     def embeddings(self, table: Dataset) -> np.ndarray:
         """What a fine-tuned classifier's last layer is given: the projection averaged over time, (N, width)."""
         result = np.empty((len(table), self.config.classifier_proj_size), np.float32)
-        given: list[torch.Tensor] = []
-        hook = self.model.classifier.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        classifier, self.model.classifier = self.model.classifier, torch.nn.Identity()
         for rows, inputs, _ in self.batches(table):
-            self.model(**inputs)
-            result[rows] = given.pop().cpu().numpy()
-        hook.remove()
+            result[rows] = self.model(**inputs).logits.cpu().numpy()
+        self.model.classifier = classifier
         return result
 
 
 def save_frames(model: FrozenModel, table: Dataset, folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Frames of all utterances, a 16-bit file a layer, (frames, D), mapped from the disk; and their starts (N + 1,).
-
-    A second of speech takes 100 · D bytes a layer: an hour on BASE 3.6 GB in all.
-    """
+    """Frames of all utterances, a 16-bit file a layer, (frames, D), and their starts (N + 1,). BASE: 3.6 GB an hour."""
     folder.mkdir(parents=True, exist_ok=True)
     num_samples_N = torch.tensor(table["num_samples"][:]).clamp(min=min_samples(model.config))
     num_frames_N = model.model._get_feat_extract_output_lengths(num_samples_N).numpy()
