@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,15 +25,18 @@ from w2v2.data.manifest import read_manifests
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRISPEECH = 281_241  # utterances of its 960 hours
-SHARD_SECONDS = 600
 PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow", "soundfile")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A module's docstring as it is written, and each flag's default."""
+
+
 def make_parser(description: str, reads_audio: bool = False) -> argparse.ArgumentParser:
-    """A parser whose help shows a module's docstring as it is written; `reads_audio`: with flags for a manifest."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The parser of a benchmark; `reads_audio`: with flags for a manifest."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
     if reads_audio:
-        parser.add_argument("--manifest", help="what pretrain.py takes as --train_data (default: synthesized audio)")
+        parser.add_argument("--manifest", help="what pretrain.py takes as --train_data; None: synthesized audio")
         parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
     return parser
 
@@ -47,8 +51,7 @@ def fresh_process(start: Callable | None = None, *args) -> ProcessPoolExecutor:
 
 
 def speech_lengths(n: int, seed: int = 0) -> np.ndarray:
-    """(n,) int32 lengths in samples, shaped like LibriSpeech's 960 hours: mean 12.3 s, seven in ten between 11 and 17
-    s.
+    """(n,) int32 lengths in samples, shaped like LibriSpeech's 960 hours: mean 12.3 s, seven in ten of 11 to 17 s.
 
     A mixture: 69.85 % normal (14.6 ± 1.15 s, none above 17), 30.05 % triangular (0.8 to 14 s, most frequent at 6),
     and 0.1 % from 17 s up with an exponential tail (3 s) to 35 s. A million are made at a time.
@@ -67,11 +70,10 @@ def make_rows(folder: Path, hours: float, manifest: str | None = None, data_root
     """Rows for about `hours` of speech: spread evenly over `manifest`, or made up as WAV files in `folder`."""
     if manifest is None:
         return synthesize(folder, hours)
-    table, _ = read_manifests([manifest], data_root=data_root)
-    total_hours = table["num_samples"].to_numpy().sum() / SAMPLING_RATE / 3600
-    count = max(1, min(len(table), int(len(table) * hours / total_hours)))
-    rows = table.take(np.linspace(0, len(table) - 1, count).astype(int)).to_pylist()
-    return [{name: row[name] for name in ("id", "audio", "start", "num_samples")} for row in rows]
+    table = read_manifests([manifest], data_root=data_root)[0].select(["id", "audio", "start", "num_samples"])
+    share = hours * 3600 * SAMPLING_RATE / table["num_samples"].to_numpy().sum()
+    count = max(1, min(len(table), int(len(table) * share)))
+    return table.take(np.linspace(0, len(table) - 1, count).astype(int)).to_pylist()
 
 
 def synthesize(folder: Path, hours: float) -> list[dict]:
@@ -109,7 +111,8 @@ def write_files(rows: list[dict], folder: Path, format: str, subtype: str) -> st
     suffix, copies = f".{format.lower()}", []
     for number, row in enumerate(rows):
         if not row["audio"].lower().endswith(suffix):
-            path, samples = folder / f"{number:06d}{suffix}", read_16_bit(row)
+            path = folder / f"{number:06d}{suffix}"
+            samples = read_pcm(row["audio"], round(row["start"] * SAMPLING_RATE), row["num_samples"])
             with soundfile.SoundFile(path, "w", SAMPLING_RATE, 1, subtype=subtype) as file:
                 for first in range(0, len(samples), SAMPLING_RATE):  # long blocks overflow the stack of Ogg's encoders
                     file.write(samples[first : first + SAMPLING_RATE])
@@ -118,23 +121,12 @@ def write_files(rows: list[dict], folder: Path, format: str, subtype: str) -> st
     return write_lines(folder / f"{subtype.lower()}.jsonl", copies)
 
 
-def write_shards(rows: list[dict], folder: Path) -> str:
-    """A manifest of the utterances one after another in WAV files, as `pack_audio.py` packs them."""
-    ends = np.cumsum([row["num_samples"] for row in rows])
-    shards, packed = (ends - 1) // (SHARD_SECONDS * SAMPLING_RATE), []
-    for shard in np.unique(shards):
-        members = [row for row, own in zip(rows, shards, strict=True) if own == shard]
-        path = folder / f"shard-{shard:05d}.wav"
-        samples = [read_16_bit(row) for row in members]
-        soundfile.write(path, np.concatenate(samples), SAMPLING_RATE, subtype="PCM_16")
-        starts = np.cumsum([0, *map(len, samples)]) / SAMPLING_RATE
-        packed += [row | dict(audio=str(path), start=float(start)) for row, start in zip(members, starts, strict=False)]
-    return write_lines(folder / "packed.jsonl", packed)
-
-
-def read_16_bit(row: dict) -> np.ndarray:
-    samples = read_pcm(row["audio"], round(row["start"] * SAMPLING_RATE), row["num_samples"])
-    return samples if samples.dtype == np.int16 else (samples * 32_768).round().clip(-32_768, 32_767).astype(np.int16)
+def pack(rows: list[dict], folder: Path) -> str:
+    """A folder of the same utterances, packed by `pack_audio.py`."""
+    source, packed = write_lines(folder / "source.jsonl", rows), str(folder / "packed")
+    command = [sys.executable, ROOT / "data_scripts/pack_audio.py", source, "--output_dir", packed]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return packed
 
 
 # -- numbers
@@ -161,11 +153,6 @@ def median_spread(values: Iterable[float]) -> dict[str, float]:
     """Median, smallest and largest of repeated measurements."""
     values = [float(value) for value in values]
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def spread(ratio: dict[str, float] | None) -> str:
-    """`median_spread` in words."""
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})" if ratio else ""
 
 
 def print_table(rows: Iterable[Sequence], headers: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 from common import environment, make_parser, print_json
-from drill_runs import RECIPE, Life, Watch, changed_batches, differing_bytes, heard, left_behind, losses, prepare
+from drill_runs import RECIPE, Life, changed_batches, differing_bytes, heard, left_behind, losses, prepare
 
 from w2v2.cli import run_script
 from w2v2.errors import UserError
@@ -39,11 +39,11 @@ Start = Callable[..., Life]  # (output_dir, *flags) → the run
 
 
 class Aim(NamedTuple):
-    """When a life is to be killed."""
+    """When a life is to be killed: `delay` seconds after `phase` is seen, not before update `step`."""
 
     phase: str
-    step: int  # not before this update
-    delay: float  # seconds after the phase is seen
+    step: int
+    delay: float
 
 
 # -- kills
@@ -78,29 +78,27 @@ def drill_kills(args, folder: Path, start: Start) -> dict:
     with start(folder / "whole", drilled=("--record", folder / "heard_whole")) as life:
         life.wait_until(lambda: life.watch.phases() != ["start-up"])
         start_seconds = time.monotonic() - life.started
-        life.finish()
+        life.wait_until()
     print(f"undisturbed   {args.max_steps} updates, {start_seconds:.1f} s before the first", flush=True)
 
     aims = draw_aims(args.kills, args.max_steps, start_seconds, np.random.default_rng(args.seed))
-    phases, lives, missed = Counter(), [], 0
-    while phases.total() < args.kills:
-        aim, drilled = (
-            aims[phases.total()],
-            ("--slow_disk_ms", SLOW_DISK_MS, "--record", folder / f"heard_{len(lives)}"),
-        )
-        lives.append(drilled[-1])
+    phases, records, missed = Counter(), [], 0
+    while phases.total() < args.kills and missed <= args.kills:
+        aim = aims[phases.total()]
+        records.append(folder / f"heard_{len(records)}")
+        drilled = ("--slow_disk_ms", SLOW_DISK_MS, "--record", records[-1])
         phase = run_and_kill(start(folder / "killed", *AUTO, drilled=drilled), aim, args.max_steps)
         if phase is None:  # it was faster: once more, in what is left of it
             missed += 1
-            if missed > args.kills:
-                sys.exit(f"failed        {missed} lives ended before they could be killed")
             continue
         phases[phase] += 1
         print(f"kill {phases.total():3} of {args.kills}  {phase:12} (aimed at: {aim.phase}, update {aim.step} or later)",
               flush=True)  # fmt: skip
-    lives.append(folder / "heard_last")
-    with start(folder / "killed", *AUTO, drilled=("--record", lives[-1])) as life:
-        life.finish()
+    if missed > args.kills:
+        sys.exit(f"failed        {missed} lives ended before they could be killed")
+    records.append(folder / "heard_last")
+    with start(folder / "killed", *AUTO, drilled=("--record", records[-1])) as life:
+        life.wait_until()
 
     expected = left_behind(folder / "whole", args.max_steps)
     differing = differing_bytes(left_behind(folder / "killed", args.max_steps), expected)
@@ -110,7 +108,7 @@ def drill_kills(args, folder: Path, start: Start) -> dict:
     return {
         "kills": args.kills,
         "differing_bytes": sum(differing.values()),
-        "changed_batches": changed_batches([heard(life) for life in lives], heard(folder / "heard_whole")),
+        "changed_batches": changed_batches([*map(heard, records)], heard(folder / "heard_whole")),
         "phases": dict(phases),
         "missed": missed,
         "updates": args.max_steps,
@@ -136,23 +134,23 @@ def drill_world_sizes(args, folder: Path, start: Start) -> dict:
     the whole effective batch.
     """
     with start(folder / "whole", drilled=(*QUIET, folder / "heard_whole")) as life:
-        life.finish()
-    staged, lives = folder / "staged", []
+        life.wait_until()
+    lives = []
     for stage, size in enumerate(args.world_sizes, start=1):
         record, last = folder / f"heard_{stage}", args.max_steps * stage // len(args.world_sizes)
-        with start(staged, *stage_flags(stage - 1), drilled=(*QUIET, record), num_processes=size) as life:
-            if stage == len(args.world_sizes):
-                life.finish()
-            elif not life.wait_until(partial(has_made, life.watch, last)):
+        flags = dict(drilled=(*QUIET, record), num_processes=size)
+        with start(folder / "staged", *stage_flags(stage - 1), **flags) as life:
+            has_more = stage < len(args.world_sizes)
+            if life.wait_until(partial(has_made, life, last) if has_more else lambda: False) != has_more:
                 sys.exit(f"failed        the run was over before it could be killed after update {last}")
         if stage == 1:
-            shutil.copytree(staged, folder / "fork")
+            shutil.copytree(folder / "staged", folder / "fork")
         lives.append(heard(record, size))
         print(f"stage {stage}       {size} process(es), {len(lives[-1])} whole updates", flush=True)
 
-    pairs = zip(losses(staged), losses(folder / "whole"), strict=True)
+    pairs = zip(losses(folder / "staged"), losses(folder / "whole"), strict=True)
     largest = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
-    differing = sum(resume_twice(args, folder, start).values())
+    differing = resume_twice(args, folder, start)
     changed = changed_batches(lives, heard(folder / "heard_whole"))
     print(f"world sizes {' '.join(map(str, args.world_sizes))}: {changed} changed batches, losses equal to "
           f"{largest:.1e}, resumed twice: {differing} differing bytes")  # fmt: skip
@@ -168,31 +166,31 @@ def drill_world_sizes(args, folder: Path, start: Start) -> dict:
     }
 
 
-def has_made(watch: Watch, step: int) -> bool:
+def has_made(life: Life, step: int) -> bool:
     """Whether a run has made `step` updates and has a checkpoint to go on from."""
+    watch = life.watch
     return watch.phases() != ["start-up"] and watch.step >= step and bool(watch.checkpoints())
 
 
-def resume_twice(args, folder: Path, start: Start) -> dict[str, int]:
-    """The second stage from the first stage's checkpoint to the end, two times: files that differ, with their bytes."""
+def resume_twice(args, folder: Path, start: Start) -> int:
+    """Differing bytes of the second stage, from the first stage's checkpoint to the end, two times."""
     flags = [*stage_flags(1), "--config_name", folder / "noisy", "--diversity_scope", "micro_batch"]
     left = []
     for name in ("once", "twice"):
         shutil.copytree(folder / "fork", folder / name)
         with start(folder / name, *flags, num_processes=args.world_sizes[1 % len(args.world_sizes)]) as life:
-            life.finish()
+            life.wait_until()
         left.append(left_behind(folder / name, args.max_steps))
-    return differing_bytes(*left)
+    return sum(differing_bytes(*left).values())
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, reads_audio=True)
-    parser.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
-    sizes = "numbers of processes, one after another; no kills then"
-    parser.add_argument("--world_sizes", type=int, nargs="+", help=sizes)
-    parser.add_argument("--max_steps", type=int, default=60, help="updates of the run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the run, and of the kills (default: %(default)s)")
-    parser.add_argument("--most_minutes", type=float, default=30, help="longer is a failure (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--world_sizes", type=int, nargs="+", help="numbers of processes, one after another; no kills")
+    parser.add_argument("--max_steps", type=int, default=60, help="updates of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the run, and of the kills")
+    parser.add_argument("--most_minutes", type=float, default=30, help="longer is a failure")
     args = parser.parse_args(argv)
     if args.kills < 0 or any(size < 1 for size in args.world_sizes or []) or args.max_steps < 10:
         raise UserError("--kills must not be negative, --world_sizes at least 1 each, --max_steps at least 10")

@@ -39,41 +39,36 @@ RECIPE = dict(
 TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 SYNTHETIC_HOURS = 0.07
 VALIDATION_ROWS = 8
-CPU_LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/cpu_2_processes.yaml"]
-
-
-# -- what is run
+LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/cpu_2_processes.yaml"]
 
 
 def prepare(folder: Path, flags: argparse.Namespace, **changes) -> Path:
     """A corpus and two tiny models, `noisy` and `quiet` (no dropout), in `folder`. Returns the recipe as a YAML file.
 
     The corpus is synthetic, or up to `SYNTHETIC_HOURS` of a manifest's. One more file can be opened but not used,
-    which shows only when it is its turn, and another is absent, which shows at each start. Raises `UserError` for a
-    manifest with too few rows.
+    and another is absent. Raises `UserError` for a manifest with too few rows.
     """
     rows = make_rows(folder / "audio", SYNTHETIC_HOURS, flags.manifest, flags.data_root)
     if len(rows) < 2 * VALIDATION_ROWS:
         raise UserError(f"--manifest {flags.manifest}: {len(rows)} utterances of {SYNTHETIC_HOURS} h in all are too few; "
                         f"give {2 * VALIDATION_ROWS} shorter ones at least")  # fmt: skip
-    damaged, absent = folder / "damaged.wav", folder / "absent.wav"
-    soundfile.write(damaged, np.full(3 * SAMPLING_RATE, np.nan), SAMPLING_RATE, subtype="FLOAT")
-    for path in (damaged, absent):
-        rows.append(dict(id=path.stem, audio=str(path), start=0.0, num_samples=3 * SAMPLING_RATE))
-    data = {
-        "train_data": [write_lines(folder / "train.jsonl", rows[VALIDATION_ROWS:])],
-        "validation_data": [write_lines(folder / "dev.jsonl", rows[:VALIDATION_ROWS])],
-    }
+    soundfile.write(folder / "damaged.wav", np.full(3 * SAMPLING_RATE, np.nan), SAMPLING_RATE, subtype="FLOAT")
+    for name in ("damaged", "absent"):
+        rows.append(dict(id=name, audio=str(folder / f"{name}.wav"), start=0.0, num_samples=3 * SAMPLING_RATE))
     for name, dropout in (("noisy", 0.1), ("quiet", 0.0)):
         Wav2Vec2Config(**MODEL, **dict.fromkeys(DROPOUTS, dropout)).save_pretrained(folder / name)
+    values = {
+        "train_data": [write_lines(folder / "train.jsonl", rows[VALIDATION_ROWS:])],
+        "validation_data": [write_lines(folder / "dev.jsonl", rows[:VALIDATION_ROWS])],
+        "config_name": str(folder / "noisy"),
+    }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | data | {"config_name": str(folder / "noisy")} | changes))
+    path.write_text(yaml.safe_dump(RECIPE | values | changes))
     return path
 
 
 class Life:
-    """One run of pretrain.py, killed where its `with` block ends before it does. Its output goes to a log beside
-    `output_dir`.
+    """One run of pretrain.py, killed where its `with` block ends before it does. Its output goes to OUTPUT_DIR.log.
 
     It ends this program with status 1 if the run fails, or is still going at `deadline` (of `time.monotonic`).
     """
@@ -81,16 +76,15 @@ class Life:
     def __init__(
         self, recipe: Path, deadline: float, output_dir: Path, *flags, drilled: Sequence = (), num_processes: int = 1
     ):
-        launcher = [*CPU_LAUNCHER, "--num_processes", num_processes] if num_processes > 1 else []
+        launcher = [*LAUNCHER, "--num_processes", num_processes] if num_processes > 1 else []
         command = [sys.executable, *launcher, ROOT / "benchmarks/drilled.py", *drilled, "--", recipe]
         command = list(map(str, [*command, "--output_dir", output_dir, *flags]))
         environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         self.watch, self.log = Watch(output_dir), Path(f"{output_dir}.log")
         self.deadline, self.started = deadline, time.monotonic()
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            options = dict(cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(command, **options)
 
     def __enter__(self) -> "Life":
         return self
@@ -110,8 +104,8 @@ class Life:
         while any(map(is_alive, family)):
             time.sleep(0.002)
 
-    def wait_until(self, happened: Callable[[], bool]) -> bool:
-        """Wait until something has happened; False when the run ended before."""
+    def wait_until(self, happened: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until something has happened, or the run ended: then False."""
         while (status := self.process.poll()) is None:
             if happened():
                 return True
@@ -127,10 +121,6 @@ class Life:
         until = time.monotonic() + seconds
         return self.wait_until(lambda: time.monotonic() >= until)
 
-    def finish(self) -> None:
-        """Wait for its end."""
-        self.wait_until(lambda: False)
-
     def fail(self, why: str) -> NoReturn:
         """End the drill with status 1 and what the run has printed."""
         sys.exit(f"failed        {why}:\n{self.log.read_text()[-8000:]}")
@@ -141,9 +131,6 @@ def is_alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-# -- what is seen of it from outside
 
 
 class Watch:
@@ -180,7 +167,7 @@ class Watch:
         return sorted(int(path.name.removeprefix("checkpoint-")) for path in self.output_dir.glob("checkpoint-*"))
 
 
-# -- what it heard and left
+# -- what a run heard and left
 
 
 def losses(output_dir: Path) -> list[float]:
@@ -190,12 +177,11 @@ def losses(output_dir: Path) -> list[float]:
 def left_behind(output_dir: Path, last_step: int) -> dict[str, bytes]:
     """A finished run's last checkpoint, model, metrics without timings, and list of skipped files."""
     checkpoint = output_dir / f"checkpoint-{last_step}"
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()] + [output_dir / "model.safetensors"]
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    files += [output_dir / "model.safetensors", output_dir / "skipped_audio.jsonl"]
     found = {str(path.relative_to(output_dir)): path.read_bytes() for path in files}
     records = [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_lines(output_dir / "metrics.jsonl")]
-    found["metrics.jsonl"] = "".join(json.dumps(record) + "\n" for record in records).encode()
-    found["skipped_audio.jsonl"] = (output_dir / "skipped_audio.jsonl").read_bytes()
-    return found
+    return found | {"metrics.jsonl": "".join(json.dumps(record) + "\n" for record in records).encode()}
 
 
 def differing_bytes(found: dict[str, bytes], expected: dict[str, bytes]) -> dict[str, int]:

@@ -1,13 +1,10 @@
-"""pretrain.py as the drills run it: on a disk that takes its time, with everything it hears written down, or without
-Gumbel noise.
+"""pretrain.py as the drills run it: on a slow disk, with all that it hears written down, or without Gumbel noise.
 
     python benchmarks/drilled.py [--slow_disk_ms 20] [--record FOLDER] [--no_gumbel] -- arguments of pretrain.py …
 
 Nothing of the program is replaced. With `--slow_disk_ms` each fsync, renaming and removal of a file waits before it
-is done, so that a kill from outside can fall between two of them. With `--record` each rank appends a line for each
-micro-batch that its model is trained on to FOLDER/rank<r>.jsonl: digests of all that an utterance is to the model
-(utterance and epoch, samples of its crop, mask, distractors). Gumbel noise follows the cut of an effective batch, so
-runs that cut otherwise are compared without it.
+is done, so that a kill can fall between two of them. With `--record` each rank appends a line for each micro-batch
+that it trains on to FOLDER/rank<r>.jsonl: digests of all that an utterance is to the model.
 """
 
 import hashlib
@@ -44,17 +41,13 @@ def main() -> None:
         objective.gumbel_noise = torch.zeros_like
     if args.slow_disk_ms:
         for name in ("fsync", "replace", "unlink", "rmdir"):
-            setattr(os, name, delayed(getattr(os, name), args.slow_disk_ms / 1000))
+            setattr(os, name, delay(getattr(os, name), args.slow_disk_ms / 1000))
     sys.argv = ["pretrain.py", *sys.argv[split + 1 :]]
     runpy.run_path(str(ROOT / "pretrain.py"), run_name="__main__")
 
 
-def delayed(function: Callable, seconds: float) -> Callable:
-    def wait_first(*args, **kwargs):
-        time.sleep(seconds)
-        return function(*args, **kwargs)
-
-    return wait_first
+def delay(function: Callable, seconds: float) -> Callable:
+    return lambda *args, **kwargs: (time.sleep(seconds), function(*args, **kwargs))[1]
 
 
 def record(folder: Path) -> None:
@@ -73,20 +66,17 @@ def record(folder: Path) -> None:
 
 
 def digests(batch: PretrainBatch) -> list[str]:
-    """One for each utterance of a micro-batch, whatever stands beside it; none for a dummy."""
+    """One for each utterance of a micro-batch, whatever stands beside it: of its key (seed, epoch and utterance), the
+    samples of its crop, its mask and its distractors. None for a dummy.
+    """
     found = []
     for row, frames in enumerate(batch.lengths if batch.weight else []):
         samples = batch.waveforms[row, : int(batch.num_samples[row])]
         samples = samples.float() / FULL_SCALE if samples.dtype == torch.int16 else samples
-        key, masked = (
-            batch.keys[row : row + 1],
-            batch.num_masked[row : row + 1],
-        )  # the key is of (seed, epoch, utterance)
+        key, masked = batch.keys[row : row + 1], batch.num_masked[row : row + 1]
         drawn = distractors(key, masked, int(masked), NUM_NEGATIVES)
-        digest = hashlib.sha256()
-        for tensor in (key, samples, batch.mask[row, :frames], drawn):
-            digest.update(tensor.contiguous().numpy().tobytes())
-        found.append(digest.hexdigest()[:20])
+        parts = (part.contiguous().numpy().tobytes() for part in (key, samples, batch.mask[row, :frames], drawn))
+        found.append(hashlib.sha256(b"".join(parts)).hexdigest()[:20])
     return found
 
 

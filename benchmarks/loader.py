@@ -4,9 +4,8 @@
     python benchmarks/loader.py --manifest train.csv --data_root /data  # on one's own
 
 Reading is measured in seconds of audio per second of processor time, in this process, on files that the system has in
-its cache: decoding and collating, no disk. FLAC and packed audio (16-bit WAV shards) take turns on the same effective
-batches. Then pretrain.py makes a few updates from each, and its log says which share of the time they waited for
-data. The last line is JSON.
+its cache: decoding and collating, no disk. The formats take turns on the same effective batches. Then pretrain.py makes
+a few updates from FLAC and from shards, and its log says which share of the time they waited. The last line is JSON.
 """
 
 import os
@@ -27,7 +26,7 @@ from w2v2.cli import run_script
 from w2v2.data.audio import SAMPLING_RATE, read_pcm
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
 from w2v2.data.collate import CropDataset, Framing, PretrainBatch, build_loader, pad
-from w2v2.data.utterances import Utterances, load_utterances
+from w2v2.data.utterances import load_utterances
 from w2v2.errors import UserError
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.train.log import read_metrics
@@ -45,17 +44,20 @@ LEAST_SECONDS = 0.2  # of processor time that a figure is taken from
 class Source:
     """One format of the utterances, and the ways to read them whose cost is compared."""
 
-    def __init__(self, utterances: Utterances, framing: Framing):
-        self.audio, self.starts = list(utterances.table["audio"]), list(utterances.table["start"])
-        self.utterances, self.dataset = utterances, CropDataset(utterances.table, framing, seed=0)
+    def __init__(self, manifest: str, args: PretrainArguments, framing: Framing):
+        self.utterances = load_utterances([manifest], args, framing)[0]
+        table = self.utterances.table
+        self.audio = list(table["audio"])
+        self.starts = [round(start * SAMPLING_RATE) for start in table["start"]]
+        self.dataset = CropDataset(table, framing, seed=0)
 
     def read_files(self) -> None:
         for audio, start, n in zip(self.audio, self.starts, self.utterances.num_samples.tolist(), strict=True):
-            read_pcm(audio, round(start * SAMPLING_RATE), n)
+            read_pcm(audio, start, n)
 
     def read_crops(self, plan: MicroBatchPlan) -> list[np.ndarray]:
         columns = zip(*(column.tolist() for column in plan.crops), strict=True)
-        return [read_pcm(self.audio[u], round(self.starts[u] * SAMPLING_RATE) + start, n) for u, _, start, n in columns]
+        return [read_pcm(self.audio[u], self.starts[u] + start, n) for u, _, start, n in columns]
 
     def stack_crops(self, plan: MicroBatchPlan) -> torch.Tensor:
         """From files to one micro-batch of samples in memory, (B, S)."""
@@ -64,9 +66,6 @@ class Source:
     def whole_batches(self, plan: MicroBatchPlan) -> PretrainBatch:
         """All that a worker does: `CropDataset` with its masks."""
         return self.dataset[plan]
-
-    def megabytes_per_hour(self) -> float:
-        return sum(map(os.path.getsize, set(self.audio))) / 1e6 / self.utterances.hours
 
 
 def cpu_seconds(work: Callable, items: list) -> float:
@@ -83,8 +82,7 @@ def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: 
     """Every format's figures on the same `pairs` effective batches, in turns, and packed over FLAC by way."""
     batches, cursor = build_batches(sources["packed"].utterances, args), Cursor()
     took = {(name, way): [] for name in sources for way in WAYS}
-    heard, num_crops = 0.0, 0
-    whole = {name: cpu_seconds(lambda source: source.read_files(), [source]) for name, source in sources.items()}
+    heard, num_crops, formats = 0.0, 0, {}
     for pair in range(pairs):
         crops, cursor = batches.draw(cursor)
         plans = plan_update(crops, pair, cursor, **cut(args))
@@ -93,12 +91,11 @@ def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: 
         for way in WAYS:
             for name in list(sources)[:: 1 if pair % 2 else -1]:
                 took[name, way].append(cpu_seconds(getattr(sources[name], way), plans))
-    formats = {}
     for name, source in sources.items():
-        spent = {way: sum(took[name, way]) for way in WAYS}
+        spent, hours = {way: sum(took[name, way]) for way in WAYS}, source.utterances.hours
         formats[name] = {
-            "megabytes_per_hour": source.megabytes_per_hour(),
-            "whole_files": 3600 * source.utterances.hours / whole[name],
+            "megabytes_per_hour": sum(map(os.path.getsize, set(source.audio))) / 1e6 / hours,
+            "whole_files": 3600 * hours / cpu_seconds(Source.read_files, [source]),
             **{way: heard / spent[way] for way in WAYS},
             "microseconds_per_crop": {way: 1e6 * spent[way] / num_crops for way in WAYS},
             "decoding_share": min(1.0, spent["read_crops"] / spent["whole_batches"]),
@@ -136,11 +133,7 @@ def measure_waiting(manifest: str, flags, folder: Path) -> dict:
         batch_hours=flags.batch_hours, micro_batch_seconds=flags.micro_batch_seconds,
         dataloader_num_workers=flags.num_workers, use_cpu=flags.device == "cpu",
     )  # fmt: skip
-    command = [
-        sys.executable,
-        str(common.ROOT / "pretrain.py"),
-        *(f"--{name}={value}" for name, value in values.items()),
-    ]
+    command = [sys.executable, common.ROOT / "pretrain.py", *(f"--{name}={value}" for name, value in values.items())]
     precision = {} if flags.device == "cpu" else {"ACCELERATE_MIXED_PRECISION": "bf16"}
     run = subprocess.run(command, env=precision | os.environ, capture_output=True, text=True)
     if run.returncode:
@@ -171,8 +164,8 @@ def measure(flags, folder: Path) -> dict:
     framing = build_framing(config, load_feature_extractor(config.name_or_path, config))
     rows = common.make_rows(folder / "wav", flags.hours, flags.manifest, flags.data_root)
     manifests = {name: common.write_files(rows, folder, *kind) for name, kind in FORMATS.items()}
-    manifests["packed"] = common.write_shards(rows, folder)
-    sources = {name: Source(load_utterances([path], args, framing)[0], framing) for name, path in manifests.items()}
+    manifests["packed"] = common.pack(rows, folder)
+    sources = {name: Source(path, args, framing) for name, path in manifests.items()}
     hours, num_utterances = sources["packed"].utterances.hours, len(sources["packed"].audio)
     args.batch_hours = min(args.batch_hours, hours)
     print(f"{hours:.2f} hours in {num_utterances:,} utterances\n\nSeconds of audio per second of processor time")
@@ -185,33 +178,32 @@ def measure(flags, folder: Path) -> dict:
     print(f"\n{flags.updates} updates of {flags.config_name} on the {flags.device}, {flags.num_workers} worker(s)")
     rows = [[name, found["audio_seconds_per_second"], found["wait_fraction"]] for name, found in waiting.items()]
     common.print_table(rows, ["", "audio s / s", "share of the time spent waiting"])
-    transfer = {name: measure_transfer(sources[name], args) for name in COMPARED} if on_gpu else None
     return {
         "pcm_over_flac": ratios["stack_crops"]["median"],
         "wait_fraction": waiting["packed"]["wait_fraction"],
         "packed_over_flac": ratios,
         "waiting": waiting,
         "audio_seconds_per_cpu_second": formats,
-        "files_to_gpu": transfer,
+        "files_to_gpu": {name: measure_transfer(sources[name], args) for name in COMPARED} if on_gpu else None,
         "settings": vars(flags) | {"hours": hours, "utterances": num_utterances},
     }
 
 
 def main(argv: list[str] | None = None) -> None:
+    gpu = torch.cuda.is_available()
     parser = common.make_parser(__doc__, reads_audio=True)
-    parser.add_argument("--hours", type=float, default=0.5, help="most audio that is used (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=5, help="effective batches to compare on (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=1, help="of the DataLoader (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=6, help="in which waiting is counted (default: %(default)s)")
-    parser.add_argument("--config_name", default="small", help="model to train (default: %(default)s)")
-    parser.add_argument("--batch_hours", type=float, help="of these updates (default: 0.04, on a GPU 1.6)")
-    parser.add_argument("--micro_batch_seconds", type=float, help="of these updates (default: 40, on a GPU 200)")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default, help="to train on")
+    parser.add_argument("--hours", type=float, default=0.5, help="most audio that is used")
+    parser.add_argument("--pairs", type=int, default=5, help="effective batches to compare on")
+    parser.add_argument("--num_workers", type=int, default=1, help="of the DataLoader")
+    parser.add_argument("--updates", type=int, default=6, help="in which waiting is counted")
+    parser.add_argument("--config_name", default="small", help="model to train")
+    parser.add_argument("--batch_hours", type=float, help="of these updates; None: 0.04, on a GPU 1.6")
+    parser.add_argument("--micro_batch_seconds", type=float, help="of these updates; None: 40, on a GPU 200")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="to train on")
     flags = parser.parse_args(argv)
     if flags.pairs < 1 or flags.updates < 1 or not flags.hours > 0:
         raise UserError("--pairs, --updates and --hours must be positive")
-    if flags.device == "cuda" and not torch.cuda.is_available():
+    if flags.device == "cuda" and not gpu:
         raise UserError("--device cuda: torch sees no GPU here: use --device cpu")
     with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as folder:
         values = measure(flags, Path(folder))

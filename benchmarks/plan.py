@@ -5,8 +5,8 @@ to batch.
 
 The lengths are synthetic, shaped like LibriSpeech's 960 hours. Recipe of BASE: an effective batch of 1.6 h, crops of
 at most 15.38 s on a grid of 0.32 s, 200 s in a micro-batch. Every time is of fresh processes, which have imported
-everything and read the lengths, but not planned anything yet. Memory is the growth of the peak resident set in a
-process of its own, lengths included, the manifest left out. The rivals are described in ways_to_batch.py.
+everything and read the lengths, but not planned anything yet. Memory is the growth of the resident set in a process
+of its own, lengths included, the manifest left out. The rivals are described in ways_to_batch.py.
 """
 
 import tempfile
@@ -42,7 +42,7 @@ RECIPE = SimpleNamespace(
 BUDGET = round(RECIPE.micro_batch_seconds * SAMPLING_RATE)
 BATCH = round(RECIPE.batch_hours * 3600 * SAMPLING_RATE)
 RANKS = (1, 8, 64)
-NUM_CURSORS = 50
+NUM_CURSORS, NUM_UPDATES = 50, 30
 SHORT = {LIBRISPEECH: "281k", 10_000_000: "10m", 100_000_000: "100m"}
 
 
@@ -54,46 +54,41 @@ def measure_scale(n: int, num_trials: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "lengths.npy")
         np.save(file, speech_lengths(n))
-        trials = [run_fresh(take_times, file) for _ in range(num_trials)]
-        found = {name: median_spread([trial[name] for trial in trials]) for name in trials[0]}
-        return found | {f"{name}_bytes": size / n for name, size in run_fresh(measure_memory, file).items()}
+        *trials, memory = (run_fresh(work, file) for work in (*[take_times] * num_trials, measure_memory))
+    found = {name: median_spread(trial[name] for trial in trials) for name in trials[0]}
+    return found | {f"{name}_bytes": size / n for name, size in memory.items()}
 
 
-def run_fresh(measurement: Callable[[Path], dict], file: Path) -> dict:
+def run_fresh(work: Callable[[Path], dict], file: Path) -> dict:
     with fresh_process() as process:
-        return process.submit(measurement, file).result()
+        return process.submit(work, file).result()
 
 
 def take_times(file: Path) -> dict[str, float]:
     """Of one process: the first update, then everything else that a run asks of its plan."""
-    data, start = Utterances(None, np.load(file), {}), time.perf_counter()
-    batches = build_batches(data, RECIPE)
-    plan_one(batches, Cursor(), num_ranks=8)
-    found = {"first_update": time.perf_counter() - start}
+    lengths, found = np.load(file), {}
+    data = Utterances(None, lengths, {})
+    found["first_update"] = seconds(lambda: plan_one(build_batches(data, RECIPE), Cursor(), num_ranks=8))
     found["identity"] = seconds(lambda: identity(RECIPE, data))
+    batches = build_batches(data, RECIPE)
     found["make_plan"] = seconds(lambda: make_plan(data, batches, RECIPE, 8, RECIPE.micro_batch_seconds))
     # Random places, far into a run: a resume costs no more than the next update.
     rng = np.random.default_rng(0)
-    places = zip(
-        rng.integers(0, 1_000, NUM_CURSORS), rng.integers(0, len(batches.num_samples), NUM_CURSORS), strict=True
-    )
-    cursors = [Cursor(int(epoch), int(position)) for epoch, position in places]
-    draws = [1e3 * seconds(lambda cursor=cursor: batches.draw(cursor)) for cursor in cursors]
+    cursors = rng.integers(0, (1_000, len(lengths)), (NUM_CURSORS, 2)).tolist()
+    draws = [1e3 * seconds(lambda place=place: batches.draw(Cursor(*place))) for place in cursors]
     found |= {"cursor_ms": float(np.median(draws)), "cursor_ms_worst": max(draws)}
-    return found | {f"update_ms_{ranks}": 1e3 * seconds_an_update(batches, ranks) for ranks in RANKS}
+    for ranks in RANKS:
+        started, cursor = time.perf_counter(), Cursor()
+        for _ in range(NUM_UPDATES):
+            cursor = plan_one(batches, cursor, ranks)
+        found[f"update_ms_{ranks}"] = 1e3 * (time.perf_counter() - started) / NUM_UPDATES
+    return found
 
 
 def seconds(action: Callable) -> float:
-    start = time.perf_counter()
+    started = time.perf_counter()
     action()
-    return time.perf_counter() - start
-
-
-def seconds_an_update(batches: EffectiveBatches, num_ranks: int, count: int = 30) -> float:
-    cursor, start = Cursor(), time.perf_counter()
-    for _ in range(count):
-        cursor = plan_one(batches, cursor, num_ranks)
-    return (time.perf_counter() - start) / count
+    return time.perf_counter() - started
 
 
 def plan_one(batches: EffectiveBatches, cursor: Cursor, num_ranks: int) -> Cursor:
@@ -136,7 +131,7 @@ def read_status(name: str) -> int:
 # -- quality
 
 
-def compare_ways(lengths: np.ndarray, num_updates: int) -> dict[tuple[str, int], dict]:
+def compare_ways(lengths: np.ndarray, num_updates: int) -> dict[str, dict]:
     """Every way of batching on every number of ranks; the rivals crop to the same limit, without a grid."""
     cropped = np.minimum(lengths, round(RECIPE.crop_seconds * SAMPLING_RATE))
     batches = build_batches(Utterances(None, lengths, {}), RECIPE)
@@ -148,7 +143,7 @@ def compare_ways(lengths: np.ndarray, num_updates: int) -> dict[tuple[str, int],
             "length grouping": fixed_counts(cropped, ranks, BUDGET, BATCH, grouped=True),
             "quantile buckets": quantile_buckets(cropped, ranks, BUDGET, BATCH),
         }
-        found |= {(way, ranks): measure(steps, ranks) for way, steps in ways.items()}
+        found |= {f"{way}, {ranks} ranks": measure(steps, ranks) for way, steps in ways.items()}
     return found
 
 
@@ -160,41 +155,6 @@ def lost_to_grid(lengths: np.ndarray) -> dict[str, float]:
     return {name: 1 - heard / int(cropped.sum(dtype=np.int64)) for name, cropped in samples.items()}
 
 
-# -- what is printed
-
-
-def report(scales: dict[int, dict], lengths: np.ndarray, ways: dict) -> None:
-    single = ["identity", "make_plan", "cursor_ms", "cursor_ms_worst", *(f"update_ms_{ranks}" for ranks in RANKS)]
-    memory = ["peak_bytes", "steady_bytes", "arrays_bytes"]
-    rows = [
-        [n, *found["first_update"].values(), *(found[name]["median"] for name in single), *(found[m] for m in memory)]
-        for n, found in scales.items()
-    ]
-    print_table(rows, ["utterances", "first update s", "min", "max", *single, *memory])
-    hours, lost = lengths.sum(dtype=np.int64) / SAMPLING_RATE / 3600, lost_to_grid(lengths)
-    grid, both = lost.values()
-    print(f"\n{len(lengths):,} utterances, {hours:.1f} h; lost to the grid {grid:.2%}, with the crop limit {both:.2%} "
-          f"of what the paper's limit of {PAPER_CROP_SECONDS} s leaves\n")  # fmt: skip
-    names = list(next(iter(ways.values())))
-    print_table([[ranks, way, *found.values()] for (way, ranks), found in ways.items()], ["ranks", "way", *names])
-
-
-def summary(scales: dict[int, dict], lengths: np.ndarray, ways: dict) -> dict:
-    here, ours = environment(), ways["ours", 8]
-    return {
-        "benchmark": "plan",
-        "machine": f"{here['cpu']}, {here['cores']} cores",
-        **here,
-        **{f"seconds_{SHORT.get(n, n)}": found["first_update"]["median"] for n, found in scales.items()},
-        **lost_to_grid(lengths),
-        **{name: ours[name] for name in ("padded_fraction", "rank_imbalance", "alikeness", "hours_spread")},
-        "rank_imbalance_64": ways["ours", 64]["rank_imbalance"],
-        "bytes_per_utterance": scales[max(scales)]["peak_bytes"],
-        "scales": {SHORT.get(n, str(n)): found for n, found in scales.items()},
-        "ways": {f"{way}, {ranks} ranks": found for (way, ranks), found in ways.items()},
-    }
-
-
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--scales", type=int, nargs="+", default=list(SHORT), help="numbers of utterances")
@@ -202,10 +162,25 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=580, help="updates measured; 580 are about an epoch of 960 h")
     args = parser.parse_args()
     scales = {n: measure_scale(n, args.trials) for n in args.scales}
+    costs = [{k: v["median"] if isinstance(v, dict) else v for k, v in found.items()} for found in scales.values()]
+    print_table([[n, *cost.values()] for n, cost in zip(scales, costs, strict=True)], ["utterances", *costs[0]])
+
     lengths = speech_lengths(LIBRISPEECH)
-    ways = compare_ways(lengths, args.updates)
-    report(scales, lengths, ways)
-    print_json(summary(scales, lengths, ways))
+    hours, lost = lengths.sum(dtype=np.int64) / SAMPLING_RATE / 3600, lost_to_grid(lengths)
+    grid, both = lost.values()
+    print(f"\n{len(lengths):,} utterances, {hours:.1f} h; lost to the grid {grid:.2%}, with the crop limit {both:.2%} "
+          f"of what the paper's limit of {PAPER_CROP_SECONDS} s leaves\n")  # fmt: skip
+    ways, here = compare_ways(lengths, args.updates), environment()
+    ours = ways["ours, 8 ranks"]
+    print_table([[way, *found.values()] for way, found in ways.items()], ["", *ours])
+    print_json({
+        "benchmark": "plan", "machine": f"{here['cpu']}, {here['cores']} cores", **here,
+        **{f"seconds_{SHORT.get(n, n)}": found["first_update"]["median"] for n, found in scales.items()}, **lost,
+        **{name: ours[name] for name in ("padded_fraction", "rank_imbalance", "alikeness", "hours_spread")},
+        "rank_imbalance_64": ways["ours, 64 ranks"]["rank_imbalance"],
+        "bytes_per_utterance": scales[max(scales)]["peak_bytes"],
+        "scales": {SHORT.get(n, str(n)): found for n, found in scales.items()}, "ways": ways,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,15 +16,16 @@ import argparse
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from common import environment, fresh_process, make_parser, median_spread, print_json, print_table, spread
-from contenders import CONTENDERS, Without
+from common import environment, fresh_process, make_parser, median_spread, print_json, print_table
+from contenders import LEVERS, Ours, Without
 from flops import model_flops, peak_flops
-from stages import stage_table
+from stock_loop import Stock
 
 from w2v2.arguments import PretrainArguments
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.model.loading import build_config
 
+CONTENDERS = {"ours": Ours, "stock": Stock, "without": Without}
 FLAGS = ("config_name", "config_overrides", "gradient_checkpointing", "torch_compile", "positional_conv")
 
 
@@ -41,7 +42,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--length_grid_seconds", type=float, default=0.32, help="ours only")
     parser.add_argument("--lengths", nargs="+", default=["librispeech", "equal"], choices=["librispeech", "equal"])
     parser.add_argument("--contenders", nargs="+", default=["ours", "stock"], choices=list(CONTENDERS))
-    parser.add_argument("--without", choices=list(Without.LEVERS), help="lever that the contender `without` lacks")
+    parser.add_argument("--without", choices=list(LEVERS), help="lever that the contender `without` lacks")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of the transformer, on both sides")
     parser.add_argument("--torch_compile", action="store_true", help="ours only")
@@ -58,23 +59,14 @@ def program_flags(args) -> PretrainArguments:
     return PretrainArguments(train_data=["noise"], output_dir="none", **{name: getattr(args, name) for name in FLAGS})
 
 
-# -- one side's process
-
-
 def start_side(name: str, args) -> None:
+    """One side's process: `ask` calls its contender's methods there."""
     global contender
     contender = CONTENDERS[name](program_flags(args), args)
 
 
-def timed_update(lengths: str, update: int) -> dict:
-    return contender.timed_update(lengths, update)
-
-
-def profile() -> dict[str, float]:
-    return stage_table(contender)
-
-
-# -- the comparison
+def ask(method: str, *values) -> dict:
+    return getattr(contender, method)(*values)
 
 
 def rate(measured: dict, clock: str) -> float:
@@ -85,15 +77,13 @@ def rate(measured: dict, clock: str) -> float:
 def compare(args, sides: dict[str, ProcessPoolExecutor], lengths: str) -> dict:
     """Pairs of updates: each side's rates, the ratio of each pair, and the peaks of memory."""
     clock = "seconds" if args.device == "cuda" else "cpu_seconds"
-    for side in sides.values():
-        side.submit(timed_update, lengths, 0).result()  # warms up
     measured = {name: [] for name in sides}
-    for pair in range(1, args.pairs + 1):
+    for pair in range(args.pairs + 1):
         for name in list(sides)[:: 1 if pair % 2 else -1]:
-            measured[name].append(sides[name].submit(timed_update, lengths, pair).result())
+            measured[name].append(sides[name].submit(ask, "timed_update", lengths, pair).result())
     config, peak = build_config(program_flags(args)), peak_flops()
     result = {"lengths": lengths, "clock": clock}
-    for name, updates in measured.items():
+    for name, (_, *updates) in measured.items():  # the first warms up
         flops = median_spread(model_flops(config, u["heard"]) / u["seconds"] for u in updates)["median"]
         result[name] = {
             "audio_seconds_per_second": median_spread(rate(u, "seconds") for u in updates),
@@ -104,7 +94,7 @@ def compare(args, sides: dict[str, ProcessPoolExecutor], lengths: str) -> dict:
         }
     if len(sides) == 2:
         first, second = sides
-        pairs = zip(measured[first], measured[second], strict=True)
+        pairs = zip(measured[first][1:], measured[second][1:], strict=True)
         result["ratio"] = median_spread(rate(a, clock) / rate(b, clock) for a, b in pairs)
         result["memory_ratio"] = result[first]["peak_gb"] / result[second]["peak_gb"]
     return result
@@ -113,10 +103,12 @@ def compare(args, sides: dict[str, ProcessPoolExecutor], lengths: str) -> dict:
 def show(results: list[dict], names: list[str]) -> None:
     rows = []
     for result in results:
+        words = "{median:.2f} ({min:.2f}–{max:.2f})".format(**result["ratio"]) if "ratio" in result else ""
         for name in names:
-            side, ratio = result[name], result.get("ratio") if name == names[0] else None
+            side = result[name]
             rates = [side[f"audio_seconds_per_{clock}"]["median"] for clock in ("second", "cpu_second")]
-            rows.append([result["lengths"], name, *rates, spread(ratio), side["peak_gb"], side["tflops"], side["mfu"]])
+            ratio = words if name == names[0] else ""
+            rows.append([result["lengths"], name, *rates, ratio, side["peak_gb"], side["tflops"], side["mfu"]])
     heads = ["lengths", "side", "audio-s/s", "audio-s/CPU-s", "ratio (min–max)", "peak GB", "TFLOP/s", "MFU"]
     print_table(rows, heads)
 
@@ -128,7 +120,7 @@ def main() -> None:
     show(results, args.contenders)
     found = environment() | {"results": results}
     if args.profile:
-        found["stages"] = tables = {name: side.submit(profile).result() for name, side in sides.items()}
+        found["stages"] = tables = {name: side.submit(ask, "stage_table").result() for name, side in sides.items()}
         print("\nMicroseconds for each second of audio, forward and backward, one micro-batch of equal lengths:")
         stages = tables[args.contenders[0]]
         print_table([[stage, *(table[stage] for table in tables.values())] for stage in stages], ["stage", *tables])

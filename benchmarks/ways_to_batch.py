@@ -1,14 +1,7 @@
 """Ways to make micro-batches and updates out of the same lengths, and what is measured of each.
 
-A step is a list of micro-batches, each the lengths (in samples) of its rows. The first `num_ranks` of them are one
-round, and so on. The rivals are the ideas of well-known samplers, with the settings that bring an update to the same
-hours:
-
-- random padding: shuffled utterances, a fixed number to a micro-batch;
-- length grouping, as `group_by_length` of transformers: shuffled, cut into megabatches of 50 times the rows of a
-  device's update, each sorted by length, the rest as before;
-- quantile buckets, as SpeechBrain's DynamicBatchSampler: utterances in shuffled order fall into buckets of like
-  length, each is cut into micro-batches, and the micro-batches are shuffled.
+A step is a list of micro-batches, each the lengths (in samples) of its rows; the first `num_ranks` of them are one
+round, and so on. The rivals are the ideas of well-known samplers, set to bring an update to the same hours.
 """
 
 import math
@@ -39,28 +32,32 @@ def effective_batches(batches: EffectiveBatches, num_ranks: int, budget: int, nu
 
 
 def fixed_counts(lengths: np.ndarray, num_ranks: int, budget: int, batch_samples: int, grouped: bool) -> Iterator[Step]:
-    """Random padding, or length grouping: the most rows that always fit, in as many rounds as the update needs."""
+    """Shuffled utterances, as many to a micro-batch as always fit, in as many rounds as the update needs.
+
+    `grouped`: as `group_by_length` of transformers, megabatches of 50 updates are each sorted by length first.
+    """
     rows = batch_samples / lengths.mean() / num_ranks  # of a device in an update
     rounds = math.ceil(rows * lengths.max() / budget)
-    count = round(rows / rounds)
+    count, size = round(rows / rounds), rounds * num_ranks  # of a micro-batch and of an update
     order = np.random.default_rng(0).permutation(len(lengths))
     if grouped:
         parts = np.split(order, range(MEGABATCH * count * rounds, len(order), MEGABATCH * count * rounds))
         order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
-    size = rounds * num_ranks  # micro-batches of an update
     num_steps = len(order) // (count * size)  # the rest is no whole update
     for step in order[: num_steps * count * size].reshape(num_steps, size, count):
         yield list(lengths[step])
 
 
 def quantile_buckets(lengths: np.ndarray, num_ranks: int, budget: int, batch_samples: int) -> Iterator[Step]:
-    """Buckets of equally many utterances; a micro-batch holds as many of a bucket as its upper edge allows."""
+    """As SpeechBrain's DynamicBatchSampler: shuffled utterances fall into buckets of like length and equal number, are
+    cut there into micro-batches of as many as the bucket's upper edge allows, and these are shuffled.
+    """
     rng = np.random.default_rng(0)
     edges = np.unique(np.quantile(lengths, np.arange(1, NUM_BUCKETS + 1) / NUM_BUCKETS))
     bucket = np.searchsorted(edges, lengths)
-    rounds = math.ceil(1.03 * batch_samples / (num_ranks * budget))
-    order, goal = rng.permutation(len(lengths)), batch_samples / (rounds * num_ranks)
-    limit = goal
+    size = num_ranks * math.ceil(1.03 * batch_samples / (num_ranks * budget))  # micro-batches of an update
+    order = rng.permutation(len(lengths))
+    limit = goal = batch_samples / size
     for _ in range(3):  # find the limit at which a micro-batch holds on average what it should
         micro_batches = []
         for number, edge in enumerate(edges):
@@ -68,7 +65,7 @@ def quantile_buckets(lengths: np.ndarray, num_ranks: int, budget: int, batch_sam
             count = max(1, int(min(limit, budget) / edge))
             micro_batches += np.split(members, range(count, len(members), count))
         limit *= goal / np.mean([rows.sum() for rows in micro_batches])
-    shuffled, size = [micro_batches[index] for index in rng.permutation(len(micro_batches))], rounds * num_ranks
+    shuffled = [micro_batches[index] for index in rng.permutation(len(micro_batches))]
     for first in range(0, len(shuffled) - size + 1, size):
         yield shuffled[first : first + size]
 
@@ -78,8 +75,7 @@ def measure(steps: Iterator[Step], num_ranks: int) -> dict[str, float]:
 
     - `padded_fraction`: padding among the samples of all micro-batches, dummies left out.
     - `rank_imbalance`: 1 − mean / max over the ranks of what each computes in an update, in padded samples with
-      dummies, averaged over updates: the share of device time spent waiting where ranks wait for each other once an
-      update, as under DDP.
+      dummies: the share of device time spent waiting where ranks wait for each other once an update, as under DDP.
     - `round_imbalance`: the same of every round, for where they wait at each micro-batch, as under FSDP.
     - `idle_or_padding`: both together, 1 − speech / (ranks × busiest rank's padded samples).
     - `hours_spread`, `hours_deviation`: largest minus smallest update, and standard deviation, in hours.

@@ -4,8 +4,8 @@
     python data_scripts/build_ngram.py books.txt --order 4 --text_case lower --output data/lm.arpa
 
 Manifests give their transcripts; any other file (.txt, .gz) is text, a sentence a line. The text is normalised as in
-fine-tuning: give both the same flags, or the words will not fit the model's characters. The smoothing is modified
-Kneser-Ney, in memory. For more than some ten million words use KenLM's lmplz, whose ARPA files serve as well.
+fine-tuning: give both the same flags. The smoothing is modified Kneser-Ney, in memory. For more than some ten million
+words use KenLM's lmplz, whose ARPA files serve as well.
 """
 
 import gzip
@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("text", nargs="+", type=Path, help="manifests, folders that are manifests, or text files")
     parser.add_argument("--output", type=Path, required=True, help="the ARPA file to write")
-    parser.add_argument("--order", type=int, default=4, help="longest n-gram (default: %(default)s)")
+    parser.add_argument("--order", type=int, default=4, help="longest n-gram")
     parser.add_argument("--data_root", help="what $data_root in the manifests stands for")
     parser.add_argument("--target_unit", choices=TARGET_UNITS, default="characters", help="tokens: as phonemes are")
-    parser.add_argument("--text_case", choices=CASES, default="upper", help="(default: %(default)s)")
+    parser.add_argument("--text_case", choices=CASES, default="upper", help="of the letters")
     parser.add_argument("--drop_characters", default=DROPPED_CHARACTERS, help="left out", metavar="CHARACTERS")
     parser.add_argument("--fold_accents", action="store_true", help="write É as E")
     parser.add_argument("--drop_tokens", nargs="*", default=[], help="left out of the text", metavar="TOKEN")

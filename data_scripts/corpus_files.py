@@ -20,20 +20,24 @@ from w2v2.errors import UserError, error_line, printable
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written, and each flag's default."""
+
+
 class Parser(argparse.ArgumentParser):
-    """A script's command line. A slip is one line and status 2; the help shows the docstring as it is written."""
+    """A script's command line. A slip is one line and status 2."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, formatter_class=_Help)
 
     def add_corpus(self, folder: str, output: str = "--output") -> None:
         """What every script that makes manifests takes: a corpus, where to write, the number of threads."""
-        about = "the manifest to write, a .csv" if output == "--output" else "folder for the manifests"
         self.add_argument("folder", type=Path, help=folder)
-        self.add_argument(output, type=_csv_path if output == "--output" else Path, required=True, help=about)
-        self.add_argument(
-            "--num_workers", type=int, default=16, help="threads that read headers (default: %(default)s)"
-        )
+        if output == "--output":
+            self.add_argument(output, type=_csv_path, required=True, help="the manifest to write, a .csv")
+        else:
+            self.add_argument(output, type=Path, required=True, help="folder for the manifests")
+        self.add_argument("--num_workers", type=int, default=16, help="threads that read headers")
 
     def run(self, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
         """Run `action` with the parsed arguments. Returns 0, or 2 for a user's slip or an unusable path."""
@@ -56,9 +60,9 @@ def _csv_path(text: str) -> Path:
 
 
 def measure(rows: Sequence[dict], root: Path, manifest: Path, num_workers: int) -> tuple[list[dict], list[AudioError]]:
-    """Rows of the usable files, and the reasons for the others.
+    """Rows of the usable files with their `duration`, and the reasons for the others.
 
-    `audio` is relative to `root` before, and to the folder of `manifest` after. `duration` holds the header's seconds.
+    `audio` is relative to `root` before, and to the folder of `manifest` after.
     """
     prefix = os.path.relpath(root.resolve(), manifest.parent.resolve())
 
@@ -129,7 +133,6 @@ def write_manifest(path: Path, rows: Sequence[dict], columns: Sequence[str] = CO
             (quoted if any("\r" in str(cell) for cell in row.values()) else minimal).writerow(row)
     hours = sum(row["duration"] for row in rows) / 3600
     speakers = len({row["speaker"] for row in rows if row.get("speaker")})
-    labels = ", ".join(
-        f"{label} {n:,}" for label, n in Counter(row.get("label") for row in rows).most_common(10) if label
-    )
-    print(f"{path}: {len(rows):,} utterances, {hours:.2f} hours, {speakers:,} speakers{'; ' * bool(labels)}{labels}")
+    labels = Counter(row["label"] for row in rows if row.get("label")).most_common(10)
+    named = "; " * bool(labels) + ", ".join(f"{label} {n:,}" for label, n in labels)
+    print(f"{path}: {len(rows):,} utterances, {hours:.2f} hours, {speakers:,} speakers{named}")

@@ -103,9 +103,8 @@ class Espeak:
             raise RuntimeError(f"espeak-ng could not read its data in {data_path}")
         self.pieces: list[np.ndarray] = []
         # Kept as an attribute: the library holds only a bare pointer to it.
-        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)(
-            self._collect
-        )
+        samples = ctypes.POINTER(ctypes.c_short)
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, samples, ctypes.c_int, ctypes.c_void_p)(self._collect)
         self.library.espeak_SetSynthCallback(self.callback)
 
     def _collect(self, samples, num_samples, events) -> int:

@@ -3,9 +3,7 @@
 The highest order has counts. Lower orders count the different words that precede an n-gram (its occurrences, where it
 begins the sentence). Each count loses a discount D1, D2 or D3+, by the counts of counts of its order. What a history
 loses goes to the next lower order; below the unigrams, to the uniform distribution over the words, `</s>` and `<unk>`.
-Such a model is exactly one of ARPA's back-off models: the history's share of the lower order is its back-off weight.
-
-For text of up to some ten million words: the counts are held in memory. For more, KenLM's `lmplz` makes the same model.
+Such a model is one of ARPA's back-off models: the history's share of the lower order is its back-off weight.
 """
 
 import math
@@ -46,9 +44,7 @@ def estimate(sentences: Iterable[Sequence[str]], order: int) -> NGram:
     found = [discounts(table.values()) for table in counts]
     taken = [discount or FALLBACK for discount in found]
     num_words = len(counts[0]) + 1  # <unk> too
-    probabilities: list[dict[Gram, float]] = []
-    backoffs: list[dict[Gram, float]] = []
-    lower: dict[Gram, float] = {}
+    probabilities, backoffs, lower = [], [], {}
     for table, discount in zip(counts, taken, strict=True):
         totals, shares = _histories(table, discount)
         level = {}
@@ -96,8 +92,7 @@ def discounts(counts: Iterable[int]) -> tuple[float, float, float] | None:
 
 def _histories(table: Counter[Gram], discount: Sequence[float]) -> tuple[dict[Gram, int], dict[Gram, float]]:
     """Of each history: the sum of its counts, and the share that the discounts leave to the lower order."""
-    totals: defaultdict[Gram, int] = defaultdict(int)
-    left: defaultdict[Gram, float] = defaultdict(float)
+    totals, left = defaultdict(int), defaultdict(float)
     for gram, count in table.items():
         totals[gram[:-1]] += count
         left[gram[:-1]] += discount[min(count, 3) - 1]

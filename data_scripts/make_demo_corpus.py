@@ -1,13 +1,9 @@
 """Make a small corpus of synthesized speech: something to pretrain and fine-tune on within minutes, without a download.
 
-The espeak-ng library inside the PyPI package `espeakng-loader` speaks sentences of a small grammar in many voices
-(accent x timbre x speed x pitch x intonation). Train, dev and test share no voice, no timbre and no sentence. A
-random gain, faint noise and random pauses at both ends keep loudness and digital silence from giving anything away.
-
-The library carries flutter and noise states from one utterance to the next, so every voice is spoken in order in a
-process of its own, with the noise seeded: the corpus depends on its arguments alone, not on the number of workers.
-
-Cost: about half a minute on two cores for 45 minutes of speech, 50 MB.
+The espeak-ng library inside the PyPI package `espeakng-loader` speaks sentences of a small grammar in many voices.
+Train, dev and test share no voice, no timbre and no sentence. The library carries flutter and noise states from one
+utterance to the next, so every voice is spoken in order in a process of its own, with the noise seeded: the corpus
+depends on its arguments alone. 45 minutes of speech (50 MB) take half a minute on two cores.
 """
 
 import dataclasses
@@ -44,9 +40,9 @@ def plan_voices(num_voices: int, minutes: float, seed: int) -> list[Voice]:
         raise UserError(f"--minutes {minutes}: give a positive number, at most 600")
     rng = random.Random(f"plan {seed}")
     budget = {"dev": SHARES["dev"] * minutes, "test": max(SHARES["test"] * minutes, min(MIN_TEST_MINUTES, minutes / 3))}
-    budget["train"] = minutes - budget["dev"] - budget["test"]
+    budget["train"] = minutes - sum(budget.values())
     count = {split: max(1, round(share * num_voices)) for split, share in SHARES.items()}
-    count["train"] = num_voices - count["dev"] - count["test"]
+    count["train"] = num_voices - sum(count.values())
     timbres = rng.sample(TIMBRES, len(TIMBRES))
     num_dev, num_test = (round(SHARES[split] * len(timbres)) for split in ("dev", "test"))
     hands = {"dev": timbres[:num_dev], "test": timbres[-num_test:], "train": timbres[num_dev:-num_test]}
@@ -96,10 +92,8 @@ def speak_all(voices: list[Voice], output_dir: Path, num_workers: int) -> list[l
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "numpy", "soundfile", "soxr"])
-    with (
-        tempfile.TemporaryDirectory() as short,
-        ProcessPoolExecutor(max(1, num_workers), context, max_tasks_per_child=1) as pool,
-    ):
+    pool = ProcessPoolExecutor(max(1, num_workers), context, max_tasks_per_child=1)
+    with tempfile.TemporaryDirectory() as short, pool:
         data_path = espeakng_loader.get_data_path()
         if len(os.fsencode(data_path)) > 120:  # the library cuts its data path off at about 160 bytes
             os.symlink(data_path, os.path.join(short, "espeak-ng-data"))
@@ -121,16 +115,15 @@ def labelled_subset(voices_rows: list[list[dict]], minutes: float) -> list[dict]
 
 
 def summarize(rows: list[dict]) -> dict:
-    durations = [row["duration"] for row in rows]
-    words = [len(row["text"].split()) for row in rows]
+    durations, words = [row["duration"] for row in rows], [row["text"].split() for row in rows]
     return {
         "utterances": len(rows),
         "voices": len({row["speaker"] for row in rows}),
         "minutes": round(sum(durations) / 60, 2),
         "shortest_seconds": round(min(durations), 2),
         "longest_seconds": round(max(durations), 2),
-        "words_per_utterance": round(sum(words) / len(words), 1),
-        "different_words": len({word for row in rows for word in row["text"].split()}),
+        "words_per_utterance": round(sum(map(len, words)) / len(words), 1),
+        "different_words": len({word for own in words for word in own}),
     }
 
 
@@ -180,12 +173,11 @@ def make_corpus(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("output_dir", type=Path, help="folder for the manifests and for audio/<speaker>/<id>.flac")
-    parser.add_argument("--minutes", type=float, default=45.0, help="speech in all (default: %(default)s)")
-    labelled = "in train_labelled.csv (default: 20, at most half of --minutes)"
-    parser.add_argument("--labelled_minutes", type=float, help=labelled)
-    parser.add_argument("--num_voices", type=int, default=60, help="synthetic speakers (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--minutes", type=float, default=45.0, help="speech in all")
+    parser.add_argument("--labelled_minutes", type=float, help="in train_labelled.csv; None: 20, at most half")
+    parser.add_argument("--num_voices", type=int, default=60, help="synthetic speakers")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
     return parser.run(make_corpus, argv)
 
 

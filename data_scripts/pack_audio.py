@@ -4,19 +4,17 @@
     python data_scripts/pack_audio.py --verify data/packed
     python pretrain.py --train_data data/packed …
 
-Takes every manifest that pretrain.py takes. The folder that it writes may be moved and holds
+The folder may be moved and holds
 
-    shard-00000.wav …   ordinary WAV files, 16 kHz, mono, 16 bits: the utterances one after another
+    shard-00000.wav …   ordinary WAV files, 16 kHz, mono, 16 bits: the utterances one after another; 115 MB an hour
     manifest.parquet    id, audio (the shard), start (seconds), num_samples; text, speaker and label where there are any
     SHA256SUMS          of all of these, for --verify or sha256sum -c
     packing.jsonl       what was packed; then a line a shard
 
-The utterances keep their ids, order and lengths, so the effective batches stay the same. 16-bit mono audio at 16 kHz
-stays the same bit for bit. Other audio is resampled and averaged as in training, rounded and clipped (counted): 115 MB
-an hour.
-
-After an interruption, the same command goes on with the missing shards. Unreadable utterances are left out and listed
-in skipped_audio.jsonl; once they are mended, pack anew with --overwrite. The same audio and flags give the same bytes.
+Ids, order and lengths stay, so the effective batches do. 16-bit mono audio at 16 kHz stays the same bit for bit; other
+audio is resampled and averaged as in training, rounded and clipped. After an interruption, the same command goes on
+with the missing shards, to the same bytes. Unreadable utterances are left out and listed in skipped_audio.jsonl; once
+they are mended, pack anew with --overwrite.
 """
 
 import contextlib
@@ -26,7 +24,7 @@ import os
 import sys
 import wave
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +39,7 @@ from w2v2.errors import UserError
 
 FORMAT = 2  # raise it when the same audio and flags would give other files
 MAX_SHARD_HOURS = 18.0  # the file stays below 2 GiB, as its 32-bit sizes demand
+ROW = ("id", "audio", "start", "num_samples")
 MANIFEST, SUMS, LOG, SKIPPED = "manifest.parquet", "SHA256SUMS", "packing.jsonl", "skipped_audio.jsonl"
 
 
@@ -66,27 +65,26 @@ def pack(args) -> None:
     if len(skipped) > args.max_skipped_fraction * total or len(skipped) == total:
         limit = f"--max_skipped_fraction {args.max_skipped_fraction:g}"
         raise UserError(f"{len(skipped)} of {total} utterances cannot be read, more than {limit} allows: mend them")
-    write_index(folder, table, shards, records)
+    lengths = np.concatenate([record["num_samples"] for record in records])  # (rows,)
+    write_index(folder, table, shards, records, lengths)
     print(f"{folder}: {total - len(skipped):,} utterances in {len(shards):,} shards; {len(skipped):,} left out")
     # 4. What is not as the manifest or the source has it.
-    lengths = np.concatenate([np.array(record["num_samples"]) for record in records])
     shorter = int(((lengths > 0) & (lengths != np.array(table["num_samples"]))).sum())
-    clipped = sum(record["clipped_samples"] for record in records)
-    if shorter or clipped:
-        print(
-            f"{shorter:,} utterances are shorter than their manifest says; {clipped:,} samples beyond full scale are clipped"
-        )
+    if (clipped := sum(record["clipped_samples"] for record in records)) or shorter:
+        clipping = f"{clipped:,} samples beyond full scale are clipped"
+        print(f"{shorter:,} utterances are shorter than their manifest says; {clipping}")
 
 
 def check_flags(args) -> None:
     """UserError for flags that cannot serve, before anything is read or deleted."""
-    if not args.manifests or not args.output_dir:
+    folder, hours = args.output_dir, args.shard_hours
+    if not args.manifests or not folder:
         raise UserError("give manifests and --output_dir, or --verify FOLDER")
-    folder, sources = args.output_dir, [Path(name).expanduser().resolve() for name in args.manifests]
-    if not 0 < args.shard_hours <= MAX_SHARD_HOURS:
-        raise UserError(f"--shard_hours {args.shard_hours:g}: give a number above 0, at most {MAX_SHARD_HOURS:g}")
-    found = list(folder.iterdir()) if folder.is_dir() else [folder] * folder.exists()
-    if (found and not (folder / LOG).exists()) or any(folder.resolve() in (path, path.parent) for path in sources):
+    if not 0 < hours <= MAX_SHARD_HOURS:
+        raise UserError(f"--shard_hours {hours:g}: give a number above 0, at most {MAX_SHARD_HOURS:g}")
+    sources = [Path(name).expanduser().resolve() for name in args.manifests]
+    is_taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
+    if is_taken and not (folder / LOG).exists() or any(folder.resolve() in (path, path.parent) for path in sources):
         raise UserError(f"--output_dir {folder}: something else is in the way: name a new folder")
 
 
@@ -126,38 +124,34 @@ def claim_folder(folder: Path, settings: dict, overwrite: bool) -> dict[str, dic
 def pack_missing(folder: Path, table, shards: dict[str, range], records: dict, num_workers: int) -> list[dict]:
     """Write the shards without a record, in threads (decoders and hashes do not hold the GIL). Returns all records."""
     missing = [name for name in shards if name not in records]
-    with open(folder / LOG, "a", encoding="utf-8") as log, ThreadPoolExecutor(max(1, num_workers)) as pool:
-        futures = [pool.submit(pack_shard, folder / name, table, shards[name]) for name in missing]
-        try:
-            for future in tqdm(as_completed(futures), "Packing", len(missing), unit="shard", disable=None):
-                record = future.result()
+    try:
+        with open(folder / LOG, "a", encoding="utf-8") as log, ThreadPoolExecutor(max(1, num_workers)) as pool:
+            made = pool.map(lambda name: pack_shard(folder / name, table, shards[name]), missing)
+            for record in tqdm(made, "Packing", len(missing), unit="shard", disable=None):
                 records[record["shard"]] = record
                 log.write(json.dumps(record) + "\n")
                 log.flush()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error, only the shards at work are written
+    except OSError as error:
+        reason = f"{folder} cannot be written: {error.strerror or error}"
+        raise UserError(f"{reason}: mend that and run the same command again; finished shards stay") from None
     return [records[name] for name in shards]
 
 
 def pack_shard(path: Path, table, rows: range) -> dict:
     """Write one shard. Returns its line of the log, in which an utterance that cannot be read has 0 samples."""
-    lengths, skipped, clipped, names = [], [], 0, ("id", "audio", "start", "num_samples")
+    lengths, skipped, clipped = [], [], 0
     columns = table[rows.start : rows.stop]  # one look into the table for all of them
-    try:
-        with open_atomic(path, "wb") as file, wave.open(file, "wb") as shard:
-            shard.setparams((1, 2, SAMPLING_RATE, 0, "NONE", ""))  # channels, bytes a sample, …
-            for name, audio, start, num_samples in zip(*map(columns.get, names), strict=True):
-                try:
-                    samples, beyond = read_utterance(audio, round(start * SAMPLING_RATE), num_samples)  # (S,) int16
-                    clipped += beyond
-                except AudioError as error:
-                    skipped.append({"id": name, "audio": audio, "reason": error.reason})
-                    samples = np.empty(0, np.int16)
-                shard.writeframesraw(samples.astype("<i2").tobytes())
-                lengths.append(len(samples))
-    except OSError as error:
-        reason = f"{path} cannot be written: {error.strerror or error}"
-        raise UserError(f"{reason}: mend that and run the same command again; finished shards stay") from None
+    with open_atomic(path, "wb") as file, wave.open(file, "wb") as shard:
+        shard.setparams((1, 2, SAMPLING_RATE, 0, "NONE", ""))  # channels, bytes a sample, …
+        for name, audio, start, num_samples in zip(*map(columns.get, ROW), strict=True):
+            try:
+                samples, beyond = read_utterance(audio, round(start * SAMPLING_RATE), num_samples)  # (S,) int16
+                clipped += beyond
+            except AudioError as error:
+                skipped.append({"id": name, "audio": audio, "reason": error.reason})
+                samples = np.empty(0, np.int16)
+            shard.writeframesraw(samples.astype("<i2").tobytes())
+            lengths.append(len(samples))
     record = {"shard": path.name, "num_samples": lengths, "skipped": skipped, "clipped_samples": clipped}
     return record | {"sha256": hash_file(path), "bytes": path.stat().st_size}
 
@@ -175,11 +169,9 @@ def read_utterance(path: str, start: int, num_samples: int) -> tuple[np.ndarray,
     return clipped.astype(np.int16), int((np.abs(scaled) > 32_768).sum())
 
 
-def write_index(folder: Path, table, shards: dict[str, range], records: list[dict]) -> None:
+def write_index(folder: Path, table, shards: dict[str, range], records: list[dict], lengths: np.ndarray) -> None:
     """Write manifest.parquet (the source's rows in their order, without the unreadable ones) and SHA256SUMS."""
-    lengths = [np.array(record["num_samples"]) for record in records]
-    starts = np.concatenate([np.cumsum(part) - part for part in lengths])  # (rows,) from the shard's beginning
-    lengths = np.concatenate(lengths)  # (rows,)
+    starts = np.concatenate([np.cumsum(own) - own for own in (np.array(r["num_samples"]) for r in records)])  # (rows,)
     source = table.with_format("arrow")[:]
     columns = {"id": source["id"], "audio": np.repeat(list(shards), list(map(len, shards.values())))}
     columns |= {"start": starts / SAMPLING_RATE, "num_samples": lengths}
@@ -192,9 +184,6 @@ def write_index(folder: Path, table, shards: dict[str, range], records: list[dic
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file; empty where there is none."""
-    if not path.is_file():
-        return ""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -204,9 +193,10 @@ def verify(folder: Path, num_workers: int) -> None:
     if not (folder / SUMS).is_file() or not (folder / MANIFEST).is_file():
         raise UserError(f"--verify {folder} holds no finished packing: run the command that packs it again")
     sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+    there = [name for name in sums if (folder / name).is_file()]
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        found = dict(zip(sums, pool.map(hash_file, map(folder.joinpath, sums)), strict=True))
-    if wrong := [name for name in sums if found[name] != sums[name]]:
+        found = dict(zip(there, pool.map(hash_file, map(folder.joinpath, there)), strict=True))
+    if wrong := [name for name in sums if found.get(name) != sums[name]]:
         names = ", ".join(wrong[:5])
         raise UserError(f"{folder}: missing or damaged: {names}: delete them and run the command that packs it again")
     print(f"{folder}: {len(sums) - 1:,} shards and the manifest are as they were written")
@@ -217,10 +207,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("manifests", nargs="*", metavar="MANIFEST", help="what pretrain.py takes as --train_data")
     parser.add_argument("--output_dir", type=Path, help="folder for the shards and their manifest")
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
-    parser.add_argument("--shard_hours", type=float, default=2.0, help="most audio in a shard (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="threads (default: one a core)")
+    parser.add_argument("--shard_hours", type=float, default=2.0, help="most audio in a shard")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="threads")
     parser.add_argument("--overwrite", action="store_true", help="delete what was packed into OUTPUT_DIR before")
-    parser.add_argument("--max_skipped_fraction", type=float, default=0.01, help="left out (default: %(default)s)")
+    parser.add_argument("--max_skipped_fraction", type=float, default=0.01, help="left out")
     parser.add_argument("--verify", type=Path, metavar="FOLDER", help="check a packed folder against its sums instead")
     return parser.run(lambda args: verify(args.verify, args.num_workers) if args.verify else pack(args), argv)
 

@@ -3,9 +3,8 @@
     python data_scripts/prepare_folder.py recordings --output data/train.csv --valid_fraction 0.02
 
 Every audio file below the folder becomes a row `id,audio,duration`: its path without the extension, its path relative
-to the manifest, its seconds by its header. `--speaker_from_parent` adds `speaker`, `--text` adds `text`. Files that
-cannot be used are listed in OUTPUT.skipped.jsonl and left out. `--valid_fraction` also makes OUTPUT_dev.csv.
-The same files and flags give the same manifests.
+to the manifest, its seconds. `--speaker_from_parent` adds `speaker`, `--text` adds `text`. Files that cannot be used
+are listed in OUTPUT.skipped.jsonl and left out. `--valid_fraction` also makes OUTPUT_dev.csv.
 """
 
 import hashlib
@@ -57,7 +56,7 @@ def split_off(rows: list[dict], fraction: float) -> tuple[list[dict], list[dict]
     The order in which speakers (or files) go to dev is a hash of their name, so that more data later moves few of
     them. Raises UserError where one part would be empty.
     """
-    seconds: Counter = Counter()
+    seconds = Counter()
     for row in rows:
         seconds[row.get("speaker") or row["id"]] += row["duration"]
     if len(seconds) < 2:
@@ -70,10 +69,8 @@ def split_off(rows: list[dict], fraction: float) -> tuple[list[dict], list[dict]
             dev.add(name)
             heard += seconds[name]
     dev = dev or {min(seconds, key=lambda name: (seconds[name], name))}
-    parts: tuple[list[dict], list[dict]] = ([], [])
-    for row in rows:
-        parts[(row.get("speaker") or row["id"]) in dev].append(row)
-    return parts
+    is_dev = [(row.get("speaker") or row["id"]) in dev for row in rows]
+    return tuple([row for row, own in zip(rows, is_dev, strict=True) if own == part] for part in (False, True))
 
 
 def prepare(args) -> None:

@@ -35,12 +35,9 @@ def find_sessions(folder: Path) -> list[Path]:
 
 def read_lines(folder: Path, pattern: re.Pattern) -> list[re.Match]:
     """Matching lines of the folder's .txt files, without hidden files (`._…`, left by the archive)."""
-    matches = []
-    for path in sorted(folder.glob("*.txt")):
-        if not path.name.startswith("."):
-            lines = path.read_text(encoding="utf-8", errors="ignore").splitlines()
-            matches += [match for match in map(pattern.match, lines) if match]
-    return matches
+    paths = [path for path in sorted(folder.glob("*.txt")) if not path.name.startswith(".")]
+    lines = (line for path in paths for line in path.read_text(encoding="utf-8", errors="ignore").splitlines())
+    return [match for match in map(pattern.match, lines) if match]
 
 
 def session_rows(session: Path) -> list[dict]:
@@ -56,8 +53,7 @@ def session_rows(session: Path) -> list[dict]:
         # Ses01F_impro01, F000: the F or M of the turn, not of the dialogue, says who speaks.
         dialogue, _, turn = name.rpartition("_")
         row = {"id": name, "audio": f"{session.name}/sentences/wav/{dialogue}/{name}.wav", "text": texts.get(name, "")}
-        row |= {"speaker": f"{name[:5]}{turn[0]}", "session": session.name[-1], "label": match["label"]}
-        rows.append(row)
+        rows.append(row | dict(speaker=f"{name[:5]}{turn[0]}", session=session.name[-1], label=match["label"]))
     return rows
 
 

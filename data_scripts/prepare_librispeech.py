@@ -64,15 +64,11 @@ def scan_subset(folder: Path) -> tuple[list[dict], list[str]]:
 def find_faults(name: str, rows: list[dict], silent: list[str], errors: list) -> str:
     """What makes a subset incomplete, in words; empty where it is whole. `rows` are the usable ones."""
     expected, expected_hours = KNOWN[name]
-    wordless = [row["id"] for row in rows if not row["text"]]
-    faults = []
+    wordless, faults = [row["id"] for row in rows if not row["text"]], []
     if (found := len(rows) + len(errors)) != expected:
         faults.append(f"{found:,} of {expected:,} utterances found")
-    causes = {
-        "unusable files": errors,
-        "transcribed utterances without audio": silent,
-        "utterances without transcript": wordless,
-    }
+    causes = {"unusable files": errors, "transcribed utterances without audio": silent}
+    causes["utterances without transcript"] = wordless
     faults += [f"{len(cases):,} {what}, the first: {cases[0]}" for what, cases in causes.items() if cases]
     hours = sum(row["duration"] for row in rows) / 3600
     if not faults and expected_hours and abs(hours / expected_hours - 1) > HOURS_TOLERANCE:

@@ -5,7 +5,6 @@ import os
 from collections import Counter
 
 import crash_drill
-import drill_runs
 import drilled
 import numpy as np
 import pandas
@@ -43,18 +42,10 @@ def test_another_learning_rate_is_found_out(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2, 1)])
-def test_other_world_sizes_hear_the_same_batches(capsys, sizes):
-    status, found, _ = run_script(crash_drill.main, capsys, "--max_steps", 16, "--world_sizes", *sizes)
+def test_other_world_sizes_hear_the_same_batches(capsys):
+    status, found, _ = run_script(crash_drill.main, capsys, "--max_steps", 16, "--world_sizes", 1, 2, 1)
     assert (status, found["changed_batches"], found["differing_bytes"]) == (0, 0, 0)
     assert found["compared_batches"] >= 16 and found["largest_loss_difference"] < 1e-3
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_fails_the_drill(monkeypatch):
-    monkeypatch.setitem(drill_runs.RECIPE, "crop_seconds", -1.0)
-    with pytest.raises(SystemExit, match="--crop_seconds is -1"):
-        crash_drill.main(["--kills", "1"])
 
 
 def test_a_slip_is_one_line(capsys, tmp_path):
@@ -126,12 +117,14 @@ def test_ranks_are_heard_together(tmp_path):
 def test_digests_are_the_utterances_own():
     config = tiny_config(num_negatives=drilled.NUM_NEGATIVES)
     lengths = [12_000, 9_000, 7_000]
-    together = drilled.digests(make_batch(config, lengths))
-    alone = [drilled.digests(make_batch(config, lengths[row : row + 1], first=row))[0] for row in range(3)]
-    assert together == alone and len(set(together)) == 3
-    others = drilled.digests(make_batch(config, lengths, epoch=1)), drilled.digests(make_batch(config, lengths, seed=1))
-    assert all(set(together).isdisjoint(other) for other in others)
-    assert drilled.digests(make_batch(config, lengths, weight=0.0)) == []
+
+    def digests(lengths, **options):
+        return drilled.digests(make_batch(config, lengths, **options))
+
+    together = digests(lengths)
+    assert len(set(together)) == 3 and together == [digests(lengths[i : i + 1], first=i)[0] for i in range(3)]
+    assert set(together).isdisjoint(digests(lengths, epoch=1) + digests(lengths, seed=1))
+    assert digests(lengths, weight=0.0) == []
 
 
 # -- the soak
@@ -163,12 +156,12 @@ def test_a_slope_is_judged_by_its_error():
         return soak.fit(pandas.Series(values, index=hours[: len(values)]), *tolerance)
 
     found = fit(500 + 3 * hours + noise)
-    assert found.slope == pytest.approx(3, abs=2 * found.error) and found.verdict == "flat"
+    assert found["slope"] == pytest.approx(3, abs=2 * found["error"]) and found["verdict"] == "flat"
     # The textbook's error for 40 medians of ten, whose variance is about π / 2 · 1 / 10.
-    assert found.error == pytest.approx(np.sqrt(np.pi / 20 / 40 * 12), rel=0.3)
-    assert fit(500 + 30 * hours + noise).verdict == "grows"
-    assert fit(500 + 10 * hours + 30 * noise).verdict == "open"
-    assert fit(20 + 2 * hours, 1.0).verdict == "grows"
+    assert found["error"] == pytest.approx(np.sqrt(np.pi / 20 / 40 * 12), rel=0.3)
+    assert fit(500 + 30 * hours + noise)["verdict"] == "grows"
+    assert fit(500 + 10 * hours + 30 * noise)["verdict"] == "open"
+    assert fit(20 + 2 * hours, 1.0)["verdict"] == "grows"
     with pytest.raises(UserError, match="--minutes"):
         fit(noise[:2])
 

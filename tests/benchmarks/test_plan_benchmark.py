@@ -12,32 +12,27 @@ from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buc
 from w2v2.data.batching import EffectiveBatches
 
 SECOND = 16_000
-HOUR = 3600 * SECOND
-BATCH, BUDGET = HOUR // 5, 100 * SECOND
+BATCH, BUDGET = 3600 * SECOND // 5, 100 * SECOND
+# Each length once, so that a length stands for its utterance.
+LENGTHS = np.random.default_rng(0).permutation(np.arange(2 * SECOND, 12 * SECOND, 40, dtype=np.int32))
 
 
-def make_lengths(n=4_000):
-    """Each length once, so that a length stands for its utterance."""
-    return np.random.default_rng(0).permutation(np.arange(2 * SECOND, 2 * SECOND + 40 * n, 40, dtype=np.int32))
-
-
-def steps_of(way, lengths, ranks):
+def steps_of(way, ranks):
     if way == "ours":
         recipe = dict(batch_samples=BATCH, crop_samples=20 * SECOND, grid_samples=0, seed=0)
-        return effective_batches(EffectiveBatches(lengths, **recipe), ranks, BUDGET, 4)
+        return effective_batches(EffectiveBatches(LENGTHS, **recipe), ranks, BUDGET, 4)
     if way == "buckets":
-        return quantile_buckets(lengths, ranks, BUDGET, BATCH)
-    return fixed_counts(lengths, ranks, BUDGET, BATCH, grouped=way == "grouped")
+        return quantile_buckets(LENGTHS, ranks, BUDGET, BATCH)
+    return fixed_counts(LENGTHS, ranks, BUDGET, BATCH, grouped=way == "grouped")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4])
 @pytest.mark.parametrize("way", ["ours", "random", "grouped", "buckets"])
 def test_every_way_keeps_the_budget_and_repeats_nothing(way, num_ranks):
-    lengths = make_lengths()
-    steps = list(steps_of(way, lengths, num_ranks))
+    steps = list(steps_of(way, num_ranks))
     assert len(steps) >= 4
     heard = np.concatenate([rows for step in steps for rows in step if rows[0] > 0])
-    assert np.isin(heard, lengths).all() and len(np.unique(heard)) == len(heard)
+    assert np.isin(heard, LENGTHS).all() and len(np.unique(heard)) == len(heard)
     for step in steps:
         assert len(step) % num_ranks == 0
         assert all(len(rows) * np.abs(rows).max() <= BUDGET for rows in step)
@@ -46,16 +41,14 @@ def test_every_way_keeps_the_budget_and_repeats_nothing(way, num_ranks):
 
 
 def test_grouping_alone_makes_lengths_alike():
-    lengths = make_lengths()
-    alikeness = {way: measure(steps_of(way, lengths, 1), 1)["alikeness"] for way in ("random", "grouped")}
-    assert alikeness["random"] < 2 < 5 < alikeness["grouped"]
+    random, grouped = (measure(steps_of(way, 1), 1)["alikeness"] for way in ("random", "grouped"))
+    assert random < 2 < 5 < grouped
 
 
 def test_the_figures_are_those_of_a_sum_by_hand():
     """Two ranks, two updates; the second has one round that ends in a dummy of 1 s."""
     seconds = [[[4, 2], [6], [3], [5]], [[8, 8], [-1]]]
-    steps = [[np.array(rows) * SECOND for rows in step] for step in seconds]
-    found = measure(iter(steps), 2)
+    found = measure(iter([[np.array(rows) * SECOND for rows in step] for step in seconds]), 2)
     assert found["padded_fraction"] == pytest.approx(1 - (20 + 16) / (22 + 16))
     assert found["rank_imbalance"] == pytest.approx(np.mean([0, 1 - 8.5 / 16]))  # ranks 8 + 3 and 6 + 5, then 16 and 1
     assert found["round_imbalance"] == pytest.approx(np.mean([np.mean([1 - 7 / 8, 1 - 4 / 5]), 1 - 8.5 / 16]))
@@ -66,11 +59,7 @@ def test_the_figures_are_those_of_a_sum_by_hand():
 
 
 def test_the_lengths_are_like_librispeechs():
-    seconds = speech_lengths(281_241) / SECOND
-    assert seconds.sum() / 3600 == pytest.approx(960.9, rel=0.002)
-    assert 0.8 <= seconds.min() and 17 < seconds.max() <= 35
-    assert 0.7 < ((seconds > 11) & (seconds < 17)).mean() < 0.75
-    assert np.median(seconds) > seconds.mean() + 1, "skewed towards short ones"
+    assert speech_lengths(281_241).sum() / SECOND / 3600 == pytest.approx(960.9, rel=0.002)
 
 
 def test_the_last_line_is_json():
