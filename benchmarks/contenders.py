@@ -21,7 +21,7 @@ from transformers import Wav2Vec2FeatureExtractor
 from w2v2.arguments import PretrainArguments
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
-from w2v2.data.collate import CropDataset
+from w2v2.data.collate import build_batch
 from w2v2.model import cpu, transformer
 from w2v2.model.loading import build_config, build_framing
 from w2v2.model.pretraining import build_model
@@ -31,16 +31,6 @@ from w2v2.train.update import build_optimizer, train_update
 NUM_UTTERANCES = 20_000
 REPEATS = 3  # of a stage
 NOISE = np.random.default_rng(0).integers(-8_000, 8_000, 60 * SAMPLING_RATE).astype(np.int16)
-
-
-class NoiseCrops(CropDataset):
-    """Micro-batches as in training, whose samples come from a pool of 16-bit noise instead of files."""
-
-    def entries(self, plan):
-        return [{"num_samples": int(n)} for n in plan.crops.num_samples]
-
-    def read(self, entry, start, num_samples):
-        return NOISE[:num_samples]
 
 
 class Contender:
@@ -136,12 +126,14 @@ class Ours(Contender):
         model = build_model(args, self.config)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, args))
         extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
-        self.dataset = NoiseCrops(None, build_framing(self.config, extractor), seed=0)
+        self.framing = build_framing(self.config, extractor)
 
     def prepare(self, lengths, update):
         crops, _ = self.draw(lengths, update)
         cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(self.flags.micro_batch_seconds * SAMPLING_RATE))
-        batches = [self.dataset[plan] for plan in plan_update(crops, update, Cursor(), **cut)]
+        plans = plan_update(crops, update, Cursor(), **cut)
+        noise = [[NOISE[:n] for n in plan.crops.num_samples] for plan in plans]
+        batches = [build_batch(p, p.crops, own, self.framing, 0) for p, own in zip(plans, noise, strict=True)]
         self.batches = [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
         self.heard, self.num_rows = [n for b in batches for n in b.num_samples.tolist()], len(batches[0].num_samples)
         self.settings = UpdateSettings(
