@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from w2v2.data.flags import check_ranges, flag
-from w2v2.errors import UserError
+from w2v2.data.flags import check_ranges, flag, refuse, take_back
 from w2v2.train.schedule import SCHEDULES
 
 
@@ -149,18 +148,17 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
     """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0, section 4; fairseq's base_librispeech)."""
 
     def __post_init__(self):
-        for name in ("model_name_or_path", "config_name", "resume_from_checkpoint", "hub_model_id"):
-            if getattr(self, name) in ("", "none"):  # how a command line takes back what a YAML file says
-                setattr(self, name, None)
-        for name in ("train_data", "output_dir"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is required: give it on the command line or in the YAML file")
+        take_back(self, "model_name_or_path", "config_name", "resume_from_checkpoint", "hub_model_id")
+        is_required = "is required: give it on the command line or in the YAML file"
+        refuse(*((not getattr(self, name), f"--{name} {is_required}") for name in ("train_data", "output_dir")))
         check_ranges(self)
-        if self.max_seconds is not None and self.max_seconds < self.min_seconds:
-            raise UserError(f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}")
-        if not self.gradient_checkpointing_stages:
-            raise UserError("--gradient_checkpointing_stages is empty: name a stage")
-        if self.gradient_checkpointing_stages != ["encoder"] and not self.gradient_checkpointing:
-            raise UserError("--gradient_checkpointing_stages needs --gradient_checkpointing")
-        if self.model_name_or_path and self.config_name:
-            raise UserError("--model_name_or_path and --config_name exclude one another: weights come from one place")
+        stages = self.gradient_checkpointing_stages
+        refuse(
+            (self.max_seconds is not None and self.max_seconds < self.min_seconds,
+             f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
+            (not stages, "--gradient_checkpointing_stages is empty: name a stage"),
+            (stages != ["encoder"] and not self.gradient_checkpointing,
+             "--gradient_checkpointing_stages needs --gradient_checkpointing"),
+            (self.model_name_or_path and self.config_name,
+             "--model_name_or_path and --config_name exclude one another: weights come from one place"),
+        )  # fmt: skip

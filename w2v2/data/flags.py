@@ -37,3 +37,17 @@ def check_ranges(args: Any) -> None:
                 bound = f"{bound} {limit:.15g}" if name == "above" else f"{limit:.15g} {bound}"
                 others = "".join(f", or `{word}`" for word in one.metadata.get("words", ()))
                 raise UserError(f"--{one.name} is {value:g}: it has to be {bound}{others}")
+
+
+def refuse(*slips: tuple[Any, str]) -> None:
+    """Raises UserError for the first of some slips that was made; each is a condition and its message."""
+    for is_made, message in slips:
+        if is_made:
+            raise UserError(message)
+
+
+def take_back(args: Any, *names: str) -> None:
+    """Make an empty text or `none` None: a command line takes back what a YAML file says."""
+    for name in names:
+        if getattr(args, name) in ("", "none"):
+            setattr(args, name, None)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from w2v2.data.flags import check_ranges, flag
+from w2v2.data.flags import check_ranges, flag, refuse, take_back
 from w2v2.errors import UserError
 from w2v2.train.schedule import SCHEDULES
 
@@ -144,20 +144,6 @@ class FineTuningArguments(TrainingArguments):
     def model_changes(self) -> dict[str, Any]:
         """The flags that are keys of the model's configuration."""
         return {name: getattr(self, name) for name in _MODEL_FLAGS} | {"apply_spec_augment": True}
-
-
-def refuse(*slips: tuple[Any, str]) -> None:
-    """Raises UserError for the first of some slips that was made; each is a condition and its message."""
-    for is_made, message in slips:
-        if is_made:
-            raise UserError(message)
-
-
-def take_back(arguments: Any, *names: str) -> None:
-    """Make an empty text or `none` None: a command line takes back what a YAML file says."""
-    for name in names:
-        if getattr(arguments, name) in ("", "none"):
-            setattr(arguments, name, None)
 
 
 def check_metric(name: str | None, measures: Iterable[str]) -> None:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from w2v2.data.flags import refuse
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import TOKENS
-from w2v2.finetune.arguments import FineTuningArguments, refuse
+from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, WORD_DELIMITER, CTCArguments, encode, unit_of
 
 _BINARY = b"mmap lm http://kheafield.com/code"  # how KenLM's files begin

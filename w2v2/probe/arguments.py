@@ -1,20 +1,12 @@
 """Flags of the scripts that listen to frozen models: probe.py and verify_speakers.py."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from w2v2.data.flags import check_ranges, flag
-from w2v2.errors import UserError
+from w2v2.data.flags import check_ranges, flag, refuse
 from w2v2.evaluate.scores import CHARACTERS
-
-
-def refuse(slips: Mapping[str, Any]) -> None:
-    for message in (message for message, is_wrong in slips.items() if is_wrong):
-        raise UserError(message)
 
 
 @dataclass
@@ -31,7 +23,7 @@ class FrozenArguments:
 
     def __post_init__(self):
         check_ranges(self)
-        refuse({"--output_dir is required: give it on the command line or in the YAML file": not self.output_dir})
+        refuse((not self.output_dir, "--output_dir is required: give it on the command line or in the YAML file"))
 
     @property
     def device(self) -> str:
@@ -41,7 +33,7 @@ class FrozenArguments:
         """The folder, made; UserError where it has results that may not be replaced."""
         folder = Path(self.output_dir)
         slip = f"--output_dir {folder} already holds {results}: choose another, or give --overwrite_output_dir"
-        refuse({slip: (folder / results).exists() and not self.overwrite_output_dir})
+        refuse(((folder / results).exists() and not self.overwrite_output_dir, slip))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -68,16 +60,17 @@ class ProbingArguments(FrozenArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        refuse({
-            "--train_data is required: give it on the command line or in the YAML file": not self.train_data,
-            "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)":
-                not self.checkpoints and not (self.random_weights and self.config_name),
-            "give one of --test_data and --folds: what is a probe tested on?": bool(self.folds) == bool(self.test_data),
-            f"--folds goes with neither --validation_data nor --target {CHARACTERS}: give --test_data":
-                self.folds and (self.validation_data or self.target == CHARACTERS),
-            "--num_folds needs --folds: name the column whose groups stay together, such as speaker":
-                self.num_folds is not None and not self.folds,
-        })  # fmt: skip
+        refuse(
+            (not self.train_data, "--train_data is required: give it on the command line or in the YAML file"),
+            (not self.checkpoints and not (self.random_weights and self.config_name),
+             "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)"),
+            (bool(self.folds) == bool(self.test_data),
+             "give one of --test_data and --folds: what is a probe tested on?"),
+            (self.folds and (self.validation_data or self.target == CHARACTERS),
+             f"--folds goes with neither --validation_data nor --target {CHARACTERS}: give --test_data"),
+            (self.num_folds is not None and not self.folds,
+             "--num_folds needs --folds: name the column whose groups stay together, such as speaker"),
+        )  # fmt: skip
 
 
 @dataclass
@@ -95,9 +88,9 @@ class VerificationArguments(FrozenArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        refuse({
-            "give one of --model_name_or_path and --config_name (random weights)":
-                bool(self.model_name_or_path) == bool(self.config_name),
-            "give one of --trials and --manifest": bool(self.trials) == bool(self.manifest),
-            f"--p_target {self.p_target}: give a probability between 0 and 1": not 0 < self.p_target < 1,
-        })  # fmt: skip
+        refuse(
+            (bool(self.model_name_or_path) == bool(self.config_name),
+             "give one of --model_name_or_path and --config_name (random weights)"),
+            (bool(self.trials) == bool(self.manifest), "give one of --trials and --manifest"),
+            (not 0 < self.p_target < 1, f"--p_target {self.p_target}: give a probability between 0 and 1"),
+        )  # fmt: skip
