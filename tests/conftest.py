@@ -23,14 +23,8 @@ from w2v2.model import cpu
 from w2v2.model.loading import build_framing
 from w2v2.train.log import read_metrics
 
-NO_DROPOUT = dict(
-    hidden_dropout=0.0,
-    activation_dropout=0.0,
-    attention_dropout=0.0,
-    feat_proj_dropout=0.0,
-    feat_quantizer_dropout=0.0,
-    layerdrop=0.0,
-)
+_DROPOUTS = "hidden_dropout activation_dropout attention_dropout feat_proj_dropout feat_quantizer_dropout layerdrop"
+NO_DROPOUT = dict.fromkeys(_DROPOUTS.split(), 0.0)
 NOISY = dict(hidden_dropout=0.1, attention_dropout=0.1, feat_quantizer_dropout=0.1, layerdrop=0.3)
 TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 
@@ -38,21 +32,11 @@ TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 def tiny_config(large: bool = False, **changes) -> Wav2Vec2Config:
     """BASE's or LARGE's architecture in miniature: all seven convs, two layers."""
     family = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True) if large else {}
-    values = dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        conv_dim=[16] * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        num_codevectors_per_group=12,
-        codevector_dim=16,
-        proj_codevector_dim=16,
-        num_negatives=20,
-        mask_time_prob=0.65,
-    )
-    return Wav2Vec2Config(**(values | NO_DROPOUT | family | changes))
+    encoder = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    convs = dict(conv_dim=[16] * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
+    codebook = dict(num_codevectors_per_group=12, codevector_dim=16, proj_codevector_dim=16)
+    objective = dict(num_negatives=20, mask_time_prob=0.65)
+    return Wav2Vec2Config(**(encoder | convs | codebook | objective | NO_DROPOUT | family | changes))
 
 
 def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, dtype=torch.float32) -> PretrainBatch:
@@ -99,10 +83,8 @@ def write_tones(folder: Path, seconds, first=0) -> list[Path]:
 
 def write_csv(path: Path, audio, seconds=None) -> Path:
     """A manifest of these files, with durations where they are given."""
-    rows = (
-        [f"{name},{length}" for name, length in zip(audio, seconds, strict=True)] if seconds else list(map(str, audio))
-    )
-    path.write_text("\n".join(["audio,duration" if seconds else "audio", *rows]) + "\n")
+    rows = zip(["audio", *audio], *([["duration", *seconds]] if seconds else []), strict=True)
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
     return path
 
 
@@ -115,25 +97,17 @@ def write_recipe(folder: Path, noise: dict[str, float], **flags) -> Path:
     """A corpus of tones, a tiny model with this noise, and the flags of a run of pretrain.py over them, as a YAML file."""
     paths = write_tones(folder / "audio", [*TRAINED, *VALIDATED])
     tiny_config(**noise).save_pretrained(folder / "model")
-    values = dict(
-        train_data=[str(write_csv(folder / "train.csv", paths[: len(TRAINED)], TRAINED))],
-        validation_data=[str(write_csv(folder / "dev.csv", paths[len(TRAINED) :], VALIDATED))],
-        config_name=str(folder / "model"),
-        min_seconds=0.5,
-        warmup_steps=4,
-        learning_rate=0.001,
-        logging_steps=1,
-        save_steps=4,
-        save_total_limit=0,
-    )
+    train = write_csv(folder / "train.csv", paths[: len(TRAINED)], TRAINED)
+    validation = write_csv(folder / "dev.csv", paths[len(TRAINED) :], VALIDATED)
+    values = dict(train_data=[str(train)], validation_data=[str(validation)], config_name=str(folder / "model"))
+    values |= dict(min_seconds=0.5, warmup_steps=4, learning_rate=0.001)
+    values |= dict(logging_steps=1, save_steps=4, save_total_limit=0)
     (folder / "config.yaml").write_text(yaml.safe_dump(values | flags))
     return folder / "config.yaml"
 
 
 def run_here(main, *argv) -> int:
-    """Exit status of an entry point run in this process with these arguments (Accelerate's singletons are forgotten
-    first).
-    """
+    """Exit status of an entry point run in this process; Accelerate's singletons are forgotten first."""
     from w2v2.cli import run_script
 
     AcceleratorState._reset_state(True)

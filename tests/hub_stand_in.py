@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -18,7 +17,6 @@ class HubStandIn(ThreadingHTTPServer):
         large: suffixes that have to come by LFS, the rest being sent within the commit.
         failures: a part of the path to the answer that it gets: a status, or 0 for a connection cut; a list of them
             is used up, and then the Hub has recovered.
-        delay_seconds: how long every answer takes.
         created: what was asked of `create_repo`.
         paths: what was asked for, in order.
         gate: cleared, it holds commits back until it is set.
@@ -29,7 +27,7 @@ class HubStandIn(ThreadingHTTPServer):
     def __init__(self, user="speech-lab"):
         super().__init__(("127.0.0.1", 0), _Answers)
         self.user, self.url = user, f"http://127.0.0.1:{self.server_address[1]}"
-        self.files, self.blobs, self.failures, self.delay_seconds = {}, {}, {}, 0.0
+        self.files, self.blobs, self.failures = {}, {}, {}
         self.commits, self.tokens, self.large, self.created, self.paths = [], set(), (), [], []
         self.gate = threading.Event()
         self.gate.set()
@@ -67,17 +65,15 @@ class _Answers(BaseHTTPRequestHandler):
             self._answer({"files": answer})
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            upload = [
-                {**wanted, "actions": {"upload": {"href": f"{hub.url}/put/{wanted['oid']}"}}} for wanted in objects
-            ]
-            self._answer({"transfer": "basic", "objects": upload})
+            for wanted in objects:
+                wanted["actions"] = {"upload": {"href": f"{hub.url}/put/{wanted['oid']}"}}
+            self._answer({"transfer": "basic", "objects": objects})
         elif "/commit/" in self.path:
             hub.gate.wait()
             self._commit([json.loads(line) for line in body.splitlines()])
             repository = "/".join(self.path.split("/")[3:5])
-            self._answer(
-                {"commitUrl": f"{hub.url}/{repository}/commit/{hub.sha}", "commitOid": hub.sha, "hookOutput": ""}
-            )
+            url = f"{hub.url}/{repository}/commit/{hub.sha}"
+            self._answer({"commitUrl": url, "commitOid": hub.sha, "hookOutput": ""})
         else:
             self._answer({"error": "Not Found"}, 404)
 
@@ -115,7 +111,6 @@ class _Answers(BaseHTTPRequestHandler):
     def _fails(self):
         self.server.tokens.add(self.headers.get("Authorization"))
         self.server.paths.append(self.path)
-        time.sleep(self.server.delay_seconds)
         status = next((status for part, status in self.server.failures.items() if part in self.path), None)
         if isinstance(status, list):
             status = status.pop(0) if status else None

@@ -4,15 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_here, write_recipe
+from conftest import NO_DROPOUT, run_here, write_recipe
 
 import pretrain
 from w2v2.train.log import read_metrics
 
 OLD = Path(__file__).parents[1] / "fixtures" / "checkpoint_of_54c1115"
-NOISE = dict.fromkeys(
-    ("hidden_dropout", "attention_dropout", "feat_quantizer_dropout", "feat_proj_dropout", "activation_dropout"), 0.1
-)
 
 
 def test_an_old_checkpoint_has_the_same_next_updates(tmp_path):
@@ -20,7 +17,7 @@ def test_an_old_checkpoint_has_the_same_next_updates(tmp_path):
     values = dict(output_dir=str(output_dir), data_root=str(tmp_path), batch_hours=0.004, micro_batch_seconds=8.0)
     values |= dict(crop_seconds=2.0, mask_time_length=5, max_steps=8, eval_steps=4)
     values |= dict(report_to=["none"], dataloader_num_workers=0)
-    config = write_recipe(tmp_path, NOISE | {"layerdrop": 0.2}, **values)
+    config = write_recipe(tmp_path, dict.fromkeys(NO_DROPOUT, 0.1) | {"layerdrop": 0.2}, **values)
     shutil.copytree(OLD, output_dir)
     assert run_here(pretrain.main, config, "--resume_from_checkpoint", "auto") == 0
     found, expected = read_metrics(output_dir / "metrics.jsonl"), read_metrics(OLD / "metrics.jsonl")
