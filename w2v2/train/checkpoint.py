@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,12 @@ def save_checkpoint(output_dir: Path, run, keep: int, on_failure: str = "stop") 
             logger.warning("%s; %s; the run goes on, and the next save tries again", failure, newest)
         return None
     if keep and accelerator.is_main_process:
-        _rotate(output_dir, step, keep)
+        # All but the newest whole ones up to this step go: after a return to an older one, the newer ones stay.
+        for old in [folder for folder in checkpoints(output_dir) if step_of(folder) <= step][:-keep]:
+            try:
+                remove(old)
+            except OSError as error:
+                logger.warning("%s is not needed any more but cannot be removed: %s", old, one_line(error))
     return final
 
 
@@ -113,15 +119,6 @@ def _write_model(folder: Path, bare, weights: dict[str, torch.Tensor], feature_e
     feature_extractor.save_pretrained(folder)
 
 
-def _rotate(output_dir: Path, step: int, keep: int) -> None:
-    """Remove all but the newest `keep` whole ones up to `step`: after going back to an older one, the newer ones stay."""
-    for old in [folder for folder in checkpoints(output_dir) if step_of(folder) <= step][:-keep]:
-        try:
-            remove(old)
-        except OSError as error:
-            logger.warning("%s is not needed any more but cannot be removed: %s", old, one_line(error))
-
-
 def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints in `output_dir` that are whole by their files' sizes, oldest first."""
     return [folder for folder in _numbered(output_dir) if find_damage(folder, contents=False) is None]
@@ -132,10 +129,8 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
 
     `auto` passes over damaged ones, with a warning each. Raises `UserError` for a damaged path, and where all are.
     """
-    if resume_from is None:
-        return None
-    flag = f"--resume_from_checkpoint {resume_from}"
-    if resume_from != "auto":
+    flag, newest = f"--resume_from_checkpoint {resume_from}", None
+    if resume_from not in (None, "auto"):
         folder = Path(resume_from)
         if not folder.is_dir():
             raise UserError(f"{flag}: no such folder; give a checkpoint-<step> folder or `auto`")
@@ -143,8 +138,7 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
         if damage := find_damage(folder):
             raise UserError(f"{flag}: {damage}; give another checkpoint, or `auto` for the newest whole one")
         return folder
-    newest = None
-    for folder in reversed(_numbered(output_dir)):
+    for folder in reversed(_numbered(output_dir)) if resume_from else ():
         if (damage := find_damage(folder)) is None:
             return folder
         logger.warning("%s is damaged and passed over: %s", folder, damage)
@@ -160,9 +154,8 @@ def find_damage(folder: Path, contents: bool = True) -> str | None:
 
     Without `contents` only sizes are compared. The first versions saved no checksums.
     """
-    for name in FILES:
-        if not (folder / name).is_file():
-            return f"{name} is missing"
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        return f"{missing[0]} is missing"
     if (folder / CHECKSUMS).is_file():
         return find_mismatch(folder, CHECKSUMS, FILES, contents)
     return f"{CHECKSUMS} is missing" if b"has_checksums" in (folder / STATE).read_bytes() else None
@@ -184,10 +177,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((Path(folder) / STATE).read_bytes())
     except (OSError, ValueError):
-        raise UserError(
-            f"{folder} holds no training state (state.json is missing or torn): resume from a checkpoint-<step> folder, or "
-            "start from its weights alone with --model_name_or_path"
-        ) from None
+        problem = "holds no training state (state.json is missing or torn): resume from a checkpoint-<step> folder"
+        raise UserError(f"{folder} {problem}, or start from its weights alone with --model_name_or_path") from None
 
 
 def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
@@ -198,13 +189,15 @@ def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> 
     except (OSError, SafetensorError) as error:
         advice = "resume from another checkpoint, or start from the weights alone with --model_name_or_path"
         raise UserError(f"{path} is missing or torn ({error}): {advice}") from None
-    state: dict[str, dict[str, torch.Tensor]] = {}
+    state: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition("/")
-        state.setdefault(name, {})[moment] = tensor
+        state[name][moment] = tensor
     groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
     options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimizer.optimizer, {"state": state, "param_groups": groups}, options=options)
+    set_optimizer_state_dict(
+        model, optimizer.optimizer, {"state": dict(state), "param_groups": groups}, options=options
+    )
     scaler = read_state(folder).get("scaler")
     if accelerator.scaler is not None and scaler:
         accelerator.scaler.load_state_dict(scaler)

@@ -8,10 +8,8 @@
 | loss | the contrastive loss stays within 0.1 % of itself | the same |
 
 The plateau that runs begin on has up to 2.5 times chance. In a run that learns, batches alone vary the loss by 0.5 %.
-Bad records without a gap over half a window are a warning, over a whole one a collapse. A resumed run reads the earlier
-records again. Records without finite figures count neither way.
-
-Likely causes are settings unlike the paper's and fairseq's recipes (small models: unlike configs/pretrain/small.yaml).
+Bad records without a gap over half a window are a warning, over a whole one a collapse. Records without finite figures
+count neither way. Likely causes are settings unlike the paper's and fairseq's recipes (small models: configs/pretrain).
 """
 
 import logging
@@ -39,8 +37,7 @@ LOSS_SPREAD = 1e-3  # (greatest − least) / greatest
 FEWEST_RECORDS = 4  # in a window, however rarely a run logs
 MEASURES = ("codebook_perplexity_hard", "distractors_left", "accuracy", "contrastive_loss")
 
-# (seconds in an effective batch, peak learning rate) of BASE, where batches are smaller than the paper's: arXiv
-# 2402.13723
+# (seconds in an effective batch, peak learning rate) of BASE with smaller batches than the paper's: arXiv 2402.13723
 RATES = ((87.5, 7.3e-6), (150, 7.9e-5), (300, 1.1e-4), (600, 1.6e-4), (1200, 2.2e-4), (2400, 5e-4))
 
 
@@ -161,7 +158,7 @@ class CollapseWatch:
             path = Path(args.output_dir) / METRICS_FILE
             for record in on_main_process(accelerator, lambda: read_metrics(path) if path.exists() else []):
                 self.criteria.add(record)
-            # What was sure is said once more: whoever heard it is no more, or had other flags.
+            # What was sure is said once more.
             self.criteria.level = min(self.criteria.level, 1)
 
     def see(self, record: Mapping[str, Any]) -> None:

@@ -66,24 +66,22 @@ def lock_folder(folder: Path, wait_seconds: float = 15.0) -> dict[str, Any]:
     A run that is just ending is waited for: its data workers may hold the lock some seconds longer.
     Raises `UserError` for a folder that is held or cannot be locked.
     """
-    path = folder.resolve() / LOCK_FILE
+    path, is_held = folder.resolve() / LOCK_FILE, False
     lock = _locks.setdefault(path, FileLock(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait_seconds)
     except Timeout:
-        holder = _read_holder(folder)
-        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        advice = "wait for that run or end it, or give another folder"
-        raise UserError(f"--output_dir {folder} is being written by {who}: {advice}") from None
+        is_held = True
     except (OSError, NotImplementedError) as error:
         raise UserError(f"--output_dir {folder} cannot be written or locked ({error}): give another folder") from None
-    return _read_holder(folder)
-
-
-def _read_holder(folder: Path) -> dict[str, Any]:
-    path = folder / HOLDER_FILE
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    noted = folder / HOLDER_FILE
+    holder = json.loads(noted.read_bytes()) if noted.exists() else {}
+    if is_held:
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        advice = "wait for that run or end it, or give another folder"
+        raise UserError(f"--output_dir {folder} is being written by {who}: {advice}")
+    return holder
 
 
 def _write_holder(folder: Path, launch: str | None) -> None:

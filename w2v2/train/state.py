@@ -50,7 +50,13 @@ class RunState:
         if checkpoint:
             check_same_architecture(config, checkpoint)
             saved = read_state(checkpoint)
-            state.changes = check_identity(saved["identity"], state.identity, args.accept_changed_batches)
+            before = saved["identity"]
+            state.changes = [f"{k} {v} (was {before.get(k)})" for k, v in state.identity.items() if before.get(k) != v]
+            if state.changes and not args.accept_changed_batches:
+                raise UserError(
+                    f"the batches would differ from those of the checkpoint's run: {', '.join(state.changes)}; use the old values, go "
+                    "on with other batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
+                )
             for name in ("step", "epoch", "position", "heard_samples"):
                 setattr(state, name, saved[name])
             for name in ("skipped_updates", "micro_batch_seconds", "num_processes"):
@@ -92,24 +98,9 @@ def identity(args, utterances: Utterances) -> dict[str, Any]:
     digest, lengths = hashlib.sha256(), utterances.num_samples
     for first in range(0, len(lengths), CHUNK):
         digest.update(lengths[first : first + CHUNK].astype("<i8"))
-    names = ("seed", "batch_hours", "crop_seconds", "length_grid_seconds")
-    masks = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
-    values = {name: getattr(args, name) for name in names + masks}
+    names = "seed batch_hours crop_seconds length_grid_seconds mask_time_prob mask_time_length mask_time_min_masks"
+    values = {name: getattr(args, name) for name in names.split()}
     return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
-
-
-def check_identity(saved: dict[str, Any], current: dict[str, Any], accept: bool = False) -> list[str]:
-    """Settings in which a resumed run's batches differ from the checkpoint's, with both values: `seed 43 (was 42)`.
-
-    Raises `UserError` if there is one and `accept` is false.
-    """
-    changed = [f"{name} {value} (was {saved.get(name)})" for name, value in current.items() if saved.get(name) != value]
-    if changed and not accept:
-        raise UserError(
-            f"the batches would differ from those of the checkpoint's run: {', '.join(changed)}; use the old values, go on "
-            "with other batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
-        )
-    return changed
 
 
 class Counts(NamedTuple):
@@ -134,17 +125,12 @@ class Totals:
 
     def add(self, sums: PretrainSums, batch: PretrainBatch) -> None:
         """One micro-batch more. A dummy counts nothing."""
-        is_real = batch.weight > 0
-        counts = Counts(
-            heard_samples=batch.heard_samples if is_real else 0,
-            original_samples=batch.original_samples,
-            padded_samples=batch.waveforms.numel() if is_real else 0,
-            num_skipped=len(batch.skipped),
-        )
-        sums = PretrainSums(*(x.detach() for x in sums))
+        sums, heard, padded = PretrainSums(*(x.detach() for x in sums)), 0, 0
         self.skipped += batch.skipped
-        if is_real:
+        if batch.weight > 0:
+            heard, padded = batch.heard_samples, batch.waveforms.numel()
             self.losses.append((batch.plan, sums.contrastive + sums.penalty))
+        counts = Counts(heard, batch.original_samples, padded, len(batch.skipped))
         self.sums = sums if self.sums is None else PretrainSums(*(a + b for a, b in zip(self.sums, sums, strict=True)))
         self.counts = Counts(*(a + b for a, b in zip(self.counts, counts, strict=True)))
 
