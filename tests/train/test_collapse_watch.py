@@ -44,8 +44,8 @@ def utterances(tmp_path):
         paths.append(tmp_path / "audio" / f"silence{number}.wav")
         noise = 1e-4 * np.random.default_rng(number).standard_normal(16_000)
         soundfile.write(paths[-1], noise, 16_000, subtype="FLOAT")
-    table = Dataset.from_dict({"audio": list(map(str, paths)), "start": [0.0] * 4, "id": list("abcd")})
-    return Utterances(table, np.full(4, 16_000, np.int32), {})
+    columns = dict(audio=list(map(str, paths)), start=[0.0] * 4, num_samples=[16_000] * 4, id=list("abcd"))
+    return Utterances(Dataset.from_dict(columns), np.full(4, 16_000, np.int32), {})
 
 
 @pytest.fixture
