@@ -30,11 +30,6 @@ def write_noise(path: Path, seconds=0.5, rate=16_000, channels=1, **options) -> 
     return path
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def manifest(tmp_path):
     """Seven FLAC files with text and speakers."""
@@ -42,7 +37,9 @@ def manifest(tmp_path):
     for number, seconds in enumerate(SECONDS):
         path = write_noise(tmp_path / "audio" / ("x" * number) / f"{number}.flac", seconds)
         rows.append(dict(id=f"u{number}", audio=str(path), duration=seconds, text=f"word {number}", speaker="s"))
-    return write_rows(tmp_path / "train.jsonl", rows)
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def flags_for(manifest, folder, *more) -> list[str]:
@@ -73,11 +70,10 @@ def contents(folder) -> dict[str, bytes]:
 
 def test_shards_hold_the_same_utterances_in_the_same_order(manifest, tmp_path):
     folder = pack(manifest, tmp_path / "packed")
-    before, after = load_manifest([str(manifest)], probe=probe)[0].to_list(), packed_rows(folder)
     assert len(list(folder.glob("shard-*.wav"))) == 3
-    for name in ("id", "num_samples", "text", "speaker"):
-        assert [row[name] for row in before] == [row[name] for row in after]
-    for old, new in zip(before, after, strict=True):
+    before = load_manifest([str(manifest)], probe=probe)[0].to_list()
+    for old, new in zip(before, packed_rows(folder), strict=True):
+        assert all(old[name] == new[name] for name in ("id", "num_samples", "text", "speaker"))
         np.testing.assert_array_equal(read_row(new), soundfile.read(old["audio"], dtype="int16")[0])
 
 
@@ -94,27 +90,23 @@ def test_standard_tools_read_the_folder_wherever_it_is(manifest, tmp_path):
         assert rate == 16_000 and start == int(start) and start + row.num_samples <= len(shard)
 
 
-def test_other_audio_is_resampled_averaged_and_rounded(tmp_path):
-    path = write_noise(tmp_path / "cd.wav", 1.0, 44_100, 2)
+def test_other_audio_is_resampled_averaged_rounded_and_clipped(tmp_path, capfd):
+    path, loud = write_noise(tmp_path / "cd.wav", 1.0, 44_100, 2), tmp_path / "loud.wav"
+    soundfile.write(loud, np.array([0.5, 1.5, -0.5, -1.5, 1.0] * 100), 16_000, subtype="FLOAT")
     decoded, rate = soundfile.read(path, dtype="float32")
     expected = soxr.resample(decoded.mean(axis=1), rate, 16_000, quality="HQ") * 32_768
-    (row,) = packed_rows(pack(write_csv(tmp_path / "m.csv", [path]), tmp_path / "packed"))
-    np.testing.assert_allclose(read_row(row), expected, atol=0.51)
-
-
-def test_samples_beyond_full_scale_are_clipped(tmp_path, capfd):
-    soundfile.write(tmp_path / "loud.wav", np.array([0.5, 1.5, -0.5, -1.5, 1.0] * 100), 16_000, subtype="FLOAT")
-    (row,) = packed_rows(pack(write_csv(tmp_path / "m.csv", [tmp_path / "loud.wav"]), tmp_path / "packed"))
-    assert read_row(row)[:5].tolist() == [16_384, 32_767, -16_384, -32_768, 32_767]
+    first, second = packed_rows(pack(write_csv(tmp_path / "m.csv", [path, loud]), tmp_path / "packed"))
+    np.testing.assert_allclose(read_row(first), expected, atol=0.51)
+    assert read_row(second)[:5].tolist() == [16_384, 32_767, -16_384, -32_768, 32_767]
     assert "0 utterances are shorter than their manifest says; 200 samples beyond full scale" in capfd.readouterr().out
 
 
 def test_segments_are_packed_from_their_start(tmp_path):
     path = write_noise(tmp_path / "long.flac", 3.0)
     whole, _ = soundfile.read(path, dtype="int16")
-    rows = [dict(audio=str(path), start=start, duration=1.0) for start in (0.0, 0.5, 2.0)]
-    folder = pack(write_rows(tmp_path / "m.jsonl", rows), tmp_path / "packed")
-    for row, begin in zip(packed_rows(folder), (0, 8_000, 32_000), strict=True):
+    (tmp_path / "m.csv").write_text("audio,start,duration\n" + "".join(f"{path},{s},1.0\n" for s in (0.0, 0.5, 2.0)))
+    rows = packed_rows(pack(tmp_path / "m.csv", tmp_path / "packed"))
+    for row, begin in zip(rows, (0, 8_000, 32_000), strict=True):
         np.testing.assert_array_equal(read_row(row), whole[begin : begin + 16_000])
 
 
@@ -206,13 +198,10 @@ def test_other_input_or_settings_are_refused(manifest, tmp_path, capsys):
     ("command", "complaint"),
     [
         ("train.jsonl --output_dir audio --overwrite", "is in the way"),
-        ("train.jsonl --output_dir train.jsonl", "is in the way"),
         ("packed --output_dir packed --overwrite", "is in the way"),
-        ("train.jsonl --output_dir new --shard_hours 0", "--shard_hours 0"),
         ("train.jsonl --output_dir new --shard_hours 19", "--shard_hours 19"),
         ("none.csv --output_dir new", "none.csv"),
         ("train.jsonl", "give manifests and --output_dir"),
-        ("--output_dir new", "give manifests and --output_dir"),
     ],
 )
 def test_a_slip_is_one_line_and_deletes_nothing(manifest, tmp_path, monkeypatch, capsys, command, complaint):
@@ -228,18 +217,17 @@ def test_a_slip_is_one_line_and_deletes_nothing(manifest, tmp_path, monkeypatch,
 
 
 def test_a_run_may_change_over_to_the_packed_folder(tmp_path):
-    config = write_recipe(tmp_path, {}, batch_hours=0.002, micro_batch_seconds=4, max_steps=2, use_cpu=True)
-    packed = pack(tmp_path / "train.csv", tmp_path / "packed")
-    flags = ["--save_steps", "1", "--report_to", "none", "--dataloader_num_workers", "0"]
-    weights = {}
+    settings = dict(max_steps=2, save_steps=1, use_cpu=True, report_to=["none"], dataloader_num_workers=0)
+    config = write_recipe(tmp_path, {}, batch_hours=0.002, micro_batch_seconds=4, **settings)
+    packed, weights = pack(tmp_path / "train.csv", tmp_path / "packed"), {}
     for name in ("train.csv", "packed"):
         run = tmp_path / f"run on {name}"
-        assert run_here(pretrain.main, config, "--train_data", tmp_path / name, "--output_dir", run, *flags) == 0
+        assert run_here(pretrain.main, config, "--train_data", tmp_path / name, "--output_dir", run) == 0
         weights[name] = (run / "model.safetensors").read_bytes()
     assert weights["train.csv"] == weights["packed"]
     resumed = tmp_path / "run on train.csv"
     shutil.rmtree(resumed / "checkpoint-2")
     (resumed / "model.safetensors").unlink()
-    flags += ["--train_data", packed, "--output_dir", resumed, "--resume_from_checkpoint", "auto"]
+    flags = ["--train_data", packed, "--output_dir", resumed, "--resume_from_checkpoint", "auto"]
     assert run_here(pretrain.main, config, *flags) == 0
     assert (resumed / "model.safetensors").read_bytes() == weights["packed"]

@@ -156,11 +156,10 @@ def test_voxceleb_follows_the_official_split(tmp_path, capsys):
     (tmp_path / "iden_split.txt").write_text("\n".join(VOXCELEB) + "\n")
     flags = [tmp_path / "wav", "--split", tmp_path / "iden_split.txt", "--output_dir", tmp_path / "out"]
     assert run(prepare_voxceleb, *flags) == 0
-    rows = {name: rows_of(tmp_path / "out" / f"{name}.csv") for name in ("train", "dev", "test")}
-    assert [f"{'train dev test'.split().index(name) + 1} {row['id']}.wav" for name in rows for row in rows[name]] == [
-        VOXCELEB[n] for n in (0, 3, 1, 2)
-    ]
-    assert [row["speaker"] for row in rows["train"]] == ["id10001", "id10002"]
+    for number, name in (("1", "train"), ("2", "dev"), ("3", "test")):
+        found = [f"{number} {row['id']}.wav" for row in rows_of(tmp_path / "out" / f"{name}.csv")]
+        assert found == [line for line in VOXCELEB if line[0] == number]
+    assert [row["speaker"] for row in rows_of(tmp_path / "out" / "train.csv")] == ["id10001", "id10002"]
     assert "138,361" in capsys.readouterr().err
     (tmp_path / "wav" / "id10002" / "ddd" / "00001.wav").unlink()
     assert run(prepare_voxceleb, *flags) == 2
@@ -181,15 +180,12 @@ def test_voxceleb_follows_the_official_split(tmp_path, capsys):
         (prepare_folder, "flat --output m.csv --valid_fraction 0.5", "cannot be split"),
         (prepare_folder, "flat --output m.csv --valid_fraction 2", "--valid_fraction 2.0"),
         (prepare_folder, "flat --output m.txt", "end in .csv"),
-        (prepare_folder, "flat --outputt x", "--output"),
         (prepare_labelled, "flat --output m.csv", "one of the arguments --corpus --pattern"),
         (prepare_labelled, "flat --output m.csv --pattern (", "no regular expression"),
         (prepare_labelled, "flat --output m.csv --pattern (?P<word>.)", "neither a label nor a speaker"),
         (prepare_labelled, "flat --output m.csv --pattern (?P<label>.)(?P<audio>.)", "audio is taken"),
-        (prepare_labelled, "flat --output m.csv --pattern (?P<label>.) --label_map x", "--label_map 'x'"),
         (prepare_labelled, "flat --output m.csv --corpus emodb", "1 of 1 names do not match"),
         (prepare_librispeech, "flat --output_dir m.csv", "holds no subset"),
-        (prepare_iemocap, "flat --output m.csv", "Session1"),
         (prepare_iemocap, "partial --output m.csv", "has no Session1, Session2, Session4, Session5"),
         (prepare_voxceleb, "flat --output_dir m.csv --split flat/split.txt", "line 1"),
         (prepare_voxceleb, "flat --output_dir m.csv --split absent.txt", "absent.txt"),
