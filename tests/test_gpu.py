@@ -8,16 +8,14 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from conftest import NO_DROPOUT, TIMINGS, make_batch, run_here, tiny_config, write_recipe
-from parity import gradients, pair
+from parity import distance, fix_codes, pair, passes
 from test_finetune_ctc import command, write_manifest
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 import finetune_ctc
 import pretrain
-from w2v2.model import objective
 from w2v2.model.attention import Rows, attend, attend_from, takes_any_lengths
 from w2v2.model.pretraining import PretrainingModel
 from w2v2.train.log import read_metrics
@@ -29,49 +27,10 @@ LENGTHS = [24_000, 16_400, 16_400, 9_000]
 NOISY = dict.fromkeys(NO_DROPOUT, 0.1)
 
 
-def passes(model, batch, device, dtype=None):
-    """(loss, gradient) of one micro-batch on this device, under autocast where a type is given."""
-    model.zero_grad()
-    model.to(device)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        loss = model(batch.to(device), 1.3).loss
-    loss.backward()
-    return loss.item(), {name: g.cpu().double() for name, g in gradients(model).items()}
-
-
-def distance(found, expected) -> float:
-    """Of two whole gradients, relative to the second."""
-    assert found.keys() == expected.keys()
-    error = sum(float((found[name] - g).pow(2).sum()) for name, g in expected.items())
-    return (error / sum(float(g.pow(2).sum()) for g in expected.values())) ** 0.5
-
-
-@pytest.fixture
-def same_noise(monkeypatch):
-    """Gumbel noise that does not come from the device's generator."""
-
-    def noise(logits):
-        draws = torch.empty(logits.shape, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(5))
-        return -draws.log().to(logits)
-
-    monkeypatch.setattr(objective, "gumbel_noise", noise)
-
-
-@pytest.fixture
-def given_codes(monkeypatch):
-    """Codes that no rounding flips, which would change the loss."""
-    choose, generator = objective.choose_codes, torch.Generator().manual_seed(0)
-
-    def chosen(logits, temperature):
-        given = torch.randint(0, 12, logits.shape[:-1], generator=generator.manual_seed(0)).to(logits.device)
-        return choose(logits + 50.0 * F.one_hot(given, logits.shape[-1]), temperature)
-
-    monkeypatch.setattr(objective, "choose_codes", chosen)
-
-
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
 @pytest.mark.parametrize("in_blocks", [None, False], ids=["blocks", "stock"])
-def test_loss_and_gradient_are_those_of_the_cpu(same_noise, large, in_blocks):
+def test_loss_and_gradient_are_those_of_the_cpu(monkeypatch, large, in_blocks):
+    fix_codes(monkeypatch)
     config = tiny_config(large, layerdrop=0.4)
     model, _ = pair(config, torch.float64, feature_penalty_weight=10.0)
     model.positional_in_blocks = in_blocks
@@ -84,7 +43,8 @@ def test_loss_and_gradient_are_those_of_the_cpu(same_noise, large, in_blocks):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_training_in_16_bits_stays_close_to_the_cpu_in_float32(same_noise, given_codes, large, dtype, compiled):
+def test_training_in_16_bits_stays_close_to_float32(monkeypatch, large, dtype, compiled):
+    fix_codes(monkeypatch)
     config = tiny_config(large, layerdrop=0.4)
     model, _ = pair(config, feature_penalty_weight=1.0)
     batch = make_batch(config, LENGTHS)
@@ -104,9 +64,8 @@ def test_neither_pass_waits_for_the_device(large, compiled):
     if compiled:
         model.compile_layers()
     batches = (make_batch(config, LENGTHS, epoch=epoch) for epoch in range(1_000))
-    waiting = next(
-        b for b in batches if () in b.kept_rows[:-1] and 0 < len(b.kept_rows[-1]) < len(LENGTHS)
-    ).pin_memory()
+    some = (b for b in batches if () in b.kept_rows[:-1] and 0 < len(b.kept_rows[-1]) < len(LENGTHS))
+    waiting = next(some).pin_memory()
 
     def update():
         batch = waiting.to(DEVICE)
@@ -135,10 +94,8 @@ def test_the_flash_kernel_attends_within_each_utterance():
     qkv = torch.randn(sum(lengths), 3, 12, 64, dtype=torch.bfloat16, device=DEVICE, generator=generator)
     asked = torch.randn(len(lengths), M, 12, 64, dtype=torch.bfloat16, device=DEVICE, generator=generator)
     found = []
-    for x, query, own in (
-        (qkv, asked, rows),
-        (*(t.cpu().double() for t in (qkv, asked)), Rows(lengths, rows.bounds.cpu())),
-    ):
+    exact = (qkv.cpu().double(), asked.cpu().double(), Rows(lengths, rows.bounds.cpu()))
+    for x, query, own in ((qkv, asked, rows), exact):
         x, query = x.clone().requires_grad_(), query.clone().requires_grad_()
         assert takes_any_lengths(x) == (x.device == qkv.device)
         outputs = attend(x, own), attend_from(query, x[:, 1:], own)
@@ -165,17 +122,9 @@ def test_attention_with_dropout_keeps_the_mean():
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    return write_recipe(
-        tmp_path_factory.mktemp("gpu"),
-        NOISY,
-        batch_hours=0.004,
-        micro_batch_seconds=6.0,
-        max_steps=8,
-        eval_steps=4,
-        dataloader_num_workers=2,
-        collapse_action="none",
-        report_to=["none"],
-    )
+    small = dict(batch_hours=0.004, micro_batch_seconds=6.0, max_steps=8, eval_steps=4)
+    quiet = dict(dataloader_num_workers=2, collapse_action="none", report_to=["none"])
+    return write_recipe(tmp_path_factory.mktemp("gpu"), NOISY, **small, **quiet)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -185,9 +134,7 @@ def test_a_run_is_whole_and_goes_on_from_its_checkpoint(monkeypatch, flags, tmp_
     records = read_metrics(tmp_path / "whole/metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
     training = [r for r in records if "loss" in r]
-    assert precision == "fp16" or all(
-        math.isfinite(r["loss"] + r["grad_norm"]) for r in training
-    )  # null where not finite
+    assert precision == "fp16" or all(math.isfinite(r["loss"] + r["grad_norm"]) for r in training)
     assert training[-1]["skipped_updates"] <= (4 if precision == "fp16" else 0)  # its loss scaler begins too high
     model = Wav2Vec2ForPreTraining.from_pretrained(tmp_path / "whole")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
@@ -229,16 +176,13 @@ def test_memory_that_does_not_suffice_ends_a_run_with_one_line(flags, tmp_path, 
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 48 * 2**20) / total)
+    large = ["--output_dir", tmp_path, "--batch_hours", "0.4", "--micro_batch_seconds", "1000"]
     try:
-        status = run_here(
-            pretrain.main, flags, "--output_dir", tmp_path, "--batch_hours", "0.4", "--micro_batch_seconds", "1000"
-        )
+        assert run_here(pretrain.main, flags, *large) == 2
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
-    assert status == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "--micro_batch_seconds" in said
+    assert "--micro_batch_seconds" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

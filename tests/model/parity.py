@@ -1,8 +1,10 @@
 """Ours against the stock model: a pair with equal weights, and equality of values and gradients."""
 
 import torch
+import torch.nn.functional as F
 from transformers import Wav2Vec2ForPreTraining
 
+from w2v2.model import objective
 from w2v2.model.pretraining import PretrainingModel
 
 
@@ -46,3 +48,37 @@ def assert_same_function(ours, theirs, inputs, **tolerance):
     found = [torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True) for out in (ours, theirs)]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+def passes(model, batch, device, dtype=None):
+    """(loss, gradient) of one micro-batch on this device, under autocast where a type is given."""
+    model.zero_grad()
+    model.to(device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        loss = model(batch.to(device), 1.3).loss
+    assert dtype is None or loss.dtype == torch.float32
+    loss.backward()
+    return loss.item(), {name: g.cpu().double() for name, g in gradients(model).items()}
+
+
+def distance(found, expected) -> float:
+    """Of two whole gradients, relative to the second."""
+    assert found.keys() == expected.keys()
+    error = sum(float((found[name] - g).pow(2).sum()) for name, g in expected.items())
+    return (error / sum(float(g.pow(2).sum()) for g in expected.values())) ** 0.5
+
+
+def fix_codes(monkeypatch):
+    """Codes that no rounding flips, which would change the loss, from the same Gumbel noise on every device."""
+    choose, generator = objective.choose_codes, torch.Generator()
+
+    def noise(logits):
+        draws = torch.empty(logits.shape, dtype=torch.float64).exponential_(generator=generator.manual_seed(5))
+        return -draws.log().to(logits)
+
+    def chosen(logits, temperature):
+        given = torch.randint(0, 12, logits.shape[:-1], generator=generator.manual_seed(0)).to(logits.device)
+        return choose(logits + 50.0 * F.one_hot(given, logits.shape[-1]), temperature)
+
+    monkeypatch.setattr(objective, "gumbel_noise", noise)
+    monkeypatch.setattr(objective, "choose_codes", chosen)

@@ -12,9 +12,7 @@ from w2v2.model.objective import (
     contrastive_loss,
     diversity_loss,
     feature_penalty,
-    look_up,
     perplexity,
-    scale_gradient,
     shared_diversity_loss,
 )
 
@@ -86,30 +84,6 @@ def test_choice_and_gradient_are_the_stock_gumbel_softmax(temperature):
     assert_same_function(weights, expected, [logits], rtol=1e-12, atol=1e-15)
 
 
-def test_evaluation_takes_the_most_likely_entry():
-    logits = torch.randn(2, 5, G, V, requires_grad=True)
-    weights, codes = choose_codes(logits, None)
-    assert torch.equal(codes, logits.argmax(-1)) and torch.equal(weights.argmax(-1), codes)
-    assert torch.equal(weights.sum(-1), torch.ones(2, 5, G)) and not weights.requires_grad
-
-
-def test_noise_picks_entries_as_often_as_the_softmax():
-    logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=torch.float64), 40_000
-    counts = torch.bincount(choose_codes(logits.expand(1, n, 1, 4), 0.5)[1].flatten(), minlength=4)
-    expected = n * logits.softmax(-1)
-    assert float(((counts - expected) ** 2 / expected).sum()) < 3 + 5 * 6**0.5
-
-
-def test_look_up_and_its_gradient_are_the_stock_ones():
-    codes = torch.randint(V, (2, 4, G))
-    codevectors = torch.randn(1, G * V, 5, requires_grad=True)
-    weights = F.one_hot(codes, V).float().requires_grad_()
-    found = look_up(weights, codevectors)
-    assert torch.equal(found, torch.cat([codevectors[0, g * V + codes[..., g]] for g in range(G)], -1))
-    stock = (weights.reshape(8, G * V, 1) * codevectors).view(8, G, V, -1).sum(-2).view(2, 4, -1)
-    assert_same_function(found, stock, [weights, codevectors])
-
-
 def random_logits(seed, B=4, M=9, entries=11):
     torch.manual_seed(seed)
     valid = torch.arange(M) < torch.randint(1, M + 1, (B,))[:, None]
@@ -162,14 +136,6 @@ def test_the_diversity_gradient_survives_unused_entries():
     soft, frames = code_statistics(logits, torch.ones(1, 4, dtype=torch.bool))[0], torch.tensor(4)
     for loss in (diversity_loss(soft, frames), shared_diversity_loss(soft, soft.detach() / 4, frames)):
         assert loss.isfinite() and torch.autograd.grad(loss, logits, retain_graph=True)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0])
-def test_scale_gradient_keeps_the_value_and_scales_the_gradient(scale):
-    x = torch.randn(5, requires_grad=True)
-    y = scale_gradient(x, scale)
-    assert torch.equal(y, x)
-    torch.testing.assert_close(torch.autograd.grad(y.pow(2).sum(), x)[0], scale * 2 * x.detach())
 
 
 def test_feature_penalty_is_mean_square_times_masked_frames():

@@ -6,12 +6,7 @@ import soundfile
 import torch
 from conftest import tiny_config
 from datasets import Dataset
-from transformers import (
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForPreTraining,
-    Wav2Vec2ForSequenceClassification,
-    Wav2Vec2Model,
-)
+from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining, Wav2Vec2ForSequenceClassification
 
 from w2v2.errors import UserError
 from w2v2.probe import features
@@ -49,7 +44,7 @@ def waveform(row, extractor):
 def test_means_are_the_stock_models_on_each_utterance_alone(corpus, name, batch_seconds, monkeypatch):
     monkeypatch.setattr(features, "BATCH_SECONDS", batch_seconds)
     folder, table = corpus
-    stock = Wav2Vec2Model.from_pretrained(folder / name).eval()
+    stock = Wav2Vec2ForPreTraining.from_pretrained(folder / name).wav2vec2.eval()
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder / name)
     found = features.FrozenModel(str(folder / name)).means(table)
     assert found.shape == (5, 3, 32)
