@@ -8,29 +8,27 @@ from typing import Any
 
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
-from w2v2.convert.weights import feature_extractor, fill_stock, read_weights, rename
+from w2v2.convert.weights import CONV, LAYER, feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
 
-_CONV = r"wav2vec2.feature_extractor.conv_layers."
 _LAYER = r"encoder\.layers\.(\d+)\."
-_HF_LAYER = r"wav2vec2.encoder.layers.\1."
 _POSITIONS = "wav2vec2.encoder.pos_conv_embed.conv."
 
 # fairseq's names as patterns, and ours.
 FAIRSEQ_KEYS = (
     (r"mask_emb", r"wav2vec2.masked_spec_embed"),
-    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(\w+)", _CONV + r"\1.conv.\2"),
-    (r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?\.(\w+)", _CONV + r"\1.layer_norm.\2"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(\w+)", CONV + r"\1.conv.\2"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?\.(\w+)", CONV + r"\1.layer_norm.\2"),
     (r"layer_norm\.(\w+)", r"wav2vec2.feature_projection.layer_norm.\1"),
     (r"post_extract_proj\.(\w+)", r"wav2vec2.feature_projection.projection.\1"),
     (r"encoder\.pos_conv\.0\.weight_g", _POSITIONS + "parametrizations.weight.original0"),
     (r"encoder\.pos_conv\.0\.weight_v", _POSITIONS + "parametrizations.weight.original1"),
     (r"encoder\.pos_conv\.0\.bias", _POSITIONS + "bias"),
-    (_LAYER + r"self_attn\.(q|k|v|out)_proj\.(\w+)", _HF_LAYER + r"attention.\2_proj.\3"),
-    (_LAYER + r"self_attn_layer_norm\.(\w+)", _HF_LAYER + r"layer_norm.\2"),
-    (_LAYER + r"fc1\.(\w+)", _HF_LAYER + r"feed_forward.intermediate_dense.\2"),
-    (_LAYER + r"fc2\.(\w+)", _HF_LAYER + r"feed_forward.output_dense.\2"),
-    (_LAYER + r"final_layer_norm\.(\w+)", _HF_LAYER + r"final_layer_norm.\2"),
+    (_LAYER + r"self_attn\.(q|k|v|out)_proj\.(\w+)", LAYER + r"attention.\2_proj.\3"),
+    (_LAYER + r"self_attn_layer_norm\.(\w+)", LAYER + r"layer_norm.\2"),
+    (_LAYER + r"fc1\.(\w+)", LAYER + r"feed_forward.intermediate_dense.\2"),
+    (_LAYER + r"fc2\.(\w+)", LAYER + r"feed_forward.output_dense.\2"),
+    (_LAYER + r"final_layer_norm\.(\w+)", LAYER + r"final_layer_norm.\2"),
     (r"encoder\.layer_norm\.(\w+)", r"wav2vec2.encoder.layer_norm.\1"),
     (r"quantizer\.vars", r"quantizer.codevectors"),
     (r"quantizer\.weight_proj\.(\w+)", r"quantizer.weight_proj.\1"),

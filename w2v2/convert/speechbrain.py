@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
-from w2v2.convert.weights import feature_extractor, fill_stock, read_weights, rename
+from w2v2.convert.weights import CONV, LAYER, feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
 from w2v2.model.loading import load_config, make_model
 
@@ -21,22 +21,19 @@ INTERFACE_KEYS = (
     (r"model\.(.*)", r"\1"),
 )
 
-_CONV = "wav2vec2.feature_extractor.conv_layers."
 _LAYER = r"latent_encoder\.latent_encoder\.layers\.(\d+)\."
-_STOCK_LAYER = r"wav2vec2.encoder.layers.\1."
-
 # Its own architecture: the recoverable's name (a file each), then its keys; attention is split beforehand.
 OWN_KEYS = (
-    (r"latent_extractor\.extractor\.convblock_(\d+)\.convs\.conv_0\.conv\.(\w+)", _CONV + r"\1.conv.\2"),
-    (r"latent_extractor\.extractor\.convblock_(\d+)\.convs\.norm_0\.norm\.(\w+)", _CONV + r"\1.layer_norm.\2"),
+    (r"latent_extractor\.extractor\.convblock_(\d+)\.convs\.conv_0\.conv\.(\w+)", CONV + r"\1.conv.\2"),
+    (r"latent_extractor\.extractor\.convblock_(\d+)\.convs\.norm_0\.norm\.(\w+)", CONV + r"\1.layer_norm.\2"),
     (r"latent_extractor\.norm\.(\w+)", r"wav2vec2.feature_projection.layer_norm.\1"),
     (r"latent_encoder\.input_projector\.(\w+)", r"wav2vec2.feature_projection.projection.\1"),
     (r"latent_encoder\.mask_emb", r"wav2vec2.masked_spec_embed"),
-    (_LAYER + r"self_att\.att\.([qkv]_proj|out_proj)\.(\w+)", _STOCK_LAYER + r"attention.\2.\3"),
-    (_LAYER + r"norm1\.norm\.(\w+)", _STOCK_LAYER + r"layer_norm.\2"),
-    (_LAYER + r"norm2\.norm\.(\w+)", _STOCK_LAYER + r"final_layer_norm.\2"),
-    (_LAYER + r"pos_ffn\.ffn\.0\.(\w+)", _STOCK_LAYER + r"feed_forward.intermediate_dense.\2"),
-    (_LAYER + r"pos_ffn\.ffn\.3\.(\w+)", _STOCK_LAYER + r"feed_forward.output_dense.\2"),
+    (_LAYER + r"self_att\.att\.([qkv]_proj|out_proj)\.(\w+)", LAYER + r"attention.\2.\3"),
+    (_LAYER + r"norm1\.norm\.(\w+)", LAYER + r"layer_norm.\2"),
+    (_LAYER + r"norm2\.norm\.(\w+)", LAYER + r"final_layer_norm.\2"),
+    (_LAYER + r"pos_ffn\.ffn\.0\.(\w+)", LAYER + r"feed_forward.intermediate_dense.\2"),
+    (_LAYER + r"pos_ffn\.ffn\.3\.(\w+)", LAYER + r"feed_forward.output_dense.\2"),
     (r"latent_encoder\.latent_encoder\.norm\.norm\.(\w+)", r"wav2vec2.encoder.layer_norm.\1"),
     (r"target_quantiser\.quantiser\.vars", r"quantizer.codevectors"),
     (r"target_quantiser\.quantiser\.weight_proj\.(\w+)", r"quantizer.weight_proj.\1"),
@@ -50,8 +47,7 @@ _NOT_WEIGHTS = ("latent_encoder.positional_encoding.pe", "target_quantiser.quant
 def convert_speechbrain(path: Path, config_name: str) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2FeatureExtractor]:
     """The model that SpeechBrain pretrained through transformers: a `CKPT+…` folder or its `wav2vec2.ckpt`.
 
-    `config_name` is the model whose architecture the recipe named (`wav2vec2_hub`): the checkpoint does not say. The
-    interface normalises the waveform, and so will the feature extractor. Raises UserError for any other checkpoint.
+    `config_name` has the architecture that the recipe named (`wav2vec2_hub`). Raises UserError for another checkpoint.
     """
     if path.is_dir():
         if (path / "latent_encoder.ckpt").exists():
@@ -97,14 +93,14 @@ def _own_config(
 ) -> Wav2Vec2Config:
     """What the shapes tell. SpeechBrain's recipe norms first, with an epsilon of 1e-6 in the transformer."""
     try:
-        convs = [weights[f"{_CONV}{i}.conv.weight"] for i in range(len(conv_stride))]
+        convs = [weights[f"{CONV}{i}.conv.weight"] for i in range(len(conv_stride))]
         hidden, intermediate = weights["wav2vec2.encoder.layers.0.feed_forward.output_dense.weight"].shape
         codes, code_width = weights["quantizer.codevectors"].shape[1:]
-        codevector_dim = weights["project_q.weight"].shape[1]
+        projected, codevector_dim = weights["project_q.weight"].shape
         groups = codevector_dim // code_width
         return Wav2Vec2Config(
             feat_extract_norm="layer",
-            conv_bias=f"{_CONV}0.conv.bias" in weights,
+            conv_bias=f"{CONV}0.conv.bias" in weights,
             conv_dim=[conv.shape[0] for conv in convs],
             conv_kernel=[conv.shape[2] for conv in convs],
             conv_stride=list(conv_stride),
@@ -117,7 +113,7 @@ def _own_config(
             num_codevector_groups=groups,
             num_codevectors_per_group=codes // groups,
             codevector_dim=codevector_dim,
-            proj_codevector_dim=weights["project_q.weight"].shape[0],
+            proj_codevector_dim=projected,
             mask_time_prob=0.65,
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:

@@ -19,6 +19,7 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.model.loading import first_line
 
+CONV, LAYER = "wav2vec2.feature_extractor.conv_layers.", r"wav2vec2.encoder.layers.\1."  # of the stock model
 Rules = Sequence[tuple[str, str]]  # a pattern that a whole key matches, and the stock key
 
 
@@ -59,8 +60,7 @@ def fill_stock(config: Wav2Vec2Config, weights: Mapping[str, torch.Tensor], path
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        misfit = str(error).splitlines()[1].strip()[:200]  # the first; of keys that are missing a list
-        raise UserError(f"{path}: does not fit the architecture: {misfit}") from None
+        raise UserError(f"{path}: does not fit the architecture: {str(error).splitlines()[1].strip()[:200]}") from None
     return model.eval()
 
 
