@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -35,10 +36,7 @@ def write_manifest(path, texts, seed, rate=16_000, channels=1):
 
 
 def write_rows(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(path, index=False)
 
 
 @pytest.fixture(scope="module")
@@ -189,11 +187,10 @@ def test_bad_flags_are_refused_in_one_line(data, flag):
 
 
 def test_the_script_runs_from_yaml_and_ends_with_status_2(data):
-    (data / "config.yaml").write_text(
-        f"train_data: [{data}/train.csv]\nvalidation_data: [{data}/dev.csv]\nmodel_name_or_path: {data}/pretrained\n"
-        f"max_steps: 1\neval_steps: 1\nsave_steps: 1\nmask_feature_length: 8\nuse_cpu: true\noutput_dir: {data}/script\n"
-    )
-    script = [sys.executable, "finetune_ctc.py", str(data / "config.yaml"), "--per_device_train_batch_size", "2"]
+    (data / "config.yaml").write_text("max_steps: 1\neval_steps: 1\nsave_steps: 1\nmask_feature_length: 8\n")
+    flags = [f"--train_data={data}/train.csv", f"--validation_data={data}/dev.csv", f"--output_dir={data}/script",
+             f"--model_name_or_path={data}/pretrained", "--per_device_train_batch_size=2", "--use_cpu"]  # fmt: skip
+    script = [sys.executable, "finetune_ctc.py", str(data / "config.yaml"), *flags]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "WER" in done.stdout and "vocabulary" in done.stdout
