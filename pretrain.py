@@ -160,8 +160,8 @@ def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher |
         log = RunLog(args, accelerator, state.step)
         skipped_updates = SkippedUpdates(args, accelerator, run.training.table, state.step)
         records = [log.records, skipped_audio.records, skipped_updates.records]
-        for lines in (log, *records):
-            files.callback(lines.close)
+        for close in (log.close, *(lines.sync for lines in records)):
+            files.callback(close)
         watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
         is_stopping = False
         feed.restart()

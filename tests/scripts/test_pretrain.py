@@ -3,7 +3,6 @@ on.
 """
 
 import json
-import os
 import shutil
 import signal
 
@@ -14,11 +13,9 @@ import yaml
 from conftest import NOISY, assert_same_run, error_line, read_curve, run_here, write_recipe
 from ranks import TORCHRUN, count_records, finish, log_of, start_run, wait_for_records
 from safetensors.torch import load_file, save_file
-from tiny_run import flip
 from transformers import Wav2Vec2ForPreTraining
 
 import pretrain
-from w2v2.train.checkpoint import find_damage
 from w2v2.train.log import read_metrics
 
 STEPS, SAVE_STEPS = 16, 4
@@ -152,15 +149,6 @@ def test_a_full_disk_ends_a_run_or_is_waited_out(flags, tmp_path, monkeypatch, c
     assert {f"checkpoint-{step}" for step in (2, 4, 6)} - names(warned) == {"checkpoint-4"}
     assert_same_run(warned, whole)
 
-    # And from behind two damaged ones the same run comes about again.
-    flip(stopped / "checkpoint-6/training_state/optimizer.safetensors", 9_999)
-    os.truncate(stopped / "checkpoint-4/model.safetensors", 9_999)
-    capsys.readouterr()
-    assert run(flags, stopped, *short, *auto) == 0
-    assert "checkpoint-2, after 2 updates" in capsys.readouterr().out
-    assert_same_run(stopped, whole)
-    assert all(find_damage(stopped / f"checkpoint-{step}") is None for step in (2, 4, 6))
-
 
 def test_auto_holds_one_micro_batch_for_a_whole_run(flags, tmp_path, capsys):
     """It is that of the same number given by hand; a resumed run takes its checkpoint's, whatever it would find itself."""
@@ -183,22 +171,6 @@ def test_auto_holds_one_micro_batch_for_a_whole_run(flags, tmp_path, capsys):
 
     assert run(flags, given, *short, "--micro_batch_seconds", size(found), "--overwrite_output_dir") == 0
     assert_same_run(found, given)
-
-
-def test_a_finished_run_is_kept_unless_overwritten(flags, tmp_path, capsys):
-    short = ("--max_steps", 2, "--batch_hours", 0.001)
-    output_dir = tmp_path / "run"
-    assert run(flags, output_dir, *short) == 0
-    (output_dir / "notes.txt").write_text("mine")
-    first = (output_dir / "model.safetensors").read_bytes()
-    assert run(flags, output_dir, *short) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    assert run(flags, output_dir, *short, "--resume_from_checkpoint", "auto") == 0
-    assert (output_dir / "model.safetensors").read_bytes() == first
-    assert run(flags, output_dir, *short, "--overwrite_output_dir", "--seed", 43) == 0
-    assert (output_dir / "model.safetensors").read_bytes() != first
-    assert [r["step"] for r in read_metrics(output_dir / "metrics.jsonl") if "loss" in r] == [1, 2]
-    assert (output_dir / "notes.txt").read_text() == "mine"
 
 
 def test_given_weights_start_a_run_of_their_own(flags, whole_run, tmp_path):

@@ -85,7 +85,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path, torn):
 def test_other_processes_write_nothing(tmp_path):
     records = StepRecords(tmp_path / "lines", is_main=False)
     records.append({"step": 1})
-    records.close()
+    records.sync()
     assert not records.path.exists()
 
 

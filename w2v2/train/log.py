@@ -23,7 +23,6 @@ A record is one flat dictionary for one step. Names in training records, all ove
 
 import contextlib
 import logging
-import math
 import os
 import sys
 import time
@@ -43,7 +42,6 @@ METRICS_FILE = "metrics.jsonl"
 # Around writing to a terminal, which a run outlives: closed, on a full disk, or a pipe without a reader.
 STREAM_MAY_DIE = contextlib.suppress(OSError, ValueError)
 _BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar}| {desc} | {remaining} left"
-_SECONDS_BETWEEN_REFRESHES = 0.5
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -72,22 +70,18 @@ class RunLog:
         """A resumed run's file is cut back to `first_step`."""
         self._total_steps, self._first_step, self._started_at = args.max_steps, first_step, time.monotonic()
         self._is_main, self._trackers = accelerator.is_main_process, accelerator
-        self._bar, self._refreshed_at = None, -math.inf
+        self._bar = None
         self.records = StepRecords(Path(args.output_dir) / METRICS_FILE, first_step, is_main=self._is_main)
         if self._is_main and not args.disable_tqdm and sys.stderr.isatty():
-            options = dict(bar_format=_BAR_FORMAT, dynamic_ncols=True, file=sys.stderr)
+            options = dict(bar_format=_BAR_FORMAT, dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
             self._bar = tqdm(total=args.max_steps, initial=first_step, **options)
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance the bar to this update."""
-        if self._bar is None:
-            return
-        now = time.monotonic()
-        with STREAM_MAY_DIE:
-            if now - self._refreshed_at >= _SECONDS_BETWEEN_REFRESHES:
-                self._refreshed_at = now
+        if self._bar is not None:
+            with STREAM_MAY_DIE:
                 self._bar.set_description_str(_describe(record), refresh=False)
-            self._bar.update(record["step"] - self._bar.n)
+                self._bar.update(record["step"] - self._bar.n)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record: a line of `metrics.jsonl`, the trackers, and the console."""
@@ -107,11 +101,9 @@ class RunLog:
                 tqdm.write(self._line(record), file=sys.stderr)
 
     def close(self) -> None:
-        """Close bar and file."""
         if self._bar is not None:
             with STREAM_MAY_DIE:
                 self._bar.close()
-        self.records.close()
 
     def _line(self, record: Mapping[str, Any]) -> str:
         if "eval_loss" in record:

@@ -67,13 +67,6 @@ class StepRecords:
         if self.is_main and (self._waiting or self.path.exists()):
             self._write(sync=True)
 
-    def close(self) -> None:
-        """Sync a last time; lines that the disk still refuses are lost, with a warning."""
-        self.sync()
-        if self._waiting:
-            logger.warning("%s: the last %d bytes could not be written", self.path, len(self._waiting))
-            self._waiting = b""
-
     def _write(self, sync: bool = False) -> None:
         try:
             with open(self.path, "ab", buffering=0) as file:
