@@ -47,14 +47,13 @@ class Contender:
 
     def draw(self, lengths: str, update: int) -> tuple[Crops, np.ndarray]:
         """The effective batch of this update, from utterances of `librispeech`'s lengths or `equal` ones; and those."""
-        longest, grid, batch_samples = (
-            round(getattr(self.flags, f"{name}_seconds") * SAMPLING_RATE) for name in ("crop", "length_grid", "batch")
-        )
-        num_samples = speech_lengths(NUM_UTTERANCES)
+        flags, num_samples = self.flags, speech_lengths(NUM_UTTERANCES)
+        seconds = {"batch": flags.batch_seconds, "crop": flags.crop_seconds, "grid": flags.length_grid_seconds}
+        recipe = {f"{name}_samples": round(value * SAMPLING_RATE) for name, value in seconds.items()}
         if lengths == "equal":
-            num_samples[:] = crop_length(np.array([longest]), longest, grid)
-        recipe = dict(batch_samples=batch_samples, crop_samples=longest, grid_samples=grid, seed=0)
-        batches, cursor = EffectiveBatches(num_samples, **recipe), Cursor()
+            longest = recipe["crop_samples"]
+            num_samples[:] = crop_length(np.array([longest]), longest, recipe["grid_samples"])
+        batches, cursor = EffectiveBatches(num_samples, **recipe, seed=0), Cursor()
         for _ in range(update + 1):
             crops, cursor = batches.draw(cursor)
         return crops, num_samples
@@ -147,11 +146,8 @@ class Ours(Contender):
     def stages(self):
         """Parts of `PretrainingModel`, each from its own inputs."""
         model, device = self.accelerator.unwrap_model(self.model), self.device
-        batch, encoder, projection = (
-            self.batches[0].to(device),
-            model.wav2vec2.encoder,
-            model.wav2vec2.feature_projection,
-        )
+        encoder, projection = model.wav2vec2.encoder, model.wav2vec2.feature_projection
+        batch = self.batches[0].to(device)
         with torch.no_grad(), self.autocast():
             features = model._features(batch)  # (B, T, C)
         dtype = features.dtype

@@ -3,12 +3,11 @@
     python benchmarks/crash_drill.py --kills 20            # one run, killed 20 times, which resumes each time
     python benchmarks/crash_drill.py --world_sizes 2 1 2   # one run, resumed with other numbers of processes
 
-SIGKILL to the whole process group, loader workers included, at seeded random moments over the run's whole length:
-while it starts, in updates, in validation, between two writes of a save, between a checkpoint's renaming and the
-removal of the oldest, in that removal, and while the finished model is written. Each time the same command is given
-again, with `--resume_from_checkpoint auto`. Dropout, layerdrop and Gumbel noise are on; it runs on the CPU in fp32.
-The disk is made slow (drilled.py), so that kills do fall between its writes. The last line is JSON; exit status 1 if
-anything differs, 2 for a slip in the flags.
+SIGKILL to the whole process group, loader workers included, at seeded random moments: while it starts, in updates, in
+validation, between two writes of a save, between a checkpoint's renaming and the removal of the oldest, in that
+removal, and while the finished model is written. Each time the same command is given again, with
+`--resume_from_checkpoint auto`. All noise is on; it runs on the CPU in fp32, with a slow disk (drilled.py), so that
+kills fall between writes. The last line is JSON; exit status 1 if anything differs, 2 for a slip in the flags.
 """
 
 import shutil
@@ -19,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from common import environment, make_parser, print_json
@@ -38,39 +36,36 @@ QUIET = ("--no_gumbel", "--record")
 Start = Callable[..., Life]  # (output_dir, *flags) → the run
 
 
-class Aim(NamedTuple):
-    """When a life is to be killed: `delay` seconds after `phase` is seen, not before update `step`."""
-
-    phase: str
-    step: int
-    delay: float
-
-
 # -- kills
 
 
-def draw_aims(num_kills: int, max_steps: int, start_seconds: float, rng: np.random.Generator) -> list[Aim]:
-    """Phases in turn, at steps that rise over the run's whole length; the last kill is for the finishing."""
+def draw_aims(num_kills: int, max_steps: int, start_seconds: float, rng: np.random.Generator) -> list[tuple]:
+    """(phase, step, delay) of each kill: so many seconds after the phase is seen, not before that update.
+
+    Phases in turn, at steps that rise over the run's whole length; the last kill is for the finishing.
+    """
     lengths = {"start-up": start_seconds, "update": 0.2, "validation": 0.1, "finish": 1.0}
     lengths |= {"save": SAVE_SECONDS, "rotation": SAVE_SECONDS / 3, "renamed": 0.0}
     aims = []
     for number in range(num_kills):
         phase = AIMS[number % len(AIMS)] if number < num_kills - 1 or num_kills < 3 else "finish"
         step = int((number + rng.random()) / num_kills * (max_steps - RECIPE["eval_steps"]))
-        aims.append(Aim(phase, step, float(rng.uniform(0, lengths[phase]))))
+        aims.append((phase, step, float(rng.uniform(0, lengths[phase]))))
     return aims
 
 
-def run_and_kill(life: Life, aim: Aim, max_steps: int) -> str | None:
+def run_and_kill(life: Life, aim: tuple, max_steps: int) -> str | None:
     """Kill a life as aimed. Returns the phase where the kill fell; None: the run had ended before."""
+    phase, step, delay = aim
+    watch = life.watch
 
     def is_reached() -> bool:
-        return aim.phase in life.watch.phases(max_steps) and (life.watch.step >= aim.step or aim.phase == "start-up")
+        return phase in watch.phases(max_steps) and (watch.step >= step or phase == "start-up")
 
     with life:
-        if not life.wait_until(is_reached) or not life.sleep(aim.delay):
+        if not life.wait_until(is_reached) or not life.sleep(delay):
             return None
-    return life.watch.phases(max_steps)[0]
+    return watch.phases(max_steps)[0]
 
 
 def drill_kills(args, folder: Path, start: Start) -> dict:
@@ -92,7 +87,7 @@ def drill_kills(args, folder: Path, start: Start) -> dict:
             missed += 1
             continue
         phases[phase] += 1
-        print(f"kill {phases.total():3} of {args.kills}  {phase:12} (aimed at: {aim.phase}, update {aim.step} or later)",
+        print(f"kill {phases.total():3} of {args.kills}  {phase:12} (aimed at: {aim[0]}, update {aim[1]} or later)",
               flush=True)  # fmt: skip
     if missed > args.kills:
         sys.exit(f"failed        {missed} lives ended before they could be killed")

@@ -57,13 +57,10 @@ def prepare(folder: Path, flags: argparse.Namespace, **changes) -> Path:
         rows.append(dict(id=name, audio=str(folder / f"{name}.wav"), start=0.0, num_samples=3 * SAMPLING_RATE))
     for name, dropout in (("noisy", 0.1), ("quiet", 0.0)):
         Wav2Vec2Config(**MODEL, **dict.fromkeys(DROPOUTS, dropout)).save_pretrained(folder / name)
-    values = {
-        "train_data": [write_lines(folder / "train.jsonl", rows[VALIDATION_ROWS:])],
-        "validation_data": [write_lines(folder / "dev.jsonl", rows[:VALIDATION_ROWS])],
-        "config_name": str(folder / "noisy"),
-    }
+    train = write_lines(folder / "train.jsonl", rows[VALIDATION_ROWS:])
+    values = dict(train_data=[train], validation_data=[write_lines(folder / "dev.jsonl", rows[:VALIDATION_ROWS])])
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | values | changes))
+    path.write_text(yaml.safe_dump(RECIPE | values | {"config_name": str(folder / "noisy")} | changes))
     return path
 
 

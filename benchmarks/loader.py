@@ -23,7 +23,7 @@ import torch
 
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import run_script
-from w2v2.data.audio import SAMPLING_RATE, read_pcm
+from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
 from w2v2.data.collate import CropDataset, Framing, PretrainBatch, build_loader, pad
 from w2v2.data.utterances import load_utterances
@@ -46,18 +46,16 @@ class Source:
 
     def __init__(self, manifest: str, args: PretrainArguments, framing: Framing):
         self.utterances = load_utterances([manifest], args, framing)[0]
-        table = self.utterances.table
-        self.audio = list(table["audio"])
-        self.starts = [round(start * SAMPLING_RATE) for start in table["start"]]
-        self.dataset = CropDataset(table, framing, seed=0)
+        self.rows = self.utterances.table.to_list()
+        self.dataset = CropDataset(self.utterances.table, framing, seed=0)
 
     def read_files(self) -> None:
-        for audio, start, n in zip(self.audio, self.starts, self.utterances.num_samples.tolist(), strict=True):
-            read_pcm(audio, start, n)
+        for row in self.rows:
+            self.dataset.read(row, 0, row["num_samples"])
 
     def read_crops(self, plan: MicroBatchPlan) -> list[np.ndarray]:
-        columns = zip(*(column.tolist() for column in plan.crops), strict=True)
-        return [read_pcm(self.audio[u], self.starts[u] + start, n) for u, _, start, n in columns]
+        crops = zip(*(column.tolist() for column in plan.crops), strict=True)
+        return [self.dataset.read(self.rows[utterance], start, n) for utterance, _, start, n in crops]
 
     def stack_crops(self, plan: MicroBatchPlan) -> torch.Tensor:
         """From files to one micro-batch of samples in memory, (B, S)."""
@@ -94,7 +92,7 @@ def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: 
     for name, source in sources.items():
         spent, hours = {way: sum(took[name, way]) for way in WAYS}, source.utterances.hours
         formats[name] = {
-            "megabytes_per_hour": sum(map(os.path.getsize, set(source.audio))) / 1e6 / hours,
+            "megabytes_per_hour": sum(map(os.path.getsize, {row["audio"] for row in source.rows})) / 1e6 / hours,
             "whole_files": 3600 * hours / cpu_seconds(Source.read_files, [source]),
             **{way: heard / spent[way] for way in WAYS},
             "microseconds_per_crop": {way: 1e6 * spent[way] / num_crops for way in WAYS},
@@ -166,7 +164,7 @@ def measure(flags, folder: Path) -> dict:
     manifests = {name: common.write_files(rows, folder, *kind) for name, kind in FORMATS.items()}
     manifests["packed"] = common.pack(rows, folder)
     sources = {name: Source(path, args, framing) for name, path in manifests.items()}
-    hours, num_utterances = sources["packed"].utterances.hours, len(sources["packed"].audio)
+    hours, num_utterances = sources["packed"].utterances.hours, len(sources["packed"].rows)
     args.batch_hours = min(args.batch_hours, hours)
     print(f"{hours:.2f} hours in {num_utterances:,} utterances\n\nSeconds of audio per second of processor time")
     formats, ratios = compare_reading(sources, args, flags.pairs)

@@ -28,12 +28,10 @@ class Stock(Contender):
         (crops, num_samples), longest = self.draw(lengths, update), self.flags.crop_seconds
         utterances = np.random.default_rng(update).permutation(crops.utterance)
         self.heard = np.minimum(num_samples[utterances], round(longest * SAMPLING_RATE)).tolist()
-        self.num_rows = max(1, int(self.flags.micro_batch_seconds / longest))
-        waveforms = [NOISE[:n] / np.float32(32_768) for n in self.heard]
+        self.num_rows = n = max(1, int(self.flags.micro_batch_seconds / longest))
+        waveforms = [NOISE[:samples] / np.float32(32_768) for samples in self.heard]
         options = dict(sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt")
-        self.batches = [
-            self.extractor(waveforms[i : i + self.num_rows], **options) for i in range(0, len(waveforms), self.num_rows)
-        ]
+        self.batches = [self.extractor(waveforms[i : i + n], **options) for i in range(0, len(waveforms), n)]
 
     def inputs(self, batch) -> dict[str, torch.Tensor]:
         """The model's arguments: the batch, and masks and negatives drawn on the host as in transformers' example."""

@@ -61,9 +61,9 @@ def test_a_slip_is_one_line(capsys, tmp_path):
 def test_kills_are_spread_and_seeded():
     aims = draw_aims(20, 60, 5.0, np.random.default_rng(0))
     assert aims == draw_aims(20, 60, 5.0, np.random.default_rng(0)) != draw_aims(20, 60, 5.0, np.random.default_rng(1))
-    steps = [aim.step for aim in aims]
-    assert steps == sorted(steps) and steps[0] < 6 and 45 < steps[-1] < 60
-    assert {aim.phase for aim in aims} == {*crash_drill.AIMS, "finish"}
+    phases, steps, _ = zip(*aims, strict=True)
+    assert list(steps) == sorted(steps) and steps[0] < 6 and 45 < steps[-1] < 60
+    assert set(phases) == {*crash_drill.AIMS, "finish"}
 
 
 # What a life finds, what it adds, and the phase that it is then in.
