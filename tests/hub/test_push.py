@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import run_here, tiny_config, write_recipe
+from conftest import run_here, write_recipe
 from huggingface_hub import snapshot_download
-from test_finetune_ctc import command, write_manifest
-from transformers import AutoModelForCTC, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
+from test_finetune_ctc import command
+from test_finetune_ctc import data as data
+from transformers import AutoModelForCTC
 from transformers.trainer_utils import HubStrategy
 
 import finetune_ctc
@@ -181,17 +182,6 @@ def test_trainers_checkpoints_are_pushed_as_asked(tmp_path, hub, strategy, pushe
 # Fine-tuned folders, to the Hub and back.
 
 HUB = ["--push_to_hub", "--hub_model_id", "speech-lab/tiny", "--hub_private_repo", "true"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("speech")
-    write_manifest(folder / "train.csv", ["One two.", "two", "three one", "two three"], seed=0)
-    write_manifest(folder / "dev.csv", ["two one", "three"], seed=1)
-    torch.manual_seed(0)
-    Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(folder / "pretrained")
-    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder / "pretrained")
-    return folder
 
 
 def logits(source):
