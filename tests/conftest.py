@@ -129,6 +129,14 @@ def error_line(text: str) -> str:
     return lines[0]
 
 
+def refusal(capsys, main, *argv, named=()) -> str:
+    """The one line, with everything `named`, by which an entry point run in this process ends with status 2."""
+    capsys.readouterr()
+    status, line = run_here(main, *argv), error_line(capsys.readouterr().err)
+    assert status == 2 and all(str(name) in line for name in named), line
+    return line
+
+
 def read_curve(output_dir: Path) -> list[dict]:
     """The records of a run, without what depends on the machine's speed or on the number of processes."""
     records = read_metrics(output_dir / "metrics.jsonl")
