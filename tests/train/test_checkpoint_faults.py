@@ -82,19 +82,6 @@ def test_auto_passes_over_a_damaged_checkpoint(saved, caplog, name, damage):
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [truncate, flip_in_the_middle, Path.unlink])
-def test_a_named_checkpoint_that_is_damaged_is_refused(saved, name, damage):
-    damage(saved / "checkpoint-4" / name)
-    before = contents(saved)
-    with pytest.raises(UserError, match="--resume_from_checkpoint|no training state") as error:
-        find_checkpoint(saved, str(saved / "checkpoint-4"))
-    assert "\n" not in str(error.value) and "checkpoint-4" in str(error.value)
-    if name != CHECKSUMS:
-        assert Path(name).name in str(error.value)
-    assert contents(saved) == before
-
-
 def test_a_run_never_starts_anew_beside_damaged_checkpoints(saved):
     truncate(saved / "checkpoint-2" / MODEL)
     flip_in_the_middle(saved / "checkpoint-4" / OPTIMIZER)
@@ -131,30 +118,6 @@ def test_a_checkpoint_of_the_first_versions_has_no_checksums(saved):
 
 
 FULL = OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("on_failure", ["stop", "warn"])
-@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
-def test_a_file_that_cannot_grow_costs_the_save_alone(run, saved, caplog, on_failure, name):
-    before = contents(saved)
-    with file_size_limit((saved / "checkpoint-4" / name).stat().st_size - 1):
-        refuse_or_warn(run, saved, 6, on_failure, caplog, "File too large", "checkpoint-4")
-    assert contents(saved) == before and names(saved) == ["checkpoint-2", "checkpoint-4"]
-    assert find_damage(run.save(saved, 6)) is None
-
-
-def refuse_or_warn(run, folder, step, on_failure, caplog, reason, newest):
-    if on_failure == "warn":
-        assert run.save(folder, step, keep=1, on_failure="warn") is None
-        (said,) = [record.getMessage() for record in caplog.records]
-        assert "the run goes on" in said
-    else:
-        with pytest.raises(UserError) as error:
-            run.save(folder, step, keep=1, on_failure="stop")
-        said = str(error.value)
-        assert "--resume_from_checkpoint auto" in said and "free space" in said
-    assert reason in said and f"checkpoint-{step} could not be saved" in said and "\n" not in said
-    assert f"the newest whole checkpoint is {newest}" in said
 
 
 @pytest.mark.parametrize("step", [5, 6])

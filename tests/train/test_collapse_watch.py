@@ -97,12 +97,6 @@ def test_a_run_told_to_warn_alone_warns_twice_and_goes_on(build, caplog):
     assert "goes on" in caplog.messages[0]
 
 
-def test_a_run_told_to_do_nothing_does_nothing(build, caplog):
-    watch = build("none")
-    show(watch)
-    assert caplog.messages == [] and watch.keep(3) == 3
-
-
 def test_no_checkpoint_is_removed_during_a_suspicion(build):
     watch = build("warn")
     kept = []

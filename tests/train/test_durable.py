@@ -43,17 +43,6 @@ def test_every_flipped_bit_is_found_and_its_file_named(folder):
     assert find_mismatch(folder, RECORD, required) is None
 
 
-@pytest.mark.parametrize("name", ["weights", "empty", "inner/state"])
-def test_sizes_tell_what_is_missing_torn_or_longer(folder, name):
-    whole = (folder / name).read_bytes()
-    for changed in [whole + b"x"] + ([whole[:-1], b""] if whole else []):
-        (folder / name).write_bytes(changed)
-        damage = find_mismatch(folder, RECORD, contents=False)
-        assert damage == f"{name} has {len(changed)} bytes, was saved with {len(whole)}"
-    (folder / name).unlink()
-    assert find_mismatch(folder, RECORD, contents=False) == f"{name} is missing"
-
-
 @pytest.mark.parametrize("text", ["", "{}", '{"weights": {}}', '{"other": {"size": 40, "sha256": ""}}'])
 def test_a_record_that_is_none_accuses_itself(folder, text):
     (folder / RECORD).write_text(text)

@@ -137,21 +137,6 @@ def test_a_trial_leaves_nothing_behind(trial, ends_beyond, stepped, stage, limit
     assert_untouched(trial, before)
 
 
-def test_a_trial_runs_all_rows_and_layers_beside_gradients(trial, monkeypatch):
-    seen, whole = [], PretrainingModel._layer
-
-    def layer(model, module, hidden, batch, index, dtype):
-        held = [p.grad is not None for p in model.parameters()]
-        seen.append(
-            (index, model.training, len(batch.kept_rows[index]) == len(batch.lengths), batch.uniform, all(held))
-        )
-        return whole(model, module, hidden, batch, index, dtype)
-
-    monkeypatch.setattr(PretrainingModel, "_layer", layer)
-    trial.run(4)
-    assert seen == [(0, True, True, False, True), (1, True, True, False, True)]
-
-
 def costs(batch):
     """What memory grows with: padded samples, latent frames, attention weights, pairs of masked slots."""
     B, S = batch.waveforms.shape

@@ -67,13 +67,6 @@ def test_other_batches_are_refused_or_accepted(checkpoint, changed):
     assert RunState.start(make_args(**flags), data, tiny_config(), None).changes == []
 
 
-@pytest.mark.parametrize("accept", [False, True])
-def test_the_same_batches_go_on_where_they_were(checkpoint, accept):
-    args = make_args(accept_changed_batches=accept)
-    state = RunState.start(args, make_data(20), tiny_config(), checkpoint)
-    assert tuple(state.cursor) == (2, 11) and state.changes == []
-
-
 @pytest.mark.parametrize("num_utterances", [1, 2, 10, 11, 12, 13, 40])
 def test_from_an_accepted_place_each_epoch_is_whole(checkpoint, num_utterances):
     data = make_data(num_utterances)
