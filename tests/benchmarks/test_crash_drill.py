@@ -1,7 +1,6 @@
 """The drills see what they say they see, fail when something differs, and in small pass."""
 
 import json
-import os
 from collections import Counter
 
 import crash_drill
@@ -10,6 +9,7 @@ import numpy as np
 import pandas
 import pytest
 import soak
+from common import write_lines
 from conftest import make_batch, run_here, tiny_config, write_csv, write_tones
 from crash_drill import draw_aims
 from drill_runs import Watch, changed_batches, differing_bytes, heard
@@ -30,7 +30,6 @@ def test_two_kills_leave_the_undisturbed_bytes(capsys):
     assert line == "2 kills survived, 0 differing bytes"
     assert (status, found["kills"], found["differing_bytes"], found["changed_batches"]) == (0, 2, 0, 0)
     assert sum(found["phases"].values()) == 2 and found["compared_bytes"] > 100_000
-    assert {"date", "command", "cpu", "cores", "versions", "seconds"} <= found.keys()
 
 
 @pytest.mark.slow
@@ -103,11 +102,11 @@ def test_every_differing_byte_is_counted():
 
 def test_ranks_are_heard_together(tmp_path):
     """Updates that a kill left incomplete, on any rank or in any round, do not count."""
-    lines = {0: [(0, 1, "ab"), (1, 2, "c"), (1, 2, "d"), (2, 1, "e")], 1: [(0, 1, "f"), (1, 2, "g"), (1, 2, "")]}
-    for rank, rounds in lines.items():
-        records = [{"update": update, "num_rounds": n, "heard": list(heard)} for update, n, heard in rounds]
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (tmp_path / f"rank{rank}.jsonl").write_text(text + '{"update": 3, "he')
+    lines = [[(0, 1, "ab"), (1, 2, "c"), (1, 2, "d"), (2, 1, "e")], [(0, 1, "f"), (1, 2, "g"), (1, 2, "")]]
+    for rank, rounds in enumerate(lines):
+        path = tmp_path / f"rank{rank}.jsonl"
+        write_lines(path, [{"update": update, "num_rounds": n, "heard": list(heard)} for update, n, heard in rounds])
+        path.write_text(path.read_text() + '{"update": 3, "he')
     found = heard(tmp_path, num_ranks=2)
     assert found == {0: Counter("abf"), 1: Counter("cdg")}
     assert changed_batches([found], {0: Counter("fba"), 1: Counter("cdg")}) == 0
@@ -138,15 +137,6 @@ def test_a_short_soak_samples_everything(capsys):
     names = {"open files", "files of batches", "threads", "ms of an update", "MB of checkpoints", "MB of logs"}
     assert run["trends"].keys() == names | {"MB of the main process", "MB of its workers"}
     assert all(trend["mean"] > 0 for trend in run["trends"].values()) and run["updates"] > 20 < run["samples"]
-
-
-def test_files_of_batches_are_counted_apart(tmp_path):
-    before = soak.open_files(os.getpid())
-    shared = os.memfd_create("batch")
-    with open(tmp_path / "log", "w"):
-        during = soak.open_files(os.getpid())
-    os.close(shared)
-    assert {name: during[name] - before[name] for name in before} == {"open files": 1.0, "files of batches": 1.0}
 
 
 def test_a_slope_is_judged_by_its_error():

@@ -40,11 +40,6 @@ def test_every_way_keeps_the_budget_and_repeats_nothing(way, num_ranks):
     assert hours == pytest.approx(BATCH, rel=0.12)
 
 
-def test_grouping_alone_makes_lengths_alike():
-    random, grouped = (measure(steps_of(way, 1), 1)["alikeness"] for way in ("random", "grouped"))
-    assert random < 2 < 5 < grouped
-
-
 def test_the_figures_are_those_of_a_sum_by_hand():
     """Two ranks, two updates; the second has one round that ends in a dummy of 1 s."""
     seconds = [[[4, 2], [6], [3], [5]], [[8, 8], [-1]]]
