@@ -215,10 +215,8 @@ def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any
 
     # 2. The settings as the user gave them.
     batch = f"an effective batch of {hours:.4g} h (--batch_hours {args.batch_hours:g})"
-    peak, gumbel = (
-        f"--learning_rate {rate:g}, where {usual_rate:g} is usual",
-        f"a Gumbel temperature of {temperature:.3g}",
-    )
+    peak = f"--learning_rate {rate:g}, where {usual_rate:g} is usual"
+    gumbel = f"a Gumbel temperature of {temperature:.3g}"
     diversity = f"--diversity_loss_weight {weight:g}, where 0.1 is usual"
     delayed = f"--diversity_delay_steps {delay}, --diversity_warmup_steps {ramp_steps}"
 
