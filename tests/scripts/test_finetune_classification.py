@@ -1,12 +1,14 @@
 """The real script, end to end, on a few seconds of tones: what it writes, and what it refuses."""
 
+import csv
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import tiny_config
 from ranks import run_ranks
-from test_finetune_ctc import check_refusal, read_json, read_lines, read_rows, write_rows
+from test_finetune_ctc import check_refusal, read_json, read_lines, write_rows
 from transformers import (
     AutoFeatureExtractor,
     HubertConfig,
@@ -24,6 +26,10 @@ SHORT = ["--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--loggin
          "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--learning_rate", "0.01",
          "--report_to", "none", "--dataloader_num_workers", "0"]  # fmt: skip
 PITCH = {"low": 200, "middle": 700, "high": 2_400}
+
+
+def read_rows(path):
+    return list(csv.DictReader(open(path)))
 
 
 def write_tones(path, count, seed):
