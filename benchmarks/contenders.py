@@ -185,7 +185,7 @@ def layer_for_all_frames(module, hidden, rows, dtype, rest=None, positions=None,
 # Lever of --without → where the program has it, and what takes its place.
 LEVERS = {
     "flat_convs": ("w2v2.model.pretraining", "is_flat", lambda config: False),
-    "cpu_attention": ("w2v2.model.attention", "has_kernel", lambda device: True),
+    "cpu_attention": ("w2v2.model.transformer", "has_kernel", lambda device: True),
     "one_dnn": ("w2v2.model.cpu", "_ONE_DNN", None),
     "cheap_draws": ("w2v2.model.cpu", "draw_kept", lambda kept, p: kept.bernoulli_(1 - p)),
     "masked_last_layer": ("w2v2.model.pretraining", "layer", layer_for_all_frames),

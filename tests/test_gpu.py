@@ -16,8 +16,8 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPr
 
 import finetune_ctc
 import pretrain
-from w2v2.model.attention import Rows, attend, attend_from, takes_any_lengths
 from w2v2.model.pretraining import PretrainingModel
+from w2v2.model.transformer import Rows, attend, attend_from, takes_any_lengths
 from w2v2.train.log import read_metrics
 from w2v2.train.update import seed_noise
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from w2v2.data.flags import check_ranges, flag, refuse, take_back
+from w2v2.errors import check_ranges, flag, refuse, take_back
 from w2v2.train.schedule import SCHEDULES
 
 

@@ -2,6 +2,5 @@
 
 In: manifest files or folders, audio files of any rate. Out: `PretrainBatch`: waveforms at 16 kHz, mask spans,
 distractors. Which audio: `readers`, `manifest`, `utterances`. Its samples: `decoding`, `audio`. Which crops make an
-update: `hashing`, `batching`, `cutting`. What a device gets: `masking`, `collate`. `flags` describes the command line's
-fields for every package.
+update: `hashing`, `batching`, `cutting`. What a device gets: `masking`, `collate`.
 """

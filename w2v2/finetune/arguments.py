@@ -16,8 +16,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from w2v2.data.flags import check_ranges, flag, refuse, take_back
-from w2v2.errors import UserError
+from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
 from w2v2.train.schedule import SCHEDULES
 
 METRICS_FILE, SKIPPED_FILE, RESULTS_FILE = "metrics.jsonl", "skipped_audio.jsonl", "results.json"

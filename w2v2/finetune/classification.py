@@ -22,8 +22,7 @@ from torch import nn
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.trainer_utils import EvalLoopOutput
 
-from w2v2.data.flags import flag, refuse, take_back
-from w2v2.errors import UserError
+from w2v2.errors import UserError, flag, refuse, take_back
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
 from w2v2.finetune.arguments import FineTuningArguments, check_metric, write_results

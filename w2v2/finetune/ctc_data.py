@@ -21,9 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop
-from w2v2.data.flags import refuse
 from w2v2.data.utterances import load_manifest
-from w2v2.errors import UserError
+from w2v2.errors import UserError, refuse
 from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments
 from w2v2.finetune.subsets import describe_table
 from w2v2.finetune.text import UNKNOWN, CTCArguments, encode

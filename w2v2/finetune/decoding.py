@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from w2v2.data.flags import refuse
-from w2v2.errors import UserError
+from w2v2.errors import UserError, refuse
 from w2v2.evaluate.scores import TOKENS
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, WORD_DELIMITER, CTCArguments, encode, unit_of

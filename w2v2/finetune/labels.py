@@ -14,10 +14,9 @@ import torch
 from datasets import Dataset
 
 from w2v2.data.audio import SAMPLING_RATE, read_crop
-from w2v2.data.flags import flag, refuse
 from w2v2.data.hashing import CROP, below, derive
 from w2v2.data.manifest import COLUMNS, EXTRAS
-from w2v2.errors import UserError
+from w2v2.errors import UserError, flag, refuse
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, read_once
 from w2v2.finetune.subsets import describe_table

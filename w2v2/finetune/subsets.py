@@ -14,8 +14,7 @@ from datasets import Dataset
 from transformers import Wav2Vec2Config
 
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.flags import refuse
-from w2v2.errors import UserError
+from w2v2.errors import UserError, refuse
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.text import CTCArguments, frames_needed, split_units
 from w2v2.model.feature_encoder import num_frames

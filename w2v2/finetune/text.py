@@ -18,8 +18,7 @@ import yaml
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2PhonemeCTCTokenizer, Wav2Vec2Processor
 from transformers.utils import cached_file
 
-from w2v2.data.flags import check_ranges, flag, refuse, take_back
-from w2v2.errors import UserError
+from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
 from w2v2.evaluate.scores import CHARACTERS, TARGET_UNITS, TOKENS
 from w2v2.finetune.arguments import CONFIG_FILE
 from w2v2.model.loading import locate

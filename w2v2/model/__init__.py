@@ -1,6 +1,6 @@
 """The model: micro-batches of masked utterances in, sums of loss terms out; stock weights in and out.
 
-In reading order: `feature_encoder` (convs), `attention` and `transformer` (context), `objective` (codes, contrast,
+In reading order: `feature_encoder` (convs), `transformer` (context, attention), `objective` (codes, contrast,
 penalties), `loading` (configurations and weights, checked), `pretraining` (the forward pass that joins them), `cpu`
 (kernels and memory where there is no accelerator). Every part is tested against the stock model.
 """

@@ -17,11 +17,10 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from w2v2.data.collate import PretrainBatch, sound
 from w2v2.data.masking import distractors
 from w2v2.model import objective
-from w2v2.model.attention import Rows
 from w2v2.model.cpu import dropout
 from w2v2.model.feature_encoder import flat_features, inside_rows, is_flat, stock_features
 from w2v2.model.loading import load_weights, make_model
-from w2v2.model.transformer import after_attention, ignore, layer, linear, norm, positional, take
+from w2v2.model.transformer import Rows, after_attention, ignore, layer, linear, norm, positional, take
 
 
 class PretrainSums(NamedTuple):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from w2v2.data.flags import check_ranges, flag, refuse
+from w2v2.errors import check_ranges, flag, refuse
 from w2v2.evaluate.scores import CHARACTERS
 
 
