@@ -27,7 +27,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing, build_loader
-from w2v2.data.utterances import Utterances, check_validation, load_utterances, probe_some
+from w2v2.data.utterances import Utterances, load_utterances, probe_some
 from w2v2.evaluate.plots import draw_plots
 from w2v2.hub.card import write_model_card
 from w2v2.hub.push import HubPusher
@@ -36,11 +36,11 @@ from w2v2.model.loading import build_config, build_framing, load_feature_extract
 from w2v2.model.pretraining import build_model
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
-from w2v2.train.launch import Stopped, StopRequest, end_training, prepare_model, start_accelerator
+from w2v2.train.launch import Stopped, StopRequest, end_training, on_main_process, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import find_micro_batch
 from w2v2.train.plan import build_batches, present_plan, write_config
-from w2v2.train.records import SkippedAudio, SkippedUpdates
+from w2v2.train.records import SkippedAudio, SkippedUpdates, SkippedValidation
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import RunState
@@ -102,21 +102,22 @@ def main() -> None:
     batches = build_batches(training, args)
     if args.dry_run:
         return present_plan(training, batches, args, accelerator, args.micro_batch_seconds)
-    if validation:
-        check_validation(validation, missing, args.max_skipped_fraction)
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint)
-    num_listed, unreadable = len(training.table) + len(unmeasured), unmeasured + probe_some(training)
-    skipped_audio = SkippedAudio(args, accelerator, num_listed, unreadable, state.step)
+    skipped = [
+        kind(args, accelerator, len(data.table) + len(unread), unread + probe_some(data), state.step)
+        for kind, data, unread in ((SkippedAudio, training, unmeasured), (SkippedValidation, validation, missing))
+        if data
+    ]
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
     model, optimizer = prepare_model(accelerator, model, build_optimizer(model, args))
     if checkpoint:
         load_optimizer(checkpoint, accelerator, model, optimizer)
         announce(accelerator, f"resuming      {checkpoint}, after {state.step:,} updates")
-        if state.changes:
-            announce(accelerator, f"warning       other batches from here on, as accepted: {', '.join(state.changes)}")
+        for note in state.notes:
+            announce(accelerator, f"warning       {note}")
     run = Run(args, config, accelerator, model, optimizer, feature_extractor, framing, state, training, validation)
 
     # 4. The size of a micro-batch: how much padded audio a device holds, and so how the effective batch is cut.
@@ -135,7 +136,7 @@ def main() -> None:
         run.load(training, PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut_arguments))
     )
     with StopRequest(args.max_hours) as stop:
-        train(run, feed, skipped_audio, pusher, stop)
+        train(run, feed, skipped, pusher, stop)
         if state.step == args.max_steps:
             finish(run, pusher)
     end_training(accelerator)
@@ -147,38 +148,40 @@ def main() -> None:
         )
 
 
-def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher | None, stop: StopRequest) -> None:
-    """Updates, each followed by what is due: a line of the log, a validation, a checkpoint. A run that is asked to stop
-    saves first.
+def train(run: Run, feed: Feed, skipped: list[SkippedAudio], pusher: HubPusher | None, stop: StopRequest) -> None:
+    """Updates, each followed by what is due: a line of the log, a checkpoint, a validation. A run that is asked to stop
+    does what is due, and saves.
     """
-    args, accelerator, state, model = run.args, run.accelerator, run.state, run.model
-    validation = None
-    if run.validation:
-        validation = run.load(run.validation, plan_validation(build_batches(run.validation, args), **run.cut_arguments))
+    args, accelerator, state = run.args, run.accelerator, run.state
     start_trackers(accelerator, args, state.step)
     with ExitStack() as files:
         log = RunLog(args, accelerator, state.step)
         skipped_updates = SkippedUpdates(args, accelerator, run.training.table, state.step)
-        records = [log.records, skipped_audio.records, skipped_updates.records]
+        records = [log.records, skipped_updates.records, *(audio.records for audio in skipped)]
         for close in (log.close, *(lines.sync for lines in records)):
             files.callback(close)
         watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
-        is_stopping = False
+        validation, is_stopping = None, False
+        if run.validation:
+            plans = plan_validation(build_batches(run.validation, args), **run.cut_arguments)
+            validation = run.load(run.validation, plans)
+            if state.step and state.is_due(args.eval_steps) and on_main_process(accelerator, log.lacks_validation):
+                run_validation(run, validation, log, skipped[1])  # the run ended between its checkpoint and this
         feed.restart()
         while state.step < args.max_steps and not is_stopping:
             # ------------------------------------------------------------------------------- one update
             settings = UpdateSettings.at(state.step, args, run.config.diversity_loss_weight)
-            metrics, totals = train_update(accelerator, model, run.optimizer, feed.update(), settings, stop)
+            metrics, totals = train_update(accelerator, run.model, run.optimizer, feed.update(), settings, stop)
             counts = totals.counts
             state.advance(feed.cursor, int(counts.heard_samples))
             # ------------------------------------------------------------------------------- what it skipped
             if counts.num_skipped:
-                skipped_audio.add(gather_object(totals.skipped), state.step)
+                skipped[0].add(gather_object(totals.skipped), state.step)
             state.skipped_updates += skipped_updates.note(state.step, metrics, totals)
             # ------------------------------------------------------------------------------- what is due
             is_stopping = counts.stops_asked > 0 and state.step < args.max_steps
             feed.heard_samples += int(counts.heard_samples)
-            record = state.progress() | metrics | {"skipped_audio": len(skipped_audio.ids)}
+            record = state.progress() | metrics | {"skipped_audio": len(skipped[0].ids)}
             record |= {"skipped_updates": state.skipped_updates, "num_processes": accelerator.num_processes}
             log.update(record | feed.rates())
             if state.is_due(args.logging_steps) or state.step == 1:
@@ -186,9 +189,6 @@ def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher |
                 feed.restart()
                 watch.see(record)  # raises where the codes have collapsed, or nothing is learned
                 give_back()  # micro-batches of many lengths leave gaps in the heap
-            if validation and state.is_due(args.eval_steps):
-                log.write(state.progress() | validate(accelerator, model, validation, settings.diversity_weight))
-                feed.restart()  # neither validation nor saving counts as throughput
             if state.is_due(args.save_steps) or is_stopping:
                 for lines in records:
                     lines.sync()
@@ -196,7 +196,19 @@ def train(run: Run, feed: Feed, skipped_audio: SkippedAudio, pusher: HubPusher |
                 folder = save_checkpoint(args.output_dir, run, watch.keep(args.save_total_limit), on_failure)
                 if pusher and folder:
                     pusher.push(folder, f"Weights after {state.step} updates")
+                feed.restart()  # neither saving nor validation counts as throughput
+            if validation and state.is_due(args.eval_steps):
+                run_validation(run, validation, log, skipped[1])
                 feed.restart()
+
+
+def run_validation(run: Run, validation: DataLoader, log: RunLog, skipped: SkippedAudio) -> None:
+    """Log a validation after the update at hand, with that update's weight of the diversity loss."""
+    weight = UpdateSettings.at(run.state.step - 1, run.args, run.config.diversity_loss_weight).diversity_weight
+    metrics, totals = validate(run.accelerator, run.model, validation, weight)
+    if totals.counts.num_skipped:
+        skipped.add(gather_object(totals.skipped), run.state.step)
+    log.write(run.state.progress() | metrics)
 
 
 def finish(run: Run, pusher: HubPusher | None) -> None:

@@ -215,3 +215,17 @@ def test_unreadable_files_are_skipped_counted_and_listed(corpus, tmp_path):
     accepted(corpus, run, **more, resume_from_checkpoint=run / f"checkpoint-{first}")
     assert [r["skipped_audio"] for r in read_metrics(run / "metrics.jsonl")] == [r["skipped_audio"] for r in records]
     assert read_lines(run / "skipped_audio.jsonl") == listed
+
+
+def test_unreadable_validation_audio_is_listed_and_limited(corpus, refused, tmp_path):
+    run, manifest = tmp_path / "run", spoiled(corpus, tmp_path / "audio")
+    more = dict(validation_data=manifest, eval_steps=2, save_steps=1) | SKIPPING
+    assert accepted(corpus, run, **more)["eval_skipped_audio"] == 3
+    lines = (run / "skipped_validation.jsonl").read_bytes()
+    found = [(Path(entry["audio"]).name, entry["step"]) for entry in read_lines(run / "skipped_validation.jsonl")]
+    assert sorted(found) == [("cut.flac", 2), ("notes.wav", 0), ("short.wav", 2)]
+    shutil.rmtree(run / "checkpoint-6")
+    accepted(corpus, run, **more, resume_from_checkpoint="auto")
+    assert (run / "skipped_validation.jsonl").read_bytes() == lines and not (run / "skipped_audio.jsonl").exists()
+    limits = "--validation_data", "3 of 12", "--max_skipped_fraction 0.1", "skipped_validation.jsonl"
+    refused(*limits, **more | dict(max_skipped_fraction=0.1, overwrite_output_dir=True))

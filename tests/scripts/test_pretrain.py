@@ -100,6 +100,29 @@ def test_a_killed_run_resumes_to_the_bit(flags, whole_run):
     assert_same_run(output_dir, whole_run)
 
 
+@pytest.mark.parametrize("call", [2, 3], ids=["after update 12", "at the end"])
+def test_a_validation_that_a_kill_left_out_is_made_up_for(flags, whole_run, tmp_path, monkeypatch, call):
+    """A save comes first where both are due: no validation, however long, loses a checkpoint."""
+    calls, validate = [], pretrain.validate
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise SystemExit(9)
+        return validate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "validate", killed)
+        assert run(flags, tmp_path / "run") == 9
+    step = {2: 12, 3: STEPS}[call]
+    assert (tmp_path / f"run/checkpoint-{step}").exists() and read_curve(tmp_path / "run")[-1]["step"] == step
+    assert run(flags, tmp_path / "run", "--resume_from_checkpoint", "auto") == 0
+    assert_same_run(tmp_path / "run", whole_run)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert run(flags, tmp_path / "run", "--resume_from_checkpoint", "auto") == 0
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
 def test_two_processes_give_the_curve_of_one(flags, whole_run):
     """At the same cut even dropout and Gumbel noise are the same wherever a micro-batch runs, so only rounding differs."""
     output_dir = whole_run.with_name("two_processes")

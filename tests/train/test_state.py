@@ -1,31 +1,33 @@
 """Where a resumed run stands: at the checkpoint's place, with its batches, or on request with others."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import run_here, tiny_config, write_recipe
+from datasets import Dataset
 
 import pretrain
+from w2v2.arguments import PretrainArguments
 from w2v2.data.batching import EffectiveBatches
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.train.log import read_metrics
-from w2v2.train.state import RunState, identity
+from w2v2.train.state import RunState
 
 SECOND = 16_000
 
 
 def make_args(**changes):
-    values = dict(seed=3, batch_hours=0.002, crop_seconds=8.0, length_grid_seconds=0.32, max_steps=9)
-    values |= dict(mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2, accept_changed_batches=False)
-    return SimpleNamespace(**values | changes)
+    values = dict(train_data=["x"], output_dir="x", seed=3, batch_hours=0.002, crop_seconds=8.0, max_steps=9)
+    return PretrainArguments(**values | changes)
 
 
-def make_data(num_utterances, longer=0):
-    lengths = np.arange(num_utterances, dtype=np.int32) * 100 + 2 * SECOND + longer
-    return Utterances(range(num_utterances), lengths, {})
+def make_data(num_utterances, longer=0, folder="/corpus", clip="clip", order=1):
+    lengths = np.arange(num_utterances, dtype=np.int32) // 2 * 100 + 2 * SECOND + longer
+    ids = [f"{folder}/{clip}{i // 2}-{i % 2}.wav" for i in range(num_utterances)]  # twins of equal length
+    ids[:2] = ids[:2][::order]
+    return Utterances(Dataset.from_dict({"id": ids}), lengths, {})
 
 
 @pytest.fixture
@@ -33,7 +35,8 @@ def checkpoint(tmp_path):
     """Of a run over 20 utterances, in the middle of its third epoch."""
     tiny_config().save_pretrained(tmp_path)
     (tmp_path / "training_state").mkdir()
-    saved = dict(step=7, epoch=2, position=11, heard_samples=12_345, identity=identity(make_args(), make_data(20)))
+    fresh = RunState.start(make_args(), make_data(20), tiny_config(), None)
+    saved = fresh.as_dict() | dict(step=7, epoch=2, position=11, heard_samples=12_345, micro_batch_seconds=200.0)
     (tmp_path / "training_state/state.json").write_text(json.dumps(saved))
     return tmp_path
 
@@ -49,6 +52,8 @@ CHANGES = {
     "less data": ({}, make_data(9), ["utterances 9 (was 20)"]),
     "as much as was heard": ({}, make_data(11), ["utterances 11 (was 20)"]),
     "other lengths": ({}, make_data(20, longer=1), ["lengths_sha256"]),
+    "other clips of the same lengths": ({}, make_data(20, clip="cut"), ["other utterances or another order"]),
+    "another order": ({}, make_data(20, order=-1), ["other utterances or another order"]),
 }
 
 
@@ -60,11 +65,37 @@ def test_other_batches_are_refused_or_accepted(checkpoint, changed):
     args = make_args(**flags, accept_changed_batches=True)
     state = RunState.start(args, data, tiny_config(), checkpoint)
     for text in named:
-        assert text in str(refused.value) and text in " ".join(state.changes)
+        assert text in str(refused.value) and text in " ".join(state.notes)
     assert (state.step, state.heard_samples) == (7, 12_345)
     assert tuple(state.cursor) == ((2, 11) if len(data.table) > 11 else (3, 0))
-    assert state.as_dict()["identity"] == identity(args, data) and "changes" not in state.as_dict()
-    assert RunState.start(make_args(**flags), data, tiny_config(), None).changes == []
+    fresh = RunState.start(make_args(**flags), data, tiny_config(), None)
+    assert state.as_dict()["identity"] == fresh.identity and "notes" not in state.as_dict() and fresh.notes == []
+
+
+def test_a_corpus_may_move(checkpoint):
+    data = make_data(20, folder="/scratch/job17/corpus")
+    assert RunState.start(make_args(), data, tiny_config(), checkpoint).notes == []
+
+
+def test_a_checkpoint_that_knows_no_ids_goes_on_with_a_line(checkpoint):
+    path = checkpoint / "training_state/state.json"
+    saved = json.loads(path.read_text())
+    del saved["identity"]["ids_sha256"], saved["settings"]
+    path.write_text(json.dumps(saved))
+    state = RunState.start(make_args(learning_rate=1.0), make_data(20, clip="cut"), tiny_config(), checkpoint)
+    (note,) = state.notes
+    assert "earlier version: neither the ids of the utterances nor the settings were compared" in note
+
+
+def test_changed_settings_are_one_line_with_both_values(checkpoint):
+    args = make_args(learning_rate=0.1, diversity_scope="effective_batch", micro_batch_seconds=3.0)
+    state = RunState.start(args, make_data(20), tiny_config(hidden_dropout=0.25), checkpoint)
+    (note,) = state.notes
+    assert note == (
+        "other settings than the checkpoint's run had: learning_rate 0.1 (was 0.0005), diversity_scope effective_batch "
+        "(was micro_batch), hidden_dropout 0.25 (was 0.0), micro_batch_seconds 3.0 (was 200.0)"
+    )
+    assert state.as_dict()["settings"]["learning_rate"] == 0.1
 
 
 @pytest.mark.parametrize("num_utterances", [1, 2, 10, 11, 12, 13, 40])

@@ -133,13 +133,3 @@ def silent_share(utterances: Utterances) -> float:
         with contextlib.suppress(AudioError):
             is_silent.append(np.sqrt(np.mean(np.square(read_crop(entry["audio"], start, num_samples)))) < SILENCE)
     return float(np.mean(is_silent)) if is_silent else 0.0
-
-
-def check_validation(utterances: Utterances, unmeasured: list[dict], max_fraction: float) -> None:
-    """Raises `UserError` where more of the validation set is unreadable than tolerated: its figures would mislead."""
-    unreadable, num_files = unmeasured + probe_some(utterances), len(utterances.num_samples) + len(unmeasured)
-    if len(unreadable) > max_fraction * num_files:
-        raise UserError(
-            f"--validation_data: {unreadable[0]['audio']}: {unreadable[0]['reason']}; {len(unreadable)} of {num_files} files "
-            f"cannot be read, more than --max_skipped_fraction {max_fraction:g} allows: mend or remove them"
-        )

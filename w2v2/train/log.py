@@ -100,6 +100,10 @@ class RunLog:
             with STREAM_MAY_DIE:
                 tqdm.write(self._line(record), file=sys.stderr)
 
+    def lacks_validation(self) -> bool:
+        """Whether the step that the run resumed at has no validation yet."""
+        return not any(r["step"] == self._first_step and "eval_loss" in r for r in self.records.kept)
+
     def close(self) -> None:
         if self._bar is not None:
             with STREAM_MAY_DIE:

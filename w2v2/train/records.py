@@ -1,7 +1,8 @@
 """Records: what a run writes line by line, JSON objects with a `step`.
 
     metrics.jsonl               the losses and measures of an update          `log.RunLog`
-    skipped_audio.jsonl         audio that cannot be read                     `SkippedAudio`
+    skipped_audio.jsonl         training audio that cannot be read            `SkippedAudio`
+    skipped_validation.jsonl    validation audio that cannot be read          `SkippedValidation`
     non_finite_updates.jsonl    updates whose loss or gradient is not finite  `SkippedUpdates`
 
 A resumed run cuts the files back to its checkpoint and meets again what came after it: its lines are those of an
@@ -26,7 +27,6 @@ from w2v2.train.state import Totals
 
 logger = logging.getLogger(__name__)
 
-SKIPPED_AUDIO_FILE = "skipped_audio.jsonl"
 NON_FINITE_FILE = "non_finite_updates.jsonl"
 NUM_NAMED = 5  # utterances that the error names
 
@@ -98,20 +98,25 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 class SkippedAudio:
-    """Unreadable files: listed once each in `skipped_audio.jsonl`, and too many of them end the run.
+    """Unreadable files: listed once each, and too many of them end the run.
 
     The `step` of a line is the update that met the file, 0 if it was met before the first update.
     """
 
+    flag, file = "--train_data", "skipped_audio.jsonl"
+
     def __init__(self, args, accelerator: Accelerator, num_utterances: int, found: Sequence[dict], first_step: int = 0):
         """`found` are the files met before the first update. Raises `UserError` beyond `max_skipped_fraction`."""
         self.num_utterances, self.max_fraction = num_utterances, args.max_skipped_fraction
-        path, met = Path(args.output_dir) / SKIPPED_AUDIO_FILE, {}
+        path, met = Path(args.output_dir) / self.file, {}
         for entry in found:
             met.setdefault(entry["id"], entry | {"step": 0})
         self.records = StepRecords(path, first_step, is_main=accelerator.is_main_process, head=[*met.values()])
         self.ids = {entry["id"] for entry in self.records.kept}
         self._check(found)
+        if self.ids and accelerator.is_main_process:
+            listed = f"of {num_utterances} files cannot be read (listed in {path})"
+            logger.warning("%s: %d %s", self.flag, len(self.ids), listed)
 
     def add(self, skipped: Sequence[dict[str, Any]], step: int) -> None:
         """Note utterances that update `step` could not read. Raises `UserError` beyond `max_skipped_fraction`."""
@@ -125,9 +130,15 @@ class SkippedAudio:
         if skipped and len(self.ids) > self.max_fraction * self.num_utterances:
             first, share = skipped[0], f"{len(self.ids)} of {self.num_utterances} files cannot be read"
             raise UserError(
-                f"{first['audio']}: {first['reason']}; {share}, more than --max_skipped_fraction {self.max_fraction:g} allows: "
+                f"{self.flag}: {first['audio']}: {first['reason']}; {share}, more than --max_skipped_fraction {self.max_fraction:g} allows: "
                 f"mend or remove them (listed in {self.records.path})"
             )
+
+
+class SkippedValidation(SkippedAudio):
+    """The same of validation audio, whose figures would mislead without it."""
+
+    flag, file = "--validation_data", "skipped_validation.jsonl"
 
 
 class SkippedUpdates:

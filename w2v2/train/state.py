@@ -4,12 +4,15 @@ Shapes: G codebook groups, V entries of a group.
 """
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import CHUNK, Cursor, MicroBatchPlan
@@ -20,6 +23,18 @@ from w2v2.model import objective
 from w2v2.model.loading import check_same_architecture
 from w2v2.model.pretraining import PretrainSums
 from w2v2.train.checkpoint import read_state
+
+# Flags, and keys of the model's configuration, that change the course of a run but not its batches.
+SETTINGS = (
+    "max_steps learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 adam_epsilon weight_decay "
+    "decay_norms_and_biases max_grad_norm feature_grad_mult feature_penalty_weight max_gumbel_temperature "
+    "min_gumbel_temperature gumbel_temperature_decay diversity_delay_steps diversity_warmup_steps diversity_scope"
+).split()
+MODEL_SETTINGS = (
+    "hidden_dropout attention_dropout activation_dropout feat_proj_dropout feat_quantizer_dropout layerdrop "
+    "num_negatives contrastive_logits_temperature diversity_loss_weight"
+).split()
+MEANING = {"ids_sha256": "other utterances or another order: ", "lengths_sha256": "other lengths: "}
 
 
 @dataclass
@@ -34,9 +49,10 @@ class RunState:
     heard_samples: int = 0
     skipped_updates: int = 0  # updates whose loss or gradient was not finite
     identity: dict[str, Any] = field(default_factory=dict)  # what the effective batches depend on
+    settings: dict[str, Any] = field(default_factory=dict)  # of optimisation, objective and model
     micro_batch_seconds: float | None = None  # their cut, which noise follows; None: not decided yet
     num_processes: int | None = None
-    changes: list[str] = field(default_factory=list)  # of the identity, from the checkpoint's; not saved
+    notes: list[str] = field(default_factory=list)  # on what differs from the checkpoint's run; not saved
 
     @classmethod
     def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
@@ -46,17 +62,13 @@ class RunState:
         epoch another order. If fewer data end before that place, the next epoch begins. Raises `UserError` for another
         architecture, a checkpoint beyond `max_steps`, and other batches that are not accepted.
         """
-        state = cls(args.max_steps, len(training.table), identity=identity(args, training))
+        settings = {name: getattr(args, name) for name in SETTINGS} | {n: getattr(config, n) for n in MODEL_SETTINGS}
+        batches = identity(args, training) | {"ids_sha256": hash_ids(training.table)}
+        state = cls(args.max_steps, len(training.table), identity=batches, settings=settings)
         if checkpoint:
             check_same_architecture(config, checkpoint)
             saved = read_state(checkpoint)
-            before = saved["identity"]
-            state.changes = [f"{k} {v} (was {before.get(k)})" for k, v in state.identity.items() if before.get(k) != v]
-            if state.changes and not args.accept_changed_batches:
-                raise UserError(
-                    f"the batches would differ from those of the checkpoint's run: {', '.join(state.changes)}; use the old values, go "
-                    "on with other batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
-                )
+            state._compare(saved, args)
             for name in ("step", "epoch", "position", "heard_samples"):
                 setattr(state, name, saved[name])
             for name in ("skipped_updates", "micro_batch_seconds", "num_processes"):
@@ -67,6 +79,23 @@ class RunState:
             if state.position >= state.num_utterances:
                 state.epoch, state.position = state.epoch + 1, 0
         return state
+
+    def _compare(self, saved: dict[str, Any], args) -> None:
+        """Note what differs from the checkpoint's run. Raises `UserError` for other batches that are not accepted."""
+        if changed := _differences(saved["identity"], self.identity):
+            if not args.accept_changed_batches:
+                raise UserError(
+                    f"the batches would differ from those of the checkpoint's run: {changed}; use the old values, go on with other "
+                    "batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
+                )
+            self.notes.append(f"other batches from here on, as accepted: {changed}")
+        cut, found = args.micro_batch_seconds, saved.get("micro_batch_seconds")
+        before = saved.get("settings", {}) | {"micro_batch_seconds": found or cut}
+        if changed := _differences(before, self.settings | {"micro_batch_seconds": cut or found}):
+            self.notes.append(f"other settings than the checkpoint's run had: {changed}")
+        if "ids_sha256" not in saved["identity"]:
+            what = "neither the ids of the utterances nor the settings were compared with it"
+            self.notes.append(f"the checkpoint is of an earlier version: {what}")
 
     @property
     def cursor(self) -> Cursor:
@@ -90,17 +119,34 @@ class RunState:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "changes"}
+        return {name: value for name, value in asdict(self).items() if name != "notes"}
+
+
+def _differences(before: dict[str, Any], current: dict[str, Any]) -> str:
+    """`seed 43 (was 42), …`, of what both know."""
+    changed = {name: value for name, value in current.items() if before.get(name, value) != value}
+    return ", ".join(f"{MEANING.get(name, '')}{name} {value} (was {before[name]})" for name, value in changed.items())
 
 
 def identity(args, utterances: Utterances) -> dict[str, Any]:
-    """All that the effective batches depend on: a resumed run has to agree in it."""
+    """What the effective batches depend on, but for the ids of the utterances: a resumed run has to agree in it."""
     digest, lengths = hashlib.sha256(), utterances.num_samples
     for first in range(0, len(lengths), CHUNK):
         digest.update(lengths[first : first + CHUNK].astype("<i8"))
     names = "seed batch_hours crop_seconds length_grid_seconds mask_time_prob mask_time_length mask_time_min_masks"
     values = {name: getattr(args, name) for name in names.split()}
     return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
+
+
+def hash_ids(table: Dataset) -> str:
+    """Of all ids in their order, without the folder that they begin with in common: a corpus may move."""
+    digest, ids = hashlib.sha256(), table.data.column("id")
+    extremes = pc.min_max(ids).as_py()
+    folder = os.path.commonprefix([extremes["min"], extremes["max"]]).rpartition("/")[0]
+    for first in range(0, len(ids), CHUNK):
+        names = ids[first : first + CHUNK].to_pylist()
+        digest.update("".join(name[len(folder) :] + "\0" for name in names).encode())
+    return digest.hexdigest()[:16]
 
 
 class Counts(NamedTuple):

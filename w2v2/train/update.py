@@ -190,8 +190,8 @@ def seed_noise(seed: int, step: int, piece: int, device: torch.device) -> None:
 @torch.no_grad()
 def validate(
     accelerator: Accelerator, model: torch.nn.Module, micro_batches: Iterable[PretrainBatch], diversity_weight: float
-) -> dict[str, float]:
-    """Metrics of a validation set under `eval_`: fixed crops, masks and distractors, the most likely codes, no dropout.
+) -> tuple[dict[str, float], Totals]:
+    """Metrics of a validation set under `eval_`, and its totals: fixed crops and masks, the likeliest codes, no dropout.
 
     Raises `UserError` when none of it can be read.
     """
@@ -208,4 +208,4 @@ def validate(
         raise UserError("none of the validation audio can be read any more: mend the paths in --validation_data")
     metrics = totals.metrics(prefix="eval_") | {"eval_skipped_audio": int(totals.counts.num_skipped)}
     left_out = ("eval_batch_hours", "eval_cropped_fraction", "eval_padded_fraction")
-    return {name: value for name, value in metrics.items() if name not in left_out}
+    return {name: value for name, value in metrics.items() if name not in left_out}, totals
