@@ -15,7 +15,7 @@ from pathlib import Path
 from corpus_files import Parser, measure_usable, write_manifest
 
 from w2v2.data.audio import AudioError
-from w2v2.data.readers import find_audio
+from w2v2.data.folders import find_audio, say_passed_over
 from w2v2.errors import UserError
 
 
@@ -29,7 +29,9 @@ def read_transcript(path: Path) -> str:
 
 def build_rows(args) -> tuple[list[dict], list[AudioError]]:
     """A row for each audio file, and a reason for each file without the transcript that it needs."""
-    files = sorted(map(Path, find_audio(args.folder)))
+    found, passed_over = find_audio(args.folder)
+    files = sorted(map(Path, found))
+    say_passed_over(args.folder, passed_over)
     if not files:
         raise UserError(f"{args.folder}: no audio file in this folder: check the path")
     stems = [file.with_suffix("").as_posix().strip() for file in files]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from corpus_files import Parser, measure_usable, write_manifest
 
-from w2v2.data.readers import find_audio
+from w2v2.data.folders import find_audio, say_passed_over
 from w2v2.errors import UserError
 from w2v2.finetune.labels import parse_label_map
 
@@ -51,7 +51,9 @@ def prepare(args) -> None:
     """The whole job. UserError where nothing usable is found, or a name does not match."""
     pattern, names = compile_pattern(args)
     rows, unmatched = [], []
-    for file in sorted(map(Path, find_audio(args.folder))):
+    found, passed_over = find_audio(args.folder)
+    say_passed_over(args.folder, passed_over)
+    for file in sorted(map(Path, found)):
         if match := pattern.search(file.with_suffix("").as_posix()):
             groups = {name: value or "" for name, value in match.groupdict().items()}
             if "label" in groups:

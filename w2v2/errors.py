@@ -4,13 +4,17 @@ An error names the file, row or flag, says what was found and what to do.
 """
 
 import errno
+import logging
 import operator
+import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -50,6 +54,12 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def tell(line: str) -> None:
+    """Log a warning for people, on the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", line)
 
 
 def flag(

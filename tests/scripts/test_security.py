@@ -252,7 +252,7 @@ def test_tables_of_others_make_no_objects(tmp_path, witness):
     fields = [pa.field("audio", pa.string(), metadata=metadata), pa.field("duration", pa.float64())]
     table = pa.table([pa.array(["a.wav"]), pa.array([1.0])], schema=pa.schema(fields))
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert load_manifest([str(tmp_path / "a.parquet")], probe=None)[0]["num_samples"][:] == [16_000]
+    assert load_manifest([str(tmp_path / "a.parquet")])[0]["num_samples"][:] == [16_000]
 
 
 # The product's own files.

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound, scan_read, seek_read
 
+AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .sph .nist .w64 .caf".split())
 MARGIN = 1_600  # samples at 16 kHz on either side of a crop: many times the resampling filter's half-length
 MAX_SHIFT = SAMPLING_RATE // 2  # a duration rounded to whole seconds overshoots the end by at most this
 MAX_PADDING = SAMPLING_RATE // 100  # a duration rounded to two decimals: shorter than one latent frame
@@ -34,6 +35,12 @@ def probe(path: str) -> int:
     """Length of a file in samples at 16 kHz (rounded down), from its header. Raises AudioError."""
     with open_sound(os.fsdecode(path)) as (file, num_frames):
         return num_frames * SAMPLING_RATE // file.samplerate
+
+
+def probe_rate(path: str) -> int:
+    """Frames a second of a file. Raises AudioError."""
+    with open_sound(os.fsdecode(path)) as (file, _):
+        return file.samplerate
 
 
 def read_crop(path: str, start: int = 0, num_samples: int | None = None) -> np.ndarray:

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,6 +37,8 @@ class Utterances:
     table: datasets.Dataset  # id, audio, start, num_samples, …
     num_samples: np.ndarray  # (n,) int32, at 16 kHz
     dropped: dict[str, int]  # how many were left out, by reason
+    passed_over: dict[str, int] = field(default_factory=dict)  # files of folders that are no audio, by suffix
+    warnings: list[str] = field(default_factory=list)  # of the manifests
 
     @property
     def hours(self) -> float:
@@ -52,7 +54,7 @@ def load_manifest(
     paths: Sequence[str], *, cache_dir: str | Path | None = None, **options
 ) -> tuple[datasets.Dataset, list[dict]]:
     """`read_manifests` as a data set: memory-mapped from a file in `cache_dir`, or in memory where that is None."""
-    table, skipped = read_manifests(paths, cache_dir=cache_dir, **options)
+    table, skipped, _ = read_manifests(paths, cache_dir=cache_dir, **options)
     return map_table(table, cache_dir), skipped
 
 
@@ -88,7 +90,7 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     Returns: the utterances, their table mapped from a file except in a dry run, and the files that could not be measured
     """
     cache_dir = Path(args.output_dir) / "cache"
-    table, unmeasured = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
+    table, unmeasured, notes = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
     num_samples = table["num_samples"].to_numpy()  # (rows,) int64
     # 1. Which rows are too short, as a whole or as a crop, or too long?
     least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
@@ -110,7 +112,7 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     data = map_table(table if kept.all() else table.filter(pa.array(kept)), None if args.dry_run else cache_dir)
     del table
     pa.default_memory_pool().release_unused()  # Arrow would keep a hundred bytes an utterance for the next table
-    return Utterances(data, num_samples[kept].astype(np.int32), dropped), unmeasured
+    return Utterances(data, num_samples[kept].astype(np.int32), dropped, **notes), unmeasured
 
 
 def probe_some(utterances: Utterances) -> list[dict]:

@@ -1,0 +1,250 @@
+"""Where the audio of a row begins and how long it is: columns in seconds, milliseconds or frames → seconds.
+
+Names are read word by word (`read_name`), as `begin_time`, `frame_offset`, `end_ms` or `num_frames`.
+
+- Frames are counted at `sample_rate` where the manifest has it, else at the file's own rate; `num_samples` at 16 kHz.
+- `start`, `stop` and their like without a unit are seconds, unless they are whole numbers that the `duration` beside
+  them, or else the file's length, shows to be frames or milliseconds.
+- `stop` - `start` comes before a `duration` that differs from it, for that is then the whole file's.
+- A sample of the rows is compared with the files: what does not fit is told, and refused where it is the rule.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, measure_lengths, probe_rate
+from w2v2.data.readers import RawTable
+from w2v2.errors import UserError
+
+Measure = Callable[[list[str]], dict[str, int | str]]  # as `measure_lengths`, of which probe and cache are given
+ROLES = {"start": "start begin onset offset", "stop": "stop end", "duration": "duration dur length len"}
+UNITS = {"s": "s sec secs second seconds", "ms": "ms msec millisecond milliseconds",
+         "frames": "frame frames sample samples"}  # fmt: skip
+NEUTRAL = "time timestamp at in t n num nb number of index idx position pos segment seg audio clip utt utterance speech"
+MEANINGS = {word: kind for kinds in (ROLES, UNITS) for kind, words in kinds.items() for word in words.split()}
+WORDS = "|".join(sorted([*MEANINGS, *NEUTRAL.split()], key=len, reverse=True))
+LOOKS_LIKE_ONE = re.compile(r"^(?!.*(date|year|month|day)).*(?<![a-z])(start|begin|onset|offset|stop|end)(?![a-z])")
+RATE_NAMES = ("sample_rate", "sampling_rate", "samplerate", "sr")
+NUMBER = r"^(-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?nan|[+-]?inf)$"
+# Up to thirty years, so that samples can be counted in 64 bits.
+LIMITS = {"start": (0, 1e14), "stop": (0, 1e14), "duration": (0.5 / 16_000, 1e9), "frames": (1, 1e14), "rate": (1, 1e6)}
+MILLISECONDS = 1_000  # a second
+USUAL_RATES = (MILLISECONDS, 8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
+SHORTEST = 0.02  # seconds: what is shorter was counted in another unit
+NUM_COMPARED = 64  # rows of a manifest that are compared with their files
+TOLERANCE = (MAX_SHIFT + MAX_PADDING) / SAMPLING_RATE  # seconds: durations are rounded
+RULE = 2 / 3  # share of the compared rows from which on a misfit is the rule
+
+
+class Files(NamedTuple):  # what the files of some rows hold
+    rows: np.ndarray
+    seconds: np.ndarray  # NaN where a file cannot be read
+    rates: np.ndarray
+
+
+def read_name(name: str) -> tuple[str, str] | None:
+    """Role (start, stop, duration, frames) and unit (s, ms, frames, or "") that a lower-case column name tells."""
+    if not re.fullmatch(rf"(?:(?:{WORDS})[^a-z]*)+", name):
+        return None
+    meant = [MEANINGS[word] for word in re.findall(WORDS, name) if word in MEANINGS]
+    if sorted(meant) == ["duration", "frames"] or (meant == ["frames"] and re.search("frames|samples", name)):
+        return "frames", "frames"
+    roles, units = [kind for kind in meant if kind in ROLES], [kind for kind in meant if kind in UNITS]
+    return (roles[0], "".join(units)) if len(roles) == 1 and len(units) < 2 else None
+
+
+def may_be_segment(name: str) -> bool:
+    return bool(read_name(name) or name in RATE_NAMES or LOOKS_LIKE_ONE.search(name))
+
+
+def find_extents(
+    raw: RawTable, audio: pa.ChunkedArray, others: set[str], measure: Measure
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Start and length in seconds (NaN where unknown) of every row, and warnings. `others` are columns of no segment.
+
+    Raises UserError for what cannot be understood or cannot be.
+    """
+    names, units = _choose_columns(raw, others)
+    nothing, notes = np.full(len(audio), np.nan), []
+    if not names:
+        return np.zeros(len(audio)), nothing, notes
+    values = {role: cast_numbers(raw, name, *LIMITS[role]) for role, name in names.items()}
+    start, stop, duration, frames = (values.get(role, nothing) for role in ("start", "stop", "duration", "frames"))
+    said = ~np.isnan(start) | ~np.isnan(stop) | ~np.isnan(duration) | ~np.isnan(frames)
+    files = _read_some(audio, np.flatnonzero(said), measure)
+    # 1. The unit of starts and stops whose names tell none, and the rate of what counts frames.
+    duration, rates = duration / (1000 if units.get("duration") == "ms" else 1), None
+    if "" in (units.get("start"), units.get("stop")):
+        unit, rates, why = _tell_unit(raw, start, stop, duration, files)
+        notes += [f"{raw.path}: {names.get('start', names.get('stop'))} counts {why}"] if why else []
+        units |= {role: unit for role in ("start", "stop") if units.get(role) == ""}
+    if "frames" in units.values():
+        at_16k = names.get("frames") == "num_samples" and "frames" not in (units.get("start"), units.get("stop"))
+        rates = _find_rates(audio, files, values.get("rate"), SAMPLING_RATE if at_16k else rates)
+    # 2. Everything in seconds.
+    per_second = {"s": 1.0, "ms": 1000.0, "frames": rates}
+    start, stop = np.nan_to_num(start) / per_second[units.get("start", "s")], stop / per_second[units.get("stop", "s")]
+    length = np.where(np.isnan(duration), frames / rates, duration) if "frames" in names else duration
+    between = stop - start
+    if (early := between < 1 / SAMPLING_RATE).any():
+        raw.refuse(pa.array(early), names["stop"], raw.table[names["stop"]], "it has to come after the start")
+    # 3. What lies between start and stop; a duration that says the same may be finer.
+    if (differs := np.abs(between - length) > 0.1).any():
+        example = f"{raw.where(row := int(differs.argmax()))}: {between[row]:g} s, not {length[row]:g} s"
+        notes.append(f"{raw.path}: {differs.sum():,} rows last from start to stop, not their duration ({example})")
+    own = ~np.isnan(between) & (np.isnan(length) | differs | (units.get("stop") == "frames"))
+    length = np.where(own, between, length)
+    return start, length, notes + _compare(raw, start, length, files, names)
+
+
+def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The column of each role, and its unit. Raises UserError for one that looks like a segment's and is not used."""
+    columns = [name for name in raw.table.column_names if name not in others]
+    names, units = {}, {}
+    for name in sorted(columns, key=lambda name: "dur" not in name):  # a length may be that of a text
+        role, unit = read_name(name) or ("", "")
+        if "offset" in name and any("onset" in other for other in columns):
+            role = "stop"
+        if role and role not in names:
+            names[role], units[role] = name, unit
+    rate = [name for name in RATE_NAMES if name in columns]
+    if rate and ("frames" in units.values() or "" in (units.get("start"), units.get("stop"))):
+        names["rate"] = rate[0]
+    for name in columns:
+        if not LOOKS_LIKE_ONE.search(name) or name in names.values():
+            continue
+        try:
+            given = np.nan_to_num(cast_numbers(raw, name, 0, np.inf)) > 0
+        except UserError:  # text, or numbers below 0
+            continue
+        remedy = "it looks like part of a segment and is not used: call it start, stop or frame_offset, or remove it"
+        raw.refuse(pa.array(given), f"{name} ({given.sum():,} rows)", raw.table[name], remedy)
+    return names, units
+
+
+def cast_text(raw: RawTable, name: str) -> pa.ChunkedArray:
+    """A column as text, "" for nothing."""
+    try:
+        return pc.fill_null(raw.table[name].cast(pa.string()), "")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        kind = f"the column {name} holds {raw.table[name].type}"
+        raise UserError(f"manifest {raw.path}: {kind}, where text is expected: write it as text") from None
+
+
+def cast_numbers(raw: RawTable, name: str, least: float, most: float) -> np.ndarray:
+    """float64, NaN where the cell is empty; what is no number from `least` to `most` is an error that names its row."""
+    column = raw.table[name]
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_decimal(column.type)):
+        text = pc.utf8_trim_whitespace(cast_text(raw, name))
+        column = pc.if_else(pc.equal(text, ""), None, text)
+        is_number = pc.match_substring_regex(column, NUMBER, ignore_case=True)
+        raw.refuse(pc.invert(is_number), name, column, "write a number, or leave it empty")
+    column = column.cast(pa.float64())
+    wrong = pc.invert(pc.and_(pc.less_equal(column, most), pc.greater_equal(column, least)))  # NaN is neither
+    bounds = f"{'0 or more' if least == 0 else 'more than 0'} and at most {most:g}"
+    raw.refuse(wrong, name, column, f"write {bounds}, or leave it empty")
+    return column.to_numpy()
+
+
+def _read_some(audio: pa.ChunkedArray, rows: np.ndarray, measure: Measure) -> Files:
+    """A few of the `rows`, evenly spread."""
+    rows = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(len(rows), NUM_COMPARED)).astype(int))]
+    paths = audio.take(rows).to_pylist()
+    found = measure([*{*paths}]), measure_lengths([*{*paths}], probe_rate)
+    values = [[n if isinstance(n := numbers[path], int) else np.nan for path in paths] for numbers in found]
+    return Files(rows, np.array(values[0], float) / SAMPLING_RATE, np.array(values[1], float))
+
+
+def _find_rates(audio: pa.ChunkedArray, files: Files, stated: np.ndarray | None, told: float | None) -> np.ndarray:
+    """Frames a second of every row: stated, or told by durations, or the file's own; 16,000 where it cannot be read."""
+    own = np.unique(files.rates[~np.isnan(files.rates)])
+    if told or len(own) < 2:
+        rates = np.full(len(audio), told or (own[0] if len(own) else SAMPLING_RATE), float)
+    else:
+        paths = audio.to_pylist()
+        found = measure_lengths(list(dict.fromkeys(paths)), probe_rate)
+        rates = np.array([rate if isinstance(rate := found[path], int) else SAMPLING_RATE for path in paths], float)
+    return rates if stated is None else np.where(np.isnan(stated), rates, stated)
+
+
+def _tell_unit(
+    raw: RawTable, start: np.ndarray, stop: np.ndarray, duration: np.ndarray, files: Files
+) -> tuple[str, float | None, str]:
+    """Unit of starts and stops whose names tell none; their rate, where durations tell it; and how it was found."""
+    start = np.nan_to_num(start)
+    between, known = stop - start, (stop > start) & (duration > 0)
+    whole = all((values == np.floor(values))[~np.isnan(values)].all() for values in (start, stop))
+    if not whole or (known.any() and (np.abs(between - duration)[known] < 1.0).all()):
+        return "s", None, ""
+    # 1. Are the differences the durations, at a usual rate? Not if these are the whole files', of another rate.
+    rate = _find_usual_rate(between[known], duration[known])
+    rows, seconds, own = (values[~np.isnan(files.seconds)] for values in files)
+    are_whole = np.mean(np.abs(duration[rows] - seconds) < TOLERANCE) > 0.5 if len(rows) else False
+    if rate == MILLISECONDS:
+        return "ms", None, "milliseconds, as the durations tell"
+    if rate and (rate in own or not are_whole):
+        others = "" if rate in own or not len(own) else f", where the files have {own[0]:g}"
+        return "frames", rate, f"frames, {rate:,} a second, as the durations tell{others}"
+    # 2. As what do they end within their files?
+    is_speechbrain = {"wav", "start", "stop"} <= set(raw.table.column_names)
+    ends = np.where(np.isnan(stop), start, stop)[rows]
+    if not (ends > 0).any():
+        return ("frames" if is_speechbrain and not len(rows) else "s"), None, ""
+    tail = np.where(np.isnan(stop), np.nan_to_num(duration), 0.0)[rows]
+    fits = {}
+    for unit, per_second in (("s", 1), ("ms", MILLISECONDS), ("frames", own)):
+        inside = (ends / per_second + tail <= seconds + TOLERANCE)[ends > 0].mean() >= 0.5
+        fits[unit] = inside and np.median((ends / per_second)[ends > 0]) > SHORTEST
+    if fits["s"] or not (fits["frames"] or is_speechbrain):
+        return "s", None, ""
+    if fits["ms"] and not is_speechbrain:
+        row = int(ends.argmax())
+        example = f"{raw.where(rows[row])}: {ends[row]:g} in a file of {seconds[row]:g} s"
+        remedy = "name the columns start_ms and end_ms, or start_frame and end_frame"
+        raise UserError(f"{raw.path}: starts and stops may be milliseconds or frames ({example}): {remedy}")
+    return "frames", None, "frames, as the length of the files tells"
+
+
+def _find_usual_rate(between: np.ndarray, duration: np.ndarray) -> int:
+    """The usual rate at which these frames last so many seconds; 0 where there is none."""
+    if not len(between):
+        return 0
+    rate = min(USUAL_RATES, key=lambda rate: abs(np.log(np.median(between / duration) / rate)))
+    agrees = np.abs(between / rate - duration) <= 0.02 * duration + 0.01
+    return rate if agrees.mean() > 0.9 else 0
+
+
+def _compare(raw: RawTable, start: np.ndarray, length: np.ndarray, files: Files, names: dict[str, str]) -> list[str]:
+    """Lines about compared rows that do not fit their files. Raises UserError where those are the rule."""
+    said, notes = (start + length)[files.rows], []
+    known = ~np.isnan(said) & ~np.isnan(files.seconds)
+    shorter = (said < files.seconds - TOLERANCE) | (said < 0.7 * files.seconds)
+    shorter &= known & ("stop" not in names and not start.any())
+    longer = known & (said > files.seconds + TOLERANCE)
+    for misfit, what, remedy in (
+        (shorter, "are shorter than their files, with no start", "give start and stop, or the right lengths"),
+        (longer, "go beyond the end of their files", "give the right lengths"),
+    ):
+        if not misfit.any():
+            continue
+        first, hint = int(misfit.argmax()), ""
+        units = {"milliseconds": said / MILLISECONDS, "frames": said / files.rates}
+        if (said > 10 * files.seconds)[misfit].all():
+            fitting = [unit for unit, value in units.items() if (value <= files.seconds + TOLERANCE)[misfit].all()]
+            hint = f"; are they {fitting[0]}? Name the column so" if fitting else ""
+        elif (
+            "frames" in names
+            and np.median(np.abs(said * SAMPLING_RATE / files.rates / files.seconds - 1)[misfit]) < 0.02
+        ):
+            hint = f"; is {names['frames']} at the file's {files.rates[first]:,.0f} a second? Name it num_frames"
+        example = f"{raw.where(files.rows[first])}: {said[first]:g} s, the file holds {files.seconds[first]:g} s"
+        line = f"{raw.path}: {misfit.sum()} of {known.sum()} rows that were compared {what} ({example}{hint})"
+        if misfit.sum() >= RULE * known.sum():
+            raise UserError(f"{line}: {remedy}")
+        notes.append(line)
+    return notes
