@@ -221,7 +221,9 @@ def finish(run: Run, pusher: HubPusher | None) -> None:
     draw_plots(output_dir, metrics)
     device = accelerator.device
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    dropped = {reason.replace("_", " "): count for reason, count in run.training.dropped.items() if count}
     summary = dict(
+        dropped=", ".join(f"{count:,} {reason}" for reason, count in dropped.items()),
         utterances=len(run.training.table),
         hours=run.training.hours,
         devices=f"{accelerator.num_processes} × {device}",

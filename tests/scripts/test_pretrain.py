@@ -141,7 +141,7 @@ def test_a_dry_run_plans_and_trains_nothing(flags, tmp_path, capsys, size, codes
     assert run(flags, tmp_path / "run", "--dry_run", *more) == 0
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert set(plan) >= PLAN_KEYS
-    assert names(tmp_path / "run") == {"plan.json"}
+    assert names(tmp_path / "run") == {"plan.json", "cache"}
     assert plan["utterances"] == 20 and plan["dropped"] == {} and plan["batch_hours"] >= BATCH_HOURS
     assert size or plan["micro_batches_per_update"] % 2 == 0
     assert {w["code"] for w in plan["warnings"]} == {"small_effective_batch"} | codes

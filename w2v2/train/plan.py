@@ -53,6 +53,7 @@ def make_plan(
         "utterances": len(utterances.num_samples),
         "hours": utterances.hours,
         "dropped": {reason: count for reason, count in utterances.dropped.items() if count},
+        "passed_over": utterances.passed_over,
         "batch_hours": float(np.mean(samples)) / SAMPLING_RATE / 3600,
         "micro_batch_seconds": seconds,
         "micro_batches_per_update": float(np.mean(rounds)),
@@ -62,7 +63,8 @@ def make_plan(
         "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
         "num_processes": num_ranks,
     }
-    return plan | {"warnings": _warnings(plan, args, is_found=micro_batch_seconds is not None)}
+    of_manifests = [{"code": "manifest", "message": line} for line in utterances.warnings]
+    return plan | {"warnings": _warnings(plan, args, is_found=micro_batch_seconds is not None) + of_manifests}
 
 
 def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]]:
@@ -100,7 +102,8 @@ def describe(plan: dict[str, Any]) -> str:
         f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
         f"run           {plan['updates_per_epoch']:.1f} updates an epoch, {plan['epochs']:.1f} epochs",
     ]
-    return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"]])
+    # The reader of manifests has said its warnings already.
+    return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"] if w["code"] != "manifest"])
 
 
 def present_plan(
