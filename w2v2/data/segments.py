@@ -55,7 +55,8 @@ def read_name(name: str) -> tuple[str, str] | None:
     if sorted(meant) == ["duration", "frames"] or (meant == ["frames"] and re.search("frames|samples", name)):
         return "frames", "frames"
     roles, units = [kind for kind in meant if kind in ROLES], [kind for kind in meant if kind in UNITS]
-    return (roles[0], "".join(units)) if len(roles) == 1 and len(units) < 2 else None
+    units = units or ["s" if roles == ["duration"] else ""]
+    return (roles[0], units[0]) if len(roles) == len(units) == 1 else None
 
 
 def may_be_segment(name: str) -> bool:
@@ -76,13 +77,13 @@ def find_extents(
     values = {role: cast_numbers(raw, name, *LIMITS[role]) for role, name in names.items()}
     start, stop, duration, frames = (values.get(role, nothing) for role in ("start", "stop", "duration", "frames"))
     said = ~np.isnan(start) | ~np.isnan(stop) | ~np.isnan(duration) | ~np.isnan(frames)
-    files = _read_some(audio, np.flatnonzero(said), measure)
+    files = _read_some(audio, np.flatnonzero(said), measure, bool({"frames", ""} & set(units.values())))
     # 1. The unit of starts and stops whose names tell none, and the rate of what counts frames.
     duration, rates = duration / (1000 if units.get("duration") == "ms" else 1), None
-    if "" in (units.get("start"), units.get("stop")):
+    if "" in units.values():
         unit, rates, why = _tell_unit(raw, start, stop, duration, files)
         notes += [f"{raw.path}: {names.get('start', names.get('stop'))} counts {why}"] if why else []
-        units |= {role: unit for role in ("start", "stop") if units.get(role) == ""}
+        units |= {role: unit for role, known in units.items() if not known}
     if "frames" in units.values():
         at_16k = names.get("frames") == "num_samples" and "frames" not in (units.get("start"), units.get("stop"))
         rates = _find_rates(audio, files, values.get("rate"), SAMPLING_RATE if at_16k else rates)
@@ -113,7 +114,7 @@ def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], di
         if role and role not in names:
             names[role], units[role] = name, unit
     rate = [name for name in RATE_NAMES if name in columns]
-    if rate and ("frames" in units.values() or "" in (units.get("start"), units.get("stop"))):
+    if rate and {"frames", ""} & set(units.values()):
         names["rate"] = rate[0]
     for name in columns:
         if not LOOKS_LIKE_ONE.search(name) or name in names.values():
@@ -151,12 +152,12 @@ def cast_numbers(raw: RawTable, name: str, least: float, most: float) -> np.ndar
     return column.to_numpy()
 
 
-def _read_some(audio: pa.ChunkedArray, rows: np.ndarray, measure: Measure) -> Files:
+def _read_some(audio: pa.ChunkedArray, rows: np.ndarray, measure: Measure, with_rates: bool) -> Files:
     """A few of the `rows`, evenly spread."""
     rows = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(len(rows), NUM_COMPARED)).astype(int))]
     paths = audio.take(rows).to_pylist()
-    found = measure([*{*paths}]), measure_lengths([*{*paths}], probe_rate)
-    values = [[n if isinstance(n := numbers[path], int) else np.nan for path in paths] for numbers in found]
+    found = measure([*{*paths}]), measure_lengths([*{*paths}], probe_rate) if with_rates else {}
+    values = [[n if isinstance(n := numbers.get(path), int) else np.nan for path in paths] for numbers in found]
     return Files(rows, np.array(values[0], float) / SAMPLING_RATE, np.array(values[1], float))
 
 
@@ -233,10 +234,9 @@ def _compare(raw: RawTable, start: np.ndarray, length: np.ndarray, files: Files,
         if not misfit.any():
             continue
         first, hint = int(misfit.argmax()), ""
-        units = {"milliseconds": said / MILLISECONDS, "frames": said / files.rates}
-        if (said > 10 * files.seconds)[misfit].all():
-            fitting = [unit for unit, value in units.items() if (value <= files.seconds + TOLERANCE)[misfit].all()]
-            hint = f"; are they {fitting[0]}? Name the column so" if fitting else ""
+        if (factor := said / (files.seconds + TOLERANCE))[misfit].min() > 10:
+            unit = "milliseconds" if factor[misfit].max() <= MILLISECONDS else "frames"
+            hint = f"; are they {unit}? Name the column so"
         elif (
             "frames" in names
             and np.median(np.abs(said * SAMPLING_RATE / files.rates / files.seconds - 1)[misfit]) < 0.02
