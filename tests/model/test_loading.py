@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 from w2v2.errors import UserError
-from w2v2.model.loading import load_config, load_feature_extractor, load_weights, load_with_head
+from w2v2.model.loading import load_config, load_feature_extractor, load_weights, load_with_head, make_model
 from w2v2.model.pretraining import PretrainingModel
 
 HEAD = ("lm_head",)
@@ -22,6 +22,17 @@ def pretrained(tmp_path):
     torch.manual_seed(1)
     Wav2Vec2ForPreTraining(tiny_config()).save_pretrained(tmp_path / "pretrained")
     return tmp_path / "pretrained"
+
+
+@pytest.mark.parametrize("changes", [{}, dict(conv_bias=True, proj_codevector_dim=24), dict(large=True)], ids=str)
+def test_fresh_weights_are_the_stock_models(changes):
+    config, found = tiny_config(**changes), []
+    for model_class in (PretrainingModel, Wav2Vec2ForPreTraining):
+        torch.manual_seed(3)
+        found.append(make_model(model_class, config).state_dict())
+    ours, stock = found
+    assert ours.keys() == stock.keys()
+    assert [name for name in stock if not torch.equal(ours[name], stock[name])] == []
 
 
 def test_pretrained_weights_are_taken_and_the_quantizer_left(pretrained):

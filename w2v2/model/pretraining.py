@@ -52,6 +52,10 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
     get_output_embeddings = get_input_embeddings
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # custom code would miss the stock model's own start of `project_hid` and `project_q`
+
     def forward(
         self,
         batch: PretrainBatch,
