@@ -6,12 +6,12 @@ Interrupted, it goes on where it stopped. Everything it makes lies in data/demo 
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from w2v2.evaluate.plots import chance_accuracy
 from w2v2.train.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent
@@ -49,18 +49,20 @@ def main() -> None:
 def report(ours: dict, theirs: dict, pretrained: Path) -> None:
     """The table, and a sentence that says what its figures mean."""
     last = [record for record in read_metrics(pretrained / "metrics.jsonl") if "eval_loss" in record][-1]
-    chance, perplexity = chance_accuracy(pretrained), last["eval_codebook_perplexity"]
+    accuracy, guess = last["eval_accuracy"], last.get("eval_constant_guess_accuracy", math.nan)
+    perplexity = last["eval_codebook_perplexity"]
     words, letters = (1 - ours[rate] / theirs[rate] if theirs[rate] else 0.0 for rate in ("wer", "cer"))
     text = f"""| | pretrained | random weights |
 |---|---|---|
 | test WER | {ours["wer"]:.1%} | {theirs["wer"]:.1%} |
 | test CER | {ours["cer"]:.1%} | {theirs["cer"]:.1%} |
-| validation accuracy (chance {chance:.2%}) | {last["eval_accuracy"]:.1%} | |
+| validation accuracy (a constant guess: {guess:.1%}) | {accuracy:.1%} | |
 | codebook perplexity, soft / hard | {perplexity:.1f} / {last["eval_codebook_perplexity_hard"]:.1f} | |
 | hours of audio heard | {last["audio_hours"]:.2f} | 0 |
 
-On voices it never heard, the model tells the true frame from its distractors {last["eval_accuracy"] / chance:.0f} \
-times as often as chance, with the equivalent of {perplexity:.0f} codes in even use; fine-tuned on the same \
+On voices it never heard, the model tells {accuracy:.0%} of the true frames from their distractors, where always \
+guessing the utterance's commonest codes would earn {guess:.0%}, with the equivalent of {perplexity:.0f} codes in even \
+use; fine-tuned on the same \
 transcribed speech as random weights, it makes {compare(letters, "character")} and {compare(words, "word")}. One run of minutes on \
 synthesized speech shows that the machinery works, not how good wav2vec 2.0 can be: docs/results.md has longer runs, \
 several seeds and real speech.

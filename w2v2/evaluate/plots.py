@@ -15,9 +15,11 @@ Pictures = Mapping[str, tuple[str, list[tuple[str, list[str]]]]]
 
 # Picture: its title, and its panels as (axis label, measures).
 PERPLEXITIES = ["codebook_perplexity", "codebook_perplexity_hard"]
+ACCURACIES = ["accuracy", "constant_guess_accuracy"]
+KINDS = dict(zip(PERPLEXITIES + ACCURACIES, [" (soft)", " (hard)", "", ", constant guess"], strict=True))
 PICTURES: Pictures = {
     "loss": ("Loss", [("contrastive loss", ["contrastive_loss"]), ("diversity loss", ["diversity_loss"])]),
-    "accuracy": ("Contrastive accuracy", [("accuracy", ["accuracy"])]),
+    "accuracy": ("Contrastive accuracy", [("accuracy", ACCURACIES)]),
     "codebook_perplexity": ("Codebook perplexity", [("perplexity", PERPLEXITIES)]),
     "schedule": ("Schedule", [("learning rate", ["learning_rate"]), ("Gumbel temperature", ["gumbel_temperature"])]),
 }
@@ -50,8 +52,8 @@ def draw_plots(
 ) -> list[Path]:
     """Draw the curves into `output_dir/plots`, over a value of the records (`over`: its name and its axis label).
 
-    Training and validation share a picture; the accuracy of pretraining is shown beside chance; what was never logged
-    gets no picture. Returns the pictures' paths.
+    Training and validation share a picture; the accuracy of pretraining is shown beside what always guessing the
+    utterance's commonest codes would earn; what was never logged gets no picture. Returns the pictures' paths.
     """
     drawn = []
     for name, (title, panels) in pictures.items():
@@ -62,8 +64,6 @@ def draw_plots(
         for axes, (label, found) in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves.items(), strict=True):
             for curve, (hours, values) in found.items():
                 axes.plot(hours, values, label=curve, marker="o" if len(hours) < 30 else None, markersize=3)
-            if name == "accuracy" and pictures is PICTURES:
-                axes.axhline(chance_accuracy(output_dir), color="grey", linestyle="--", label="chance")
             axes.set(xlabel=over[1], ylabel=label)
             axes.grid(alpha=0.3)
             axes.legend()
@@ -81,9 +81,8 @@ def gather_curves(metrics: Sequence[Mapping[str, Any]], measures: Sequence[str],
             key = prefix + measure
             points = [(record[over], record[key]) for record in metrics if key in record]
             if points:
-                kind = " (hard)" if measure.endswith("_hard") else " (soft)" if len(measures) > 1 else ""
                 hours, values = zip(*points, strict=True)
-                curves[where + kind] = list(hours), [float("nan") if value is None else value for value in values]
+                curves[where + KINDS.get(measure, "")] = list(hours), [float("nan") if value is None else value for value in values]
     return curves
 
 
@@ -91,11 +90,6 @@ def model_config(output_dir: str | os.PathLike) -> dict[str, Any]:
     """The folder's `config.json`; empty where there is none."""
     path = Path(output_dir) / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def chance_accuracy(output_dir: str | os.PathLike) -> float:
-    """1 / (1 + num_negatives), from the folder's `config.json` (else BASE's 100 distractors)."""
-    return 1 / (1 + model_config(output_dir).get("num_negatives", 100))
 
 
 def draw_confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from w2v2.errors import printable
-from w2v2.evaluate.plots import FINETUNING_PICTURES, PICTURES, Pictures, chance_accuracy, model_config
+from w2v2.evaluate.plots import FINETUNING_PICTURES, PICTURES, Pictures, model_config
 
 Facts = Mapping[str, Any]
 
@@ -42,7 +42,6 @@ def write_model_card(output_dir: str | os.PathLike, *, config: Facts, summary: F
         "validated": validated,
         "updates_done": trained.get("step", 0),
         "heard": max((record.get("audio_hours") or 0 for record in metrics), default=0),
-        "chance": chance_accuracy(output_dir),
     }
     _save_card(Path(output_dir), "pretrained.md", facts, PICTURES, tags=["wav2vec2", "pretraining"])
 

@@ -91,15 +91,15 @@ def contrastive_loss(
     distractors_BMK: torch.Tensor,
     valid_BM: torch.Tensor,
     temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Tell the true quantized frame from its distractors by cosine similarity over the temperature τ (equation 3).
 
     All candidates are masked frames of the same utterance: `distractors_BMK` says which of them each frame draws. So
     their similarities are one M × M product a row, and the K draws of a frame are counts on its columns. A distractor
     with the positive's own codes is left out, as in fairseq and `transformers`.
 
-    Returns: sums over masked frames of the cross-entropy, of frames whose positive beats every distractor, and of
-    distractors left.
+    Returns: sums over masked frames of the cross-entropy, of frames whose positive beats every distractor, of frames
+    that always guessing the utterance's commonest codes would get right, and of distractors left.
     """
     # 1. Similarities S of every masked frame to every candidate.
     context, quantized = F.normalize(context_BMD, dim=-1, eps=1e-8), F.normalize(quantized_BMD, dim=-1, eps=1e-8)
@@ -112,18 +112,19 @@ def contrastive_loss(
     other_code = (codes_BMG[:, :, None] != codes_BMG[:, None]).any(-1)  # (B, M, M)
     draws = draws * other_code
 
-    # 3. Log of the sum of exponentials, with the positive as a candidate. Relative to 1/τ ≥ S it cannot overflow.
+    # 3. Log of the sum of exponentials, with the positive as a candidate.
     candidates = draws + torch.eye(draws.shape[-1], dtype=draws.dtype, device=draws.device)
-    ceiling = 1.0 / temperature
-    log_sum = ((similarity - ceiling).exp() * candidates).sum(-1).log() + ceiling  # (B, M)
+    log_sum = torch.logsumexp(similarity + candidates.log(), -1)  # (B, M)
 
-    # 4. Accuracy: does the positive beat every distractor?
+    # 4. Accuracy: does the positive beat every distractor? And that of a context which ignores the audio, at best.
     best_distractor = similarity.detach().masked_fill(draws == 0, -torch.inf).amax(-1)
     correct = (positive.detach() > best_distractor) & best_distractor.isfinite()
+    commonest = (~other_code & valid_BM[:, None]).sum(-1).amax(-1)  # (B,) frames that have the commonest codes
 
     weight = valid_BM.to(similarity.dtype)
     loss = torch.where(valid_BM, log_sum - positive, 0.0).sum()
-    return loss, (correct & valid_BM).sum().to(similarity.dtype), (draws.sum(-1) * weight).sum()
+    correct, commonest = ((correct & valid_BM).sum().to(weight.dtype), commonest.sum().to(weight.dtype))
+    return loss, correct, commonest, (draws.sum(-1) * weight).sum()
 
 
 def feature_penalty(features_BTD: torch.Tensor, frames_B: torch.Tensor, masked_B: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ class PretrainSums(NamedTuple):
     diversity: torch.Tensor  # ()
     penalty: torch.Tensor  # ()
     correct: torch.Tensor  # ()
+    commonest: torch.Tensor  # () frames that always guessing the utterance's commonest codes would get right
     distractors_left: torch.Tensor  # ()
     code_entropy: torch.Tensor  # ()
     num_masked: torch.Tensor  # ()
@@ -88,7 +89,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             # 3. Contrast them with distractors, other masked frames of the same utterance.
             drawn = distractors(batch.keys, batch.num_masked, valid.shape[1], self.config.num_negatives)  # (B, M, K)
             context, quantized = self.project_hid(_full(context)), self.project_q(codevectors)
-            contrastive, correct, left = objective.contrastive_loss(
+            contrastive, correct, commonest, left = objective.contrastive_loss(
                 context, quantized, codes, drawn, valid, self.config.contrastive_logits_temperature
             )
 
@@ -100,7 +101,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             penalty = objective.feature_penalty(features, batch.frames, batch.num_masked)
             weight = self.config.diversity_loss_weight if diversity_weight is None else diversity_weight
             loss = contrastive + weight * diversity + self.feature_penalty_weight * penalty
-        sums = loss, contrastive, diversity, penalty, correct, left, entropy, num_masked, soft, hard
+        sums = loss, contrastive, diversity, penalty, correct, commonest, left, entropy, num_masked, soft, hard
         return PretrainSums(*(batch.weight * x for x in sums))
 
     @torch.no_grad()

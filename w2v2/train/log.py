@@ -9,6 +9,7 @@ A record is one flat dictionary for one step. Names in training records, all ove
 | `audio_hours` | hours of audio heard so far, after cropping: the x axis of every curve |
 | `loss`, `contrastive_loss`, `diversity_loss`, `feature_penalty` | means over masked frames |
 | `accuracy` | share of masked frames whose own code beats every distractor |
+| `constant_guess_accuracy` | the share that always guessing the utterance's commonest codes would earn |
 | `codebook_perplexity`, `codebook_perplexity_hard` | exp of the entropy of the mean code, summed over groups |
 | `code_entropy` | mean entropy of one frame's code distribution, in nats, averaged over groups |
 | `distractors_left` | mean distractors of a frame that are not the positive's own code |
@@ -136,10 +137,11 @@ def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
 
 
 def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
-    """`loss 3.912 | acc 0.183 | ppl 41.2 | 2.1 h heard | 38 x real time`, from the values that are there."""
+    """`loss 3.912 | acc 0.183 | guess 0.071 | ppl 41.2 | 2.1 h heard | 38 x real time`, from the values that are there."""
     parts = {
         prefix + "loss": prefix + "loss {:.3f}",
         prefix + "accuracy": prefix + "acc {:.3f}",
+        prefix + "constant_guess_accuracy": prefix + "guess {:.3f}",
         prefix + "codebook_perplexity": prefix + "ppl {:.1f}",
         "audio_hours": "{:.1f} h heard" if (record.get("audio_hours") or 0) < 1000 else "{:.0f} h heard",
         "audio_seconds_per_second": "{:.0f} x real time",

@@ -205,6 +205,7 @@ class Totals:
             "diversity_loss": float(sums.diversity) / masked,
             "feature_penalty": float(sums.penalty) / masked,
             "accuracy": float(sums.correct) / masked,
+            "constant_guess_accuracy": float(sums.commonest) / masked,
             "codebook_perplexity": soft,
             "codebook_perplexity_hard": hard,
             "code_entropy": float(sums.code_entropy) / masked,
