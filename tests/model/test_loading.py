@@ -1,5 +1,7 @@
 """What a model is built of: configurations, weights and feature extractors of other folders, taken over or refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -7,7 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 from w2v2.errors import UserError
-from w2v2.model.loading import load_config, load_feature_extractor, load_weights, load_with_head, make_model
+from w2v2.model.loading import (
+    build_config,
+    load_config,
+    load_feature_extractor,
+    load_weights,
+    load_with_head,
+    make_model,
+)
 from w2v2.model.pretraining import PretrainingModel
 
 HEAD = ("lm_head",)
@@ -103,3 +112,31 @@ def test_waveforms_are_normalised_as_folder_or_architecture_say(tmp_path):
     assert load_feature_extractor(str(tmp_path / "absent"), tiny_config(large=True)).do_normalize
     shipped = load_config(None, "large")
     assert shipped.hidden_size == 1024 and load_feature_extractor(shipped.name_or_path, shipped).do_normalize
+
+
+def build(source, overrides=None, **flags):
+    flags = dict(mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2, diversity_loss_weight=None) | flags
+    return build_config(
+        SimpleNamespace(model_name_or_path=source, config_name=None, config_overrides=overrides, **flags)
+    )
+
+
+@pytest.mark.parametrize("saved", [0.05, 0.65], ids=["handed-over", "old"])
+def test_pretraining_masks_as_its_flags_say(tmp_path, saved):
+    tiny_config(mask_time_prob=saved).save_pretrained(tmp_path)
+    config = build(str(tmp_path), mask_time_length=5)
+    assert (config.mask_time_prob, config.mask_time_length) == (0.65, 5)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "add_adapter=true", "mask_feature_prob=0.1", "apply_spec_augment=false", "layerdrop=nan", "hidden_dropout=1.5",
+        "feat_quantizer_dropout=-0.1", "contrastive_logits_temperature=0", "num_negatives=0", "num_negatives=1000000000",
+        "num_codevectors_per_group=1000000000", "proj_codevector_dim=10000000000", "num_attention_heads=5",
+    ],
+)  # fmt: skip
+def test_what_pretraining_does_not_compute_is_refused(tmp_path, override):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        build(str(tmp_path), override)

@@ -54,7 +54,10 @@ def test_stock_classes_load_a_checkpoint_whole(run, tmp_path, stock, head):
 
 def test_a_checkpoint_has_the_stock_files_that_others_may_read(run, tmp_path):
     folder = run.save(tmp_path, 2)
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Wav2Vec2ForPreTraining"]
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["architectures"] == ["Wav2Vec2ForPreTraining"] and run.model.config.mask_time_prob == 0.65
+    masks = dict(apply_spec_augment=True, mask_time_prob=0.05, mask_time_length=10, mask_feature_prob=0.0)
+    assert {name: saved[name] for name in masks} == masks  # as published BASE; pretraining's own are flags
     assert Wav2Vec2FeatureExtractor.from_pretrained(folder).do_normalize is True
     assert names(folder) == ["config.json", "model.safetensors", "preprocessor_config.json", "training_state"]
     assert len({path.stat().st_mode for path in folder.rglob("*.*")}) == 1

@@ -55,8 +55,6 @@ _FAIRSEQ_OPTIONS = {
     "feat_proj_dropout": ("dropout_input", 0.0),
     "feat_quantizer_dropout": ("dropout_features", 0.0),
     "layerdrop": ("encoder_layerdrop", 0.0),
-    "mask_time_prob": ("mask_prob", 0.65),
-    "mask_time_length": ("mask_length", 10),
     "num_negatives": ("num_negatives", 100),
     "contrastive_logits_temperature": ("logit_temp", 0.1),
 }

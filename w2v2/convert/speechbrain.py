@@ -114,7 +114,6 @@ def _own_config(
             num_codevectors_per_group=codes // groups,
             codevector_dim=codevector_dim,
             proj_codevector_dim=projected,
-            mask_time_prob=0.65,
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{folder}: no wav2vec 2.0 of SpeechBrain's: {error} does not fit these strides") from None

@@ -18,6 +18,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPr
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.model.loading import first_line
+from w2v2.model.pretraining import FINETUNING_MASKS
 
 CONV, LAYER = "wav2vec2.feature_extractor.conv_layers.", r"wav2vec2.encoder.layers.\1."  # of the stock model
 Rules = Sequence[tuple[str, str]]  # a pattern that a whole key matches, and the stock key
@@ -56,6 +57,7 @@ def rename(weights: Mapping[str, torch.Tensor], rules: Rules, path: Path) -> dic
 
 def fill_stock(config: Wav2Vec2Config, weights: Mapping[str, torch.Tensor], path: Path) -> Wav2Vec2ForPreTraining:
     """The stock model with exactly these weights. Raises UserError for one that is missing, left over or misshapen."""
+    config.update(FINETUNING_MASKS)
     model = Wav2Vec2ForPreTraining(config)
     try:
         model.load_state_dict(weights)

@@ -29,7 +29,7 @@ CONVS = ("conv_dim", "conv_kernel", "conv_stride")  # lists, of one number a con
 SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_conv_pos_embeddings",
     "num_conv_pos_embedding_groups", "num_codevector_groups", "num_codevectors_per_group", "codevector_dim",
-    "proj_codevector_dim",
+    "proj_codevector_dim", "num_negatives",
 )  # fmt: skip
 DIVISORS = {
     "num_attention_heads": "hidden_size",
@@ -38,9 +38,17 @@ DIVISORS = {
 }
 # Weights fit only where all of these are equal.
 ARCHITECTURE = (
-    *CONVS, "conv_bias", "feat_extract_norm", "feat_extract_activation", "hidden_act", "do_stable_layer_norm", *SIZES
+    *CONVS, "conv_bias", "feat_extract_norm", "feat_extract_activation", "hidden_act", "do_stable_layer_norm", *SIZES[:-1]
 )  # fmt: skip
 MASKING_FLAGS = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
+# Ranges of keys that pretraining computes; and keys that it does not, with the value they need and the reason.
+RANGES = {f"{name}_dropout": (0.0, 1.0) for name in "hidden attention activation feat_proj feat_quantizer".split()}
+RANGES |= dict(layerdrop=(0.0, 1.0), contrastive_logits_temperature=(1e-3, 1e3), diversity_loss_weight=(0.0, 1e3))
+NOT_COMPUTED = {
+    "add_adapter": (False, "it has no adapters after the transformer"),
+    "mask_feature_prob": (0, "it masks frames, no channels"),
+    "apply_spec_augment": (True, "it always masks"),
+}
 
 
 def locate(name: str) -> str:
@@ -93,17 +101,18 @@ def _check_sizes(config: Wav2Vec2Config, where: str) -> None:
         if sizes[name] % sizes[divisor]:
             raise UserError(f"{where}: {name} {sizes[name]} cannot be divided by {divisor} {sizes[divisor]}")
 
-    # Kernels and matrices alone, without biases, norms and projections.
-    D, channels = config.hidden_size, [1, *config.conv_dim]
-    convs = sum(a * b * k for a, b, k in zip(channels, config.conv_dim, config.conv_kernel, strict=False))
+    # Kernels and matrices, without biases and norms, and the distractors (8 bytes each) of 500 masked frames.
+    D, C, V, width = config.hidden_size, config.conv_dim, config.num_codevectors_per_group, config.codevector_dim
+    convs = sum(a * b * k for a, b, k in zip([1, *C], C, config.conv_kernel, strict=False))
     positions = D * D // config.num_conv_pos_embedding_groups * config.num_conv_pos_embeddings
     layers = config.num_hidden_layers * (4 * D * D + 2 * D * config.intermediate_size)
-    codebook = config.num_codevectors_per_group * config.codevector_dim
+    quantizer = V * width + C[-1] * V * config.num_codevector_groups
+    projections = C[-1] * D + (D + width) * config.proj_codevector_dim
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 4 * (convs + positions + layers + codebook) > memory:
+    if 4 * (convs + positions + layers + quantizer + projections + 1_000 * config.num_negatives) > memory:
         largest = max(sizes, key=sizes.get)
         wrong = f"{where}: {largest} is {str(sizes[largest])[:60]}"
-        raise UserError(f"{wrong}: the weights take more than this machine's {memory / 1e9:,.0f} GB")
+        raise UserError(f"{wrong}: the model takes more than this machine's {memory / 1e9:,.0f} GB")
 
 
 def build_config(args) -> Wav2Vec2Config:
@@ -119,11 +128,19 @@ def build_config(args) -> Wav2Vec2Config:
             config.update_from_string(pair)
         except (ValueError, TypeError) as error:
             raise UserError(f"--config_overrides {pair}: {first_line(error)}") from None
-    _check_sizes(config, f"--config_overrides {args.config_overrides}")
+    where = f"--config_overrides {args.config_overrides}" if args.config_overrides else config.name_or_path
+    _check_sizes(config, where)
     for name in MASKING_FLAGS:
         setattr(config, name, getattr(args, name))
     if args.diversity_loss_weight is not None:
         config.diversity_loss_weight = args.diversity_loss_weight
+    for name, (least, most) in RANGES.items():
+        if not least <= (value := getattr(config, name)) <= most:  # NaN is refused too
+            raise UserError(f"{where}: {name} is {value}: it has to be {least:g} to {most:g}")
+    for name, (needed, reason) in NOT_COMPUTED.items():
+        if (value := getattr(config, name)) != needed:
+            advice = f"pretraining does not compute it ({reason}): set {name}={str(needed).lower()}"
+            raise UserError(f"{where}: {name} is {value}: {advice}")
     return config
 
 

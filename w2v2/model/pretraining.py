@@ -22,6 +22,12 @@ from w2v2.model.feature_encoder import flat_features, inside_rows, is_flat, stoc
 from w2v2.model.loading import load_weights, make_model
 from w2v2.model.transformer import Rows, after_attention, ignore, layer, linear, norm, positional, take
 
+# What a saved config.json says to those who fine-tune, as published BASE does. Pretraining's own masks are flags.
+FINETUNING_MASKS = dict(
+    apply_spec_augment=True, mask_time_prob=0.05, mask_time_length=10, mask_time_min_masks=2, mask_feature_prob=0.0,
+    mask_feature_length=10, mask_feature_min_masks=0,
+)  # fmt: skip
+
 
 class PretrainSums(NamedTuple):
     """What a micro-batch adds to its effective batch: sums over masked frames, all zero for a dummy."""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from w2v2.errors import UserError, one_line
+from w2v2.model.pretraining import FINETUNING_MASKS
 from w2v2.train.durable import find_mismatch, match_modes, publish, remove, sync, unfinished, write_checksums
 from w2v2.train.launch import on_main_process
 
@@ -114,8 +115,9 @@ def _replace_model(folder: Path, bare, weights: dict[str, torch.Tensor], feature
 
 def _write_model(folder: Path, bare, weights: dict[str, torch.Tensor], feature_extractor) -> None:
     bare.save_pretrained(folder, state_dict=weights)
-    bare.config.architectures = ["Wav2Vec2ForPreTraining"]
-    bare.config.save_pretrained(folder)
+    path, changes = folder / "config.json", FINETUNING_MASKS | {"architectures": ["Wav2Vec2ForPreTraining"]}
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     feature_extractor.save_pretrained(folder)
 
 
