@@ -82,6 +82,21 @@ def test_equal_lengths_give_the_stock_loss_and_gradient(monkeypatch, large, tria
     assert_same_gradients(gradients(ours), gradients(stock), rtol=1e-5 if not large else 1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.01, 0.001])
+def test_a_cold_contrast_is_finite_and_the_stock_models(monkeypatch, temperature):
+    config = tiny_config(contrastive_logits_temperature=temperature)
+    ours, stock = pair(config)
+    stock.quantizer.temperature = TEMPERATURE
+    batch = make_batch(config, [16_400] * 2)
+    shared_noise(monkeypatch, batch, config)
+    sums, expected = ours(batch, TEMPERATURE), run_stock(stock, batch)
+    assert sums.contrastive.isfinite()
+    torch.testing.assert_close(sums.contrastive, expected.contrastive_loss, rtol=1e-5, atol=1e-6)
+    sums.loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(gradients(ours), gradients(stock), rtol=1e-6 / temperature)
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
 @pytest.mark.parametrize("path", ["flat", "stock", "blocks", "recomputed"])
 def test_mixed_lengths_give_the_sum_of_the_stock_losses(monkeypatch, large, path):

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from conftest import make_batch, tiny_config
 
 from w2v2.arguments import PretrainArguments
+from w2v2.model.pretraining import PretrainingModel, PretrainSums
 from w2v2.train.collapse import Criteria, Limits, likely_causes
+from w2v2.train.state import Totals
 
 COLUMNS = ("step", "accuracy", "codebook_perplexity_hard", "distractors_left", "contrastive_loss")
 # configs/pretrain/small.yaml, validation: docs/results.md; what lies before update 500 is the plateau and the
@@ -132,6 +136,32 @@ def test_chance_follows_the_distractors_that_are_left():
         assert len(findings(from_points(points, 50), small())) == expected
 
 
+def test_a_context_that_ignores_the_audio_is_found_out():
+    """It is far above chance, because a few codes are common: it earns what always guessing the commonest does."""
+    config = tiny_config(num_codevectors_per_group=16, num_negatives=100)
+    model = PretrainingModel(config).train()
+    with torch.no_grad():
+        model.quantizer.weight_proj.weight.mul_(0.3)
+        model.quantizer.weight_proj.bias.normal_(std=3.0, generator=torch.Generator().manual_seed(0))
+    model.quantizer.requires_grad_(False)
+    projection = model.wav2vec2.feature_projection.projection.requires_grad_(False)
+    projection.weight.zero_()  # the context is told nothing of the audio
+    optimizer, records = torch.optim.Adam(model.parameters(), lr=0.01), []
+    for step in range(1, 61):
+        sums = model(make_batch(config, [20_000] * 4, epoch=step), 0.5)
+        optimizer.zero_grad()
+        (sums.loss / sums.num_masked).backward()
+        optimizer.step()
+        records.append(Totals(PretrainSums(*(x.detach() for x in sums))).metrics() | {"step": step})
+    limits = small(window_steps=40, learning_after=10)
+    assert np.mean([r["accuracy"] * (1 + r["distractors_left"]) for r in records]) > 4
+    (_, warning), (sure_at, sure) = findings(records, limits)
+    assert sure_at == 50 and sure.criteria == {"accuracy"} and "a constant guess earns" in warning.text
+    for record in records:  # as earlier versions logged them
+        del record["constant_guess_accuracy"]
+    assert findings(records, limits) == []
+
+
 def test_rare_records_have_to_be_four():
     (_, warning), (sure_at, _) = findings(from_points(FEW_CODES, 1_000, until=9_000), base())
     assert not warning.is_sure and sure_at == 4_000
@@ -192,7 +222,7 @@ def test_codes_are_counted_once_half_the_diversity_is_there():
 
 RECORD = dict(step=50_000, batch_hours=1.6, gumbel_temperature=1.9, codebook_perplexity_hard=500.0)
 FEW, NOTHING = frozenset({"codes"}), frozenset({"accuracy", "loss"})
-SMALL = dict(hidden_size=144, num_codevectors_per_group=64, num_negatives=100)
+SMALL = dict(hidden_size=144, num_codevectors_per_group=16, num_negatives=100)
 
 
 def causes(criteria, flags=None, config=None, record=None, since=40_000):
