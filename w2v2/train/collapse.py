@@ -206,11 +206,12 @@ def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any
     share, warmup = ramp(since, delay, ramp_steps), num_warmup_steps(args.warmup_steps, args.max_steps)
 
     # 1. What is usual for a model of this size, such an effective batch and a run of this length.
-    usual_mult, coldest = (1.0, 0.1) if config.do_stable_layer_norm else (0.1, 0.5)
+    norms_first, is_large = config.do_stable_layer_norm, config.hidden_size >= 1024
+    usual_mult, coldest = 1.0 if norms_first else 0.1, 0.1 if norms_first or is_large else 0.5
     usual_hours, usual_rate, usual_warmup = 0.0045, 1e-3, min(round(0.015 * args.max_steps), 60)
     if not is_small:
         fitting = [peak for seconds, peak in RATES if seconds <= 1.05 * 3600 * hours] or [RATES[0][1]]
-        usual_hours, usual_rate = 1.6, min(3e-4 if config.hidden_size >= 1024 else 5e-4, fitting[-1])
+        usual_hours, usual_rate = 1.6, min(3e-4 if is_large else 5e-4, fitting[-1])
         usual_warmup = min(round(0.08 * args.max_steps), 32_000)
     has_short_warmup = usual_warmup >= 10 and warmup < 0.9 * usual_warmup and since <= 4 * usual_warmup
     # A small model whose codes are all used alike: nothing is left for the contrastive loss to learn from.
