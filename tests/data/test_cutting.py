@@ -3,13 +3,14 @@ force.
 """
 
 import math
+import time
 
 import numpy as np
 import pytest
 from test_batching import SECOND, START, make_batches, plans_of
 
 from w2v2.data import cutting
-from w2v2.data.batching import Crops, Cursor, plan_update
+from w2v2.data.batching import Crops, Cursor, plan_update, plan_validation
 from w2v2.data.cutting import cut, deal, idle_fraction, padded_sizes
 
 
@@ -98,3 +99,16 @@ def test_the_padded_budget_is_kept(num_ranks):
         for rank in range(num_ranks):
             for plan in plan_update(crops, 0, START, rank=rank, num_ranks=num_ranks, micro_batch_samples=budget):
                 assert padded(plan) <= budget
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 64])
+@pytest.mark.parametrize("seconds", [16, 200])
+def test_a_hundred_thousand_are_planned_within_2_s(num_ranks, seconds):
+    """All lengths differ, so that the ranks could exchange pieces many thousand times for little."""
+    lengths = np.random.default_rng(0).permutation(100_000) * 2 + 2 * SECOND
+    batches = make_batches(lengths=lengths, batch_seconds=6_000, crop_seconds=16.0, grid=1)
+    started = time.process_time()
+    plans = plan_validation(batches, rank=0, num_ranks=num_ranks, micro_batch_samples=seconds * SECOND)
+    assert time.process_time() - started < 2.0
+    if num_ranks == 1:
+        assert sum(len(plan.crops.utterance) for plan in plans) == 100_000
