@@ -43,7 +43,8 @@ ARCHITECTURE = (
 MASKING_FLAGS = ("mask_time_prob", "mask_time_length", "mask_time_min_masks")
 # Ranges of keys that pretraining computes; and keys that it does not, with the value they need and the reason.
 RANGES = {f"{name}_dropout": (0.0, 1.0) for name in "hidden attention activation feat_proj feat_quantizer".split()}
-RANGES |= dict(layerdrop=(0.0, 1.0), contrastive_logits_temperature=(1e-3, 1e3), diversity_loss_weight=(0.0, 1e3))
+RANGES |= dict(layerdrop=(0.0, 1.0), layer_norm_eps=(0.0, 1.0))
+RANGES |= dict(contrastive_logits_temperature=(1e-3, 1e3), diversity_loss_weight=(0.0, 1e3))
 NOT_COMPUTED = {
     "add_adapter": (False, "it has no adapters after the transformer"),
     "mask_feature_prob": (0, "it masks frames, no channels"),
