@@ -25,7 +25,7 @@ TRAINING_KEYS = set(
     "step epoch audio_hours loss contrastive_loss diversity_loss feature_penalty accuracy codebook_perplexity "
     "codebook_perplexity_hard gumbel_temperature learning_rate grad_norm masked_frames batch_hours audio_seconds_per_second "
     "data_wait_fraction cropped_fraction padded_fraction distractors_left code_entropy skipped_audio skipped_updates "
-    "num_processes".split()
+    "num_processes constant_guess_accuracy".split()
 )
 PLAN_KEYS = {"utterances", "hours", "dropped", "batch_hours", "micro_batches_per_update", "updates_per_epoch"}
 PLAN_KEYS |= {"epochs", "warnings"}
@@ -73,12 +73,14 @@ def test_metrics_have_every_name_and_add_up(whole_run):
     heard = np.cumsum([r["batch_hours"] for r in training])
     assert [r["audio_hours"] for r in training] == pytest.approx(heard.tolist())
     assert all(r["batch_hours"] >= BATCH_HOURS for r in training)
+    assert all(0 < r["constant_guess_accuracy"] <= 1 for r in training)
     for r in training:
         total = r["contrastive_loss"] + 0.1 * r["diversity_loss"] + 10 * r["feature_penalty"]
         assert r["loss"] == pytest.approx(total, rel=1e-5)
     validation = [r for r in records if "eval_loss" in r]
     assert [r["step"] for r in validation] == [6, 12, 16]
     measures = {"loss", "contrastive_loss", "diversity_loss", "feature_penalty", "accuracy", "codebook_perplexity"}
+    measures |= {"constant_guess_accuracy"}
     assert all(set(r) >= {"step", "epoch", "audio_hours"} | {f"eval_{name}" for name in measures} for r in validation)
     assert len({r["eval_masked_frames"] for r in validation}) == 1
 
