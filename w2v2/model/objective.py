@@ -104,7 +104,6 @@ def contrastive_loss(
     # 1. Similarities S of every masked frame to every candidate.
     context, quantized = F.normalize(context_BMD, dim=-1, eps=1e-8), F.normalize(quantized_BMD, dim=-1, eps=1e-8)
     similarity = context @ quantized.transpose(1, 2) / temperature  # (B, M, M)
-    positive = similarity.diagonal(dim1=1, dim2=2)  # (B, M)
 
     # 2. How often each candidate was drawn, unless it has the positive's codes.
     draws = torch.zeros_like(similarity)
@@ -112,14 +111,16 @@ def contrastive_loss(
     other_code = (codes_BMG[:, :, None] != codes_BMG[:, None]).any(-1)  # (B, M, M)
     draws = draws * other_code
 
-    # 3. Log of the sum of exponentials, with the positive as a candidate.
-    candidates = draws + torch.eye(draws.shape[-1], dtype=draws.dtype, device=draws.device)
-    log_sum = torch.logsumexp(similarity + candidates.log(), -1)  # (B, M)
-
-    # 4. Accuracy: does the positive beat every distractor? And that of a context which ignores the audio, at best.
+    # 3. Accuracy: does the positive beat every distractor? And that of a context which ignores the audio, at best.
+    positive = similarity.diagonal(dim1=1, dim2=2)  # (B, M)
     best_distractor = similarity.detach().masked_fill(draws == 0, -torch.inf).amax(-1)
     correct = (positive.detach() > best_distractor) & best_distractor.isfinite()
     commonest = (~other_code & valid_BM[:, None]).sum(-1).amax(-1)  # (B,) frames that have the commonest codes
+
+    # 4. Log of the sum of exponentials, with the positive as a candidate. Relative to the peak it cannot overflow.
+    candidates = draws + torch.eye(draws.shape[-1], dtype=draws.dtype, device=draws.device)
+    peak = torch.maximum(best_distractor, positive.detach())  # (B, M) others than candidates may lie above it
+    log_sum = ((similarity - peak[..., None]).clamp_max(0.0).exp() * candidates).sum(-1).log() + peak
 
     weight = valid_BM.to(similarity.dtype)
     loss = torch.where(valid_BM, log_sum - positive, 0.0).sum()
