@@ -5,10 +5,12 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import error_line
+from torch.utils.data import DataLoader
 
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
@@ -208,6 +210,19 @@ def test_too_little_memory_of_a_device_is_a_line(capsys, monkeypatch, rank):
     assert end_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee more")) == 2
     line = error_line(capsys.readouterr().err)
     assert "Tried to allocate 20.00 GiB. Use a smaller" in line and "--micro_batch_seconds" in line
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty, lambda size: torch.ones(size).numpy()])
+@pytest.mark.parametrize("num_workers", [None, 1])
+def test_too_little_memory_of_a_machine_is_a_line(capsys, allocate, num_workers):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        if num_workers is None:
+            allocate(10**15)
+        else:
+            list(DataLoader([10**15], num_workers=num_workers, collate_fn=lambda sizes: allocate(sizes[0])))
+    assert end_of(caught.value) == 2
+    line = error_line(capsys.readouterr().err)
+    assert "Out of memory on the CPU: " in line and "allocate" in line and "--eval_micro_batch_seconds" in line
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "No such file", "run/x")])

@@ -51,7 +51,8 @@ def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -
     if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
+        values, written = yaml.safe_load(text) or {}, yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -67,8 +68,16 @@ def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -
                 raise UserError(f"{path}: key {name!r} has no value: give it one, or leave the key out")
             parser.set_defaults(**{name: value})
         else:
+            # YAML reads no, on, 007 and 1:30 as numbers and truth values; a text is what the file says.
+            value = written.get(name, value) if _is_text(types[name]) else value
             flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a flag holds text, alone or in a list."""
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    return hint is str or bool(parts) and all(map(_is_text, parts))
 
 
 def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
@@ -113,7 +122,7 @@ def run_script(main: Callable[[], Any]) -> None:
         if is_first:
             _print_line(f"{os.path.basename(sys.argv[0])}: {stopped}")
         sys.exit(0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else RESUMABLE)
-    except (UserError, OSError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         lost = _lost_rank(error)
         message = lost or _explain(error)
         if message is None:
@@ -148,15 +157,26 @@ def _explain(error: Exception) -> str | None:
     """The line for an error that the user can mend; None for a bug."""
     if isinstance(error, UserError):
         return str(error).rpartition("UserError: ")[2].strip()  # a loader's worker sends its traceback along
+    if found := _memory_error(error):
+        return (
+            f"{found} Use a smaller --micro_batch_seconds (pretrain.py: or `auto`), a smaller "
+            "--per_device_train_batch_size or --eval_micro_batch_seconds (fine-tuning) or --gradient_checkpointing; the "
+            "run goes on with --resume_from_checkpoint auto"
+        )
     if isinstance(error, OSError):
         return (found := as_user_error(error)) and str(found)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's
-        return (
-            f"{str(error).strip().splitlines()[0]} Use a smaller --micro_batch_seconds (pretrain.py: or `auto`), a smaller "
-            "--per_device_train_batch_size (fine-tuning) or --gradient_checkpointing; the run goes on with "
-            "--resume_from_checkpoint auto"
-        )
     return explain_loss(error)
+
+
+def _memory_error(error: Exception) -> str | None:
+    """What an accelerator, torch's and numpy's allocators on the CPU, and the system say where memory is out."""
+    text = str(error).strip() or "no memory is left"
+    if type(error).__name__ == "OutOfMemoryError":
+        return text.splitlines()[0]
+    marks = ("can't allocate memory", "Cannot allocate memory", "MemoryError")  # in a worker's traceback, too
+    if isinstance(error, MemoryError) or any(mark in text for mark in marks):
+        return f"Out of memory on the CPU: {text.splitlines()[-1].rpartition('Error: ')[2].rstrip('.')}."
+    return None
 
 
 def _flush_streams() -> None:
