@@ -1,9 +1,12 @@
+import json
+import math
+
 import pytest
 import yaml
 
 from w2v2.cli import parse_command_line
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir, write_config
+from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir, write_config, write_results
 from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_folder
 
 CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "config.json")
@@ -71,6 +74,37 @@ def test_an_effective_batch_in_seconds_is_given_or_derived(tmp_path, flags, seco
 def test_flags_of_recognition_that_do_not_fit_are_named(flags, message):
     with pytest.raises(UserError, match=message):
         CTCArguments(**flags)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(prediction_loss_only=True), dict(label_names=["x"]), dict(bf16_full_eval=True), dict(batch_eval_metrics=True),
+    dict(include_for_metrics=["inputs"]), dict(dataloader_in_order=False), dict(dataloader_persistent_workers=True),
+    dict(auto_find_batch_size=True), dict(label_smoothing_factor=0.1),
+])  # fmt: skip
+def test_flags_that_an_evaluation_cannot_bear_are_refused(tmp_path, flags):
+    with pytest.raises(UserError, match=f"--{next(iter(flags))} .*: "):
+        arguments(tmp_path, **flags)
+
+
+def test_flags_of_training_are_ignored_without_one(tmp_path, capsys):
+    vain = dict(learning_rate=1.0, eval_steps=3, save_steps=4, gradient_checkpointing=True, batch_seconds=9.0)
+    args = arguments(tmp_path, do_train=False, data_seed=3, **vain)
+    assert (args.learning_rate, args.eval_steps, args.gradient_checkpointing) == (3e-5, 1_000, False)
+    vain, idle = capsys.readouterr().out.splitlines()
+    assert "ignored: --learning_rate" in vain and "--save_steps, --batch_seconds (nothing is trained)" in vain
+    assert idle.strip() == "ignored: --data_seed (not used here)"
+    arguments(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_results_are_strict_json(tmp_path):
+    write_results(tmp_path, {"dev": {"loss": math.inf, "cer": [math.nan, 0.5]}}, [])
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert found == {"dev": {"loss": None, "cer": [None, 0.5]}}
 
 
 def test_empty_values_take_back_what_a_yaml_file_says():

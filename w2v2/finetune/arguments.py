@@ -7,16 +7,17 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from transformers import TrainingArguments
 
 from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
+from w2v2.finetune.stock_flags import check_stock_flags, default_of
 from w2v2.train.schedule import SCHEDULES
 
 METRICS_FILE, SKIPPED_FILE, RESULTS_FILE = "metrics.jsonl", "skipped_audio.jsonl", "results.json"
@@ -75,7 +76,8 @@ class FineTuningArguments(TrainingArguments):
     micro_batch_seconds: float | None = flag(None, "Padded seconds of a micro-batch, in place of a number.", above=0)
     batch_seconds: float | None = flag(None, "Seconds in one update of all devices (default: the product).", above=0)
     per_device_train_batch_size: int = flag(8, "Utterances in a micro-batch.", min=1)
-    per_device_eval_batch_size: int = flag(8, "Utterances evaluated together (does not move results).", min=1)
+    eval_micro_batch_seconds: float = flag(100.0, "Padded seconds evaluated together; does not move results.", above=0)
+    per_device_eval_batch_size: int = flag(64, "Most utterances evaluated together, however short.", min=1)
     gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.", min=1)
     adam_beta2: float = flag(0.98, "Adam's second decay.")
     max_grad_norm: float = flag(0.0, "Clip the gradient's norm to this; 0 does not clip.", min=0)
@@ -94,8 +96,11 @@ class FineTuningArguments(TrainingArguments):
     data_description: str | None = flag(None, "The training audio and its source in your words, for the model card.")
     remove_unused_columns: bool = flag(False, "Not used: the data set holds nothing else.")
 
+    bears: ClassVar[tuple[str, ...]] = ()  # stock flags that only some task follows
+
     def __post_init__(self):
         take_back(self, "model_name_or_path", "config_name", "resume_from_checkpoint")
+        ignored = check_stock_flags(self, self.bears)
         check_ranges(self)
         self._check_combinations()
         if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
@@ -116,6 +121,8 @@ class FineTuningArguments(TrainingArguments):
             self.gradient_accumulation_steps = 1  # `Trainer` sees an update as one batch
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+        for line in ignored:
+            self.print_once(f"     ignored: {line}")
 
     def _check_combinations(self) -> None:
         model, config, least, most = self.model_name_or_path, self.config_name, self.min_seconds, self.max_seconds
@@ -210,8 +217,7 @@ def write_config(path: Path, *arguments: Any) -> None:
         for f in fields(instance):
             value = getattr(instance, f.name)
             value = ["none"] if f.name == "report_to" and not value else value  # an empty list is no flag
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            value, default = (v.value if isinstance(v, Enum) else v for v in (value, default))
+            value, default = (v.value if isinstance(v, Enum) else v for v in (value, default_of(f)))
             plain = isinstance(value, (bool, int, float, str, list, type(None)))
             if f.init and plain and (value or 0) != (default or 0) and f.name not in _NOT_IN_CONFIG:
                 changed[f.name] = value
@@ -219,8 +225,9 @@ def write_config(path: Path, *arguments: Any) -> None:
 
 
 def write_results(output_dir: str, results: Mapping, lines: Iterable[Mapping]) -> None:
-    """`results.json`, and `predictions.jsonl` with a line an utterance."""
+    """`results.json`, with null for what is no finite number, and `predictions.jsonl` with a line an utterance."""
     with open(Path(output_dir, PREDICTIONS_FILE), "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    content = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    content = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     Path(output_dir, RESULTS_FILE).write_text(content, encoding="utf-8")
