@@ -109,3 +109,18 @@ class MicroBatches(Dataset):
 def collate_update(micro_batches: list[dict[str, Any]]) -> dict[str, list]:
     """One update of one rank, as `Trainer` hands it to its training step."""
     return {"micro_batches": micro_batches}
+
+
+def cut_evaluation(lengths: Sequence[int], budget: int, most: int) -> list[tuple[int, ...]]:
+    """Rows in their order, in batches of at most `most` whose padded length is within `budget`.
+
+    An utterance that is longer than the budget stands alone.
+    """
+    batches, longest = [], 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if not batches or len(batches[-1]) == most or (len(batches[-1]) + 1) * longest > budget:
+            batches.append([])
+            longest = length
+        batches[-1].append(row)
+    return [tuple(batch) for batch in batches]

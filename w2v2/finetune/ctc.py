@@ -56,6 +56,8 @@ class CTCTrainer(FineTuner):
     Texts are in the data set's order, None where the audio was unreadable.
     """
 
+    tie_breakers = ("cer", "wer")
+
     def __init__(self, *args, vocabulary: dict[str, int], blank_warning_steps: int = 1_000, **kwargs):
         super().__init__(*args, **kwargs)
         self.vocabulary, self.blank_warning_steps = vocabulary, blank_warning_steps

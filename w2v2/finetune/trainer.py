@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import METRICS_FILE, SKIPPED_FILE
 from w2v2.finetune.batching import LengthSampler, MicroBatches, UpdateSampler, collate_update
 from w2v2.finetune.ctc_data import check_skipped, read_skipped
+from w2v2.finetune.evaluation import Evaluator
 from w2v2.finetune.subsets import num_hours
 from w2v2.train.durable import match_modes
 from w2v2.train.launch import leave_group
@@ -28,10 +28,9 @@ from w2v2.train.records import StepRecords
 from w2v2.train.schedule import lr_factor
 
 
-class FineTuner(Trainer):
-    """`Trainer` for a head on a wav2vec 2.0. Data sets have `lengths` (in samples); evaluation keeps their order.
+class FineTuner(Evaluator):
+    """`Trainer` for a head on a wav2vec 2.0. Data sets have `lengths` (in samples).
 
-    A subclass has `score_output`: an output of the stock evaluation and its data set → predictions, scores by name.
     Unreadable audio has no label and is not scored. Without `train_dataset` it only evaluates.
 
     With `batch_seconds` an update is a whole effective batch, cut into micro-batches of at most `micro_batch_seconds`,
@@ -58,19 +57,11 @@ class FineTuner(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return self.sampler
 
-    def _get_eval_sampler(self, eval_dataset) -> Sampler:
-        return SequentialSampler(eval_dataset)
-
     def get_train_dataloader(self) -> DataLoader:
         """By seconds the loader is not prepared by Accelerate: the sampler deals to the ranks itself."""
         if not self.args.batch_seconds:
             return super().get_train_dataloader()
-        num_workers = self.args.dataloader_num_workers
-        return DataLoader(
-            MicroBatches(self.train_dataset, self.data_collator), batch_sampler=self.sampler, collate_fn=collate_update,
-            num_workers=num_workers, pin_memory=self.args.dataloader_pin_memory,
-            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
-        )  # fmt: skip
+        return self.make_loader(MicroBatches(self.train_dataset, self.data_collator), self.sampler, collate_update)
 
     def describe(self, checkpoint: str | None) -> None:
         """What this run will do, on the console."""
@@ -144,15 +135,6 @@ class FineTuner(Trainer):
         """How much a micro-batch's loss counts for: its utterances, where the loss is their mean."""
         return float(len(inputs["labels"]))
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
-                        metric_key_prefix="eval") -> EvalLoopOutput:  # fmt: skip
-        """The stock loop; what `score_output` makes of its output are the predictions and the metrics."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        check_skipped(dataloader.dataset, self.args.max_skipped_fraction)
-        predictions, scores = self.score_output(output, dataloader.dataset)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
-        return output._replace(predictions=predictions)
-
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
         shape = dict(kind=args.lr_scheduler_type, hold=args.hold_fraction, final_scale=args.final_lr_scale)
@@ -164,12 +146,6 @@ class FineTuner(Trainer):
     def end(self) -> None:
         leave_group()
         super().end()
-
-    def _determine_best_metric(self, metrics, trial) -> bool:
-        """Only an update that is saved can be the best: validations may be more frequent than saves."""
-        if self.args.save_strategy != SaveStrategy.BEST and not self.control.should_save:
-            return False
-        return super()._determine_best_metric(metrics, trial)
 
     @property
     def best_update(self) -> int | None:

@@ -1,0 +1,121 @@
+"""Evaluation in `Trainer`: every utterance once, in batches by seconds, and which of the saved updates is the best.
+
+Shapes: B utterances of a batch, N of the set.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_pt_utils import nested_numpify
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.evaluate.scores import MEASURES
+from w2v2.finetune.batching import cut_evaluation
+from w2v2.finetune.ctc_data import SpeechDataset, check_skipped
+
+FILLED = -100  # where outputs of a batch are shorter than those of another
+
+
+class Evaluator(Trainer):
+    """`Trainer` whose evaluation goes by seconds. Predictions keep the data set's order.
+
+    A subclass has `score_output`: an output of the loop and its data set → predictions, scores by name. Its
+    `tie_breakers` are the measures that choose between updates which are equal by `metric_for_best_model`.
+    """
+
+    tie_breakers: tuple[str, ...] = ()
+
+    def make_loader(self, data, batch_sampler, collate_fn) -> DataLoader:
+        """A loader that Accelerate does not prepare: its batches are this rank's own."""
+        args, options = self.args, {}
+        if args.dataloader_num_workers:
+            options = dict(prefetch_factor=args.dataloader_prefetch_factor)
+            options |= dict(multiprocessing_context=args.dataloader_multiprocessing_context)
+        return DataLoader(
+            data, batch_sampler=batch_sampler, collate_fn=collate_fn, num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory, **options,
+        )  # fmt: skip
+
+    def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> DataLoader:
+        """This rank's batches. Every rank has as many: the last one is repeated where they do not come out even."""
+        data, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
+        budget = round(args.eval_micro_batch_seconds * SAMPLING_RATE)
+        batches = cut_evaluation(data.table["num_samples"], budget, args.per_device_eval_batch_size)
+        batches += batches[-1:] * (-len(batches) % args.world_size)
+        return self.make_loader(data, batches[args.process_index :: args.world_size], self.data_collator)
+
+    def get_test_dataloader(self, test_dataset: SpeechDataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval") -> EvalLoopOutput:  # fmt: skip
+        """Outputs of the set on every rank, in its order; the loss is the mean over utterances, whatever the batches."""
+        data, model = dataloader.dataset, self.model
+        if not self.accelerator._models:  # an evaluation without a training
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader  # for the bar of progress
+        found = []
+        for rows, inputs in zip(dataloader.batch_sampler, dataloader, strict=True):
+            loss, outputs, labels = self.prediction_step(model, inputs, False, ignore_keys)
+            found.append((rows, loss.item(), nested_numpify(outputs), nested_numpify(labels)))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        every = {rows: rest for rows, *rest in gather_object(found)}  # without repetitions
+        losses, outputs, labels = zip(*(every[rows] for rows in sorted(every)), strict=True)
+        check_skipped(data, self.args.max_skipped_fraction)
+
+        metrics = {
+            f"{metric_key_prefix}_loss": float(np.average(losses, weights=[len(rows) for rows in sorted(every)]))
+        }
+        joined = tuple(map(join, zip(*outputs, strict=True))) if isinstance(outputs[0], tuple) else join(outputs)
+        output = EvalLoopOutput(predictions=joined, label_ids=join(labels), metrics=metrics, num_samples=len(data))
+        predictions, scores = self.score_output(output, data)
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output._replace(predictions=predictions)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Whether this update is the best so far; of two equal ones the later is (the stock class keeps the older).
+
+        Only an update that is saved can be the best: validations may be more frequent than saves.
+        """
+        args, state, key = self.args, self.state, f"eval_{self._chosen}"
+        if self._chosen is None or (args.save_strategy != SaveStrategy.BEST and not self.control.should_save):
+            return False
+        validations = [entry for entry in state.log_history if key in entry]
+        best = next((entry for entry in validations if entry["step"] == state.best_global_step), None)
+        if best is not None and self.rank(metrics) > self.rank(best):
+            return False
+        state.best_metric, state.best_global_step = metrics[key], state.global_step
+        return True
+
+    @property
+    def _chosen(self) -> str | None:
+        name = self.args.metric_for_best_model
+        return name and name.removeprefix("eval_")
+
+    def rank(self, metrics: Mapping[str, Any]) -> list[float]:
+        """What a validation is compared by, less being better; NaN is worse than anything."""
+        names = [
+            name for name in dict.fromkeys((self._chosen, *self.tie_breakers, "loss")) if f"eval_{name}" in metrics
+        ]
+        is_greater = {name: name in MEASURES for name in names} | {self._chosen: self.args.greater_is_better}
+        values = [-metrics[f"eval_{name}"] if is_greater[name] else metrics[f"eval_{name}"] for name in names]
+        return [math.inf if math.isnan(value) else value for value in values]
+
+
+def join(batches: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays (B, …) of every batch → (N, …), the second dimension filled up to the longest."""
+    if batches[0].ndim > 1:
+        width = max(batch.shape[1] for batch in batches)
+        # (B, X, …) -> (B, width, …)
+        batches = [
+            np.pad(b, [(0, 0), (0, width - b.shape[1])] + [(0, 0)] * (b.ndim - 2), constant_values=FILLED)
+            for b in batches
+        ]
+    return np.concatenate(batches)
