@@ -1,6 +1,7 @@
 """Fine-tune a pretrained wav2vec 2.0 to give an utterance one label: emotion, speaker, intent, keyword, language.
 
     accelerate launch finetune_classification.py CONFIG.yaml [--flag value …]        (or plain python)
+    python finetune_classification.py --do_train false --model_name_or_path FINE_TUNED --test_data a.csv --output_dir out
 
 `--mode finetune`: all but the convs learns. `--mode probe`: the encoder is frozen and a weighted sum of its layers
 feeds a linear head (SUPERB, Yang et al. 2021). Scores: accuracy, unweighted average recall (UAR) and macro-F1;
@@ -21,19 +22,19 @@ from transformers import TrainerCallback, set_seed
 
 from w2v2.cli import parse_command_line, run_script
 from w2v2.errors import UserError
-from w2v2.evaluate.scores import describe_scores
 from w2v2.finetune.arguments import CONFIG_FILE, RESULTS_FILE, SKIPPED_FILE, prepare_output_dir, write_config
 from w2v2.finetune.classification import (
     FOLDS_FILE,
     ClassificationArguments,
     ClassificationTrainer,
-    build_classifier,
     check_classes,
     check_folds,
+    describe,
     score,
     write_pooled,
     write_scores,
 )
+from w2v2.finetune.classifier import build_classifier, folder_labels, load_classifier
 from w2v2.finetune.ctc_data import longest_first, name_sets
 from w2v2.finetune.labels import (
     LabelArguments,
@@ -41,6 +42,7 @@ from w2v2.finetune.labels import (
     check_known,
     collate_labelled,
     column_of,
+    follow_folder,
     group_splits,
     known_labels,
     read_labelled,
@@ -54,7 +56,9 @@ from w2v2.train.launch import leave_group
 
 def main(argv: list[str] | None = None) -> None:
     label_args, args = parse_command_line((LabelArguments, ClassificationArguments), argv)
-    if args.folds:
+    if not args.do_train:
+        label(label_args, args)
+    elif args.folds:
         cross_validate(label_args, args)
     else:
         train_once(label_args, args)
@@ -66,7 +70,8 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     paths = {"validation": args.validation_data} | {name: [path] for name, path in name_sets(args.test_data).items()}
     train = read_labelled("train", args.train_data, label_args, args)
     sets = {name: read_labelled(name, manifests, label_args, args) for name, manifests in paths.items()}
-    classes = known_labels(train["target"], label_args.labels)
+    before = folder_labels(checkpoint or args.model_name_or_path)
+    classes = known_labels(train["target"], label_args.labels, before)
     for name, table in sets.items():
         check_known(classes, table["target"], ", ".join(paths[name]))
     hub = HubCallback(args)
@@ -74,12 +79,48 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     if args.process_index == 0:
         write_scores(args.output_dir, results, lines, classes)
     for name in sets:
-        args.print_once(f"{name:>12}: {describe_scores(results[name])} over {results[name]['utterances']} utterances")
+        args.print_once(describe(name, results[name]))
     best = results["run"]["best_update"]
     args.print_once(f"{f'        best: update {best}; ' if best else ''}model and {RESULTS_FILE} in {args.output_dir}")
     hub.hand_over(args)
     leave_group()
     PartialState().destroy_process_group()
+
+
+def label(label_args: LabelArguments, args: ClassificationArguments) -> None:
+    """Label the sets with a fine-tuned model, and score those that have labels themselves."""
+    paths = {"validation": args.validation_data} | {name: [path] for name, path in name_sets(args.test_data).items()}
+    paths = {name: manifests for name, manifests in paths.items() if manifests}
+    if not paths:
+        raise UserError("--do_train false: nothing to label: give --test_data")
+    prepare_output_dir(args)
+
+    # 1. Model: what was fine-tuned, its labels, and where it found them.
+    source = args.model_name_or_path
+    model, classes = load_classifier(source), folder_labels(source)
+    label_args = follow_folder(label_args, source)
+    extractor = load_feature_extractor(source, model.config)
+
+    # 2. Data: utterances with audio that opens, labelled or not.
+    shared = dict(min_samples=min_samples(model.config), skip_log=Path(args.output_dir, SKIPPED_FILE))
+    data = {}
+    for name, manifests in paths.items():
+        table = read_labelled(name, manifests, label_args, args)
+        check_known(classes, table["target"], ", ".join(manifests))
+        data[name] = LabelledDataset(longest_first(table), classes, extractor, substitute=False, **shared)
+
+    # 3. Label.
+    trainer = ClassificationTrainer(
+        model, args, data_collator=collate_labelled, eval_dataset=next(iter(data.values())), processing_class=extractor
+    )
+    results, lines = score(trainer, data, classes)
+    if args.process_index == 0:
+        write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
+        write_scores(args.output_dir, results | {"run": trainer.summary()}, lines, classes)
+    for name in data:
+        args.print_once(describe(name, results[name]))
+    args.print_once(f"{RESULTS_FILE} in {args.output_dir}")
+    trainer.end()
 
 
 def cross_validate(label_args: LabelArguments, args: ClassificationArguments) -> None:
@@ -90,7 +131,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
     if args.overwrite_output_dir or not (args.resume_from_checkpoint and Path(args.output_dir, FOLDS_FILE).exists()):
         prepare_output_dir(args)
     table = read_labelled("all", args.train_data, label_args, args, [args.folds])
-    classes = known_labels(table["target"], label_args.labels)
+    classes = known_labels(table["target"], label_args.labels, folder_labels(args.model_name_or_path))
     groups = table[column_of(table, args.folds, "folds", "--train_data")]
     splits = group_splits(groups, args.folds, args.num_folds)
     check_folds(splits, table, groups, args)
@@ -109,7 +150,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         scores, found = run(train, sets, classes, label_args, fold_args, checkpoint=checkpoint)
         if args.process_index == 0:
             write_scores(fold_args.output_dir, scores, found, classes)
-        args.print_once(f"        test: {describe_scores(scores['test'])} over {len(test)} utterances")
+        args.print_once(describe("test", scores["test"]))
         best_update = scores["run"]["best_update"]
         results.append({"fold": split.name, "groups": held, **scores["test"], "best_update": best_update})
         lines += [{"fold": split.name, **line} for line in found if line["set"] == "test"]
@@ -145,9 +186,8 @@ def run(
         for name, table in sets.items()
     }
 
-    # 2. Model: pretrained below, a new head on top.
-    freeze = dict(freeze_convs=args.freeze_feature_encoder, freeze_encoder=args.mode == "probe")
-    model = build_classifier(config, classes, args.model_name_or_path, **freeze)
+    # 2. Model: pretrained below, a new head on top, or the folder's own.
+    model = build_classifier(config, classes, args)
 
     # 3. Train: the best checkpoint on the validation set is loaded at the end.
     weights = None

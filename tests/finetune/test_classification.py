@@ -1,6 +1,7 @@
 """The classifier and its trainer: padding unseen, accumulation without influence, a frozen encoder that stays frozen."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,19 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining, Wav2V
 from two_ranks_ctc import QUIET, write_speech
 
 from w2v2.finetune import labels
-from w2v2.finetune.classification import ClassificationArguments, ClassificationTrainer, build_classifier
+from w2v2.finetune.classification import ClassificationArguments, ClassificationTrainer
+from w2v2.finetune.classifier import build_classifier, folder_labels
 from w2v2.finetune.ctc_data import longest_first
 
 CLASSES = ["a", "b", "c"]
 LENGTHS = (16_000, 9_123, 4_000, 700)
 SMALL = dict(mask_time_prob=0.0, mask_feature_prob=0.0, classifier_proj_size=16)
+
+
+def start_from(source=None):
+    """The flags that a model is built by, and the lines that were said."""
+    said = []
+    return SimpleNamespace(model_name_or_path=source, freeze_feature_encoder=True, print_once=said.append, said=said)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def make_trainer(table, output_dir, *, model_changes=None, weights=None, freeze_
     output_dir.mkdir(exist_ok=True, parents=True)
     torch.manual_seed(0)
     config = tiny_config(**(SMALL | dict(use_weighted_layer_sum=freeze_encoder) | (model_changes or {})))
-    model = build_classifier(config, CLASSES, None, freeze_encoder=freeze_encoder)
+    model = build_classifier(config, CLASSES, start_from())
     extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
     shared = dict(min_samples=400, skip_log=output_dir / "skipped_audio.jsonl")
     train = labels.LabelledDataset(table, CLASSES, extractor, substitute=True, crop_seconds=args.crop_seconds, **shared)
@@ -56,7 +64,7 @@ def test_a_padded_batch_gives_what_the_stock_model_gives(large, weighted):
     torch.manual_seed(0)
     config = tiny_config(large, **SMALL, use_weighted_layer_sum=weighted, num_labels=3)
     stock = Wav2Vec2ForSequenceClassification(config).eval()
-    ours = build_classifier(copy.deepcopy(config), CLASSES, None).eval()
+    ours = build_classifier(copy.deepcopy(config), CLASSES, start_from()).eval()
     ours.load_state_dict(stock.state_dict())
     with torch.no_grad():
         together = ours(**labels.collate_labelled(items())).logits
@@ -105,17 +113,35 @@ def test_a_frozen_encoder_neither_learns_drops_nor_masks(table, tmp_path):
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == changed
 
 
-def test_layer_weights_begin_even(tmp_path):
+def test_a_head_is_new_unless_its_labels_are_the_same(tmp_path):
     config = tiny_config(**SMALL, use_weighted_layer_sum=True)
     Wav2Vec2ForPreTraining(config).save_pretrained(tmp_path / "pretrained")
-    model = build_classifier(config, CLASSES, str(tmp_path / "pretrained"))
+    fresh = start_from(str(tmp_path / "pretrained"))
+    model = build_classifier(copy.deepcopy(config), CLASSES, fresh)
     torch.testing.assert_close(model.layer_weights.data, torch.full((3,), 1 / 3))
     with torch.no_grad():
         model.layer_weights.copy_(torch.tensor([5.0, 1.0, 2.0]))
     model.save_pretrained(tmp_path / "tuned")
-    again = build_classifier(config, ["x", "y"], str(tmp_path / "tuned"))
-    torch.testing.assert_close(again.layer_weights.data, torch.full((3,), 1 / 3))
-    assert again.classifier.out_features == 2 and again.config.id2label == {0: "x", 1: "y"}
+    assert fresh.said == [] and folder_labels(str(tmp_path / "tuned")) == CLASSES
+    assert folder_labels(str(tmp_path / "pretrained")) == []
+
+    def go_on(labels, **changes):
+        args = start_from(str(tmp_path / "tuned"))
+        return build_classifier(
+            tiny_config(**SMALL | dict(use_weighted_layer_sum=True) | changes), labels, args
+        ), args.said
+
+    again, (line,) = go_on(CLASSES)
+    assert "head: kept" in line and "same 3 labels" in line
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    other, (line,) = go_on(["x", "y"])
+    assert "head: new" in line and "other labels (a, b, c)" in line
+    torch.testing.assert_close(other.layer_weights.data, torch.full((3,), 1 / 3))
+    assert other.classifier.out_features == 2 and other.config.id2label == {0: "x", 1: "y"}
+    for changes in (dict(classifier_proj_size=8), dict(use_weighted_layer_sum=False)):
+        _, (line,) = go_on(CLASSES, **changes)
+        assert f"head: new, as {tmp_path / 'tuned'} has another {next(iter(changes))}" in line
 
 
 def test_a_resumed_run_ends_with_the_same_weights(table, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import Wav2Vec2FeatureExtractor
 
+from w2v2.cli import parse_command_line
 from w2v2.errors import UserError
 from w2v2.finetune import labels
 from w2v2.finetune.ctc_data import read_utterances
@@ -54,6 +55,35 @@ def test_labels_are_merged_and_others_left_out(tmp_path):
 def test_what_is_wrong_with_labels_is_told(tmp_path, header, rows, rules, message):
     with pytest.raises(UserError, match=message):
         targets(tmp_path, header, rows, **rules)
+
+
+def test_labels_are_composed_and_ordered_by_their_numbers(tmp_path):
+    rows = [f"{i}.wav,{label}" for i, label in enumerate(["cafe\u0301", "caf\u00e9", "tea"])]
+    table, dropped = targets(tmp_path, "audio,label", rows, labels=["cafe\u0301"], label_map=["tea=cafe\u0301"])
+    assert table["target"] == ["caf\u00e9"] * 3 and dropped == 0
+    assert labels.known_labels(["10", "9", "-1", "0.5"]) == ["-1", "0.5", "9", "10"]
+    assert labels.known_labels(["spk10", "spk9", "b2", "b"]) == ["b", "b2", "spk9", "spk10"]
+    assert labels.known_labels(["a", "b"], folder=["b", "a"]) == ["b", "a"]  # a folder to go on from
+    assert labels.known_labels(["a", "b"], folder=["b", "c"]) == ["a", "b"]
+
+
+def test_yaml_labels_are_what_the_file_says(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "labels: [yes, no, 007, 1:30, 1e3, ~x, 'on']\nlabel_map: [off=no]\nlabel_column: y\n"
+    )
+    (args,) = parse_command_line([labels.LabelArguments], [str(tmp_path / "c.yaml")])
+    assert args.labels == ["yes", "no", "007", "1:30", "1e3", "~x", "on"]
+    assert (args.label_map, args.label_column) == (["off=no"], "y")
+    rows = [f"{i}.wav,{label}" for i, label in enumerate(["yes", "007", "on"])]
+    assert targets(tmp_path, "audio,label", rows, labels=args.labels)[0]["target"] == ["yes", "007", "on"]
+
+
+def test_new_audio_needs_no_labels(tmp_path):
+    table, _ = targets(tmp_path, "audio,text", ["0.wav,a"], needed=False)
+    assert table["target"] == [""]
+    table, dropped = targets(tmp_path, "audio,label", ["0.wav,a", "1.wav,", "2.wav,z"], labels=["a"], needed=False)
+    assert table["target"] == ["a", ""] and dropped == 1
+    labels.check_known(["a"], table["target"], "m.csv")
 
 
 def test_single_unseen_and_absent_labels_are_refused():

@@ -8,6 +8,7 @@ import soundfile
 import torch
 from conftest import tiny_config
 from ranks import run_ranks
+from safetensors.torch import load_file
 from test_finetune_ctc import check_refusal, read_json, read_lines, write_rows
 from transformers import (
     AutoFeatureExtractor,
@@ -103,6 +104,40 @@ def test_the_stock_pipeline_gives_the_same_labels(data):
         assert best["score"] == pytest.approx(line["probability"], abs=2e-4)
 
 
+def label(data, *manifests, output, **flags):
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    finetune_classification.main(["--do_train=false", "--model_name_or_path", str(data / "run"), "--use_cpu",
+                                  "--output_dir", str(data / output), "--test_data", *map(str, manifests), *given])  # fmt: skip
+    return read_json(data / output / "results.json"), read_lines(data / output / "predictions.jsonl")
+
+
+def test_new_audio_is_labelled_with_and_without_labels(data, capsys):
+    rows = read_rows(data / "test.csv")
+    write_rows(data / "new.csv", [{"audio": row["audio"], "duration": row["duration"]} for row in rows])
+    write_rows(data / "some.csv", [row | {"label": row["label"] if i else ""} for i, row in enumerate(rows)])
+    results, lines = label(data, data / "test.csv", data / "new.csv", data / "some.csv", output="labelled")
+    before = read_json(data / "run" / "results.json")["test"]
+    assert results["test"] == pytest.approx(before) and results["new"] == {"utterances": 9}
+    assert (results["some"]["utterances"], results["some"]["scored"]) == (9, 8)
+    by_set = [{line["id"]: line for line in lines if line["set"] == name} for name in ("test", "new", "some")]
+    for id, line in by_set[0].items():
+        assert {**line, "set": "new", "reference": None} == by_set[1][id]
+        assert {**line, "set": "some", "reference": by_set[2][id]["reference"]} == by_set[2][id]
+        assert line["probabilities"][line["prediction"]] == line["probability"] == max(line["probabilities"].values())
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-3) and len(line["probabilities"]) == 3
+    said = capsys.readouterr().out
+    assert "new: 9 utterances labelled in predictions.jsonl" in said and "1 without label" in said
+    assert not (data / "labelled" / "plots" / "confusion_new.png").exists()
+
+
+def test_going_on_keeps_the_head_of_the_same_labels(data, capsys):
+    argv = command(data, "--model_name_or_path", str(data / "run"), "--max_steps", "2", output="further")
+    finetune_classification.main([*argv, "--learning_rate", "0"])
+    assert "head: kept" in capsys.readouterr().out
+    before, after = (load_file(data / name / "model.safetensors") for name in ("run", "further"))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_a_probe_learns_and_says_which_layers_it_reads(data):
     finetune_classification.main(
         command(data, "--mode", "probe", "--max_steps", "60", "--eval_steps", "30", "--save_steps", "30",
@@ -194,7 +229,7 @@ BAD_FLAGS = {
     "--fold=speaker": "did you mean folds",
     "--folds=speaker": "--folds takes all from --train_data",
     "--metric_for_best_model=f1": "--metric_for_best_model f1",
-    "--do_train=false": "--do_train false",
+    "--do_train=false": "pretrained labels nothing",
     "--num_folds=3": "--num_folds needs --folds",
 }
 

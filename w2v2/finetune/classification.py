@@ -1,6 +1,5 @@
-"""A label for a whole utterance: `Wav2Vec2ForSequenceClassification`, a `Trainer` with scores, and cross-validation.
+"""A label for a whole utterance: its flags, a `Trainer` with scores, what is written of them, and cross-validation.
 
-The stock model averages a projection of the frames over time, padding left out, and has one linear layer above.
 Either all but the convs learns, or the encoder is frozen and a softmax-weighted sum of its layers feeds the head
 (SUPERB, Yang et al. 2021).
 
@@ -18,22 +17,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch import nn
-from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.errors import UserError, flag, refuse, take_back
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
-from w2v2.finetune.arguments import FineTuningArguments, check_metric, write_results
+from w2v2.finetune.arguments import PREDICTIONS_FILE, FineTuningArguments, check_metric, write_results
+from w2v2.finetune.classifier import folder_labels
 from w2v2.finetune.labels import LabelledDataset, Split, shared_groups
 from w2v2.finetune.trainer import FineTuner
-from w2v2.model.feature_encoder import hide_padding
-from w2v2.model.loading import load_with_head
 from w2v2.train.schedule import SCHEDULES
 
 FOLDS_FILE = "folds.json"
-HEAD = ("projector", "classifier", "layer_weights")
+MOST_LISTED = 10  # probabilities of an utterance in predictions.jsonl
 
 
 @dataclass
@@ -64,14 +60,16 @@ class ClassificationArguments(FineTuningArguments):
     metric_for_best_model: str | None = flag("uar", "What says which is best: uar, accuracy, macro_f1 or loss.")
     greater_is_better: bool | None = flag(None, "Whether more of it is better (default: of all but the loss).")
 
+    bears = ("label_smoothing_factor",)
+
     def __post_init__(self):
+        take_back(self, "folds")
+        super().__post_init__()
         if self.learning_rate is None:
             self.learning_rate = 1e-3 if self.mode == "probe" else 3e-5
-        take_back(self, "folds")
-        refuse((not self.do_train, "--do_train false: nothing is evaluated alone: give sets to score as --test_data"))
-        super().__post_init__()
         folds = self.folds
         refuse(
+            (folds and not self.do_train, "--do_train false with --folds: folds are trained; leave --folds out"),
             (self.num_folds is not None and not folds, "--num_folds needs --folds: name the column of the groups"),
             (folds and (self.validation_data or self.test_data),
              "--folds takes all from --train_data: leave --validation_data and --test_data out"),
@@ -92,38 +90,14 @@ class ClassificationArguments(FineTuningArguments):
         return changes | {"use_weighted_layer_sum": is_probe, "classifier_proj_size": self.classifier_proj_size}
 
 
-def build_classifier(
-    config: Wav2Vec2Config, labels: Sequence[str], model_name_or_path: str | None, *, freeze_convs=True,
-    freeze_encoder=False,
-) -> Wav2Vec2ForSequenceClassification:  # fmt: skip
-    """Pretrained (or random) weights under a new head with an output for each label.
-
-    An utterance's output does not depend on its neighbours in the batch. A frozen encoder stays in evaluation mode
-    whatever `train()` says, so it neither drops nor masks anything.
-    """
-    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
-    model = hide_padding(load_with_head(Wav2Vec2ForSequenceClassification, model_name_or_path, config, HEAD))
-    if config.use_weighted_layer_sum:  # else it would be whatever the folder had, or nothing that was initialised
-        nn.init.constant_(model.layer_weights, 1 / len(model.layer_weights))
-    if freeze_encoder:
-        model.freeze_base_model()
-        model.wav2vec2.register_forward_pre_hook(_stay_in_evaluation, prepend=True)
-    elif freeze_convs:
-        model.freeze_feature_encoder()
-    return model
-
-
-def _stay_in_evaluation(base: nn.Module, inputs: tuple) -> None:
-    base.eval()
-
-
 class ClassificationTrainer(FineTuner):
     """Scores labels: `predict` gives probabilities (B, C), and metrics hold accuracy, UAR, macro-F1 and the mean loss.
 
     The loss is the mean over utterances of the cross-entropy times the class's weight. Divided by the sum of the
     weights instead, an update would depend on how it is cut into micro-batches.
     """
+
+    tie_breakers = ("uar", "accuracy", "macro_f1")
 
     def __init__(self, *args, class_weights: Sequence[float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -137,21 +111,24 @@ class ClassificationTrainer(FineTuner):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of logits (B, C) and labels (B,); those below 0 do not count."""
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
-        smoothing = self.args.label_smoothing_factor
-        losses = F.cross_entropy(logits.float(), labels, weights, reduction="none", label_smoothing=smoothing)
+        options = dict(weight=weights, reduction="none", label_smoothing=self.args.label_smoothing_factor)
+        losses = F.cross_entropy(logits.float(), labels.masked_fill(labels < 0, -100), **options)
         return losses.sum() / (labels >= 0).sum().clamp(min=1)
 
     def score_output(self, output: EvalLoopOutput, data: LabelledDataset) -> tuple[np.ndarray, dict[str, Any]]:
-        """Probabilities, NaN where the audio was unreadable, and their scores."""
-        readable = output.label_ids >= 0
-        logits = torch.tensor(output.predictions, dtype=torch.float32)
-        scores = classification_scores(output.label_ids[readable], logits[readable].argmax(-1).numpy())
-        loss = float(self._loss(logits, torch.tensor(output.label_ids)))
-        probabilities = logits.softmax(-1).numpy()
-        probabilities[~readable] = np.nan
-        return probabilities, scores | {"loss": loss, "utterances": int(readable.sum())}
+        """Probabilities, NaN where the audio was unreadable, and scores of those that have a label."""
+        labels, logits = torch.tensor(output.label_ids), torch.tensor(output.predictions, dtype=torch.float32)
+        readable, known = labels != -100, labels >= 0
+        probabilities = logits.softmax(-1).masked_fill(~readable[:, None], torch.nan).numpy()
+        counts = {"utterances": int(readable.sum()), "scored": int(known.sum())}
+        if not known.any():
+            return probabilities, counts
+        scores = classification_scores(labels[known].numpy(), logits[known].argmax(-1).numpy())
+        return probabilities, scores | {"loss": float(self._loss(logits, labels))} | counts
 
     def summary(self) -> dict[str, Any]:
+        if self.train_dataset is None:
+            return super().summary() | {"labels": list(self.model.config.label2id)}
         counts = dict(Counter(self.train_dataset.table["target"]))
         run = super().summary() | {
             "mode": self.args.mode,
@@ -168,28 +145,46 @@ def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str])
     results, lines = {}, []
     for name, dataset in data.items():
         output = trainer.predict(dataset, metric_key_prefix=name)
-        results[name] = {key: output.metrics[f"{name}_{key}"] for key in (*MEASURES, "loss", "utterances")}
+        found = {key: output.metrics.get(f"{name}_{key}") for key in (*MEASURES, "loss", "utterances", "scored")}
+        if not found["scored"]:
+            found = {"utterances": found["utterances"]}
+        elif found["scored"] == found["utterances"]:
+            del found["scored"]
+        results[name] = found
         for row, probabilities in zip(dataset.table, output.predictions, strict=True):
             if not np.isnan(probabilities).any():
-                best = int(probabilities.argmax())
-                line = {"set": name, "id": row["id"], "reference": row["target"], "prediction": classes[best]}
-                lines.append(line | {"probability": round(float(probabilities[best]), 4)})
+                best = {classes[i]: round(float(probabilities[i]), 4) for i in np.argsort(-probabilities)[:MOST_LISTED]}
+                line = {
+                    "set": name,
+                    "id": row["id"],
+                    "reference": row["target"] or None,
+                    "prediction": next(iter(best)),
+                }
+                lines.append(line | {"probability": best[line["prediction"]], "probabilities": best})
     return results, lines
+
+
+def describe(name: str, result: Mapping[str, Any]) -> str:
+    """A line on a set's scores, or that it was labelled alone."""
+    if "uar" not in result:
+        return f"{name:>12}: {result['utterances']} utterances labelled in {PREDICTIONS_FILE}"
+    number = result.get("scored", result["utterances"])
+    return f"{name:>12}: {describe_scores(result)} over {number} utterances"
 
 
 def write_scores(output_dir: str, results: Mapping, lines: Sequence[Mapping], classes: Sequence[str]) -> None:
     """`results.json`, `predictions.jsonl` and a picture of each set's confusions."""
     write_results(output_dir, results, lines)
-    for name in dict.fromkeys(line["set"] for line in lines):
-        pairs = [(line["reference"], line["prediction"]) for line in lines if line["set"] == name]
+    scored = [line for line in lines if line["reference"] is not None]
+    for name in dict.fromkeys(line["set"] for line in scored):
+        pairs = [(line["reference"], line["prediction"]) for line in scored if line["set"] == name]
         counts = confusion_counts(*zip(*pairs, strict=True), classes)
         draw_confusion(Path(output_dir, "plots", f"confusion_{name}.png"), counts, classes)
 
 
 def check_classes(classes: Sequence[str], checkpoint: str | None) -> None:
     """Raises UserError where a run would go on with other labels than it began with."""
-    ids = {label: i for i, label in enumerate(classes)}
-    if checkpoint and json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["label2id"] != ids:
+    if checkpoint and folder_labels(checkpoint) != list(classes):
         raise UserError(f"{checkpoint}: made with other labels than --train_data's; resume with the same labels")
 
 

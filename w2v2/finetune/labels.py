@@ -3,24 +3,30 @@
 Shapes: B utterances, S samples.
 """
 
+import re
+import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset
 
 from w2v2.data.audio import SAMPLING_RATE, read_crop
 from w2v2.data.hashing import CROP, below, derive
 from w2v2.data.manifest import COLUMNS, EXTRAS
 from w2v2.errors import UserError, flag, refuse
-from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.arguments import CONFIG_FILE, FineTuningArguments
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, read_once
+from w2v2.finetune.stock_flags import default_of
 from w2v2.finetune.subsets import describe_table
 
+UNLABELLED = -1
 LEAST_FOLDS = 3  # one to train on, one to validate, one to test
 
 
@@ -34,15 +40,30 @@ class LabelArguments:
     class_weights: str = flag("none", "`balanced` weights rare classes' loss more.", choices=["none", "balanced"])
 
 
+def follow_folder(arguments: LabelArguments, source: str) -> LabelArguments:
+    """Labels as the fine-tuned folder `source` read them; a flag that was given wins."""
+    path = Path(source, CONFIG_FILE)
+    trained = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = [f.name for f in fields(arguments) if getattr(arguments, f.name) == default_of(f)]
+    return replace(arguments, **{name: trained[name] for name in names if name in trained})
+
+
 def read_labelled(
     name: str, paths: Sequence[str], label_args: LabelArguments, args: FineTuningArguments, columns: Sequence[str] = ()
 ) -> Dataset:
-    """Utterances of one set that have one of the labels, in the column `target`, and audio that opens."""
+    """Utterances of one set that have one of the labels, in the column `target`, and audio that opens.
+
+    Where nothing is trained they need no label: `target` is then "".
+    """
     column = label_args.label_column
     table, skipped = read_once(paths, args, [column, *columns])
-    table, num_others = with_targets(table, ", ".join(paths), column, label_args.label_map, label_args.labels)
-    found = f"{describe_table(table)}, {len(set(table['target']))} labels, {len(skipped)} unreadable"
-    args.print_once(f"{name:>12}: {found}" + (f", {num_others} with other labels" if num_others else ""))
+    options = dict(label_map=label_args.label_map, labels=label_args.labels, needed=args.do_train)
+    table, num_others = with_targets(table, ", ".join(paths), column, **options)
+    num_labels, num_without = len({*table["target"]} - {""}), table["target"][:].count("")
+    found = f"{describe_table(table)}, {num_labels} labels, {len(skipped)} unreadable"
+    for number, what in ((num_others, "with other labels"), (num_without, f"without {column}")):
+        found += f", {number} {what}" if number else ""
+    args.print_once(f"{name:>12}: {found}")
     return table
 
 
@@ -60,38 +81,57 @@ def parse_label_map(entries: Sequence[str]) -> dict[str, str]:
     """`["exc=hap"]` → {"exc": "hap"}."""
     mapping = {}
     for entry in entries:
-        old, _, new = (part.strip() for part in entry.partition("="))
+        old, _, new = (nfc(part.strip()) for part in entry.partition("="))
         refuse((not (old and new), f"--label_map {entry!r}: write OLD=NEW, such as exc=hap"))
         mapping[old] = new
     return mapping
 
 
 def with_targets(
-    table: Dataset, source: str, column: str, label_map: Sequence[str] = (), labels: Sequence[str] = ()
+    table: Dataset, source: str, column: str, label_map: Sequence[str] = (), labels: Sequence[str] = (), *, needed=True
 ) -> tuple[Dataset, int]:
     """The utterances with their label in the column `target`, and how many have a label that `labels` does not name.
 
-    Raises UserError where the column or an utterance's label is missing, or nothing is left.
+    Raises UserError where nothing is left, or the column or an utterance's label is missing though `needed`.
     """
-    mapping = parse_label_map(label_map)
-    values = [mapping.get(value, value) for value in table[column_of(table, column, "label_column", source)]]
-    if "" in values:
+    mapping, wanted = parse_label_map(label_map), list(map(nfc, labels))
+    try:
+        written = map(nfc, table[column_of(table, column, "label_column", source)])
+    except UserError:
+        if needed:
+            raise
+        written = [""] * len(table)
+    values = [mapping.get(value, value) for value in written]
+    if needed and "" in values:
         raise UserError(f"{source}: utterance {table['id'][values.index('')]} has an empty {column}, of "
                         f"{values.count('')} in all: fill it in, or remove the row")  # fmt: skip
-    kept = [row for row, value in enumerate(values) if not labels or value in labels]
-    found = ", ".join(sorted(set(values))[:10])
+    kept = [row for row, value in enumerate(values) if not wanted or value in ("", *wanted)]
+    found = ", ".join(sort_labels(set(values))[:10])
     refuse(
         (not kept, f"{source}: no utterance is left with one of --labels {' '.join(labels)}; {column} holds {found}")
     )
     return table.add_column("target", values).select(kept), len(values) - len(kept)
 
 
-def known_labels(train: Sequence[str], wanted: Sequence[str] = ()) -> list[str]:
-    """The labels of the training utterances, sorted, or as ordered in `wanted`.
+def nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def sort_labels(labels: Iterable[str]) -> list[str]:
+    """By their numbers, and by their letters where they have others: 9, 10; spk9, spk10."""
+    labels = sorted(labels)
+    if all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels):
+        return sorted(labels, key=float)
+    # Text and numbers take turns, so that like is compared with like.
+    return sorted(labels, key=lambda label: [int(p) if i % 2 else p for i, p in enumerate(re.split(r"(\d+)", label))])
+
+
+def known_labels(train: Sequence[str], wanted: Sequence[str] = (), folder: Sequence[str] = ()) -> list[str]:
+    """The labels of the training utterances: as a `folder` to go on from has them, as `wanted`, or sorted.
 
     Raises UserError for fewer than two, and for absent ones.
     """
-    found = sorted(set(train))
+    found, wanted = sort_labels(set(train)), list(map(nfc, wanted))
     absent = ", ".join(label for label in wanted if label not in found)
     refuse(
         (absent, f"--labels {absent}: no utterance of --train_data has this label: leave it out, or mend --label_map"),
@@ -100,12 +140,12 @@ def known_labels(train: Sequence[str], wanted: Sequence[str] = ()) -> list[str]:
             f"--train_data: holds a single class ({', '.join(found)}); two are needed: see --label_column",
         ),
     )
-    return list(wanted) or found
+    return list(folder) if set(folder) == set(wanted or found) else wanted or found
 
 
 def check_known(labels: Sequence[str], targets: Sequence[str], source: str) -> None:
-    """Raises UserError where an utterance to be scored has a label that training never shows."""
-    if unseen := Counter(target for target in targets if target not in labels).most_common():
+    """Raises UserError where an utterance to be scored has a label that the model has not."""
+    if unseen := Counter(target for target in targets if target not in ("", *labels)).most_common():
         (label, count), more = unseen[0], f" and {len(unseen) - 1} more labels" if len(unseen) > 1 else ""
         raise UserError(f"{source}: {count} utterances have the label {label!r}{more}, which no training utterance has: "
                         "mend them (--label_map), or leave them out (--labels)")  # fmt: skip
@@ -125,7 +165,7 @@ class LabelledDataset(SpeechDataset):
             self.lengths = [min(length, self.crop) for length in self.lengths]
 
     def _labels(self, utterance: dict[str, Any]) -> list[int]:
-        return [self.vocabulary[utterance["target"]]]
+        return [self.vocabulary[utterance["target"]] if utterance["target"] else UNLABELLED]
 
     def _decode(self, utterance: dict[str, Any]) -> np.ndarray:
         start, length = round(utterance["start"] * SAMPLING_RATE), utterance["num_samples"]
@@ -136,7 +176,10 @@ class LabelledDataset(SpeechDataset):
 
 
 def collate_labelled(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Items → input_values (B, S), labels (B,), -100 for unreadable audio, attention_mask (B, S) if lengths differ."""
+    """Items → input_values (B, S), labels (B,), attention_mask (B, S) if lengths differ.
+
+    A label is -100 for unreadable audio, `UNLABELLED` where it is not known.
+    """
     batch = collate_speech(items)
     return batch | {"labels": batch["labels"][:, 0]}
 

@@ -14,7 +14,7 @@ from transformers import Wav2Vec2ForSequenceClassification
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
 from w2v2.errors import UserError
-from w2v2.finetune.classification import HEAD
+from w2v2.finetune.classifier import HEAD
 from w2v2.finetune.ctc_data import read_utterances
 from w2v2.model.feature_encoder import hide_padding, inside_rows, min_samples
 from w2v2.model.loading import load_config, load_feature_extractor, load_with_head
