@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from w2v2.cli import run_script
 from w2v2.convert.fairseq import convert_fairseq
 from w2v2.convert.speechbrain import convert_speechbrain, convert_without_positions
-from w2v2.errors import UserError
+from w2v2.errors import UserError, number
 from w2v2.train.durable import publish, unfinished
 
 
@@ -38,9 +38,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="a new folder")
     add("--config_name", default="base", help="SpeechBrain only: the architecture (default: base)")
     add("--without_positions", action="store_true", help="SpeechBrain's own architecture, but for its positions")
-    add("--num_attention_heads", type=int, default=8, help="with it: the recipe's `nhead` (default: 8)")
+    add("--num_attention_heads", type=number(int, min=1), default=8, help="with it: the recipe's `nhead` (default: 8)")
     strides = [5, 2, 2, 2, 2, 2, 2]
-    add("--conv_stride", type=int, nargs="+", default=strides, help="with it: the recipe's strides of the convs")
+    add(
+        "--conv_stride",
+        type=number(int, min=1),
+        nargs="+",
+        default=strides,
+        help="with it: the recipe's strides of the convs",
+    )
     return parser.parse_args(argv)
 
 

@@ -19,7 +19,7 @@ from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.utterances import load_manifest
-from w2v2.errors import UserError
+from w2v2.errors import UserError, number
 from w2v2.evaluate.scores import TARGET_UNITS
 from w2v2.finetune.text import CASES, DROPPED_CHARACTERS, TextRules
 
@@ -53,8 +53,6 @@ def _read_lines(path: Path) -> Iterator[str]:
 def build(args) -> None:
     """Count, estimate and write, whole or not at all."""
     files = ", ".join(map(str, args.text))
-    if args.order < 2:
-        raise UserError(f"--order {args.order}: KenLM, which reads the model, wants bigrams at least: give 2 or more")
     drop_tokens = tuple(args.drop_tokens)
     rules = TextRules(args.target_unit, args.text_case, args.drop_characters, args.fold_accents, drop_tokens)
     sentences = [words for path in args.text for words in read_sentences(path, rules, args.data_root)]
@@ -75,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("text", nargs="+", type=Path, help="manifests, folders that are manifests, or text files")
     parser.add_argument("--output", type=Path, required=True, help="the ARPA file to write")
-    parser.add_argument("--order", type=int, default=4, help="longest n-gram")
+    parser.add_argument("--order", type=number(int, min=2), default=4, help="longest n-gram")
     parser.add_argument("--data_root", help="what $data_root in the manifests stands for")
     parser.add_argument("--target_unit", choices=TARGET_UNITS, default="characters", help="tokens: as phonemes are")
     parser.add_argument("--text_case", choices=CASES, default="upper", help="of the letters")

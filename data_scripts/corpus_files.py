@@ -15,7 +15,7 @@ from typing import IO, NoReturn
 from tqdm import tqdm
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe
-from w2v2.errors import UserError, error_line, printable
+from w2v2.errors import UserError, error_line, number, printable
 
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
 
@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(output, type=_csv_path, required=True, help="the manifest to write, a .csv")
         else:
             self.add_argument(output, type=Path, required=True, help="folder for the manifests")
-        self.add_argument("--num_workers", type=int, default=16, help="threads that read headers")
+        workers = number(int, min=1, max=1000)
+        self.add_argument("--num_workers", type=workers, default=16, help="threads that read headers")
 
     def run(self, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
         """Run `action` with the parsed arguments. Returns 0, or 2 for a user's slip or an unusable path."""
@@ -75,7 +76,7 @@ def measure(rows: Sequence[dict], root: Path, manifest: Path, num_workers: int) 
         audio = f"./{audio}" if audio[0].isspace() else audio  # readers of CSV drop a space after a comma
         return row | {"audio": audio, "duration": duration}
 
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+    with ThreadPoolExecutor(num_workers) as pool:
         results = pool.map(measure_row, rows)
         found = list(tqdm(results, total=len(rows), desc="Measuring", unit="file", disable=None))
     return [row for row in found if isinstance(row, dict)], [e for e in found if isinstance(e, AudioError)]

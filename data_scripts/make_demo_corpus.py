@@ -23,7 +23,7 @@ from corpus_files import Parser, open_atomic, write_manifest
 from demo_speech import ACCENTS, SAMPLING_RATE, TIMBRES, Espeak, Voice, record, sentences
 from tqdm import tqdm
 
-from w2v2.errors import UserError
+from w2v2.errors import SEEDS, UserError, number
 
 FORMAT = 1  # raise it when the same arguments would give another corpus
 MIN_SECONDS, MAX_SECONDS = 1.5, 8.0
@@ -34,10 +34,6 @@ MIN_TEST_MINUTES = 5.0
 
 def plan_voices(num_voices: int, minutes: float, seed: int) -> list[Voice]:
     """Deal timbres to the splits, then draw each split's voices; UserError where there is too little to deal."""
-    if not 3 <= num_voices <= 240:
-        raise UserError(f"--num_voices {num_voices}: give 3 to 240 (train, dev and test share no voice)")
-    if not 0 < minutes <= 600:
-        raise UserError(f"--minutes {minutes}: give a positive number, at most 600")
     rng = random.Random(f"plan {seed}")
     budget = {"dev": SHARES["dev"] * minutes, "test": max(SHARES["test"] * minutes, min(MIN_TEST_MINUTES, minutes / 3))}
     budget["train"] = minutes - sum(budget.values())
@@ -173,11 +169,13 @@ def make_corpus(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("output_dir", type=Path, help="folder for the manifests and for audio/<speaker>/<id>.flac")
-    parser.add_argument("--minutes", type=float, default=45.0, help="speech in all")
-    parser.add_argument("--labelled_minutes", type=float, help="in train_labelled.csv; None: 20, at most half")
-    parser.add_argument("--num_voices", type=int, default=60, help="synthetic speakers")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--minutes", type=number(float, above=0, max=600), default=45.0, help="speech in all")
+    parser.add_argument(
+        "--labelled_minutes", type=number(float, above=0), help="in train_labelled.csv; None: 20, at most half"
+    )
+    parser.add_argument("--num_voices", type=number(int, min=3, max=240), default=60, help="synthetic speakers")
+    parser.add_argument("--seed", type=number(int, **SEEDS), default=0, help="another seed, another corpus")
+    parser.add_argument("--num_workers", type=number(int, min=1, max=1000), default=os.cpu_count(), help="processes")
     return parser.run(make_corpus, argv)
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, AudioError, probe, read_pcm
 from w2v2.data.utterances import load_manifest
-from w2v2.errors import UserError
+from w2v2.errors import UserError, number
 
 FORMAT = 2  # raise it when the same audio and flags would give other files
 MAX_SHARD_HOURS = 18.0  # the file stays below 2 GiB, as its 32-bit sizes demand
@@ -77,11 +77,9 @@ def pack(args) -> None:
 
 def check_flags(args) -> None:
     """UserError for flags that cannot serve, before anything is read or deleted."""
-    folder, hours = args.output_dir, args.shard_hours
+    folder = args.output_dir
     if not args.manifests or not folder:
         raise UserError("give manifests and --output_dir, or --verify FOLDER")
-    if not 0 < hours <= MAX_SHARD_HOURS:
-        raise UserError(f"--shard_hours {hours:g}: give a number above 0, at most {MAX_SHARD_HOURS:g}")
     sources = [Path(name).expanduser().resolve() for name in args.manifests]
     is_taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
     if is_taken and not (folder / LOG).exists() or any(folder.resolve() in (path, path.parent) for path in sources):
@@ -207,10 +205,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("manifests", nargs="*", metavar="MANIFEST", help="what pretrain.py takes as --train_data")
     parser.add_argument("--output_dir", type=Path, help="folder for the shards and their manifest")
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
-    parser.add_argument("--shard_hours", type=float, default=2.0, help="most audio in a shard")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="threads")
+    hours = number(float, above=0, max=MAX_SHARD_HOURS)
+    parser.add_argument("--shard_hours", type=hours, default=2.0, help="most audio in a shard")
+    parser.add_argument("--num_workers", type=number(int, min=1, max=1000), default=os.cpu_count(), help="threads")
     parser.add_argument("--overwrite", action="store_true", help="delete what was packed into OUTPUT_DIR before")
-    parser.add_argument("--max_skipped_fraction", type=float, default=0.01, help="left out")
+    parser.add_argument("--max_skipped_fraction", type=number(float, min=0, max=1), default=0.01, help="left out")
     parser.add_argument("--verify", type=Path, metavar="FOLDER", help="check a packed folder against its sums instead")
     return parser.run(lambda args: verify(args.verify, args.num_workers) if args.verify else pack(args), argv)
 

@@ -16,7 +16,7 @@ from corpus_files import Parser, measure_usable, write_manifest
 
 from w2v2.data.audio import AudioError
 from w2v2.data.folders import find_audio, say_passed_over
-from w2v2.errors import UserError
+from w2v2.errors import UserError, number
 
 
 def read_transcript(path: Path) -> str:
@@ -77,10 +77,6 @@ def split_off(rows: list[dict], fraction: float) -> tuple[list[dict], list[dict]
 
 def prepare(args) -> None:
     """The whole job. UserError where nothing usable is found or a flag does not fit what is found."""
-    if args.speaker_from_parent < 0:
-        raise UserError(f"--speaker_from_parent {args.speaker_from_parent}: give 1 for a file's own folder, 2 …")
-    if not 0 <= args.valid_fraction < 1:
-        raise UserError(f"--valid_fraction {args.valid_fraction}: give a number from 0 to below 1")
     rows, wordless = build_rows(args)
     parts = {args.output: measure_usable(rows, args, wordless)}
     if args.valid_fraction:
@@ -96,8 +92,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_corpus("folder of audio files, in any depth")
     parser.add_argument("--text", action="store_true", help="take the text from the .txt beside each file")
     help_ = "the folder that a file lies in names its speaker (2: the folder above that one, …)"
-    parser.add_argument("--speaker_from_parent", type=int, nargs="?", const=1, default=0, metavar="LEVEL", help=help_)
-    parser.add_argument("--valid_fraction", type=float, default=0.0, help="of the seconds, for a dev manifest")
+    parser.add_argument(
+        "--speaker_from_parent", type=number(int, min=0), nargs="?", const=1, default=0, metavar="LEVEL", help=help_
+    )
+    parser.add_argument(
+        "--valid_fraction", type=number(float, min=0, below=1), default=0.0, help="of the seconds, for a dev manifest"
+    )
     return parser.run(prepare, argv)
 
 

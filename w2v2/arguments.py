@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from w2v2.errors import check_ranges, flag, refuse, take_back
+from w2v2.errors import SEEDS, check_ranges, flag, refuse, take_back
 from w2v2.train.schedule import SCHEDULES
 
 
@@ -14,12 +14,14 @@ class DataArguments:
     validation_data: list[str] = flag([], "Validation manifests; none: no validation.")
     data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
     min_seconds: float = flag(2.0, "Shorter utterances are left out.", min=0)
-    max_seconds: float | None = flag(None, "Longer utterances are left out (none: they are cropped, never dropped).")
+    max_seconds: float | None = flag(None, "Longer utterances are left out (none: cropped, never dropped).", above=0)
     crop_seconds: float = flag(
         15.38, "Longest crop of an utterance, drawn anew each epoch (768 latent frames).", above=0
     )
     length_grid_seconds: float = flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few lengths.", min=0)
-    batch_hours: float = flag(1.6, "Effective batch: hours of cropped speech in one update of all devices.", above=0)
+    batch_hours: float = flag(
+        1.6, "Effective batch: hours of cropped speech in one update of all devices.", above=0, max=1e4
+    )
     micro_batch_seconds: float | None = flag(
         200.0,
         "Most seconds of padded audio that a device holds at a time; `auto` tries before the first update what it can "
@@ -28,8 +30,10 @@ class DataArguments:
         max=1e6,
         words={"auto": None},
     )
-    max_skipped_fraction: float = flag(0.01, "Largest fraction of unreadable files; beyond it the run stops.")
-    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.", min=0)
+    max_skipped_fraction: float = flag(
+        0.01, "Largest fraction of unreadable files; beyond it the run stops.", min=0, max=1
+    )
+    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0: the main process.", min=0, max=1000)
     dataloader_prefetch_factor: int = flag(4, "Micro-batches that each worker decodes ahead.", min=1)
 
 
@@ -42,11 +46,11 @@ class ModelArguments:
         None, "Start from random weights: a folder, a Hub id or a name in configs/models (default: base)."
     )
     config_overrides: str | None = flag(None, "Changes to the configuration, as `num_hidden_layers=6,layerdrop=0.0`.")
-    mask_time_prob: float = flag(0.65, "Mask spans: masked frames over frames, overlaps counted twice.", above=0)
+    mask_time_prob: float = flag(0.65, "Mask spans: masked frames over frames, overlaps counted twice.", above=0, max=1)
     mask_time_length: int = flag(10, "Latent frames in a mask span.", min=1)
     mask_time_min_masks: int = flag(2, "Fewest mask spans in an utterance that has room for them.", min=1)
     diversity_loss_weight: float | None = flag(
-        None, "Weight of the diversity loss (default: the configuration's, 0.1)."
+        None, "Weight of the diversity loss (default: the configuration's, 0.1).", min=0
     )
     diversity_delay_steps: int = flag(0, "Updates without diversity loss (small models: docs/results.md).", min=0)
     diversity_warmup_steps: int = flag(0, "Updates over which it then grows linearly to its weight.", min=0)
@@ -56,27 +60,27 @@ class ModelArguments:
         "(exact, costs a second pass through the convs).",
         choices=["micro_batch", "effective_batch"],
     )
-    feature_grad_mult: float = flag(0.1, "Scale of the gradient that reaches the convs.")
+    feature_grad_mult: float = flag(0.1, "Scale of the gradient that reaches the convs.", min=0)
     feature_penalty_weight: float = flag(10.0, "Weight of the mean square of the convs' output.", min=0)
     max_gumbel_temperature: float = flag(2.0, "Gumbel temperature at the first update.", above=0)
     min_gumbel_temperature: float = flag(0.5, "Gumbel temperature below which it does not fall.", above=0)
-    gumbel_temperature_decay: float = flag(0.999995, "Factor of the Gumbel temperature at each update.")
+    gumbel_temperature_decay: float = flag(0.999995, "Factor of the Gumbel temperature at each update.", above=0, max=1)
 
 
 @dataclass
 class OptimizationArguments:
     """The update."""
 
-    max_steps: int = flag(400_000, "Updates in the run.", above=0)
-    learning_rate: float = flag(5e-4, "Peak learning rate.", above=0)
+    max_steps: int = flag(400_000, "Updates in the run.", min=1)
+    learning_rate: float = flag(5e-4, "Peak learning rate.", above=0, max=1)
     lr_scheduler_type: str = flag("linear", "What follows the warm-up.", choices=list(SCHEDULES))
     warmup_steps: float = flag(32_000, "Updates of warm-up; under 1: a fraction of the run.", min=0)
-    adam_beta1: float = flag(0.9, "Adam's first decay.")
-    adam_beta2: float = flag(0.98, "Adam's second decay.")
-    adam_epsilon: float = flag(1e-6, "Adam's epsilon.")
-    weight_decay: float = flag(0.01, "Decoupled weight decay.")
+    adam_beta1: float = flag(0.9, "Adam's first decay.", min=0, below=1)
+    adam_beta2: float = flag(0.98, "Adam's second decay.", min=0, below=1)
+    adam_epsilon: float = flag(1e-6, "Adam's epsilon.", min=1e-20, max=1)
+    weight_decay: float = flag(0.01, "Decoupled weight decay.", min=0)
     decay_norms_and_biases: bool = flag(True, "Apply weight decay to norms and biases too, as fairseq does.")
-    max_grad_norm: float = flag(0.0, "Clip the gradient's norm (per masked frame) to this; 0 does not clip.")
+    max_grad_norm: float = flag(0.0, "Clip the gradient's norm (per masked frame) to this; 0 does not clip.", min=0)
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, slower.")
     gradient_checkpointing_stages: list[str] = flag(
         ["encoder"], "Whose activations: the `encoder`'s (transformer), the `convs`'.", choices=["encoder", "convs"]
@@ -90,11 +94,13 @@ class OptimizationArguments:
     gradient_compression: str = flag(
         "none", "Several devices send gradients as they are, or half.", choices=["none", "bf16"]
     )
-    ddp_timeout: int = flag(1800, "Seconds without a step after which a device counts as hung and all end.", min=1)
+    ddp_timeout: int = flag(
+        1800, "Seconds without a step after which a device counts as hung and all end.", min=1, max=1e8
+    )
     max_non_finite_updates: int = flag(
         20, "Updates in a row without finite loss or gradient that stop the run; a single one is skipped.", min=1
     )
-    seed: int = flag(42, "Seed of everything random.", min=0, max=2**32 - 1)
+    seed: int = flag(42, "Seed of everything random.", **SEEDS)
 
 
 @dataclass
@@ -107,9 +113,9 @@ class RunArguments:
     accept_changed_batches: bool = flag(
         False, "Resume though data, seed, batch_hours, crops or masks are others than the checkpoint's run had."
     )
-    logging_steps: int = flag(10, "Updates between two lines of metrics.jsonl.", above=0)
-    eval_steps: int = flag(1_000, "Updates between two validations.", above=0)
-    save_steps: int = flag(1_000, "Updates between two checkpoints.", above=0)
+    logging_steps: int = flag(10, "Updates between two lines of metrics.jsonl.", min=1)
+    eval_steps: int = flag(1_000, "Updates between two validations.", min=1)
+    save_steps: int = flag(1_000, "Updates between two checkpoints.", min=1)
     save_total_limit: int = flag(3, "Checkpoints that are kept; 0 keeps all.", min=0)
     max_hours: float | None = flag(
         None,
@@ -156,6 +162,9 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
         refuse(
             (self.max_seconds is not None and self.max_seconds < self.min_seconds,
              f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
+            (self.min_gumbel_temperature > self.max_gumbel_temperature,
+             f"--max_gumbel_temperature {self.max_gumbel_temperature} is below --min_gumbel_temperature "
+             f"{self.min_gumbel_temperature}"),
             (not stages, "--gradient_checkpointing_stages is empty: name a stage"),
             (stages != ["encoder"] and not self.gradient_checkpointing,
              "--gradient_checkpointing_stages needs --gradient_checkpointing"),

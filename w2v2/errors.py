@@ -3,13 +3,14 @@
 An error names the file, row or flag, says what was found and what to do.
 """
 
+import argparse
 import errno
 import logging
 import operator
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,28 @@ logger = logging.getLogger(__name__)
 
 HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-LIMITS = {"min": (operator.ge, "or more"), "above": (operator.gt, "greater than"), "max": (operator.le, "or less")}
+LIMITS = {
+    "min": (operator.ge, "{:.15g} or more"),
+    "above": (operator.gt, "greater than {:.15g}"),
+    "max": (operator.le, "{:.15g} or less"),
+    "below": (operator.lt, "less than {:.15g}"),
+}
+LARGEST = 1e15  # of any flag: what is larger, infinity among it, cannot be counted exactly
+SEEDS = dict(min=0, max=2**32 - 1)
+
+# Ranges of what scripts inherit from `transformers.TrainingArguments`.
+INHERITED = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), dict(min=0, below=1)),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps"), dict(above=0)),
+    **dict.fromkeys(("weight_decay", "neftune_noise_alpha", "eval_delay"), dict(min=0)),
+    **dict.fromkeys(("eval_accumulation_steps", "dataloader_prefetch_factor", "torch_empty_cache_steps"), dict(min=1)),
+    **dict.fromkeys(("seed", "data_seed"), SEEDS),
+    "adam_epsilon": dict(min=1e-20, max=1),  # below it float32 divides by zero
+    "label_smoothing_factor": dict(min=0, below=1),
+    "ddp_bucket_cap_mb": dict(min=1),
+    "ddp_timeout": dict(min=1, max=1e8),
+    "local_rank": dict(min=-1),
+}
 
 
 class UserError(ValueError):
@@ -69,7 +91,7 @@ def flag(
     words: dict[str, Any] | None = None,
     **limits: float,
 ) -> Any:
-    """A field for `cli.parse_command_line`. `limits`: `min`, `above` (greater than) and `max`; None is always allowed.
+    """A field for `cli.parse_command_line`. `limits` are some of `LIMITS`; None is always allowed.
 
     `words` are texts that stand for values.
     """
@@ -79,16 +101,34 @@ def flag(
     return field(**start, metadata=metadata)
 
 
+def number(kind: type, **limits: float) -> Callable[[str], float]:
+    """Parser of a number within limits, as argparse's `type`."""
+
+    def parse(text: str) -> float:
+        if missed := missed_range(kind(text), limits):
+            raise argparse.ArgumentTypeError(f"{text}: it has to be {missed}")
+        return kind(text)
+
+    parse.__name__, parse.limits = kind.__name__, limits  # argparse names it: invalid int value
+    return parse
+
+
+def missed_range(value: float, limits: Mapping[str, float]) -> str | None:
+    """What a number would have to be; None where it is. NaN and infinity are in no range."""
+    for name, limit in {**limits, "max": limits.get("max", LARGEST)}.items():
+        holds, bound = LIMITS[name]
+        if not holds(value, limit):  # nothing holds for NaN
+            return bound.format(limit)
+    return None
+
+
 def check_ranges(args: Any) -> None:
-    """Raises `UserError` for the first flag of a dataclass instance whose value lies outside of its range, or is NaN."""
+    """Raises `UserError` for the first flag of a dataclass instance whose value lies outside of its range."""
     for one in fields(args):
-        value = getattr(args, one.name)
-        for name, limit in one.metadata.get("limits", {}).items() if value is not None else ():
-            holds, bound = LIMITS[name]
-            if not holds(value, limit):  # nothing holds for NaN
-                bound = f"{bound} {limit:.15g}" if name == "above" else f"{limit:.15g} {bound}"
-                others = "".join(f", or `{word}`" for word in one.metadata.get("words", ()))
-                raise UserError(f"--{one.name} is {value:g}: it has to be {bound}{others}")
+        value, limits = getattr(args, one.name), one.metadata.get("limits") or INHERITED.get(one.name, {})
+        if isinstance(value, int | float) and (missed := missed_range(value, limits)):
+            others = "".join(f", or `{word}`" for word in one.metadata.get("words", ()))
+            raise UserError(f"--{one.name} is {value:g}: it has to be {missed}{others}")
 
 
 def refuse(*slips: tuple[Any, str]) -> None:

@@ -122,7 +122,6 @@ def test_text_and_manifests_are_counted_together(tmp_path, capsys):
         (["{0}/empty.txt"], "no words"),
         (["{0}/bare.csv"], "no transcripts"),
         (["{0}/binary.txt"], "not UTF-8"),
-        (["{0}/good.txt", "--order", "1"], "--order 1"),
         (["{0}/good.txt", "{0}/reserved.txt", "--text_case", "keep", "--drop_characters", "."], "the word </s>"),
     ],
 )

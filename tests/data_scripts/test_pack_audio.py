@@ -199,7 +199,6 @@ def test_other_input_or_settings_are_refused(manifest, tmp_path, capsys):
     [
         ("train.jsonl --output_dir audio --overwrite", "is in the way"),
         ("packed --output_dir packed --overwrite", "is in the way"),
-        ("train.jsonl --output_dir new --shard_hours 19", "--shard_hours 19"),
         ("none.csv --output_dir new", "none.csv"),
         ("train.jsonl", "give manifests and --output_dir"),
     ],

@@ -178,7 +178,7 @@ def test_voxceleb_follows_the_official_split(tmp_path, capsys):
         (prepare_folder, "bad --output m.csv", "none of 1 files can be used"),
         (prepare_folder, "flat --output m.csv --speaker_from_parent", "a.wav has no such folder above it"),
         (prepare_folder, "flat --output m.csv --valid_fraction 0.5", "cannot be split"),
-        (prepare_folder, "flat --output m.csv --valid_fraction 2", "--valid_fraction 2.0"),
+        (prepare_folder, "flat --output m.csv --valid_fraction 2", "--valid_fraction: 2"),
         (prepare_folder, "flat --output m.txt", "end in .csv"),
         (prepare_labelled, "flat --output m.csv", "one of the arguments --corpus --pattern"),
         (prepare_labelled, "flat --output m.csv --pattern (", "no regular expression"),

@@ -66,11 +66,11 @@ class FineTuningArguments(TrainingArguments):
     feat_proj_dropout: float = flag(0.0, "Dropout of the convs' projected output.", min=0, max=1)
     final_dropout: float = flag(0.0, "Dropout before the new head.", min=0, max=1)
     hold_fraction: float = flag(0.4, "tri_stage: fraction of the run at the peak learning rate.", min=0, max=1)
-    final_lr_scale: float = flag(0.05, "tri_stage: the last learning rate over the peak.", above=0)
+    final_lr_scale: float = flag(0.05, "tri_stage: the last learning rate over the peak.", above=0, max=1)
     overwrite_output_dir: bool = flag(False, "Delete the run that `output_dir` holds and start anew.")
 
-    max_steps: int = flag(80_000, "Updates in the run.")
-    learning_rate: float = flag(3e-5, "Peak learning rate.", min=0)
+    max_steps: int = flag(80_000, "Updates in the run; -1: as many as --num_train_epochs takes.", min=-1)
+    learning_rate: float = flag(3e-5, "Peak learning rate.", min=0, max=1)
     lr_scheduler_type: str = flag("tri_stage", "What follows the warm-up.", choices=SCHEDULES)
     warmup_steps: float = flag(0.1, "Updates of warm-up; under 1: a fraction of the run.", min=0)
     micro_batch_seconds: float | None = flag(None, "Padded seconds of a micro-batch, in place of a number.", above=0)
@@ -79,18 +79,18 @@ class FineTuningArguments(TrainingArguments):
     eval_micro_batch_seconds: float = flag(100.0, "Padded seconds evaluated together; does not move results.", above=0)
     per_device_eval_batch_size: int = flag(64, "Most utterances evaluated together, however short.", min=1)
     gradient_accumulation_steps: int = flag(16, "Micro-batches of a device in one update.", min=1)
-    adam_beta2: float = flag(0.98, "Adam's second decay.")
+    adam_beta2: float = flag(0.98, "Adam's second decay.", min=0, below=1)
     max_grad_norm: float = flag(0.0, "Clip the gradient's norm to this; 0 does not clip.", min=0)
     eval_strategy: str = flag("steps", "When to validate: `steps`, `epoch`.")
     save_strategy: str = flag("steps", "When to save: `steps`, `epoch`.")
-    eval_steps: float = flag(1_000, "Updates between two validations; under 1: a fraction of the run.")
-    save_steps: float = flag(1_000, "Updates between two checkpoints; a multiple of eval_steps.")
+    eval_steps: float = flag(1_000, "Updates between two validations; under 1: a fraction of the run.", above=0)
+    save_steps: float = flag(1_000, "Updates between two checkpoints; a multiple of eval_steps.", above=0)
     save_total_limit: int | None = flag(2, "Checkpoints that are kept, the best one among them.", min=1)
-    logging_steps: float = flag(50, "Updates between two logged lines; under 1: a fraction of the run.")
+    logging_steps: float = flag(50, "Updates between two logged lines; under 1: a fraction of the run.", above=0)
     load_best_model_at_end: bool = flag(True, "End with the checkpoint that was best on the validation data.")
     metric_for_best_model: str | None = flag("wer", "The measure that says which is best.")
     greater_is_better: bool | None = flag(False, "Whether more of it is better.")
-    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0 decodes in the main process.", min=0)
+    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0: the main process.", min=0, max=1000)
     report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
     hub_license: str | None = flag(None, "Licence of the weights, stated in the model card.")
     data_description: str | None = flag(None, "The training audio and its source in your words, for the model card.")
@@ -133,6 +133,7 @@ class FineTuningArguments(TrainingArguments):
              "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"),
             (not self.do_train and self.push_to_hub, "--do_train false with --push_to_hub: there is no new model to push"),
             (bool(model) == bool(config), "give one of --model_name_or_path (pretrained) and --config_name (random)"),
+            (self.max_steps == 0, "--max_steps is 0: give 1 or more, or -1 to count --num_train_epochs"),
             (most is not None and most < least, f"--max_seconds {most} is below --min_seconds {least}"),
             (self.batch_seconds and not self.micro_batch_seconds,
              "--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once"),

@@ -18,7 +18,7 @@ import yaml
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2PhonemeCTCTokenizer, Wav2Vec2Processor
 from transformers.utils import cached_file
 
-from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
+from w2v2.errors import SEEDS, UserError, check_ranges, flag, refuse, take_back
 from w2v2.evaluate.scores import CHARACTERS, TARGET_UNITS, TOKENS
 from w2v2.finetune.arguments import CONFIG_FILE
 from w2v2.model.loading import locate
@@ -75,16 +75,18 @@ class CTCArguments:
         "--batch_seconds, of a micro-batch without.", choices=["mean", "sum"]
     )  # fmt: skip
     train_hours: float | None = flag(None, "Learn from so many hours, drawn evenly over speakers; 0: all.", min=0)
-    subset_seed: int = flag(0, "Another number draws other hours; with one, small draws are part of large ones.")
+    subset_seed: int = flag(
+        0, "Another number draws other hours; with one, small draws are part of large ones.", **SEEDS
+    )
     train_list: str | None = flag(None, "Learn from these alone: a list of ids or paths, or a folder (Libri-Light's).")
     blank_warning_steps: int = flag(
-        1_000, "Warn of nothing but blanks so long after the encoder began to learn; 0: not."
+        1_000, "Warn of nothing but blanks so long after the encoder began to learn; 0: not.", min=0
     )
     lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file (also .gz) or a KenLM binary.")
     lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the n-gram.")
     beam_size: int = flag(100, "Hypotheses that the search keeps.", min=1)
-    lm_weight: float = flag(1.5, "Weight of the n-gram's log10 probabilities.")
-    word_score: float = flag(0.0, "Bonus of each word.")
+    lm_weight: float = flag(1.5, "Weight of the n-gram's log10 probabilities.", min=0)
+    word_score: float = flag(0.0, "Bonus of each word.", min=-1e6)
     tune_lm: bool = flag(False, "Choose lm_weight and word_score on the validation data, from a small grid.")
     tune_utterances: int = flag(500, "Validation utterances to choose them on, at most.", min=1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from w2v2.errors import check_ranges, flag, refuse
+from w2v2.errors import SEEDS, check_ranges, flag, refuse
 from w2v2.evaluate.scores import CHARACTERS
 
 
@@ -15,9 +15,9 @@ class FrozenArguments:
 
     output_dir: str | None = flag(None, "Folder for the results.")
     data_root: str | None = flag(None, "What `$data_root` and relative paths stand for.")
-    max_skipped_fraction: float = flag(0.01, "Largest fraction of a set's utterances whose audio is unreadable.")
+    max_skipped_fraction: float = flag(0.01, "Largest unreadable fraction of a set's utterances.", min=0, max=1)
     config_name: str | None = flag(None, "Configuration of the random weights.")
-    seed: int = flag(0, "Of random weights and of whatever is drawn.")
+    seed: int = flag(0, "Of random weights and of whatever is drawn.", **SEEDS)
     use_cpu: bool = flag(False, "Leave a GPU alone.")
     overwrite_output_dir: bool = flag(False, "Replace the results that `output_dir` holds.")
 
@@ -51,9 +51,9 @@ class ProbingArguments(FrozenArguments):
     validation_data: list[str] = flag([], "Validation manifests (default: a fifth of the training utterances).")
     test_data: list[str] = flag([], "Test manifests, scored together.")
     folds: str | None = flag(None, "Cross-validation over --train_data alone, by this column: speaker, session, …")
-    num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).")
-    min_seconds: float = flag(0.2, "Shorter utterances are left out of training.")
-    max_seconds: float | None = flag(None, "Longer utterances are left out of training.")
+    num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).", min=2)
+    min_seconds: float = flag(0.2, "Shorter utterances are left out of training.", min=0)
+    max_seconds: float | None = flag(None, "Longer utterances are left out of training.", above=0)
     classifier: str = flag("logistic", "Ridge is faster with many classes.", choices=["logistic", "ridge"])
     measure: str = flag("uar", "What chooses the penalty and is shown.", choices=["uar", "accuracy", "macro_f1"])
     ctc_updates: int = flag(1_500, f"Updates of 16 utterances for each layer's CTC head ({CHARACTERS}).", min=1)
@@ -64,6 +64,8 @@ class ProbingArguments(FrozenArguments):
             (not self.train_data, "--train_data is required: give it on the command line or in the YAML file"),
             (not self.checkpoints and not (self.random_weights and self.config_name),
              "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)"),
+            (self.max_seconds is not None and self.max_seconds < self.min_seconds,
+             f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
             (bool(self.folds) == bool(self.test_data),
              "give one of --test_data and --folds: what is a probe tested on?"),
             (self.folds and (self.validation_data or self.target == CHARACTERS),
@@ -82,9 +84,11 @@ class VerificationArguments(FrozenArguments):
     manifest: list[str] = flag([], "Instead of --trials: utterances with speakers, among which trials are drawn.")
     speaker_column: str = flag("speaker", "The manifest's column that tells speakers apart.")
     num_trials: int = flag(20_000, "Trials drawn from --manifest, half of them of one speaker.", min=2)
-    layer: int | None = flag(None, "Average this layer's frames (default: a classifier's projection, or every layer).")
+    layer: int | None = flag(
+        None, "Average this layer's frames (default: a classifier's projection, or every layer).", min=0
+    )
     cohort: list[str] = flag([], "Manifests of other utterances, whose mean and deviation standardise the embeddings.")
-    p_target: float = flag(0.01, "Prior of a target trial in the detection cost.")
+    p_target: float = flag(0.01, "Prior of a target trial in the detection cost.", above=0, below=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -92,5 +96,4 @@ class VerificationArguments(FrozenArguments):
             (bool(self.model_name_or_path) == bool(self.config_name),
              "give one of --model_name_or_path and --config_name (random weights)"),
             (bool(self.trials) == bool(self.manifest), "give one of --trials and --manifest"),
-            (not 0 < self.p_target < 1, f"--p_target {self.p_target}: give a probability between 0 and 1"),
         )  # fmt: skip
