@@ -45,7 +45,8 @@ def test_defaults_are_the_recipe_for_100_hours(tmp_path):
     (dict(eval_steps=3, save_steps=4), "saving steps"),
     (dict(batch_seconds=100.0), "--batch_seconds needs --micro_batch_seconds"),
     (dict(micro_batch_seconds=0.0), "--micro_batch_seconds is 0"),
-    (dict(learning_rate=float("nan")), "--learning_rate is nan"),
+    (dict(max_steps=0), "--max_steps is 0"),
+    (dict(accelerator_config="absent.json"), "absent.json"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_are_named(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):

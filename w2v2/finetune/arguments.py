@@ -110,7 +110,7 @@ class FineTuningArguments(TrainingArguments):
         schedule, self.lr_scheduler_type = self.lr_scheduler_type, "linear"  # the stock class knows no tri_stage
         try:
             super().__post_init__()
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, TypeError, OSError) as error:  # TypeError and OSError: --accelerator_config
             raise UserError(" ".join(str(error).split())) from None
         self.lr_scheduler_type = schedule
         # One process, one device: `Trainer` would replicate the model over all the GPUs that it sees.
