@@ -109,7 +109,11 @@ def test_fairseq_roots(corpus, root):
         ("a.csv", 'audio,duration,text\na.wav,1,"one\ntwo"\na.wav,2,"say ""x"""\n', ["one\ntwo", 'say "x"']),
         ("a.csv", "audio,duration,text\na.wav,1,null\nb.wav,1,007\nc.wav,1,NaN\n", ["null", "007", "NaN"]),
         ("a.json", '[{"wav": "a", "length": 1, "text": "1e5"}, {"wav": "b", "length": 1, "text": 7}]', ["1e5", "7"]),
-        ("a.jsonl", '{"audio": "a", "duration": 1, "text": "2020-01-01"}\n', ["2020-01-01"]),
+        (
+            "a.jsonl",
+            '{"audio": "a", "duration": 1, "text": "2020-01-01", "start_year": 2020, "end_mark": "x"}\n',
+            ["2020-01-01"],
+        ),
     ],
 )
 def test_text_stays_text(corpus, name, content, texts):
@@ -277,7 +281,12 @@ SLIPS = [
     (
         "a.csv",
         "audio,start,begin\na,1,2\n",
-        r"begin \(1 rows\) is '2': it looks like part of a segment and is not used",
+        r"begin \(1 rows\) is '2': it looks like a segment and is not used",
+    ),
+    (
+        "a.jsonl",
+        '{"audio": "a", "segments": [{"start": 1, "end": 2}]}\n',
+        r"segments \(1 rows\) is .*looks like a segment and is not used",
     ),
     ("a.csv", "audio,duration,channel\na,1,NBC\n", "channel is 'NBC': write a number from 0 or a letter"),
     ("a.json", '[{"audio": "a.wav"}, 3]', "an entry is not a JSON object"),

@@ -106,7 +106,8 @@ def test_parquet_holds_segments_as_numbers(folder):
         ("audio,num_samples", "call.wav,160000", "10 s, the file holds 20 s; is num_samples at the file's 8,000 a second"),
         ("audio,offset,duration", "episode.wav,18.5,3", "go beyond the end of their files .*: 21.5 s, the file holds 20 s"),
         ("audio,start,end", "episode.wav,3000,8000\nepisode.wav,9000,12000", "may be milliseconds or frames .*12000 in a file of 20 s"),
-        ("audio,begin_stamp,end_stamp", "episode.wav,1,3\nepisode.wav,4,6", "begin_stamp .2 rows. is '1': it looks like part of a segment"),
+        ("audio,begin_stamp,end_stamp", "episode.wav,1,3\nepisode.wav,4,6", "begin_stamp .2 rows. is '1': it looks like a segment"),
+        ("audio,from,to", "episode.wav,1,3", "from .1 rows. is '1': it looks like a segment and is not used"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_files(folder, header, rows, message):
@@ -123,7 +124,7 @@ def test_what_does_not_fit_the_files(folder, header, rows, message):
 
 def test_what_was_found_out_is_told(folder, caplog):
     notes = read(folder, "audio,start,end,duration\nepisode.wav,1500,4000,2.5\n")[1]
-    assert notes["warnings"] == [f"{folder}/a.csv: start counts milliseconds, as the durations tell"]
+    assert notes["warnings"] == [f"{folder}/a.csv: start is read as milliseconds, as the durations tell"]
     notes = read(folder, "audio,start,end,duration\nepisode.wav,1.5,4,20\n")[1]
     assert (
         "1 rows last from start to stop, not their duration (row 1 (line 2): 2.5 s, not 20 s)" in notes["warnings"][0]

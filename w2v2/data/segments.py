@@ -22,13 +22,14 @@ from w2v2.data.readers import RawTable
 from w2v2.errors import UserError
 
 Measure = Callable[[list[str]], dict[str, int | str]]  # as `measure_lengths`, of which probe and cache are given
-ROLES = {"start": "start begin onset offset", "stop": "stop end", "duration": "duration dur length len"}
+ROLES = {"start": "start begin beg onset offset", "stop": "stop end", "duration": "duration dur length len"}
 UNITS = {"s": "s sec secs second seconds", "ms": "ms msec millisecond milliseconds",
          "frames": "frame frames sample samples"}  # fmt: skip
 NEUTRAL = "time timestamp at in t n num nb number of index idx position pos segment seg audio clip utt utterance speech"
 MEANINGS = {word: kind for kinds in (ROLES, UNITS) for kind, words in kinds.items() for word in words.split()}
 WORDS = "|".join(sorted([*MEANINGS, *NEUTRAL.split()], key=len, reverse=True))
-LOOKS_LIKE_ONE = re.compile(r"^(?!.*(date|year|month|day)).*(?<![a-z])(start|begin|onset|offset|stop|end)(?![a-z])")
+LOOKS = "start begin beg onset offset stop end from to tmin tmax xmin xmax segments supervisions".replace(" ", "|")
+LOOKS_LIKE_ONE = re.compile(rf"^(?!.*(date|year|month|day)).*(?<![a-z])({LOOKS})(?![a-z])")
 RATE_NAMES = ("sample_rate", "sampling_rate", "samplerate", "sr")
 NUMBER = r"^(-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?nan|[+-]?inf)$"
 # Up to thirty years, so that samples can be counted in 64 bits.
@@ -82,7 +83,7 @@ def find_extents(
     duration, rates = duration / (1000 if units.get("duration") == "ms" else 1), None
     if "" in units.values():
         unit, rates, why = _tell_unit(raw, start, stop, duration, files)
-        notes += [f"{raw.path}: {names.get('start', names.get('stop'))} counts {why}"] if why else []
+        notes += [f"{raw.path}: {names.get('start', names.get('stop'))} is read as {why}"] if why else []
         units |= {role: unit for role, known in units.items() if not known}
     if "frames" in units.values():
         at_16k = names.get("frames") == "num_samples" and "frames" not in (units.get("start"), units.get("stop"))
@@ -113,18 +114,18 @@ def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], di
             role = "stop"
         if role and role not in names:
             names[role], units[role] = name, unit
-    rate = [name for name in RATE_NAMES if name in columns]
-    if rate and {"frames", ""} & set(units.values()):
-        names["rate"] = rate[0]
+    if {"frames", ""} & set(units.values()):
+        names |= dict([("rate", name) for name in RATE_NAMES if name in columns][:1])
     for name in columns:
         if not LOOKS_LIKE_ONE.search(name) or name in names.values():
             continue
-        try:
-            given = np.nan_to_num(cast_numbers(raw, name, 0, np.inf)) > 0
-        except UserError:  # text, or numbers below 0
-            continue
-        remedy = "it looks like part of a segment and is not used: call it start, stop or frame_offset, or remove it"
-        raw.refuse(pa.array(given), f"{name} ({given.sum():,} rows)", raw.table[name], remedy)
+        cells = pc.utf8_trim_whitespace(cast_text(raw, name))
+        if pc.all(pc.match_substring_regex(cells, r"^([0-9.]*$|\[\{)")).as_py():  # numbers, or lists of objects
+            given = pc.match_substring_regex(cells, r"[1-9]|\[\{")
+            remedy = (
+                "it looks like a segment and is not used: write start and stop, a row for each segment, or remove it"
+            )
+            raw.refuse(given, f"{name} ({pc.sum(given).as_py():,} rows)", pc.utf8_slice_codeunits(cells, 0, 60), remedy)
     return names, units
 
 
@@ -216,8 +217,7 @@ def _find_usual_rate(between: np.ndarray, duration: np.ndarray) -> int:
     if not len(between):
         return 0
     rate = min(USUAL_RATES, key=lambda rate: abs(np.log(np.median(between / duration) / rate)))
-    agrees = np.abs(between / rate - duration) <= 0.02 * duration + 0.01
-    return rate if agrees.mean() > 0.9 else 0
+    return rate if np.mean(np.abs(between / rate - duration) <= 0.02 * duration + 0.01) > 0.9 else 0
 
 
 def _compare(raw: RawTable, start: np.ndarray, length: np.ndarray, files: Files, names: dict[str, str]) -> list[str]:
