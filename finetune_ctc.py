@@ -25,11 +25,13 @@ from w2v2.finetune.arguments import (
     prepare_output_dir,
     write_config,
 )
-from w2v2.finetune.ctc import CTCTrainer, build_recogniser, describe_units, load_recogniser, score
+from w2v2.finetune.ctc import CTCTrainer, build_recogniser, keep_head, load_recogniser, read_head
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
 from w2v2.finetune.decoding import load_decoder
+from w2v2.finetune.normalisation import lacks_spaces
 from w2v2.finetune.subsets import select_training
 from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_folder, make_processor, read_vocabulary
+from w2v2.finetune.transcription import describe_units, score
 from w2v2.hub.push import HubCallback
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_config, load_feature_extractor
@@ -45,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     """Train on one set, choose the checkpoint on another, score the others."""
-    if args.metric_for_best_model in ("wer", "eval_wer"):
+    is_default = args.metric_for_best_model in ("wer", "eval_wer")
+    if is_default:
         args.metric_for_best_model = RATES[text_args.target_unit][0]
     check_metric(args.metric_for_best_model, RATES[text_args.target_unit])
     checkpoint = prepare_output_dir(args)
@@ -53,9 +56,15 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     set_seed(args.seed)
 
     # 1. Data: utterances with a transcript and audio that opens; the vocabulary from the training text alone.
-    tables = read_sets(args, text_args)
+    theirs = read_head(config, args)
+    tables, text_args = read_sets(args, text_args, theirs)
     train_table = select_training(tables.pop("train"), config, args, text_args)
+    if is_default and args.metric_for_best_model == "wer" and lacks_spaces(train_table["text"]):
+        args.metric_for_best_model = "cer"
+        args.print_once("     measure: the lowest CER is the best, for the text has no spaces between words")
     vocabulary = build_vocabulary(train_table["text"], text_args.target_unit)
+    is_kept = theirs is not None and keep_head(theirs, vocabulary, args)
+    vocabulary = theirs if is_kept else vocabulary
     if checkpoint and read_vocabulary(checkpoint) != vocabulary:
         raise UserError(f"{checkpoint}: made with another vocabulary than --train_data's; resume with the same text")
     decoder = load_decoder(text_args, vocabulary, args)
@@ -68,7 +77,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     }
 
     # 2. Model: pretrained below, a new layer on top.
-    model = build_recogniser(config, vocabulary, args.model_name_or_path, text_args)
+    model = build_recogniser(config, vocabulary, args.model_name_or_path, text_args, is_new=not is_kept)
     if args.freeze_feature_encoder:
         model.freeze_feature_encoder()
 
@@ -106,9 +115,10 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
 
     # 2. Data: utterances with audio that opens.
     shared = dict(min_samples=min_samples(model.config), skip_log=Path(args.output_dir, SKIPPED_FILE))
+    tables, text_args = read_sets(args, text_args)
     sets = {
         name: SpeechDataset(longest_first(table), vocabulary, extractor, substitute=False, **shared)
-        for name, table in read_sets(args, text_args).items()
+        for name, table in tables.items()
     }
 
     # 3. Evaluate.

@@ -27,6 +27,7 @@ from w2v2.evaluate.plots import draw_scores
 from w2v2.evaluate.scores import CHARACTERS
 from w2v2.finetune import ctc_data, labels, text
 from w2v2.finetune.labels import Split, group_splits
+from w2v2.finetune.normalisation import TextRules
 from w2v2.finetune.subsets import select_lengths
 from w2v2.model.feature_encoder import num_frames
 from w2v2.probe.arguments import ProbingArguments
@@ -125,7 +126,7 @@ def gather_texts(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
     """All transcribed utterances with their normalised text in `target`; those that train are long enough for it."""
 
     def read(paths: list[str]) -> Dataset:
-        table, _ = ctc_data.prepare_texts(read_table(paths, [], args), ", ".join(paths), text.TextRules())
+        table, _ = ctc_data.prepare_texts(read_table(paths, [], args), ", ".join(paths), TextRules())
         return table.add_column("target", table["text"])
 
     train, _ = select_lengths(read(args.train_data), args.min_seconds, args.max_seconds)

@@ -10,7 +10,7 @@ words use KenLM's lmplz, whose ARPA files serve as well.
 
 import gzip
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -21,17 +21,15 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError, number
 from w2v2.evaluate.scores import TARGET_UNITS
-from w2v2.finetune.text import CASES, DROPPED_CHARACTERS, TextRules
+from w2v2.finetune.normalisation import CASES, TextRules, find_case
 
 MANIFESTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
-def read_sentences(path: Path, rules: TextRules, data_root: str | None) -> Iterator[list[str]]:
-    """Words of each sentence of a manifest or a text file, normalised; lines without any are left out."""
+def read_lines(path: Path, data_root: str | None) -> Iterable[str]:
+    """The sentences of a manifest or a text file, as they are written."""
     is_manifest = path.is_dir() or path.suffix.lower() in MANIFESTS
-    for line in _read_transcripts(path, data_root) if is_manifest else _read_lines(path):
-        if words := rules(line).split():
-            yield words
+    return _read_transcripts(path, data_root) if is_manifest else _read_lines(path)
 
 
 def _read_transcripts(path: Path, data_root: str | None) -> list[str]:
@@ -54,8 +52,11 @@ def build(args) -> None:
     """Count, estimate and write, whole or not at all."""
     files = ", ".join(map(str, args.text))
     drop_tokens = tuple(args.drop_tokens)
-    rules = TextRules(args.target_unit, args.text_case, args.drop_characters, args.fold_accents, drop_tokens)
-    sentences = [words for path in args.text for words in read_sentences(path, rules, args.data_root)]
+    lines = [line for path in args.text for line in read_lines(path, args.data_root)]
+    case = find_case(lines) if args.text_case == "auto" else args.text_case
+    folds = args.fold_accents, args.fold_compatibility
+    rules = TextRules(args.target_unit, case, args.drop_characters, args.keep_characters, *folds, drop_tokens)
+    sentences = [words for line in lines if (words := rules(line).split())]
     if not sentences:
         raise UserError(f"{files}: no words in there: give transcripts or text")
     if reserved := {BEGIN, END, UNKNOWN}.intersection(chain.from_iterable(sentences)):
@@ -76,9 +77,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--order", type=number(int, min=2), default=4, help="longest n-gram")
     parser.add_argument("--data_root", help="what $data_root in the manifests stands for")
     parser.add_argument("--target_unit", choices=TARGET_UNITS, default="characters", help="tokens: as phonemes are")
-    parser.add_argument("--text_case", choices=CASES, default="upper", help="of the letters")
-    parser.add_argument("--drop_characters", default=DROPPED_CHARACTERS, help="left out", metavar="CHARACTERS")
+    parser.add_argument("--text_case", choices=CASES, default="auto", help="auto: capitals, if the text has both")
+    parser.add_argument("--drop_characters", help="left out, instead of punctuation", metavar="CHARACTERS")
+    parser.add_argument("--keep_characters", default="", help="kept all the same", metavar="CHARACTERS")
     parser.add_argument("--fold_accents", action="store_true", help="write É as E")
+    parser.add_argument("--fold_compatibility", action="store_true", help="write ﬁ as fi (NFKC)")
     parser.add_argument("--drop_tokens", nargs="*", default=[], help="left out of the text", metavar="TOKEN")
     return parser.run(build, argv)
 

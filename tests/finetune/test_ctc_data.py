@@ -8,7 +8,8 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.errors import UserError
 from w2v2.finetune import ctc_data
-from w2v2.finetune.text import TextRules, build_vocabulary
+from w2v2.finetune.normalisation import TextRules
+from w2v2.finetune.text import build_vocabulary
 
 VOCABULARY = build_vocabulary(["HELLO THERE", "A BAD CAB"])
 RAW = Wav2Vec2FeatureExtractor(do_normalize=False)
@@ -39,6 +40,14 @@ def test_utterances_without_text_are_dropped_and_counted(rows, needed, expected)
 def test_missing_text_names_the_manifest(row, needed, message):
     with pytest.raises(UserError, match=message):
         ctc_data.prepare_texts(table([row]), "m.csv", TextRules(), needed=needed)
+
+
+def test_special_tokens_in_a_transcript_are_refused():
+    rows = table([{"text": "HH AH0"}, {"text": "L <unk> OW1"}])
+    with pytest.raises(UserError, match="m.csv: 1 utterances, such as u1, .*<unk>"):
+        ctc_data.prepare_texts(rows, "m.csv", TextRules("tokens"))
+    kept, _ = ctc_data.prepare_texts(rows, "m.csv", TextRules("tokens", drop_tokens=("<unk>",)))
+    assert kept["text"][:] == ["HH AH0", "L OW1"]
 
 
 @pytest.fixture

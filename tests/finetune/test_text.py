@@ -1,53 +1,30 @@
 """Transcripts: what they are made into, and back from the labels."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Wav2Vec2FeatureExtractor
+from conftest import tiny_config
+from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 
 from w2v2.finetune.text import (
     CTCArguments,
-    TextRules,
     build_vocabulary,
     encode,
     follow_folder,
     frames_needed,
     greedy_decode,
     make_processor,
+    read_vocabulary,
     split_units,
     unit_of,
-    unknown_units,
 )
 
 VOCABULARY = build_vocabulary(["HELLO THERE", "A BAD CAB"])
 PHONEMES = build_vocabulary(["HH AH0 L OW1", "DH EH1 R"], "tokens")
 RAW = Wav2Vec2FeatureExtractor(do_normalize=False)
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("  Hello,\tworld! ", "HELLO WORLD"),
-    ("don’t", "DON'T"),
-    ("well-known, and/or", "WELL KNOWN AND OR"),
-    ("a|b", "AB"),
-    ("ﬁne …", "FINE"),
-    ("?!", ""),
-])  # fmt: skip
-def test_text_is_normalised(text, expected):
-    rules = TextRules()
-    assert rules(text) == rules(expected) == expected
-    assert TextRules(case="lower")(text) == expected.lower()
-    assert TextRules(drop_characters="!")("a.b c!") == "A.B C"
-
-
-def test_case_may_be_kept_and_accents_folded():
-    assert TextRules(case="keep")("Straße nach Köln") == "Straße nach Köln"
-    assert TextRules(case="keep", fold_accents=True)("Żółć über Ångström") == "Zołc uber Angstrom"
-    assert TextRules(fold_accents=True)("한국 café") == "한국 CAFE"  # syllables are no accents
-
-
-def test_tokens_stay_but_for_those_that_are_dropped():
-    assert TextRules(unit="tokens", drop_tokens=("sil",))(" sil HH  AH0 | l ow1 sil") == "HH AH0 l ow1"
 
 
 def test_vocabulary_has_blank_first_and_no_space():
@@ -84,9 +61,29 @@ def test_frames_needed_make_the_ctc_loss_finite(text):
 def test_tokens_need_no_delimiter():
     assert list(PHONEMES) == ["<pad>", "<unk>", "AH0", "DH", "EH1", "HH", "L", "OW1", "R"]
     assert (unit_of(PHONEMES), unit_of(VOCABULARY)) == ("tokens", "characters")
-    assert unknown_units(["HH ZH ZH", "NG"], PHONEMES) == {"ZH": 2, "NG": 1}
-    assert unknown_units(["HELLO", "ZZ É"], VOCABULARY) == {"Z": 2, "É": 1}
     assert split_units("AA B", "characters") == ["A", "A", "|", "B"]
+
+
+def test_blank_and_unknown_are_read_from_a_models_own_tokenizer(tmp_path):
+    theirs = {"|": 0, "a": 1, "b": 2, "[UNK]": 3, "[PAD]": 4}
+    (tmp_path / "vocab.json").write_text(json.dumps(theirs))
+    special = dict(unk_token="[UNK]", pad_token="[PAD]", bos_token="<s>", eos_token="</s>")
+    tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), **special)
+    tokenizer.save_pretrained(tmp_path)
+    assert len(tokenizer) == 7
+    for size, added in ((7, {"<s>": 5, "</s>": 6}), (5, {})):  # tokens were added, and the model writes them or not
+        tiny_config(vocab_size=size).save_pretrained(tmp_path)
+        vocabulary = read_vocabulary(str(tmp_path))
+        assert vocabulary == {"|": 0, "a": 1, "b": 2, "<unk>": 3, "<pad>": 4} | added
+    path = [1, 1, 4, 1, 0, 4, 2, 4]
+    assert greedy_decode(path, vocabulary) == tokenizer.decode(path) == "aa b"
+
+
+def test_a_handed_over_tokenizer_leaves_spaces_alone(tmp_path):
+    processor = make_processor(build_vocabulary(["DO N'T"]), RAW)
+    processor.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["clean_up_tokenization_spaces"] is False
 
 
 def test_special_entries_are_not_written():
@@ -95,6 +92,7 @@ def test_special_entries_are_not_written():
     assert greedy_decode([1, 5, 4, 5], {**theirs, "A": 0, "<pad>": 5}) == ""  # the blank is where the vocabulary says
 
 
-@pytest.mark.parametrize("text, case", [("AB", "upper"), ("ab '", "lower"), ("Ab", "keep"), ("漢字", "upper")])
+@pytest.mark.parametrize("text, case", [("AB", "upper"), ("ab '", "lower"), ("Ab", "keep"), ("漢字", "upper"),
+                                        ("Iİ", "turkish_upper"), ("ıi", "turkish_lower"), ("Straẞe", "keep")])  # fmt: skip
 def test_a_vocabulary_tells_its_case(tmp_path, text, case):
     assert follow_folder(CTCArguments(), str(tmp_path), build_vocabulary([text])).text_case == case

@@ -208,7 +208,9 @@ def test_a_recogniser_comes_back_with_the_same_outputs(data, hub):
     del hub.files["finetune_config.yaml"]
     hub.commits.append("without the flags")
     vocabulary = read_vocabulary("speech-lab/tiny")
-    assert follow_folder(CTCArguments(), "speech-lab/tiny", vocabulary) == CTCArguments(text_case="lower")
+    assert follow_folder(CTCArguments(), "speech-lab/tiny", vocabulary) == CTCArguments(
+        text_case="lower", keep_characters="."
+    )
 
 
 def test_a_failing_hub_ends_no_script(data, hub, caplog, capsys, tmp_path):

@@ -1,12 +1,17 @@
 """The recognition script beyond training: evaluation alone, a language model, few labels, phonemes."""
 
+import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+from safetensors.torch import load_file
 from test_finetune_ctc import check_pipeline, check_refusal, command, read_json, read_lines, write_manifest, write_rows
 from test_finetune_ctc import data as data
+from transformers import Wav2Vec2CTCTokenizer
 
 import finetune_ctc
 from w2v2.evaluate.scores import word_error_rate
@@ -58,7 +63,7 @@ def test_a_folder_alone_gives_the_results_of_its_run(more):
         assert set(results[name]) == {"utterances", "hours"}
         found = [line for line in lines if line["set"] == name]
         assert {line["id"] for line in found} == {f"{name}_0.wav", f"{name}_1.wav"}
-        assert all(set(line) == {"set", "id", "reference", "hypothesis"} for line in found)
+        assert all(set(line) == {"set", "id", "reference", "hypothesis", "words"} for line in found)
     assert not list((more / "scores").glob("checkpoint-*")) and not (more / "scores" / "model.safetensors").exists()
 
 
@@ -159,3 +164,65 @@ def test_a_folder_of_lower_case_is_scored_in_lower_case(more):
     results, lines = evaluate(more, "lower_scores", "--test_data", str(more / "test.csv"), model="lower")
     assert results["test"]["unknown_characters"]["total"] == 0
     assert {line["reference"] for line in lines} == {"three two", "one one"}
+
+
+def test_long_recordings_go_in_chunks_with_subtitles(more):
+    samples = np.concatenate([soundfile.read(more / f"dev_{i % 3}.wav")[0] for i in range(24)])
+    soundfile.write(more / "long.wav", samples, 16_000)
+    write_rows(more / "long.csv", [{"audio": "long.wav"}, {"audio": "dev_0.wav"}])
+    flags = ["--test_data", f"{more}/long.csv", "--chunk_seconds", "10", "--subtitles", "srt", "--lm", f"{more}/lm.arpa"]
+    results, lines = evaluate(more, "long", *flags)
+    assert results["long"]["utterances"] == 2 and results["long"]["in_chunks"] == 1
+    words = next(line["words"] for line in lines if line["id"] == "long.wav")
+    assert 0 <= words[0]["start"] < words[-1]["end"] <= len(samples) / 16_000
+    assert all(a["end"] <= b["start"] for a, b in zip(words, words[1:], strict=False))
+    for line in lines:
+        assert " ".join(word["word"] for word in line["words"]) == line["hypothesis"]
+    assert all(set(line["lm_hypothesis"].split()) <= {"ONE", "TWO", "THREE"} for line in lines)
+    assert "-->" in (more / "long" / "subtitles" / "long" / "long.srt").read_text()
+
+
+@pytest.mark.parametrize("texts, message", [
+    (["one two", "three"], "head: kept from"),
+    (["One four", "three"], "head: new, for .* has another vocabulary, without F, U"),
+])  # fmt: skip
+def test_going_on_keeps_the_head_of_the_same_vocabulary(more, capsys, texts, message):
+    write_manifest(more / "on.csv", texts, seed=5)
+    flags = ["--train_data", str(more / "on.csv"), "--max_steps", "1", "--eval_steps", "1", "--save_steps", "1",
+             "--learning_rate", "0"]  # fmt: skip
+    finetune_ctc.main(command(more, *flags, "--overwrite_output_dir", output="on", model="run"))
+    assert re.search(message, capsys.readouterr().out)
+    old, new = (load_file(more / run / "model.safetensors")["lm_head.weight"] for run in ("run", "on"))
+    assert (old.shape == new.shape and torch.equal(old, new)) == ("kept" in message)
+    assert (read_json(more / "on" / "vocab.json") == read_json(more / "run" / "vocab.json")) == ("kept" in message)
+
+
+def test_text_without_spaces_is_measured_by_characters(more, capsys):
+    write_manifest(more / "han.csv", ["天地人", "山水。火", "天地"], seed=6)
+    write_manifest(more / "han_dev.csv", ["人山" * 40, "水火"], seed=7)
+    flags = ["--train_data", str(more / "han.csv"), "--validation_data", str(more / "han_dev.csv")]
+    finetune_ctc.main(command(more, *flags, output="han"))
+    shown = capsys.readouterr().out
+    assert "the lowest CER is the best" in shown and "dropped: from the text of train: 。 × 1" in shown
+    assert "vocabulary: 9: |" in shown and "地 × 2" in shown
+    state = read_json(next((more / "han").glob("checkpoint-*")) / "trainer_state.json")
+    assert state["best_metric"] == min(line["eval_cer"] for line in state["log_history"] if "eval_cer" in line)
+    assert read_json(more / "han" / "results.json")["validation"]["too_few_frames"] == 1
+    assert "validation has 1 utterances with fewer frames than their text needs" in shown
+
+
+def test_a_model_with_its_own_special_tokens_is_scored(more):
+    """A folder as the stock tokenizer writes it: other names, and tokens added that the model may write."""
+    shutil.copytree(more / "run", more / "theirs", dirs_exist_ok=True)
+    own = {"<pad>": "[PAD]", "<unk>": "[UNK]"}
+    vocabulary = {own.get(token, token): i for token, i in read_json(more / "run" / "vocab.json").items()}
+    for path in (more / "theirs").glob("*.json"):
+        if path.name not in ("config.json", "preprocessor_config.json"):
+            path.unlink()
+    (more / "theirs" / "finetune_config.yaml").unlink()
+    (more / "theirs" / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = Wav2Vec2CTCTokenizer(str(more / "theirs" / "vocab.json"), unk_token="[UNK]", pad_token="[PAD]")
+    tokenizer.save_pretrained(more / "theirs")
+    _, lines = evaluate(more, "their_scores", "--test_data", str(more / "test.csv"), model="theirs")
+    _, ours = evaluate(more, "our_scores", "--test_data", str(more / "test.csv"))
+    assert lines == ours

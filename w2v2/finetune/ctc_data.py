@@ -9,8 +9,9 @@ Shapes: B utterances, S samples, U units of a transcript.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from transformers import Wav2Vec2FeatureExtractor
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError, refuse
+from w2v2.evaluate.scores import TOKENS
 from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments
+from w2v2.finetune.normalisation import TextRules, describe_counts, find_case
 from w2v2.finetune.subsets import describe_table
-from w2v2.finetune.text import UNKNOWN, CTCArguments, encode
+from w2v2.finetune.text import SPECIAL, UNKNOWN, CTCArguments, case_of, count_units, encode
 
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
@@ -69,8 +72,14 @@ def read_once(
     return table, skipped
 
 
-def read_sets(args: FineTuningArguments, text_args: CTCArguments) -> dict[str, Dataset]:
-    """Name → utterances: `train`, `validation`, and the test sets, which may be without transcripts."""
+def read_sets(
+    args: FineTuningArguments, text_args: CTCArguments, known: dict[str, int] | None = None
+) -> tuple[dict[str, Dataset], CTCArguments]:
+    """Name → utterances: `train`, `validation`, and the test sets, which may be without transcripts.
+
+    Also the flags, with the case that `auto` stands for: the training text's, or that of a `known` vocabulary which
+    then spells it.
+    """
     sets = {"train": args.train_data if args.do_train else [], "validation": args.validation_data}
     sets |= {name: [path] for name, path in name_sets(args.test_data).items()}
     sets = {name: paths for name, paths in sets.items() if paths}
@@ -78,11 +87,19 @@ def read_sets(args: FineTuningArguments, text_args: CTCArguments) -> dict[str, D
     tables = {}
     for name, paths in sets.items():
         table, skipped = read_once(paths, args)
+        written = [text for text in table["text"] if text] if "text" in table.column_names else []
+        if text_args.text_case == "auto":  # the training text is the first
+            followed = replace(text_args, text_case=case_of(known or {}))
+            follows = known and count_units(map(followed.rules, written), text_args.target_unit).keys() <= known.keys()
+            text_args = followed if follows else replace(text_args, text_case=find_case(written))
+            args.print_once(f"   text case: {text_args.text_case}")
         needed = name in ("train", "validation")
         tables[name], num_dropped = prepare_texts(table, ", ".join(paths), text_args.rules, needed=needed)
         without = f"{num_dropped} without text" if any(tables[name]["text"]) else "no text: to be transcribed"
         args.print_once(f"{name:>12}: {describe_table(tables[name])}, {len(skipped)} unreadable, {without}")
-    return tables
+        if dropped := text_args.rules.count_dropped(written):
+            args.print_once(f"     dropped: from the text of {name}: {describe_counts(dropped)}")
+    return tables, text_args
 
 
 def name_sets(paths: list[str]) -> dict[str, str]:
@@ -94,9 +111,7 @@ def name_sets(paths: list[str]) -> dict[str, str]:
     return named
 
 
-def prepare_texts(
-    table: Dataset, name: str, normalize: Callable[[str], str], *, needed: bool = True
-) -> tuple[Dataset, int]:
+def prepare_texts(table: Dataset, name: str, rules: TextRules, *, needed: bool = True) -> tuple[Dataset, int]:
     """The utterances that have a transcript, normalised, and how many have none.
 
     A set without any transcript comes back whole, with "" for text, or raises UserError where they are `needed`.
@@ -105,12 +120,15 @@ def prepare_texts(
     table = table.remove_columns("text") if written else table
     if not needed and not any(written):
         return table.add_column("text", [""] * len(table)), 0
-    texts = [normalize(text or "") for text in written]
+    texts = [rules(text or "") for text in written]
     kept = [row for row, text in enumerate(texts) if text]
+    special = [row for row in kept if rules.unit == TOKENS and not set(SPECIAL).isdisjoint(texts[row].split())]
     refuse(
         (not written, f"{name}: no text in this manifest: CTC needs a column `text` (or wrd, transcript, sentence)"),
         (not kept, f"{name}: none of its {len(table)} utterances has a transcript: fill in its column `text`"),
-    )
+        (special, f"{name}: {len(special)} utterances, such as {table['id'][special[0]] if special else ''}, have one of "
+                  f"{' '.join(SPECIAL)} among their tokens: take them out of the text, or name them in --drop_tokens"),
+    )  # fmt: skip
     return table.add_column("text", texts).select(kept), len(texts) - len(kept)
 
 

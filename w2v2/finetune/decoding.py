@@ -7,6 +7,7 @@ vocabulary is of tokens (phonemes), so is the language model: there is no lexico
 Shapes: T latent frames, V entries of the vocabulary, K settings.
 """
 
+import copy
 import gzip
 import mmap
 import os
@@ -14,13 +15,17 @@ from collections import namedtuple
 from collections.abc import Sequence
 from itertools import dropwhile, groupby, product, starmap, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from w2v2.errors import UserError, refuse
-from w2v2.evaluate.scores import TOKENS
+from w2v2.evaluate.scores import NAMES, RATES, TOKENS
 from w2v2.finetune.arguments import FineTuningArguments
-from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, WORD_DELIMITER, CTCArguments, encode, unit_of
+from w2v2.finetune.ctc_data import SpeechDataset
+from w2v2.finetune.normalisation import WORD_DELIMITER
+from w2v2.finetune.subsets import draw_order
+from w2v2.finetune.text import BLANK, SPECIAL, UNKNOWN, CTCArguments, encode, unit_of
 
 _BINARY = b"mmap lm http://kheafield.com/code"  # how KenLM's files begin
 IMPOSSIBLE = -1e4  # a log probability that no beam survives
@@ -126,6 +131,25 @@ def load_decoder(text_args: CTCArguments, vocabulary: dict[str, int], args: Fine
     left = f", {decoder.unspelled} more cannot be spelled" if decoder.unspelled else ""
     args.print_once(f"language model: {text_args.lm}, {len(decoder.words)} words{left}")
     return decoder
+
+
+def tune_decoder(trainer: Any, data: SpeechDataset, text_args: CTCArguments) -> dict[str, Any]:
+    """Search some utterances with every setting of a small grid, and go on with the best. Returns the error rates."""
+    unit = unit_of(trainer.vocabulary)
+    grid, name = tuning_grid(unit), RATES[unit][0]
+    some = copy.copy(data)
+    some.table = data.table.select(sorted(draw_order(data.table, text_args.subset_seed)[: text_args.tune_utterances]))
+    trainer.decoder.use(grid)
+    trainer.predict(some, metric_key_prefix="tuning")
+    rates = [trainer.rates(some.table["text"][:], texts)[name] for texts in trainer.beam_texts]
+    best = rates.index(min(rates))
+    trainer.decoder.use([grid[best]])
+    chosen = ", ".join(f"{flag} {value}" for flag, value in grid[best]._asdict().items())
+    trainer.args.print_once(
+        f"      tuning: {chosen}: {NAMES[name]} {rates[best]:.1%} on {len(some)} validation utterances"
+    )
+    listed = [setting._asdict() | {name: round(rate, 5)} for setting, rate in zip(grid, rates, strict=True)]
+    return {"tuned_on": len(some), "grid": listed}
 
 
 def read_words(lm: str, lexicon: str | None) -> list[str]:

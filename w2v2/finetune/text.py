@@ -7,12 +7,12 @@ error to the error rates. Shapes: T latent frames, U units of a transcript.
 
 import json
 import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2PhonemeCTCTokenizer, Wav2Vec2Processor
@@ -21,43 +21,14 @@ from transformers.utils import cached_file
 from w2v2.errors import SEEDS, UserError, check_ranges, flag, refuse, take_back
 from w2v2.evaluate.scores import CHARACTERS, TARGET_UNITS, TOKENS
 from w2v2.finetune.arguments import CONFIG_FILE
-from w2v2.model.loading import locate
+from w2v2.finetune.normalisation import CASES, WORD_DELIMITER, TextRules, fold_case
+from w2v2.model.loading import first_line, locate
 
 VOCABULARY_FILE = "vocab.json"
-BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
+BLANK, UNKNOWN = "<pad>", "<unk>"
 SPECIAL = (BLANK, UNKNOWN, "<s>", "</s>")  # never written; the last two in vocabularies that others made
-CASES = ("upper", "lower", "keep")
-DROPPED_CHARACTERS = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~¡¿«»“”„‚‘…–—'
-TEXT_FLAGS = {"target_unit", "text_case", "drop_characters", "fold_accents", "drop_tokens"}
-_TO_SPACE = "-/_–—"  # where one of these is dropped, a word ends
-_APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'"})
-
-
-@dataclass(frozen=True)
-class TextRules:
-    """Called with a transcript, gives what the model is to write.
-
-    Characters: NFKC, one case (unless `keep`), accents folded if asked for, plain apostrophes, single spaces. Dropped
-    characters are gone; a dash, slash or underscore becomes a space. `|` is always dropped: the vocabulary uses it for
-    the space. Tokens are left as they are but for `drop_tokens`.
-    """
-
-    unit: str = CHARACTERS
-    case: str = "upper"
-    drop_characters: str = DROPPED_CHARACTERS
-    fold_accents: bool = False
-    drop_tokens: tuple[str, ...] = ()
-
-    def __call__(self, text: str) -> str:
-        if self.unit == TOKENS:
-            return " ".join(token for token in text.split() if token not in (*self.drop_tokens, WORD_DELIMITER))
-        text = unicodedata.normalize("NFKC", text).translate(_APOSTROPHES)
-        if self.fold_accents:
-            parts = unicodedata.normalize("NFKD", text)
-            text = unicodedata.normalize("NFC", "".join(c for c in parts if not unicodedata.combining(c)))
-        text = text if self.case == "keep" else text.upper() if self.case == "upper" else text.lower()
-        dropped = {c: " " if c in _TO_SPACE else None for c in self.drop_characters + WORD_DELIMITER}
-        return " ".join(text.translate(str.maketrans(dropped)).split())
+TEXT_FLAGS = {"target_unit", "text_case", "drop_characters", "keep_characters", "fold_accents", "fold_compatibility",
+              "drop_tokens"}  # fmt: skip
 
 
 @dataclass
@@ -65,9 +36,13 @@ class CTCArguments:
     """Transcripts, which of them a run learns from, and the beam search."""
 
     target_unit: str = flag(CHARACTERS, "What is written: characters, or tokens as phonemes.", choices=TARGET_UNITS)
-    text_case: str = flag("upper", "Case of the transcripts; `keep` leaves it.", choices=CASES)
-    drop_characters: str = flag(DROPPED_CHARACTERS, "Characters that are left out of the transcripts.")
-    fold_accents: bool = flag(False, "Write É as E, ü as u.")
+    text_case: str = flag("auto", "Case of the transcripts; auto: capitals, if training text has both.", choices=CASES)
+    drop_characters: str | None = flag(None, "Left out of the transcripts (default: punctuation and symbols).")
+    keep_characters: str = flag("", "Characters that stay all the same, as \\u200c (in YAML) for Persian.")
+    fold_accents: bool = flag(False, "Write É as E, ü as u, ά as α.")
+    fold_compatibility: bool = flag(
+        False, "Write ﬁ as fi, Ａ as A (Unicode NFKC); takes letters of some scripts apart."
+    )
     drop_tokens: list[str] = flag([], "Tokens that are left out of the transcripts, such as sil spn.")
     ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.")
     ctc_loss_reduction: str = flag(
@@ -82,6 +57,8 @@ class CTCArguments:
     blank_warning_steps: int = flag(
         1_000, "Warn of nothing but blanks so long after the encoder began to learn; 0: not.", min=0
     )
+    chunk_seconds: float = flag(40.0, "Longer recordings are transcribed in overlapping chunks of this length.", min=10)
+    subtitles: str | None = flag(None, "Write subtitles of each audio file into output_dir.", choices=["srt", "vtt"])
     lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file (also .gz) or a KenLM binary.")
     lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the n-gram.")
     beam_size: int = flag(100, "Hypotheses that the search keeps.", min=1)
@@ -101,8 +78,8 @@ class CTCArguments:
 
     @property
     def rules(self) -> TextRules:
-        drop_tokens = tuple(self.drop_tokens)
-        return TextRules(self.target_unit, self.text_case, self.drop_characters, self.fold_accents, drop_tokens)
+        fields = (self.target_unit, self.text_case, self.drop_characters, self.keep_characters, self.fold_accents)
+        return TextRules(*fields, self.fold_compatibility, tuple(self.drop_tokens))
 
 
 def split_units(text: str, unit: str) -> list[str]:
@@ -114,17 +91,14 @@ def unit_of(vocabulary: dict[str, int]) -> str:
     return CHARACTERS if WORD_DELIMITER in vocabulary else TOKENS
 
 
+def count_units(texts: Iterable[str], unit: str) -> Counter[str]:
+    return Counter(token for text in texts for token in split_units(text, unit))
+
+
 def build_vocabulary(texts: Iterable[str], unit: str = CHARACTERS) -> dict[str, int]:
     """Unit → id, from normalised training text: blank 0, unknown 1, delimiter 2 (characters only), then the units."""
     first = [BLANK, UNKNOWN, WORD_DELIMITER] if unit == CHARACTERS else [BLANK, UNKNOWN]
-    units = {token for text in texts for token in split_units(text, unit)}
-    return {token: i for i, token in enumerate([*first, *sorted(units - set(first))])}
-
-
-def unknown_units(texts: Iterable[str], vocabulary: dict[str, int]) -> dict[str, int]:
-    """Units that the vocabulary lacks, with their counts, commonest first."""
-    counts = Counter(token for text in texts for token in split_units(text, unit_of(vocabulary)))
-    return {token: n for token, n in counts.most_common() if token not in vocabulary}
+    return {token: i for i, token in enumerate([*first, *sorted(set(count_units(texts, unit)) - set(first))])}
 
 
 def encode(text: str, vocabulary: dict[str, int]) -> list[int]:
@@ -132,14 +106,36 @@ def encode(text: str, vocabulary: dict[str, int]) -> list[int]:
     return [vocabulary.get(token, vocabulary[UNKNOWN]) for token in split_units(text, unit_of(vocabulary))]
 
 
-def greedy_decode(ids: Iterable[int], vocabulary: dict[str, int]) -> str:
-    """Text of the best path: repeats collapsed, then blanks removed; ids (T,), negative ones are padding."""
+def align_path(ids: Iterable[int], vocabulary: dict[str, int]) -> list[tuple[str, int, int]]:
+    """What the best path writes: each unit with its first frame and the frame after its last.
+
+    Repeats are collapsed, then blanks removed. ids (T,), negative ones are padding.
+    """
     silent = {vocabulary[token] for token in SPECIAL if token in vocabulary and token != UNKNOWN}
     token_of = {i: token for token, i in vocabulary.items()}
-    best = [token_of[i] for i, _ in groupby(int(i) for i in ids) if i >= 0 and i not in silent]
-    if unit_of(vocabulary) == TOKENS:
-        return " ".join(best)
-    return " ".join("".join(" " if token == WORD_DELIMITER else token for token in best).split())
+    units, start = [], 0
+    for i, run in groupby(int(i) for i in ids):
+        start, first = start + len(list(run)), start
+        if i >= 0 and i not in silent:
+            units.append((token_of[i], first, start))
+    return units
+
+
+def align_words(units: Sequence[tuple[str, int, int]], unit: str) -> list[tuple[str, int, int]]:
+    """Words of an aligned path (tokens, where these are the units), with their frames likewise."""
+    if unit == TOKENS:
+        return list(units)
+    groups = [list(group) for is_end, group in groupby(units, lambda u: u[0] in (WORD_DELIMITER, " ")) if not is_end]
+    return [("".join(token for token, *_ in group), group[0][1], group[-1][2]) for group in groups]
+
+
+def join_units(units: Sequence[tuple[str, int, int]], unit: str) -> str:
+    return " ".join(word for word, *_ in align_words(units, unit))
+
+
+def greedy_decode(ids: Iterable[int], vocabulary: dict[str, int]) -> str:
+    """Text of the best path, from ids (T,); negative ones are padding."""
+    return join_units(align_path(ids, vocabulary), unit_of(vocabulary))
 
 
 def frames_needed(labels: Sequence[Hashable]) -> int:
@@ -149,7 +145,8 @@ def frames_needed(labels: Sequence[Hashable]) -> int:
 
 def make_processor(vocabulary: dict[str, int], feature_extractor: Wav2Vec2FeatureExtractor) -> Wav2Vec2Processor:
     """Feature extractor and tokenizer in one, for `pipeline("automatic-speech-recognition")`."""
-    options = dict(bos_token=None, eos_token=None, unk_token=UNKNOWN, pad_token=BLANK)
+    special = dict(bos_token=None, eos_token=None, unk_token=UNKNOWN, pad_token=BLANK)
+    options = special | dict(clean_up_tokenization_spaces=False)  # else "DO N'T" would become "DON'T"
     if is_phonetic := unit_of(vocabulary) == TOKENS:
         options |= dict(do_phonemize=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,17 +157,37 @@ def make_processor(vocabulary: dict[str, int], feature_extractor: Wav2Vec2Featur
 
 
 def read_vocabulary(source: str) -> dict[str, int]:
-    """Unit → id of a fine-tuned folder or Hub id. Raises UserError where it has none that this program can use."""
+    """Unit → id of a fine-tuned folder or Hub id; its own blank, unknown and delimiter bear this program's names.
+
+    Raises UserError where it has none that this program can use.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        path = cached_file(locate(source), name, _raise_exceptions_for_missing_entries=False)
+        return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+
+    def own(name: str, *usual: str) -> str | None:
+        token = named.get(name) or next((token for token in usual if token in found), None)
+        return token["content"] if isinstance(token, dict) else token
+
+    where = f"--model_name_or_path {source}"
+    unusable = f"{where}: {VOCABULARY_FILE} is not a vocabulary of CTC: needs a blank, an unknown token, ids from 0"
     try:
-        path = cached_file(locate(source), VOCABULARY_FILE)
-        vocabulary = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        vocabulary = {}
-    except (OSError, ValueError):
-        raise UserError(f"--model_name_or_path {source}: has no {VOCABULARY_FILE}: give a fine-tuned folder or Hub id, "
-                        "or fine-tune this model with --train_data") from None  # fmt: skip
-    if not {BLANK, UNKNOWN} <= set(vocabulary) or sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise UserError(f"{path}: not a vocabulary of CTC: needs {BLANK}, {UNKNOWN}, and ids that count from 0")
+        found = read(VOCABULARY_FILE)
+        named = read("special_tokens_map.json") | read("tokenizer_config.json")
+        added, size = read("added_tokens.json"), read("config.json").get("vocab_size", 0)
+        added |= {entry["content"]: int(id) for id, entry in named.get("added_tokens_decoder", {}).items()}
+        refuse((not found, f"{where}: has no {VOCABULARY_FILE}: give a fine-tuned folder or Hub id, or fine-tune this "
+                           "model with --train_data"))  # fmt: skip
+        found |= {token: id for token, id in added.items() if id < size}  # others have no output
+        names = {own("pad_token", BLANK, "[PAD]"): BLANK, own("unk_token", UNKNOWN, "[UNK]"): UNKNOWN,
+                 own("bos_token"): "<s>", own("eos_token"): "</s>",
+                 own("word_delimiter_token", WORD_DELIMITER): WORD_DELIMITER}  # fmt: skip
+        vocabulary = {names.get(token, token): id for token, id in found.items()}
+        is_whole = sorted(vocabulary.values()) == list(range(len(found))) and {BLANK, UNKNOWN} <= set(vocabulary)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{unusable} ({first_line(error)})") from None
+    refuse((not is_whole, unusable))
     return vocabulary
 
 
@@ -186,9 +203,20 @@ def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, in
     else:
         found = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
     written = yaml.safe_load(Path(found).read_text(encoding="utf-8")) or {} if found else {}
-    letters = "".join(set(vocabulary) - set(SPECIAL))
-    case = "upper" if letters == letters.upper() else "lower" if letters == letters.lower() else "keep"
-    trained = {"text_case": case} | {k: v for k, v in written.items() if k in TEXT_FLAGS}
+    trained = {"text_case": case_of(vocabulary)} | {k: v for k, v in written.items() if k in TEXT_FLAGS}
     defaults = CTCArguments()
     followed = {k: v for k, v in trained.items() if getattr(arguments, k) == getattr(defaults, k)}
-    return replace(arguments, **followed | {"target_unit": unit_of(vocabulary)})
+    arguments = replace(arguments, **followed | {"target_unit": unit_of(vocabulary)})
+    if arguments.target_unit == CHARACTERS:  # what it writes is not dropped; a joiner stays beside a virama alone
+        rules, characters = replace(arguments, text_case="keep").rules, {c for c in vocabulary if len(c) == 1}
+        dropped = (c for c in sorted(characters - {WORD_DELIMITER}) if c not in rules(f"\u0d4d{c}"))
+        arguments.keep_characters += "".join(dropped)
+    return arguments
+
+
+def case_of(vocabulary: dict[str, int]) -> str:
+    """The case of the texts that a vocabulary was made from, `upper` where nothing tells."""
+    units = set(vocabulary) - set(SPECIAL)
+    letters = "".join(sorted(units))
+    case = next((case for case in ("upper", "lower") if fold_case(letters, case) == letters), "keep")
+    return f"turkish_{case}" if case != "keep" and units >= {"upper": {"I", "İ"}, "lower": {"ı", "i"}}[case] else case
