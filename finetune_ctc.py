@@ -57,7 +57,8 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
 
     # 1. Data: utterances with a transcript and audio that opens; the vocabulary from the training text alone.
     theirs = read_head(config, args)
-    tables, text_args = read_sets(args, text_args, theirs)
+    resumed = read_vocabulary(checkpoint) if checkpoint else None
+    tables, text_args = read_sets(args, text_args, resumed or theirs)
     train_table = select_training(tables.pop("train"), config, args, text_args)
     if is_default and args.metric_for_best_model == "wer" and lacks_spaces(train_table["text"]):
         args.metric_for_best_model = "cer"
@@ -65,7 +66,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     vocabulary = build_vocabulary(train_table["text"], text_args.target_unit)
     is_kept = theirs is not None and keep_head(theirs, vocabulary, args)
     vocabulary = theirs if is_kept else vocabulary
-    if checkpoint and read_vocabulary(checkpoint) != vocabulary:
+    if resumed and resumed != vocabulary:
         raise UserError(f"{checkpoint}: made with another vocabulary than --train_data's; resume with the same text")
     decoder = load_decoder(text_args, vocabulary, args)
     extractor = load_feature_extractor(config.name_or_path, config)
