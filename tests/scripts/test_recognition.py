@@ -170,7 +170,16 @@ def test_long_recordings_go_in_chunks_with_subtitles(more):
     samples = np.concatenate([soundfile.read(more / f"dev_{i % 3}.wav")[0] for i in range(24)])
     soundfile.write(more / "long.wav", samples, 16_000)
     write_rows(more / "long.csv", [{"audio": "long.wav"}, {"audio": "dev_0.wav"}])
-    flags = ["--test_data", f"{more}/long.csv", "--chunk_seconds", "10", "--subtitles", "srt", "--lm", f"{more}/lm.arpa"]
+    flags = [
+        "--test_data",
+        f"{more}/long.csv",
+        "--chunk_seconds",
+        "10",
+        "--subtitles",
+        "srt",
+        "--lm",
+        f"{more}/lm.arpa",
+    ]
     results, lines = evaluate(more, "long", *flags)
     assert results["long"]["utterances"] == 2 and results["long"]["in_chunks"] == 1
     words = next(line["words"] for line in lines if line["id"] == "long.wav")

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2PhonemeCTCTokenizer, Wav2Vec2Processor
+from transformers import (
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2PhonemeCTCTokenizer,
+    Wav2Vec2Processor,
+)
 from transformers.utils import cached_file
 
 from w2v2.errors import SEEDS, UserError, check_ranges, flag, refuse, take_back
@@ -175,7 +181,7 @@ def read_vocabulary(source: str) -> dict[str, int]:
     try:
         found = read(VOCABULARY_FILE)
         named = read("special_tokens_map.json") | read("tokenizer_config.json")
-        added, size = read("added_tokens.json"), read("config.json").get("vocab_size", 0)
+        added, size = read("added_tokens.json"), read("config.json").get("vocab_size", Wav2Vec2Config().vocab_size)
         added |= {entry["content"]: int(id) for id, entry in named.get("added_tokens_decoder", {}).items()}
         refuse((not found, f"{where}: has no {VOCABULARY_FILE}: give a fine-tuned folder or Hub id, or fine-tune this "
                            "model with --train_data"))  # fmt: skip
