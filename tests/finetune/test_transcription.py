@@ -28,7 +28,7 @@ def test_the_frames_of_chunks_are_those_of_the_whole(num_samples):
     assert frames == list(range(num_frames(config, num_samples)))
 
 
-def test_chunks_give_the_logits_of_the_whole_where_context_is_short():
+def test_chunks_give_the_logits_of_a_whole_of_short_context():
     torch.manual_seed(0)
     config = tiny_config(feat_extract_norm="layer", do_stable_layer_norm=True, num_hidden_layers=0, vocab_size=6)
     model = hide_padding(Wav2Vec2ForCTC(config)).eval()
