@@ -158,7 +158,7 @@ BAD_ROWS = {  # what is done to the rows of the training manifest, and what the 
     "no_text": (lambda row: {"audio": row["audio"], "duration": row["duration"]}, "no_text.csv"),
     "blank_text": (lambda row: row | {"text": "?"}, "blank_text.csv"),
     "absent_audio": (lambda row: row | {"audio": "absent_" + row["audio"]}, "absent_audio.csv"),
-    "short_audio": (lambda row: row | {"duration": "0.1"}, "--min_seconds"),
+    "short_audio": (lambda row: row | {"start": "0.1", "duration": "0.1"}, "--min_seconds"),
 }
 BAD_FLAGS = {
     "--train_data=absent.csv": "absent.csv",
