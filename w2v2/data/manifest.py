@@ -39,6 +39,7 @@ COLUMNS = {
 EXTRAS = ("text", "speaker", "label")
 OURS = ("id", "audio", "start", "num_samples", "channel", *EXTRAS)
 ROOT_MARKER = r"^(\$?\{data_root\}|\$data_root)/+"  # at the head of SpeechBrain's paths
+NUM_SAMPLED = 64  # rows of each manifest, for a look at their files
 LETTERS = {"L": 0, "R": 1, "LEFT": 0, "RIGHT": 1} | {letter: number for number, letter in enumerate("ABCDEFGH")}
 
 
@@ -52,11 +53,12 @@ def read_manifests(
 ) -> tuple[pa.Table, list[dict], dict[str, Any]]:
     """Read manifests and folders into one table of utterances. Raises UserError for whatever the user can mend.
 
-    Returns the table; the files that could not be measured, as `{"id", "audio", "reason"}`; and what was said on the
-    way: `warnings` (lines) and `passed_over` (files of folders that are no audio, by suffix). Columns: `id` (unique),
-    `audio` (absolute path), `start` (seconds), `num_samples` (at 16 kHz), and where any manifest has them `channel` (an
-    integer or null), `text`, `speaker`, `label` and, in lower case, the `further` columns as text. `probe` gives a
-    file's length at 16 kHz or raises AudioError; its findings are kept in `cache_dir`.
+    Returns the table; the files that could not be measured, as `{"id", "audio", "reason"}`; and what was met on the
+    way: `warnings` (lines), `passed_over` (files of folders that are no audio, by suffix) and `samples` (a few rows of
+    each manifest, evenly spread). Columns: `id` (unique), `audio` (absolute path), `start` (seconds), `num_samples` (at
+    16 kHz), and where any manifest has them `channel` (an integer or null), `text`, `speaker`, `label` and, in lower
+    case, the `further` columns as text. `probe` gives a file's length at 16 kHz or raises AudioError; its findings are
+    kept in `cache_dir`.
     """
     data_root, names = data_root and os.path.expanduser(data_root), list(map(str, paths))
     if not names:
@@ -68,7 +70,7 @@ def read_manifests(
     extras = [*EXTRAS, *dict.fromkeys(name.lower() for name in further if name.lower() not in OURS)]
     known = {alias for aliases in COLUMNS.values() for alias in aliases}.union(extras)
     measure = partial(measure_lengths, probe=probe, cache_dir=cache_dir)
-    tables, warnings, passed_over = [], [], Counter()
+    tables, warnings, passed_over, samples = [], [], Counter(), {}
     for name in names:
         raw = read_table(Path(name).expanduser(), lambda name: name in known or may_be_segment(name))
         table, lines = _interpret(raw, extras, data_root, measure)
@@ -76,6 +78,8 @@ def read_manifests(
         for line in lines:
             tell(line)
         tables.append(table)
+        some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_SAMPLED)).astype(int))
+        samples[name] = table.take(some).to_pylist()
         warnings += lines
         passed_over.update(raw.passed_over)
     table, skipped = fill_lengths(_join(tables, names, extras), probe, cache_dir)
@@ -83,7 +87,7 @@ def read_manifests(
         first = f"beginning with {skipped[0]['audio']}, which {skipped[0]['reason']}"
         remedy = "check the paths, and --data_root if they are relative"
         raise UserError(f"{', '.join(names)}: no audio file could be measured, {first}: {remedy}")
-    return table, skipped, {"warnings": warnings, "passed_over": dict(passed_over)}
+    return table, skipped, {"warnings": warnings, "passed_over": dict(passed_over), "samples": samples}
 
 
 def _interpret(

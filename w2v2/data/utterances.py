@@ -39,6 +39,7 @@ class Utterances:
     dropped: dict[str, int]  # how many were left out, by reason
     passed_over: dict[str, int] = field(default_factory=dict)  # files of folders that are no audio, by suffix
     warnings: list[str] = field(default_factory=list)  # of the manifests
+    samples: dict[str, list[dict]] = field(default_factory=dict)  # a few rows of each manifest
 
     @property
     def hours(self) -> float:
