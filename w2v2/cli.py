@@ -52,7 +52,7 @@ def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -
         raise UserError(f"{path}: no such configuration file")
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values, written = yaml.safe_load(text) or {}, yaml.load(text, Loader=yaml.BaseLoader)
+        values, written = yaml.safe_load(text) or {}, yaml.BaseLoader(text).get_single_data()  # the latter: texts alone
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

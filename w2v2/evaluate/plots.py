@@ -82,7 +82,10 @@ def gather_curves(metrics: Sequence[Mapping[str, Any]], measures: Sequence[str],
             points = [(record[over], record[key]) for record in metrics if key in record]
             if points:
                 hours, values = zip(*points, strict=True)
-                curves[where + KINDS.get(measure, "")] = list(hours), [float("nan") if value is None else value for value in values]
+                curves[where + KINDS.get(measure, "")] = (
+                    list(hours),
+                    [float("nan") if value is None else value for value in values],
+                )
     return curves
 
 

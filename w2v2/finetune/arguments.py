@@ -100,8 +100,8 @@ class FineTuningArguments(TrainingArguments):
 
     def __post_init__(self):
         take_back(self, "model_name_or_path", "config_name", "resume_from_checkpoint")
+        check_ranges(self)  # of flags that are ignored, too
         ignored = check_stock_flags(self, self.bears)
-        check_ranges(self)
         self._check_combinations()
         if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
             # Layers that are dropped, or frozen for a while, have no gradient.
