@@ -2,6 +2,8 @@
 force.
 """
 
+import bisect
+import itertools
 import math
 import time
 
@@ -40,6 +42,36 @@ def test_the_cut_takes_fewest_rounds_then_smallest_budget(seed):
     largest = max(len(lengths[piece]) * int(lengths[piece][0]) for piece in pieces)
     assert fewest_pieces(lengths.tolist(), largest) <= rounds * num_ranks
     assert fewest_pieces(lengths.tolist(), largest - 1) > rounds * num_ranks, "a smaller budget would have done"
+
+
+def piece_by_piece(lengths, num_ranks, budget):
+    """The cut as it is defined: greedy pieces one at a time, one more round at a time, each budget by bisection."""
+
+    def pieces(budget):
+        found = [0]
+        while found[-1] < len(lengths):
+            found.append(min(found[-1] + max(1, budget // int(lengths[found[-1]])), len(lengths)))
+        return [slice(*ends) for ends in itertools.pairwise(found)]
+
+    found, fewest = None, next(m for m in itertools.count(1) if len(pieces(budget)) <= m * num_ranks)
+    for rounds in range(fewest, 2 * fewest + 1):
+        least = range(int(lengths[0]), budget + 1)
+        smallest = least[bisect.bisect_left(least, True, key=lambda b: len(pieces(b)) <= rounds * num_ranks)]
+        if rounds > fewest and smallest < cutting.EFFICIENT_SAMPLES:
+            break
+        found = found or (rounds, pieces(smallest))
+        if idle_fraction(padded_sizes(lengths, pieces(smallest), rounds * num_ranks), num_ranks) <= cutting.MOST_IDLE:
+            return rounds, pieces(smallest)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_cut_is_that_of_piece_by_piece(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(SECOND, 20 * SECOND, rng.choice([3, 40, 300]))
+    lengths = np.sort(lengths if seed % 2 else lengths - (lengths - 320) % 5_120)[::-1].copy()
+    budget, num_ranks = int(lengths[0] * rng.uniform(1, 12)), int(rng.choice([1, 2, 8, 64]))
+    assert cut(lengths, num_ranks, budget) == piece_by_piece(lengths, num_ranks, budget)
 
 
 @pytest.mark.parametrize("num_ranks, rounds", [(1, 5), (2, 1), (3, 4), (8, 4), (64, 2)])

@@ -12,15 +12,14 @@ EFFICIENT_SAMPLES = 40 * 16_000  # a smaller piece costs about as much overhead 
 MOST_EXCHANGES = 1_000  # of pieces between ranks: updates need a few, validation sets of 100,000 utterances gain little
 
 
-def greedy_starts(lengths: np.ndarray, budget: int) -> np.ndarray:
+def greedy_starts(lengths: np.ndarray, budget: int) -> list[int]:
     """Where pieces begin whose padded size is within `budget`, or of one row that is longer than that."""
-    rising, starts, first = lengths[::-1], [], 0
+    following = (np.arange(len(lengths)) + np.maximum(1, budget // lengths)).tolist()
+    starts, first = [], 0
     while first < len(lengths):
-        rows = max(1, int(budget // lengths[first]))
-        end = len(lengths) - int(rising.searchsorted(budget // (rows + 1), "right"))  # then more rows fit
-        starts.append(np.arange(first, end, rows))
-        first += len(starts[-1]) * rows
-    return np.concatenate(starts)
+        starts.append(first)
+        first = following[first]
+    return starts
 
 
 def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[int, list[slice]]:
@@ -36,7 +35,7 @@ def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[
     fewest = math.ceil(len(greedy_starts(lengths, micro_batch_samples)) / num_ranks)
     for rounds in range(fewest, 2 * fewest + 1):
         budget = smallest_budget(lengths, rounds * num_ranks, micro_batch_samples)
-        starts = greedy_starts(lengths, budget).tolist()
+        starts = greedy_starts(lengths, budget)
         pieces = [slice(*ends) for ends in zip(starts, [*starts[1:], len(lengths)], strict=True)]
         if rounds == fewest:
             found = rounds, pieces
@@ -49,7 +48,7 @@ def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[
 
 def smallest_budget(lengths: np.ndarray, num_pieces: int, enough: int) -> int:
     """The smallest budget that gives at most `num_pieces` greedy pieces, by bisection; `enough` is one that does."""
-    low, high = int(lengths[0]), enough
+    low, high = max(int(lengths[0]), -(-int(lengths.sum()) // num_pieces)), enough  # pieces hold all of the samples
     while low < high:
         middle = (low + high) // 2
         if len(greedy_starts(lengths, middle)) <= num_pieces:
