@@ -25,7 +25,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
-from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
+from w2v2.data.batching import VALIDATION_SEED, MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing, build_loader
 from w2v2.data.utterances import Utterances, load_utterances, probe_some
 from w2v2.evaluate.plots import draw_plots
@@ -62,10 +62,10 @@ class Run:
     training: Utterances
     validation: Utterances | None
 
-    def load(self, utterances: Utterances, plans: Iterable[MicroBatchPlan]) -> DataLoader:
+    def load(self, utterances: Utterances, plans: Iterable[MicroBatchPlan], seed: int) -> DataLoader:
         """The micro-batches of `plans`, decoded ahead of time."""
         return build_loader(
-            CropDataset(utterances.table, self.framing, self.args.seed),
+            CropDataset(utterances.table, self.framing, seed),
             plans,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -132,9 +132,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # a million objects of libraries and model, which every full collection would look through again
     gc.collect()
-    feed = Feed(
-        run.load(training, PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut_arguments))
-    )
+    plans = PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut_arguments)
+    feed = Feed(run.load(training, plans, args.seed))
     with StopRequest(args.max_hours) as stop:
         train(run, feed, skipped, pusher, stop)
         if state.step == args.max_steps:
@@ -163,8 +162,8 @@ def train(run: Run, feed: Feed, skipped: list[SkippedAudio], pusher: HubPusher |
         watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
         validation, is_stopping = None, False
         if run.validation:
-            plans = plan_validation(build_batches(run.validation, args), **run.cut_arguments)
-            validation = run.load(run.validation, plans)
+            plans = plan_validation(build_batches(run.validation, args, VALIDATION_SEED), **run.cut_arguments)
+            validation = run.load(run.validation, plans, VALIDATION_SEED)
             if state.step and state.is_due(args.eval_steps) and on_main_process(accelerator, log.lacks_validation):
                 run_validation(run, validation, log, skipped[1])  # the run ended between its checkpoint and this
         feed.restart()

@@ -18,14 +18,14 @@ RECOMMENDED_BATCH_HOURS = 1.6
 ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
 
 
-def build_batches(utterances: Utterances, args) -> EffectiveBatches:
-    """The flags in hours and seconds, as samples."""
+def build_batches(utterances: Utterances, args, seed: int | None = None) -> EffectiveBatches:
+    """The flags in hours and seconds, as samples; drawn by `seed`, or by that of the flags."""
     return EffectiveBatches(
         utterances.num_samples,
         batch_samples=round(args.batch_hours * 3600 * SAMPLING_RATE),
         crop_samples=round(args.crop_seconds * SAMPLING_RATE),
         grid_samples=round(args.length_grid_seconds * SAMPLING_RATE),
-        seed=args.seed,
+        seed=args.seed if seed is None else seed,
     )
 
 
