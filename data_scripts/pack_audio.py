@@ -23,6 +23,7 @@ import json
 import os
 import sys
 import wave
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,10 +35,11 @@ from corpus_files import Parser, list_skipped, open_atomic, write_lines
 from tqdm import tqdm
 
 from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, AudioError, probe, read_pcm
+from w2v2.data.decoding import is_compressed, write_seekable
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError, number
 
-FORMAT = 2  # raise it when the same audio and flags would give other files
+FORMAT = 3  # raise it when the same audio and flags would give other files
 MAX_SHARD_HOURS = 18.0  # the file stays below 2 GiB, as its 32-bit sizes demand
 ROW = ("id", "audio", "start", "num_samples")
 MANIFEST, SUMS, LOG, SKIPPED = "manifest.parquet", "SHA256SUMS", "packing.jsonl", "skipped_audio.jsonl"
@@ -139,27 +141,34 @@ def pack_shard(path: Path, table, rows: range) -> dict:
     """Write one shard. Returns its line of the log, in which an utterance that cannot be read has 0 samples."""
     lengths, skipped, clipped = [], [], 0
     columns = table[rows.start : rows.stop]  # one look into the table for all of them
+    num_rows, copied, copy = Counter(columns["audio"]), None, path.with_suffix(".tmp.w64")
     with open_atomic(path, "wb") as file, wave.open(file, "wb") as shard:
         shard.setparams((1, 2, SAMPLING_RATE, 0, "NONE", ""))  # channels, bytes a sample, …
-        for name, audio, start, num_samples in zip(*map(columns.get, ROW), strict=True):
+        channels = columns.get("channel", [None] * len(rows))
+        for name, audio, start, num_samples, channel in zip(*map(columns.get, ROW), channels, strict=True):
             try:
-                samples, beyond = read_utterance(audio, round(start * SAMPLING_RATE), num_samples)  # (S,) int16
+                if num_rows[audio] > 1 and is_compressed(audio) and copied != audio:
+                    write_seekable(audio, copy)  # a compressed file of many utterances is decoded once
+                    copied = audio
+                first, source = round(start * SAMPLING_RATE), str(copy) if copied == audio else audio
+                samples, beyond = read_utterance(source, first, num_samples, channel)  # (S,) int16
                 clipped += beyond
             except AudioError as error:
                 skipped.append({"id": name, "audio": audio, "reason": error.reason})
                 samples = np.empty(0, np.int16)
             shard.writeframesraw(samples.astype("<i2").tobytes())
             lengths.append(len(samples))
+    copy.unlink(missing_ok=True)
     record = {"shard": path.name, "num_samples": lengths, "skipped": skipped, "clipped_samples": clipped}
     return record | {"sha256": hash_file(path), "bytes": path.stat().st_size}
 
 
-def read_utterance(path: str, start: int, num_samples: int) -> tuple[np.ndarray, int]:
+def read_utterance(path: str, start: int, num_samples: int, channel: int | None) -> tuple[np.ndarray, int]:
     """An utterance as int16 of shape (S,), and how many of its samples lie beyond full scale. Raises AudioError."""
     excess = num_samples - probe(path)
     if start == 0 and MAX_PADDING < excess <= MAX_SHIFT + MAX_PADDING:  # the manifest's duration is rounded
         num_samples -= excess
-    samples = read_pcm(path, start, num_samples)
+    samples = read_pcm(path, start, num_samples, channel=channel)
     if samples.dtype == np.int16:
         return samples, 0
     scaled = np.rint(samples * np.float32(32_768))
@@ -173,7 +182,7 @@ def write_index(folder: Path, table, shards: dict[str, range], records: list[dic
     source = table.with_format("arrow")[:]
     columns = {"id": source["id"], "audio": np.repeat(list(shards), list(map(len, shards.values())))}
     columns |= {"start": starts / SAMPLING_RATE, "num_samples": lengths}
-    columns |= {name: source[name] for name in source.column_names if name not in columns}
+    columns |= {name: source[name] for name in source.column_names if name not in (*columns, "channel")}
     with open_atomic(folder / MANIFEST, "wb") as file:
         pq.write_table(pa.table(columns).filter(lengths > 0), file)
     sums = {record["shard"]: record["sha256"] for record in records} | {MANIFEST: hash_file(folder / MANIFEST)}

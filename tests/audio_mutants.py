@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from encoding import encode
 
 from w2v2.data.audio import AudioError, probe, read_pcm
 
@@ -32,6 +33,16 @@ FORMATS = {
     "a.caf": dict(subtype="PCM_16"),
     "stereo.wav": dict(subtype="PCM_16", channels=2, samplerate=8_000),
 }
+ENCODED = {  # by PyAV: codec, container
+    "a.m4a": ("aac", "ipod"),
+    "a.aac": ("aac", "adts"),
+    "a.webm": ("libopus", "webm"),
+    "a.mka": ("mp3", "matroska"),
+    "a.wma": ("wmav2", "asf"),
+    "a.amr": ("libopencore_amrnb", "amr"),
+    "a.wv": ("wavpack", "wv"),
+    "g722.wav": ("g722", "wav"),
+}
 LOSSLESS = ("int16.wav", "int24.wav", "float.wav", "a.flac", "a.aiff", "a.w64", "a.caf")
 MEMORY = 2 << 30  # that a mutant may make the program ask for, beyond what it has
 
@@ -47,7 +58,17 @@ def write_originals(folder: Path) -> list[Path]:
         options = dict(samplerate=RATE, channels=1) | options
         samples = speech(round(SECONDS * options["samplerate"]), options.pop("channels"))
         soundfile.write(folder / name, samples, **options)
-    return [folder / name for name in FORMATS]
+    for name, (codec, container) in ENCODED.items():
+        rate = {"webm": 48_000, "amr": 8_000}.get(container, RATE)
+        encode(
+            folder / name,
+            speech(round(SECONDS * rate)),
+            rate,
+            codec,
+            container,
+            bit_rate=12_000 if codec[-1] == "b" else 32_000,
+        )
+    return [folder / name for name in FORMATS | ENCODED]
 
 
 def damage(content: bytes, rng: np.random.Generator) -> bytes:

@@ -3,6 +3,7 @@ the same micro-batches from any number of workers, and one line for a worker tha
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -107,6 +108,23 @@ def flags_for(folder: Path, manifest: Path, output_dir: Path, **changes) -> list
     config = folder / f"{output_dir.name}.yaml"
     config.write_text(yaml.safe_dump(values))
     return [str(config)]
+
+
+def test_validation_does_not_follow_the_seed(tmp_path):
+    """The same weights, another seed: the same crops, masks and distractors, and so the same loss."""
+    seconds = [float(n) for n in np.random.default_rng(0).uniform(1.5, 4, 12).round(2)]
+    manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", seconds), seconds)
+    changes = dict(validation_data=[str(manifest)], max_steps=1, warmup_steps=0, eval_steps=1, learning_rate=1e-12)
+    assert run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "first", **changes)) == 0
+    changes |= dict(model_name_or_path=str(tmp_path / "first"), config_name=None)
+    losses = []
+    for seed in (1, 2):
+        assert (
+            run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / f"run{seed}", seed=seed, **changes)) == 0
+        )
+        lines = (tmp_path / f"run{seed}/metrics.jsonl").read_text().splitlines()
+        losses += [value["eval_loss"] for value in map(json.loads, lines) if "eval_loss" in value]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def child_of(pid: int) -> int:

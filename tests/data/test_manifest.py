@@ -192,16 +192,17 @@ def test_a_packing_that_was_not_finished_is_a_slip(corpus):
 
 def test_missing_durations_are_measured_once_until_a_change(corpus, tmp_path):
     manifest = write(corpus / "a.csv", f"audio,duration\n{CSV_NAMES[0]},\ngone.wav,7\n")
-    calls = []
+    calls = tmp_path / "calls"
 
-    def counting(path):
-        calls.append(path)
+    def counting(path):  # in a worker
+        with open(calls, "a") as file:
+            file.write(f"{path}\n")
         return probe(path)
 
     for _ in range(2):
         assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [24_000, 112_000]
-    assert calls.count(str(corpus / NAMES[0])) == 1
-    with open(tmp_path / "cache/durations.jsonl", "a") as file:
+    assert calls.read_text().splitlines().count(str(corpus / NAMES[0])) == 1
+    with open(tmp_path / "cache/lengths.jsonl", "a") as file:
         file.write('["/x", 1')  # a kill cut the line short
     soundfile.write(corpus / NAMES[0], np.zeros(100, np.float32), 16_000)
     assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [100, 112_000]

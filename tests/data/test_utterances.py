@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+import soundfile
 from conftest import write_csv
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.collate import Framing
-from w2v2.data.utterances import Utterances, load_manifest, load_utterances, map_table
+from w2v2.data.utterances import Utterances, load_manifest, load_utterances, map_table, probe_some
 from w2v2.errors import UserError
 
 
@@ -107,6 +108,30 @@ def test_rows_of_a_fitting_length_stay_in_their_order(tmp_path, least, most):
     assert found.num_samples.dtype == np.int32
     assert found.dropped == {"too_short": sum(short), "too_long": sum(long), "unreadable": 0}
     assert [file["filename"] for file in found.table.cache_files] == list(map(str, (tmp_path / "run/cache").iterdir()))
+
+
+def test_deep_crops_of_compressed_files_are_told_of_once(tmp_path, caplog):
+    rows = [("/a/talk.mp3", 0), ("/a/talk.mp3", 290), ("/a/talk.MP3", 900), ("/a/talk.wav", 900), ("/a/short.opus", 0)]
+    path = tmp_path / "a.csv"
+    path.write_text("audio,start,duration\n" + "".join(f"{name},{start},20\n" for name, start in rows))
+    load(path)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 of 5 utterances end more than 5 minutes into a compressed file")
+    assert "pack_audio.py" in record.getMessage()
+
+
+@pytest.mark.parametrize("with_channel", [False, True])
+def test_stereo_that_cancels_out_is_counted_and_told_of(tmp_path, caplog, with_channel):
+    for name, right in (("a", 1), ("b", -1), ("c", 0.5), ("d", -0.9)):
+        side = np.sin(np.arange(48_000) / 20) / 2
+        soundfile.write(tmp_path / f"{name}.wav", np.stack([side, right * side], 1), SAMPLING_RATE)
+    table = pa.table({"id": list("abcde"), "audio": [str(tmp_path / f"{name}.wav") for name in "abcde"]})
+    table = table.append_column("channel", pa.array([0] * 5)) if with_channel else table
+    utterances = Utterances(map_table(table, None), np.full(5, 48_000, np.int32), {})
+    assert probe_some(utterances) == [{"id": "e", "audio": str(tmp_path / "e.wav"), "reason": "does not exist"}]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message[:12] for message in messages] == ([] if with_channel else ["2 of 5 files"])
+    assert with_channel or ("cancel out" in messages[0] and "b.wav" in messages[0] and "`channel`" in messages[0])
 
 
 def test_a_dry_run_leaves_no_table_behind(tmp_path):

@@ -13,9 +13,11 @@ import pytest
 import soundfile
 import soxr
 from conftest import error_line, run_here, write_csv, write_recipe
+from datasets import Dataset
 
 import pretrain
-from w2v2.data.audio import SAMPLING_RATE, probe, read_pcm
+from w2v2.data.audio import SAMPLING_RATE, probe, read_crop, read_pcm
+from w2v2.data.decoding import write_seekable
 from w2v2.data.utterances import load_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,13 +103,32 @@ def test_other_audio_is_resampled_averaged_rounded_and_clipped(tmp_path, capfd):
     assert "0 utterances are shorter than their manifest says; 200 samples beyond full scale" in capfd.readouterr().out
 
 
-def test_segments_are_packed_from_their_start(tmp_path):
-    path = write_noise(tmp_path / "long.flac", 3.0)
-    whole, _ = soundfile.read(path, dtype="int16")
+@pytest.mark.parametrize("suffix", ["flac", "mp3"])
+def test_segments_are_packed_from_their_start(tmp_path, suffix, monkeypatch):
+    path = write_noise(tmp_path / f"long.{suffix}", 3.0)
+    whole = np.rint(read_crop(str(path)) * 32_768)
+    decoded = []
+    monkeypatch.setattr(pack_audio, "write_seekable", lambda *names: decoded.append(names) or write_seekable(*names))
     (tmp_path / "m.csv").write_text("audio,start,duration\n" + "".join(f"{path},{s},1.0\n" for s in (0.0, 0.5, 2.0)))
-    rows = packed_rows(pack(tmp_path / "m.csv", tmp_path / "packed"))
+    rows = packed_rows(pack(tmp_path / "m.csv", tmp_path / "packed", "--shard_hours", 1))
     for row, begin in zip(rows, (0, 8_000, 32_000), strict=True):
         np.testing.assert_array_equal(read_row(row), whole[begin : begin + 16_000])
+    assert len(decoded) == (suffix == "mp3")  # once for all of its segments
+    assert not list((tmp_path / "packed").glob("*.w64"))
+
+
+def test_a_channel_is_packed_alone(tmp_path):
+    path = write_noise(tmp_path / "call.wav", 1.0, channels=2)
+    table = {
+        "id": list("ab"),
+        "audio": [str(path)] * 2,
+        "start": [0.0] * 2,
+        "num_samples": [16_000] * 2,
+        "channel": [1, 0],
+    }
+    pack_audio.pack_shard(tmp_path / "a.wav", Dataset.from_dict(table), range(2))
+    sides = soundfile.read(path, dtype="int16")[0].T[::-1]
+    np.testing.assert_array_equal(soundfile.read(tmp_path / "a.wav", dtype="int16")[0], np.concatenate(sides))
 
 
 @pytest.mark.parametrize("overshoot, packed", [(0.005, 32_080), (0.25, 32_000)])

@@ -21,7 +21,7 @@ def test_a_killed_packing_goes_on_where_it_was(manifest, tmp_path):
     whole, folder = contents(pack(manifest, tmp_path / "whole")), tmp_path / "packed"
     slowly = (
         "import sys, time, pack_audio; read = pack_audio.read_pcm\n"
-        "pack_audio.read_pcm = lambda *a: (time.sleep(0.3), read(*a))[1]; pack_audio.main(sys.argv[1:])"
+        "pack_audio.read_pcm = lambda *a, **k: (time.sleep(0.3), read(*a, **k))[1]; pack_audio.main(sys.argv[1:])"
     )
     process = run_program(slowly, *flags_for(manifest, folder))
     deadline = time.monotonic() + 60

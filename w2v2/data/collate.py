@@ -113,7 +113,8 @@ class CropDataset(Dataset):
     def read(self, entry: dict[str, Any], start: int, num_samples: int) -> np.ndarray:
         """Samples of one crop, int16 or float32. Raises AudioError."""
         first = round(entry["start"] * self.framing.sampling_rate)
-        return read_pcm(entry["audio"], first + start, num_samples, stop=first + entry["num_samples"])
+        stop = first + entry["num_samples"]
+        return read_pcm(entry["audio"], first + start, num_samples, stop, entry.get("channel"))
 
     def _silence(self, plan: MicroBatchPlan, row: int) -> PretrainBatch:
         """One row of the plan, as silence without weight."""

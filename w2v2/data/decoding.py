@@ -1,26 +1,54 @@
-"""Audio files → frames at the file's own rate: only regular files are opened, and libsndfile decodes them.
+"""Audio files → frames at the file's own rate. Only regular files are opened; only audio formats are recognised.
 
-Shapes: S frames.
+soundfile (libsndfile) reads what it seeks to the very sample: PCM, float, G.711, ALAC and FLAC. PyAV (FFmpeg) decodes
+everything else from its beginning, with what its own whole decode gives: the delay of encoders is cut off, joined files
+are heard to their end. Integers are divided by their full scale; a lossy codec's floats stay as they are.
+
+Shapes: S frames, C channels.
 """
 
 import contextlib
 import errno
 import io
+import mmap
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
+from itertools import chain, islice
 
+import av
 import numpy as np
 import soundfile
 
 SAMPLING_RATE = 16_000
-PREROLL_SECONDS = {"VORBIS": 10, "MP3": 1}  # decoded and thrown away: libsndfile 1.2 errs right after a seek
-BLOCK = 1 << 20  # samples decoded at once where a header does not tell the length
+SEEKABLE_SUFFIXES = ".wav .wave .w64 .rf64 .flac .aif .aiff .aifc .au .snd .caf .sph .nist .voc".split()
+AUDIO_SUFFIXES = frozenset(
+    SEEKABLE_SUFFIXES
+    + ".ogg .oga .opus .spx .mp3 .mp2 .mpga .m4a .m4b .mp4 .m4v .mov .3gp .3g2 .aac .webm .mka .mkv .wma .asf .wmv .amr "
+    ".awb .gsm .g722 .wv .ape .tta .tak .shn .ac3 .eac3 .dts .mpc .avi .flv .mpg .mpeg".split()
+)
+SEEKABLE = "PCM_16 PCM_24 PCM_32 PCM_S8 PCM_U8 FLOAT DOUBLE ULAW ALAW ALAC_16 ALAC_20 ALAC_24 ALAC_32".split()
+FITS_INT16 = "PCM_16 PCM_S8 PCM_U8 ULAW ALAW ALAC_16 s16 s16p u8 u8p".split()  # every sample is a 16-bit number
+OPTIONS = {
+    # No playlists, and nothing that names other files or addresses.
+    "protocol_whitelist": "none",
+    "format_whitelist": "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,dtshd,eac3,flac,flv,g722,g723_1,g726,"
+    "g726le,g729,gsm,ilbc,ircam,loas,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,nistsphere,ogg,pvf,rm,shn,sox,tak,tta,"
+    "voc,w64,wav,wv,xwma",
+}
+COMPRESSED = (b"OggS", b"ID3", b"\xff")  # how Ogg and MP3 files begin
+FAILURES = (av.error.FFmpegError, OSError, OverflowError, MemoryError, ValueError)  # of PyAV, and of reading for it
+TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between the parts of joined files: no audio
+MAX_DAMAGED = 0.01  # share of a file's packets that may fail to decode
+LARGE_BYTES = 1 << 20  # of a FLAC file
 MAX_FRAMES_PER_BYTE = 1_000  # a header that claims more is not believed
 SAMPLING_RATES = range(1_000, 768_001)  # of recordings; margins and filters follow from the rate
+BLOCK = 1 << 18  # frames of a block
 TRANSIENT = frozenset((errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE))
 PAUSES = (1.0, 4.0)  # seconds before another try to open a file, after a transient error
+UNDECODABLE = "is not audio that soundfile or FFmpeg can decode"
 REFUSALS = {
     **dict.fromkeys((FileNotFoundError, NotADirectoryError), "does not exist"),
     IsADirectoryError: "is a folder, not an audio file",
@@ -40,28 +68,167 @@ class AudioError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-@contextlib.contextmanager
-def open_sound(path: str) -> Iterator[tuple[soundfile.SoundFile, int]]:
-    """The open file and its number of frames, counted where the header does not tell (a FLAC written to a pipe).
+class SeekableFile:
+    """A file that soundfile reads from any frame on: `num_frames` long, by its header."""
 
-    By name, libsndfile would wait for pipes, trust suffixes and take at most 1,024 bytes: it gets a descriptor.
-    """
-    with _open_regular(path) as descriptor:
+    def __init__(self, path: str, file: soundfile.SoundFile):
+        self.path, self.file = path, file
+        self.rate, self.channels, self.num_frames = file.samplerate, file.channels, file.frames
+        self.codec = f"{file.format} {file.subtype}"
+        self.fits_int16 = file.subtype in FITS_INT16
+
+    def read(self, first: int, last: int, dtype: str = "float32") -> np.ndarray:
+        """Frames `first` to `last`, (S, C)."""
         try:
-            sound = soundfile.SoundFile(descriptor.fileno(), closefd=False)
-        except soundfile.LibsndfileError as error:
-            reason = f"is not audio that libsndfile reads (WAV, FLAC, OGG, Opus, MP3 …): {error.error_string}"
-            raise AudioError(path, reason) from None
-        with sound:
-            rate, num_frames = sound.samplerate, sound.frames
-            if rate not in SAMPLING_RATES:
-                raise AudioError(path, f"claims {rate} samples a second, as no recording has: its header is damaged")
-            # libsndfile gives an unknown length as 0 or as about 2**63.
-            if not 0 < num_frames <= MAX_FRAMES_PER_BYTE * os.fstat(sound.name).st_size:
-                num_frames = sum(map(len, _decode_blocks(path)))
-            if num_frames * SAMPLING_RATE < rate:
-                raise AudioError(path, "holds no audio")
-            yield sound, num_frames
+            self.file.seek(first)
+            frames = self.file.read(last - first, dtype=dtype, always_2d=True)
+        except (soundfile.SoundFileError, RuntimeError) as error:
+            where = f"cannot be decoded from {first / self.rate:.2f} s (damaged or truncated)"
+            raise AudioError(self.path, f"{where}: {error}") from None
+        if len(frames) < last - first:
+            claimed = f"the {self.num_frames / self.rate:.2f} s that its header claims"
+            raise AudioError(self.path, f"holds less audio than {claimed}: truncated")
+        return frames
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All frames, (S, C) each, as float32."""
+        return (self.read(at, min(at + BLOCK, self.num_frames)) for at in range(0, self.num_frames, BLOCK))
+
+    def is_joined(self) -> bool:
+        """Whether further FLAC streams follow: libsndfile hears the first, and seeks to frames of the others.
+
+        A large file is searched only where its end is not the first stream's.
+        """
+        descriptor = self.file.name
+        if os.fstat(descriptor).st_size > LARGE_BYTES:
+            with contextlib.suppress(soundfile.SoundFileError, RuntimeError):
+                self.file.seek(self.num_frames - 1)
+                self.file.read(1)
+                if os.lseek(descriptor, 0, os.SEEK_CUR) == os.fstat(descriptor).st_size:
+                    return False
+        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
+            return len(re.findall(rb"fLaC[\x00\x80]", content)) > 1
+
+
+class DecodedFile:
+    """A file that PyAV decodes from its beginning; how long it is (`num_frames` is None) only its end tells."""
+
+    num_frames = None
+
+    def __init__(self, path: str, container: av.container.InputContainer):
+        self.path, self.container, self.stream = path, container, container.streams.best("audio")
+        if self.stream is None or self.stream.codec_context is None:
+            raise AudioError(path, UNDECODABLE)
+        self.stream.codec_context.thread_count = 1
+        self._frames = self._decode()
+        self._first = next(self._frames, None)
+        if self._first is None:
+            raise AudioError(path, UNDECODABLE)
+        self.rate, self.channels = self._first.sample_rate, self._first.layout.nb_channels
+        self.codec = f"{container.format.name.split(',')[0]} {self.stream.codec_context.name}"
+        self.fits_int16 = self._first.format.name in FITS_INT16
+
+    def _decode(self) -> Iterator[av.AudioFrame]:
+        """Packets that do not decode are left out, as FFmpeg does, unless they are too many."""
+        num_packets = num_damaged = 0
+        try:
+            for packet in self.container.demux(self.stream):
+                num_packets += 1
+                try:
+                    yield from packet.decode()
+                except av.error.InvalidDataError:
+                    num_damaged += not bytes(packet).startswith(TAGS)
+                    if num_damaged > 1 + MAX_DAMAGED * num_packets:
+                        raise AudioError(self.path, "is damaged: its packets do not decode") from None
+        except FAILURES as error:
+            raise AudioError(self.path, f"cannot be decoded: {error}") from None
+
+    def frames(self) -> Iterator[av.AudioFrame]:
+        """All frames, once."""
+        for frame in chain([self._first], self._frames):
+            if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
+                raise AudioError(self.path, "changes its sampling rate or channels on its way: split it")
+            yield frame
+
+    def samples(self, frame: av.AudioFrame, dtype: str = "float32") -> np.ndarray:
+        """(S, C)"""
+        values = frame.to_ndarray()  # planar (C, S), packed (1, S · C)
+        values = values.T if frame.format.is_planar else values.reshape(-1, self.channels)
+        if values.dtype == np.uint8:
+            values = (values.astype(np.int16) - 128) << 8
+        if dtype == "float32" and values.dtype.kind == "i":
+            return values.astype(np.float32) / np.float32(2.0 ** (8 * values.itemsize - 1))
+        return values.astype(dtype, copy=False)
+
+    def decode(self, first: int, last: int, stop: int, dtype: str) -> tuple[np.ndarray, int]:
+        """Frames `first` to `last`, (S, C), and how many were decoded: up to `stop`, or all."""
+        kept, at = [np.empty((0, self.channels), dtype)], 0
+        for frame in self.frames():
+            if first < at + frame.samples and at < last:
+                kept.append(self.samples(frame, dtype)[max(0, first - at) : last - at])
+            at += frame.samples
+            if at >= stop:
+                break
+        return np.concatenate(kept), at
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All frames, (S, C) each, as float32."""
+        frames = self.frames()
+        while some := list(islice(frames, 64)):
+            yield np.concatenate(list(map(self.samples, some)))
+
+
+@contextlib.contextmanager
+def open_sound(path: str, start: int = 0, stop: int | None = None) -> Iterator[SeekableFile | DecodedFile]:
+    """Open to read from `start` to `stop` (in samples at 16 kHz; None: to the end). Raises AudioError.
+
+    By name, libsndfile and FFmpeg would wait for pipes and open addresses: they get an open file.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptor = stack.enter_context(_open_regular(path))
+        source, head = None, os.pread(descriptor.fileno(), 4, 0)
+        if not head.startswith(COMPRESSED):
+            with contextlib.suppress(soundfile.LibsndfileError):
+                file = stack.enter_context(soundfile.SoundFile(descriptor.fileno(), closefd=False))
+                # libsndfile gives an unknown length as 0 or as about 2**63.
+                is_told = 0 < file.frames <= MAX_FRAMES_PER_BYTE * os.fstat(file.name).st_size
+                source = SeekableFile(path, file) if file.subtype in SEEKABLE and is_told else None
+        if source and file.format == "FLAC":
+            is_inside = stop is not None and stop * file.samplerate <= file.frames * SAMPLING_RATE
+            source = source if (is_inside and start == 0) or not source.is_joined() else None
+        if source is None:
+            descriptor.seek(0)
+            try:
+                container = stack.enter_context(av.open(descriptor, options=OPTIONS))
+            except FAILURES as error:
+                reason = f"{UNDECODABLE}: {getattr(error, 'strerror', None) or error}"
+                raise AudioError(path, reason) from None
+            source = DecodedFile(path, container)
+        if source.rate not in SAMPLING_RATES:
+            raise AudioError(path, f"claims {source.rate} samples a second, as no recording has: its header is damaged")
+        yield source
+
+
+def is_compressed(path: str) -> bool:
+    """By its name: a crop decodes the file from its beginning."""
+    return os.path.splitext(path)[1].lower() not in SEEKABLE_SUFFIXES
+
+
+def write_seekable(path: str, copy: str | os.PathLike) -> None:
+    """Write a WAV (W64, 32-bit floats) with the samples of a file. Raises AudioError."""
+    with open_sound(path) as file:
+        with soundfile.SoundFile(copy, "w", file.rate, file.channels, "FLOAT", format="W64") as out:
+            for block in file.blocks():
+                out.write(block)
+
+
+class _File(io.FileIO):
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As FFmpeg expects it: -1 for a place that a damaged header invented."""
+        try:
+            return super().seek(offset, whence)
+        except (OSError, OverflowError):
+            return -1
 
 
 def _open_regular(path: str) -> io.FileIO:
@@ -69,7 +236,7 @@ def _open_regular(path: str) -> io.FileIO:
     for pause in (*PAUSES, None):
         try:
             path.encode()
-            file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+            file = _File(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
             break
         except (OSError, ValueError) as error:  # ValueError: a null character
             if pause is None or getattr(error, "errno", None) not in TRANSIENT:
@@ -81,55 +248,3 @@ def _open_regular(path: str) -> io.FileIO:
         return file
     file.close()
     raise AudioError(path, "is an empty file" if stat.S_ISREG(status.st_mode) else "is a pipe or a device, not a file")
-
-
-def seek_read(path: str, file: soundfile.SoundFile, first: int, last: int, dtype: str) -> np.ndarray:
-    """Frames `first` to `last`, (last - first,), by seeking."""
-    rate = file.samplerate
-    preroll = min(PREROLL_SECONDS.get(file.subtype, PREROLL_SECONDS.get(file.format, 0)) * rate, first)
-    try:
-        file.seek(first - preroll)
-        frames = file.read(preroll + last - first, dtype=dtype, always_2d=True)[preroll:]
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise AudioError(path, f"cannot be decoded from {first / rate:.2f} s (damaged or truncated): {error}") from None
-    if len(frames) < last - first:
-        raise AudioError(
-            path, f"holds less audio than the {file.frames / rate:.2f} s that its header claims: truncated"
-        )
-    return _mix_down(frames)
-
-
-def scan_read(path: str, file: soundfile.SoundFile, first: int, last: int, dtype: str) -> np.ndarray:
-    """As `seek_read`, by decoding from the start; only the frames that are asked for stay in memory."""
-    parts, at = [np.empty(0, dtype)], 0
-    for block in _decode_blocks(path, dtype):
-        parts.append(block[max(0, first - at) : max(0, last - at)].copy())
-        at += len(block)
-        if at >= last:
-            return np.concatenate(parts)
-    raise AudioError(path, "changed while it was read")
-
-
-def _decode_blocks(path: str, dtype: str = "int16") -> Iterator[np.ndarray]:
-    """All frames that can be decoded, mono, in blocks."""
-    try:
-        with _open_regular(path) as descriptor, _Stream(descriptor.fileno(), closefd=False) as file:
-            while len(block := file.read(BLOCK // file.channels, dtype=dtype, always_2d=True)):
-                yield _mix_down(block)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise AudioError(path, f"cannot be decoded: {error}") from None
-
-
-class _Stream(soundfile.SoundFile):
-    """soundfile seeks to its own position after each read, which libsndfile refuses for a FLAC of unknown length."""
-
-    def seekable(self) -> bool:
-        return False
-
-
-def _mix_down(frames: np.ndarray) -> np.ndarray:
-    """(S, channels) → (S,)"""
-    if frames.shape[1] == 1:
-        return frames[:, 0]
-    with np.errstate(over="ignore", invalid="ignore"):  # of damaged floats, which `read_pcm` refuses
-        return frames.mean(axis=1, dtype=np.float32)

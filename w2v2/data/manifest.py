@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.audio import SAMPLING_RATE, fill_lengths, measure_lengths
+from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.audio import probe as probe_header
 from w2v2.data.folders import say_passed_over
+from w2v2.data.inspection import fill_lengths, measure_lengths
 from w2v2.data.readers import RawTable, read_table
 from w2v2.data.segments import Measure, cast_text, find_extents, may_be_segment
 from w2v2.errors import UserError, tell

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, measure_lengths, probe_rate
+from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, probe_rate
+from w2v2.data.inspection import measure_lengths
 from w2v2.data.readers import RawTable
 from w2v2.errors import UserError
 

@@ -15,17 +15,21 @@ from uuid import uuid4
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.table import MemoryMappedTable
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop
+from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
 from w2v2.data.batching import crop_length
 from w2v2.data.collate import Framing
+from w2v2.data.decoding import SEEKABLE_SUFFIXES
+from w2v2.data.inspection import SILENCE, inspect_files
 from w2v2.data.manifest import read_manifests
-from w2v2.errors import UserError
+from w2v2.errors import UserError, tell
 
-NUM_PROBED = 64  # files whose headers are read before a run begins
+NUM_PROBED = 64  # files that are looked at before a run begins
+LISTEN_SECONDS = 30.0  # of each of them
+SLOW_SECONDS = 300.0  # into a compressed file, beyond which packing is advised
 NUM_LISTENED = 16  # files that are decoded to find out whether the data is silence
-SILENCE = 1e-3  # of full scale, root mean square
 BATCH_ROWS = 65_536  # of the table in a record batch
 MOST_SAMPLES = 2**31 - 1  # of an utterance: lengths are int32, and offsets of crops are drawn below 2³¹
 
@@ -56,6 +60,7 @@ def load_manifest(
 ) -> tuple[datasets.Dataset, list[dict]]:
     """`read_manifests` as a data set: memory-mapped from a file in `cache_dir`, or in memory where that is None."""
     table, skipped, _ = read_manifests(paths, cache_dir=cache_dir, **options)
+    warn_of_slow_crops(table)
     return map_table(table, cache_dir), skipped
 
 
@@ -92,6 +97,7 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     """
     cache_dir = Path(args.output_dir) / "cache"
     table, unmeasured, notes = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
+    warn_of_slow_crops(table)
     num_samples = table["num_samples"].to_numpy()  # (rows,) int64
     # 1. Which rows are too short, as a whole or as a crop, or too long?
     least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
@@ -116,15 +122,29 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     return Utterances(data, num_samples[kept].astype(np.int32), dropped, **notes), unmeasured
 
 
+def warn_of_slow_crops(table: pa.Table) -> None:
+    """Say once that crops deep in compressed files take long, for each decodes its file from the beginning."""
+    ends = pc.add(table["start"], pc.divide(pc.cast(table["num_samples"], pa.float64()), float(SAMPLING_RATE)))
+    deep = table.filter(pc.greater(ends, SLOW_SECONDS))["audio"]
+    slow = deep.filter(pc.invert(pc.match_substring_regex(deep, rf"(?i)({'|'.join(SEEKABLE_SUFFIXES)})$")))
+    if len(slow):
+        tell(
+            f"{len(slow):,} of {len(table):,} utterances end more than {SLOW_SECONDS / 60:g} minutes into a compressed file, the "
+            f"first in {slow[0]}: each of their crops decodes the file from its beginning, which is slow; "
+            "data_scripts/pack_audio.py writes them to WAV shards once"
+        )
+
+
 def probe_some(utterances: Utterances) -> list[dict]:
-    """Read the headers of a few files: a wrong root or format is found before the first update."""
-    unreadable = []
-    for entry in utterances.spread(NUM_PROBED):
-        try:
-            probe(entry["audio"])
-        except AudioError as error:
-            unreadable.append({"id": entry["id"], "audio": entry["audio"], "reason": error.reason})
-    return unreadable
+    """Listen to the beginnings of a few files. Those that cannot be read come back as {id, audio, reason}."""
+    entries = utterances.spread(NUM_PROBED)
+    looked = list(zip(entries, inspect_files([entry["audio"] for entry in entries], LISTEN_SECONDS), strict=True))
+    if opposite := [facts.path for entry, facts in looked if facts.is_antiphase and entry.get("channel") is None]:
+        tell(
+            f"{len(opposite)} of {len(looked)} files that were looked at are stereo whose sides cancel out when they are mixed, "
+            f"the first: {opposite[0]}; pick a side by a column `channel` in the manifest"
+        )
+    return [{"id": row["id"], "audio": row["audio"], "reason": facts.error} for row, facts in looked if facts.error]
 
 
 def silent_share(utterances: Utterances) -> float:
@@ -134,5 +154,6 @@ def silent_share(utterances: Utterances) -> float:
         num_samples = min(5 * SAMPLING_RATE, entry["num_samples"])
         start = round(entry["start"] * SAMPLING_RATE) + (entry["num_samples"] - num_samples) // 2
         with contextlib.suppress(AudioError):
-            is_silent.append(np.sqrt(np.mean(np.square(read_crop(entry["audio"], start, num_samples)))) < SILENCE)
+            samples = read_crop(entry["audio"], start, num_samples, entry.get("channel"))
+            is_silent.append(np.sqrt(np.mean(np.square(samples))) < SILENCE)
     return float(np.mean(is_silent)) if is_silent else 0.0

@@ -167,7 +167,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         return self._item(np.zeros(self.min_samples, np.float32), [])
 
     def _decode(self, utterance: dict[str, Any]) -> np.ndarray:
-        return read_crop(utterance["audio"], round(utterance["start"] * SAMPLING_RATE), utterance["num_samples"])
+        start, channel = round(utterance["start"] * SAMPLING_RATE), utterance.get("channel")
+        return read_crop(utterance["audio"], start, utterance["num_samples"], channel)
 
     def _labels(self, utterance: dict[str, Any]) -> list[int]:
         """Of a text that is not known: a single unknown, to tell it from audio that cannot be read."""

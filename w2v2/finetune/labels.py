@@ -172,7 +172,7 @@ class LabelledDataset(SpeechDataset):
         if self.crop and length > self.crop:
             drawn = derive(self.seed, CROP, self.epoch, zlib.crc32(utterance["id"].encode()))
             start, length = start + int(below(drawn, length - self.crop + 1)), self.crop
-        return read_crop(utterance["audio"], start, length)
+        return read_crop(utterance["audio"], start, length, utterance.get("channel"))
 
 
 def collate_labelled(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

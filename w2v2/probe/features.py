@@ -62,7 +62,8 @@ class FrozenModel:
     def _read_waveform(self, utterance: dict) -> np.ndarray:
         """Samples (S,) as the model takes them, at least enough for one latent frame."""
         try:
-            samples = read_crop(utterance["audio"], round(utterance["start"] * SAMPLING_RATE), utterance["num_samples"])
+            start, channel = round(utterance["start"] * SAMPLING_RATE), utterance.get("channel")
+            samples = read_crop(utterance["audio"], start, utterance["num_samples"], channel)
         except AudioError as error:
             raise UserError(f"{error.path}: {error.reason}; mend it, or leave it out of the manifest") from None
         samples = np.pad(samples, (0, max(0, min_samples(self.config) - len(samples))))

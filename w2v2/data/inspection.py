@@ -1,0 +1,160 @@
+"""What is found out about audio files, in worker processes: their lengths, and what is in them.
+
+A file is decoded in a worker, so that a damaged one that crashes the decoder costs no process of the run itself.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from w2v2.data.audio import check_peak, mix_down
+from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
+
+FILES_AT_ONCE = 8  # that a worker looks at before it reports
+SILENCE = 1e-3  # of full scale, root mean square
+CLIPPED = 1e-3  # share of the samples at full scale
+ANTIPHASE = 0.25  # the mix, as a share of the quieter channel: −12 dB; independent channels give 0.7
+
+
+@dataclass
+class AudioFacts:
+    """A file as a whole. Levels are of full scale 1; `error` says why it cannot be used, and then the rest is void."""
+
+    path: str
+    num_samples: int | None = None  # at 16 kHz, as it decodes; None where only the beginning was decoded
+    sample_rate: int = 0  # of the file
+    channels: int = 0
+    codec: str = ""  # container and codec
+    peak: float = 0.0
+    is_silent: bool = False
+    is_clipped: bool = False
+    is_antiphase: bool = False  # the mix of its channels is far quieter than any of them
+    error: str | None = None
+
+
+def inspect_audio(path: str, most_seconds: float = math.inf) -> AudioFacts:
+    """Decode a file in blocks from its beginning, to its end or for so many seconds."""
+    path = os.fsdecode(path)
+    facts = AudioFacts(path)
+    num_frames, num_full, power, mixed = 0, 0, 0.0, 0.0
+    try:
+        with open_sound(path) as file:
+            facts.sample_rate, facts.channels, facts.codec = file.rate, file.channels, file.codec
+            length = file.num_frames
+            for block in file.blocks():  # (S, C)
+                loudest = np.abs(block).max(axis=1)
+                num_frames += len(block)
+                num_full += int((loudest >= 1 - 2.0**-14).sum())
+                facts.peak = float(np.maximum(facts.peak, loudest.max()))  # NaN where there is one
+                check_peak(path, facts.peak)
+                power = power + np.square(block, dtype=np.float64).sum(axis=0)  # (C,)
+                mixed += float(np.square(mix_down(block), dtype=np.float64).sum())
+                if num_frames >= most_seconds * file.rate:
+                    break
+            else:
+                length = num_frames
+            if num_frames * SAMPLING_RATE < file.rate:
+                raise AudioError(path, "holds no audio")
+    except AudioError as error:
+        facts.error = error.reason
+        return facts
+    facts.num_samples = None if length is None else length * SAMPLING_RATE // facts.sample_rate
+    levels, level = np.sqrt(power / num_frames), np.sqrt(mixed / num_frames)
+    facts.is_silent = bool(levels.max() < SILENCE)
+    facts.is_clipped = num_full > CLIPPED * num_frames
+    facts.is_antiphase = bool(levels.min() >= SILENCE and level < ANTIPHASE * levels.min())
+    return facts
+
+
+def inspect_files(paths: Sequence[str], most_seconds: float = math.inf) -> list[AudioFacts]:
+    """`inspect_audio` of each file, in their order."""
+    return list(look_at(paths, partial(inspect_audio, most_seconds=most_seconds), "Looking at audio files"))
+
+
+class _Looks(Dataset):
+    def __init__(self, paths: Sequence[str], look: Callable[[str], Any]):
+        self.paths, self.look = paths, look
+
+    def __getitem__(self, index: int) -> list:
+        return [self.look(path) for path in self.paths[index * FILES_AT_ONCE : (index + 1) * FILES_AT_ONCE]]
+
+
+def look_at(paths: Sequence[str], look: Callable[[str], Any], title: str) -> Iterator:
+    """What `look` finds of each file, in their order, from worker processes, with a bar of progress."""
+    num_blocks = -(-len(paths) // FILES_AT_ONCE)
+    num_workers = min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, num_blocks)
+    loader = DataLoader(_Looks(paths, look), batch_size=None, sampler=range(num_blocks), num_workers=num_workers)
+    with tqdm(total=len(paths), desc=title, unit=" files", disable=None) as bar:
+        for found in loader:
+            yield from found
+            bar.update(len(found))
+
+
+def fill_lengths(
+    table: pa.Table, probe: Callable[[str], int], cache_dir: str | Path | None
+) -> tuple[pa.Table, list[dict]]:
+    """Fill the nulls of `num_samples`; rows whose file cannot be measured come back as {id, audio, reason} instead."""
+    unknown = pc.is_null(table["num_samples"]).combine_chunks()
+    rows = table.filter(unknown).select(["id", "audio", "start"]).to_pylist()
+    if not rows:
+        return table, []
+    found = measure_lengths(list(dict.fromkeys(row["audio"] for row in rows)), probe, cache_dir)
+    skipped, lengths = [], []
+    for row in rows:
+        length, start = found[row["audio"]], round(row["start"] * SAMPLING_RATE)
+        if isinstance(length, int) and length <= start:
+            length = f"ends before {row['start']:g} s, where the row starts"
+        if isinstance(length, str):
+            skipped.append({"id": row["id"], "audio": row["audio"], "reason": length})
+        lengths.append(None if isinstance(length, str) else length - start)
+    filled = pc.replace_with_mask(table["num_samples"].combine_chunks(), unknown, pa.array(lengths, pa.int64()))
+    table = table.set_column(table.column_names.index("num_samples"), "num_samples", filled)
+    return table.filter(pc.is_valid(filled)), skipped
+
+
+def measure_lengths(
+    paths: list[str], probe: Callable[[str], int], cache_dir: str | Path | None = None
+) -> dict[str, int | str]:
+    """Length of each file, or the reason (a string) why it has none: that of the AudioError which `probe` raises.
+
+    Lengths are kept in `cache_dir/lengths.jsonl` by path, size and time of change, a line a file, so that processes
+    which measure at the same time do each other no harm.
+    """
+    cache = None if cache_dir is None else Path(cache_dir, "lengths.jsonl")
+    known, keys = {}, {}
+    for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache and cache.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):  # a line torn by an interruption
+            *key, length = json.loads(line)
+            known[tuple(key)] = int(length)
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # the probe says why; ValueError: a null character
+            status = os.stat(path)
+            keys[path] = path, status.st_size, status.st_mtime_ns
+
+    def measure(path: str) -> int | str:
+        try:
+            return int(probe(path))
+        except AudioError as error:
+            return error.reason
+
+    lengths = {path: known[keys[path]] for path in paths if keys.get(path) in known}
+    unknown = [path for path in paths if path not in lengths]
+    for path, length in zip(unknown, look_at(unknown, measure, "Measuring audio files"), strict=True):
+        lengths[path] = length
+        if cache and path in keys and isinstance(length, int):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with open(cache, "a", encoding="utf-8") as file:
+                file.write(json.dumps([*keys[path], length]) + "\n")
+    return lengths
