@@ -29,7 +29,7 @@ UNITS = {"s": "s sec secs second seconds", "ms": "ms msec millisecond millisecon
 NEUTRAL = "time timestamp at in t n num nb number of index idx position pos segment seg audio clip utt utterance speech"
 MEANINGS = {word: kind for kinds in (ROLES, UNITS) for kind, words in kinds.items() for word in words.split()}
 WORDS = "|".join(sorted([*MEANINGS, *NEUTRAL.split()], key=len, reverse=True))
-LOOKS = "start begin beg onset offset stop end from to t[01] tmin tmax xmin xmax segments supervisions".replace(" ", "|")
+LOOKS = "start begin beg onset offset stop end from to t[01] tmin tmax xmin xmax segments".replace(" ", "|")
 LOOKS_LIKE_ONE = re.compile(rf"^(?!.*(date|year|month|day)).*(?<![a-z])({LOOKS})(?![a-z])")
 RATE_NAMES = ("sample_rate", "sampling_rate", "samplerate", "sr")
 NUMBER = r"^(-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?nan|[+-]?inf)$"
