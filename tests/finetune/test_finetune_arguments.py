@@ -99,13 +99,14 @@ def test_flags_of_training_are_ignored_without_one(tmp_path, capsys):
 
 
 def test_results_are_strict_json(tmp_path):
-    write_results(tmp_path, {"dev": {"loss": math.inf, "cer": [math.nan, 0.5]}}, [])
+    write_results(tmp_path, {"dev": {"loss": math.inf, "cer": [math.nan, 0.5]}}, [{"id": "é", "wer": math.inf}])
 
     def refuse(name):
         raise AssertionError(name)
 
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert found == {"dev": {"loss": None, "cer": [None, 0.5]}}
+    assert (tmp_path / "predictions.jsonl").read_text() == '{"id": "é", "wer": null}\n'
 
 
 def test_empty_values_take_back_what_a_yaml_file_says():

@@ -226,9 +226,12 @@ def write_config(path: Path, *arguments: Any) -> None:
 
 
 def write_results(output_dir: str, results: Mapping, lines: Iterable[Mapping]) -> None:
-    """`results.json`, with null for what is no finite number, and `predictions.jsonl` with a line an utterance."""
+    """`results.json`, and `predictions.jsonl` with a line an utterance; null stands for what is no finite number."""
+
+    def encode(value: Mapping, **options: Any) -> str:
+        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        return json.dumps(finite, ensure_ascii=False, allow_nan=False, **options) + "\n"
+
     with open(Path(output_dir, PREDICTIONS_FILE), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
-    content = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    Path(output_dir, RESULTS_FILE).write_text(content, encoding="utf-8")
+        file.writelines(map(encode, lines))
+    Path(output_dir, RESULTS_FILE).write_text(encode(results, indent=2), encoding="utf-8")

@@ -147,7 +147,10 @@ class CTCTrainer(FineTuner):
         config, (B, S) = self.model.config, inputs["input_values"].shape
         num_samples = inputs["attention_mask"].sum(-1) if "attention_mask" in inputs else torch.full((B,), S)
         if self.chunk_seconds and self.chunk_seconds * SAMPLING_RATE < S:
-            inputs, size = self._prepare_inputs(inputs), self.args.per_device_eval_batch_size
+            inputs, size = (
+                self._prepare_inputs(inputs),
+                max(1, int(self.args.eval_micro_batch_seconds // self.chunk_seconds)),
+            )
             with torch.no_grad(), self.compute_loss_context_manager():
                 rows = [chunk_logits(model, row[:n], self.chunk_seconds, size)
                         for row, n in zip(inputs["input_values"], num_samples, strict=True)]  # fmt: skip
