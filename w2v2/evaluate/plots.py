@@ -63,7 +63,8 @@ def draw_plots(
         figure = make_figure(7, 3.2 * len(curves))
         for axes, (label, found) in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves.items(), strict=True):
             for curve, (hours, values) in found.items():
-                axes.plot(hours, values, label=curve, marker="o" if len(hours) < 30 else None, markersize=3)
+                style = dict(marker="o" if len(hours) < 30 else None, linestyle="--" if "guess" in curve else "-")
+                axes.plot(hours, values, label=curve, markersize=3, **style)
             axes.set(xlabel=over[1], ylabel=label)
             axes.grid(alpha=0.3)
             axes.legend()
