@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import av
 import numpy as np
 import pandas
 import soundfile
@@ -25,7 +26,7 @@ from w2v2.data.manifest import read_manifests
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRISPEECH = 281_241  # utterances of its 960 hours
-PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow", "soundfile")
+PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow", "soundfile", "av")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -106,19 +107,36 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def write_files(rows: list[dict], folder: Path, format: str, subtype: str) -> str:
-    """A manifest of the utterances as files of this format: the files themselves, if they are."""
-    suffix, copies = f".{format.lower()}", []
+def write_files(rows: list[dict], folder: Path, suffix: str, codec: str | None) -> str:
+    """A manifest of the utterances as files with this suffix: the files themselves, if they are.
+
+    `codec` is that of FFmpeg, None for the 16 bits of libsndfile's formats.
+    """
+    copies = []
     for number, row in enumerate(rows):
         if not row["audio"].lower().endswith(suffix):
-            path = folder / f"{number:06d}{suffix}"
+            path = str(folder / f"{number:06d}{suffix}")
             samples = read_pcm(row["audio"], round(row["start"] * SAMPLING_RATE), row["num_samples"])
-            with soundfile.SoundFile(path, "w", SAMPLING_RATE, 1, subtype=subtype) as file:
-                for first in range(0, len(samples), SAMPLING_RATE):  # long blocks overflow the stack of Ogg's encoders
-                    file.write(samples[first : first + SAMPLING_RATE])
-            row = row | dict(audio=str(path), start=0.0)
+            if codec:
+                encode(path, samples, codec)
+            else:
+                soundfile.write(path, samples, SAMPLING_RATE, subtype="PCM_16")
+            row = row | dict(audio=path, start=0.0)
         copies.append(row)
-    return write_lines(folder / f"{subtype.lower()}.jsonl", copies)
+    return write_lines(folder / f"{suffix[1:]}.jsonl", copies)
+
+
+def encode(path: str, samples: np.ndarray, codec: str) -> None:
+    """Write samples, (S,) int16 or float32, with an encoder of FFmpeg at its default quality."""
+    frame = av.AudioFrame.from_ndarray(samples[None], "s16" if samples.dtype == np.int16 else "flt", "mono")
+    frame.sample_rate = SAMPLING_RATE
+    with av.open(path, "w") as out:
+        stream = out.add_stream(codec, rate=SAMPLING_RATE, layout="mono")
+        out.start_encoding()
+        context = stream.codec_context
+        pieces = av.AudioResampler(context.format, "mono", SAMPLING_RATE, frame_size=context.frame_size)
+        for piece in (*pieces.resample(frame), *pieces.resample(None), None):
+            out.mux(stream.encode(piece))
 
 
 def pack(rows: list[dict], folder: Path) -> str:

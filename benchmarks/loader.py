@@ -1,4 +1,4 @@
-"""How fast audio comes out of FLAC files and out of packed shards, and how long training waits for it.
+"""How fast audio comes out of files of several formats and out of packed shards, and how long training waits for it.
 
     python benchmarks/loader.py                                        # on synthesized audio
     python benchmarks/loader.py --manifest train.csv --data_root /data  # on one's own
@@ -32,7 +32,14 @@ from w2v2.model.loading import build_config, build_framing, load_feature_extract
 from w2v2.train.log import read_metrics
 from w2v2.train.plan import build_batches
 
-FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}  # as libsndfile names them
+# Suffix, and FFmpeg's name of a codec that libsndfile does not write.
+FORMATS = {
+    "wav": (".wav", None),
+    "flac": (".flac", None),
+    "mp3": (".mp3", "libmp3lame"),
+    "opus": (".opus", "libopus"),
+    "aac": (".m4a", "aac"),
+}
 COMPARED = ("flac", "packed")
 WAYS = ("read_crops", "stack_crops", "whole_batches")  # methods of Source
 LEAST_SECONDS = 0.2  # of processor time that a figure is taken from

@@ -12,9 +12,9 @@ The folder may be moved and holds
     packing.jsonl       what was packed; then a line a shard
 
 Ids, order and lengths stay, so the effective batches do. 16-bit mono audio at 16 kHz stays the same bit for bit; other
-audio is resampled and averaged as in training, rounded and clipped. After an interruption, the same command goes on
-with the missing shards, to the same bytes. Unreadable utterances are left out and listed in skipped_audio.jsonl; once
-they are mended, pack anew with --overwrite.
+audio is decoded, mixed (or its `channel` taken) and resampled as in training, rounded and clipped. After an
+interruption, the same command goes on with the missing shards, to the same bytes. Unreadable utterances are left out
+and listed in skipped_audio.jsonl; once they are mended, pack anew with --overwrite.
 """
 
 import contextlib
@@ -147,7 +147,8 @@ def pack_shard(path: Path, table, rows: range) -> dict:
         channels = columns.get("channel", [None] * len(rows))
         for name, audio, start, num_samples, channel in zip(*map(columns.get, ROW), channels, strict=True):
             try:
-                if num_rows[audio] > 1 and is_compressed(audio) and copied != audio:
+                if copied != audio and num_rows[audio] > 1 and is_compressed(audio):
+                    copied = None  # until the copy is whole
                     write_seekable(audio, copy)  # a compressed file of many utterances is decoded once
                     copied = audio
                 first, source = round(start * SAMPLING_RATE), str(copy) if copied == audio else audio
@@ -165,10 +166,12 @@ def pack_shard(path: Path, table, rows: range) -> dict:
 
 def read_utterance(path: str, start: int, num_samples: int, channel: int | None) -> tuple[np.ndarray, int]:
     """An utterance as int16 of shape (S,), and how many of its samples lie beyond full scale. Raises AudioError."""
-    excess = num_samples - probe(path)
-    if start == 0 and MAX_PADDING < excess <= MAX_SHIFT + MAX_PADDING:  # the manifest's duration is rounded
-        num_samples -= excess
-    samples = read_pcm(path, start, num_samples, channel=channel)
+    try:
+        samples = read_pcm(path, start, num_samples, channel=channel)
+    except AudioError:
+        samples = read_pcm(path, start, channel=channel)  # all that there is
+        if start or num_samples - len(samples) > MAX_SHIFT + MAX_PADDING:  # else the manifest's duration is rounded
+            raise
     if samples.dtype == np.int16:
         return samples, 0
     scaled = np.rint(samples * np.float32(32_768))
