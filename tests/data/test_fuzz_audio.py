@@ -239,7 +239,7 @@ def test_a_run_hears_all_good_files_and_lists_the_bad(tmp_path, monkeypatch):
     assert all(np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]) for record in metrics)
 
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    missing = [row | ({"audio": "/nowhere/at/all.wav"} if row["id"] in bad else {}) for row in rows]
+    missing = [row | ({"audio": f"/nowhere/{row['id']}.wav"} if row["id"] in bad else {}) for row in rows]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in missing))
     assert run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "other")) == 0
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "other"))
