@@ -46,6 +46,8 @@ from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import RunState
 from w2v2.train.update import Feed, build_optimizer, train_update, validate
 
+SKIPPED = {"train_data": SkippedAudio, "validation_data": SkippedValidation}  # flag → what lists its unreadable files
+
 
 @dataclass
 class Run:
@@ -95,20 +97,18 @@ def main() -> None:
 
     # 2. The utterances, and the effective batches that are drawn from them.
     with accelerator.main_process_first():
-        training, unmeasured = load_utterances(args.train_data, args, framing)
-        validation, missing = (
-            load_utterances(args.validation_data, args, framing) if args.validation_data else (None, [])
-        )
+        manifests = {flag: found for flag in SKIPPED if (found := getattr(args, flag))}
+        data = {flag: load_utterances(found, args, framing) for flag, found in manifests.items()}
+    training, validation = data["train_data"][0], data.get("validation_data", (None, []))[0]
     batches = build_batches(training, args)
     if args.dry_run:
-        return present_plan(training, batches, args, accelerator, args.micro_batch_seconds)
+        return on_main_process(accelerator, lambda: present_plan(data, args, accelerator, args.micro_batch_seconds))
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint)
     skipped = [
-        kind(args, accelerator, len(data.table) + len(unread), unread + probe_some(data), state.step)
-        for kind, data, unread in ((SkippedAudio, training, unmeasured), (SkippedValidation, validation, missing))
-        if data
+        SKIPPED[flag](args, accelerator, len(found.table) + len(unread), unread + probe_some(found), state.step)
+        for flag, (found, unread) in data.items()
     ]
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
@@ -123,7 +123,7 @@ def main() -> None:
     # 4. The size of a micro-batch: how much padded audio a device holds, and so how the effective batch is cut.
     state.micro_batch_seconds = args.micro_batch_seconds or find_micro_batch(run, batches)
     state.num_processes = accelerator.num_processes
-    present_plan(training, batches, args, accelerator, state.micro_batch_seconds)
+    on_main_process(accelerator, lambda: present_plan(data, args, accelerator, state.micro_batch_seconds))
     pusher = HubPusher(args) if args.push_to_hub and accelerator.is_main_process else None
     if accelerator.is_main_process:
         write_config(args, state.micro_batch_seconds)

@@ -172,8 +172,9 @@ def test_checkpoint_to_resume_that_is_none(finished, refused, tmp_path):
     refused(finished, "--model_name_or_path", resume_from_checkpoint=finished)
 
 
-def spoiled(corpus, folder):
-    """Twelve utterances of which three cannot be read, each for another reason; two show only when they are decoded."""
+def spoiled(corpus, folder, monkeypatch):
+    """Twelve utterances of which three cannot be read, each for another reason; only the first is met at the start."""
+    monkeypatch.setattr("w2v2.data.utterances.NUM_PROBED", 1)
     folder.mkdir()
     paths = [Path(shutil.copy(path, folder)) for path in sorted((corpus / "audio").iterdir())]
     (folder / "notes.wav").write_text("only words")
@@ -182,8 +183,8 @@ def spoiled(corpus, folder):
     (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:15_000])
     soundfile.write(folder / "short.wav", tone[:8_000], 16_000)
     seconds = [soundfile.info(path).duration for path in paths[:9]]
-    bad = [folder / name for name in ("notes.wav", "cut.flac", "short.wav")]
-    return write_csv(folder / "train.csv", [*paths[:9], *bad], [*seconds, 3.0, 3.5, 3.0])
+    notes, *others = [folder / name for name in ("notes.wav", "cut.flac", "short.wav")]
+    return write_csv(folder / "train.csv", [notes, *paths[:9], *others], [3.0, *seconds, 3.5, 3.0])
 
 
 SKIPPING = dict(max_steps=6, logging_steps=1, max_skipped_fraction=0.3, save_total_limit=0)
@@ -193,17 +194,18 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_too_many_unreadable_files_stop_the_run(corpus, refused, tmp_path):
-    manifest, later = spoiled(corpus, tmp_path / "audio"), tmp_path / "later"
+def test_too_many_unreadable_files_stop_the_run(corpus, refused, tmp_path, monkeypatch):
+    manifest, later = spoiled(corpus, tmp_path / "audio", monkeypatch), tmp_path / "later"
     refused("--max_skipped_fraction 0.01", "notes.wav", train_data=manifest)
     limit = dict(max_skipped_fraction=0.1)
     refused("--max_skipped_fraction 0.1", "2 of 12", output_dir=later, train_data=manifest, **SKIPPING | limit)
     assert len(read_lines(later / "skipped_audio.jsonl")) == 2
 
 
-def test_unreadable_files_are_skipped_counted_and_listed(corpus, tmp_path):
+def test_unreadable_files_are_skipped_counted_and_listed(corpus, tmp_path, monkeypatch):
     """One of them is found before the first update, and again at a resumption; the others in updates before and after."""
-    run, more = tmp_path / "run", dict(train_data=spoiled(corpus, tmp_path / "audio"), save_steps=1, **SKIPPING)
+    manifest, run = spoiled(corpus, tmp_path / "audio", monkeypatch), tmp_path / "run"
+    more = dict(train_data=manifest, save_steps=1, **SKIPPING)
     accepted(corpus, run, **more)
     records, listed = read_metrics(run / "metrics.jsonl"), read_lines(run / "skipped_audio.jsonl")
     assert sorted(Path(entry["audio"]).name for entry in listed) == ["cut.flac", "notes.wav", "short.wav"]
@@ -217,8 +219,8 @@ def test_unreadable_files_are_skipped_counted_and_listed(corpus, tmp_path):
     assert read_lines(run / "skipped_audio.jsonl") == listed
 
 
-def test_unreadable_validation_audio_is_listed_and_limited(corpus, refused, tmp_path):
-    run, manifest = tmp_path / "run", spoiled(corpus, tmp_path / "audio")
+def test_unreadable_validation_audio_is_listed_and_limited(corpus, refused, tmp_path, monkeypatch):
+    run, manifest = tmp_path / "run", spoiled(corpus, tmp_path / "audio", monkeypatch)
     more = dict(validation_data=manifest, eval_steps=2, save_steps=1) | SKIPPING
     assert accepted(corpus, run, **more)["eval_skipped_audio"] == 3
     lines = (run / "skipped_validation.jsonl").read_bytes()

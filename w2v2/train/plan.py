@@ -1,6 +1,9 @@
 """The plan of a run: all that is known before its first update."""
 
 import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +11,21 @@ import numpy as np
 import yaml
 from accelerate import Accelerator
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.audio import MAX_SHIFT, SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
+from w2v2.data.inspection import AudioFacts, inspect_files
 from w2v2.data.utterances import Utterances
+from w2v2.errors import UserError
 from w2v2.train.log import announce
 
 RECOMMENDED_BATCH_HOURS = 1.6
+LISTENED_SECONDS = 60.0  # of each file that a dry run looks at
+UNUSABLE = ("missing", "unreadable", "ends_early")  # kinds of files that a run skips
+KINDS = (*UNUSABLE, "silent", "clipped", "resampled", "stereo_mixed", "antiphase")
 ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
+
+Data = dict[str, tuple[Utterances, list[dict]]]  # flag → its utterances, and the files that could not be measured
 
 
 def build_batches(utterances: Utterances, args, seed: int | None = None) -> EffectiveBatches:
@@ -49,11 +59,7 @@ def make_plan(
         padded.append(int(padded_sizes(lengths, pieces, len(pieces)).sum()))
     heard_samples = float(batches.heard_samples)
     updates_per_epoch = heard_samples / np.mean(samples)
-    plan = {
-        "utterances": len(utterances.num_samples),
-        "hours": utterances.hours,
-        "dropped": {reason: count for reason, count in utterances.dropped.items() if count},
-        "passed_over": utterances.passed_over,
+    plan = summarize(utterances) | {
         "batch_hours": float(np.mean(samples)) / SAMPLING_RATE / 3600,
         "micro_batch_seconds": seconds,
         "micro_batches_per_update": float(np.mean(rounds)),
@@ -65,6 +71,13 @@ def make_plan(
     }
     of_manifests = [{"code": "manifest", "message": line} for line in utterances.warnings]
     return plan | {"warnings": _warnings(plan, args, is_found=micro_batch_seconds is not None) + of_manifests}
+
+
+def summarize(utterances: Utterances) -> dict[str, Any]:
+    """How much there is, and what was left out of it."""
+    dropped = {reason: count for reason, count in utterances.dropped.items() if count}
+    size = {"utterances": len(utterances.num_samples), "hours": utterances.hours}
+    return size | {"dropped": dropped, "passed_over": utterances.passed_over}
 
 
 def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]]:
@@ -94,10 +107,13 @@ def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]
 
 def describe(plan: dict[str, Any]) -> str:
     """The plan for people."""
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in plan["dropped"].items())
-    rows = [
-        f"data          {plan['hours']:.2f} h in {plan['utterances']:,} utterances"
-        + (f" (left out: {left_out})" if left_out else ""),
+    data = {"data": plan} | ({"validation": plan["validation"]} if "validation" in plan else {})
+    rows = []
+    for name, part in data.items():
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in part["dropped"].items())
+        row = f"{name:14}{part['hours']:.2f} h in {part['utterances']:,} utterances"
+        rows.append(f"{row} (left out: {left_out})" if left_out else row)
+    rows += [
         f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches on each of "
         f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
         f"run           {plan['updates_per_epoch']:.1f} updates an epoch, {plan['epochs']:.1f} epochs",
@@ -106,16 +122,73 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"] if w["code"] != "manifest"])
 
 
-def present_plan(
-    utterances: Utterances, batches: EffectiveBatches, args, accelerator: Accelerator, micro_batch_seconds: float | None
-) -> None:
-    """Print what the run will do, and write plan.json into its folder."""
-    plan = make_plan(utterances, batches, args, accelerator.num_processes, micro_batch_seconds)
-    announce(accelerator, describe(plan))
-    if accelerator.is_main_process:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+def present_plan(data: Data, args, accelerator: Accelerator, micro_batch_seconds: float | None) -> None:
+    """Print what the run will do, and write plan.json into its folder.
+
+    A dry run looks into a sample of the files of every manifest besides. Raises `UserError` where the run would stop.
+    """
+    training, _ = data["train_data"]
+    plan = make_plan(training, build_batches(training, args), args, accelerator.num_processes, micro_batch_seconds)
+    if "validation_data" in data:
+        validation, _ = data["validation_data"]
+        plan["validation"] = summarize(validation)
+        plan["warnings"] += [{"code": "manifest", "message": line} for line in validation.warnings]
+    looks = [look_at_files(flag, *found, args.max_skipped_fraction) for flag, found in data.items() if args.dry_run]
+    if args.dry_run:
+        plan["looked_at"] = {flag: counts for flag, (counts, _, _) in zip(data, looks, strict=True)}
+    announce(accelerator, "\n".join([describe(plan), *(line for _, lines, _ in looks for line in lines)]))
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    for _, _, problem in looks:
+        if problem:
+            raise UserError(problem)
+
+
+def look_at_files(
+    flag: str, utterances: Utterances, unmeasured: list[dict], max_fraction: float
+) -> tuple[dict[str, dict[str, int]], list[str], str | None]:
+    """Counts by kind for each manifest, a line for each, and why a run would stop (None: it would not)."""
+    counts, lines, unusable = {}, [], {entry["audio"]: entry["reason"] for entry in unmeasured}
+    num_looked_at = num_unusable = 0
+    for manifest, rows in utterances.samples.items():
+        found = defaultdict(list)
+        for row, facts in zip(rows, inspect_files([row["audio"] for row in rows], LISTENED_SECONDS), strict=True):
+            for kind, detail in find_faults(row, facts):
+                found[kind].append(f"{row['audio']}: {detail}")
+                if kind in UNUSABLE:
+                    unusable[row["audio"]] = detail
+        counts[manifest] = {"files": len(rows)} | {kind: len(found[kind]) for kind in KINDS}
+        num_looked_at, num_unusable = num_looked_at + len(rows), num_unusable + sum(len(found[k]) for k in UNUSABLE)
+        said = [f"{len(found[kind])} {kind.replace('_', ' ')} ({found[kind][0]})" for kind in KINDS if found[kind]]
+        lines.append(f"looked at     {len(rows)} files of {manifest}: {'; '.join(said) or 'nothing unusual'}")
+    # A run stops where too many are known to be unusable, and sooner or later where the share of them is too large.
+    is_certain = len(unusable) > max_fraction * (len(utterances.num_samples) + len(unmeasured))
+    if not (is_certain or (num_unusable > 2 and num_unusable > max_fraction * num_looked_at)):
+        return counts, lines, None
+    (path, reason), share = next(iter(unusable.items())), f"{num_unusable} of {num_looked_at} files that were looked at"
+    limit = f"more than --max_skipped_fraction {max_fraction:g} allows"
+    return counts, lines, f"--{flag}: {path}: {reason}; {share} cannot be used, {limit}: a run would stop"
+
+
+def find_faults(row: dict[str, Any], facts: AudioFacts) -> Iterator[tuple[str, str]]:
+    """What is to be said of a row's file: the kind, and a detail for people."""
+    if facts.error:
+        yield "unreadable" if os.path.exists(row["audio"]) else "missing", facts.error
+        return
+    end, length = row["start"] + (row["num_samples"] or 0) / SAMPLING_RATE, facts.num_samples
+    if length is not None and end * SAMPLING_RATE > length + MAX_SHIFT:
+        yield "ends_early", f"ends at {length / SAMPLING_RATE:.2f} s, its row at {end:.2f} s"
+    if facts.is_silent:
+        yield "silent", f"its peak is {facts.peak:.2g}"
+    if facts.is_clipped:
+        yield "clipped", f"many samples at its peak, {facts.peak:.2f}"
+    if facts.sample_rate != SAMPLING_RATE:
+        yield "resampled", f"{facts.sample_rate:,} Hz"
+    if facts.channels > 1 and row.get("channel") is None:
+        yield "stereo_mixed", f"{facts.channels} channels"
+        if facts.is_antiphase:
+            yield "antiphase", "its mix is far quieter than its channels: choose one in a column `channel`"
 
 
 def write_config(args, micro_batch_seconds: float) -> None:

@@ -95,7 +95,9 @@ class RunState:
             self.notes.append(f"other settings than the checkpoint's run had: {changed}")
         if "ids_sha256" not in saved["identity"]:
             what = "neither the ids of the utterances nor the settings were compared with it"
-            self.notes.append(f"the checkpoint is of an earlier version: {what}")
+            self.notes.append(
+                f"the checkpoint is of an earlier version: {what}; validation takes other crops and masks"
+            )
 
     @property
     def cursor(self) -> Cursor:
