@@ -81,7 +81,7 @@ def _build_table(rows: Iterable[tuple[int | None, dict]], wanted: Callable[[str]
     rows, tables = iter(rows), []
     while batch := list(islice(rows, BATCH_ROWS)):
         columns = {LINE: pa.array([line for line, _ in batch], pa.int64())}
-        for name in dict.fromkeys(name for _, row in batch for name in row if wanted(name.lower())):
+        for name in filter(lambda name: wanted(name.lower()), dict.fromkeys(name for _, row in batch for name in row)):
             cells = (row.get(name) for _, row in batch)
             columns[name] = pa.array([cell if cell is None else str(cell) for cell in cells], pa.string())
         tables.append(pa.table(columns))
@@ -108,12 +108,12 @@ def _read_delimited(path: Path, wanted: Callable[[str], bool]) -> RawTable:
         def rows() -> Iterator[tuple[int, dict]]:
             number = 0
             for cells in reader:
-                text, line = "".join(lines).rstrip("\r\n"), reader.line_num - len(lines) + 1
+                line = reader.line_num - len(lines) + 1
                 number += bool(cells)
                 if cells and len(cells) != len(found):
                     counts = f"row {number} (line {line}) has {len(cells)} cells where the header has {len(found)}"
                     raise UserError(f"{path}: {counts}: put quotes round a value that holds the delimiter")
-                if is_csv and '"' in text:
+                if is_csv and '"' in lines[0]:
                     _check_quotes(path, line, lines, len(found))
                 lines.clear()
                 if cells:
