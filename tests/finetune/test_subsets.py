@@ -57,7 +57,7 @@ def test_training_leaves_out_what_it_cannot_learn_from(tmp_path, capsys):
 
 LISTS = {
     "ids": "{0}\n\n{1}\n",
-    "paths": "/elsewhere/{0}.flac\nfar/away/{1}.wav\n",
+    "paths": "/elsewhere/{0}.flac\nfar/away/{1}.M4A\n",
     "wav2letter": "{0} /elsewhere/{0}.flac 4075 chapter one\n{1} /elsewhere/{1}.flac 2740 not a word\n",
     "fairseq": "/root/of all\n3/{0}.flac\t4075\n4/{1}.flac\t2740\n",
     "transcripts": "{0} CHAPTER ONE\n{1} NOT A WORD\n",

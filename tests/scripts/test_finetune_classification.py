@@ -117,7 +117,7 @@ def test_new_audio_is_labelled_with_and_without_labels(data, capsys):
     write_rows(data / "some.csv", [row | {"label": row["label"] if i else ""} for i, row in enumerate(rows)])
     results, lines = label(data, data / "test.csv", data / "new.csv", data / "some.csv", output="labelled")
     before = read_json(data / "run" / "results.json")["test"]
-    assert results["test"] == pytest.approx(before) and results["new"] == {"utterances": 9}
+    assert results["test"] == pytest.approx(before) and results["new"] == {"utterances": 9, "scored": 0}
     assert (results["some"]["utterances"], results["some"]["scored"]) == (9, 8)
     by_set = [{line["id"]: line for line in lines if line["set"] == name} for name in ("test", "new", "some")]
     for id, line in by_set[0].items():

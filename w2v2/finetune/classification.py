@@ -120,21 +120,19 @@ class ClassificationTrainer(FineTuner):
         labels, logits = torch.tensor(output.label_ids), torch.tensor(output.predictions, dtype=torch.float32)
         readable, known = labels != -100, labels >= 0
         probabilities = logits.softmax(-1).masked_fill(~readable[:, None], torch.nan).numpy()
-        counts = {"utterances": int(readable.sum()), "scored": int(known.sum())}
-        if not known.any():
-            return probabilities, counts
-        scores = classification_scores(labels[known].numpy(), logits[known].argmax(-1).numpy())
-        return probabilities, scores | {"loss": float(self._loss(logits, labels))} | counts
+        scores: dict[str, Any] = {"utterances": int(readable.sum()), "loss": None}
+        if (num_known := int(known.sum())) != scores["utterances"]:
+            scores["scored"] = num_known
+        if num_known:
+            scores |= classification_scores(labels[known].numpy(), logits[known].argmax(-1).numpy())
+            scores["loss"] = float(self._loss(logits, labels))
+        return probabilities, scores
 
     def summary(self) -> dict[str, Any]:
+        run = super().summary() | {"labels": list(self.model.config.label2id)}
         if self.train_dataset is None:
-            return super().summary() | {"labels": list(self.model.config.label2id)}
-        counts = dict(Counter(self.train_dataset.table["target"]))
-        run = super().summary() | {
-            "mode": self.args.mode,
-            "train_labels": counts,
-            "labels": list(self.train_dataset.vocabulary),
-        }
+            return run
+        run |= {"mode": self.args.mode, "train_labels": dict(Counter(self.train_dataset.table["target"]))}
         if self.args.mode == "probe":
             run["layer_weights"] = self.model.layer_weights.detach().softmax(0).tolist()
         return run
@@ -146,11 +144,7 @@ def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str])
     for name, dataset in data.items():
         output = trainer.predict(dataset, metric_key_prefix=name)
         found = {key: output.metrics.get(f"{name}_{key}") for key in (*MEASURES, "loss", "utterances", "scored")}
-        if not found["scored"]:
-            found = {"utterances": found["utterances"]}
-        elif found["scored"] == found["utterances"]:
-            del found["scored"]
-        results[name] = found
+        results[name] = {key: value for key, value in found.items() if value is not None}
         for row, probabilities in zip(dataset.table, output.predictions, strict=True):
             if not np.isnan(probabilities).any():
                 best = {classes[i]: round(float(probabilities[i]), 4) for i in np.argsort(-probabilities)[:MOST_LISTED]}
@@ -160,7 +154,7 @@ def score(trainer: ClassificationTrainer, data: Mapping, classes: Sequence[str])
                     "reference": row["target"] or None,
                     "prediction": next(iter(best)),
                 }
-                lines.append(line | {"probability": best[line["prediction"]], "probabilities": best})
+                lines.append(line | {"probability": max(best.values()), "probabilities": best})
     return results, lines
 
 

@@ -14,12 +14,11 @@ from datasets import Dataset
 from transformers import Wav2Vec2Config
 
 from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.decoding import AUDIO_SUFFIXES
 from w2v2.errors import UserError, refuse
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.text import CTCArguments, frames_needed, split_units
 from w2v2.model.feature_encoder import num_frames
-
-_AUDIO_ENDINGS = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".sph")
 
 
 def num_hours(table: Dataset) -> float:
@@ -124,13 +123,13 @@ def take_listed(table: Dataset, path: str) -> Dataset:
 
 def _stem(name: str) -> str:
     stem, ending = os.path.splitext(name.rsplit("/", 1)[-1])
-    return stem if ending.lower() in _AUDIO_ENDINGS else stem + ending
+    return stem if ending.lower() in AUDIO_SUFFIXES else stem + ending
 
 
 def _read_list(path: Path) -> list[str]:
     """The names in a list, in order; those of the audio files where `path` is a folder."""
     if path.is_dir():
-        return sorted(_stem(file.name) for file in path.rglob("*") if file.suffix.lower() in _AUDIO_ENDINGS)
+        return sorted(_stem(file.name) for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
     try:
         lines = [line.rstrip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
