@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.batching import CHUNK, Cursor, MicroBatchPlan
+from w2v2.data.batching import CHUNK, VALIDATION_SEED, Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
@@ -95,9 +95,8 @@ class RunState:
             self.notes.append(f"other settings than the checkpoint's run had: {changed}")
         if "ids_sha256" not in saved["identity"]:
             what = "neither the ids of the utterances nor the settings were compared with it"
-            self.notes.append(
-                f"the checkpoint is of an earlier version: {what}; validation takes other crops and masks"
-            )
+            seed = "" if args.seed == VALIDATION_SEED else "; validation takes other crops and masks"
+            self.notes.append(f"the checkpoint is of an earlier version: {what}{seed}")
 
     @property
     def cursor(self) -> Cursor:
