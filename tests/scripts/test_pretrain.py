@@ -211,3 +211,16 @@ def test_given_weights_start_a_run_of_their_own(flags, whole_run, tmp_path):
     assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given)
     last = [r for r in read_metrics(whole_run / "metrics.jsonl") if "eval_loss" in r][-1]
     assert records[1]["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+
+
+def test_validation_hears_the_same_whatever_the_seed(flags, whole_run, tmp_path):
+    """Crops, masks and distractors: the weights stay as they are, and so do the figures."""
+    values = yaml.safe_load(flags.read_text()) | dict(learning_rate=1e-12, crop_seconds=1.2, batch_hours=0.001)
+    values |= dict(config_name=None, model_name_or_path=str(whole_run), max_steps=1)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    found = []
+    for seed in (1, 2):
+        assert run(tmp_path / "config.yaml", tmp_path / str(seed), "--seed", seed) == 0
+        training, validation = read_curve(tmp_path / str(seed))
+        found.append({name: value for name, value in validation.items() if name.startswith("eval_")})
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0]["eval_masked_frames"] > 100
