@@ -1,5 +1,7 @@
 """Every kind of audio file is heard from its first sample to its last: against FFmpeg's whole decode, written apart."""
 
+import os
+import signal
 import struct
 
 import numpy as np
@@ -9,7 +11,8 @@ import soxr
 from encoding import encode, whole
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
-from w2v2.data.inspection import inspect_audio, inspect_files
+from w2v2.data.collate import explain_loss
+from w2v2.data.inspection import inspect_audio, inspect_files, look_at
 
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 KINDS = """
@@ -166,6 +169,13 @@ def test_the_beginning_tells_the_length_only_by_a_header(tmp_path):
         inspect_audio(make(tmp_path, "mp3 mp3 16000 1"), 1.0),
     )
     assert [facts.num_samples for facts in looked] == [49_600, None]
+
+
+def test_a_decoder_that_crashes_takes_no_run_with_it(tmp_path):
+    """The worker is lost, and a line says what to look for."""
+    with pytest.raises(RuntimeError) as caught:
+        list(look_at(["a", "b"], lambda path: os.kill(os.getpid(), signal.SIGSEGV), "Crashing"))
+    assert "a damaged file crashed the decoder" in explain_loss(caught.value)
 
 
 PLAYLISTS = {

@@ -36,7 +36,7 @@ OPTIONS = {
     "protocol_whitelist": "none",
     "format_whitelist": "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,dtshd,eac3,flac,flv,g722,g723_1,g726,"
     "g726le,g729,gsm,ilbc,ircam,loas,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,nistsphere,ogg,pvf,rm,shn,sox,tak,tta,"
-    "voc,w64,wav,wv,xwma",
+    "truehd,mlp,voc,w64,wav,wv,xwma",
 }
 COMPRESSED = (b"OggS", b"ID3", b"\xff")  # how Ogg and MP3 files begin
 FAILURES = (av.error.FFmpegError, OSError, OverflowError, MemoryError, ValueError)  # of PyAV, and of reading for it

@@ -60,7 +60,7 @@ def load_manifest(
 ) -> tuple[datasets.Dataset, list[dict]]:
     """`read_manifests` as a data set: memory-mapped from a file in `cache_dir`, or in memory where that is None."""
     table, skipped, _ = read_manifests(paths, cache_dir=cache_dir, **options)
-    warn_of_slow_crops(table)
+    tell_slow_crops(table)
     return map_table(table, cache_dir), skipped
 
 
@@ -97,7 +97,7 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     """
     cache_dir = Path(args.output_dir) / "cache"
     table, unmeasured, notes = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
-    warn_of_slow_crops(table)
+    notes["warnings"] += tell_slow_crops(table)
     num_samples = table["num_samples"].to_numpy()  # (rows,) int64
     # 1. Which rows are too short, as a whole or as a crop, or too long?
     least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
@@ -122,17 +122,20 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     return Utterances(data, num_samples[kept].astype(np.int32), dropped, **notes), unmeasured
 
 
-def warn_of_slow_crops(table: pa.Table) -> None:
-    """Say once that crops deep in compressed files take long, for each decodes its file from the beginning."""
+def tell_slow_crops(table: pa.Table) -> list[str]:
+    """A warning that is also told, where crops lie deep in compressed files: each decodes its file from the beginning."""
     ends = pc.add(table["start"], pc.divide(pc.cast(table["num_samples"], pa.float64()), float(SAMPLING_RATE)))
-    deep = table.filter(pc.greater(ends, SLOW_SECONDS))["audio"]
+    deep = table["audio"].filter(pc.greater(ends, SLOW_SECONDS))
     slow = deep.filter(pc.invert(pc.match_substring_regex(deep, rf"(?i)({'|'.join(SEEKABLE_SUFFIXES)})$")))
-    if len(slow):
-        tell(
-            f"{len(slow):,} of {len(table):,} utterances end more than {SLOW_SECONDS / 60:g} minutes into a compressed file, the "
-            f"first in {slow[0]}: each of their crops decodes the file from its beginning, which is slow; "
-            "data_scripts/pack_audio.py writes them to WAV shards once"
-        )
+    if not len(slow):
+        return []
+    line = (
+        f"{len(slow):,} of {len(table):,} utterances end more than {SLOW_SECONDS / 60:g} minutes into a compressed file, the first "
+        f"in {slow[0]}: each of their crops decodes the file from its beginning, which is slow; data_scripts/pack_audio.py "
+        "writes them to WAV shards once"
+    )
+    tell(line)
+    return [line]
 
 
 def probe_some(utterances: Utterances) -> list[dict]:
