@@ -13,6 +13,7 @@ import prepare_voxceleb
 import pytest
 import soundfile
 from conftest import error_line
+from encoding import encode
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -38,18 +39,20 @@ def run(script, *argv) -> int:
 # -- any folder
 
 
-def test_folder_lists_usable_files_once_and_others_apart(tmp_path):
+def test_folder_lists_usable_files_once_and_others_apart(tmp_path, caplog):
     audio, output = tmp_path / "audio", tmp_path / "lists" / "all.csv"
     write_audio(audio / "a.wav", 1.0)
     write_audio(audio / "a.flac", 0.75)
     write_audio(audio / "deep" / "er" / "b.WAV", 2.0, rate=44_100, channels=2)
+    encode(audio / "c.webm", np.zeros(48_000), 48_000, "libopus")
     write_audio(audio / ".hidden.wav")
     (audio / "notes.txt").write_text("not audio")
     (audio / "broken.flac").write_bytes(b"not a flac at all")
     (audio / "empty.wav").touch()
     assert run(prepare_folder, audio, "--output", output) == 0
     durations = {row["id"]: float(row["duration"]) for row in rows_of(output)}
-    assert durations == {"a.wav": 1.0, "a.flac": 0.75, "deep/er/b": 2.0}
+    assert durations == {"a.wav": 1.0, "a.flac": 0.75, "deep/er/b": 2.0, "c": pytest.approx(1.0, abs=0.03)}
+    assert f"{audio}: passed over, as no audio by their suffix: 1 .txt, 1 hidden" in caplog.text
     assert set(rows_of(output)[0]) == {"id", "audio", "duration"}
     skipped = [json.loads(line) for line in (tmp_path / "lists" / "all.skipped.jsonl").read_text().splitlines()]
     assert {Path(entry["audio"]).name for entry in skipped} == {"broken.flac", "empty.wav"}
