@@ -106,6 +106,7 @@ def test_parquet_holds_segments_as_numbers(folder):
         ("audio,num_samples", "call.wav,160000", "10 s, the file holds 20 s; is num_samples at the file's 8,000 a second"),
         ("audio,offset,duration", "episode.wav,18.5,3", "go beyond the end of their files .*: 21.5 s, the file holds 20 s"),
         ("audio,start,end", "episode.wav,3000,8000\nepisode.wav,9000,12000", "may be milliseconds or frames .*12000 in a file of 20 s"),
+        ("audio,start,end", "episode.wav,300,305", "go beyond the end of their files .*: 305 s, the file holds 20 s"),
         ("audio,begin_stamp,end_stamp", "episode.wav,1,3\nepisode.wav,4,6", "begin_stamp .2 rows. is '1': it looks like a segment"),
         ("audio,t0,t1", "episode.wav,1,3", "t0 .1 rows. is '1': it looks like a segment and is not used"),
         ("audio,from,to", "episode.wav,1,3", "from .1 rows. is '1': it looks like a segment and is not used"),

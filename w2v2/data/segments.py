@@ -123,9 +123,7 @@ def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], di
         cells = pc.utf8_trim_whitespace(cast_text(raw, name))
         if pc.all(pc.match_substring_regex(cells, r"^([0-9.]*$|\[\{)")).as_py():  # numbers, or lists of objects
             given = pc.match_substring_regex(cells, r"[1-9]|\[\{")
-            remedy = (
-                "it looks like a segment and is not used: write start and stop, a row for each segment, or remove it"
-            )
+            remedy = "it looks like a segment and is not used: write start and stop in rows of their own, or remove it"
             raw.refuse(given, f"{name} ({pc.sum(given).as_py():,} rows)", pc.utf8_slice_codeunits(cells, 0, 60), remedy)
     return names, units
 
@@ -199,10 +197,11 @@ def _tell_unit(
     if not (ends > 0).any():
         return ("frames" if is_speechbrain and not len(rows) else "s"), None, ""
     tail = np.where(np.isnan(stop), np.nan_to_num(duration), 0.0)[rows]
+    spans = np.where(np.isnan(stop), start, between)[rows]
     fits = {}
     for unit, per_second in (("s", 1), ("ms", MILLISECONDS), ("frames", own)):
         inside = (ends / per_second + tail <= seconds + TOLERANCE)[ends > 0].mean() >= 0.5
-        fits[unit] = inside and np.median((ends / per_second)[ends > 0]) > SHORTEST
+        fits[unit] = inside and np.median((spans / per_second)[ends > 0]) > SHORTEST
     if fits["s"] or not (fits["frames"] or is_speechbrain):
         return "s", None, ""
     if fits["ms"] and not is_speechbrain:
