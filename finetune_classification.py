@@ -199,6 +199,7 @@ def run(
         model, args, data_collator=collate_labelled, train_dataset=train_set, eval_dataset=data["validation"],
         processing_class=extractor, class_weights=weights, callbacks=list(callbacks),
     )  # fmt: skip
+    trainer.dropped = {"by their length": num_dropped}
     trainer.describe(checkpoint)
     if args.process_index == 0 and not args.folds:
         write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)

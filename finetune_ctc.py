@@ -59,7 +59,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     theirs = read_head(config, args)
     resumed = read_vocabulary(checkpoint) if checkpoint else None
     tables, text_args = read_sets(args, text_args, resumed or theirs)
-    train_table = select_training(tables.pop("train"), config, args, text_args)
+    train_table, dropped = select_training(tables.pop("train"), config, args, text_args)
     if is_default and args.metric_for_best_model == "wer" and lacks_spaces(train_table["text"]):
         args.metric_for_best_model = "cer"
         args.print_once("     measure: the lowest CER is the best, for the text has no spaces between words")
@@ -89,6 +89,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
         processing_class=make_processor(vocabulary, extractor), vocabulary=vocabulary, callbacks=[hub],
         blank_warning_steps=text_args.blank_warning_steps,
     )  # fmt: skip
+    trainer.dropped = dropped
     trainer.describe(checkpoint)
     describe_units(sets, trainer)
     if args.process_index == 0:

@@ -49,7 +49,9 @@ def test_training_leaves_out_what_it_cannot_learn_from(tmp_path, capsys):
     table = Dataset.from_list([{"id": f"u{i}", "text": text, "num_samples": n} for i, (text, n) in enumerate(rows)])
     args = FineTuningArguments(output_dir=str(tmp_path), train_data=["t"], validation_data=["v"], config_name="c",
                                use_cpu=True, min_seconds=0.01, max_seconds=10.0)  # fmt: skip
-    assert select_training(table, tiny_config(), args, CTCArguments())["id"][:] == ["u0"]
+    kept, dropped = select_training(table, tiny_config(), args, CTCArguments())
+    assert kept["id"][:] == ["u0"]
+    assert dropped == {"by their length": 2, "with a text longer than their audio": 1}
     assert "2 by their length, 1 with a text longer than their audio" in capsys.readouterr().out
     with pytest.raises(UserError, match="every utterance was dropped"):
         select_training(table.select([1]), tiny_config(), args, CTCArguments())

@@ -130,7 +130,8 @@ def test_a_recognisers_card_has_scores_recipe_and_code(tmp_path, capsys):
     Wav2Vec2CTCTokenizer(tmp_path / "vocab.json").save_pretrained(tmp_path)
     draw_plots(tmp_path, [{"step": 1, "loss": 2.0}], FINETUNING_PICTURES, over=("step", "update"))
     rates = {"wer": 0.5, "cer": 0.25, "utterances": 9, "lm": {"wer": 0.125, "worst_utterances": []}}
-    run = {"lm": {"path": "/home/me/x.arpa"}, "updates": 4, "train_utterances": 4, "train_hours": 0.5}
+    run = {"lm": {"path": "/home/me/x.arpa"}, "updates": 4, "train_utterances": 4, "train_hours": 0.5,
+           "dropped": {"by their length": 3, "with a text longer than their audio": 0}}  # fmt: skip
     flags = dict(train_data=["/home/me/train.csv"], test_data=["test.csv"], max_steps=4, batch_seconds=1600.0)
     results = {"validation": {"wer": 0.4}, "test": rates, "run": run}
     write_finetuned_card(tmp_path, config=flags | {"device_hours": 1.5}, results=results)
@@ -143,6 +144,7 @@ def test_a_recognisers_card_has_scores_recipe_and_code(tmp_path, capsys):
         "| Effective batch | 1600 s of audio |",
         "| Device-hours, validation in between included | 1.50 |",
         "| Training | `train.csv`, 4 utterances, 0.50 h |",
+        "| Left out of training | 3 by their length |\n",
         "![Loss](plots/loss.png)",
         "The best update was chosen on the set `validation`.",
         "No licence was stated.",

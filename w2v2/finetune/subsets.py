@@ -31,8 +31,8 @@ def describe_table(table: Dataset) -> str:
 
 def select_training(
     train: Dataset, config: Wav2Vec2Config, args: FineTuningArguments, text_args: CTCArguments
-) -> Dataset:
-    """What a run learns from: the utterances listed, of fitting length, and so many hours of these.
+) -> tuple[Dataset, dict[str, int]]:
+    """What a run learns from: the utterances listed, of fitting length, and so many hours; and what is left out, and why.
 
     CTC's loss is infinite where an utterance has fewer latent frames than its text needs.
     """
@@ -42,15 +42,16 @@ def select_training(
     needed = [frames_needed(split_units(text, text_args.target_unit)) for text in kept["text"]]
     fits = [num_frames(config, n) >= least for n, least in zip(kept["num_samples"], needed, strict=True)]
     kept = kept.select(np.flatnonzero(fits))
-    dropped = f"{num_others} by their length, {len(fits) - len(kept)} with a text longer than their audio"
-    refuse((not len(kept), f"--train_data: every utterance was dropped ({dropped}): see --min_seconds, --max_seconds"))
+    dropped = {"by their length": num_others, "with a text longer than their audio": len(fits) - len(kept)}
+    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    refuse((not len(kept), f"--train_data: every utterance was dropped ({counts}): see --min_seconds, --max_seconds"))
     if len(kept) < len(train):
-        args.print_once(f"     dropped: {dropped} (training)")
+        args.print_once(f"     dropped: {counts} (training)")
     if text_args.train_hours is not None:
         kept = draw_hours(kept, text_args.train_hours, text_args.subset_seed)
     if text_args.train_list or text_args.train_hours is not None:
         args.print_once(f"  learn from: {describe_table(kept)}")
-    return kept
+    return kept, dropped
 
 
 def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None) -> tuple[Dataset, int]:

@@ -37,6 +37,8 @@ class FineTuner(Evaluator):
     padding included; otherwise it is as `Trainer` has it.
     """
 
+    dropped: dict[str, int] = {}  # how many utterances are left out of training, by reason
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # These models take **kwargs but ignore `num_items_in_batch`; without this, loss and gradient would be too
@@ -86,7 +88,7 @@ class FineTuner(Evaluator):
         run = dict(model=args.model_name_or_path, config=args.config_name, seed=args.seed, skipped_audio=num_skipped)
         if train is None:
             return run
-        run |= dict(updates=self.state.global_step, best_update=self.best_update)
+        run |= dict(updates=self.state.global_step, best_update=self.best_update, dropped=self.dropped)
         return run | dict(train_utterances=len(train), train_hours=round(num_hours(train.table), 4))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
