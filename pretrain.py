@@ -106,10 +106,10 @@ def main() -> None:
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint)
-    skipped = [
-        SKIPPED[flag](args, accelerator, len(found.table) + len(unread), unread + probe_some(found), state.step)
+    skipped = {
+        flag: SKIPPED[flag](args, accelerator, len(found.table) + len(unread), unread + probe_some(found), state.step)
         for flag, (found, unread) in data.items()
-    ]
+    }
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
     model, optimizer = prepare_model(accelerator, model, build_optimizer(model, args))
@@ -147,16 +147,14 @@ def main() -> None:
         )
 
 
-def train(run: Run, feed: Feed, skipped: list[SkippedAudio], pusher: HubPusher | None, stop: StopRequest) -> None:
-    """Updates, each followed by what is due: a line of the log, a checkpoint, a validation. A run that is asked to stop
-    does what is due, and saves.
-    """
+def train(run: Run, feed: Feed, skipped: dict[str, SkippedAudio], pusher: HubPusher | None, stop: StopRequest) -> None:
+    """Updates, each followed by what is due: a line of the log, a checkpoint (when asked to stop too), a validation."""
     args, accelerator, state = run.args, run.accelerator, run.state
     start_trackers(accelerator, args, state.step)
     with ExitStack() as files:
         log = RunLog(args, accelerator, state.step)
         skipped_updates = SkippedUpdates(args, accelerator, run.training.table, state.step)
-        records = [log.records, skipped_updates.records, *(audio.records for audio in skipped)]
+        records = [log.records, skipped_updates.records, *(audio.records for audio in skipped.values())]
         for close in (log.close, *(lines.sync for lines in records)):
             files.callback(close)
         watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
@@ -165,7 +163,7 @@ def train(run: Run, feed: Feed, skipped: list[SkippedAudio], pusher: HubPusher |
             plans = plan_validation(build_batches(run.validation, args, VALIDATION_SEED), **run.cut_arguments)
             validation = run.load(run.validation, plans, VALIDATION_SEED)
             if state.step and state.is_due(args.eval_steps) and on_main_process(accelerator, log.lacks_validation):
-                run_validation(run, validation, log, skipped[1])  # the run ended between its checkpoint and this
+                run_validation(run, validation, log, skipped["validation_data"])  # it ended right after its save
         feed.restart()
         while state.step < args.max_steps and not is_stopping:
             # ------------------------------------------------------------------------------- one update
@@ -175,12 +173,12 @@ def train(run: Run, feed: Feed, skipped: list[SkippedAudio], pusher: HubPusher |
             state.advance(feed.cursor, int(counts.heard_samples))
             # ------------------------------------------------------------------------------- what it skipped
             if counts.num_skipped:
-                skipped[0].add(gather_object(totals.skipped), state.step)
+                skipped["train_data"].add(gather_object(totals.skipped), state.step)
             state.skipped_updates += skipped_updates.note(state.step, metrics, totals)
             # ------------------------------------------------------------------------------- what is due
             is_stopping = counts.stops_asked > 0 and state.step < args.max_steps
             feed.heard_samples += int(counts.heard_samples)
-            record = state.progress() | metrics | {"skipped_audio": len(skipped[0].ids)}
+            record = state.progress() | metrics | {"skipped_audio": len(skipped["train_data"].ids)}
             record |= {"skipped_updates": state.skipped_updates, "num_processes": accelerator.num_processes}
             log.update(record | feed.rates())
             if state.is_due(args.logging_steps) or state.step == 1:
@@ -197,7 +195,7 @@ def train(run: Run, feed: Feed, skipped: list[SkippedAudio], pusher: HubPusher |
                     pusher.push(folder, f"Weights after {state.step} updates")
                 feed.restart()  # neither saving nor validation counts as throughput
             if validation and state.is_due(args.eval_steps):
-                run_validation(run, validation, log, skipped[1])
+                run_validation(run, validation, log, skipped["validation_data"])
                 feed.restart()
 
 

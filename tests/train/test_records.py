@@ -124,6 +124,19 @@ def test_skipped_audio_is_listed_once_and_as_uninterrupted(tmp_path):
     assert again.records.path.read_bytes() == expected and again.ids == {"a", "b", "c"}
 
 
+def test_the_first_skipped_file_and_ten_times_more_are_told(tmp_path, caplog):
+    skipped = build(tmp_path)
+    for number in range(25):
+        skipped.add(entries(f"{number}"), step=number + 1)
+    first, more = caplog.messages
+    assert "--train_data: 1 of 100 files cannot be read so far" in first and str(skipped.records.path) in first
+    assert "11 of 100" in more
+    assert (
+        build(tmp_path, first_step=20).ids == {str(number) for number in range(20)}
+        and "20 of 100" in caplog.messages[2]
+    )
+
+
 def test_too_much_skipped_audio_ends_the_run(tmp_path):
     with pytest.raises(UserError, match=r"a\.wav: torn; 2 of 10 files.*--max_skipped_fraction 0.1"):
         build(tmp_path, 10, 0.1, found=entries("a", "b"))

@@ -113,10 +113,8 @@ class SkippedAudio:
             met.setdefault(entry["id"], entry | {"step": 0})
         self.records = StepRecords(path, first_step, is_main=accelerator.is_main_process, head=[*met.values()])
         self.ids = {entry["id"] for entry in self.records.kept}
+        self._told = 0  # how many files were told of
         self._check(found)
-        if self.ids and accelerator.is_main_process:
-            listed = f"of {num_utterances} files cannot be read (listed in {path})"
-            logger.warning("%s: %d %s", self.flag, len(self.ids), listed)
 
     def add(self, skipped: Sequence[dict[str, Any]], step: int) -> None:
         """Note utterances that update `step` could not read. Raises `UserError` beyond `max_skipped_fraction`."""
@@ -127,12 +125,16 @@ class SkippedAudio:
         self._check(skipped)
 
     def _check(self, skipped: Sequence[dict[str, Any]]) -> None:
+        share = f"{len(self.ids)} of {self.num_utterances} files cannot be read"
         if skipped and len(self.ids) > self.max_fraction * self.num_utterances:
-            first, share = skipped[0], f"{len(self.ids)} of {self.num_utterances} files cannot be read"
+            first = skipped[0]
             raise UserError(
                 f"{self.flag}: {first['audio']}: {first['reason']}; {share}, more than --max_skipped_fraction {self.max_fraction:g} allows: "
                 f"mend or remove them (listed in {self.records.path})"
             )
+        if self.records.is_main and len(self.ids) > 10 * self._told:  # the first, and whenever they are ten times more
+            logger.warning("%s: %s so far and are skipped (listed in %s)", self.flag, share, self.records.path)
+            self._told = len(self.ids)
 
 
 class SkippedValidation(SkippedAudio):
