@@ -94,8 +94,10 @@ class _Looks(Dataset):
 def look_at(paths: Sequence[str], look: Callable[[str], Any], title: str) -> Iterator:
     """What `look` finds of each file, in their order, from worker processes, with a bar of progress."""
     num_blocks = -(-len(paths) // FILES_AT_ONCE)
-    num_workers = min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, num_blocks)
-    loader = DataLoader(_Looks(paths, look), batch_size=None, sampler=range(num_blocks), num_workers=num_workers)
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = min(32, num_cores, num_blocks)
+    options = {"batch_size": None, "sampler": range(num_blocks), "num_workers": num_workers}
+    loader = DataLoader(_Looks(paths, look), **options, collate_fn=list)  # as they are
     with tqdm(total=len(paths), desc=title, unit=" files", disable=None) as bar:
         for found in loader:
             yield from found
@@ -124,6 +126,18 @@ def fill_lengths(
     return table.filter(pc.is_valid(filled)), skipped
 
 
+def _measure(probe: Callable[[str], int], known: dict[tuple, int], path: str) -> tuple[tuple | None, int | str]:
+    """The key of a file in the cache, and its length or the reason why it has none."""
+    key = None
+    with contextlib.suppress(OSError, ValueError):  # the probe says why; ValueError: a null character
+        status = os.stat(path)
+        key = (path, status.st_size, status.st_mtime_ns)
+    try:
+        return key, known[key] if key in known else int(probe(path))
+    except AudioError as error:
+        return None, error.reason
+
+
 def measure_lengths(
     paths: list[str], probe: Callable[[str], int], cache_dir: str | Path | None = None
 ) -> dict[str, int | str]:
@@ -133,28 +147,16 @@ def measure_lengths(
     which measure at the same time do each other no harm.
     """
     cache = None if cache_dir is None else Path(cache_dir, "lengths.jsonl")
-    known, keys = {}, {}
+    known: dict[tuple, int] = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache and cache.exists() else ():
         with contextlib.suppress(ValueError, TypeError):  # a line torn by an interruption
             *key, length = json.loads(line)
             known[tuple(key)] = int(length)
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError):  # the probe says why; ValueError: a null character
-            status = os.stat(path)
-            keys[path] = path, status.st_size, status.st_mtime_ns
-
-    def measure(path: str) -> int | str:
-        try:
-            return int(probe(path))
-        except AudioError as error:
-            return error.reason
-
-    lengths = {path: known[keys[path]] for path in paths if keys.get(path) in known}
-    unknown = [path for path in paths if path not in lengths]
-    for path, length in zip(unknown, look_at(unknown, measure, "Measuring audio files"), strict=True):
+    lengths, found = {}, look_at(paths, partial(_measure, probe, known), "Measuring audio files")
+    for path, (key, length) in zip(paths, found, strict=True):
         lengths[path] = length
-        if cache and path in keys and isinstance(length, int):
+        if cache and key and key not in known:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with open(cache, "a", encoding="utf-8") as file:
-                file.write(json.dumps([*keys[path], length]) + "\n")
+                file.write(json.dumps([*key, length]) + "\n")
     return lengths
