@@ -28,7 +28,8 @@ from w2v2.train.checkpoint import read_state
 SETTINGS = (
     "max_steps learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 adam_epsilon weight_decay "
     "decay_norms_and_biases max_grad_norm feature_grad_mult feature_penalty_weight max_gumbel_temperature "
-    "min_gumbel_temperature gumbel_temperature_decay diversity_delay_steps diversity_warmup_steps diversity_scope"
+    "min_gumbel_temperature gumbel_temperature_decay diversity_delay_steps diversity_warmup_steps diversity_scope "
+    "validation_data"
 ).split()
 MODEL_SETTINGS = (
     "hidden_dropout attention_dropout activation_dropout feat_proj_dropout feat_quantizer_dropout layerdrop "
