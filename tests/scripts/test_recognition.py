@@ -117,7 +117,7 @@ def test_phonemes_are_learnt_and_scored(more):
     for seed, (name, lines) in enumerate(texts.items()):
         write_manifest(more / f"phone_{name}.csv", lines, seed=10 + seed)
     flags = ["--train_data", str(more / "phone_train.csv"), "--validation_data", str(more / "phone_dev.csv"),
-             "--target_unit", "tokens", "--drop_tokens", "sil"]  # fmt: skip
+             "--target_unit", "tokens", "--drop_tokens", "sil", "--learning_rate", "0.003"]  # fmt: skip
     finetune_ctc.main(command(more, *flags, output="phones"))
     results = read_json(more / "phones" / "results.json")
     assert set(read_json(more / "phones" / "vocab.json")) == {"<pad>", "<unk>", "AH1", "N", "T", "UW1", "W"}

@@ -147,10 +147,8 @@ class CTCTrainer(FineTuner):
         config, (B, S) = self.model.config, inputs["input_values"].shape
         num_samples = inputs["attention_mask"].sum(-1) if "attention_mask" in inputs else torch.full((B,), S)
         if self.chunk_seconds and self.chunk_seconds * SAMPLING_RATE < S:
-            inputs, size = (
-                self._prepare_inputs(inputs),
-                max(1, int(self.args.eval_micro_batch_seconds // self.chunk_seconds)),
-            )
+            inputs = self._prepare_inputs(inputs)
+            size = max(1, int(self.args.eval_micro_batch_seconds // self.chunk_seconds))
             with torch.no_grad(), self.compute_loss_context_manager():
                 rows = [chunk_logits(model, row[:n], self.chunk_seconds, size)
                         for row, n in zip(inputs["input_values"], num_samples, strict=True)]  # fmt: skip
@@ -177,16 +175,16 @@ class CTCTrainer(FineTuner):
     def score_output(self, output: EvalLoopOutput, data: SpeechDataset) -> tuple[list[str | None], dict[str, Any]]:
         """Texts, None where the audio was unreadable, and their rates. A set without any transcript gets no rates."""
         paths, words = output.predictions if self.decoder is not None else (output.predictions, None)
-        readable = (output.label_ids >= 0).any(1)  # (N, U) -> (N,), N utterances of the set
+        readable = [bool((labels >= 0).any()) for labels in output.label_ids]  # (N,), N utterances of the set
         self.units = [align_path(path, self.vocabulary) for path in paths]
         texts = [join_units(units, unit_of(self.vocabulary)) if ok else None
                  for units, ok in zip(self.units, readable, strict=True)]  # fmt: skip
-        if words is not None:  # (N, W, K)
+        if words is not None:  # N times (W, K)
             self.beam_texts = [
-                [self.decoder.text(row) if ok else None for row, ok in zip(words[..., k], readable, strict=True)]
-                for k in range(words.shape[2])
+                [self.decoder.text(row[:, k]) if ok else None for row, ok in zip(words, readable, strict=True)]
+                for k in range(len(self.decoder.settings))
             ]
-        num_known = int(readable.sum())
+        num_known = sum(readable)
         counts = {"utterances": num_known, "empty_fraction": texts.count("") / max(1, num_known)}
         return texts, self.rates(data.table["text"][:], texts) | counts
 

@@ -19,8 +19,6 @@ from w2v2.evaluate.scores import MEASURES
 from w2v2.finetune.batching import cut_evaluation
 from w2v2.finetune.ctc_data import SpeechDataset, check_skipped
 
-FILLED = -100  # where outputs of a batch are shorter than those of another
-
 
 class Evaluator(Trainer):
     """`Trainer` whose evaluation goes by seconds. Predictions keep the data set's order.
@@ -109,13 +107,11 @@ class Evaluator(Trainer):
         return [math.inf if math.isnan(value) else value for value in values]
 
 
-def join(batches: Sequence[np.ndarray]) -> np.ndarray:
-    """Arrays (B, …) of every batch → (N, …), the second dimension filled up to the longest."""
-    if batches[0].ndim > 1:
-        width = max(batch.shape[1] for batch in batches)
-        # (B, X, …) -> (B, width, …)
-        batches = [
-            np.pad(b, [(0, 0), (0, width - b.shape[1])] + [(0, 0)] * (b.ndim - 2), constant_values=FILLED)
-            for b in batches
-        ]
+def join(batches: Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:
+    """Arrays (B, …) of every batch → (N, …), or a list of N rows where these differ in length.
+
+    One long recording among many short ones would make an array of its length for all.
+    """
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        return [row for batch in batches for row in batch]
     return np.concatenate(batches)

@@ -123,10 +123,15 @@ def score_set(trainer: CTCTrainer, name: str, data: SpeechDataset) -> tuple[dict
 
 def _describe_result(result: Mapping[str, Any], unit: str) -> str:
     if "edits" not in result:
-        return f"{result['utterances']} utterances transcribed in {PREDICTIONS_FILE}"
+        return f"{result['utterances']} utterances transcribed in {PREDICTIONS_FILE}{_describe_chunks(result)}"
     greedy, beam = (", ".join(f"{NAMES[name]} {rates[name]:.1%}" for name in RATES[unit] if name in rates)
                     for rates in (result, result.get("lm", {})))  # fmt: skip
-    return greedy + (f"; with the language model {beam}" if beam else "") + f" over {result['utterances']} utterances"
+    over = f" over {result['utterances']} utterances" + _describe_chunks(result)
+    return greedy + (f"; with the language model {beam}" if beam else "") + over
+
+
+def _describe_chunks(result: Mapping[str, Any]) -> str:
+    return f", {result['in_chunks']} of them in overlapping chunks" if "in_chunks" in result else ""
 
 
 def time_words(units: Sequence[tuple[str, int, int]], unit: str, config: Wav2Vec2Config, start: float) -> list[dict]:
