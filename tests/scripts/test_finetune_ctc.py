@@ -31,7 +31,7 @@ def write_manifest(path, texts, seed, rate=16_000, channels=1):
         audio = f"{path.stem}_{i}.wav"
         shape = (int(rate * random.uniform(0.7, 1.3)), channels)
         soundfile.write(path.parent / audio, random.uniform(-0.3, 0.3, shape), rate)
-        rows.append({"audio": audio, "duration": f"{shape[0] / rate:.2f}", "text": text})
+        rows.append({"audio": audio, "duration": shape[0] / rate, "text": text})
     write_rows(path, rows)
 
 
