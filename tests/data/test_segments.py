@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import soundfile
+import torch
 
 from w2v2.data.manifest import read_manifests
 from w2v2.data.segments import read_name
@@ -122,6 +123,12 @@ def test_what_does_not_fit_the_files(folder, header, rows, message):
         assert (
             "1 of 2 rows that were compared are shorter than their files" in line and "5 s, the file holds 20 s" in line
         )
+
+
+def test_reading_draws_no_random_number(folder):
+    before = torch.get_rng_state()
+    read(folder, "audio,num_frames\ncd.wav,882000\ncall.wav,160000\nepisode.wav,\n")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_was_found_out_is_told(folder, caplog):

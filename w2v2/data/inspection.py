@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -96,8 +97,9 @@ def look_at(paths: Sequence[str], look: Callable[[str], Any], title: str) -> Ite
     num_blocks = -(-len(paths) // FILES_AT_ONCE)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(32, num_cores, num_blocks)
-    options = {"batch_size": None, "sampler": range(num_blocks), "num_workers": num_workers}
-    loader = DataLoader(_Looks(paths, look), **options, collate_fn=list)  # as they are
+    # A generator of its own: what a run draws must not depend on the files that it looked at.
+    options = {"batch_size": None, "num_workers": num_workers, "generator": torch.Generator()}
+    loader = DataLoader(_Looks(paths, look), sampler=range(num_blocks), **options, collate_fn=list)  # as they are
     with tqdm(total=len(paths), desc=title, unit=" files", disable=None) as bar:
         for found in loader:
             yield from found
