@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from w2v2.finetune.normalisation import TextRules, describe_unit, find_case, lacks_spaces
+from w2v2.finetune.normalisation import TextRules, count_tags, describe_unit, find_case, lacks_spaces
 
 KEPT = TextRules(case="keep")
 
@@ -88,6 +88,12 @@ def test_tokens_stay_but_for_those_that_are_dropped():
     rules = TextRules(unit="tokens", drop_tokens=("sil",))
     assert rules(" sil HH  AH0 | l. ow1\u200e sil") == "HH AH0 l. ow1"
     assert rules.count_dropped([" sil HH  AH0 | l. ow1\u200e sil"]) == {"sil": 2, "|": 1, "\u200e": 1}
+
+
+def test_marks_among_the_words_are_counted():
+    assert count_tags(["a <noise> b [laughter]", "x < y > z, [ a ]", "R&amp;D <noise>"]) == {
+        "<noise>": 2, "[laughter]": 1, "&amp;": 1
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("texts, expected", [

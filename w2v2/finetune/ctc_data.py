@@ -24,9 +24,9 @@ from transformers import Wav2Vec2FeatureExtractor
 from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError, refuse
-from w2v2.evaluate.scores import TOKENS
+from w2v2.evaluate.scores import CHARACTERS, TOKENS
 from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments
-from w2v2.finetune.normalisation import TextRules, describe_counts, find_case
+from w2v2.finetune.normalisation import TextRules, count_tags, describe_counts, find_case
 from w2v2.finetune.subsets import describe_table
 from w2v2.finetune.text import SPECIAL, UNKNOWN, CTCArguments, case_of, count_units, encode
 
@@ -99,6 +99,10 @@ def read_sets(
         args.print_once(f"{name:>12}: {describe_table(tables[name])}, {len(skipped)} unreadable, {without}")
         if dropped := text_args.rules.count_dropped(written):
             args.print_once(f"     dropped: from the text of {name}: {describe_counts(dropped)}")
+        if text_args.target_unit == CHARACTERS and (tags := count_tags(written)):
+            args.print_once(
+                f"     warning: the letters of marks count as speech in {name}: {describe_counts(tags, 10)}"
+            )
     return tables, text_args
 
 

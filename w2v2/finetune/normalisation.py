@@ -22,6 +22,7 @@ _INSIDE = set("'\u055a\u055b\u055c\u055e\u055f")  # these stand within a word, a
 _APOSTROPHES = "’ʼ＇"
 _QUOTES = re.compile(r"(?<=[^\W\d_])[‘‛´`′](?=[^\W\d_])")  # as apostrophes: l´eau
 _DOT = re.compile(r"(?<![lL])·|·(?![lL])")
+_TAGS = re.compile(r"<[^<>\s]{1,30}>|\[[^\[\]\s]{1,30}\]|&[a-z]{2,8};")
 _IN_NUMBERS = re.compile(r"(?<=\d)[.,\u066b\u066c](?=\d)")  # 1,000 stays one word
 
 # Marks without a shape: variation selectors, fillers and Khmer's inherent vowels, beside Unicode's classes Cf, Cc, Cs.
@@ -97,6 +98,11 @@ def lacks_spaces(texts: Iterable[str]) -> bool:
         num_letters += len(text)
         num_unspaced += len(NO_SPACES.findall(text))
     return num_letters > 0 and (not has_space or 2 * num_unspaced > num_letters)
+
+
+def count_tags(texts: Iterable[str]) -> Counter[str]:
+    """What looks like a mark (<noise>, [laughter], &amp;) rather than like speech: its letters would be learnt."""
+    return Counter(tag for text in texts for tag in _TAGS.findall(text))
 
 
 def describe_unit(unit: str) -> str:
