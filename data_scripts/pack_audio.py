@@ -34,8 +34,16 @@ import pyarrow.parquet as pq
 from corpus_files import Parser, list_skipped, open_atomic, write_lines
 from tqdm import tqdm
 
-from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, AudioError, probe, read_pcm
-from w2v2.data.decoding import is_compressed, write_seekable
+from w2v2.data.audio import (
+    MAX_PADDING,
+    MAX_SHIFT,
+    SAMPLING_RATE,
+    AudioError,
+    is_compressed,
+    probe,
+    read_pcm,
+    write_seekable,
+)
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError, number
 

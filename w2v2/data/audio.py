@@ -10,9 +10,10 @@ import sys
 from math import gcd
 
 import numpy as np
+import soundfile
 import soxr
 
-from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
+from w2v2.data.decoding import SAMPLING_RATE, SEEKABLE_SUFFIXES, AudioError, open_sound
 
 MARGIN = 1_600  # samples at 16 kHz on either side of a crop: many times the resampling filter's half-length
 MAX_SHIFT = SAMPLING_RATE // 2  # a duration rounded to whole seconds overshoots the end by at most this
@@ -134,3 +135,16 @@ def _source_window(start: int, num_samples: int, rate: int, num_frames: int) -> 
     cell = max(0, start - MARGIN) // samples_per_cell
     last = -(-(start + num_samples + MARGIN) * rate // SAMPLING_RATE)
     return cell * frames_per_cell, min(last, num_frames), start - cell * samples_per_cell
+
+
+def is_compressed(path: str) -> bool:
+    """By its name: a crop decodes the file from its beginning."""
+    return os.path.splitext(path)[1].lower() not in SEEKABLE_SUFFIXES
+
+
+def write_seekable(path: str, copy: str | os.PathLike) -> None:
+    """Write a WAV (W64, 32-bit floats) with the samples of a file. Raises AudioError."""
+    with open_sound(path) as file:
+        with soundfile.SoundFile(copy, "w", file.rate, file.channels, "FLOAT", format="W64") as out:
+            for block in file.blocks():
+                out.write(block)

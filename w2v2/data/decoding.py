@@ -29,8 +29,8 @@ AUDIO_SUFFIXES = frozenset(
     + ".ogg .oga .opus .spx .mp3 .mp2 .mpga .m4a .m4b .mp4 .m4v .mov .3gp .3g2 .aac .webm .mka .mkv .wma .asf .wmv .amr "
     ".awb .gsm .g722 .wv .ape .tta .tak .shn .ac3 .eac3 .dts .mpc .avi .flv .mpg .mpeg".split()
 )
-SEEKABLE = "PCM_16 PCM_24 PCM_32 PCM_S8 PCM_U8 FLOAT DOUBLE ULAW ALAW ALAC_16 ALAC_20 ALAC_24 ALAC_32".split()
-FITS_INT16 = "PCM_16 PCM_S8 PCM_U8 ULAW ALAW ALAC_16 s16 s16p u8 u8p".split()  # every sample is a 16-bit number
+SEEKABLE = {*"PCM_16 PCM_24 PCM_32 PCM_S8 PCM_U8 FLOAT DOUBLE ULAW ALAW ALAC_16 ALAC_20 ALAC_24 ALAC_32".split()}
+FITS_INT16 = {*"PCM_16 PCM_S8 PCM_U8 ULAW ALAW ALAC_16 s16 s16p u8 u8p".split()}  # every sample is a 16-bit number
 OPTIONS = {
     # No playlists, and nothing that names other files or addresses.
     "protocol_whitelist": "none",
@@ -42,7 +42,7 @@ COMPRESSED = (b"OggS", b"ID3", b"\xff")  # how Ogg and MP3 files begin
 FAILURES = (av.error.FFmpegError, OSError, OverflowError, MemoryError, ValueError)  # of PyAV, and of reading for it
 TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between the parts of joined files: no audio
 MAX_DAMAGED = 0.01  # share of a file's packets that may fail to decode
-LARGE_BYTES = 1 << 20  # of a FLAC file
+LARGE_BYTES = 1 << 20  # of a FLAC file: it is searched only where its end is not the first stream's
 MAX_FRAMES_PER_BYTE = 1_000  # a header that claims more is not believed
 SAMPLING_RATES = range(1_000, 768_001)  # of recordings; margins and filters follow from the rate
 BLOCK = 1 << 18  # frames of a block
@@ -74,20 +74,27 @@ class SeekableFile:
     def __init__(self, path: str, file: soundfile.SoundFile):
         self.path, self.file = path, file
         self.rate, self.channels, self.num_frames = file.samplerate, file.channels, file.frames
-        self.codec = f"{file.format} {file.subtype}"
         self.fits_int16 = file.subtype in FITS_INT16
+
+    @property
+    def codec(self) -> str:
+        return f"{self.file.format} {self.file.subtype}"
 
     def read(self, first: int, last: int, dtype: str = "float32") -> np.ndarray:
         """Frames `first` to `last`, (S, C)."""
+        at = self.file.tell()
+        skipped = first if at == 0 and first < self.rate and self.file.format == "FLAC" else 0  # faster than seeking
         try:
-            self.file.seek(first)
-            frames = self.file.read(last - first, dtype=dtype, always_2d=True)
+            if at != first - skipped:
+                self.file.seek(first)
+            frames = self.file.read(skipped + last - first, dtype=dtype, always_2d=True)[skipped:]
         except (soundfile.SoundFileError, RuntimeError) as error:
             where = f"cannot be decoded from {first / self.rate:.2f} s (damaged or truncated)"
             raise AudioError(self.path, f"{where}: {error}") from None
         if len(frames) < last - first:
-            claimed = f"the {self.num_frames / self.rate:.2f} s that its header claims"
-            raise AudioError(self.path, f"holds less audio than {claimed}: truncated")
+            raise AudioError(
+                self.path, f"holds less than the {self.num_frames / self.rate:.2f} s of its header: truncated"
+            )
         return frames
 
     def blocks(self) -> Iterator[np.ndarray]:
@@ -95,10 +102,7 @@ class SeekableFile:
         return (self.read(at, min(at + BLOCK, self.num_frames)) for at in range(0, self.num_frames, BLOCK))
 
     def is_joined(self) -> bool:
-        """Whether further FLAC streams follow: libsndfile hears the first, and seeks to frames of the others.
-
-        A large file is searched only where its end is not the first stream's.
-        """
+        """Whether further FLAC streams follow: libsndfile hears the first, and seeks to frames of the others."""
         descriptor = self.file.name
         if os.fstat(descriptor).st_size > LARGE_BYTES:
             with contextlib.suppress(soundfile.SoundFileError, RuntimeError):
@@ -113,10 +117,8 @@ class SeekableFile:
 class DecodedFile:
     """A file that PyAV decodes from its beginning; how long it is (`num_frames` is None) only its end tells."""
 
-    num_frames = None
-
-    def __init__(self, path: str, container: av.container.InputContainer):
-        self.path, self.container, self.stream = path, container, container.streams.best("audio")
+    def __init__(self, path: str, file: av.container.InputContainer):
+        self.path, self.file, self.stream, self.num_frames = path, file, file.streams.best("audio"), None
         if self.stream is None or self.stream.codec_context is None:
             raise AudioError(path, UNDECODABLE)
         self.stream.codec_context.thread_count = 1
@@ -125,14 +127,14 @@ class DecodedFile:
         if self._first is None:
             raise AudioError(path, UNDECODABLE)
         self.rate, self.channels = self._first.sample_rate, self._first.layout.nb_channels
-        self.codec = f"{container.format.name.split(',')[0]} {self.stream.codec_context.name}"
+        self.codec = f"{file.format.name.split(',')[0]} {self.stream.codec_context.name}"
         self.fits_int16 = self._first.format.name in FITS_INT16
 
     def _decode(self) -> Iterator[av.AudioFrame]:
         """Packets that do not decode are left out, as FFmpeg does, unless they are too many."""
         num_packets = num_damaged = 0
         try:
-            for packet in self.container.demux(self.stream):
+            for packet in self.file.demux(self.stream):
                 num_packets += 1
                 try:
                     yield from packet.decode()
@@ -184,42 +186,42 @@ def open_sound(path: str, start: int = 0, stop: int | None = None) -> Iterator[S
 
     By name, libsndfile and FFmpeg would wait for pipes and open addresses: they get an open file.
     """
-    with contextlib.ExitStack() as stack:
-        descriptor = stack.enter_context(_open_regular(path))
-        source, head = None, os.pread(descriptor.fileno(), 4, 0)
-        if not head.startswith(COMPRESSED):
-            with contextlib.suppress(soundfile.LibsndfileError):
-                file = stack.enter_context(soundfile.SoundFile(descriptor.fileno(), closefd=False))
-                # libsndfile gives an unknown length as 0 or as about 2**63.
-                is_told = 0 < file.frames <= MAX_FRAMES_PER_BYTE * os.fstat(file.name).st_size
-                source = SeekableFile(path, file) if file.subtype in SEEKABLE and is_told else None
-        if source and file.format == "FLAC":
-            is_inside = stop is not None and stop * file.samplerate <= file.frames * SAMPLING_RATE
-            source = source if (is_inside and start == 0) or not source.is_joined() else None
-        if source is None:
-            descriptor.seek(0)
-            try:
-                container = stack.enter_context(av.open(descriptor, options=OPTIONS))
-            except FAILURES as error:
-                reason = f"{UNDECODABLE}: {getattr(error, 'strerror', None) or error}"
-                raise AudioError(path, reason) from None
-            source = DecodedFile(path, container)
-        if source.rate not in SAMPLING_RATES:
-            raise AudioError(path, f"claims {source.rate} samples a second, as no recording has: its header is damaged")
-        yield source
+    with _open_regular(path) as descriptor:
+        source = _open_seekable(path, descriptor.fileno(), start, stop) or _open_decoded(path, descriptor)
+        try:
+            if source.rate not in SAMPLING_RATES:
+                raise AudioError(path, f"claims {source.rate} samples a second, as no recording has: it is damaged")
+            yield source
+        finally:
+            source.file.close()
 
 
-def is_compressed(path: str) -> bool:
-    """By its name: a crop decodes the file from its beginning."""
-    return os.path.splitext(path)[1].lower() not in SEEKABLE_SUFFIXES
+def _open_seekable(path: str, descriptor: int, start: int, stop: int | None) -> SeekableFile | None:
+    """None for a file that soundfile does not know, cannot seek exactly, or does not hear to its end."""
+    if os.pread(descriptor, 4, 0).startswith(COMPRESSED):
+        return None
+    try:
+        file = soundfile.SoundFile(descriptor, closefd=False)
+    except soundfile.LibsndfileError:
+        return None
+    # libsndfile gives an unknown length as 0 or as about 2**63.
+    is_told = 0 < file.frames <= MAX_FRAMES_PER_BYTE * os.fstat(descriptor).st_size
+    source = SeekableFile(path, file)
+    if is_told and file.subtype in SEEKABLE:
+        is_inside = stop is not None and stop * source.rate <= source.num_frames * SAMPLING_RATE
+        if file.format != "FLAC" or (is_inside and start < SAMPLING_RATE) or not source.is_joined():
+            return source
+    file.close()
+    return None
 
 
-def write_seekable(path: str, copy: str | os.PathLike) -> None:
-    """Write a WAV (W64, 32-bit floats) with the samples of a file. Raises AudioError."""
-    with open_sound(path) as file:
-        with soundfile.SoundFile(copy, "w", file.rate, file.channels, "FLOAT", format="W64") as out:
-            for block in file.blocks():
-                out.write(block)
+def _open_decoded(path: str, descriptor: io.FileIO) -> DecodedFile:
+    descriptor.seek(0)
+    try:
+        file = av.open(descriptor, options=OPTIONS)
+    except FAILURES as error:
+        raise AudioError(path, f"{UNDECODABLE}: {getattr(error, 'strerror', None) or error}") from None
+    return DecodedFile(path, file)
 
 
 class _File(io.FileIO):
