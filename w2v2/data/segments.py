@@ -68,10 +68,7 @@ def may_be_segment(name: str) -> bool:
 def find_extents(
     raw: RawTable, audio: pa.ChunkedArray, others: set[str], measure: Measure
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Start and length in seconds (NaN where unknown) of every row, and warnings. `others` are columns of no segment.
-
-    Raises UserError for what cannot be understood or cannot be.
-    """
+    """Start and length in seconds (NaN where unknown) of every row, and warnings. `others` are columns of no segment."""
     names, units = _choose_columns(raw, others)
     nothing, notes = np.full(len(audio), np.nan), []
     if not names:
@@ -89,6 +86,12 @@ def find_extents(
     if "frames" in units.values():
         at_16k = names.get("frames") == "num_samples" and "frames" not in (units.get("start"), units.get("stop"))
         rates = _find_rates(audio, files, values.get("rate"), SAMPLING_RATE if at_16k else rates)
+        if (odd := np.abs(rates[files.rows] - files.rates) > 0.5).any() and "rate" in names:
+            row, own = int(files.rows[odd][0]), files.rates[odd][0]
+            example = f"{raw.where(row)}: {rates[row]:g}, the file has {own:g}"
+            notes.append(
+                f"{raw.path}: frames are counted by {names['rate']}, which is not that of the files ({example})"
+            )
     # 2. Everything in seconds.
     per_second = {"s": 1.0, "ms": 1000.0, "frames": rates}
     start, stop = np.nan_to_num(start) / per_second[units.get("start", "s")], stop / per_second[units.get("stop", "s")]
@@ -233,15 +236,12 @@ def _compare(raw: RawTable, start: np.ndarray, length: np.ndarray, files: Files,
     ):
         if not misfit.any():
             continue
-        first, hint = int(misfit.argmax()), ""
+        first, hint, counted = int(misfit.argmax()), "", said * SAMPLING_RATE / files.rates
         if (factor := said / (files.seconds + TOLERANCE))[misfit].min() > 10:
             unit = "milliseconds" if factor[misfit].max() <= MILLISECONDS else "frames"
             hint = f"; are they {unit}? Name the column so"
-        elif (
-            "frames" in names
-            and np.median(np.abs(said * SAMPLING_RATE / files.rates / files.seconds - 1)[misfit]) < 0.02
-        ):
-            hint = f"; is {names['frames']} at the file's {files.rates[first]:,.0f} a second? Name it num_frames"
+        elif names.get("frames") == "num_samples" and np.median(np.abs(counted / files.seconds - 1)[misfit]) < 0.02:
+            hint = f"; is num_samples at the file's {files.rates[first]:,.0f} a second? Name it num_frames"
         example = f"{raw.where(files.rows[first])}: {said[first]:g} s, the file holds {files.seconds[first]:g} s"
         line = f"{raw.path}: {misfit.sum()} of {known.sum()} rows that were compared {what} ({example}{hint})"
         if misfit.sum() >= RULE * known.sum():
