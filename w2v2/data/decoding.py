@@ -92,9 +92,7 @@ class SeekableFile:
             where = f"cannot be decoded from {first / self.rate:.2f} s (damaged or truncated)"
             raise AudioError(self.path, f"{where}: {error}") from None
         if len(frames) < last - first:
-            raise AudioError(
-                self.path, f"holds less than the {self.num_frames / self.rate:.2f} s of its header: truncated"
-            )
+            raise AudioError(self.path, "holds less audio than its header claims: truncated")
         return frames
 
     def blocks(self) -> Iterator[np.ndarray]:
