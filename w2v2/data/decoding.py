@@ -1,10 +1,8 @@
 """Audio files → frames at the file's own rate. Only regular files are opened; only audio formats are recognised.
 
 soundfile (libsndfile) reads what it seeks to the very sample: PCM, float, G.711, ALAC and FLAC. PyAV (FFmpeg) decodes
-everything else from its beginning, with what its own whole decode gives: the delay of encoders is cut off, joined files
-are heard to their end. Integers are divided by their full scale; a lossy codec's floats stay as they are.
-
-Shapes: S frames, C channels.
+everything else from its beginning, as its own whole decode does: encoders' delays are cut off, joined files are heard
+to their end. Integers are divided by their full scale, floats stay as they are. Shapes: S frames, C channels.
 """
 
 import contextlib
@@ -23,16 +21,18 @@ import numpy as np
 import soundfile
 
 SAMPLING_RATE = 16_000
-SEEKABLE_SUFFIXES = ".wav .wave .w64 .rf64 .flac .aif .aiff .aifc .au .snd .caf .sph .nist .voc".split()
+SEEKABLE_SUFFIXES = (
+    ".wav .wave .w64 .rf64 .flac .aif .aiff .aifc .au .snd .caf .sph .nist .voc .ircam .sf .pvf .avr .svx .iff .paf .sds"
+).split()
 AUDIO_SUFFIXES = frozenset(
     SEEKABLE_SUFFIXES
-    + ".ogg .oga .opus .spx .mp3 .mp2 .mpga .m4a .m4b .mp4 .m4v .mov .3gp .3g2 .aac .webm .mka .mkv .wma .asf .wmv .amr "
-    ".awb .gsm .g722 .wv .ape .tta .tak .shn .ac3 .eac3 .dts .mpc .avi .flv .mpg .mpeg".split()
+    + ".ogg .oga .ogx .ogv .opus .spx .mp3 .mp2 .mp1 .mpa .mpga .m4a .m4b .m4r .mp4 .m4v .f4v .mov .3gp .3g2 .aac .adts "
+    ".webm .weba .mka .mkv .wma .asf .wmv .amr .awb .gsm .g722 .g729 .ilbc .wv .ape .mac .tta .tak .shn .ac3 .eac3 .ec3 "
+    ".dts .thd .mlp .mpc .avi .flv .mpg .mpeg .ts .m2ts .ra .rm".split()
 )
 SEEKABLE = {*"PCM_16 PCM_24 PCM_32 PCM_S8 PCM_U8 FLOAT DOUBLE ULAW ALAW ALAC_16 ALAC_20 ALAC_24 ALAC_32".split()}
 FITS_INT16 = {*"PCM_16 PCM_S8 PCM_U8 ULAW ALAW ALAC_16 s16 s16p u8 u8p".split()}  # every sample is a 16-bit number
-OPTIONS = {
-    # No playlists, and nothing that names other files or addresses.
+OPTIONS = {  # no playlists, and nothing that names other files or addresses
     "protocol_whitelist": "none",
     "format_whitelist": "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,dtshd,eac3,flac,flv,g722,g723_1,g726,"
     "g726le,g729,gsm,ilbc,ircam,loas,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,nistsphere,ogg,pvf,rm,shn,sox,tak,tta,"
