@@ -68,6 +68,8 @@ class Trainee:
         self.notes = SkippedUpdates(args, accelerator, TABLE)
 
     def _spoiled(self, _, arguments, sums):
+        if self.accelerator.scaler is not None:  # steep enough to overflow at the first loss scale
+            sums = sums._replace(loss=objective.scale_gradient(sums.loss, 2.0**20))
         return self.spoil(sums) if self.spoil and arguments[0].plan.piece == SPOILED_PIECE else sums
 
     def update(self, step, spoil=None, batches=None):
