@@ -96,6 +96,14 @@ def test_joined_files_are_heard_to_their_end(tmp_path, kind, seconds):
     assert np.abs(windows - end).max(axis=1).min() < 0.05  # the last part ends it
 
 
+def test_joined_wav_files_are_refused(tmp_path):
+    path = make(tmp_path, "pcm_s16le wav 16000 1")
+    content = open(path, "rb").read()
+    open(path, "wb").write(content + content)
+    with pytest.raises(AudioError, match="holds several WAV files"):
+        read_pcm(path, 0, 16_000)
+
+
 def test_tags_are_no_audio(tmp_path):
     path = make(tmp_path, "mp3 mp3 16000 1 piped")
     frames, rate = whole(path)

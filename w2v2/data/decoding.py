@@ -74,11 +74,7 @@ class SeekableFile:
     def __init__(self, path: str, file: soundfile.SoundFile):
         self.path, self.file = path, file
         self.rate, self.channels, self.num_frames = file.samplerate, file.channels, file.frames
-        self.fits_int16 = file.subtype in FITS_INT16
-
-    @property
-    def codec(self) -> str:
-        return f"{self.file.format} {self.file.subtype}"
+        self.codec, self.fits_int16 = f"{file.format} {file.subtype}", file.subtype in FITS_INT16
 
     def read(self, first: int, last: int, dtype: str = "float32") -> np.ndarray:
         """Frames `first` to `last`, (S, C)."""
@@ -196,14 +192,18 @@ def open_sound(path: str, start: int = 0, stop: int | None = None) -> Iterator[S
 
 def _open_seekable(path: str, descriptor: int, start: int, stop: int | None) -> SeekableFile | None:
     """None for a file that soundfile does not know, cannot seek exactly, or does not hear to its end."""
-    if os.pread(descriptor, 4, 0).startswith(COMPRESSED):
+    head = os.pread(descriptor, 8, 0)
+    if head.startswith(COMPRESSED):
         return None
+    if head[:4] == b"RIFF" == os.pread(descriptor, 4, 8 + int.from_bytes(head[4:], "little")):
+        raise AudioError(
+            path, "holds several WAV files, one after the other: every tool hears the first; join them anew"
+        )
     try:
         file = soundfile.SoundFile(descriptor, closefd=False)
     except soundfile.LibsndfileError:
         return None
-    # libsndfile gives an unknown length as 0 or as about 2**63.
-    is_told = 0 < file.frames <= MAX_FRAMES_PER_BYTE * os.fstat(descriptor).st_size
+    is_told = 0 < file.frames <= MAX_FRAMES_PER_BYTE * os.fstat(descriptor).st_size  # unknown: 0, or about 2**63
     source = SeekableFile(path, file)
     if is_told and file.subtype in SEEKABLE:
         is_inside = stop is not None and stop * source.rate <= source.num_frames * SAMPLING_RATE
