@@ -28,7 +28,6 @@ from w2v2.finetune.arguments import (
 from w2v2.finetune.ctc import CTCTrainer, build_recogniser, keep_head, load_recogniser, read_head
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
 from w2v2.finetune.decoding import load_decoder
-from w2v2.finetune.normalisation import lacks_spaces
 from w2v2.finetune.subsets import select_training
 from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_folder, make_processor, read_vocabulary
 from w2v2.finetune.transcription import describe_units, score
@@ -47,9 +46,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     """Train on one set, choose the checkpoint on another, score the others."""
-    is_default = args.metric_for_best_model in ("wer", "eval_wer")
-    if is_default:
-        args.metric_for_best_model = RATES[text_args.target_unit][0]
     check_metric(args.metric_for_best_model, RATES[text_args.target_unit])
     checkpoint = prepare_output_dir(args)
     config = load_config(args.model_name_or_path, args.config_name, **args.model_changes())
@@ -60,9 +56,6 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     resumed = read_vocabulary(checkpoint) if checkpoint else None
     tables, text_args = read_sets(args, text_args, resumed or theirs)
     train_table, dropped = select_training(tables.pop("train"), config, args, text_args)
-    if is_default and args.metric_for_best_model == "wer" and lacks_spaces(train_table["text"]):
-        args.metric_for_best_model = "cer"
-        args.print_once("     measure: the lowest CER is the best, for the text has no spaces between words")
     vocabulary = build_vocabulary(train_table["text"], text_args.target_unit)
     is_kept = theirs is not None and keep_head(theirs, vocabulary, args)
     vocabulary = theirs if is_kept else vocabulary

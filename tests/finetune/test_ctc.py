@@ -1,12 +1,16 @@
 """Batching by seconds: one gradient however it is cut; scoring that no batch size moves; blanks that are noticed."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_config
 from ranks import run_ranks
 from two_ranks_ctc import ARPA, CASES, VOCABULARY, make_trainer, one_update, transcribe, write_speech
 
+from w2v2.finetune.ctc import read_head
 from w2v2.finetune.decoding import BeamDecoder, Setting
 
 
@@ -81,6 +85,14 @@ def test_beam_search_does_not_move_with_the_batch_size(table, tmp_path, reductio
         assert trainer.model.config.ctc_loss_reduction == reduction
     assert any(found[0][1][0]) and found[0][1][0] != found[0][1][1] and found == found[:1] * 3
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_a_head_of_another_size_is_new_and_said(tmp_path, capsys):
+    (tmp_path / "vocab.json").write_text(json.dumps(VOCABULARY))
+    args = SimpleNamespace(model_name_or_path=str(tmp_path), print_once=print)
+    for size, found in ((len(VOCABULARY), VOCABULARY), (99, None)):
+        assert read_head(tiny_config(vocab_size=size, architectures=["Wav2Vec2ForCTC"]), args) == found
+    assert capsys.readouterr().out.strip().endswith(f"has 99 outputs, and vocab.json {len(VOCABULARY)} entries")
 
 
 @pytest.mark.parametrize("is_blank", [True, False])

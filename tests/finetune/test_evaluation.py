@@ -78,6 +78,15 @@ def test_ties_are_broken_also_after_a_resume(table, tmp_path, monkeypatch, kind)
     assert again.best_update == best
 
 
+@pytest.mark.parametrize("text, flag, measure", [
+    ("A B", None, "wer"), ("AB", None, "cer"), ("AB", "wer", "wer"), ("AB", "eval_wer", "wer"), ("A B", "loss", "loss"),
+])  # fmt: skip
+def test_the_measure_is_chosen_only_where_no_flag_did(table, tmp_path, text, flag, measure):
+    table = table.map(lambda row: {"text": text})
+    trainer = make_trainer(table, tmp_path, metric_for_best_model=flag)
+    assert (trainer.measure, trainer.args.metric_for_best_model) == (measure, flag or "")
+
+
 def test_greater_measures_win_and_losses_break_their_ties(table, tmp_path, monkeypatch):
     flags = dict(eval_steps=1, save_steps=1, metric_for_best_model="uar", greater_is_better=True)
     validations = [dict(uar=0.5, loss=3.0), dict(uar=0.7, loss=2.0), dict(uar=0.7, loss=1.0), dict(uar=0.6, loss=0.5)]

@@ -12,6 +12,7 @@ KEPT = TextRules(case="keep")
 @pytest.mark.parametrize("text, expected", [
     ("  Hello,\tworld! ", "HELLO WORLD"),
     ("don’t l´eau rock‘n‘roll", "DON'T L'EAU ROCK'N'ROLL"),
+    ("‘quoted’ word, ‘don’t go’ dogs’", "QUOTED WORD DON'T GO DOGS'"),
     ("well-known, and/or wait…what", "WELL KNOWN AND OR WAIT WHAT"),
     ("a|b", "A B"),
     ("1,000 at 12:30, COVID-19", "1000 AT 12 30 COVID 19"),
@@ -37,6 +38,7 @@ def test_nothing_that_a_script_needs_is_taken_apart(text):
     ("a\u00adb a\u200db c\u200b \ufe0f", "ab ab c", {"\u00ad": 1, "\u200d": 1, "\u200b": 1, "\ufe0f": 1}),
     ("नमस्ते।हाँ। مرحبا، كيف؟ 你好。是、不", "नमस्ते हाँ مرحبا كيف 你好 是 不", {"।": 2, "،": 1, "؟": 1, "。": 1, "、": 1}),
     ("ինչո՞ւ ՞", "ինչու", {"՞": 2}),
+    ("‘a’ dogs’", "a dogs'", {"‘": 1, "’": 1}),
     ("don’t (3.5)", "don't 35", {"(": 1, ")": 1, ".": 1}),
 ])  # fmt: skip
 def test_what_is_dropped_is_counted(text, expected, dropped):

@@ -74,6 +74,10 @@ def test_subtitles_are_cut_at_pauses_and_lengths(tmp_path):
         "3\n01:00:00,500 --> 01:00:02,000\nONE <TWO>\n\n4\n01:00:04,000 --> 01:00:04,250\nTHREE\n"
     )
     assert (tmp_path / "a_2.srt").read_text() == ""
+    sides = Dataset.from_dict({"id": ["1", "2", "3"], "audio": ["x/a.wav"] * 3, "channel": [0, 1, None]})
+    assert write_subtitles(tmp_path / "sides", "srt", lines, sides) == 3
+    assert "天" not in (tmp_path / "sides/a_channel1.srt").read_text()
+    assert {path.name for path in (tmp_path / "sides").iterdir()} == {"a.srt", "a_channel0.srt", "a_channel1.srt"}
     write_subtitles(tmp_path, "vtt", lines, table)
     vtt = (tmp_path / "a.vtt").read_text()
     assert vtt.startswith("WEBVTT\n\n1\n00:00:00.000 --> 00:00:06.900\n") and "&lt;TWO&gt;" in vtt

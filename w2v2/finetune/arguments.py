@@ -88,7 +88,7 @@ class FineTuningArguments(TrainingArguments):
     save_total_limit: int | None = flag(2, "Checkpoints that are kept, the best one among them.", min=1)
     logging_steps: float = flag(50, "Updates between two logged lines; under 1: a fraction of the run.", above=0)
     load_best_model_at_end: bool = flag(True, "End with the checkpoint that was best on the validation data.")
-    metric_for_best_model: str | None = flag("wer", "The measure that says which is best.")
+    metric_for_best_model: str | None = flag(None, "What says which is best (default: wer; cer without spaces; per).")
     greater_is_better: bool | None = flag(False, "Whether more of it is better.")
     dataloader_num_workers: int = flag(2, "Processes that decode audio; 0: the main process.", min=0, max=1000)
     report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
@@ -108,6 +108,7 @@ class FineTuningArguments(TrainingArguments):
             self.ddp_find_unused_parameters = True
         self.use_cpu = self.use_cpu or torch.backends.mps.is_available()  # MPS has no float64
         schedule, self.lr_scheduler_type = self.lr_scheduler_type, "linear"  # the stock class knows no tri_stage
+        self.metric_for_best_model = self.metric_for_best_model or ""  # None would become the loss
         try:
             super().__post_init__()
         except (ValueError, ImportError, TypeError, OSError) as error:  # TypeError and OSError: --accelerator_config
@@ -156,7 +157,7 @@ class FineTuningArguments(TrainingArguments):
 def check_metric(name: str | None, measures: Iterable[str]) -> None:
     """Raises UserError where no validation has a measure of that name."""
     known = [*measures, "loss"]
-    if name is not None and name.removeprefix("eval_") not in known:
+    if name and name.removeprefix("eval_") not in known:
         raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
 
 

@@ -64,6 +64,7 @@ class ClassificationArguments(FineTuningArguments):
 
     def __post_init__(self):
         take_back(self, "folds")
+        self.metric_for_best_model = self.metric_for_best_model or "uar"
         super().__post_init__()
         if self.learning_rate is None:
             self.learning_rate = 1e-3 if self.mode == "probe" else 3e-5

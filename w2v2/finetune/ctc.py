@@ -13,11 +13,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.evaluate.scores import error_rates
+from w2v2.evaluate.scores import RATES, error_rates
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.ctc_data import SpeechDataset
 from w2v2.finetune.decoding import BeamDecoder
-from w2v2.finetune.normalisation import describe_unit
+from w2v2.finetune.normalisation import describe_unit, lacks_spaces
 from w2v2.finetune.text import BLANK, CTCArguments, align_path, join_units, read_vocabulary, unit_of
 from w2v2.finetune.trainer import FineTuner
 from w2v2.model.feature_encoder import hide_padding, min_samples, num_frames
@@ -38,7 +38,10 @@ def read_head(config: Wav2Vec2Config, args: FineTuningArguments) -> dict[str, in
     except UserError as error:
         args.print_once(f"        head: new ({error})")
         return None
-    return vocabulary if config.vocab_size == len(vocabulary) else None
+    if (found := config.vocab_size) == len(vocabulary):
+        return vocabulary
+    args.print_once(f"        head: new, as config.json of {args.model_name_or_path} has {found} outputs, and vocab.json "
+                    f"{len(vocabulary)} entries")  # fmt: skip
 
 
 def keep_head(theirs: dict[str, int], vocabulary: dict[str, int], args: FineTuningArguments) -> bool:
@@ -119,11 +122,20 @@ class CTCTrainer(FineTuner):
     def __init__(self, *args, vocabulary: dict[str, int], blank_warning_steps: int = 1_000, **kwargs):
         super().__init__(*args, **kwargs)
         self.vocabulary, self.blank_warning_steps = vocabulary, blank_warning_steps
+        self.measure = self.measure or self._choose_measure()
         self.decoder: BeamDecoder | None = None
         self.chunk_seconds: float | None = None
         self.beam_texts: list[list[str | None]] = []
         self.units: list[list[tuple[str, int, int]]] = []
         self.warnings: list[str] = []
+
+    def _choose_measure(self) -> str:
+        """By default the first error rate, but that of characters where the text has no spaces between words."""
+        measure, train = RATES[unit_of(self.vocabulary)][0], self.train_dataset
+        if measure == "wer" and train is not None and lacks_spaces(train.table["text"]):
+            self.args.print_once("     measure: the lowest CER is the best, for the text has no spaces between words")
+            return "cer"
+        return measure
 
     def loss_weight(self, inputs: dict[str, torch.Tensor]) -> float:
         """As many as the loss is summed over, or, for a mean over utterances, these; see `FineTuner.training_step`."""

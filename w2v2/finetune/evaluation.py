@@ -29,6 +29,10 @@ class Evaluator(Trainer):
 
     tie_breakers: tuple[str, ...] = ()
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.measure = self.args.metric_for_best_model.removeprefix("eval_")  # that says which update is the best
+
     def make_loader(self, data, batch_sampler, collate_fn) -> DataLoader:
         """A loader that Accelerate does not prepare: its batches are this rank's own."""
         args, options = self.args, {}
@@ -82,8 +86,8 @@ class Evaluator(Trainer):
 
         Only an update that is saved can be the best: validations may be more frequent than saves.
         """
-        args, state, key = self.args, self.state, f"eval_{self._chosen}"
-        if self._chosen is None or (args.save_strategy != SaveStrategy.BEST and not self.control.should_save):
+        args, state, key = self.args, self.state, f"eval_{self.measure}"
+        if not self.measure or (args.save_strategy != SaveStrategy.BEST and not self.control.should_save):
             return False
         validations = [entry for entry in state.log_history if key in entry]
         best = next((entry for entry in validations if entry["step"] == state.best_global_step), None)
@@ -92,17 +96,12 @@ class Evaluator(Trainer):
         state.best_metric, state.best_global_step = metrics[key], state.global_step
         return True
 
-    @property
-    def _chosen(self) -> str | None:
-        name = self.args.metric_for_best_model
-        return name and name.removeprefix("eval_")
-
     def rank(self, metrics: Mapping[str, Any]) -> list[float]:
         """What a validation is compared by, less being better; NaN is worse than anything."""
         names = [
-            name for name in dict.fromkeys((self._chosen, *self.tie_breakers, "loss")) if f"eval_{name}" in metrics
+            name for name in dict.fromkeys((self.measure, *self.tie_breakers, "loss")) if f"eval_{name}" in metrics
         ]
-        is_greater = {name: name in MEASURES for name in names} | {self._chosen: self.args.greater_is_better}
+        is_greater = {name: name in MEASURES for name in names} | {self.measure: self.args.greater_is_better}
         values = [-metrics[f"eval_{name}"] if is_greater[name] else metrics[f"eval_{name}"] for name in names]
         return [math.inf if math.isnan(value) else value for value in values]
 

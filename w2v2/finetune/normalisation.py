@@ -21,6 +21,7 @@ _KEPT_BLOCKS = (range(0x02B0, 0x0300), range(0xA700, 0xA722))  # phonetic modifi
 _INSIDE = set("'\u055a\u055b\u055c\u055e\u055f")  # these stand within a word, as Armenian's marks on a vowel do
 _APOSTROPHES = "’ʼ＇"
 _QUOTES = re.compile(r"(?<=[^\W\d_])[‘‛´`′](?=[^\W\d_])")  # as apostrophes: l´eau
+_QUOTED = re.compile(r"(?<![^\W\d_])‘(?:[^‘’]|(?<=[^\W\d_])’(?=[^\W\d_]))*’(?![^\W\d_])")  # ‘don’t go’
 _DOT = re.compile(r"(?<![lL])·|·(?![lL])")
 _TAGS = re.compile(r"<[^<>\s]{1,30}>|\[[^\[\]\s]{1,30}\]|&[a-z]{2,8};")
 _IN_NUMBERS = re.compile(r"(?<=\d)[.,\u066b\u066c](?=\d)")  # 1,000 stays one word
@@ -170,7 +171,10 @@ class TextRules:
 
     def _compose(self, text: str) -> str:
         if self.unit == CHARACTERS:
-            text = _QUOTES.sub("'", text.translate(self._apostrophes))
+            closing = {found.end() - 1 for found in _QUOTED.finditer(text)}
+            straight = text.translate(self._apostrophes)  # as long
+            text = "".join(text[i] if i in closing else c for i, c in enumerate(straight)) if closing else straight
+            text = _QUOTES.sub("'", text)
         return unicodedata.normalize("NFKC" if self.fold_compatibility else "NFC", text)
 
     @cached_property

@@ -3,7 +3,7 @@
 import html
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +155,16 @@ def time_words(units: Sequence[tuple[str, int, int]], unit: str, config: Wav2Vec
 
 
 def write_subtitles(folder: Path, kind: str, lines: Sequence[dict[str, Any]], table: Dataset) -> int:
-    """One file of subtitles for each audio file of these predictions. Returns their number."""
+    """One file of subtitles for each audio file, or channel of one, of these predictions. Returns their number."""
     folder.mkdir(parents=True, exist_ok=True)
-    audio_of = dict(zip(table["id"], table["audio"], strict=True))
-    words: dict[str, list[dict]] = {}
+    channels = table["channel"] if "channel" in table.column_names else repeat(None, len(table))
+    source_of = dict(zip(table["id"], zip(table["audio"], channels, strict=True), strict=True))
+    words: dict[tuple[str, int | None], list[dict]] = {}
     for line in lines:
-        words.setdefault(audio_of[line["id"]], []).extend(line["words"])
+        words.setdefault(source_of[line["id"]], []).extend(line["words"])
     taken: set[str] = set()
-    for audio, found in words.items():
-        stem = Path(audio).stem
+    for (audio, channel), found in words.items():
+        stem = Path(audio).stem + ("" if channel is None else f"_channel{channel}")
         name = next(name for name in chain([stem], (f"{stem}_{n}" for n in count(2))) if name not in taken)
         taken.add(name)
         cues = [
