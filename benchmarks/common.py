@@ -26,7 +26,7 @@ from w2v2.data.manifest import read_manifests
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRISPEECH = 281_241  # utterances of its 960 hours
-PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow", "soundfile", "av")
+PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow", "soundfile")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -150,7 +150,7 @@ def pack(rows: list[dict], folder: Path) -> str:
 # -- numbers
 
 
-def environment() -> dict:
+def environment(*further_packages: str) -> dict:
     """Everything that a number needs beside it to be repeated: date, command, processor, threads, GPU, versions."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text(errors="replace").splitlines() if cpu_info.exists() else []
@@ -163,7 +163,8 @@ def environment() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in (*PACKAGES, *further_packages)},
     }
 
 

@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as folder:
         values = measure(flags, Path(folder))
     print(f"\npcm_over_flac {values['pcm_over_flac']:.1f}; wait_fraction {values['wait_fraction']:.4f}")
-    common.print_json({"benchmark": "loader", **values, **common.environment()})
+    common.print_json({"benchmark": "loader", **values, **common.environment("av")})
 
 
 if __name__ == "__main__":
