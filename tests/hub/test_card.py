@@ -37,7 +37,15 @@ SUMMARY = {"utterances": 1234, "hours": 3.5, "validation_utterances": 56, "valid
            "dropped": "3 too short, 1 unreadable"}  # fmt: skip
 METRICS = [
     {"step": 10, "audio_hours": 2.5, "loss": 4.6, "contrastive_loss": 4.5, "accuracy": 0.02, "learning_rate": 1e-4},
-    {"step": 20, "audio_hours": 5.0, "loss": None, "contrastive_loss": None, "accuracy": 0.1875, "learning_rate": 2e-4},
+    {
+        "step": 20,
+        "audio_hours": 5.0,
+        "loss": None,
+        "contrastive_loss": None,
+        "accuracy": 0.1875,
+        "learning_rate": 2e-4,
+        "skipped_audio": 3,
+    },
     {
         "step": 20,
         "audio_hours": 5.0,
@@ -71,6 +79,7 @@ def test_a_card_tells_recipe_data_and_results(tmp_path):
         "| Distractors | 9 |",
         "| Masks | probability 0.05, spans of 10 frames |",
         "| Training | `train.csv`, `lists/more.tsv`, 1,234 utterances, 3.50 h |",
+        "| Unreadable in training, all told | 3 utterances |",
         "| Left out of training | 3 too short, 1 unreadable |",
         "| | Training, update 20 | Validation, update 20 |",
         "| Accuracy | 0.1875 | 0.1562 |",
