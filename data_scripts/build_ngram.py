@@ -17,29 +17,24 @@ from pathlib import Path
 from corpus_files import Parser, open_atomic
 from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
-from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.utterances import load_manifest
+from w2v2.data.manifest import COLUMNS
+from w2v2.data.readers import READERS, read_table
+from w2v2.data.segments import cast_text
 from w2v2.errors import UserError, number
 from w2v2.evaluate.scores import TARGET_UNITS
 from w2v2.finetune.normalisation import CASES, TextRules, find_case
 
-MANIFESTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
-
-def read_lines(path: Path, data_root: str | None) -> Iterable[str]:
+def read_lines(path: Path) -> Iterable[str]:
     """The sentences of a manifest or a text file, as they are written."""
-    is_manifest = path.is_dir() or path.suffix.lower() in MANIFESTS
-    return _read_transcripts(path, data_root) if is_manifest else _read_lines(path)
+    return _read_transcripts(path) if path.is_dir() or path.suffix.lower() in READERS else _read_lines(path)
 
 
-def one_second(path: str) -> int:
-    """A length for audio that is not looked at: only the text matters."""
-    return SAMPLING_RATE
-
-
-def _read_transcripts(path: Path, data_root: str | None) -> list[str]:
-    table, _ = load_manifest([str(path)], data_root=data_root, probe=one_second)
-    texts = table["text"][:] if "text" in table.column_names else []
+def _read_transcripts(path: Path) -> list[str]:
+    """The text column alone: the audio is not looked at."""
+    raw = read_table(path, lambda name: name in COLUMNS["text"])
+    names = [name for name in COLUMNS["text"] if name in raw.table.column_names]
+    texts = cast_text(raw, names[0]).to_pylist() if names else []
     if not any(texts):
         raise UserError(f"{path}: no transcripts in this manifest: give one with a column `text`, or a text file")
     return texts
@@ -57,7 +52,7 @@ def build(args) -> None:
     """Count, estimate and write, whole or not at all."""
     files = ", ".join(map(str, args.text))
     drop_tokens = tuple(args.drop_tokens)
-    lines = [line for path in args.text for line in read_lines(path, args.data_root)]
+    lines = [line for path in args.text for line in read_lines(path)]
     case = find_case(lines) if args.text_case == "auto" else args.text_case
     folds = args.fold_accents, args.fold_compatibility
     rules = TextRules(args.target_unit, case, args.drop_characters, args.keep_characters, *folds, drop_tokens)
@@ -80,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("text", nargs="+", type=Path, help="manifests, folders that are manifests, or text files")
     parser.add_argument("--output", type=Path, required=True, help="the ARPA file to write")
     parser.add_argument("--order", type=number(int, min=2), default=4, help="longest n-gram")
-    parser.add_argument("--data_root", help="what $data_root in the manifests stands for")
+    parser.add_argument("--data_root", help="not needed: the audio is not looked at")
     parser.add_argument("--target_unit", choices=TARGET_UNITS, default="characters", help="tokens: as phonemes are")
     parser.add_argument("--text_case", choices=CASES, default="auto", help="auto: capitals, if the text has both")
     parser.add_argument("--drop_characters", help="left out, instead of punctuation", metavar="CHARACTERS")

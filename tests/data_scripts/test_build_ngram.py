@@ -106,7 +106,7 @@ def test_kenlm_reads_the_same_probabilities_from_the_file(tmp_path):
 
 def test_text_and_manifests_are_counted_together(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("One, two!\n\nthree-four\n")
-    (tmp_path / "b.csv").write_text('audio,text\nabsent.wav,"one two"\nmute.wav,\n')
+    (tmp_path / "b.csv").write_text('audio,duration,wrd\n$data_root/absent.wav,9.5,"one two"\nmute.wav,3,\n')
     output = tmp_path / "deep" / "lm.arpa"
     command = [str(tmp_path / "a.txt"), str(tmp_path / "b.csv"), "--order", "2", "--output", str(output)]
     assert build_ngram.main(command) == 0
