@@ -7,6 +7,8 @@ import pytest
 import soundfile
 import torch
 
+from w2v2.data import segments
+from w2v2.data.audio import probe_rate
 from w2v2.data.manifest import read_manifests
 from w2v2.data.segments import read_name
 from w2v2.errors import UserError
@@ -123,6 +125,21 @@ def test_what_does_not_fit_the_files(folder, header, rows, message):
         assert (
             "1 of 2 rows that were compared are shorter than their files" in line and "5 s, the file holds 20 s" in line
         )
+
+
+def test_rates_of_files_are_remembered(folder, tmp_path, monkeypatch):
+    opened = tmp_path / "opened"
+
+    def counting(path):  # in a worker
+        with open(opened, "a") as file:
+            file.write(f"{path}\n")
+        return probe_rate(path)
+
+    monkeypatch.setitem(segments.RATES, "probe", counting)
+    (folder / "a.csv").write_text("path,frame_offset,num_frames\ncd.wav,44100,88200\ncall.wav,8000,4000\n")
+    tables = [read_manifests([folder / "a.csv"], cache_dir=tmp_path / "cache")[0].to_pylist() for _ in range(2)]
+    assert tables[0] == tables[1] and [row["start"] for row in tables[0]] == [1.0, 1.0]
+    assert sorted(opened.read_text().split()) == [str(folder / "call.wav"), str(folder / "cd.wav")]
 
 
 def test_reading_draws_no_random_number(folder):

@@ -141,14 +141,14 @@ def _measure(probe: Callable[[str], int], known: dict[tuple, int], path: str) ->
 
 
 def measure_lengths(
-    paths: list[str], probe: Callable[[str], int], cache_dir: str | Path | None = None
+    paths: list[str], probe: Callable[[str], int], cache_dir: str | Path | None = None, file: str = "lengths.jsonl"
 ) -> dict[str, int | str]:
     """Length of each file, or the reason (a string) why it has none: that of the AudioError which `probe` raises.
 
-    Lengths are kept in `cache_dir/lengths.jsonl` by path, size and time of change, a line a file, so that processes
+    Lengths are kept in `file` of `cache_dir` by path, size and time of change, a line a file, so that processes
     which measure at the same time do each other no harm.
     """
-    cache = None if cache_dir is None else Path(cache_dir, "lengths.jsonl")
+    cache = None if cache_dir is None else Path(cache_dir, file)
     known: dict[tuple, int] = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache and cache.exists() else ():
         with contextlib.suppress(ValueError, TypeError):  # a line torn by an interruption
@@ -159,6 +159,6 @@ def measure_lengths(
         lengths[path] = length
         if cache and key and key not in known:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(cache, "a", encoding="utf-8") as file:
-                file.write(json.dumps([*key, length]) + "\n")
+            with open(cache, "a", encoding="utf-8") as out:
+                out.write(json.dumps([*key, length]) + "\n")
     return lengths

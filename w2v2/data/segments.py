@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, probe_rate
-from w2v2.data.inspection import measure_lengths
 from w2v2.data.readers import RawTable
 from w2v2.errors import UserError
 
-Measure = Callable[[list[str]], dict[str, int | str]]  # as `measure_lengths`, of which probe and cache are given
+Measure = Callable[..., dict[str, int | str]]  # `measure_lengths` with its probe and cache, unless others are given
+RATES = dict(probe=probe_rate, file="rates.jsonl")
 ROLES = {"start": "start begin beg onset offset", "stop": "stop end", "duration": "duration dur length len"}
 UNITS = {"s": "s sec secs second seconds", "ms": "ms msec millisecond milliseconds",
          "frames": "frame frames sample samples"}  # fmt: skip
@@ -85,7 +85,8 @@ def find_extents(
         units |= {role: unit for role, known in units.items() if not known}
     if "frames" in units.values():
         at_16k = names.get("frames") == "num_samples" and "frames" not in (units.get("start"), units.get("stop"))
-        rates = _find_rates(audio, files, values.get("rate"), SAMPLING_RATE if at_16k else rates)
+        rates = _find_rates(audio, files, measure, SAMPLING_RATE if at_16k else rates)
+        rates = np.where(np.isnan(stated := values.get("rate", nothing)), rates, stated)
         if (odd := np.abs(rates[files.rows] - files.rates) > 0.5).any() and "rate" in names:
             row, own = int(files.rows[odd][0]), files.rates[odd][0]
             example = f"{raw.where(row)}: {rates[row]:g}, the file has {own:g}"
@@ -159,21 +160,19 @@ def _read_some(audio: pa.ChunkedArray, rows: np.ndarray, measure: Measure, with_
     """A few of the `rows`, evenly spread."""
     rows = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(len(rows), NUM_COMPARED)).astype(int))]
     paths = audio.take(rows).to_pylist()
-    found = measure([*{*paths}]), measure_lengths([*{*paths}], probe_rate) if with_rates else {}
+    found = measure([*{*paths}]), measure([*{*paths}], **RATES) if with_rates else {}
     values = [[n if isinstance(n := numbers.get(path), int) else np.nan for path in paths] for numbers in found]
     return Files(rows, np.array(values[0], float) / SAMPLING_RATE, np.array(values[1], float))
 
 
-def _find_rates(audio: pa.ChunkedArray, files: Files, stated: np.ndarray | None, told: float | None) -> np.ndarray:
-    """Frames a second of every row: stated, or told by durations, or the file's own; 16,000 where it cannot be read."""
+def _find_rates(audio: pa.ChunkedArray, files: Files, measure: Measure, told: float | None) -> np.ndarray:
+    """Frames a second of every row: `told` by durations, or the file's own; 16,000 where it cannot be read."""
     own = np.unique(files.rates[~np.isnan(files.rates)])
     if told or len(own) < 2:
-        rates = np.full(len(audio), told or (own[0] if len(own) else SAMPLING_RATE), float)
-    else:
-        paths = audio.to_pylist()
-        found = measure_lengths(list(dict.fromkeys(paths)), probe_rate)
-        rates = np.array([rate if isinstance(rate := found[path], int) else SAMPLING_RATE for path in paths], float)
-    return rates if stated is None else np.where(np.isnan(stated), rates, stated)
+        return np.full(len(audio), told or (own[0] if len(own) else SAMPLING_RATE), float)
+    paths = audio.to_pylist()
+    found = measure(list(dict.fromkeys(paths)), **RATES)
+    return np.array([rate if isinstance(rate := found[path], int) else SAMPLING_RATE for path in paths], float)
 
 
 def _tell_unit(
