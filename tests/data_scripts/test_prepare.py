@@ -52,7 +52,7 @@ def test_folder_lists_usable_files_once_and_others_apart(tmp_path, caplog):
     assert run(prepare_folder, audio, "--output", output) == 0
     durations = {row["id"]: float(row["duration"]) for row in rows_of(output)}
     assert durations == {"a.wav": 1.0, "a.flac": 0.75, "deep/er/b": 2.0, "c": pytest.approx(1.0, abs=0.03)}
-    assert f"{audio}: passed over, as no audio by their suffix: 1 .txt, 1 hidden" in caplog.text
+    assert f"{audio}: passed over, hidden or no audio by their suffix: 1 .txt, 1 hidden" in caplog.text
     assert set(rows_of(output)[0]) == {"id", "audio", "duration"}
     skipped = [json.loads(line) for line in (tmp_path / "lists" / "all.skipped.jsonl").read_text().splitlines()]
     assert {Path(entry["audio"]).name for entry in skipped} == {"broken.flac", "empty.wav"}

@@ -10,28 +10,32 @@ from w2v2.errors import UserError, tell
 
 
 def find_audio(folder: Path) -> tuple[list[str], dict[str, int]]:
-    """Relative paths of a folder's audio files, sorted; and how many others there are, by suffix. Links are followed."""
+    """Relative paths of a folder's audio files, sorted; and how many others there are, by suffix.
+
+    Links are followed. What is hidden is not heard: a hidden folder counts as one.
+    """
     paths, passed_over, seen = [], Counter(), set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:  # a link to where we have been
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        passed_over["hidden folder"] += sum(name[0] == "." for name in folders)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in names:
             suffix = "hidden" if name[0] == "." else os.path.splitext(name)[1].lower()
             if suffix in AUDIO_SUFFIXES:
                 paths.append(os.path.relpath(os.path.join(parent, name), folder))
             else:
                 passed_over[suffix or "no suffix"] += 1
-    return sorted(paths), dict(sorted(passed_over.items(), key=lambda item: (-item[1], item[0])))
+    return sorted(paths), dict(sorted((+passed_over).items(), key=lambda item: (-item[1], item[0])))
 
 
 def say_passed_over(folder: Path, passed_over: dict[str, int]) -> None:
     """Log what was no audio, unless nothing was."""
     if passed_over:
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in passed_over.items())
-        tell(f"{folder}: passed over, as no audio by their suffix: {counts}")
+        tell(f"{folder}: passed over, hidden or no audio by their suffix: {counts}")
 
 
 def read_kaldi(folder: Path) -> list[dict]:
