@@ -107,6 +107,11 @@ def test_fairseq_roots(corpus, root):
     [
         ("cv.tsv", 'path\tsentence\tduration\na\t"Yes he said\t1\nb\t"A ""B"""\t1\n', ['"Yes he said', 'A "B"']),
         ("a.csv", 'audio,duration,text\na.wav,1,"one\ntwo"\na.wav,2,"say ""x"""\n', ["one\ntwo", 'say "x"']),
+        (
+            "a.csv",
+            'audio,duration,text\na.wav,1,"first\nhe counted one, 2, three"\n',
+            ["first\nhe counted one, 2, three"],
+        ),
         ("a.csv", "audio,duration,text\na.wav,1,null\nb.wav,1,007\nc.wav,1,NaN\n", ["null", "007", "NaN"]),
         ("a.json", '[{"wav": "a", "length": 1, "text": "1e5"}, {"wav": "b", "length": 1, "text": 7}]', ["1e5", "7"]),
         (
@@ -261,7 +266,7 @@ SLIPS = [
     ("a.csv", 'audio,duration,text\na.wav,1,hi\nb.wav,1,say "x"\n', "line 3 has a stray quote"),
     (
         "a.csv",
-        'audio,duration,text\na,1,"hi\nb,1,hi\nc,1,hi"\nd,1,x\n',
+        'audio,duration,text\na.wav,1,"hi\nb.wav,1,hi\nc.wav,1,hi"\nd.wav,1,x\n',
         "line 2: a quote opens here and closes 2 rows below",
     ),
     ("a.csv", 'audio,text\na.wav,"hi\nb.wav,hi"\n', "line 2: a quote opens here and closes 1 rows below"),
@@ -336,9 +341,47 @@ def test_bad_kaldi_segments_are_slips(tmp_path):
 def test_what_a_folder_holds_beside_audio_is_counted(corpus, caplog):
     for name in ("notes.txt", "more.TXT", "LICENSE", ".hidden"):
         write(corpus / name, "no audio")
+    (corpus / ".Trash").mkdir()
+    soundfile.write(corpus / ".Trash" / "old.wav", np.zeros(16_000), 16_000)
     table, _, notes = read_manifests([corpus])
-    assert len(table) == 2 and notes["passed_over"] == {".txt": 2, "no suffix": 1, "hidden": 1}
-    assert "passed over, as no audio by their suffix: 2 .txt, 1 hidden, 1 no suffix" in caplog.text
+    assert len(table) == 2 and notes["passed_over"] == {".txt": 2, "no suffix": 1, "hidden": 1, "hidden folder": 1}
+    assert "passed over, hidden or no audio by their suffix: 2 .txt, 1 hidden, 1 hidden folder, 1 no suf" in caplog.text
+
+
+def test_a_stray_quote_after_many_cells_is_found_at_once(corpus):
+    cells = ["x"] * 300
+    text = ",".join(["audio", *(f"c{n}" for n in range(300))]) + "\na.wav, " + ", ".join([*cells[1:], '5" nail']) + "\n"
+    with pytest.raises(UserError, match="line 2 has a stray quote"):
+        load(write(corpus / "a.csv", text))
+
+
+@pytest.mark.parametrize(
+    "cells, channels, line",
+    [
+        ([["0", "1"]], [[0, 1]], None),
+        ([["1", "2", ""]], [[0, 1, None]], "read as counted from 1"),
+        ([["1", "2"], ["1", "1"]], [[0, 1], [0, 0]], "read as counted from 1"),  # all manifests of a call alike
+        ([["1", "2"], ["0", "1"]], [[1, 2], [0, 1]], None),
+        ([["1", "2", "B"]], [[0, 1, 1]], "read as counted from 1"),
+        ([["A", "B"], ["1", "0"]], [[0, 1], [1, 0]], None),
+        ([["1", ""]], None, "channel is 1 wherever .*: write 0 or 1, or A or B"),
+        ([["A"], ["1"]], None, "channel is 1 wherever .*: write 0 or 1, or A or B"),
+        ([["2", "3"]], None, "channel is 2 or 3 wherever .*: write 0 or 1, or A or B"),
+    ],
+)
+def test_channels_are_counted_alike_in_all_manifests(corpus, caplog, cells, channels, line):
+    paths = []
+    for column in cells:
+        rows = "".join(f"{len(paths)}-{row}.wav,1,{cell}\n" for row, cell in enumerate(column))
+        paths.append(write(corpus / f"{len(paths)}.csv", f"audio,duration,channel\n{rows}"))
+    if channels is None:
+        with pytest.raises(UserError, match=f"csv: {line}"):
+            read_manifests(paths, probe=no_probe)
+        return
+    table, _, notes = read_manifests(paths, probe=no_probe)
+    assert table["channel"].to_pylist() == sum(channels, [])
+    assert [[row["channel"] for row in notes["samples"][path]] for path in map(str, paths)] == channels
+    assert (line in notes["warnings"][0] and line in caplog.text) if line else not notes["warnings"]
 
 
 def test_stray_quotes_never_swallow_rows(corpus):

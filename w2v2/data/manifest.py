@@ -6,7 +6,8 @@ Columns are understood by name, upper or lower case, whichever toolkit wrote the
 - A row without an id gets its path as written (and `:start` in samples, `#2` if it comes twice). An id twice in one
   manifest is an error; manifests that share ids get theirs prefixed with `<manifest's name>/`.
 - Rows that say the same audio twice are an error.
-- `channel` is a number from 0 (from 1 where there is no 0, but a 2) or a letter (A, B, or L, R); null for all mixed.
+- `channel` is a number or a letter (A, B, or L, R); null for all mixed. Numbers count from 0; or from 1 where the
+  manifests of a call have 1 and others, but no 0. Where that is open (1 alone), it is an error.
 - Text, speaker and label are "" where a row, or one of several manifests, has none.
 """
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.audio import probe as probe_header
+from w2v2.data.audio import probe as measure_length
 from w2v2.data.folders import say_passed_over
 from w2v2.data.inspection import fill_lengths, measure_lengths
 from w2v2.data.readers import RawTable, read_table
@@ -49,7 +50,7 @@ def read_manifests(
     *,
     data_root: str | None = None,
     cache_dir: str | Path | None = None,
-    probe: Callable[[str], int] = probe_header,
+    probe: Callable[[str], int] = measure_length,
     further: Sequence[str] = (),
 ) -> tuple[pa.Table, list[dict], dict[str, Any]]:
     """Read manifests and folders into one table of utterances. Raises UserError for whatever the user can mend.
@@ -71,24 +72,27 @@ def read_manifests(
     extras = [*EXTRAS, *dict.fromkeys(name.lower() for name in further if name.lower() not in OURS)]
     known = {alias for aliases in COLUMNS.values() for alias in aliases}.union(extras)
     measure = partial(measure_lengths, probe=probe, cache_dir=cache_dir)
-    tables, warnings, passed_over, samples = [], [], Counter(), {}
+    tables, warnings, passed_over, samples = {}, [], Counter(), {}
     for name in names:
         raw = read_table(Path(name).expanduser(), lambda name: name in known or may_be_segment(name))
         table, lines = _interpret(raw, extras, data_root, measure)
         say_passed_over(raw.path, raw.passed_over)
         for line in lines:
             tell(line)
-        tables.append(table)
-        some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_SAMPLED)).astype(int))
-        samples[name] = table.take(some).to_pylist()
+        tables[name] = table
         warnings += lines
         passed_over.update(raw.passed_over)
-    table, skipped = fill_lengths(_join(tables, names, extras), probe, cache_dir)
+    for line in (lines := _count_channels(tables)):
+        tell(line)
+    for name, table in tables.items():
+        some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_SAMPLED)).astype(int))
+        samples[name] = table.take(some).to_pylist()
+    table, skipped = fill_lengths(_join(tables, extras), probe, cache_dir)
     if skipped and not len(table):
         first = f"beginning with {skipped[0]['audio']}, which {skipped[0]['reason']}"
         remedy = "check the paths, and --data_root if they are relative"
         raise UserError(f"{', '.join(names)}: no audio file could be measured, {first}: {remedy}")
-    return table, skipped, {"warnings": warnings, "passed_over": dict(passed_over), "samples": samples}
+    return table, skipped, {"warnings": warnings + lines, "passed_over": dict(passed_over), "samples": samples}
 
 
 def _interpret(
@@ -122,15 +126,31 @@ def _interpret(
 
 
 def _read_channels(raw: RawTable, name: str) -> pa.Array:
-    """int32, null where nothing is said."""
+    """Numbers as they are written, letters as -1 (A), -2 (B), …; int32, null where nothing is said."""
     text = pc.utf8_upper(pc.utf8_trim_whitespace(cast_text(raw, name)))
     cells = text.to_pandas().str.replace(r"^(?:CHANNEL|CHAN|CH)?[ _-]*([0-9]+)(?:\.0*)?$", r"\1", regex=True)
-    numbers = cells.map(lambda cell: LETTERS.get(cell, int(cell) if cell.isdecimal() and len(cell) < 4 else None))
+    letters = {letter: -1 - number for letter, number in LETTERS.items()}
+    numbers = cells.map(lambda cell: letters.get(cell, int(cell) if cell.isdecimal() and len(cell) < 4 else None))
     wrong = numbers.isna() & (cells != "")
     raw.refuse(pa.array(wrong), name, text, "write a number from 0 or a letter, leave it empty, or rename the column")
-    if cells.str.isdecimal().any() and numbers.min() == 1 and numbers.max() > 1:
-        numbers -= 1
     return pa.array(numbers.astype("Int32"))
+
+
+def _count_channels(tables: dict[str, pa.Table]) -> list[str]:
+    """Count the channels of all tables from 0, in place; a line where their numbers are taken to count from 1."""
+    given = {name: table["channel"] for name, table in tables.items() if "channel" in table.column_names}
+    numbers = sorted({n for column in given.values() for n in column.unique().to_pylist() if n is not None and n >= 0})
+    first = int(bool(numbers) and numbers[0] > 0)
+    where, spelled = ", ".join(given), " or ".join(map(str, numbers[:4]))
+    if first and (numbers[0] > 1 or len(numbers) == 1):
+        remedy = "write 0 or 1, or A or B; leave it empty where files are mono"
+        raise UserError(f"{where}: channel is {spelled} wherever it is a number, counted from 0 or from 1: {remedy}")
+    for name, written in given.items():
+        letters = pc.subtract(pa.scalar(-1, pa.int32()), written)
+        from_zero = pc.subtract(written, pa.scalar(first, pa.int32()))
+        counted = pc.if_else(pc.less(written, 0), letters, from_zero)
+        tables[name] = tables[name].set_column(tables[name].column_names.index("channel"), "channel", counted)
+    return [f"{where}: channel is read as counted from 1, for it is {spelled}, never 0"] if first else []
 
 
 def _refuse_equal(raw: RawTable, rows: pa.Table) -> None:
@@ -173,14 +193,14 @@ def _resolve(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) -> 
     return pc.if_else(pc.starts_with(written, os.sep), written, pc.binary_join_element_wise(base, written, ""))
 
 
-def _join(tables: list[pa.Table], names: list[str], extras: Sequence[str]) -> pa.Table:
+def _join(tables: dict[str, pa.Table], extras: Sequence[str]) -> pa.Table:
     """All tables in one; an extra column that one of them lacks is "" there."""
-    whole = pa.concat_tables(tables, promote_options="default")
+    whole = pa.concat_tables(tables.values(), promote_options="default")
     columns = {name: whole[name] for name in OURS[:5] if name in whole.column_names}
     columns |= {name: pc.fill_null(whole[name], "") for name in extras if name in whole.column_names}
     if len(tables) > 1 and pc.count_distinct(whole["id"]).as_py() < len(whole):
-        stems = [Path(name).absolute().stem for name in names]
-        labels = stems if len(set(stems)) == len(stems) else names
-        repeated = [pa.repeat(label, len(table)) for label, table in zip(labels, tables, strict=True)]
+        stems = [Path(name).absolute().stem for name in tables]
+        labels = stems if len(set(stems)) == len(stems) else tables
+        repeated = [pa.repeat(label, len(table)) for label, table in zip(labels, tables.values(), strict=True)]
         columns["id"] = pc.binary_join_element_wise(pa.chunked_array(repeated), whole["id"], "/")
     return pa.table(columns)
