@@ -80,7 +80,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     trainer = CTCTrainer(
         model, args, data_collator=collate_speech, train_dataset=train_set, eval_dataset=sets["validation"],
         processing_class=make_processor(vocabulary, extractor), vocabulary=vocabulary, callbacks=[hub],
-        blank_warning_steps=text_args.blank_warning_steps,
+        chunk_seconds=text_args.chunk_seconds, blank_warning_steps=text_args.blank_warning_steps,
     )  # fmt: skip
     trainer.dropped = dropped
     trainer.describe(checkpoint)
@@ -120,6 +120,7 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
     trainer = CTCTrainer(
         model, args, data_collator=collate_speech, eval_dataset=next(iter(sets.values())),  # `Trainer` wants one
         processing_class=make_processor(vocabulary, extractor), vocabulary=vocabulary,
+        chunk_seconds=text_args.chunk_seconds,
     )  # fmt: skip
     describe_units(sets, trainer)
     if args.process_index == 0:

@@ -41,7 +41,7 @@ QUIET = dict(train_data=["t"], validation_data=["v"], config_name="c", report_to
              per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3)  # fmt: skip
 
 
-def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, **flags):
+def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, chunk_seconds=40.0, **flags):
     """A trainer without anything random but the order of utterances, unless `model_changes` says so."""
     args = FineTuningArguments(output_dir=str(output_dir), **(QUIET | flags))
     Path(output_dir).mkdir(exist_ok=True, parents=True)
@@ -56,7 +56,8 @@ def make_trainer(table, output_dir, model_changes=None, vocabulary=VOCABULARY, *
     train = ctc_data.SpeechDataset(table, substitute=True, **kwargs)
     validation = ctc_data.SpeechDataset(ctc_data.longest_first(table), substitute=False, **kwargs)
     processor = make_processor(vocabulary, extractor)
-    return CTCTrainer(model, args, ctc_data.collate_speech, train, validation, processor, vocabulary=vocabulary)
+    parts = (model, args, ctc_data.collate_speech, train, validation, processor)
+    return CTCTrainer(*parts, vocabulary=vocabulary, chunk_seconds=chunk_seconds)
 
 
 def one_update(table, output_dir, case="mean", **flags):

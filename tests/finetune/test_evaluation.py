@@ -6,10 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import soundfile
+import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from two_ranks_ctc import make_trainer, write_speech
+from two_ranks_ctc import VOCABULARY, make_trainer, write_speech
 
 from w2v2.finetune.batching import cut_evaluation
+from w2v2.finetune.text import greedy_decode
 
 LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
 
@@ -40,6 +44,32 @@ def test_results_do_not_move_with_the_batches(table, tmp_path, large):
         losses.append(found.metrics["test_loss"])
     assert any(outputs[0][0]) and outputs == outputs[:1] * 4
     assert losses == pytest.approx(losses[:1] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 100.0])
+def test_long_and_unreadable_recordings_weigh_nothing(tmp_path, seconds):
+    """Long ones go through in chunks while training, too; the others are as they are alone."""
+    random, lengths = np.random.default_rng(0), (9.0, 5.9, 5.5, 2.0, 1.0)
+    rows = [{"id": str(n), "audio": f"{tmp_path}/{n}.wav", "start": 0.0, "num_samples": int(n * 16_000), "text": "AB"}
+            for n in lengths]  # fmt: skip
+    for row in rows[:-1]:
+        soundfile.write(row["audio"], random.uniform(-0.3, 0.3, row["num_samples"]), 16_000)
+    (tmp_path / "1.0.wav").write_bytes(b"RIFF no audio")
+    flags = dict(eval_micro_batch_seconds=seconds, max_skipped_fraction=0.5, chunk_seconds=6.0)
+    trainer, heard = make_trainer(Dataset.from_list(rows), tmp_path / "run", **flags), []
+    listen = trainer.model.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0].shape[1]))
+    found = trainer.predict(trainer.eval_dataset)
+    listen.remove()
+    assert max(heard) <= 6 * 16_000 + 400 and found.predictions[-1] is None
+    alone, losses = [], []
+    for row in rows[1:-1]:
+        item = trainer.eval_dataset[rows.index(row)]
+        with torch.no_grad():
+            output = trainer.model(torch.tensor(item["input_values"])[None], labels=torch.tensor([item["labels"]]))
+        losses.append(output.loss.item())
+        alone.append(greedy_decode(output.logits[0].argmax(-1).tolist(), VOCABULARY))
+    assert found.predictions[1:-1] == alone and any(alone)
+    assert found.metrics["test_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def follow(trainer, monkeypatch, validations):

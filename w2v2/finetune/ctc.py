@@ -4,9 +4,11 @@ Shapes: B utterances, S samples, T latent frames, U units of a transcript, V ent
 hypothesis, K settings of the decoder.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.trainer_utils import EvalLoopOutput
@@ -86,6 +88,8 @@ class Chunk(NamedTuple):
 def cut_chunks(config: Wav2Vec2Config, num_samples: int, chunk_seconds: float) -> list[Chunk]:
     """Overlapping chunks whose frames that count are those of the whole recording, each once and in order."""
     stride, total = config.inputs_to_logits_ratio, num_frames(config, num_samples)
+    if num_samples <= chunk_seconds * SAMPLING_RATE:
+        return [Chunk(slice(0, num_samples), slice(0, total))]
     margin = round(OVERLAP_SECONDS / 2 * SAMPLING_RATE / stride)
     step = round(chunk_seconds * SAMPLING_RATE / stride) - 2 * margin
     chunks = []
@@ -109,22 +113,36 @@ def chunk_logits(model, samples: torch.Tensor, chunk_seconds: float, batch_size:
     return torch.cat(logits)
 
 
+def ctc_losses(
+    logits: torch.Tensor, num_frames: torch.Tensor, labels: torch.Tensor, config: Wav2Vec2Config
+) -> torch.Tensor:
+    """Loss a label of each utterance (B,), as the stock model takes it: logits (B, T, V), labels (B, U)."""
+    if not len(logits):
+        return logits.new_zeros(0)
+    log_probs, num_labels = logits.float().log_softmax(-1).transpose(0, 1), (labels >= 0).sum(-1)  # (T, B, V), (B,)
+    options = dict(blank=config.pad_token_id, reduction="none", zero_infinity=config.ctc_zero_infinity)
+    with torch.backends.cudnn.flags(enabled=False):
+        losses = F.ctc_loss(log_probs, labels.clamp_min(0), num_frames, num_labels, **options)
+    return losses / num_labels
+
+
 class CTCTrainer(FineTuner):
     """Scores by greedy decoding: `predict` gives texts, and metrics hold WER and CER (PER for tokens).
 
     While `decoder` is set, `predict` searches with it too: `beam_texts` holds the texts of each of its settings.
     `units` are those of the best path with their frames. Texts are in the data set's order, None where the audio was
-    unreadable. Where `chunk_seconds` is set, longer recordings go through the model in overlapping chunks.
+    unreadable. Recordings longer than `chunk_seconds` go through the model in overlapping chunks.
     """
 
     tie_breakers = ("cer", "wer")
 
-    def __init__(self, *args, vocabulary: dict[str, int], blank_warning_steps: int = 1_000, **kwargs):
+    def __init__(
+        self, *args, vocabulary: dict[str, int], chunk_seconds: float = math.inf, blank_warning_steps: int = 1_000, **kwargs
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.vocabulary, self.blank_warning_steps = vocabulary, blank_warning_steps
+        self.vocabulary, self.chunk_seconds, self.blank_warning_steps = vocabulary, chunk_seconds, blank_warning_steps
         self.measure = self.measure or self._choose_measure()
         self.decoder: BeamDecoder | None = None
-        self.chunk_seconds: float | None = None
         self.beam_texts: list[list[str | None]] = []
         self.units: list[list[tuple[str, int, int]]] = []
         self.warnings: list[str] = []
@@ -151,30 +169,27 @@ class CTCTrainer(FineTuner):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, best path (B, T) with -1 past each utterance's end, and labels (B, U); a decoder adds words (B, W, K).
+        """Losses, best path (B, T) with -1 past each utterance's end, and labels (B, U); a decoder adds words (B, W, K).
 
-        The loss is the mean over utterances of the loss a label: the batch size does not move it. Recordings longer
-        than `chunk_seconds` have none.
+        The losses a label are of the utterances that have one: it is neither unreadable nor longer than `chunk_seconds`.
         """
-        config, (B, S) = self.model.config, inputs["input_values"].shape
-        num_samples = inputs["attention_mask"].sum(-1) if "attention_mask" in inputs else torch.full((B,), S)
-        if self.chunk_seconds and self.chunk_seconds * SAMPLING_RATE < S:
-            inputs = self._prepare_inputs(inputs)
-            size = max(1, int(self.args.eval_micro_batch_seconds // self.chunk_seconds))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                rows = [chunk_logits(model, row[:n], self.chunk_seconds, size)
-                        for row, n in zip(inputs["input_values"], num_samples, strict=True)]  # fmt: skip
-            loss, logits, labels = torch.zeros((), device=rows[0].device), pad_sequence(rows, True), inputs["labels"]
-        else:
-            reduction, config.ctc_loss_reduction = config.ctc_loss_reduction, "mean"
-            try:
-                loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)  # logits (B, T, V)
-            finally:
-                config.ctc_loss_reduction = reduction
+        inputs = self._prepare_inputs(inputs)
+        values, mask, labels = inputs["input_values"], inputs.get("attention_mask"), inputs["labels"]
+        num_samples = mask.sum(-1) if mask is not None else torch.full((len(values),), values.shape[1])
+        is_long = (num_samples > self.chunk_seconds * SAMPLING_RATE).to(values.device)  # (B,)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if is_long.any():
+                size = max(1, int(self.args.eval_micro_batch_seconds // self.chunk_seconds))
+                rows = zip(values, num_samples, strict=True)
+                logits = pad_sequence([chunk_logits(model, row[:n], self.chunk_seconds, size) for row, n in rows], True)
+            else:
+                logits = model(values, attention_mask=mask).logits  # (B, T, V)
         num_frames = self.model._get_feat_extract_output_lengths(num_samples.to(logits.device))  # (B,)
         # (T,) >= (B, 1) -> (B, T)
         past_end = torch.arange(logits.shape[1], device=logits.device) >= num_frames[:, None]
         best_path = logits.argmax(-1).masked_fill(past_end, -1)
+        has_loss = (labels >= 0).any(-1) & ~is_long
+        loss = ctc_losses(logits[has_loss], num_frames[has_loss], labels[has_loss], self.model.config)
         if self.decoder is None:
             return loss, best_path, labels
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
@@ -213,7 +228,7 @@ class CTCTrainer(FineTuner):
         patience, step, loss = self.blank_warning_steps, self.state.global_step, metrics["eval_loss"]
         is_due = patience and step >= self.args.freeze_encoder_steps + patience
         # A model that writes nothing below this loss has learnt something: it is not on this plateau.
-        if is_due and metrics["eval_empty_fraction"] >= 1.0 and loss >= BLANK_LOSS:
+        if is_due and metrics["eval_empty_fraction"] >= 1.0 and not loss < BLANK_LOSS:  # NaN: none is known
             self.warnings += [f"update {step}: nothing but blanks, validation loss {loss:.2f}: {BLANK_CAUSES}"]
             self.args.print_once(f"     warning: {self.warnings[-1]}")
         return metrics

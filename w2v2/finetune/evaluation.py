@@ -23,7 +23,8 @@ from w2v2.finetune.ctc_data import SpeechDataset, check_skipped
 class Evaluator(Trainer):
     """`Trainer` whose evaluation goes by seconds. Predictions keep the data set's order.
 
-    A subclass has `score_output`: an output of the loop and its data set → predictions, scores by name. Its
+    A subclass has `prediction_step`, with a loss for each utterance that counts (one for the batch where the scores
+    hold the loss), and `score_output`: an output of the loop and its data set → predictions, scores by name. Its
     `tie_breakers` are the measures that choose between updates which are equal by `metric_for_best_model`.
     """
 
@@ -57,7 +58,7 @@ class Evaluator(Trainer):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
                         metric_key_prefix="eval") -> EvalLoopOutput:  # fmt: skip
-        """Outputs of the set on every rank, in its order; the loss is the mean over utterances, whatever the batches."""
+        """Outputs of the set on every rank, in its order; the loss is the mean over utterances, NaN where none counts."""
         data, model = dataloader.dataset, self.model
         if not self.accelerator._models:  # an evaluation without a training
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -66,15 +67,14 @@ class Evaluator(Trainer):
         found = []
         for rows, inputs in zip(dataloader.batch_sampler, dataloader, strict=True):
             loss, outputs, labels = self.prediction_step(model, inputs, False, ignore_keys)
-            found.append((rows, loss.item(), nested_numpify(outputs), nested_numpify(labels)))
+            found.append((rows, loss.flatten().tolist(), nested_numpify(outputs), nested_numpify(labels)))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         every = {rows: rest for rows, *rest in gather_object(found)}  # without repetitions
         losses, outputs, labels = zip(*(every[rows] for rows in sorted(every)), strict=True)
         check_skipped(data, self.args.max_skipped_fraction)
 
-        metrics = {
-            f"{metric_key_prefix}_loss": float(np.average(losses, weights=[len(rows) for rows in sorted(every)]))
-        }
+        losses = [loss for some in losses for loss in some]
+        metrics = {f"{metric_key_prefix}_loss": float(np.mean(losses)) if losses else math.nan}
         joined = tuple(map(join, zip(*outputs, strict=True))) if isinstance(outputs[0], tuple) else join(outputs)
         output = EvalLoopOutput(predictions=joined, label_ids=join(labels), metrics=metrics, num_samples=len(data))
         predictions, scores = self.score_output(output, data)

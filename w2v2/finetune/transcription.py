@@ -58,7 +58,7 @@ def score(
     trainer: CTCTrainer, sets: dict[str, SpeechDataset], decoder: BeamDecoder | None, text_args: CTCArguments
 ) -> None:
     """Score each set with the model as it is now, and write and print the results; the beam search is tuned first."""
-    trainer.decoder, trainer.chunk_seconds, unit = decoder, text_args.chunk_seconds, unit_of(trainer.vocabulary)
+    trainer.decoder, unit = decoder, unit_of(trainer.vocabulary)
     tuned = tune_decoder(trainer, sets["validation"], text_args) if text_args.tune_lm else {}
     scored = {name: score_set(trainer, name, data) for name, data in sets.items()}
     if not trainer.is_world_process_zero():
