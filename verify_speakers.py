@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 
 from w2v2.cli import parse_command_line, run_script
-from w2v2.data.audio import AudioError, probe
+from w2v2.data.audio import AudioError, measure_length
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import (
     Trial,
@@ -76,7 +76,7 @@ def listed_trials(args: VerificationArguments) -> tuple[list[Trial], Dataset]:
     names = sorted({name for trial in trials for name in (trial.first, trial.second)})
     audio = [str(base / name) for name in names]
     try:
-        lengths = [probe(path) for path in audio]
+        lengths = [measure_length(path) for path in audio]
     except AudioError as error:
         hint = "" if args.data_root else "; --data_root names the folder that the paths start from"
         raise UserError(f"--trials {args.trials}: {error.path}: {error.reason}{hint}") from None

@@ -14,7 +14,7 @@ from typing import IO, NoReturn
 
 from tqdm import tqdm
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, probe
+from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length
 from w2v2.errors import UserError, error_line, number, printable
 
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
@@ -69,7 +69,7 @@ def measure(rows: Sequence[dict], root: Path, manifest: Path, num_workers: int) 
 
     def measure_row(row: dict) -> dict | AudioError:
         try:
-            duration = probe(str(root / row["audio"])) / SAMPLING_RATE
+            duration = measure_length(str(root / row["audio"])) / SAMPLING_RATE
         except AudioError as error:
             return error
         audio = Path(prefix, row["audio"]).as_posix()

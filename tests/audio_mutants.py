@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 from encoding import encode
 
-from w2v2.data.audio import AudioError, probe, read_pcm
+from w2v2.data.audio import AudioError, measure_length, read_pcm
 
 RATE, SECONDS = 16_000, 1.5
 FORMATS = {
@@ -128,7 +128,7 @@ def fuzz(folder: Path, seed: int, count: int) -> dict[str, int]:
         (folder / "last.txt").write_text(f"seed {seed}, mutant {number} of {original.name}")
         mutant.write_bytes(content)
         name, expected = str(mutant), round(SECONDS * RATE)
-        length = attempt(probe, name)
+        length = attempt(measure_length, name)
         assert length is None or (isinstance(length, int) and length > 0)
         for start, num_samples in ((0, 4_000), (int(rng.integers(12_000)), 7_777), (16_000, 8_000)):
             samples = outcome(name, start, num_samples, None)

@@ -11,7 +11,7 @@ import soundfile
 import soxr
 
 from w2v2.data import decoding
-from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
+from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
 
 FORMATS = [
     ("wav", {}),
@@ -44,8 +44,8 @@ def test_a_crop_equals_that_part_of_the_resampled_file(tmp_path, suffix, options
     path = write(tmp_path / f"speech.{suffix}", noise(4 * rate), rate, **options)
     decoded, _ = soundfile.read(path, dtype="float32")
     whole = soxr.resample(decoded, rate, SAMPLING_RATE, quality="HQ")
-    assert probe(path) == len(read_crop(path)) == len(decoded) * SAMPLING_RATE // rate
-    for start in (0, 1, 777, 16_001, 31_999, probe(path) - 5_000):
+    assert measure_length(path) == len(read_crop(path)) == len(decoded) * SAMPLING_RATE // rate
+    for start in (0, 1, 777, 16_001, 31_999, measure_length(path) - 5_000):
         crop = read_crop(path, start, 5_000)
         assert crop.dtype == np.float32 and crop.shape == (5_000,)
         np.testing.assert_allclose(crop, whole[start : start + 5_000], atol=1e-5)
@@ -105,7 +105,7 @@ def test_an_unknown_or_absurd_length_is_not_believed(tmp_path, claimed):
     write(path, noise(40_000))
     whole, _ = soundfile.read(path, dtype="int16")
     set_flac_length(path, claimed)
-    assert probe(str(path)) == len(read_crop(str(path))) == 40_000
+    assert measure_length(str(path)) == len(read_crop(str(path))) == 40_000
     np.testing.assert_array_equal(read_pcm(str(path), 5_000, 777), whole[5_000:5_777])
     set_flac_length(path, 50_000)
     with pytest.raises(AudioError):
@@ -179,5 +179,5 @@ def test_a_transient_error_of_opening_is_tried_again(tmp_path, monkeypatch, numb
     monkeypatch.setattr(decoding, "PAUSES", (0, 0))
     monkeypatch.setattr(os, "open", fail_first)
     with pytest.raises(AudioError) if failures >= num_tries else contextlib.nullcontext():
-        assert probe(path) == 16_000
+        assert measure_length(path) == 16_000
     assert len(tries) == min(failures + 1, num_tries)

@@ -10,7 +10,7 @@ import soundfile
 import soxr
 from encoding import encode, whole
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
+from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
 from w2v2.data.collate import explain_loss
 from w2v2.data.inspection import inspect_audio, inspect_files, look_at
 
@@ -54,7 +54,7 @@ def check(path: str, frames: np.ndarray, rate: int) -> None:
     mixed = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1, dtype=np.float32)
     expected = mixed if rate == SAMPLING_RATE else soxr.resample(mixed, rate, SAMPLING_RATE, quality="HQ")
     length = len(frames) * SAMPLING_RATE // rate
-    assert probe(path) == length == inspect_audio(path).num_samples
+    assert measure_length(path) == length == inspect_audio(path).num_samples
     heard = read_crop(path)
     np.testing.assert_array_equal(heard, expected[:length])
     for start in (0, 1, length // 3, length // 2 + 77, length - 5_000):
@@ -118,7 +118,7 @@ def test_tags_are_no_audio(tmp_path):
     tagged = tmp_path / "tagged.mp3"
     tagged.write_bytes(id3 + picture + open(path, "rb").read() + b"TAG" + bytes(125))
     check(str(tagged), *whole(tagged))
-    assert abs(probe(str(tagged)) - len(frames)) <= 1_152
+    assert abs(measure_length(str(tagged)) - len(frames)) <= 1_152
 
 
 def test_a_wav_whose_header_was_not_closed_is_heard(tmp_path):
@@ -130,7 +130,7 @@ def test_a_wav_whose_header_was_not_closed_is_heard(tmp_path):
         content[4:8] = content[40:44] = struct.pack("<I", size)
         path.write_bytes(content)
         np.testing.assert_array_equal(read_pcm(str(path)), expected)
-        assert probe(str(path)) == 40_000
+        assert measure_length(str(path)) == 40_000
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_names_are_never_addresses(tmp_path, monkeypatch):
         "-",
     ):
         with pytest.raises(AudioError, match="does not exist"):
-            probe(name)
+            measure_length(name)
 
 
 @pytest.mark.parametrize("kind", ["mp3 mp3 16000 1", "libopus ogg 48000 1", "aac adts 16000 1"])

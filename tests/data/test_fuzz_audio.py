@@ -23,7 +23,7 @@ from test_collate import flags_for
 from transformers import Wav2Vec2FeatureExtractor
 
 import pretrain
-from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop, read_pcm
+from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
 from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
 from w2v2.data.collate import CropDataset
 from w2v2.data.inspection import measure_lengths
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_says_why_at_once(tmp_path):
                 read(path)
             assert error.value.path == path and error.value.reason.isprintable()
     good = str(tmp_path / "speech.wav")
-    found = measure_lengths([good, *bad], probe, tmp_path / "cache")
+    found = measure_lengths([good, *bad], measure_length, tmp_path / "cache")
     assert found[good] == 48_000
     loud = [str(tmp_path / f"{value}.wav") for value in ("nan", "inf", "-inf", "3e+38")]  # their headers are fine
     for path, reason in bad.items():
@@ -145,7 +145,7 @@ def test_a_crop_of_two_hours_takes_the_memory_of_a_crop(tmp_path):
         for at, size in ((4, 36 + num_bytes), (40, num_bytes)):
             file.seek(at)
             file.write(struct.pack("<I", size))
-    assert probe(str(path)) == 2 * 3600 * SAMPLING_RATE
+    assert measure_length(str(path)) == 2 * 3600 * SAMPLING_RATE
     assert peak_of(str(path), 3600 * SAMPLING_RATE, 15 * SAMPLING_RATE) < 40
 
 
@@ -212,7 +212,7 @@ def mixed_manifest(folder: Path) -> tuple[Path, list[str], list[str]]:
 
 def test_a_batch_with_bad_files_is_the_batch_without_them(tmp_path):
     manifest, good, bad = mixed_manifest(tmp_path / "audio")
-    table, _ = load_manifest([str(manifest)], probe=probe)
+    table, _ = load_manifest([str(manifest)], probe=measure_length)
     framing = build_framing(tiny_config(layerdrop=0.3), Wav2Vec2FeatureExtractor(do_normalize=False))
     data = CropDataset(table, framing, seed=3)
     lengths = [20_000] * len(table)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from w2v2.data.audio import AudioError, probe
+from w2v2.data.audio import AudioError, measure_length
 from w2v2.data.manifest import read_manifests
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError
@@ -161,7 +161,7 @@ def test_kaldi_folder_with_segments(corpus):
 def test_kaldi_lengths_that_are_missing_are_measured(corpus, file, content, lengths):
     write(corpus / "wav.scp", f"r1 {NAMES[0]}\nr2 {NAMES[1]}\n")
     write(corpus / file, content)
-    assert load(corpus, probe=probe)["num_samples"][:] == lengths
+    assert load(corpus, probe=measure_length)["num_samples"][:] == lengths
 
 
 @pytest.mark.parametrize("entry", ["touch {}/ran |", "/raw.ark:17"])
@@ -176,7 +176,7 @@ def test_a_folder_is_searched_for_audio_and_measured(corpus):
     write(corpus / "notes.txt", "no audio")
     write(corpus / "._a b.wav", "macOS")
     os.symlink(corpus, corpus / "deep" / "round")
-    data = load(corpus, probe=probe)
+    data = load(corpus, probe=measure_length)
     assert dict(zip(data["id"], data["num_samples"], strict=True)) == LENGTHS
     assert data["audio"][:] == [str(corpus / name) for name in NAMES]
 
@@ -202,7 +202,7 @@ def test_missing_durations_are_measured_once_until_a_change(corpus, tmp_path):
     def counting(path):  # in a worker
         with open(calls, "a") as file:
             file.write(f"{path}\n")
-        return probe(path)
+        return measure_length(path)
 
     for _ in range(2):
         assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [24_000, 112_000]
@@ -312,7 +312,7 @@ def test_a_slip_is_named_in_one_line(tmp_path, name, content, message):
     if content is not None:
         write(tmp_path / name, content)
     with pytest.raises(UserError, match=message) as error:
-        load(tmp_path / name, probe=probe)
+        load(tmp_path / name, probe=measure_length)
     assert "\n" not in str(error.value) and name in str(error.value)
 
 

@@ -21,7 +21,7 @@ MAX_PADDING = SAMPLING_RATE // 100  # a duration rounded to two decimals: shorte
 MAX_AMPLITUDE = 2.0**31  # of floats on the scale of 32-bit integers; anything larger would only spoil an update
 
 
-def probe(path: str) -> int:
+def measure_length(path: str) -> int:
     """Length of a file in samples at 16 kHz (rounded down), by its header where that can be relied on, else decoded.
 
     Raises AudioError.

@@ -22,8 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.audio import probe as measure_length
+from w2v2.data.audio import SAMPLING_RATE, measure_length
 from w2v2.data.folders import say_passed_over
 from w2v2.data.inspection import fill_lengths, measure_lengths
 from w2v2.data.readers import RawTable, read_table

@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2FeatureExtractor
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, probe, read_crop
+from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError, refuse
 from w2v2.evaluate.scores import CHARACTERS, TOKENS
@@ -41,12 +41,14 @@ def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()
 
     def find_reason(path: str) -> str | None:
         try:
-            probe(path)
+            measure_length(path)
         except AudioError as error:
             return error.reason
 
     cache_dir = Path(args.output_dir, CACHE_FOLDER)
-    table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=cache_dir, probe=probe, further=columns)
+    table, skipped = load_manifest(
+        paths, data_root=args.data_root, cache_dir=cache_dir, probe=measure_length, further=columns
+    )
     files = sorted(set(table["audio"]))
     with ThreadPoolExecutor(16) as threads:
         reasons = dict(zip(files, threads.map(find_reason, files), strict=True))
