@@ -68,14 +68,15 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     """Train on one set, choose the checkpoint on another, score the others."""
     checkpoint = prepare_output_dir(args)
     paths = {"validation": args.validation_data} | {name: [path] for name, path in name_sets(args.test_data).items()}
-    train = read_labelled("train", args.train_data, label_args, args)
-    sets = {name: read_labelled(name, manifests, label_args, args) for name, manifests in paths.items()}
+    train, dropped = read_labelled("train", args.train_data, label_args, args)
+    sets = {name: read_labelled(name, manifests, label_args, args)[0] for name, manifests in paths.items()}
     before = folder_labels(checkpoint or args.model_name_or_path)
     classes = known_labels(train["target"], label_args.labels, before)
     for name, table in sets.items():
         check_known(classes, table["target"], ", ".join(paths[name]))
     hub = HubCallback(args)
     results, lines = run(train, sets, classes, label_args, args, checkpoint=checkpoint, callbacks=[hub])
+    results["run"]["dropped"] = dropped | results["run"]["dropped"]
     if args.process_index == 0:
         write_scores(args.output_dir, results, lines, classes)
     for name in sets:
@@ -105,7 +106,7 @@ def label(label_args: LabelArguments, args: ClassificationArguments) -> None:
     shared = dict(min_samples=min_samples(model.config), skip_log=Path(args.output_dir, SKIPPED_FILE))
     data = {}
     for name, manifests in paths.items():
-        table = read_labelled(name, manifests, label_args, args)
+        table, _ = read_labelled(name, manifests, label_args, args)
         check_known(classes, table["target"], ", ".join(manifests))
         data[name] = LabelledDataset(longest_first(table), classes, extractor, substitute=False, **shared)
 
@@ -130,7 +131,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
             shutil.rmtree(folder)
     if args.overwrite_output_dir or not (args.resume_from_checkpoint and Path(args.output_dir, FOLDS_FILE).exists()):
         prepare_output_dir(args)
-    table = read_labelled("all", args.train_data, label_args, args, [args.folds])
+    table, dropped = read_labelled("all", args.train_data, label_args, args, [args.folds])
     classes = known_labels(table["target"], label_args.labels, folder_labels(args.model_name_or_path))
     groups = table[column_of(table, args.folds, "folds", "--train_data")]
     splits = group_splits(groups, args.folds, args.num_folds)
@@ -155,7 +156,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         results.append({"fold": split.name, "groups": held, **scores["test"], "best_update": best_update})
         lines += [{"fold": split.name, **line} for line in found if line["set"] == "test"]
     if args.process_index == 0:
-        write_pooled(results, lines, classes, args)
+        write_pooled(results, lines, classes, args, dropped)
     leave_group()
     PartialState().destroy_process_group()
 

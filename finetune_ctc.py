@@ -54,7 +54,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     # 1. Data: utterances with a transcript and audio that opens; the vocabulary from the training text alone.
     theirs = read_head(config, args)
     resumed = read_vocabulary(checkpoint) if checkpoint else None
-    tables, text_args = read_sets(args, text_args, resumed or theirs)
+    tables, text_args, left_out = read_sets(args, text_args, resumed or theirs)
     train_table, dropped = select_training(tables.pop("train"), config, args, text_args)
     vocabulary = build_vocabulary(train_table["text"], text_args.target_unit)
     is_kept = theirs is not None and keep_head(theirs, vocabulary, args)
@@ -82,7 +82,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
         processing_class=make_processor(vocabulary, extractor), vocabulary=vocabulary, callbacks=[hub],
         chunk_seconds=text_args.chunk_seconds, blank_warning_steps=text_args.blank_warning_steps,
     )  # fmt: skip
-    trainer.dropped = dropped
+    trainer.dropped = left_out["train"] | dropped
     trainer.describe(checkpoint)
     describe_units(sets, trainer)
     if args.process_index == 0:
@@ -110,7 +110,7 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
 
     # 2. Data: utterances with audio that opens.
     shared = dict(min_samples=min_samples(model.config), skip_log=Path(args.output_dir, SKIPPED_FILE))
-    tables, text_args = read_sets(args, text_args)
+    tables, text_args, _ = read_sets(args, text_args)
     sets = {
         name: SpeechDataset(longest_first(table), vocabulary, extractor, substitute=False, **shared)
         for name, table in tables.items()

@@ -107,7 +107,9 @@ def main() -> None:
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint)
     skipped = {
-        flag: SKIPPED[flag](args, accelerator, len(found.table) + len(unread), unread + probe_some(found), state.step)
+        flag: SKIPPED[flag](
+            args, accelerator, len(found.table) + len(unread), unread + probe_some(found.table), state.step
+        )
         for flag, (found, unread) in data.items()
     }
     set_seed(args.seed)

@@ -129,7 +129,7 @@ def test_stereo_that_cancels_out_is_counted_and_told_of(tmp_path, caplog, with_c
     table = pa.table({"id": list("abcde"), "audio": [str(tmp_path / f"{name}.wav") for name in "abcde"]})
     table = table.append_column("channel", pa.array([0] * 5)) if with_channel else table
     utterances = Utterances(map_table(table, None), np.full(5, 48_000, np.int32), {})
-    assert probe_some(utterances) == [{"id": "e", "audio": str(tmp_path / "e.wav"), "reason": "does not exist"}]
+    assert probe_some(utterances.table) == [{"id": "e", "audio": str(tmp_path / "e.wav"), "reason": "does not exist"}]
     messages = [record.getMessage() for record in caplog.records]
     assert [message[:12] for message in messages] == ([] if with_channel else ["2 of 5 files"])
     assert with_channel or ("cancel out" in messages[0] and "b.wav" in messages[0] and "`channel`" in messages[0])

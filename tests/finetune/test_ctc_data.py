@@ -1,3 +1,5 @@
+import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,6 +70,27 @@ def test_files_that_do_not_open_are_found_before_training(audio):
     assert kept["id"][:] == ["u0"]
     assert [entry["id"] for entry in skipped] == ["u1", "u2"]
     assert "empty" in skipped[0]["reason"] and "exist" in skipped[1]["reason"]
+
+
+def test_files_are_measured_once_for_all_starts_and_ranks(audio, monkeypatch, caplog):
+    sides = np.random.default_rng(0).uniform(-0.1, 0.1, (16_000, 1)) * [1, -1]
+    soundfile.write(audio / "opposite.wav", sides, 16_000)
+    (audio / "m.csv").write_text("id,audio,duration\nu0,good.wav,2\nu1,opposite.wav,1\n")
+    measure = ctc_data.measure_length
+
+    def count(path):
+        with open(audio / "probed", "a") as file:
+            file.write(f"{Path(path).name} ")
+        return measure(path)
+
+    monkeypatch.setattr(ctc_data, "measure_length", count)
+    args = SimpleNamespace(data_root=None, output_dir=audio, max_skipped_fraction=0.0)
+    for rank in (0, 0, 1):
+        args.process_index, args.main_process_first = rank, lambda local: contextlib.nullcontext()
+        table, skipped = ctc_data.read_once([str(audio / "m.csv")], args)
+        assert (len(table), skipped) == (2, [])
+    assert (audio / "probed").read_text() == "good.wav opposite.wav "
+    assert caplog.text.count("sides cancel out when they are mixed") == 2  # not on other ranks
 
 
 def speech(audio, substitute, names=("torn.flac", "good.wav"), **row):

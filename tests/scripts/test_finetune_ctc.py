@@ -151,7 +151,9 @@ def test_few_unreadable_files_are_skipped_counted_and_listed(data):
     finetune_ctc.main(command(data, *more, "0.2", "--resume_from_checkpoint", "auto", output="skip"))
     listed = read_lines(data / "skip" / "skipped_audio.jsonl")
     assert [line["audio"] for line in listed] == [str(data / "broken.wav")]
-    assert read_json(data / "skip" / "results.json")["run"]["skipped_audio"] == 1
+    run = read_json(data / "skip" / "results.json")["run"]
+    assert run["skipped_audio"] == 1
+    assert {reason: count for reason, count in run["dropped"].items() if count} == {"unreadable": 1, "without text": 1}
 
 
 BAD_ROWS = {  # what is done to the rows of the training manifest, and what the message names

@@ -49,10 +49,10 @@ class Utterances:
     def hours(self) -> float:
         return float(self.num_samples.sum(dtype=np.int64)) / SAMPLING_RATE / 3600
 
-    def spread(self, most: int) -> list[dict]:
-        """Rows of at most so many utterances, evenly spread."""
-        rows = np.unique(np.linspace(0, len(self.num_samples) - 1, most).astype(int))
-        return [self.table[int(row)] for row in rows]
+
+def spread_rows(table: datasets.Dataset, most: int) -> list[dict]:
+    """At most so many rows, evenly spread."""
+    return [table[int(row)] for row in np.unique(np.linspace(0, len(table) - 1, most).astype(int))]
 
 
 def load_manifest(
@@ -138,9 +138,9 @@ def tell_slow_crops(table: pa.Table) -> list[str]:
     return [line]
 
 
-def probe_some(utterances: Utterances) -> list[dict]:
+def probe_some(table: datasets.Dataset) -> list[dict]:
     """Listen to the beginnings of a few files. Those that cannot be read come back as {id, audio, reason}."""
-    entries = utterances.spread(NUM_PROBED)
+    entries = spread_rows(table, NUM_PROBED)
     looked = list(zip(entries, inspect_files([entry["audio"] for entry in entries], LISTEN_SECONDS), strict=True))
     if opposite := [facts.path for entry, facts in looked if facts.is_antiphase and entry.get("channel") is None]:
         tell(
@@ -153,7 +153,7 @@ def probe_some(utterances: Utterances) -> list[dict]:
 def silent_share(utterances: Utterances) -> float:
     """Share of silence among a few utterances, of each at most five seconds from its middle."""
     is_silent = []
-    for entry in utterances.spread(NUM_LISTENED):
+    for entry in spread_rows(utterances.table, NUM_LISTENED):
         num_samples = min(5 * SAMPLING_RATE, entry["num_samples"])
         start = round(entry["start"] * SAMPLING_RATE) + (entry["num_samples"] - num_samples) // 2
         with contextlib.suppress(AudioError):

@@ -204,13 +204,15 @@ def check_folds(splits: list[Split], table: Dataset, groups: list[str], args: Cl
         path.write_text(json.dumps(folds, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_pooled(results: list[dict], lines: list[dict], classes: list[str], args: ClassificationArguments) -> None:
+def write_pooled(
+    results: list[dict], lines: list[dict], classes: list[str], args: ClassificationArguments, dropped: dict[str, int]
+) -> None:
     """Scores of all tested utterances together, and the mean and deviation of the folds'."""
     references, predictions = ([line[key] for line in lines] for key in ("reference", "prediction"))
     pooled = classification_scores(references, predictions) | {"utterances": len(lines)}
     spread = mean_and_deviation(results)
     run = dict(model=args.model_name_or_path, config=args.config_name, mode=args.mode, seed=args.seed)
-    run |= {"labels": classes, "folds": args.folds}
+    run |= {"labels": classes, "folds": args.folds, "dropped": dropped}
     write_scores(args.output_dir, {"pooled": pooled, **spread, "folds": results, "run": run}, lines, classes)
     print(f"\n      pooled: {describe_scores(pooled)} over {len(lines)} utterances", flush=True)
     listed = ", ".join(f"{name} {spread['mean'][name]:.1%} ± {spread['std'][name]:.1%}" for name in MEASURES)

@@ -10,7 +10,6 @@ Shapes: B utterances, S samples, U units of a transcript.
 import json
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop
-from w2v2.data.utterances import load_manifest
+from w2v2.data.inspection import measure_lengths
+from w2v2.data.utterances import load_manifest, probe_some
 from w2v2.errors import UserError, refuse
 from w2v2.evaluate.scores import CHARACTERS, TOKENS
 from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments
@@ -34,59 +34,53 @@ _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
 
 def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()) -> tuple[Dataset, list[dict]]:
-    """Utterances whose audio opens, by its header, with `columns`, and {id, audio, reason} of the others.
+    """Utterances whose audio opens, with `columns`, and {id, audio, reason} of the others.
 
     Of `args`, `data_root`, `output_dir` and `max_skipped_fraction` count. Raises UserError where more are unreadable.
     """
-
-    def find_reason(path: str) -> str | None:
-        try:
-            measure_length(path)
-        except AudioError as error:
-            return error.reason
-
     cache_dir = Path(args.output_dir, CACHE_FOLDER)
     table, skipped = load_manifest(
         paths, data_root=args.data_root, cache_dir=cache_dir, probe=measure_length, further=columns
     )
-    files = sorted(set(table["audio"]))
-    with ThreadPoolExecutor(16) as threads:
-        reasons = dict(zip(files, threads.map(find_reason, files), strict=True))
+    found = measure_lengths(sorted(set(table["audio"])), measure_length, cache_dir)
+    reasons = {audio: reason for audio, reason in found.items() if isinstance(reason, str)}
     rows, num_utterances = list(zip(table["id"], table["audio"], strict=True)), len(table) + len(skipped)
-    skipped += [{"id": id, "audio": audio, "reason": reasons[audio]} for id, audio in rows if reasons[audio]]
+    skipped += [{"id": id, "audio": audio, "reason": reasons[audio]} for id, audio in rows if audio in reasons]
     if len(skipped) > args.max_skipped_fraction * num_utterances:
         raise UserError(
             f"{', '.join(paths)}: {len(skipped)} of {num_utterances} utterances have unreadable audio, the first "
             f"{skipped[0]['audio']}: {skipped[0]['reason']}; mend the paths (--data_root?) or raise "
             f"--max_skipped_fraction, now {args.max_skipped_fraction}"
         )
-    return table.select([row for row, (_, audio) in enumerate(rows) if not reasons[audio]]), skipped
+    return table.select([row for row, (_, audio) in enumerate(rows) if audio not in reasons]), skipped
 
 
 def read_once(
     paths: Sequence[str], args: FineTuningArguments, columns: Sequence[str] = ()
 ) -> tuple[Dataset, list[dict]]:
-    """`read_utterances` of a run: the main process fills the cache, and lists what is unreadable."""
+    """`read_utterances` of a run: the main process fills the cache, looks at a few files, lists what is unreadable."""
     with args.main_process_first(local=False):
         table, skipped = read_utterances(paths, args, columns)
-    if skipped and args.process_index == 0:
-        log_skipped(Path(args.output_dir, SKIPPED_FILE), skipped)
+    if args.process_index == 0:
+        probe_some(table)  # warns of stereo whose sides cancel out
+        if skipped:
+            log_skipped(Path(args.output_dir, SKIPPED_FILE), skipped)
     return table, skipped
 
 
 def read_sets(
     args: FineTuningArguments, text_args: CTCArguments, known: dict[str, int] | None = None
-) -> tuple[dict[str, Dataset], CTCArguments]:
+) -> tuple[dict[str, Dataset], CTCArguments, dict[str, dict[str, int]]]:
     """Name → utterances: `train`, `validation`, and the test sets, which may be without transcripts.
 
     Also the flags, with the case that `auto` stands for: the training text's, or that of a `known` vocabulary which
-    then spells it.
+    then spells it. And how many utterances of each set are left out, by reason.
     """
     sets = {"train": args.train_data if args.do_train else [], "validation": args.validation_data}
     sets |= {name: [path] for name, path in name_sets(args.test_data).items()}
     sets = {name: paths for name, paths in sets.items() if paths}
     refuse((not sets, "--do_train false: nothing to evaluate: give --test_data or --validation_data"))
-    tables = {}
+    tables, left_out = {}, {}
     for name, paths in sets.items():
         table, skipped = read_once(paths, args)
         written = [text for text in table["text"] if text] if "text" in table.column_names else []
@@ -97,6 +91,7 @@ def read_sets(
             args.print_once(f"   text case: {text_args.text_case}")
         needed = name in ("train", "validation")
         tables[name], num_dropped = prepare_texts(table, ", ".join(paths), text_args.rules, needed=needed)
+        left_out[name] = {"unreadable": len(skipped), "without text": num_dropped}
         without = f"{num_dropped} without text" if any(tables[name]["text"]) else "no text: to be transcribed"
         args.print_once(f"{name:>12}: {describe_table(tables[name])}, {len(skipped)} unreadable, {without}")
         if dropped := text_args.rules.count_dropped(written):
@@ -105,7 +100,7 @@ def read_sets(
             args.print_once(
                 f"     warning: the letters of marks count as speech in {name}: {describe_counts(tags, 10)}"
             )
-    return tables, text_args
+    return tables, text_args, left_out
 
 
 def name_sets(paths: list[str]) -> dict[str, str]:

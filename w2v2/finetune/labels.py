@@ -50,21 +50,22 @@ def follow_folder(arguments: LabelArguments, source: str) -> LabelArguments:
 
 def read_labelled(
     name: str, paths: Sequence[str], label_args: LabelArguments, args: FineTuningArguments, columns: Sequence[str] = ()
-) -> Dataset:
+) -> tuple[Dataset, dict[str, int]]:
     """Utterances of one set that have one of the labels, in the column `target`, and audio that opens.
 
-    Where nothing is trained they need no label: `target` is then "".
+    Where nothing is trained they need no label: `target` is then "". Also how many are left out, by reason.
     """
     column = label_args.label_column
     table, skipped = read_once(paths, args, [column, *columns])
     options = dict(label_map=label_args.label_map, labels=label_args.labels, needed=args.do_train)
     table, num_others = with_targets(table, ", ".join(paths), column, **options)
     num_labels, num_without = len({*table["target"]} - {""}), table["target"][:].count("")
+    dropped = {"unreadable": len(skipped), "with other labels": num_others}
     found = f"{describe_table(table)}, {num_labels} labels, {len(skipped)} unreadable"
     for number, what in ((num_others, "with other labels"), (num_without, f"without {column}")):
         found += f", {number} {what}" if number else ""
     args.print_once(f"{name:>12}: {found}")
-    return table
+    return table, dropped
 
 
 def column_of(table: Dataset, name: str, flag: str, source: str) -> str:
