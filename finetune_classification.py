@@ -22,7 +22,14 @@ from transformers import TrainerCallback, set_seed
 
 from w2v2.cli import parse_command_line, run_script
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import CONFIG_FILE, RESULTS_FILE, SKIPPED_FILE, prepare_output_dir, write_config
+from w2v2.finetune.arguments import (
+    CONFIG_FILE,
+    RESULTS_FILE,
+    SKIPPED_FILE,
+    follow_folder,
+    prepare_output_dir,
+    write_config,
+)
 from w2v2.finetune.classification import (
     FOLDS_FILE,
     ClassificationArguments,
@@ -37,12 +44,12 @@ from w2v2.finetune.classification import (
 from w2v2.finetune.classifier import build_classifier, folder_labels, load_classifier
 from w2v2.finetune.ctc_data import longest_first, name_sets
 from w2v2.finetune.labels import (
+    LABEL_FLAGS,
     LabelArguments,
     LabelledDataset,
     check_known,
     collate_labelled,
     column_of,
-    follow_folder,
     group_splits,
     known_labels,
     read_labelled,
@@ -99,7 +106,7 @@ def label(label_args: LabelArguments, args: ClassificationArguments) -> None:
     # 1. Model: what was fine-tuned, its labels, and where it found them.
     source = args.model_name_or_path
     model, classes = load_classifier(source), folder_labels(source)
-    label_args = follow_folder(label_args, source)
+    label_args = follow_folder(label_args, source, LABEL_FLAGS)
     extractor = load_feature_extractor(source, model.config)
 
     # 2. Data: utterances with audio that opens, labelled or not.

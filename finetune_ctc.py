@@ -21,15 +21,15 @@ from w2v2.finetune.arguments import (
     CONFIG_FILE,
     SKIPPED_FILE,
     FineTuningArguments,
-    check_metric,
     prepare_output_dir,
     write_config,
 )
 from w2v2.finetune.ctc import CTCTrainer, build_recogniser, keep_head, load_recogniser, read_head
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
 from w2v2.finetune.decoding import load_decoder
+from w2v2.finetune.evaluation import check_metric
 from w2v2.finetune.subsets import select_training
-from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_folder, make_processor, read_vocabulary
+from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_text, make_processor, read_vocabulary
 from w2v2.finetune.transcription import describe_units, score
 from w2v2.hub.push import HubCallback
 from w2v2.model.feature_encoder import min_samples
@@ -103,7 +103,7 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
     # 1. Model: what was fine-tuned, its vocabulary, and how the transcripts were normalised for it.
     source = args.model_name_or_path
     vocabulary = read_vocabulary(source)
-    text_args = follow_folder(text_args, source, vocabulary)
+    text_args = follow_text(text_args, source, vocabulary)
     decoder = load_decoder(text_args, vocabulary, args)
     model = load_recogniser(source, vocabulary)
     extractor = load_feature_extractor(source, model.config)

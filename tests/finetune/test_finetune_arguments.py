@@ -7,7 +7,7 @@ import yaml
 from w2v2.cli import parse_command_line
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir, write_config, write_results
-from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_folder
+from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_text
 
 CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "config.json")
 
@@ -119,12 +119,12 @@ def test_normalisation_follows_the_folder(tmp_path):
     write_config(tmp_path / "finetune_config.yaml", trained)
     (tmp_path / "config.json").touch()
     vocabulary = build_vocabulary(["AB"])
-    followed = follow_folder(CTCArguments(beam_size=7, drop_characters="!"), str(tmp_path), vocabulary)
+    followed = follow_text(CTCArguments(beam_size=7, drop_characters="!"), str(tmp_path), vocabulary)
     assert (followed.text_case, followed.fold_accents) == ("lower", True)
     assert (followed.drop_characters, followed.beam_size) == ("!", 7)
     (tmp_path / "finetune_config.yaml").unlink()
-    assert follow_folder(CTCArguments(), str(tmp_path), build_vocabulary(["ab"])).text_case == "lower"
-    assert follow_folder(CTCArguments(), str(tmp_path), build_vocabulary(["a b"], "tokens")).target_unit == "tokens"
+    assert follow_text(CTCArguments(), str(tmp_path), build_vocabulary(["ab"])).text_case == "lower"
+    assert follow_text(CTCArguments(), str(tmp_path), build_vocabulary(["a b"], "tokens")).target_unit == "tokens"
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_told(tmp_path):

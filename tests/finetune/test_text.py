@@ -13,7 +13,7 @@ from w2v2.finetune.text import (
     CTCArguments,
     build_vocabulary,
     encode,
-    follow_folder,
+    follow_text,
     frames_needed,
     greedy_decode,
     make_processor,
@@ -95,4 +95,4 @@ def test_special_entries_are_not_written():
 @pytest.mark.parametrize("text, case", [("AB", "upper"), ("ab '", "lower"), ("Ab", "keep"), ("漢字", "upper"),
                                         ("Iİ", "turkish_upper"), ("ıi", "turkish_lower"), ("Straẞe", "keep")])  # fmt: skip
 def test_a_vocabulary_tells_its_case(tmp_path, text, case):
-    assert follow_folder(CTCArguments(), str(tmp_path), build_vocabulary([text])).text_case == case
+    assert follow_text(CTCArguments(), str(tmp_path), build_vocabulary([text])).text_case == case

@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy
 import finetune_ctc
 import pretrain
 from w2v2.errors import UserError
-from w2v2.finetune.text import CTCArguments, follow_folder, read_vocabulary
+from w2v2.finetune.text import CTCArguments, follow_text, read_vocabulary
 from w2v2.hub.push import HubCallback, HubPusher
 
 ROOT = Path(__file__).parents[2]
@@ -203,12 +203,12 @@ def test_a_recogniser_comes_back_with_the_same_outputs(data, hub):
     assert torch.equal(logits("speech-lab/tiny"), logits(data / "pushed"))
 
     # It brings its normalisation of text along.
-    flags = follow_folder(CTCArguments(), "speech-lab/tiny", read_vocabulary("speech-lab/tiny"))
+    flags = follow_text(CTCArguments(), "speech-lab/tiny", read_vocabulary("speech-lab/tiny"))
     assert (flags.text_case, flags.fold_accents, flags.drop_characters) == ("lower", True, "e")
     del hub.files["finetune_config.yaml"]
     hub.commits.append("without the flags")
     vocabulary = read_vocabulary("speech-lab/tiny")
-    assert follow_folder(CTCArguments(), "speech-lab/tiny", vocabulary) == CTCArguments(
+    assert follow_text(CTCArguments(), "speech-lab/tiny", vocabulary) == CTCArguments(
         text_case="lower", keep_characters="."
     )
 

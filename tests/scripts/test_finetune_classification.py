@@ -1,11 +1,13 @@
 """The real script, end to end, on a few seconds of tones: what it writes, and what it refuses."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from conftest import tiny_config
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -128,6 +130,16 @@ def test_new_audio_is_labelled_with_and_without_labels(data, capsys):
     said = capsys.readouterr().out
     assert "new: 9 utterances labelled in predictions.jsonl" in said and "1 without label" in said
     assert not (data / "labelled" / "plots" / "confusion_new.png").exists()
+
+
+def test_a_checkpoint_brings_the_labels_of_its_run(data):
+    rows = [row | {"mood": row["label"], "label": "other"} for row in read_rows(data / "test.csv")]
+    write_rows(data / "moods.csv", rows)
+    config = yaml.safe_load((data / "run" / "finetune_config.yaml").read_text())
+    shutil.copytree(data / "run" / "checkpoint-4", data / "moody" / "checkpoint-4")
+    (data / "moody" / "finetune_config.yaml").write_text(yaml.safe_dump(config | {"label_column": "mood"}))
+    results, lines = label(data, data / "moods.csv", output="moods", model_name_or_path=data / "moody" / "checkpoint-4")
+    assert {line["reference"] for line in lines} == set(PITCH) and results["moods"]["utterances"] == 9
 
 
 def test_going_on_keeps_the_head_of_the_same_labels(data, capsys):

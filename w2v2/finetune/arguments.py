@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.utils import cached_file
 
 from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
 from w2v2.finetune.stock_flags import check_stock_flags, default_of
+from w2v2.model.loading import locate
 from w2v2.train.schedule import SCHEDULES
 
 METRICS_FILE, SKIPPED_FILE, RESULTS_FILE = "metrics.jsonl", "skipped_audio.jsonl", "results.json"
@@ -154,13 +156,6 @@ class FineTuningArguments(TrainingArguments):
         return {name: getattr(self, name) for name in _MODEL_FLAGS} | {"apply_spec_augment": True}
 
 
-def check_metric(name: str | None, measures: Iterable[str]) -> None:
-    """Raises UserError where no validation has a measure of that name."""
-    known = [*measures, "loss"]
-    if name and name.removeprefix("eval_") not in known:
-        raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
-
-
 def prepare_output_dir(args: FineTuningArguments) -> str | None:
     """Make `output_dir` ready and return the checkpoint to resume from, None for a fresh start.
 
@@ -224,6 +219,22 @@ def write_config(path: Path, *arguments: Any) -> None:
             if f.init and plain and (value or 0) != (default or 0) and f.name not in _NOT_IN_CONFIG:
                 changed[f.name] = value
     path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def follow_folder(arguments: Any, source: str, names: Iterable[str], **others: Any) -> Any:
+    """Flags of these `names` as the fine-tuned folder or Hub id `source` was trained with; a flag that was given wins.
+
+    A checkpoint was trained as its run was. `others` are values that something else tells, where the folder does not.
+    """
+    folder = Path(locate(source))
+    places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
+    found = next(filter(Path.is_file, (place / CONFIG_FILE for place in places)), None)
+    if not folder.is_dir():
+        found = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
+    trained = others | (yaml.safe_load(Path(found).read_text(encoding="utf-8")) or {} if found else {})
+    defaults = {f.name: default_of(f) for f in fields(arguments)}
+    follows = (name for name in names if name in trained and getattr(arguments, name) == defaults[name])
+    return replace(arguments, **{name: trained[name] for name in follows})
 
 
 def write_results(output_dir: str, results: Mapping, lines: Iterable[Mapping]) -> None:

@@ -22,8 +22,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from w2v2.errors import UserError, flag, refuse, take_back
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
-from w2v2.finetune.arguments import PREDICTIONS_FILE, FineTuningArguments, check_metric, write_results
+from w2v2.finetune.arguments import PREDICTIONS_FILE, FineTuningArguments, write_results
 from w2v2.finetune.classifier import folder_labels
+from w2v2.finetune.evaluation import check_metric
 from w2v2.finetune.labels import LabelledDataset, Split, shared_groups
 from w2v2.finetune.trainer import FineTuner
 from w2v2.train.schedule import SCHEDULES

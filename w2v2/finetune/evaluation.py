@@ -4,7 +4,7 @@ Shapes: B utterances of a batch, N of the set.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,17 @@ from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from w2v2.data.audio import SAMPLING_RATE
+from w2v2.errors import UserError
 from w2v2.evaluate.scores import MEASURES
 from w2v2.finetune.batching import cut_evaluation
 from w2v2.finetune.ctc_data import SpeechDataset, check_skipped
+
+
+def check_metric(name: str | None, measures: Iterable[str]) -> None:
+    """Raises UserError where no validation has a measure of that name."""
+    known = [*measures, "loss"]
+    if name and name.removeprefix("eval_") not in known:
+        raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
 
 
 class Evaluator(Trainer):

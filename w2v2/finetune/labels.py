@@ -8,25 +8,23 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from datasets import Dataset
 
 from w2v2.data.audio import SAMPLING_RATE, read_crop
 from w2v2.data.hashing import CROP, below, derive
 from w2v2.data.manifest import COLUMNS, EXTRAS
 from w2v2.errors import UserError, flag, refuse
-from w2v2.finetune.arguments import CONFIG_FILE, FineTuningArguments
+from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, read_once
-from w2v2.finetune.stock_flags import default_of
 from w2v2.finetune.subsets import describe_table
 
 UNLABELLED = -1
+LABEL_FLAGS = ("label_column", "label_map", "labels")  # that a model's folder tells
 LEAST_FOLDS = 3  # one to train on, one to validate, one to test
 
 
@@ -38,14 +36,6 @@ class LabelArguments:
     label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW: exc=hap counts excited as happy.")
     labels: list[str] = flag([], "Only these labels (after --label_map), in this order; other utterances are left out.")
     class_weights: str = flag("none", "`balanced` weights rare classes' loss more.", choices=["none", "balanced"])
-
-
-def follow_folder(arguments: LabelArguments, source: str) -> LabelArguments:
-    """Labels as the fine-tuned folder `source` read them; a flag that was given wins."""
-    path = Path(source, CONFIG_FILE)
-    trained = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = [f.name for f in fields(arguments) if getattr(arguments, f.name) == default_of(f)]
-    return replace(arguments, **{name: trained[name] for name in names if name in trained})
 
 
 def read_labelled(

@@ -14,7 +14,6 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import (
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
@@ -26,7 +25,7 @@ from transformers.utils import cached_file
 
 from w2v2.errors import SEEDS, UserError, check_ranges, flag, refuse, take_back
 from w2v2.evaluate.scores import CHARACTERS, TARGET_UNITS, TOKENS
-from w2v2.finetune.arguments import CONFIG_FILE
+from w2v2.finetune.arguments import follow_folder
 from w2v2.finetune.normalisation import CASES, WORD_DELIMITER, TextRules, fold_case
 from w2v2.model.loading import first_line, locate
 
@@ -197,22 +196,13 @@ def read_vocabulary(source: str) -> dict[str, int]:
     return vocabulary
 
 
-def follow_folder(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
+def follow_text(arguments: CTCArguments, source: str, vocabulary: dict[str, int]) -> CTCArguments:
     """Flags that normalise transcripts as the fine-tuned folder or Hub id `source` did; a flag that was given wins.
 
     What its own flags do not tell, its vocabulary does: units and case.
     """
-    folder = Path(locate(source))
-    if folder.is_dir():
-        places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
-        found = next(filter(Path.is_file, (place / CONFIG_FILE for place in places)), None)
-    else:
-        found = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
-    written = yaml.safe_load(Path(found).read_text(encoding="utf-8")) or {} if found else {}
-    trained = {"text_case": case_of(vocabulary)} | {k: v for k, v in written.items() if k in TEXT_FLAGS}
-    defaults = CTCArguments()
-    followed = {k: v for k, v in trained.items() if getattr(arguments, k) == getattr(defaults, k)}
-    arguments = replace(arguments, **followed | {"target_unit": unit_of(vocabulary)})
+    arguments = follow_folder(arguments, source, TEXT_FLAGS, text_case=case_of(vocabulary))
+    arguments = replace(arguments, target_unit=unit_of(vocabulary))
     if arguments.target_unit == CHARACTERS:  # what it writes is not dropped; a joiner stays beside a virama alone
         rules, characters = replace(arguments, text_case="keep").rules, {c for c in vocabulary if len(c) == 1}
         dropped = (c for c in sorted(characters - {WORD_DELIMITER}) if c not in rules(f"\u0d4d{c}"))
