@@ -105,11 +105,10 @@ def main() -> None:
         return on_main_process(accelerator, lambda: present_plan(data, args, accelerator, args.micro_batch_seconds))
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
-    state = RunState.start(args, training, config, checkpoint)
+    state = RunState.start(args, training, config, checkpoint, accelerator.mixed_precision)
+    looks = on_main_process(accelerator, lambda: {flag: probe_some(found.table) for flag, (found, _) in data.items()})
     skipped = {
-        flag: SKIPPED[flag](
-            args, accelerator, len(found.table) + len(unread), unread + probe_some(found.table), state.step
-        )
+        flag: SKIPPED[flag](args, accelerator, len(found.table) + len(unread), unread + looks[flag], state.step)
         for flag, (found, unread) in data.items()
     }
     set_seed(args.seed)

@@ -13,7 +13,7 @@ from w2v2.data.batching import EffectiveBatches
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.train.log import read_metrics
-from w2v2.train.state import RunState
+from w2v2.train.state import RunState, hash_ids
 
 SECOND = 16_000
 
@@ -23,7 +23,7 @@ def make_args(**changes):
     return PretrainArguments(**values | changes)
 
 
-def make_data(num_utterances, longer=0, folder="/corpus", clip="clip", order=1):
+def make_data(num_utterances, longer=0, folder="corpus", clip="clip", order=1):
     lengths = np.arange(num_utterances, dtype=np.int32) // 2 * 100 + 2 * SECOND + longer
     ids = [f"{folder}/{clip}{i // 2}-{i % 2}.wav" for i in range(num_utterances)]  # twins of equal length
     ids[:2] = ids[:2][::order]
@@ -52,8 +52,13 @@ CHANGES = {
     "less data": ({}, make_data(9), ["utterances 9 (was 20)"]),
     "as much as was heard": ({}, make_data(11), ["utterances 11 (was 20)"]),
     "other lengths": ({}, make_data(20, longer=1), ["lengths_sha256"]),
-    "other clips of the same lengths": ({}, make_data(20, clip="cut"), ["other utterances or another order"]),
-    "another order": ({}, make_data(20, order=-1), ["other utterances or another order"]),
+    "other clips of the same lengths": ({}, make_data(20, clip="cut"), ["other utterances, another order"]),
+    "the same names in another folder": (
+        {},
+        make_data(20, folder="chunks_v2"),
+        ["other paths (has the corpus moved?)"],
+    ),
+    "another order": ({}, make_data(20, order=-1), ["other utterances, another order"]),
 }
 
 
@@ -72,9 +77,13 @@ def test_other_batches_are_refused_or_accepted(checkpoint, changed):
     assert state.as_dict()["identity"] == fresh.identity and "notes" not in state.as_dict() and fresh.notes == []
 
 
-def test_a_corpus_may_move(checkpoint):
-    data = make_data(20, folder="/scratch/job17/corpus")
-    assert RunState.start(make_args(), data, tiny_config(), checkpoint).notes == []
+def test_a_folder_that_is_read_may_move_but_keeps_its_name(tmp_path):
+    """Its ids are relative to it."""
+    for name in ("old/chunks_v1", "new/chunks_v1", "new/chunks_v2"):
+        (tmp_path / name).mkdir(parents=True)
+    table = make_data(20).table
+    moved, other, before = (hash_ids([str(folder)], table) for folder in sorted(tmp_path.glob("*/*"), key=str))
+    assert before == moved != other
 
 
 def test_a_checkpoint_that_knows_no_ids_goes_on_with_a_line(checkpoint):
@@ -89,11 +98,11 @@ def test_a_checkpoint_that_knows_no_ids_goes_on_with_a_line(checkpoint):
 
 def test_changed_settings_are_one_line_with_both_values(checkpoint):
     args = make_args(learning_rate=0.1, diversity_scope="effective_batch", micro_batch_seconds=3.0)
-    state = RunState.start(args, make_data(20), tiny_config(hidden_dropout=0.25), checkpoint)
+    state = RunState.start(args, make_data(20), tiny_config(hidden_dropout=0.25), checkpoint, "bf16")
     (note,) = state.notes
     assert note == (
         "other settings than the checkpoint's run had: learning_rate 0.1 (was 0.0005), diversity_scope effective_batch "
-        "(was micro_batch), hidden_dropout 0.25 (was 0.0), micro_batch_seconds 3.0 (was 200.0)"
+        "(was micro_batch), hidden_dropout 0.25 (was 0.0), mixed_precision bf16 (was no), micro_batch_seconds 3.0 (was 200.0)"
     )
     assert state.as_dict()["settings"]["learning_rate"] == 0.1
 

@@ -5,11 +5,11 @@ Shapes: G codebook groups, V entries of a group.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -35,7 +35,10 @@ MODEL_SETTINGS = (
     "hidden_dropout attention_dropout activation_dropout feat_proj_dropout feat_quantizer_dropout layerdrop "
     "num_negatives contrastive_logits_temperature diversity_loss_weight"
 ).split()
-MEANING = {"ids_sha256": "other utterances or another order: ", "lengths_sha256": "other lengths: "}
+MEANING = {
+    "ids_sha256": "other utterances, another order or other paths (has the corpus moved?): ",
+    "lengths_sha256": "other lengths: ",
+}
 
 
 @dataclass
@@ -56,7 +59,9 @@ class RunState:
     notes: list[str] = field(default_factory=list)  # on what differs from the checkpoint's run; not saved
 
     @classmethod
-    def start(cls, args, training: Utterances, config, checkpoint: Path | None) -> "RunState":
+    def start(
+        cls, args, training: Utterances, config, checkpoint: Path | None, mixed_precision: str = "no"
+    ) -> "RunState":
         """The state of a new run, or of one that goes on from `checkpoint`.
 
         With `accept_changed_batches` a run keeps its place in the epoch, even if other data or another seed give that
@@ -64,7 +69,8 @@ class RunState:
         architecture, a checkpoint beyond `max_steps`, and other batches that are not accepted.
         """
         settings = {name: getattr(args, name) for name in SETTINGS} | {n: getattr(config, n) for n in MODEL_SETTINGS}
-        batches = identity(args, training) | {"ids_sha256": hash_ids(training.table)}
+        settings["mixed_precision"] = mixed_precision
+        batches = identity(args, training) | {"ids_sha256": hash_ids(args.train_data, training.table)}
         state = cls(args.max_steps, len(training.table), identity=batches, settings=settings)
         if checkpoint:
             check_same_architecture(config, checkpoint)
@@ -140,14 +146,17 @@ def identity(args, utterances: Utterances) -> dict[str, Any]:
     return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
 
 
-def hash_ids(table: Dataset) -> str:
-    """Of all ids in their order, without the folder that they begin with in common: a corpus may move."""
-    digest, ids = hashlib.sha256(), table.data.column("id")
-    extremes = pc.min_max(ids).as_py()
-    folder = os.path.commonprefix([extremes["min"], extremes["max"]]).rpartition("/")[0]
+def hash_ids(train_data: Sequence[str], table: Dataset) -> str:
+    """Of all ids in their order, as manifests write them, and of the names of the folders that are read.
+
+    A corpus may move where its manifests write relative paths.
+    """
+    folders = [name for name in map(os.path.expanduser, train_data) if os.path.isdir(name)]
+    names = [os.path.basename(os.path.abspath(folder)) + "/\0" for folder in folders]
+    digest, ids = hashlib.sha256("".join(names).encode()), table.data.column("id")
     for first in range(0, len(ids), CHUNK):
         names = ids[first : first + CHUNK].to_pylist()
-        digest.update("".join(name[len(folder) :] + "\0" for name in names).encode())
+        digest.update("".join(name + "\0" for name in names).encode())
     return digest.hexdigest()[:16]
 
 
