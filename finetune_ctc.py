@@ -24,9 +24,9 @@ from w2v2.finetune.arguments import (
     prepare_output_dir,
     write_config,
 )
+from w2v2.finetune.beam_search import load_decoder
 from w2v2.finetune.ctc import CTCTrainer, build_recogniser, keep_head, load_recogniser, read_head
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, longest_first, read_sets
-from w2v2.finetune.decoding import load_decoder
 from w2v2.finetune.evaluation import check_metric
 from w2v2.finetune.subsets import select_training
 from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_text, make_processor, read_vocabulary

@@ -12,8 +12,8 @@ from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForC
 
 from w2v2.finetune import ctc_data
 from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.beam_search import BeamDecoder, Setting
 from w2v2.finetune.ctc import CTCTrainer
-from w2v2.finetune.decoding import BeamDecoder, Setting
 from w2v2.finetune.text import build_vocabulary, make_processor
 from w2v2.model.feature_encoder import hide_padding
 from w2v2.train.launch import leave_group

@@ -10,8 +10,8 @@ from conftest import tiny_config
 from ranks import run_ranks
 from two_ranks_ctc import ARPA, CASES, VOCABULARY, make_trainer, one_update, transcribe, write_speech
 
+from w2v2.finetune.beam_search import BeamDecoder, Setting
 from w2v2.finetune.ctc import read_head
-from w2v2.finetune.decoding import BeamDecoder, Setting
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import RATES, error_rates
 from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.beam_search import BeamDecoder
 from w2v2.finetune.ctc_data import SpeechDataset
-from w2v2.finetune.decoding import BeamDecoder
 from w2v2.finetune.normalisation import describe_unit, lacks_spaces
 from w2v2.finetune.text import BLANK, CTCArguments, align_path, join_units, read_vocabulary, unit_of
 from w2v2.finetune.trainer import FineTuner

@@ -27,7 +27,6 @@ from w2v2.errors import UserError, refuse
 from w2v2.evaluate.scores import CHARACTERS, TOKENS
 from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments
 from w2v2.finetune.normalisation import TextRules, count_tags, describe_counts, find_case
-from w2v2.finetune.subsets import describe_table
 from w2v2.finetune.text import SPECIAL, UNKNOWN, CTCArguments, case_of, count_units, encode
 
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
@@ -101,6 +100,14 @@ def read_sets(
                 f"     warning: the letters of marks count as speech in {name}: {describe_counts(tags, 10)}"
             )
     return tables, text_args, left_out
+
+
+def num_hours(table: Dataset) -> float:
+    return sum(table["num_samples"]) / SAMPLING_RATE / 3600
+
+
+def describe_table(table: Dataset) -> str:
+    return f"{len(table)} utterances, {num_hours(table):.2f} h"
 
 
 def name_sets(paths: list[str]) -> dict[str, str]:

@@ -20,8 +20,7 @@ from w2v2.data.hashing import CROP, below, derive
 from w2v2.data.manifest import COLUMNS, EXTRAS
 from w2v2.errors import UserError, flag, refuse
 from w2v2.finetune.arguments import FineTuningArguments
-from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, read_once
-from w2v2.finetune.subsets import describe_table
+from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, describe_table, read_once
 
 UNLABELLED = -1
 LABEL_FLAGS = ("label_column", "label_map", "labels")  # that a model's folder tells

@@ -17,16 +17,9 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.decoding import AUDIO_SUFFIXES
 from w2v2.errors import UserError, refuse
 from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.ctc_data import describe_table, num_hours
 from w2v2.finetune.text import CTCArguments, frames_needed, split_units
 from w2v2.model.feature_encoder import num_frames
-
-
-def num_hours(table: Dataset) -> float:
-    return sum(table["num_samples"]) / SAMPLING_RATE / 3600
-
-
-def describe_table(table: Dataset) -> str:
-    return f"{len(table)} utterances, {num_hours(table):.2f} h"
 
 
 def select_training(

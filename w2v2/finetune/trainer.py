@@ -19,9 +19,8 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import METRICS_FILE, SKIPPED_FILE
 from w2v2.finetune.batching import LengthSampler, MicroBatches, UpdateSampler, collate_update
-from w2v2.finetune.ctc_data import check_skipped, read_skipped
+from w2v2.finetune.ctc_data import check_skipped, num_hours, read_skipped
 from w2v2.finetune.evaluation import Evaluator
-from w2v2.finetune.subsets import num_hours
 from w2v2.train.durable import match_modes
 from w2v2.train.launch import leave_group
 from w2v2.train.records import StepRecords

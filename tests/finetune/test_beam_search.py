@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_scripts"))
 from kneser_ney import estimate, write_arpa
 
 from w2v2.errors import UserError
-from w2v2.finetune import decoding
-from w2v2.finetune.decoding import BeamDecoder, Setting
+from w2v2.finetune import beam_search
+from w2v2.finetune.beam_search import BeamDecoder, Setting
 from w2v2.finetune.text import build_vocabulary, encode, greedy_decode
 
 SENTENCES = [line.split() for line in ["A BA AB", "AB AB A", "B", "BA B AB", "A A AB", "AB B B", "BA"]]
@@ -85,11 +85,11 @@ def test_a_clear_utterance_is_written_as_it_is(lm):
 
 def test_words_come_from_a_lexicon_or_a_compressed_file(lm, tmp_path):
     (tmp_path / "words.txt").write_text("AB A B |\nB\n\nB\n")
-    assert decoding.read_words(lm[0], str(tmp_path / "words.txt")) == ["AB", "B"]
+    assert beam_search.read_words(lm[0], str(tmp_path / "words.txt")) == ["AB", "B"]
     with gzip.open(tmp_path / "lm.arpa.gz", "wt") as file:
         file.write(Path(lm[0]).read_text())
-    words = decoding.read_words(str(tmp_path / "lm.arpa.gz"), None)
-    assert sorted(words) == sorted(decoding.read_words(lm[0], None)) == ["A", "AB", "B", "BA"]
+    words = beam_search.read_words(str(tmp_path / "lm.arpa.gz"), None)
+    assert sorted(words) == sorted(beam_search.read_words(lm[0], None)) == ["A", "AB", "B", "BA"]
 
 
 def test_a_kenlm_binary_tells_its_words(tmp_path):
@@ -98,9 +98,9 @@ def test_a_kenlm_binary_tells_its_words(tmp_path):
         b"mmap lm http://kheafield.com/code format version 5\n\0\xff\x80<unk>\0junk"
         + "<unk>\0<s>\0AB\0BÄ\0</s>\0".encode()
     )
-    assert decoding.read_words(str(path), None) == ["AB", "BÄ"]
+    assert beam_search.read_words(str(path), None) == ["AB", "BÄ"]
     path.write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0\xff\x80")
-    assert "--lexicon" in refusal(decoding.read_words, str(path), None)
+    assert "--lexicon" in refusal(beam_search.read_words, str(path), None)
 
 
 def refusal(make, *args, **kwargs):
