@@ -104,6 +104,19 @@ def test_joined_wav_files_are_refused(tmp_path):
         read_pcm(path, 0, 16_000)
 
 
+def test_large_joined_flac_of_equal_parts_is_heard(tmp_path):
+    """A seek to the first stream's last frame finds that of the second, which ends the file."""
+    parts = [np.random.default_rng(seed).uniform(-0.5, 0.5, 40 * 16_000) for seed in (0, 1)]
+    for number, samples in enumerate(parts):
+        soundfile.write(tmp_path / f"{number}.flac", samples, 16_000)
+    path = tmp_path / "joined.flac"
+    path.write_bytes(b"".join((tmp_path / f"{number}.flac").read_bytes() for number in (0, 1)))
+    assert path.stat().st_size > 1 << 21 and measure_length(str(path)) == 80 * 16_000
+    for start in range(0, 40 * 16_000, 80_000):
+        found = read_pcm(str(path), start, 8_000, stop=start + 8_000) / 32_768
+        np.testing.assert_allclose(found, parts[0][start : start + 8_000], atol=1e-4)
+
+
 def test_tags_are_no_audio(tmp_path):
     path = make(tmp_path, "mp3 mp3 16000 1 piped")
     frames, rate = whole(path)

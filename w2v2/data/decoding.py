@@ -42,7 +42,8 @@ COMPRESSED = (b"OggS", b"ID3", b"\xff")  # how Ogg and MP3 files begin
 FAILURES = (av.error.FFmpegError, OSError, OverflowError, MemoryError, ValueError)  # of PyAV, and of reading for it
 TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between the parts of joined files: no audio
 MAX_DAMAGED = 0.01  # share of a file's packets that may fail to decode
-LARGE_BYTES = 1 << 20  # of a FLAC file: it is searched only where its end is not the first stream's
+MOST_REMEMBERED = 100_000  # FLAC files
+_JOINED: dict[tuple[str, int, int], bool] = {}  # path, size and time of change → more than one FLAC stream
 MAX_FRAMES_PER_BYTE = 1_000  # a header that claims more is not believed
 SAMPLING_RATES = range(1_000, 768_001)  # of recordings; margins and filters follow from the rate
 BLOCK = 1 << 18  # frames of a block
@@ -97,15 +98,14 @@ class SeekableFile:
 
     def is_joined(self) -> bool:
         """Whether further FLAC streams follow: libsndfile hears the first, and seeks to frames of the others."""
-        descriptor = self.file.name
-        if os.fstat(descriptor).st_size > LARGE_BYTES:
-            with contextlib.suppress(soundfile.SoundFileError, RuntimeError):
-                self.file.seek(self.num_frames - 1)
-                self.file.read(1)
-                if os.lseek(descriptor, 0, os.SEEK_CUR) == os.fstat(descriptor).st_size:
-                    return False
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
-            return len(re.findall(rb"fLaC[\x00\x80]", content)) > 1
+        status = os.fstat(self.file.name)
+        key = self.path, status.st_size, status.st_mtime_ns
+        if key not in _JOINED:  # searched once in a process: a millisecond a minute of audio
+            if len(_JOINED) >= MOST_REMEMBERED:
+                _JOINED.clear()
+            with mmap.mmap(self.file.name, 0, access=mmap.ACCESS_READ) as content:
+                _JOINED[key] = len(re.findall(rb"fLaC[\x00\x80]", content)) > 1
+        return _JOINED[key]
 
 
 class DecodedFile:
