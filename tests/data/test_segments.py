@@ -65,6 +65,15 @@ def test_names_are_read_word_by_word():
         ("audio,onset,offset", "episode.wav,2.5,4.5", [(2.5, 2.0)]),
         ("audio,start", "episode.wav,12.5", [(12.5, 7.5)]),  # the rest of the file
         ("audio,end", "episode.wav,12.5", [(0.0, 12.5)]),
+        # Without a unit: as the durations or the files tell.
+        ("audio,start,end", "cd.wav,16000,56000", [(16 / 44.1, 40 / 44.1)]),
+        ("audio,start,end,duration", "call.wav,16000,56000,2.5", [(1.0, 2.5)]),  # at 16,000 a second
+        ("audio,start,end,duration", "cd.wav,16000,56000,20", [(16 / 44.1, 40 / 44.1)]),  # the whole file's duration
+        ("audio,start,duration", "call.wav,120000,2.5", [(15.0, 2.5)]),
+        ("audio,start,num_frames", "episode.wav,160000,16000", [(10.0, 1.0)]),
+        ("ID,wav,start,stop", "u,episode.wav,16000,18000", [(1.0, 0.125)]),  # SpeechBrain's: never milliseconds
+        ("ID,wav,start,stop", "u,episode.wav,2,12", [(2.0, 10.0)]),
+        ("audio,start,end", "episode.wav,0,\nepisode.wav,16,", [(0.0, 20.0), (16.0, 4.0)]),
         # SpeechBrain: samples, of VoxCeleb with the duration of the whole file, of Switchboard at 8 kHz
         ("ID,duration,wav,start,stop,spk_id", "u,20.0,episode.wav,16000,56000,s", [(1.0, 2.5)]),
         ("ID,wav,start,stop", "u,call.wav,16000,56000", [(2.0, 5.0)]),
@@ -77,7 +86,9 @@ def test_names_are_read_word_by_word():
     ],
 )  # fmt: skip
 def test_segments_of_many_tools(folder, header, rows, expected):
-    assert read(folder, f"{header}\n{rows}\n")[0] == expected
+    found = read(folder, f"{header}\n{rows}\n")[0]
+    assert [row[2:] for row in found] == [row[2:] for row in expected]
+    assert np.allclose([row[:2] for row in found], [row[:2] for row in expected], rtol=0, atol=0.5 / 16_000)
 
 
 def test_fairseq_counts_the_frames_of_the_file(folder):
@@ -109,6 +120,8 @@ def test_parquet_holds_segments_as_numbers(folder):
         ("audio,num_samples", "call.wav,160000", "10 s, the file holds 20 s; is num_samples at the file's 8,000 a second"),
         ("audio,offset,duration", "episode.wav,18.5,3", "go beyond the end of their files .*: 21.5 s, the file holds 20 s"),
         ("audio,start,end", "episode.wav,3000,8000\nepisode.wav,9000,12000", "may be milliseconds or frames .*12000 in a file of 20 s"),
+        ("audio,start,end,duration", "episode.wav,300,305,20", "go beyond the end of their files .*: 305 s"),
+        ("audio,start,end", "episode.wav,100,300", "go beyond the end of their files .*: 300 s"),  # too short for frames
         ("audio,start,end", "episode.wav,300,305", "go beyond the end of their files .*: 305 s, the file holds 20 s"),
         ("audio,begin_stamp,end_stamp", "episode.wav,1,3\nepisode.wav,4,6", "begin_stamp .2 rows. is '1': it looks like a segment"),
         ("audio,t0,t1", "episode.wav,1,3", "t0 .1 rows. is '1': it looks like a segment and is not used"),

@@ -1,10 +1,8 @@
 """Where the audio of a row begins and how long it is: columns in seconds, milliseconds or frames → seconds.
 
-Names are read word by word (`read_name`), as `begin_time`, `frame_offset`, `end_ms` or `num_frames`.
-
+- Names are read word by word (`read_name`), as `begin_time`, `frame_offset`, `end_ms` or `num_frames`.
 - Frames are counted at `sample_rate` where the manifest has it, else at the file's own rate; `num_samples` at 16 kHz.
-- `start`, `stop` and their like without a unit are seconds, unless they are whole numbers that the `duration` beside
-  them, or else the file's length, shows to be frames or milliseconds.
+- `start`, `stop` and their like without a unit are seconds, unless durations or files show another (`_tell_unit`).
 - `stop` - `start` comes before a `duration` that differs from it, for that is then the whole file's.
 - A sample of the rows is compared with the files: what does not fit is told, and refused where it is the rule.
 """
@@ -68,35 +66,33 @@ def may_be_segment(name: str) -> bool:
 def find_extents(
     raw: RawTable, audio: pa.ChunkedArray, others: set[str], measure: Measure
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Start and length in seconds (NaN where unknown) of every row, and warnings. `others` are columns of no segment."""
+    """Start and length (NaN where unknown) of every row, in seconds; and warnings. `others`: columns of no segment."""
     names, units = _choose_columns(raw, others)
     nothing, notes = np.full(len(audio), np.nan), []
     if not names:
         return np.zeros(len(audio)), nothing, notes
     values = {role: cast_numbers(raw, name, *LIMITS[role]) for role, name in names.items()}
     start, stop, duration, frames = (values.get(role, nothing) for role in ("start", "stop", "duration", "frames"))
-    said = ~np.isnan(start) | ~np.isnan(stop) | ~np.isnan(duration) | ~np.isnan(frames)
-    files = _read_some(audio, np.flatnonzero(said), measure, bool({"frames", ""} & set(units.values())))
+    said = np.flatnonzero(~(np.isnan(start) & np.isnan(stop) & np.isnan(duration) & np.isnan(frames)))
+    files = _read_some(audio, said, measure, bool({"frames", ""} & set(units.values())))
     # 1. The unit of starts and stops whose names tell none, and the rate of what counts frames.
-    duration, rates = duration / (1000 if units.get("duration") == "ms" else 1), None
+    per_second, rate = {"s": 1.0, "ms": MILLISECONDS}, None
+    duration = duration / per_second[units.get("duration", "s")]
     if "" in units.values():
-        unit, rates, why = _tell_unit(raw, start, stop, duration, files)
+        unit, rate, why = _tell_unit(raw, (start, stop, duration), files)
         notes += [f"{raw.path}: {names.get('start', names.get('stop'))} is read as {why}"] if why else []
         units |= {role: unit for role, known in units.items() if not known}
     if "frames" in units.values():
         at_16k = names.get("frames") == "num_samples" and "frames" not in (units.get("start"), units.get("stop"))
-        rates = _find_rates(audio, files, measure, SAMPLING_RATE if at_16k else rates)
-        rates = np.where(np.isnan(stated := values.get("rate", nothing)), rates, stated)
+        rates = _find_rates(audio, files, measure, SAMPLING_RATE if at_16k else rate)
+        per_second["frames"] = rates = np.where(np.isnan(stated := values.get("rate", nothing)), rates, stated)
         if (odd := np.abs(rates[files.rows] - files.rates) > 0.5).any() and "rate" in names:
-            row, own = int(files.rows[odd][0]), files.rates[odd][0]
-            example = f"{raw.where(row)}: {rates[row]:g}, the file has {own:g}"
-            notes.append(
-                f"{raw.path}: frames are counted by {names['rate']}, which is not that of the files ({example})"
-            )
+            row, counted = files.rows[odd][0], f"frames are counted by {names['rate']}, which is not that of the files"
+            example = f"{raw.where(row)}: {rates[row]:g}, the file has {files.rates[odd][0]:g}"
+            notes.append(f"{raw.path}: {counted} ({example})")
     # 2. Everything in seconds.
-    per_second = {"s": 1.0, "ms": 1000.0, "frames": rates}
     start, stop = np.nan_to_num(start) / per_second[units.get("start", "s")], stop / per_second[units.get("stop", "s")]
-    length = np.where(np.isnan(duration), frames / rates, duration) if "frames" in names else duration
+    length = np.where(np.isnan(duration), frames / per_second["frames"], duration) if "frames" in names else duration
     between = stop - start
     if (early := between < 1 / SAMPLING_RATE).any():
         raw.refuse(pa.array(early), names["stop"], raw.table[names["stop"]], "it has to come after the start")
@@ -111,8 +107,7 @@ def find_extents(
 
 def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], dict[str, str]]:
     """The column of each role, and its unit. Raises UserError for one that looks like a segment's and is not used."""
-    columns = [name for name in raw.table.column_names if name not in others]
-    names, units = {}, {}
+    columns, names, units = [name for name in raw.table.column_names if name not in others], {}, {}
     for name in sorted(columns, key=lambda name: "dur" not in name):  # a length may be that of a text
         role, unit = read_name(name) or ("", "")
         if "offset" in name and any("onset" in other for other in columns):
@@ -121,9 +116,8 @@ def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], di
             names[role], units[role] = name, unit
     if {"frames", ""} & set(units.values()):
         names |= dict([("rate", name) for name in RATE_NAMES if name in columns][:1])
-    for name in columns:
-        if not LOOKS_LIKE_ONE.search(name) or name in names.values():
-            continue
+    unused = [name for name in columns if LOOKS_LIKE_ONE.search(name) and name not in names.values()]
+    for name in unused:
         cells = pc.utf8_trim_whitespace(cast_text(raw, name))
         if pc.all(pc.match_substring_regex(cells, r"^([0-9.]*$|\[\{)")).as_py():  # numbers, or lists of objects
             given = pc.match_substring_regex(cells, r"[1-9]|\[\{")
@@ -175,40 +169,49 @@ def _find_rates(audio: pa.ChunkedArray, files: Files, measure: Measure, told: fl
     return np.array([rate if isinstance(rate := found[path], int) else SAMPLING_RATE for path in paths], float)
 
 
-def _tell_unit(
-    raw: RawTable, start: np.ndarray, stop: np.ndarray, duration: np.ndarray, files: Files
-) -> tuple[str, float | None, str]:
-    """Unit of starts and stops whose names tell none; their rate, where durations tell it; and how it was found."""
-    start = np.nan_to_num(start)
+def _tell_unit(raw: RawTable, times: tuple[np.ndarray, ...], files: Files) -> tuple[str, float | None, str]:
+    """Unit of starts and stops whose names tell none; their rate, where durations tell it; and how it was found.
+
+    `times` are starts, stops, and durations in seconds. The first case that holds decides:
+
+    | the numbers                                                              | unit                        |
+    |--------------------------------------------------------------------------|-----------------------------|
+    | are no whole ones, or `stop - start` is every duration within 1 s        | seconds                     |
+    | differ by 1,000 × the durations                                          | milliseconds                |
+    | … by a usual rate × these (the files' rate, if these are of whole files) | frames at this rate         |
+    | no file can be read                                                      | seconds, SpeechBrain frames |
+    | lie within the files as seconds                                          | seconds                     |
+    | are SpeechBrain's: columns wav, start, stop                              | frames of the file          |
+    | lie within the files as frames; and also as milliseconds                 | frames of the file; error   |
+    | anything else                                                            | seconds: `_compare` tells   |
+    """
+    start, stop, duration = np.nan_to_num(times[0]), *times[1:]
     between, known = stop - start, (stop > start) & (duration > 0)
-    whole = all((values == np.floor(values))[~np.isnan(values)].all() for values in (start, stop))
-    if not whole or (known.any() and (np.abs(between - duration)[known] < 1.0).all()):
+    if (np.append(start, stop) % 1 > 0).any() or (known.any() and (np.abs(between - duration)[known] < 1.0).all()):
         return "s", None, ""
-    # 1. Are the differences the durations, at a usual rate? Not if these are the whole files', of another rate.
-    rate = _find_usual_rate(between[known], duration[known])
-    rows, seconds, own = (values[~np.isnan(files.seconds)] for values in files)
-    are_whole = np.mean(np.abs(duration[rows] - seconds) < TOLERANCE) > 0.5 if len(rows) else False
+    rate = _find_usual_rate(between[known], duration[known]) if known.any() else 0
     if rate == MILLISECONDS:
         return "ms", None, "milliseconds, as the durations tell"
+    rows, seconds, own = (values[~np.isnan(files.seconds)] for values in files)
+    are_whole = (np.abs(duration[rows] - seconds) < TOLERANCE).sum() > len(rows) / 2
     if rate and (rate in own or not are_whole):
         others = "" if rate in own or not len(own) else f", where the files have {own[0]:g}"
         return "frames", rate, f"frames, {rate:,} a second, as the durations tell{others}"
-    # 2. As what do they end within their files?
     is_speechbrain = {"wav", "start", "stop"} <= set(raw.table.column_names)
-    ends = np.where(np.isnan(stop), start, stop)[rows]
-    if not (ends > 0).any():
-        return ("frames" if is_speechbrain and not len(rows) else "s"), None, ""
-    tail = np.where(np.isnan(stop), np.nan_to_num(duration), 0.0)[rows]
-    spans = np.where(np.isnan(stop), start, between)[rows]
-    fits = {}
-    for unit, per_second in (("s", 1), ("ms", MILLISECONDS), ("frames", own)):
-        inside = (ends / per_second + tail <= seconds + TOLERANCE)[ends > 0].mean() >= 0.5
-        fits[unit] = inside and np.median((spans / per_second)[ends > 0]) > SHORTEST
-    if fits["s"] or not (fits["frames"] or is_speechbrain):
+    last, span = (np.where(np.isnan(stop), start, values)[rows] for values in (stop, between))
+    rest = np.where(np.isnan(stop), np.nan_to_num(duration), 0)[rows]  # seconds that follow `last`
+    rows, seconds, own, last, span, rest = (values[last > 0] for values in (rows, seconds, own, last, span, rest))
+    if not len(rows):
+        return "frames" if is_speechbrain else "s", None, ""
+    fits = {
+        unit: (last / per_second + rest <= seconds + TOLERANCE).mean() >= 0.5
+        and np.median(span / per_second) > SHORTEST
+        for unit, per_second in (("s", 1), ("ms", MILLISECONDS), ("frames", own))
+    }
+    if fits["s"] or not (is_speechbrain or fits["frames"]):
         return "s", None, ""
     if fits["ms"] and not is_speechbrain:
-        row = int(ends.argmax())
-        example = f"{raw.where(rows[row])}: {ends[row]:g} in a file of {seconds[row]:g} s"
+        example = f"{raw.where(rows[nth := int(last.argmax())])}: {last[nth]:g} in a file of {seconds[nth]:g} s"
         remedy = "name the columns start_ms and end_ms, or start_frame and end_frame"
         raise UserError(f"{raw.path}: starts and stops may be milliseconds or frames ({example}): {remedy}")
     return "frames", None, "frames, as the length of the files tells"
@@ -216,34 +219,32 @@ def _tell_unit(
 
 def _find_usual_rate(between: np.ndarray, duration: np.ndarray) -> int:
     """The usual rate at which these frames last so many seconds; 0 where there is none."""
-    if not len(between):
-        return 0
     rate = min(USUAL_RATES, key=lambda rate: abs(np.log(np.median(between / duration) / rate)))
     return rate if np.mean(np.abs(between / rate - duration) <= 0.02 * duration + 0.01) > 0.9 else 0
 
 
 def _compare(raw: RawTable, start: np.ndarray, length: np.ndarray, files: Files, names: dict[str, str]) -> list[str]:
     """Lines about compared rows that do not fit their files. Raises UserError where those are the rule."""
-    said, notes = (start + length)[files.rows], []
-    known = ~np.isnan(said) & ~np.isnan(files.seconds)
-    shorter = (said < files.seconds - TOLERANCE) | (said < 0.7 * files.seconds)
-    shorter &= known & ("stop" not in names and not start.any())
-    longer = known & (said > files.seconds + TOLERANCE)
+    ends, notes = (start + length)[files.rows], []
+    known = ~np.isnan(ends) & ~np.isnan(files.seconds)
+    from_zero = "stop" not in names and not start.any()
+    shorter = known & from_zero & ((ends < files.seconds - TOLERANCE) | (ends < 0.7 * files.seconds))
+    longer = known & (ends > files.seconds + TOLERANCE)
     for misfit, what, remedy in (
         (shorter, "are shorter than their files, with no start", "give start and stop, or the right lengths"),
         (longer, "go beyond the end of their files", "give the right lengths"),
     ):
         if not misfit.any():
             continue
-        first, hint, counted = int(misfit.argmax()), "", said * SAMPLING_RATE / files.rates
-        if (factor := said / (files.seconds + TOLERANCE))[misfit].min() > 10:
-            unit = "milliseconds" if factor[misfit].max() <= MILLISECONDS else "frames"
-            hint = f"; are they {unit}? Name the column so"
-        elif names.get("frames") == "num_samples" and np.median(np.abs(counted / files.seconds - 1)[misfit]) < 0.02:
-            hint = f"; is num_samples at the file's {files.rates[first]:,.0f} a second? Name it num_frames"
-        example = f"{raw.where(files.rows[first])}: {said[first]:g} s, the file holds {files.seconds[first]:g} s"
-        line = f"{raw.path}: {misfit.sum()} of {known.sum()} rows that were compared {what} ({example}{hint})"
-        if misfit.sum() >= RULE * known.sum():
+        said, (rows, seconds, rates), hint = ends[misfit], (values[misfit] for values in files), ""
+        factor, counted = said / (seconds + TOLERANCE), said * SAMPLING_RATE / rates
+        if factor.min() > 10:
+            hint = f"; are they {'milliseconds' if factor.max() <= MILLISECONDS else 'frames'}? Name the column so"
+        elif names.get("frames") == "num_samples" and np.median(np.abs(counted / seconds - 1)) < 0.02:
+            hint = f"; is num_samples at the file's {rates[0]:,.0f} a second? Name it num_frames"
+        example = f"{raw.where(rows[0])}: {said[0]:g} s, the file holds {seconds[0]:g} s"
+        line = f"{raw.path}: {len(rows)} of {known.sum()} rows that were compared {what} ({example}{hint})"
+        if len(rows) >= RULE * known.sum():
             raise UserError(f"{line}: {remedy}")
         notes.append(line)
     return notes
