@@ -30,10 +30,16 @@ from w2v2.finetune.arguments import (
     prepare_output_dir,
     write_config,
 )
-from w2v2.finetune.classification import (
-    FOLDS_FILE,
+from w2v2.finetune.classifier import (
     ClassificationArguments,
     ClassificationTrainer,
+    build_classifier,
+    folder_labels,
+    load_classifier,
+)
+from w2v2.finetune.ctc_data import longest_first, name_sets
+from w2v2.finetune.label_scores import (
+    FOLDS_FILE,
     check_classes,
     check_folds,
     describe,
@@ -41,8 +47,6 @@ from w2v2.finetune.classification import (
     write_pooled,
     write_scores,
 )
-from w2v2.finetune.classifier import build_classifier, folder_labels, load_classifier
-from w2v2.finetune.ctc_data import longest_first, name_sets
 from w2v2.finetune.labels import (
     LABEL_FLAGS,
     LabelArguments,

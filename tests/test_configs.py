@@ -12,7 +12,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line
 from w2v2.finetune.arguments import FineTuningArguments
-from w2v2.finetune.classification import ClassificationArguments
+from w2v2.finetune.classifier import ClassificationArguments
 from w2v2.finetune.labels import LabelArguments
 from w2v2.finetune.text import CTCArguments
 from w2v2.model.loading import build_config, load_config

@@ -20,7 +20,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
 from w2v2.errors import INHERITED, LARGEST, missed_range
 from w2v2.finetune.arguments import FineTuningArguments
-from w2v2.finetune.classification import ClassificationArguments
+from w2v2.finetune.classifier import ClassificationArguments
 from w2v2.finetune.labels import LabelArguments
 from w2v2.finetune.text import CTCArguments
 from w2v2.probe.arguments import ProbingArguments, VerificationArguments

@@ -2,5 +2,5 @@
 
 Reading order: `arguments`, `stock_flags` (flags); `batching`, `evaluation`, `trainer` (shared by both tasks); for
 recognition `normalisation`, `text`, `ctc_data`, `subsets`, `beam_search`, `ctc`, `transcription`; for labels of whole
-utterances `labels`, `classifier`, `classification`.
+utterances `labels`, `classifier`, `label_scores`.
 """

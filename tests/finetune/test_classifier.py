@@ -10,8 +10,12 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining, Wav2V
 from two_ranks_ctc import QUIET, write_speech
 
 from w2v2.finetune import labels
-from w2v2.finetune.classification import ClassificationArguments, ClassificationTrainer
-from w2v2.finetune.classifier import build_classifier, folder_labels
+from w2v2.finetune.classifier import (
+    ClassificationArguments,
+    ClassificationTrainer,
+    build_classifier,
+    folder_labels,
+)
 from w2v2.finetune.ctc_data import longest_first
 
 CLASSES = ["a", "b", "c"]
