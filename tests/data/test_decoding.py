@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from encoding import encode, whole
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
 from w2v2.data.collate import explain_loss
+from w2v2.data.decoding import SeekableFile
 from w2v2.data.inspection import inspect_audio, inspect_files, look_at
 
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
@@ -94,6 +96,17 @@ def test_joined_files_are_heard_to_their_end(tmp_path, kind, seconds):
     end = apart[2][-rate // 4 :, 0][:1_000]
     windows = np.lib.stride_tricks.sliding_window_view(frames[-rate // 2 :, 0], len(end))
     assert np.abs(windows - end).max(axis=1).min() < 0.05  # the last part ends it
+
+
+@pytest.mark.parametrize("num_bytes", range(4))
+def test_a_joint_is_found_at_every_byte(tmp_path, num_bytes):
+    """The words of four bytes that are compared begin at all of them."""
+    part = Path(make(tmp_path, "flac flac 16000 1")).read_bytes()
+    (tmp_path / "joined").write_bytes(part + bytes(num_bytes) + part)
+    with open(tmp_path / "joined", "rb") as file:
+        assert SeekableFile("", soundfile.SoundFile(file.fileno(), closefd=False)).is_joined()
+    with open(make(tmp_path, "flac flac 16000 1"), "rb") as file:
+        assert not SeekableFile("", soundfile.SoundFile(file.fileno(), closefd=False)).is_joined()
 
 
 def test_joined_wav_files_are_refused(tmp_path):

@@ -13,8 +13,17 @@ import numpy as np
 import soundfile
 import soxr
 
-from w2v2.data.decoding import SAMPLING_RATE, SEEKABLE_SUFFIXES, AudioError, open_sound
+from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
 
+SEEKABLE_SUFFIXES = (
+    ".wav .wave .w64 .rf64 .flac .aif .aiff .aifc .au .snd .caf .sph .nist .voc .ircam .sf .pvf .avr .svx .iff .paf .sds"
+).split()
+AUDIO_SUFFIXES = frozenset(
+    SEEKABLE_SUFFIXES
+    + ".ogg .oga .ogx .ogv .opus .spx .mp3 .mp2 .mp1 .mpa .mpga .m4a .m4b .m4r .mp4 .m4v .f4v .mov .3gp .3g2 .aac .adts "
+    ".webm .weba .mka .mkv .wma .asf .wmv .amr .awb .gsm .g722 .g729 .ilbc .wv .ape .mac .tta .tak .shn .ac3 .eac3 .ec3 "
+    ".dts .thd .mlp .mpc .avi .flv .mpg .mpeg .ts .m2ts .ra .rm".split()
+)
 MARGIN = 1_600  # samples at 16 kHz on either side of a crop: many times the resampling filter's half-length
 MAX_SHIFT = SAMPLING_RATE // 2  # a duration rounded to whole seconds overshoots the end by at most this
 MAX_PADDING = SAMPLING_RATE // 100  # a duration rounded to two decimals: shorter than one latent frame

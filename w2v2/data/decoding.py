@@ -21,15 +21,6 @@ import numpy as np
 import soundfile
 
 SAMPLING_RATE = 16_000
-SEEKABLE_SUFFIXES = (
-    ".wav .wave .w64 .rf64 .flac .aif .aiff .aifc .au .snd .caf .sph .nist .voc .ircam .sf .pvf .avr .svx .iff .paf .sds"
-).split()
-AUDIO_SUFFIXES = frozenset(
-    SEEKABLE_SUFFIXES
-    + ".ogg .oga .ogx .ogv .opus .spx .mp3 .mp2 .mp1 .mpa .mpga .m4a .m4b .m4r .mp4 .m4v .f4v .mov .3gp .3g2 .aac .adts "
-    ".webm .weba .mka .mkv .wma .asf .wmv .amr .awb .gsm .g722 .g729 .ilbc .wv .ape .mac .tta .tak .shn .ac3 .eac3 .ec3 "
-    ".dts .thd .mlp .mpc .avi .flv .mpg .mpeg .ts .m2ts .ra .rm".split()
-)
 SEEKABLE = {*"PCM_16 PCM_24 PCM_32 PCM_S8 PCM_U8 FLOAT DOUBLE ULAW ALAW ALAC_16 ALAC_20 ALAC_24 ALAC_32".split()}
 FITS_INT16 = {*"PCM_16 PCM_S8 PCM_U8 ULAW ALAW ALAC_16 s16 s16p u8 u8p".split()}  # every sample is a 16-bit number
 OPTIONS = {  # no playlists, and nothing that names other files or addresses
@@ -44,6 +35,8 @@ TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between the parts of joined files: no au
 MAX_DAMAGED = 0.01  # share of a file's packets that may fail to decode
 MOST_REMEMBERED = 100_000  # FLAC files
 _JOINED: dict[tuple[str, int, int], bool] = {}  # path, size and time of change → more than one FLAC stream
+FLAC = int.from_bytes(b"fLaC", "little")  # how a stream begins
+SMALL_BYTES = 1 << 20
 MAX_FRAMES_PER_BYTE = 1_000  # a header that claims more is not believed
 SAMPLING_RATES = range(1_000, 768_001)  # of recordings; margins and filters follow from the rate
 BLOCK = 1 << 18  # frames of a block
@@ -103,9 +96,18 @@ class SeekableFile:
         if key not in _JOINED:  # searched once in a process: a millisecond a minute of audio
             if len(_JOINED) >= MOST_REMEMBERED:
                 _JOINED.clear()
-            with mmap.mmap(self.file.name, 0, access=mmap.ACCESS_READ) as content:
-                _JOINED[key] = len(re.findall(rb"fLaC[\x00\x80]", content)) > 1
+            _JOINED[key] = _has_joint(self.file.name, status.st_size)
         return _JOINED[key]
+
+
+def _has_joint(descriptor: int, size: int) -> bool:
+    if size <= SMALL_BYTES:
+        content = os.pread(descriptor, size, 0)
+        words = (np.frombuffer(content, "<u4", (len(content) - at) // 4, at) for at in range(1, 5))
+        if not any((word == FLAC).any() for word in words):  # three times as fast as the search
+            return False
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
+        return len(re.findall(rb"fLaC[\x00\x80]", content)) > 1
 
 
 class DecodedFile:
@@ -125,7 +127,7 @@ class DecodedFile:
         self.fits_int16 = self._first.format.name in FITS_INT16
 
     def _decode(self) -> Iterator[av.AudioFrame]:
-        """Packets that do not decode are left out, as FFmpeg does, unless they are too many."""
+        """Up to 1 % of the packets, those that do not decode, are left out without a line, as FFmpeg does."""
         num_packets = num_damaged = 0
         try:
             for packet in self.file.demux(self.stream):
@@ -196,9 +198,7 @@ def _open_seekable(path: str, descriptor: int, start: int, stop: int | None) -> 
     if head.startswith(COMPRESSED):
         return None
     if head[:4] == b"RIFF" == os.pread(descriptor, 4, 8 + int.from_bytes(head[4:], "little")):
-        raise AudioError(
-            path, "holds several WAV files, one after the other: every tool hears the first; join them anew"
-        )
+        raise AudioError(path, "holds several WAV files joined, and every tool hears the first: join them anew")
     try:
         file = soundfile.SoundFile(descriptor, closefd=False)
     except soundfile.LibsndfileError:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from w2v2.data.decoding import AUDIO_SUFFIXES
+from w2v2.data.audio import AUDIO_SUFFIXES
 from w2v2.data.folders import find_audio, read_kaldi
 from w2v2.errors import UserError, one_line
 

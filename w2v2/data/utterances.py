@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.table import MemoryMappedTable
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
+from w2v2.data.audio import SAMPLING_RATE, AudioError, is_compressed, read_crop
 from w2v2.data.batching import crop_length
 from w2v2.data.collate import Framing
-from w2v2.data.decoding import SEEKABLE_SUFFIXES
 from w2v2.data.inspection import SILENCE, inspect_files
 from w2v2.data.manifest import read_manifests
 from w2v2.errors import UserError, tell
@@ -126,7 +125,7 @@ def tell_slow_crops(table: pa.Table) -> list[str]:
     """A warning that is also told, where crops lie deep in compressed files: each decodes its file from the beginning."""
     ends = pc.add(table["start"], pc.divide(pc.cast(table["num_samples"], pa.float64()), float(SAMPLING_RATE)))
     deep = table["audio"].filter(pc.greater(ends, SLOW_SECONDS))
-    slow = deep.filter(pc.invert(pc.match_substring_regex(deep, rf"(?i)({'|'.join(SEEKABLE_SUFFIXES)})$")))
+    slow = deep.filter(pc.is_in(deep, pa.array(list(filter(is_compressed, deep.unique().to_pylist())), deep.type)))
     if not len(slow):
         return []
     line = (
