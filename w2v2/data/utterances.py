@@ -51,7 +51,7 @@ class Utterances:
 
 def spread_rows(table: datasets.Dataset, most: int) -> list[dict]:
     """At most so many rows, evenly spread."""
-    return [table[int(row)] for row in np.unique(np.linspace(0, len(table) - 1, most).astype(int))]
+    return [table[int(row)] for row in np.unique(np.linspace(0, len(table) - 1, min(len(table), most)).astype(int))]
 
 
 def load_manifest(
