@@ -121,6 +121,13 @@ def test_deep_crops_of_compressed_files_are_told_of_once(tmp_path, caplog):
     assert "pack_audio.py" in record.getMessage()
 
 
+def test_a_channel_that_a_file_lacks_is_found_at_the_start(tmp_path):
+    soundfile.write(tmp_path / "mono.wav", np.full(16_000, 0.1), SAMPLING_RATE)
+    table = pa.table({"id": ["a", "b"], "audio": [str(tmp_path / "mono.wav")] * 2, "channel": [0, 1]})
+    (found,) = probe_some(map_table(table, None))
+    assert (found["id"], found["reason"]) == ("b", "has 1 channels, and the manifest asks for number 2")
+
+
 @pytest.mark.parametrize("with_channel", [False, True])
 def test_stereo_that_cancels_out_is_counted_and_told_of(tmp_path, caplog, with_channel):
     for name, right in (("a", 1), ("b", -1), ("c", 0.5), ("d", -0.9)):

@@ -44,6 +44,12 @@ class AudioFacts:
     is_antiphase: bool = False  # the mix of its channels is far quieter than any of them
     error: str | None = None
 
+    def find_reason(self, channel: int | None) -> str | None:
+        """Why this channel (None: all) cannot be used."""
+        if self.error is None and channel is not None and channel >= self.channels:
+            return f"has {self.channels} channels, and the manifest asks for number {channel + 1}"
+        return self.error
+
 
 def inspect_audio(path: str, most_seconds: float = math.inf) -> AudioFacts:
     """Decode a file in blocks from its beginning, to its end or for so many seconds."""

@@ -146,7 +146,8 @@ def probe_some(table: datasets.Dataset) -> list[dict]:
             f"{len(opposite)} of {len(looked)} files that were looked at are stereo whose sides cancel out when they are mixed, "
             f"the first: {opposite[0]}; pick a side by a column `channel` in the manifest"
         )
-    return [{"id": row["id"], "audio": row["audio"], "reason": facts.error} for row, facts in looked if facts.error]
+    reasons = [(row, facts.find_reason(row.get("channel"))) for row, facts in looked]
+    return [{"id": row["id"], "audio": row["audio"], "reason": reason} for row, reason in reasons if reason]
 
 
 def silent_share(utterances: Utterances) -> float:

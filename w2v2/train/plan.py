@@ -173,8 +173,8 @@ def look_at_files(
 
 def find_faults(row: dict[str, Any], facts: AudioFacts) -> Iterator[tuple[str, str]]:
     """What is to be said of a row's file: the kind, and a detail for people."""
-    if facts.error:
-        yield "unreadable" if os.path.exists(row["audio"]) else "missing", facts.error
+    if reason := facts.find_reason(row.get("channel")):
+        yield "unreadable" if os.path.exists(row["audio"]) else "missing", reason
         return
     end, length = row["start"] + (row["num_samples"] or 0) / SAMPLING_RATE, facts.num_samples
     if length is not None and end * SAMPLING_RATE > length + MAX_SHIFT:
