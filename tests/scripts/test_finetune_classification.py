@@ -97,6 +97,27 @@ def test_results_are_the_scores_of_the_predictions(data):
     assert results["run"]["train_labels"] == {"low": 8, "middle": 8, "high": 8}
 
 
+def test_what_is_left_out_of_training_is_told_by_reason(data):
+    rows = read_rows(data / "train.csv")
+    write_rows(
+        data / "more.csv", [*rows, rows[0] | {"audio": "absent.wav"}, rows[1] | {"audio": "dev_0.wav", "label": "?"}]
+    )
+    flags = [
+        "--train_data",
+        str(data / "more.csv"),
+        "--labels",
+        "low",
+        "middle",
+        "high",
+        "--max_skipped_fraction",
+        "0.1",
+    ]
+    finetune_classification.main(command(data, *flags, "--min_seconds", "0.31", output="left_out"))
+    run = read_json(data / "left_out" / "results.json")["run"]
+    assert run["dropped"]["unreadable"] == run["dropped"]["with other labels"] == 1
+    assert run["dropped"]["by their length"] == len(rows) - run["train_utterances"]
+
+
 def test_the_stock_pipeline_gives_the_same_labels(data):
     classify = pipeline("audio-classification", model=str(data / "run"), device="cpu")
     for line in [line for line in read_lines(data / "run" / "predictions.jsonl") if line["set"] == "test"]:
