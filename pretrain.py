@@ -25,9 +25,9 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
-from w2v2.data.batching import VALIDATION_SEED, MicroBatchPlan, PlanStream, plan_validation
+from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing, build_loader
-from w2v2.data.utterances import Utterances, load_utterances, probe_some
+from w2v2.data.utterances import Utterances, inspect_some, load_utterances
 from w2v2.evaluate.plots import draw_plots
 from w2v2.hub.card import write_model_card
 from w2v2.hub.push import HubPusher
@@ -43,7 +43,7 @@ from w2v2.train.plan import build_batches, present_plan, write_config
 from w2v2.train.records import SkippedAudio, SkippedUpdates, SkippedValidation
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
-from w2v2.train.state import RunState
+from w2v2.train.state import VALIDATION_SEED, RunState
 from w2v2.train.update import Feed, build_optimizer, train_update, validate
 
 SKIPPED = {"train_data": SkippedAudio, "validation_data": SkippedValidation}  # flag → what lists its unreadable files
@@ -106,7 +106,7 @@ def main() -> None:
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint, accelerator.mixed_precision)
-    looks = on_main_process(accelerator, lambda: {flag: probe_some(found.table) for flag, (found, _) in data.items()})
+    looks = on_main_process(accelerator, lambda: {flag: inspect_some(found.table) for flag, (found, _) in data.items()})
     skipped = {
         flag: SKIPPED[flag](args, accelerator, len(found.table) + len(unread), unread + looks[flag], state.step)
         for flag, (found, unread) in data.items()

@@ -40,7 +40,6 @@ from w2v2.data.audio import (
     SAMPLING_RATE,
     AudioError,
     is_compressed,
-    measure_length,
     read_pcm,
     write_seekable,
 )
@@ -57,7 +56,7 @@ def pack(args) -> None:
     """Plan the shards, write the missing ones, then the sums and the manifest. Raises UserError for a user's slips."""
     check_flags(args)
     folder = args.output_dir
-    table, unmeasured = load_manifest(args.manifests, data_root=args.data_root, probe=measure_length)
+    table, unmeasured = load_manifest(args.manifests, data_root=args.data_root)
     # 1. What is to be written, and what is there already.
     shards = cut_shards(table["num_samples"], args.shard_hours)
     digest = hashlib.sha256()  # of all that the manifest says, paths included

@@ -14,7 +14,7 @@ from encoding import encode, whole
 from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
 from w2v2.data.collate import explain_loss
 from w2v2.data.decoding import SeekableFile
-from w2v2.data.inspection import inspect_audio, inspect_files, look_at
+from w2v2.data.inspection import inspect_audio, inspect_files, map_files
 
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 KINDS = """
@@ -208,7 +208,7 @@ def test_the_beginning_tells_the_length_only_by_a_header(tmp_path):
 def test_a_decoder_that_crashes_takes_no_run_with_it(tmp_path):
     """The worker is lost, and a line says what to look for."""
     with pytest.raises(RuntimeError) as caught:
-        list(look_at(["a", "b"], lambda path: os.kill(os.getpid(), signal.SIGSEGV), "Crashing"))
+        list(map_files(["a", "b"], lambda path: os.kill(os.getpid(), signal.SIGSEGV), "Crashing"))
     assert "a damaged file crashed the decoder" in explain_loss(caught.value)
 
 

@@ -19,12 +19,12 @@ from w2v2.errors import UserError
 LENGTHS = {"a b.wav": 24_000, "deep/é 'q\".flac": 16_001}
 
 
-def no_probe(path):
+def measure_nothing(path):
     raise AudioError(path, "is not measured, for its length is known")
 
 
-def load(*paths, probe=no_probe, **options):
-    data, skipped = load_manifest(paths, probe=probe, **options)
+def load(*paths, measure=measure_nothing, **options):
+    data, skipped = load_manifest(paths, measure=measure, **options)
     assert skipped == []
     return data
 
@@ -161,7 +161,7 @@ def test_kaldi_folder_with_segments(corpus):
 def test_kaldi_lengths_that_are_missing_are_measured(corpus, file, content, lengths):
     write(corpus / "wav.scp", f"r1 {NAMES[0]}\nr2 {NAMES[1]}\n")
     write(corpus / file, content)
-    assert load(corpus, probe=measure_length)["num_samples"][:] == lengths
+    assert load(corpus, measure=measure_length)["num_samples"][:] == lengths
 
 
 @pytest.mark.parametrize("entry", ["touch {}/ran |", "/raw.ark:17"])
@@ -176,7 +176,7 @@ def test_a_folder_is_searched_for_audio_and_measured(corpus):
     write(corpus / "notes.txt", "no audio")
     write(corpus / "._a b.wav", "macOS")
     os.symlink(corpus, corpus / "deep" / "round")
-    data = load(corpus, probe=measure_length)
+    data = load(corpus, measure=measure_length)
     assert dict(zip(data["id"], data["num_samples"], strict=True)) == LENGTHS
     assert data["audio"][:] == [str(corpus / name) for name in NAMES]
 
@@ -205,12 +205,12 @@ def test_missing_durations_are_measured_once_until_a_change(corpus, tmp_path):
         return measure_length(path)
 
     for _ in range(2):
-        assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [24_000, 112_000]
+        assert load(manifest, measure=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [24_000, 112_000]
     assert calls.read_text().splitlines().count(str(corpus / NAMES[0])) == 1
     with open(tmp_path / "cache/lengths.jsonl", "a") as file:
         file.write('["/x", 1')  # a kill cut the line short
     soundfile.write(corpus / NAMES[0], np.zeros(100, np.float32), 16_000)
-    assert load(manifest, probe=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [100, 112_000]
+    assert load(manifest, measure=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [100, 112_000]
 
 
 def test_files_that_cannot_be_measured_are_listed(corpus):
@@ -312,7 +312,7 @@ def test_a_slip_is_named_in_one_line(tmp_path, name, content, message):
     if content is not None:
         write(tmp_path / name, content)
     with pytest.raises(UserError, match=message) as error:
-        load(tmp_path / name, probe=measure_length)
+        load(tmp_path / name, measure=measure_length)
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
@@ -376,9 +376,9 @@ def test_channels_are_counted_alike_in_all_manifests(corpus, caplog, cells, chan
         paths.append(write(corpus / f"{len(paths)}.csv", f"audio,duration,channel\n{rows}"))
     if channels is None:
         with pytest.raises(UserError, match=f"csv: {line}"):
-            read_manifests(paths, probe=no_probe)
+            read_manifests(paths, measure=measure_nothing)
         return
-    table, _, notes = read_manifests(paths, probe=no_probe)
+    table, _, notes = read_manifests(paths, measure=measure_nothing)
     assert table["channel"].to_pylist() == sum(channels, [])
     assert [[row["channel"] for row in notes["samples"][path]] for path in map(str, paths)] == channels
     assert (line in notes["warnings"][0] and line in caplog.text) if line else not notes["warnings"]

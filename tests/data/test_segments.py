@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from w2v2.data import segments
-from w2v2.data.audio import probe_rate
+from w2v2.data.audio import measure_rate
 from w2v2.data.manifest import read_manifests
 from w2v2.data.segments import read_name
 from w2v2.errors import UserError
@@ -146,9 +146,9 @@ def test_rates_of_files_are_remembered(folder, tmp_path, monkeypatch):
     def counting(path):  # in a worker
         with open(opened, "a") as file:
             file.write(f"{path}\n")
-        return probe_rate(path)
+        return measure_rate(path)
 
-    monkeypatch.setitem(segments.RATES, "probe", counting)
+    monkeypatch.setitem(segments.RATES, "measure", counting)
     (folder / "a.csv").write_text("path,frame_offset,num_frames\ncd.wav,44100,88200\ncall.wav,8000,4000\n")
     tables = [read_manifests([folder / "a.csv"], cache_dir=tmp_path / "cache")[0].to_pylist() for _ in range(2)]
     assert tables[0] == tables[1] and [row["start"] for row in tables[0]] == [1.0, 1.0]

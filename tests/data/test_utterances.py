@@ -15,7 +15,7 @@ from conftest import write_csv
 
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.collate import Framing
-from w2v2.data.utterances import Utterances, load_manifest, load_utterances, map_table, probe_some
+from w2v2.data.utterances import Utterances, inspect_some, load_manifest, load_utterances, map_table
 from w2v2.errors import UserError
 
 
@@ -124,7 +124,7 @@ def test_deep_crops_of_compressed_files_are_told_of_once(tmp_path, caplog):
 def test_a_channel_that_a_file_lacks_is_found_at_the_start(tmp_path):
     soundfile.write(tmp_path / "mono.wav", np.full(16_000, 0.1), SAMPLING_RATE)
     table = pa.table({"id": ["a", "b"], "audio": [str(tmp_path / "mono.wav")] * 2, "channel": [0, 1]})
-    (found,) = probe_some(map_table(table, None))
+    (found,) = inspect_some(map_table(table, None))
     assert (found["id"], found["reason"]) == ("b", "has 1 channels, and the manifest asks for number 2")
 
 
@@ -136,7 +136,7 @@ def test_stereo_that_cancels_out_is_counted_and_told_of(tmp_path, caplog, with_c
     table = pa.table({"id": list("abcde"), "audio": [str(tmp_path / f"{name}.wav") for name in "abcde"]})
     table = table.append_column("channel", pa.array([0] * 5)) if with_channel else table
     utterances = Utterances(map_table(table, None), np.full(5, 48_000, np.int32), {})
-    assert probe_some(utterances.table) == [{"id": "e", "audio": str(tmp_path / "e.wav"), "reason": "does not exist"}]
+    assert inspect_some(utterances.table) == [{"id": "e", "audio": str(tmp_path / "e.wav"), "reason": "does not exist"}]
     messages = [record.getMessage() for record in caplog.records]
     assert [message[:12] for message in messages] == ([] if with_channel else ["2 of 5 files"])
     assert with_channel or ("cancel out" in messages[0] and "b.wav" in messages[0] and "`channel`" in messages[0])

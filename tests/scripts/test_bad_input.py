@@ -174,7 +174,7 @@ def test_checkpoint_to_resume_that_is_none(finished, refused, tmp_path):
 
 def spoiled(corpus, folder, monkeypatch):
     """Twelve utterances of which three cannot be read, each for another reason; only the first is met at the start."""
-    monkeypatch.setattr("w2v2.data.utterances.NUM_PROBED", 1)
+    monkeypatch.setattr("w2v2.data.utterances.NUM_INSPECTED", 1)
     folder.mkdir()
     paths = [Path(shutil.copy(path, folder)) for path in sorted((corpus / "audio").iterdir())]
     (folder / "notes.wav").write_text("only words")

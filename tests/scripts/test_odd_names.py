@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from conftest import refusal, write_csv
 
 import pretrain
-from w2v2.data.audio import measure_length, read_pcm
+from w2v2.data.audio import read_pcm
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import printable
 from w2v2.finetune.ctc_data import log_skipped, read_skipped
@@ -104,7 +104,7 @@ def write_manifest(path: Path, names: list[str]) -> Path:
 @pytest.mark.parametrize("kind", ["a.csv", "a.tsv", "a.json", "a.jsonl", "escaped.jsonl", "a.parquet"])
 def test_a_manifest_gives_back_ids_texts_and_files(corpus, kind):
     names = IN_TSV if kind.endswith("tsv") else NAMES
-    table, skipped = load_manifest([str(write_manifest(corpus / kind, names))], probe=measure_length)
+    table, skipped = load_manifest([str(write_manifest(corpus / kind, names))])
     assert skipped == []
     for column in ("id", "text", "speaker"):
         assert table[column][:] == [row[column] for row in rows(names)]
@@ -115,7 +115,7 @@ def test_a_manifest_gives_back_ids_texts_and_files(corpus, kind):
 def test_without_ids_the_path_serves(corpus):
     path = corpus / "without.jsonl"
     path.write_text("".join(json.dumps({"audio": name, "text": ""}) + "\n" for name in NAMES))
-    table, skipped = load_manifest([str(path)], probe=measure_length)
+    table, skipped = load_manifest([str(path)])
     assert (table["id"][:], skipped) == (NAMES, [])
 
 
@@ -125,13 +125,13 @@ def test_kaldi_and_fairseq_files_hold_whatever_a_line_can(corpus, tmp_path):
     names = [name for name in IN_LINES if name == name.strip()]
     lines = [f"utt\u00a0{number}-ü🎤 \t {corpus / name}\n" for number, name in enumerate(names)]
     (kaldi / "wav.scp").write_text("".join(lines), encoding="utf-8")
-    table, skipped = load_manifest([str(kaldi)], probe=measure_length)
+    table, skipped = load_manifest([str(kaldi)])
     assert (table["id"][:], skipped) == ([f"utt\u00a0{number}-ü🎤" for number in range(len(names))], [])
     assert table["num_samples"][:] == [length_of(name) for name in names]
 
     fairseq = tmp_path / "train.tsv"
     fairseq.write_text("".join([f"{corpus}\n", *(f"{name}\t{length_of(name)}\n" for name in IN_TSV)]), encoding="utf-8")
-    table, _ = load_manifest([str(fairseq)], probe=measure_length)
+    table, _ = load_manifest([str(fairseq)])
     assert [len(read_pcm(audio)) for audio in table["audio"]] == [length_of(name) for name in IN_TSV]
 
 
@@ -140,7 +140,7 @@ def test_a_folder_is_read_whatever_its_files_are_named(corpus, tmp_path):
     for source in (inside, outside):
         assert prepare_folder.main([str(corpus), "--output", str(source)]) == 0
     for source in (corpus, inside, outside):
-        table, skipped = load_manifest([str(source)], probe=measure_length)
+        table, skipped = load_manifest([str(source)])
         assert skipped == [] and len(set(table["id"])) == len(NAMES)
         lengths = dict(zip(map(os.path.realpath, table["audio"]), table["num_samples"], strict=True))
         assert lengths == {os.path.realpath(corpus / name): length_of(name) for name in NAMES}
@@ -154,9 +154,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path, capsys):
     assert prepare_folder.main([str(good.parent), "--output", str(tmp_path / "a.csv")]) == 0
     [line] = (tmp_path / "a.skipped.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["audio"] == os.fsdecode(odd) and "UTF-8" in json.loads(line)["reason"]
-    assert load_manifest([str(tmp_path / "a.csv")], probe=measure_length)[0]["audio"][:] == [
-        str(tmp_path / "audio/good.wav")
-    ]
+    assert load_manifest([str(tmp_path / "a.csv")])[0]["audio"][:] == [str(tmp_path / "audio/good.wav")]
     argv = f"--train_data={good.parent}", f"--output_dir={tmp_path / 'run'}", "--use_cpu"
     refusal(capsys, pretrain.main, *argv, named=("\\udce9.wav", "rename it"))
 
@@ -165,7 +163,7 @@ def test_packed_audio_keeps_ids_order_and_samples(corpus, tmp_path):
     manifest = write_manifest(corpus / "pack.jsonl", NAMES)
     folder = tmp_path / "packed, \n 'here'"
     assert pack_audio.main([str(manifest), "--output_dir", str(folder), "--num_workers", "1"]) == 0
-    table, _ = load_manifest([str(folder)], probe=measure_length)
+    table, _ = load_manifest([str(folder)])
     assert table["id"][:] == [f"<{name}>" for name in NAMES] and table["text"][:] == [f"«{name}»" for name in NAMES]
     for row, name in zip(table, NAMES, strict=True):
         samples = read_pcm(row["audio"], round(row["start"] * 16_000), row["num_samples"])
@@ -231,7 +229,7 @@ def test_only_the_markers_of_the_data_root_are_replaced(tmp_path, monkeypatch):
     names = ["$HOME/a.wav", "${HOME}/b.wav", "~/c.wav", "$(pwd)/d.wav", "`pwd`/e.wav", "%HOME%/f.wav", "{HOME}/g.wav"]
     marked = ["$data_root/h.wav", "${data_root}/i.wav", "{data_root}/j.wav"]
     manifest = write_csv(tmp_path / "a.csv", [*names, *marked], [1.0] * 10)
-    table, _ = load_manifest([str(manifest)], data_root=str(tmp_path), probe=measure_length)
+    table, _ = load_manifest([str(manifest)], data_root=str(tmp_path))
     assert table["audio"][:] == [f"{tmp_path}/{name}" for name in [*names, "h.wav", "i.wav", "j.wav"]]
 
 

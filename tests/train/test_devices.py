@@ -95,7 +95,7 @@ def test_one_rank_alone_looks_at_files(flags, tmp_path):
     """Another one, whose storage fails just then, would stop alone and leave the others waiting."""
     spoil = "[dict(id=i, audio=i, reason='cannot be opened') for i in table['id']]"
     words = ", ".join(repr(str(word)) for word in command(flags, tmp_path / "run", "--max_steps", 1)[1:])
-    lines = f"import os, pretrain; look = pretrain.probe_some\npretrain.probe_some = lambda table: {spoil} if "
+    lines = f"import os, pretrain; look = pretrain.inspect_some\npretrain.inspect_some = lambda table: {spoil} if "
     lines += f"os.environ['RANK'] == '1' else look(table)\nimport sys; sys.argv[1:] = [{words}]; pretrain.main()"
     run_ranks(tmp_path / "logs", "-c", lines)
 

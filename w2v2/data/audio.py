@@ -43,7 +43,7 @@ def measure_length(path: str) -> int:
         return num_frames * SAMPLING_RATE // file.rate
 
 
-def probe_rate(path: str) -> int:
+def measure_rate(path: str) -> int:
     """Frames a second of a file. Raises AudioError."""
     with open_sound(os.fsdecode(path), 0, 0) as file:
         return file.rate

@@ -22,7 +22,6 @@ from w2v2.data.hashing import CROP, ORDER, below, derive, derive_many, positive
 from w2v2.errors import UserError
 
 LATENT_STRIDE = 320  # samples between latent frames of the wav2vec 2.0 convs
-VALIDATION_SEED = 42  # of validation's crops and masks, whatever `--seed` is: runs with other seeds can be compared
 CHUNK = 1 << 16  # utterances looked at together: temporaries stay small, and in the processor's cache
 
 

@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 from w2v2.data.audio import check_peak, mix_down
 from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
 
+NUM_INSPECTED = 64  # files of a manifest, evenly spread
+INSPECTED_SECONDS = 60.0  # of each of them, from its beginning
 FILES_AT_ONCE = 8  # that a worker looks at before it reports
 SILENCE = 1e-3  # of full scale, root mean square
 CLIPPED = 1e-3  # share of the samples at full scale
@@ -87,25 +89,25 @@ def inspect_audio(path: str, most_seconds: float = math.inf) -> AudioFacts:
 
 def inspect_files(paths: Sequence[str], most_seconds: float = math.inf) -> list[AudioFacts]:
     """`inspect_audio` of each file, in their order."""
-    return list(look_at(paths, partial(inspect_audio, most_seconds=most_seconds), "Looking at audio files"))
+    return list(map_files(paths, partial(inspect_audio, most_seconds=most_seconds), "Looking at audio files"))
 
 
-class _Looks(Dataset):
-    def __init__(self, paths: Sequence[str], look: Callable[[str], Any]):
-        self.paths, self.look = paths, look
+class _Files(Dataset):
+    def __init__(self, paths: Sequence[str], action: Callable[[str], Any]):
+        self.paths, self.action = paths, action
 
     def __getitem__(self, index: int) -> list:
-        return [self.look(path) for path in self.paths[index * FILES_AT_ONCE : (index + 1) * FILES_AT_ONCE]]
+        return [self.action(path) for path in self.paths[index * FILES_AT_ONCE : (index + 1) * FILES_AT_ONCE]]
 
 
-def look_at(paths: Sequence[str], look: Callable[[str], Any], title: str) -> Iterator:
-    """What `look` finds of each file, in their order, from worker processes, with a bar of progress."""
+def map_files(paths: Sequence[str], action: Callable[[str], Any], title: str) -> Iterator:
+    """What `action` finds of each file, in their order, from worker processes, with a bar of progress."""
     num_blocks = -(-len(paths) // FILES_AT_ONCE)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(32, num_cores, num_blocks)
     # A generator of its own: what a run draws must not depend on the files that it looked at.
     options = {"batch_size": None, "num_workers": num_workers, "generator": torch.Generator()}
-    loader = DataLoader(_Looks(paths, look), sampler=range(num_blocks), **options, collate_fn=list)  # as they are
+    loader = DataLoader(_Files(paths, action), sampler=range(num_blocks), **options, collate_fn=list)  # as they are
     with tqdm(total=len(paths), desc=title, unit=" files", disable=None) as bar:
         for found in loader:
             yield from found
@@ -113,14 +115,14 @@ def look_at(paths: Sequence[str], look: Callable[[str], Any], title: str) -> Ite
 
 
 def fill_lengths(
-    table: pa.Table, probe: Callable[[str], int], cache_dir: str | Path | None
+    table: pa.Table, measure: Callable[[str], int], cache_dir: str | Path | None
 ) -> tuple[pa.Table, list[dict]]:
     """Fill the nulls of `num_samples`; rows whose file cannot be measured come back as {id, audio, reason} instead."""
     unknown = pc.is_null(table["num_samples"]).combine_chunks()
     rows = table.filter(unknown).select(["id", "audio", "start"]).to_pylist()
     if not rows:
         return table, []
-    found = measure_lengths(list(dict.fromkeys(row["audio"] for row in rows)), probe, cache_dir)
+    found = measure_lengths(list(dict.fromkeys(row["audio"] for row in rows)), measure, cache_dir)
     skipped, lengths = [], []
     for row in rows:
         length, start = found[row["audio"]], round(row["start"] * SAMPLING_RATE)
@@ -134,22 +136,22 @@ def fill_lengths(
     return table.filter(pc.is_valid(filled)), skipped
 
 
-def _measure(probe: Callable[[str], int], known: dict[tuple, int], path: str) -> tuple[tuple | None, int | str]:
+def _measure(measure: Callable[[str], int], known: dict[tuple, int], path: str) -> tuple[tuple | None, int | str]:
     """The key of a file in the cache, and its length or the reason why it has none."""
     key = None
-    with contextlib.suppress(OSError, ValueError):  # the probe says why; ValueError: a null character
+    with contextlib.suppress(OSError, ValueError):  # `measure` says why; ValueError: a null character
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns)
     try:
-        return key, known[key] if key in known else int(probe(path))
+        return key, known[key] if key in known else int(measure(path))
     except AudioError as error:
         return None, error.reason
 
 
 def measure_lengths(
-    paths: list[str], probe: Callable[[str], int], cache_dir: str | Path | None = None, file: str = "lengths.jsonl"
+    paths: list[str], measure: Callable[[str], int], cache_dir: str | Path | None = None, file: str = "lengths.jsonl"
 ) -> dict[str, int | str]:
-    """Length of each file, or the reason (a string) why it has none: that of the AudioError which `probe` raises.
+    """Length of each file, or the reason (a string) why it has none: that of the AudioError which `measure` raises.
 
     Lengths are kept in `file` of `cache_dir` by path, size and time of change, a line a file, so that processes
     which measure at the same time do each other no harm.
@@ -160,7 +162,7 @@ def measure_lengths(
         with contextlib.suppress(ValueError, TypeError):  # a line torn by an interruption
             *key, length = json.loads(line)
             known[tuple(key)] = int(length)
-    lengths, found = {}, look_at(paths, partial(_measure, probe, known), "Measuring audio files")
+    lengths, found = {}, map_files(paths, partial(_measure, measure, known), "Measuring audio files")
     for path, (key, length) in zip(paths, found, strict=True):
         lengths[path] = length
         if cache and key and key not in known:

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from w2v2.data.audio import SAMPLING_RATE, measure_length
 from w2v2.data.folders import say_passed_over
-from w2v2.data.inspection import fill_lengths, measure_lengths
+from w2v2.data.inspection import NUM_INSPECTED, fill_lengths, measure_lengths
 from w2v2.data.readers import RawTable, read_table
 from w2v2.data.segments import Measure, cast_text, find_extents, may_be_segment
 from w2v2.errors import UserError, tell
@@ -40,7 +40,6 @@ COLUMNS = {
 EXTRAS = ("text", "speaker", "label")
 OURS = ("id", "audio", "start", "num_samples", "channel", *EXTRAS)
 ROOT_MARKER = r"^(\$?\{data_root\}|\$data_root)/+"  # at the head of SpeechBrain's paths
-NUM_SAMPLED = 64  # rows of each manifest, for a look at their files
 LETTERS = {"L": 0, "R": 1, "LEFT": 0, "RIGHT": 1} | {letter: number for number, letter in enumerate("ABCDEFGH")}
 
 
@@ -49,7 +48,7 @@ def read_manifests(
     *,
     data_root: str | None = None,
     cache_dir: str | Path | None = None,
-    probe: Callable[[str], int] = measure_length,
+    measure: Callable[[str], int] = measure_length,
     further: Sequence[str] = (),
 ) -> tuple[pa.Table, list[dict], dict[str, Any]]:
     """Read manifests and folders into one table of utterances. Raises UserError for whatever the user can mend.
@@ -58,7 +57,7 @@ def read_manifests(
     way: `warnings` (lines), `passed_over` (files of folders that are no audio, by suffix) and `samples` (a few rows of
     each manifest, evenly spread). Columns: `id` (unique), `audio` (absolute path), `start` (seconds), `num_samples` (at
     16 kHz), and where any manifest has them `channel` (an integer or null), `text`, `speaker`, `label` and, in lower
-    case, the `further` columns as text. `probe` gives a file's length at 16 kHz or raises AudioError; its findings are
+    case, the `further` columns as text. `measure` gives a file's length at 16 kHz or raises AudioError; its findings are
     kept in `cache_dir`.
     """
     data_root, names = data_root and os.path.expanduser(data_root), list(map(str, paths))
@@ -70,11 +69,11 @@ def read_manifests(
         raise UserError(f"--data_root {data_root} is not a folder: name the folder that the audio paths start from")
     extras = [*EXTRAS, *dict.fromkeys(name.lower() for name in further if name.lower() not in OURS)]
     known = {alias for aliases in COLUMNS.values() for alias in aliases}.union(extras)
-    measure = partial(measure_lengths, probe=probe, cache_dir=cache_dir)
+    measure_all = partial(measure_lengths, measure=measure, cache_dir=cache_dir)
     tables, warnings, passed_over, samples = {}, [], Counter(), {}
     for name in names:
         raw = read_table(Path(name).expanduser(), lambda name: name in known or may_be_segment(name))
-        table, lines = _interpret(raw, extras, data_root, measure)
+        table, lines = _interpret(raw, extras, data_root, measure_all)
         say_passed_over(raw.path, raw.passed_over)
         for line in lines:
             tell(line)
@@ -84,9 +83,9 @@ def read_manifests(
     for line in (lines := _count_channels(tables)):
         tell(line)
     for name, table in tables.items():
-        some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_SAMPLED)).astype(int))
+        some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_INSPECTED)).astype(int))
         samples[name] = table.take(some).to_pylist()
-    table, skipped = fill_lengths(_join(tables, extras), probe, cache_dir)
+    table, skipped = fill_lengths(_join(tables, extras), measure, cache_dir)
     if skipped and not len(table):
         first = f"beginning with {skipped[0]['audio']}, which {skipped[0]['reason']}"
         remedy = "check the paths, and --data_root if they are relative"

@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, probe_rate
+from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, measure_rate
+from w2v2.data.inspection import NUM_INSPECTED
 from w2v2.data.readers import RawTable
 from w2v2.errors import UserError
 
-Measure = Callable[..., dict[str, int | str]]  # `measure_lengths` with its probe and cache, unless others are given
-RATES = dict(probe=probe_rate, file="rates.jsonl")
+Measure = Callable[..., dict[str, int | str]]  # `measure_lengths`, its other arguments given
+RATES = dict(measure=measure_rate, file="rates.jsonl")
 ROLES = {"start": "start begin beg onset offset", "stop": "stop end", "duration": "duration dur length len"}
 UNITS = {"s": "s sec secs second seconds", "ms": "ms msec millisecond milliseconds",
          "frames": "frame frames sample samples"}  # fmt: skip
@@ -36,7 +37,6 @@ LIMITS = {"start": (0, 1e14), "stop": (0, 1e14), "duration": (0.5 / 16_000, 1e9)
 MILLISECONDS = 1_000  # a second
 USUAL_RATES = (MILLISECONDS, 8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
 SHORTEST = 0.02  # seconds: what is shorter was counted in another unit
-NUM_COMPARED = 64  # rows of a manifest that are compared with their files
 TOLERANCE = (MAX_SHIFT + MAX_PADDING) / SAMPLING_RATE  # seconds: durations are rounded
 RULE = 2 / 3  # share of the compared rows from which on a misfit is the rule
 
@@ -152,7 +152,7 @@ def cast_numbers(raw: RawTable, name: str, least: float, most: float) -> np.ndar
 
 def _read_some(audio: pa.ChunkedArray, rows: np.ndarray, measure: Measure, with_rates: bool) -> Files:
     """A few of the `rows`, evenly spread."""
-    rows = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(len(rows), NUM_COMPARED)).astype(int))]
+    rows = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(len(rows), NUM_INSPECTED)).astype(int))]
     paths = audio.take(rows).to_pylist()
     found = measure([*{*paths}]), measure([*{*paths}], **RATES) if with_rates else {}
     values = [[n if isinstance(n := numbers.get(path), int) else np.nan for path in paths] for numbers in found]

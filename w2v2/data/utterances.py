@@ -21,14 +21,12 @@ from datasets.table import MemoryMappedTable
 from w2v2.data.audio import SAMPLING_RATE, AudioError, is_compressed, read_crop
 from w2v2.data.batching import crop_length
 from w2v2.data.collate import Framing
-from w2v2.data.inspection import SILENCE, inspect_files
+from w2v2.data.inspection import INSPECTED_SECONDS, NUM_INSPECTED, SILENCE, inspect_files
 from w2v2.data.manifest import read_manifests
 from w2v2.errors import UserError, tell
 
-NUM_PROBED = 64  # files that are looked at before a run begins
-LISTEN_SECONDS = 30.0  # of each of them
 SLOW_SECONDS = 300.0  # into a compressed file, beyond which packing is advised
-NUM_LISTENED = 16  # files that are decoded to find out whether the data is silence
+NUM_DECODED = 16  # files that are decoded to find out whether the data is silence
 BATCH_ROWS = 65_536  # of the table in a record batch
 MOST_SAMPLES = 2**31 - 1  # of an utterance: lengths are int32, and offsets of crops are drawn below 2³¹
 
@@ -137,10 +135,10 @@ def tell_slow_crops(table: pa.Table) -> list[str]:
     return [line]
 
 
-def probe_some(table: datasets.Dataset) -> list[dict]:
-    """Listen to the beginnings of a few files. Those that cannot be read come back as {id, audio, reason}."""
-    entries = spread_rows(table, NUM_PROBED)
-    looked = list(zip(entries, inspect_files([entry["audio"] for entry in entries], LISTEN_SECONDS), strict=True))
+def inspect_some(table: datasets.Dataset) -> list[dict]:
+    """Inspect the beginnings of a few files. Those that cannot be read come back as {id, audio, reason}."""
+    entries = spread_rows(table, NUM_INSPECTED)
+    looked = list(zip(entries, inspect_files([entry["audio"] for entry in entries], INSPECTED_SECONDS), strict=True))
     if opposite := [facts.path for entry, facts in looked if facts.is_antiphase and entry.get("channel") is None]:
         tell(
             f"{len(opposite)} of {len(looked)} files that were looked at are stereo whose sides cancel out when they are mixed, "
@@ -153,7 +151,7 @@ def probe_some(table: datasets.Dataset) -> list[dict]:
 def silent_share(utterances: Utterances) -> float:
     """Share of silence among a few utterances, of each at most five seconds from its middle."""
     is_silent = []
-    for entry in spread_rows(utterances.table, NUM_LISTENED):
+    for entry in spread_rows(utterances.table, NUM_DECODED):
         num_samples = min(5 * SAMPLING_RATE, entry["num_samples"])
         start = round(entry["start"] * SAMPLING_RATE) + (entry["num_samples"] - num_samples) // 2
         with contextlib.suppress(AudioError):

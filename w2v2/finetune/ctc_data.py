@@ -22,7 +22,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop
 from w2v2.data.inspection import measure_lengths
-from w2v2.data.utterances import load_manifest, probe_some
+from w2v2.data.utterances import inspect_some, load_manifest
 from w2v2.errors import UserError, refuse
 from w2v2.evaluate.scores import CHARACTERS, TOKENS
 from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments
@@ -38,9 +38,7 @@ def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()
     Of `args`, `data_root`, `output_dir` and `max_skipped_fraction` count. Raises UserError where more are unreadable.
     """
     cache_dir = Path(args.output_dir, CACHE_FOLDER)
-    table, skipped = load_manifest(
-        paths, data_root=args.data_root, cache_dir=cache_dir, probe=measure_length, further=columns
-    )
+    table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=cache_dir, further=columns)
     found = measure_lengths(sorted(set(table["audio"])), measure_length, cache_dir)
     reasons = {audio: reason for audio, reason in found.items() if isinstance(reason, str)}
     rows, num_utterances = list(zip(table["id"], table["audio"], strict=True)), len(table) + len(skipped)
@@ -61,7 +59,7 @@ def read_once(
     with args.main_process_first(local=False):
         table, skipped = read_utterances(paths, args, columns)
     if args.process_index == 0:
-        probe_some(table)  # warns of stereo whose sides cancel out
+        inspect_some(table)  # warns of stereo whose sides cancel out
         if skipped:
             log_skipped(Path(args.output_dir, SKIPPED_FILE), skipped)
     return table, skipped

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import Wav2Vec2ForSequenceClassification
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
-from w2v2.data.utterances import probe_some
+from w2v2.data.utterances import inspect_some
 from w2v2.errors import UserError
 from w2v2.finetune.classifier import HEAD
 from w2v2.finetune.ctc_data import read_utterances
@@ -29,7 +29,7 @@ def read_table(paths: Sequence[str], columns: Sequence[str], args: FrozenArgumen
     table, skipped = read_utterances(paths, args, columns)
     if skipped:
         print(f"{', '.join(paths)}: {len(skipped)} utterances with unreadable audio are left out")
-    probe_some(table)  # warns of stereo whose sides cancel out
+    inspect_some(table)  # warns of stereo whose sides cancel out
     return table
 
 

@@ -14,13 +14,12 @@ from accelerate import Accelerator
 from w2v2.data.audio import MAX_SHIFT, SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
-from w2v2.data.inspection import AudioFacts, inspect_files
+from w2v2.data.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.train.log import announce
 
 RECOMMENDED_BATCH_HOURS = 1.6
-LISTENED_SECONDS = 60.0  # of each file that a dry run looks at
 UNUSABLE = ("missing", "unreadable", "ends_early")  # kinds of files that a run skips
 KINDS = (*UNUSABLE, "silent", "clipped", "resampled", "stereo_mixed", "antiphase")
 ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
@@ -133,7 +132,7 @@ def present_plan(data: Data, args, accelerator: Accelerator, micro_batch_seconds
         validation, _ = data["validation_data"]
         plan["validation"] = summarize(validation)
         plan["warnings"] += [{"code": "manifest", "message": line} for line in validation.warnings]
-    looks = [look_at_files(flag, *found, args.max_skipped_fraction) for flag, found in data.items() if args.dry_run]
+    looks = [inspect_manifests(flag, *found, args.max_skipped_fraction) for flag, found in data.items() if args.dry_run]
     if args.dry_run:
         plan["looked_at"] = {flag: counts for flag, (counts, _, _) in zip(data, looks, strict=True)}
     announce(accelerator, "\n".join([describe(plan), *(line for _, lines, _ in looks for line in lines)]))
@@ -145,7 +144,7 @@ def present_plan(data: Data, args, accelerator: Accelerator, micro_batch_seconds
             raise UserError(problem)
 
 
-def look_at_files(
+def inspect_manifests(
     flag: str, utterances: Utterances, unmeasured: list[dict], max_fraction: float
 ) -> tuple[dict[str, dict[str, int]], list[str], str | None]:
     """Counts by kind for each manifest, a line for each, and why a run would stop (None: it would not)."""
@@ -153,7 +152,7 @@ def look_at_files(
     num_looked_at = num_unusable = 0
     for manifest, rows in utterances.samples.items():
         found = defaultdict(list)
-        for row, facts in zip(rows, inspect_files([row["audio"] for row in rows], LISTENED_SECONDS), strict=True):
+        for row, facts in zip(rows, inspect_files([row["audio"] for row in rows], INSPECTED_SECONDS), strict=True):
             for kind, detail in find_faults(row, facts):
                 found[kind].append(f"{row['audio']}: {detail}")
                 if kind in UNUSABLE:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.batching import CHUNK, VALIDATION_SEED, Cursor, MicroBatchPlan
+from w2v2.data.batching import CHUNK, Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
@@ -24,6 +24,7 @@ from w2v2.model.loading import check_same_architecture
 from w2v2.model.pretraining import PretrainSums
 from w2v2.train.checkpoint import read_state
 
+VALIDATION_SEED = 42  # of its crops and masks, whatever `--seed` is: runs with other seeds can be compared
 # Flags, and keys of the model's configuration, that change the course of a run but not its batches.
 SETTINGS = (
     "max_steps learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 adam_epsilon weight_decay "
