@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from w2v2.data.audio import check_peak, mix_down
@@ -92,7 +90,7 @@ def inspect_files(paths: Sequence[str], most_seconds: float = math.inf) -> list[
     return list(map_files(paths, partial(inspect_audio, most_seconds=most_seconds), "Looking at audio files"))
 
 
-class _Files(Dataset):
+class _Files:
     def __init__(self, paths: Sequence[str], action: Callable[[str], Any]):
         self.paths, self.action = paths, action
 
@@ -102,6 +100,9 @@ class _Files(Dataset):
 
 def map_files(paths: Sequence[str], action: Callable[[str], Any], title: str) -> Iterator:
     """What `action` finds of each file, in their order, from worker processes, with a bar of progress."""
+    import torch  # slow to import
+    from torch.utils.data import DataLoader
+
     num_blocks = -(-len(paths) // FILES_AT_ONCE)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(32, num_cores, num_blocks)
