@@ -44,6 +44,22 @@ def test_the_cut_takes_fewest_rounds_then_smallest_budget(seed):
     assert fewest_pieces(lengths.tolist(), largest - 1) > rounds * num_ranks, "a smaller budget would have done"
 
 
+@pytest.mark.parametrize(
+    ("hours", "num_ranks", "seconds"), [(1.6, 64, 90), (1.6, 8, 200), (1.6, 8, 16), (1.6, 2, 20), (5.6, 64, 87)]
+)
+def test_no_training_plan_meets_the_bound_of_exchanges(monkeypatch, hours, num_ranks, seconds):
+    rng, sizes = np.random.default_rng(num_ranks), []
+    for _ in range(5):
+        lengths = np.clip(rng.normal(12, 4, int(hours * 400)), 0.5, 15.6) * SECOND
+        lengths = np.sort(lengths[: np.searchsorted(lengths.cumsum(), hours * 3600 * SECOND)].astype(int))[::-1]
+        rounds, pieces = cut(lengths, num_ranks, seconds * SECOND)
+        sizes.append(padded_sizes(lengths, pieces, rounds * num_ranks))
+    bounded = [deal(found, num_ranks) for found in sizes]
+    monkeypatch.setattr(cutting, "MOST_EXCHANGES", 10**9)
+    for found, dealt in zip(sizes, bounded, strict=True):
+        np.testing.assert_array_equal(deal(found, num_ranks), dealt)
+
+
 def piece_by_piece(lengths, num_ranks, budget):
     """The cut as it is defined: greedy pieces one at a time, one more round at a time, each budget by bisection."""
 

@@ -213,6 +213,12 @@ def test_missing_durations_are_measured_once_until_a_change(corpus, tmp_path):
     assert load(manifest, measure=counting, cache_dir=tmp_path / "cache")["num_samples"][:] == [100, 112_000]
 
 
+def test_known_lengths_start_no_workers(corpus, tmp_path, monkeypatch):
+    load(corpus, measure=measure_length, cache_dir=tmp_path)
+    monkeypatch.setattr("w2v2.data.inspection.map_files", None)
+    assert len(load(corpus, measure=measure_length, cache_dir=tmp_path)) > 0
+
+
 def test_files_that_cannot_be_measured_are_listed(corpus):
     write(corpus / "bad.wav", "no audio")
     manifest = write(corpus / "a.csv", "id,audio,start\nu1,a b.wav,0\nu2,bad.wav,0\nu3,gone.wav,0\nu4,a b.wav,9\n")

@@ -84,6 +84,8 @@ def test_a_folder_that_is_read_may_move_but_keeps_its_name(tmp_path):
     table = make_data(20).table
     moved, other, before = (hash_ids([str(folder)], table) for folder in sorted(tmp_path.glob("*/*"), key=str))
     assert before == moved != other
+    (tmp_path / "new/chunks_v2/manifest.parquet").touch()  # which gives the ids of what was packed
+    assert hash_ids([str(tmp_path / "new/chunks_v2")], table) == hash_ids(["train.csv"], table)
 
 
 def test_a_checkpoint_that_knows_no_ids_goes_on_with_a_line(checkpoint):

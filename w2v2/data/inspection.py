@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -137,16 +138,19 @@ def fill_lengths(
     return table.filter(pc.is_valid(filled)), skipped
 
 
-def _measure(measure: Callable[[str], int], known: dict[tuple, int], path: str) -> tuple[tuple | None, int | str]:
-    """The key of a file in the cache, and its length or the reason why it has none."""
-    key = None
+def _measure(measure: Callable[[str], int], path: str) -> int | str:
+    """The length of a file, or the reason why it has none."""
+    try:
+        return int(measure(path))
+    except AudioError as error:
+        return error.reason
+
+
+def _identify(path: str) -> tuple[str, int, int] | None:
+    """Path, size and time of change of a file: its key in the cache."""
     with contextlib.suppress(OSError, ValueError):  # `measure` says why; ValueError: a null character
         status = os.stat(path)
-        key = (path, status.st_size, status.st_mtime_ns)
-    try:
-        return key, known[key] if key in known else int(measure(path))
-    except AudioError as error:
-        return None, error.reason
+        return path, status.st_size, status.st_mtime_ns
 
 
 def measure_lengths(
@@ -155,7 +159,7 @@ def measure_lengths(
     """Length of each file, or the reason (a string) why it has none: that of the AudioError which `measure` raises.
 
     Lengths are kept in `file` of `cache_dir` by path, size and time of change, a line a file, so that processes
-    which measure at the same time do each other no harm.
+    which measure at the same time do each other no harm. Files of known length go to no worker.
     """
     cache = None if cache_dir is None else Path(cache_dir, file)
     known: dict[tuple, int] = {}
@@ -163,11 +167,15 @@ def measure_lengths(
         with contextlib.suppress(ValueError, TypeError):  # a line torn by an interruption
             *key, length = json.loads(line)
             known[tuple(key)] = int(length)
-    lengths, found = {}, map_files(paths, partial(_measure, measure, known), "Measuring audio files")
-    for path, (key, length) in zip(paths, found, strict=True):
+    with ThreadPool(32) as pool:  # network storage answers many at once
+        keys = dict(zip(paths, pool.map(_identify, paths), strict=True)) if cache else {}
+    lengths: dict[str, int | str] = {path: known[key] for path, key in keys.items() if key in known}
+    unknown = [path for path in paths if path not in lengths]
+    found = map_files(unknown, partial(_measure, measure), "Measuring audio files") if unknown else ()
+    for path, length in zip(unknown, found, strict=True):
         lengths[path] = length
-        if cache and key and key not in known:
+        if isinstance(length, int) and keys.get(path):
             cache.parent.mkdir(parents=True, exist_ok=True)
             with open(cache, "a", encoding="utf-8") as out:
-                out.write(json.dumps([*key, length]) + "\n")
+                out.write(json.dumps([*keys[path], length]) + "\n")
     return lengths

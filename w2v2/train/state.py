@@ -17,6 +17,7 @@ from datasets import Dataset
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import CHUNK, Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch
+from w2v2.data.readers import PACKED_MANIFEST
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.model import objective
@@ -148,11 +149,12 @@ def identity(args, utterances: Utterances) -> dict[str, Any]:
 
 
 def hash_ids(train_data: Sequence[str], table: Dataset) -> str:
-    """Of all ids in their order, as manifests write them, and of the names of the folders that are read.
+    """Of all ids in their order, as manifests write them, and of the names of the folders whose files are the ids.
 
     A corpus may move where its manifests write relative paths.
     """
     folders = [name for name in map(os.path.expanduser, train_data) if os.path.isdir(name)]
+    folders = [name for name in folders if not {PACKED_MANIFEST, "wav.scp"}.intersection(os.listdir(name))]
     names = [os.path.basename(os.path.abspath(folder)) + "/\0" for folder in folders]
     digest, ids = hashlib.sha256("".join(names).encode()), table.data.column("id")
     for first in range(0, len(ids), CHUNK):
