@@ -38,7 +38,9 @@ def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()
     Of `args`, `data_root`, `output_dir` and `max_skipped_fraction` count. Raises UserError where more are unreadable.
     """
     cache_dir = Path(args.output_dir, CACHE_FOLDER)
-    table, skipped = load_manifest(paths, data_root=args.data_root, cache_dir=cache_dir, further=columns)
+    table, skipped = load_manifest(
+        paths, data_root=args.data_root, cache_dir=cache_dir, measure=measure_length, further=columns
+    )
     found = measure_lengths(sorted(set(table["audio"])), measure_length, cache_dir)
     reasons = {audio: reason for audio, reason in found.items() if isinstance(reason, str)}
     rows, num_utterances = list(zip(table["id"], table["audio"], strict=True)), len(table) + len(skipped)
