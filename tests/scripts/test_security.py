@@ -207,7 +207,7 @@ MALICIOUS = [
     ({"hidden_size": None}, "hidden_size"),
     ({"hidden_size": [32]}, "hidden_size"),
     ({"hidden_size": True}, "hidden_size"),
-    ({"hidden_size": 65_536, "num_hidden_layers": 1_000}, "the weights take"),
+    ({"hidden_size": 65_536, "num_hidden_layers": 1_000}, "hidden_size is 65536: the model takes more than"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     ({"conv_dim": []}, "conv_dim"),
