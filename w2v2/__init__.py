@@ -4,8 +4,8 @@ import os
 
 __version__ = "0.1.0"
 
-# OpenMP's waiting threads sleep instead of spinning, unless the user says otherwise. On a machine with other programs
-# spinning threads made training 10 to 25 times slower. The variable has to be set before torch is loaded, so scripts
-# import this package first.
-if "GOMP_SPINCOUNT" not in os.environ:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's waiting threads spin for a moment and then sleep, unless the user says otherwise. On a machine with other
+# programs endless spinning made training 10 to 25 times slower. The variables have to be set before torch is loaded, so
+# scripts import this package first. GNU's OpenMP heeds the count, others the policy.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
