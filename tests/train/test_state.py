@@ -119,7 +119,7 @@ def test_from_an_accepted_place_each_epoch_is_whole(checkpoint, num_utterances):
     cursor, heard = state.cursor, []
     while cursor.epoch < 6:
         crops, cursor = batches.draw(cursor)
-        heard += zip(crops.epoch.tolist(), crops.utterance.tolist(), strict=True)
+        heard += zip(crops.passage.tolist(), crops.utterance.tolist(), strict=True)
     for epoch in (4, 5):
         assert sorted(u for e, u in heard if e == epoch) == list(range(num_utterances))
 

@@ -1,18 +1,19 @@
 """Epoch order, effective batches, and their cut into micro-batches. State = (epoch, position), nothing else.
 
-1. *Order.* An epoch's order is a keyed bijection on 0…n−1 (a Feistel network with cycle walking): no table in memory.
+1. *Order.* An `Order` says which utterance is heard at a position of an epoch. `EpochOrder` is a keyed bijection on
+   0…n−1 (a Feistel network with cycle walking): no table in memory.
 2. *Draw.* An effective batch is the next utterances in that order until they hold at least `batch_samples` after
    cropping. Seed, lengths and sizes decide it, not devices, workers or micro-batches. It may span two epochs.
-3. *Crop.* Its length follows from the utterance's; its start is a pure function of seed, epoch and utterance.
+3. *Crop.* Its length follows from the utterance's; its start is a pure function of seed, passage and utterance.
 4. *Cut.* The crops, longest first, are cut into pieces, one a micro-batch, whose padded size is within budget. A round
    is a piece on every rank; dummies without weight fill up the last one (`cutting.py`).
 
-Shapes: n utterances of the data, N utterances of a batch; lengths and offsets are samples at 16 kHz.
+Shapes: n positions of an epoch, N utterances of a batch; lengths and offsets are samples at 16 kHz.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Crops(NamedTuple):
     """Utterances, and the part of each that is heard: four int64 arrays of shape (N,)."""
 
     utterance: np.ndarray
-    epoch: np.ndarray
+    passage: np.ndarray  # how often the utterance was heard before: another passage, another crop and mask
     start: np.ndarray
     num_samples: np.ndarray
 
@@ -56,24 +57,35 @@ class MicroBatchPlan(NamedTuple):
     following: Cursor  # where the data stands after this update
 
 
+class Order(Protocol):
+    """Which utterance is heard at a position of an epoch: a pure function, so a place in it is (epoch, position)."""
+
+    n: int  # positions of an epoch
+    identity: dict[str, Any]  # what it depends on besides seed and utterances, for JSON; a resumed run has to agree
+
+    def __call__(self, epoch: int, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Utterances at `positions` (int64, each in 0…n−1), and their passages; int64. No such pair comes twice."""
+        ...
+
+
 class EpochOrder:
-    """A pseudo-random permutation of 0…n−1 for each epoch, evaluated pointwise."""
+    """A pseudo-random permutation of 0…n−1 for each epoch, evaluated pointwise. The passage is the epoch."""
 
     FEISTEL_ROUNDS = 6
+    identity: dict[str, Any] = {}
 
     def __init__(self, n: int, seed: int):
         self.n, self.seed = n, seed
         self.half_bits = max(1, math.ceil(math.log2(max(n, 2)) / 2))
 
-    def __call__(self, epoch: int, positions: torch.Tensor) -> torch.Tensor:
-        """Utterances at `positions` (int64, each in 0…n−1) of the epoch's order."""
+    def __call__(self, epoch: int, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         keys = derive(self.seed, ORDER, epoch, torch.arange(self.FEISTEL_ROUNDS)).tolist()
         hashes = [derive_many(key) for key in keys]  # one round function a key
         x = self._permute(hashes, positions.numpy())
         # Cycle walking: up to three quarters of the domain lie outside 0…n−1 and are permuted again.
         while len(outside := np.flatnonzero(x >= self.n)):
             x[outside] = self._permute(hashes, x[outside])
-        return torch.from_numpy(x)
+        return x, np.full_like(x, epoch)
 
     def _permute(self, hashes: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:
         """Feistel network on 2 · `half_bits` bits: each round swaps the halves and adds a hash of one to the other."""
@@ -94,17 +106,19 @@ def crop_length(num_samples: np.ndarray, crop_samples: int, grid_samples: int) -
 
 
 class EffectiveBatches:
-    """Draws effective batches of at least `batch_samples` from utterances of known lengths, (n,), kept as int32.
+    """Draws effective batches of at least `batch_samples` from utterances of known lengths, kept as int32.
 
-    Raises UserError where one utterance alone holds more than an effective batch.
+    `order` defaults to every utterance once an epoch. Raises UserError where one utterance alone holds more than an
+    effective batch.
     """
 
-    def __init__(self, num_samples: np.ndarray, *, batch_samples: int, crop_samples: int, grid_samples: int, seed: int):
+    def __init__(self, num_samples: np.ndarray, *, batch_samples: int, crop_samples: int, grid_samples: int, seed: int,
+                 order: Order | None = None):  # fmt: skip
         self.num_samples = np.asarray(num_samples, dtype=np.int32)
         self.batch_samples, self.seed = batch_samples, seed
         self.crop_samples = min(crop_samples, np.iinfo(np.int32).max)  # no utterance is longer
         self.grid_samples = grid_samples
-        self.order = EpochOrder(len(self.num_samples), seed)
+        self.order = order or EpochOrder(len(self.num_samples), seed)
         self.longest = int(crop_length(self.num_samples.max(keepdims=True), self.crop_samples, grid_samples)[0])
         if batch_samples < self.longest:
             raise UserError(
@@ -114,7 +128,7 @@ class EffectiveBatches:
 
     @property
     def heard_samples(self) -> int:
-        """Samples that an epoch hears, which depend on the lengths alone."""
+        """Samples of all utterances, each heard once."""
         parts = (self.num_samples[i : i + CHUNK] for i in range(0, len(self.num_samples), CHUNK))
         return sum(int(crop_length(part, self.crop_samples, self.grid_samples).sum(dtype=np.int64)) for part in parts)
 
@@ -126,22 +140,23 @@ class EffectiveBatches:
                 f"({self.longest / 16_000:.2f} s): raise it or lower --crop_seconds"
             )
 
-    def crops(self, utterance: np.ndarray, epoch: int) -> Crops:
-        """The crops of these utterances, (N,) int64, in this epoch."""
+    def crops(self, utterance: np.ndarray, passage: np.ndarray | int) -> Crops:
+        """The crops of these utterances, (N,) int64, at these passages, (N,) or one for all."""
+        passage = np.full_like(utterance, passage)
         length = self.num_samples[utterance].astype(np.int64)
         cropped = crop_length(length, self.crop_samples, self.grid_samples)
-        keys = derive(self.seed, CROP, epoch, torch.from_numpy(utterance))  # (N,)
+        keys = derive(self.seed, CROP, torch.from_numpy(passage), torch.from_numpy(utterance))  # (N,)
         start = below(keys, torch.from_numpy(length - cropped + 1)).numpy()
-        return Crops(utterance, np.full_like(utterance, epoch), start, cropped)
+        return Crops(utterance, passage, start, cropped)
 
     def draw(self, cursor: Cursor) -> tuple[Crops, Cursor]:
         """The effective batch that begins at `cursor`, and where the next one begins."""
-        n, epoch, position = len(self.num_samples), *cursor
+        n, epoch, position = self.order.n, *cursor
         drawn, missing = [], self.batch_samples
         while missing > 0:
             # 1. A generous guess of the utterances that are missing, up to the epoch's end.
             stop = min(n, position + max(16, 2 * math.ceil(missing / self.longest)))
-            chunk = self.crops(self.order(epoch, torch.arange(position, stop)).numpy(), epoch)
+            chunk = self.crops(*self.order(epoch, torch.arange(position, stop)))
             # 2. Those of them that fill the batch.
             heard = np.cumsum(chunk.num_samples)
             count = min(int(np.searchsorted(heard, missing)) + 1, len(heard))
@@ -187,5 +202,5 @@ def plan_validation(
 ) -> list[MicroBatchPlan]:
     """This rank's micro-batches of a whole validation set, with the same crops every time."""
     batches.check_budget(micro_batch_samples)
-    crops = batches.crops(np.arange(len(batches.num_samples)), epoch=0)
+    crops = batches.crops(np.arange(len(batches.num_samples)), passage=0)
     return plan_update(crops, 0, Cursor(), rank=rank, num_ranks=num_ranks, micro_batch_samples=micro_batch_samples)

@@ -32,7 +32,7 @@ class PretrainBatch:
     waveforms: torch.Tensor  # (B, S) int16 where all files hold 16 bits, else float32; zeros past a row's end
     num_samples: torch.Tensor  # (B,) int64
     frames: torch.Tensor  # (B,) int64 latent frames
-    keys: torch.Tensor  # (B,) int64, one an utterance and epoch; the distractors follow from it
+    keys: torch.Tensor  # (B,) int64, one an utterance and passage; the distractors follow from it
     mask: torch.Tensor  # (B, T) bool, masked latent frames
     positions: torch.Tensor  # (B, M) int64, the masked frames, compacted
     num_masked: torch.Tensor  # (B,) int64, how many of the M slots hold a masked frame
@@ -130,7 +130,7 @@ def build_batch(
     num_samples = torch.from_numpy(crops.num_samples)
     frames = latent_lengths(num_samples, framing.kernels, framing.strides)
     lengths = frames.tolist()
-    keys = derive(seed, torch.from_numpy(crops.epoch), torch.from_numpy(crops.utterance))
+    keys = derive(seed, torch.from_numpy(crops.passage), torch.from_numpy(crops.utterance))
     # 2. Masked frames (B, T), compacted (B, M); rows that each layer is computed for (layers, B).
     mask = mask_spans(keys, frames, framing.mask_prob, framing.mask_length, framing.min_masks)
     positions, num_masked = masked_positions(mask)

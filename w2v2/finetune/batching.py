@@ -74,7 +74,7 @@ class UpdateSampler(Sampler[list[MicroBatch]]):
 
     def updates(self, epoch: int) -> list[np.ndarray]:
         """Rows of each effective batch of an epoch, int64; devices and micro-batches play no part."""
-        order = self.order(epoch, torch.arange(len(self.lengths))).numpy()
+        order = self.order(epoch, torch.arange(len(self.lengths)))[0]
         heard = np.cumsum(self.lengths[order])
         middles = heard - self.lengths[order] / 2
         update = np.minimum((middles * self.num_updates / heard[-1]).astype(np.int64), self.num_updates - 1)
