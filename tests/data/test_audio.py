@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import soxr
 
-from w2v2.data import decoding
+from w2v2.data import files
 from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
 
 FORMATS = [
@@ -176,7 +176,7 @@ def test_a_transient_error_of_opening_is_tried_again(tmp_path, monkeypatch, numb
             raise OSError(number, os.strerror(number), name)
         return opened(name, *rest)
 
-    monkeypatch.setattr(decoding, "PAUSES", (0, 0))
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
     monkeypatch.setattr(os, "open", fail_first)
     with pytest.raises(AudioError) if failures >= num_tries else contextlib.nullcontext():
         assert measure_length(path) == 16_000

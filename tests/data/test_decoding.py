@@ -3,6 +3,8 @@
 import os
 import signal
 import struct
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,9 @@ import soundfile
 import soxr
 from encoding import encode, whole
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
+from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, measure_rate, read_crop, read_pcm
 from w2v2.data.collate import explain_loss
-from w2v2.data.decoding import SeekableFile
+from w2v2.data.decoding import DecodedFile, SeekableFile, open_sound
 from w2v2.data.inspection import inspect_audio, inspect_files, map_files
 
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
@@ -73,6 +75,29 @@ def test_a_file_is_what_ffmpeg_decodes_of_it(tmp_path, kind):
     frames, rate = whole(path)
     assert abs(len(frames) / rate - 3.1) < 0.15  # encoders add a frame or two
     check(path, frames, rate)
+    check_address(path)
+
+
+def pack(path: str) -> str:
+    """The address of a file between two copies of it in a tar."""
+    tar_path, name = f"{path}.tar", os.path.basename(path)
+    with tarfile.open(tar_path, "w") as tar:
+        for folder in "abc":
+            tar.add(path, f"{folder}/{name}")
+    with tarfile.open(tar_path) as tar:
+        member = tar.getmember(f"b/{name}")
+    return f"{tar_path}:{member.offset_data}:{member.size}"
+
+
+def check_address(path: str) -> None:
+    """The bytes at an address are heard as the file of these bytes is."""
+    address = pack(path)
+    assert measure_length(address) == (length := measure_length(path)) and measure_rate(address) == measure_rate(path)
+    assert inspect_audio(address) == replace(inspect_audio(path), path=address)
+    for window in ((0, None), (0, 5_000), (length // 2 + 77, 5_000, length)):
+        ours, theirs = read_pcm(address, *window), read_pcm(path, *window)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
 
 
 JOINED = ["mp3 mp3 16000 1", "mp3 mp3 16000 1 piped", "libopus ogg 16000 1", "vorbis ogg 16000 2", "flac flac 16000 1",
@@ -89,6 +114,7 @@ def test_joined_files_are_heard_to_their_end(tmp_path, kind, seconds):
     apart = [whole(part)[0] for part in parts]
     assert abs(len(frames) - sum(map(len, apart))) < 0.25 * rate  # the delay of MP3's encoder is heard at each joint
     check(str(path), frames, rate)
+    check_address(str(path))
     first = apart[0][: len(apart[0]) // 2]
     np.testing.assert_array_equal(frames[: len(first)], first)
     if "flac" in kind:
@@ -103,10 +129,10 @@ def test_a_joint_is_found_at_every_byte(tmp_path, num_bytes):
     """The words of four bytes that are compared begin at all of them."""
     part = Path(make(tmp_path, "flac flac 16000 1")).read_bytes()
     (tmp_path / "joined").write_bytes(part + bytes(num_bytes) + part)
-    with open(tmp_path / "joined", "rb") as file:
-        assert SeekableFile("", soundfile.SoundFile(file.fileno(), closefd=False)).is_joined()
-    with open(make(tmp_path, "flac flac 16000 1"), "rb") as file:
-        assert not SeekableFile("", soundfile.SoundFile(file.fileno(), closefd=False)).is_joined()
+    for path, kind in ((str(tmp_path / "joined"), DecodedFile), (make(tmp_path, "flac flac 16000 1"), SeekableFile)):
+        for name in (path, pack(path)):
+            with open_sound(name) as sound:
+                assert type(sound) is kind
 
 
 def test_joined_wav_files_are_refused(tmp_path):

@@ -14,6 +14,7 @@ import soundfile
 import soxr
 
 from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
+from w2v2.data.files import open_regular, split_address
 
 SEEKABLE_SUFFIXES = (
     ".wav .wave .w64 .rf64 .flac .aif .aiff .aifc .au .snd .caf .sph .nist .voc .ircam .sf .pvf .avr .svx .iff .paf .sds"
@@ -24,6 +25,7 @@ AUDIO_SUFFIXES = frozenset(
     ".webm .weba .mka .mkv .wma .asf .wmv .amr .awb .gsm .g722 .g729 .ilbc .wv .ape .mac .tta .tak .shn .ac3 .eac3 .ec3 "
     ".dts .thd .mlp .mpc .avi .flv .mpg .mpeg .ts .m2ts .ra .rm".split()
 )
+SEEKABLE_HEADS = (b"RIFF", b"RF64", b"riff", b"fLaC", b"FORM", b"caff", b".snd", b"NIST")  # how such files begin
 MARGIN = 1_600  # samples at 16 kHz on either side of a crop: many times the resampling filter's half-length
 MAX_SHIFT = SAMPLING_RATE // 2  # a duration rounded to whole seconds overshoots the end by at most this
 MAX_PADDING = SAMPLING_RATE // 100  # a duration rounded to two decimals: shorter than one latent frame
@@ -147,8 +149,14 @@ def _source_window(start: int, num_samples: int, rate: int, num_frames: int) -> 
 
 
 def is_compressed(path: str) -> bool:
-    """By its name: a crop decodes the file from its beginning."""
-    return os.path.splitext(path)[1].lower() not in SEEKABLE_SUFFIXES
+    """A crop decodes the file from its beginning: by its suffix, or by the first bytes at an address."""
+    if split_address(path)[2] is None:
+        return os.path.splitext(path)[1].lower() not in SEEKABLE_SUFFIXES
+    try:
+        with open_regular(path) as file:
+            return not file.peek(4).startswith(SEEKABLE_HEADS)
+    except AudioError:
+        return False
 
 
 def write_seekable(path: str, copy: str | os.PathLike) -> None:

@@ -6,19 +6,17 @@ to their end. Integers are divided by their full scale, floats stay as they are.
 """
 
 import contextlib
-import errno
-import io
 import mmap
 import os
 import re
-import stat
-import time
 from collections.abc import Iterator
 from itertools import chain, islice
 
 import av
 import numpy as np
 import soundfile
+
+from w2v2.data.files import AudioError, AudioFile, AudioRange, open_regular
 
 SAMPLING_RATE = 16_000
 SEEKABLE = {*"PCM_16 PCM_24 PCM_32 PCM_S8 PCM_U8 FLOAT DOUBLE ULAW ALAW ALAC_16 ALAC_20 ALAC_24 ALAC_32".split()}
@@ -36,37 +34,19 @@ MAX_DAMAGED = 0.01  # share of a file's packets that may fail to decode
 MOST_REMEMBERED = 100_000  # FLAC files
 _JOINED: dict[tuple[str, int, int], bool] = {}  # path, size and time of change → more than one FLAC stream
 FLAC = int.from_bytes(b"fLaC", "little")  # how a stream begins
+STREAM = re.compile(rb"fLaC[\x00\x80]")
 SMALL_BYTES = 1 << 20
 MAX_FRAMES_PER_BYTE = 1_000  # a header that claims more is not believed
 SAMPLING_RATES = range(1_000, 768_001)  # of recordings; margins and filters follow from the rate
 BLOCK = 1 << 18  # frames of a block
-TRANSIENT = frozenset((errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE))
-PAUSES = (1.0, 4.0)  # seconds before another try to open a file, after a transient error
 UNDECODABLE = "is not audio that soundfile or FFmpeg can decode"
-REFUSALS = {
-    **dict.fromkeys((FileNotFoundError, NotADirectoryError), "does not exist"),
-    IsADirectoryError: "is a folder, not an audio file",
-    PermissionError: "may not be read (permissions)",
-    UnicodeEncodeError: "has a name that is not UTF-8 text, as a manifest has to be: rename it",
-}
-
-
-class AudioError(Exception):
-    """One audio file that cannot be used: `path` and `reason`. Callers skip the file, count it and list it."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)  # both in `args`, so that a DataLoader worker's pickle holds both
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 class SeekableFile:
     """A file that soundfile reads from any frame on: `num_frames` long, by its header."""
 
-    def __init__(self, path: str, file: soundfile.SoundFile):
-        self.path, self.file = path, file
+    def __init__(self, path: str, file: soundfile.SoundFile, source: AudioFile):
+        self.path, self.file, self.source = path, file, source
         self.rate, self.channels, self.num_frames = file.samplerate, file.channels, file.frames
         self.codec, self.fits_int16 = f"{file.format} {file.subtype}", file.subtype in FITS_INT16
 
@@ -91,23 +71,24 @@ class SeekableFile:
 
     def is_joined(self) -> bool:
         """Whether further FLAC streams follow: libsndfile hears the first, and seeks to frames of the others."""
-        status = os.fstat(self.file.name)
-        key = self.path, status.st_size, status.st_mtime_ns
+        key = self.path, self.source.size, os.fstat(self.source.fileno()).st_mtime_ns
         if key not in _JOINED:  # searched once in a process: a millisecond a minute of audio
             if len(_JOINED) >= MOST_REMEMBERED:
                 _JOINED.clear()
-            _JOINED[key] = _has_joint(self.file.name, status.st_size)
+            _JOINED[key] = _has_joint(self.source)
         return _JOINED[key]
 
 
-def _has_joint(descriptor: int, size: int) -> bool:
-    if size <= SMALL_BYTES:
-        content = os.pread(descriptor, size, 0)
+def _has_joint(source: AudioFile) -> bool:
+    if source.size <= SMALL_BYTES:
+        content = source.peek(source.size)
         words = (np.frombuffer(content, "<u4", (len(content) - at) // 4, at) for at in range(1, 5))
         if not any((word == FLAC).any() for word in words):  # three times as fast as the search
             return False
-    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
-        return len(re.findall(rb"fLaC[\x00\x80]", content)) > 1
+    before = source.offset % mmap.ALLOCATIONGRANULARITY
+    place = {"length": before + source.size, "offset": source.offset - before, "access": mmap.ACCESS_READ}
+    with mmap.mmap(source.fileno(), **place) as content:
+        return len(STREAM.findall(content, before)) > 1
 
 
 class DecodedFile:
@@ -180,71 +161,47 @@ class DecodedFile:
 def open_sound(path: str, start: int = 0, stop: int | None = None) -> Iterator[SeekableFile | DecodedFile]:
     """Open to read from `start` to `stop` (in samples at 16 kHz; None: to the end). Raises AudioError.
 
-    By name, libsndfile and FFmpeg would wait for pipes and open addresses: they get an open file.
+    `path` may be an address, `PATH:OFFSET:SIZE`: these bytes are heard as a file of them would be. By name, libsndfile
+    and FFmpeg would wait for pipes and open URLs: they get an open file.
     """
-    with _open_regular(path) as descriptor:
-        source = _open_seekable(path, descriptor.fileno(), start, stop) or _open_decoded(path, descriptor)
+    with open_regular(path) as source:
+        sound = _open_seekable(path, source, start, stop) or _open_decoded(path, source)
         try:
-            if source.rate not in SAMPLING_RATES:
-                raise AudioError(path, f"claims {source.rate} samples a second, as no recording has: it is damaged")
-            yield source
+            if sound.rate not in SAMPLING_RATES:
+                raise AudioError(path, f"claims {sound.rate} samples a second, as no recording has: it is damaged")
+            yield sound
         finally:
-            source.file.close()
+            sound.file.close()
 
 
-def _open_seekable(path: str, descriptor: int, start: int, stop: int | None) -> SeekableFile | None:
+def _open_seekable(path: str, source: AudioFile, start: int, stop: int | None) -> SeekableFile | None:
     """None for a file that soundfile does not know, cannot seek exactly, or does not hear to its end."""
-    head = os.pread(descriptor, 8, 0)
+    head = source.peek(8)
     if head.startswith(COMPRESSED):
         return None
-    if head[:4] == b"RIFF" == os.pread(descriptor, 4, 8 + int.from_bytes(head[4:], "little")):
+    if head[:4] == b"RIFF" == source.peek(4, 8 + int.from_bytes(head[4:], "little")):
         raise AudioError(path, "holds several WAV files joined, and every tool hears the first: join them anew")
+    is_range = isinstance(source, AudioRange)  # libsndfile reads these through Python
     try:
-        file = soundfile.SoundFile(descriptor, closefd=False)
+        file = soundfile.SoundFile(source if is_range else source.fileno(), closefd=False)
     except soundfile.LibsndfileError:
         return None
-    is_told = 0 < file.frames <= MAX_FRAMES_PER_BYTE * os.fstat(descriptor).st_size  # unknown: 0, or about 2**63
-    source = SeekableFile(path, file)
+    is_told = 0 < file.frames <= MAX_FRAMES_PER_BYTE * source.size  # unknown: 0, or about 2**63
+    sound = SeekableFile(path, file, source)
     if is_told and file.subtype in SEEKABLE:
-        is_inside = stop is not None and stop * source.rate <= source.num_frames * SAMPLING_RATE
-        if file.format != "FLAC" or (is_inside and start < SAMPLING_RATE) or not source.is_joined():
-            return source
+        is_inside = stop is not None and stop * sound.rate <= sound.num_frames * SAMPLING_RATE
+        if file.format != "FLAC" or (is_inside and start < SAMPLING_RATE) or not sound.is_joined():
+            return sound
     file.close()
     return None
 
 
-def _open_decoded(path: str, descriptor: io.FileIO) -> DecodedFile:
-    descriptor.seek(0)
+def _open_decoded(path: str, source: AudioFile) -> DecodedFile:
+    source.seek(0)
+    if isinstance(source, AudioRange):
+        source.name = source.find_name()
     try:
-        file = av.open(descriptor, options=OPTIONS)
+        file = av.open(source, options=OPTIONS)
     except FAILURES as error:
         raise AudioError(path, f"{UNDECODABLE}: {getattr(error, 'strerror', None) or error}") from None
     return DecodedFile(path, file)
-
-
-class _File(io.FileIO):
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As FFmpeg expects it: -1 for a place that a damaged header invented."""
-        try:
-            return super().seek(offset, whence)
-        except (OSError, OverflowError):
-            return -1
-
-
-def _open_regular(path: str) -> io.FileIO:
-    """A regular file that holds something; AudioError for anything else. Transient errors are tried again."""
-    for pause in (*PAUSES, None):
-        try:
-            path.encode()
-            file = _File(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-            break
-        except (OSError, ValueError) as error:  # ValueError: a null character
-            if pause is None or getattr(error, "errno", None) not in TRANSIENT:
-                why = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-                raise AudioError(path, REFUSALS.get(type(error), why)) from None
-            time.sleep(pause)
-    status = os.fstat(file.fileno())
-    if stat.S_ISREG(status.st_mode) and status.st_size:
-        return file
-    file.close()
-    raise AudioError(path, "is an empty file" if stat.S_ISREG(status.st_mode) else "is a pipe or a device, not a file")

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from w2v2.data.audio import check_peak, mix_down
 from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
+from w2v2.data.files import split_address
 
 NUM_INSPECTED = 64  # files of a manifest, evenly spread
 INSPECTED_SECONDS = 60.0  # of each of them, from its beginning
@@ -147,9 +148,9 @@ def _measure(measure: Callable[[str], int], path: str) -> int | str:
 
 
 def _identify(path: str) -> tuple[str, int, int] | None:
-    """Path, size and time of change of a file: its key in the cache."""
+    """Path or address, and size and time of change of the file: the key in the cache."""
     with contextlib.suppress(OSError, ValueError):  # `measure` says why; ValueError: a null character
-        status = os.stat(path)
+        status = os.stat(split_address(path)[0])
         return path, status.st_size, status.st_mtime_ns
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from w2v2.data.audio import MAX_SHIFT, SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
+from w2v2.data.files import split_address
 from w2v2.data.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
@@ -173,7 +174,7 @@ def inspect_manifests(
 def find_faults(row: dict[str, Any], facts: AudioFacts) -> Iterator[tuple[str, str]]:
     """What is to be said of a row's file: the kind, and a detail for people."""
     if reason := facts.find_reason(row.get("channel")):
-        yield "unreadable" if os.path.exists(row["audio"]) else "missing", reason
+        yield "unreadable" if os.path.exists(split_address(row["audio"])[0]) else "missing", reason
         return
     end, length = row["start"] + (row["num_samples"] or 0) / SAMPLING_RATE, facts.num_samples
     if length is not None and end * SAMPLING_RATE > length + MAX_SHIFT:
