@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from w2v2.data.sources import is_sources_file
 from w2v2.errors import SEEDS, check_ranges, flag, refuse, take_back
 from w2v2.train.schedule import SCHEDULES
 
@@ -10,9 +11,19 @@ from w2v2.train.schedule import SCHEDULES
 class DataArguments:
     """What is heard, and how an effective batch is drawn, cropped and cut."""
 
-    train_data: list[str] = flag([], "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Kaldi or audio folders).")
+    train_data: list[str] = flag(
+        [],
+        "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Kaldi or audio folders), or one YAML list of sources "
+        "(configs/data/mixed.yaml).",
+    )
     validation_data: list[str] = flag([], "Validation manifests; none: no validation.")
     data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
+    sampling_alpha_language: float = flag(
+        1.0, "Of a sources file: a language's share ∝ (its hours)^alpha; 0: all alike, 1: as they are.", min=0, max=1
+    )
+    sampling_alpha_corpus: float = flag(
+        1.0, "Likewise, a source's share within its language (XLS-R: 0.5 for both).", min=0, max=1
+    )
     min_seconds: float = flag(2.0, "Shorter utterances are left out.", min=0)
     max_seconds: float | None = flag(None, "Longer utterances are left out (none: cropped, never dropped).", above=0)
     crop_seconds: float = flag(
@@ -159,7 +170,10 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
         refuse(*((not getattr(self, name), f"--{name} {is_required}") for name in ("train_data", "output_dir")))
         check_ranges(self)
         stages = self.gradient_checkpointing_stages
+        by_source = self.sampling_alpha_language != 1 or self.sampling_alpha_corpus != 1
         refuse(
+            (by_source and not is_sources_file(self.train_data),
+             "--sampling_alpha_language and --sampling_alpha_corpus are of sources: give --train_data one YAML list of them"),
             (self.max_seconds is not None and self.max_seconds < self.min_seconds,
              f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
             (self.min_gumbel_temperature > self.max_gumbel_temperature,

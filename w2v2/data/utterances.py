@@ -23,6 +23,7 @@ from w2v2.data.batching import crop_length
 from w2v2.data.collate import Framing
 from w2v2.data.inspection import INSPECTED_SECONDS, NUM_INSPECTED, SILENCE, inspect_files
 from w2v2.data.manifest import read_manifests
+from w2v2.data.sources import Source, count_utterances, is_sources_file, read_sources
 from w2v2.errors import UserError, tell
 
 SLOW_SECONDS = 300.0  # into a compressed file, beyond which packing is advised
@@ -40,7 +41,8 @@ class Utterances:
     dropped: dict[str, int]  # how many were left out, by reason
     passed_over: dict[str, int] = field(default_factory=dict)  # files of folders that are no audio, by suffix
     warnings: list[str] = field(default_factory=list)  # of the manifests
-    samples: dict[str, list[dict]] = field(default_factory=dict)  # a few rows of each manifest
+    samples: dict[str, list[dict]] = field(default_factory=dict)  # a few rows of each manifest, or source
+    sources: list[Source] = field(default_factory=list)  # of a sources file, each a range of rows
 
     @property
     def hours(self) -> float:
@@ -88,19 +90,23 @@ def map_table(table: pa.Table, cache_dir: str | Path | None) -> datasets.Dataset
 
 
 def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[Utterances, list[dict]]:
-    """Read manifests and leave out what is too short or too long.
+    """Read manifests or a sources file, and leave out what is too short or too long.
 
     Returns: the utterances, their table mapped from a file except in a dry run, and the files that could not be measured
     """
     cache_dir = Path(args.output_dir) / "cache"
-    table, unmeasured, notes = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
+    if is_sources_file(manifests):
+        table, unmeasured, notes = read_sources(manifests[0], data_root=args.data_root, cache_dir=cache_dir)
+    else:
+        table, unmeasured, notes = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
     notes["warnings"] += tell_slow_crops(table)
     num_samples = table["num_samples"].to_numpy()  # (rows,) int64
     # 1. Which rows are too short, as a whole or as a crop, or too long?
     least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
     most = MOST_SAMPLES if args.max_seconds is None else min(args.max_seconds * SAMPLING_RATE, MOST_SAMPLES)
     crop = round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
-    short = (num_samples < least) | (crop_length(num_samples, *crop) < framing.min_samples)
+    heard = crop_length(num_samples, *crop)
+    short = (num_samples < least) | (heard < framing.min_samples)
     long = num_samples > most
     kept = ~short & ~long
     dropped = {"too_short": int(short.sum()), "too_long": int(long.sum()), "unreadable": len(unmeasured)}
@@ -112,6 +118,7 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
             f"unreadable{first}); lower --min_seconds, raise --crop_seconds (a mask span needs "
             f"{framing.min_samples / SAMPLING_RATE:.2f} s), or give other audio"
         )
+    count_utterances(notes.get("sources", []), kept, num_samples, heard)
     # 2. Keep the others: their lengths in memory, the rest in a file.
     data = map_table(table if kept.all() else table.filter(pa.array(kept)), None if args.dry_run else cache_dir)
     del table

@@ -16,6 +16,7 @@ from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
 from w2v2.data.files import split_address
 from w2v2.data.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
+from w2v2.data.sampling import build_order
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.train.log import announce
@@ -23,19 +24,22 @@ from w2v2.train.log import announce
 RECOMMENDED_BATCH_HOURS = 1.6
 UNUSABLE = ("missing", "unreadable", "ends_early")  # kinds of files that a run skips
 KINDS = (*UNUSABLE, "silent", "clipped", "resampled", "stereo_mixed", "antiphase")
+MOST_REPETITIONS = 100  # in a run, of a source that is heard far more often than it would be by its hours
+FAR_MORE = 5.0
 ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
 
 Data = dict[str, tuple[Utterances, list[dict]]]  # flag → its utterances, and the files that could not be measured
 
 
 def build_batches(utterances: Utterances, args, seed: int | None = None) -> EffectiveBatches:
-    """The flags in hours and seconds, as samples; drawn by `seed`, or by that of the flags."""
+    """The flags in hours and seconds, as samples; drawn by the flags' seed and shares, or by `seed`, all alike."""
     return EffectiveBatches(
         utterances.num_samples,
         batch_samples=round(args.batch_hours * 3600 * SAMPLING_RATE),
         crop_samples=round(args.crop_seconds * SAMPLING_RATE),
         grid_samples=round(args.length_grid_seconds * SAMPLING_RATE),
         seed=args.seed if seed is None else seed,
+        order=build_order(utterances, args) if seed is None else None,
     )
 
 
@@ -57,7 +61,7 @@ def make_plan(
         rounds.append(num_rounds)
         samples.append(int(lengths.sum()))
         padded.append(int(padded_sizes(lengths, pieces, len(pieces)).sum()))
-    heard_samples = float(batches.heard_samples)
+    heard_samples, whole_samples = _epoch_samples(utterances, batches)
     updates_per_epoch = heard_samples / np.mean(samples)
     plan = summarize(utterances) | {
         "batch_hours": float(np.mean(samples)) / SAMPLING_RATE / 3600,
@@ -65,25 +69,54 @@ def make_plan(
         "micro_batches_per_update": float(np.mean(rounds)),
         "updates_per_epoch": updates_per_epoch,
         "epochs": args.max_steps / updates_per_epoch,
-        "cropped_fraction": 1.0 - heard_samples / float(utterances.num_samples.sum(dtype=np.int64)),
+        "cropped_fraction": 1.0 - heard_samples / whole_samples,
         "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
         "num_processes": num_ranks,
     }
+    for number, source in enumerate(plan.get("sources", [])):
+        draws, repetitions = batches.order.draws[number], batches.order.repetitions[number]
+        source["draws_per_epoch"], source["repetitions_per_epoch"] = int(draws), float(repetitions)
+        source["share"] = float(repetitions * utterances.sources[number].heard_samples / heard_samples)
+        source["repetitions"] = source["repetitions_per_epoch"] * plan["epochs"]
     of_manifests = [{"code": "manifest", "message": line} for line in utterances.warnings]
     return plan | {"warnings": _warnings(plan, args, is_found=micro_batch_seconds is not None) + of_manifests}
+
+
+def _epoch_samples(utterances: Utterances, batches: EffectiveBatches) -> tuple[float, float]:
+    """Samples that an epoch hears, and those of the same utterances before they are cropped."""
+    if not (sources := utterances.sources):
+        return float(batches.heard_samples), float(utterances.num_samples.sum(dtype=np.int64))
+    heard, whole = zip(*((source.heard_samples, source.num_samples) for source in sources), strict=True)
+    return float(batches.order.repetitions @ heard), float(batches.order.repetitions @ whole)
 
 
 def summarize(utterances: Utterances) -> dict[str, Any]:
     """How much there is, and what was left out of it."""
     dropped = {reason: count for reason, count in utterances.dropped.items() if count}
     size = {"utterances": len(utterances.num_samples), "hours": utterances.hours}
-    return size | {"dropped": dropped, "passed_over": utterances.passed_over}
+    sources = [
+        {
+            "name": source.name,
+            "language": source.language,
+            "utterances": source.num_utterances,
+            "hours": source.num_samples / SAMPLING_RATE / 3600,
+            "dropped": source.num_dropped,
+        }
+        for source in utterances.sources
+    ]
+    size |= {"dropped": dropped, "passed_over": utterances.passed_over}
+    return size | ({"sources": sources} if sources else {})
 
 
 def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]]:
     per_epoch, num_left = plan["updates_per_epoch"], plan["utterances"]
     num_dropped = sum(plan["dropped"].values())
     total = num_left + num_dropped
+    repeated = [
+        f"{source['name']} ({source['repetitions']:,.0f} times in the run, {source['repetitions_per_epoch']:.0f} an epoch)"
+        for source in plan.get("sources", [])
+        if source["repetitions"] > MOST_REPETITIONS and source["repetitions_per_epoch"] >= FAR_MORE
+    ]
     warnings = {
         "micro_batch_auto": not is_found
         and f"micro_batch_seconds is auto: planned with {plan['micro_batch_seconds']:g} s; the run tries what its devices hold",
@@ -97,6 +130,9 @@ def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]
         "a fraction such as 0.08 follows the run's length",
         "long_crops": args.crop_seconds > 20
         and f"crop_seconds is {args.crop_seconds:g}: beyond 20 s memory grows and nothing is gained",
+        "often_repeated": repeated
+        and f"utterances are repeated very often of source {', '.join(repeated)}: the model may learn them by heart; lower "
+        "the weight, or raise --sampling_alpha_corpus or --sampling_alpha_language",
         "many_dropped": num_dropped > 0.1 * total
         and f"{num_dropped} of {total} utterances are left out: {plan['dropped']}",
         "no_validation": not args.validation_data
@@ -113,6 +149,13 @@ def describe(plan: dict[str, Any]) -> str:
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in part["dropped"].items())
         row = f"{name:14}{part['hours']:.2f} h in {part['utterances']:,} utterances"
         rows.append(f"{row} (left out: {left_out})" if left_out else row)
+    for source in plan.get("sources", []):
+        language = f" ({source['language']})" if source["language"] else ""
+        rows.append(
+            f"source        {source['name']}{language}: {source['share']:.2%} of what is heard; {source['hours']:.2f} h in "
+            f"{source['utterances']:,} utterances, each heard {source['repetitions_per_epoch']:.3g} times an epoch, "
+            f"{source['repetitions']:.3g} in the run"
+        )
     rows += [
         f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches on each of "
         f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
@@ -133,6 +176,9 @@ def present_plan(data: Data, args, accelerator: Accelerator, micro_batch_seconds
         validation, _ = data["validation_data"]
         plan["validation"] = summarize(validation)
         plan["warnings"] += [{"code": "manifest", "message": line} for line in validation.warnings]
+        if any(source.weight != 1 for source in validation.sources):
+            line = "weights of --validation_data play no part: every utterance is heard once"
+            plan["warnings"].append({"code": "validation_weights", "message": line})
     looks = [inspect_manifests(flag, *found, args.max_skipped_fraction) for flag, found in data.items() if args.dry_run]
     if args.dry_run:
         plan["looked_at"] = {flag: counts for flag, (counts, _, _) in zip(data, looks, strict=True)}

@@ -18,6 +18,7 @@ from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import CHUNK, Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.readers import PACKED_MANIFEST
+from w2v2.data.sampling import build_order
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.model import objective
@@ -40,6 +41,7 @@ MODEL_SETTINGS = (
 MEANING = {
     "ids_sha256": "other utterances, another order or other paths (has the corpus moved?): ",
     "lengths_sha256": "other lengths: ",
+    "draws": "other shares of the sources (weight, --sampling_alpha_corpus, --sampling_alpha_language): an epoch's ",
 }
 
 
@@ -48,7 +50,7 @@ class RunState:
     """What `training_state/state.json` holds."""
 
     max_steps: int
-    num_utterances: int
+    epoch_draws: int  # utterances that an epoch hears
     step: int = 0  # updates done
     epoch: int = 0
     position: int = 0  # in the epoch's order
@@ -72,8 +74,10 @@ class RunState:
         """
         settings = {name: getattr(args, name) for name in SETTINGS} | {n: getattr(config, n) for n in MODEL_SETTINGS}
         settings["mixed_precision"] = mixed_precision
-        batches = identity(args, training) | {"ids_sha256": hash_ids(args.train_data, training.table)}
-        state = cls(args.max_steps, len(training.table), identity=batches, settings=settings)
+        order = build_order(training, args)
+        manifests = [name for source in training.sources for name in source.data] or args.train_data
+        batches = identity(args, training) | {"ids_sha256": hash_ids(manifests, training.table)} | order.identity
+        state = cls(args.max_steps, order.n, identity=batches, settings=settings)
         if checkpoint:
             check_same_architecture(config, checkpoint)
             saved = read_state(checkpoint)
@@ -85,7 +89,7 @@ class RunState:
             if state.step > state.max_steps:
                 found = f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already"
                 raise UserError(f"{found}; give as many at least, or start from its weights with --model_name_or_path")
-            if state.position >= state.num_utterances:
+            if state.position >= state.epoch_draws:
                 state.epoch, state.position = state.epoch + 1, 0
         return state
 
@@ -124,7 +128,7 @@ class RunState:
         """The first columns of every record."""
         return {
             "step": self.step,
-            "epoch": self.epoch + self.position / self.num_utterances,
+            "epoch": self.epoch + self.position / self.epoch_draws,
             "audio_hours": self.heard_samples / SAMPLING_RATE / 3600,
         }
 
@@ -134,8 +138,13 @@ class RunState:
 
 def _differences(before: dict[str, Any], current: dict[str, Any]) -> str:
     """`seed 43 (was 42), …`, of what both know."""
-    changed = {name: value for name, value in current.items() if before.get(name, value) != value}
-    return ", ".join(f"{MEANING.get(name, '')}{name} {value} (was {before[name]})" for name, value in changed.items())
+    texts = []
+    for name, value in current.items():
+        if (old := before.get(name, value)) != value:
+            by_name = isinstance(value, dict)
+            said = _differences(dict.fromkeys(value, 0) | old, value) if by_name else f"{value} (was {old})"
+            texts.append(f"{MEANING.get(name, '')}{name} {said}")
+    return ", ".join(texts)
 
 
 def identity(args, utterances: Utterances) -> dict[str, Any]:

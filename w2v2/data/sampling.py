@@ -1,0 +1,109 @@
+"""Sources of unequal size → how often each is heard, and an order of an epoch that mixes them.
+
+1. *Shares.* p(language) ∝ (its hours)^α, and within a language p(source) ∝ (its hours)^β, times the source's weight.
+   α, β = 1 leaves every source its natural share; towards 0 small ones are heard more often (XLS-R, section 3; 0.5).
+2. *Epoch.* It hears about as many hours as the sources hold together. A share becomes a number of draws.
+3. *Interleave.* An epoch is cut into blocks, each with every source's due draws, shuffled. A draw of a source is the
+   next utterance in its own order: it hears all of its utterances before it repeats one.
+
+Shapes: k sources, N positions, m blocks. All is closed form: no table grows with the utterances.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from w2v2.data.batching import EpochOrder, Order
+from w2v2.data.hashing import MIX, below, derive, positive
+from w2v2.data.sources import Source
+from w2v2.data.utterances import Utterances
+from w2v2.errors import UserError
+
+BLOCK = 16  # positions: an effective batch holds many blocks, and so every source's due share, up to two blocks'
+
+
+def build_order(utterances: Utterances, args) -> Order:
+    """The order of the flags: every utterance once an epoch, or sources mixed by their shares."""
+    if not utterances.sources:
+        return EpochOrder(len(utterances.num_samples), args.seed)
+    if args.sampling_alpha_language != 1 and not any(source.language for source in utterances.sources):
+        raise UserError(
+            f"--sampling_alpha_language {args.sampling_alpha_language:g}: no source of {args.train_data[0]} names its "
+            "language: add `language` to each"
+        )
+    shares = find_shares(utterances.sources, args.sampling_alpha_corpus, args.sampling_alpha_language)
+    return MixedOrder(utterances.sources, count_draws(utterances.sources, shares), args.seed)
+
+
+def find_shares(sources: Sequence[Source], alpha_corpus: float, alpha_language: float) -> np.ndarray:
+    """Each source's share of the hours that are heard: (k,) floats that sum to 1."""
+    hours = np.array([source.heard_samples for source in sources], dtype=np.float64)
+    _, language = np.unique([source.language for source in sources], return_inverse=True)  # (k,) numbers of languages
+    of_language = np.bincount(language, hours) ** alpha_language
+    within = hours**alpha_corpus
+    within /= np.bincount(language, within)[language]
+    shares = of_language[language] * within * [source.weight for source in sources]
+    return shares / shares.sum()
+
+
+def count_draws(sources: Sequence[Source], shares: np.ndarray) -> np.ndarray:
+    """How many utterances an epoch hears of each source, (k,) int64: at least one."""
+    heard = np.array([source.heard_samples for source in sources], dtype=np.float64)
+    mean = heard / [source.num_utterances for source in sources]
+    return np.maximum(1, np.rint(shares * heard.sum() / mean)).astype(np.int64)
+
+
+class MixedOrder:
+    """Sources, one after another in the table, drawn so many times an epoch each; the passage is the source's own.
+
+    Of a source with c draws, c · b / m ± 1 lie before block b of m, however small c is. A source goes on in the next
+    epoch where it stopped. Its own order follows its name, so other sources do not change it.
+    """
+
+    def __init__(self, sources: Sequence[Source], draws: np.ndarray, seed: int):
+        self.draws, self.seed = draws, seed
+        self.sizes = np.array([source.num_utterances for source in sources])
+        self.first = np.cumsum(self.sizes) - self.sizes  # (k,) rows
+        names = [int.from_bytes(hashlib.sha256(source.name.encode()).digest()[:7]) for source in sources]
+        keys = derive(seed, MIX, torch.tensor(names))  # (k,)
+        self.orders = [EpochOrder(int(size), key) for size, key in zip(self.sizes, keys.tolist(), strict=True)]
+        self.repetitions = draws / self.sizes  # (k,) how often an epoch hears an utterance of each
+        self.n = int(draws.sum())
+        self.num_blocks = max(1, self.n // BLOCK)
+        self.phase = below(keys, self.num_blocks).numpy()  # (k,) else all rare sources would come at the epoch's end
+        self.identity = {"draws": {source.name: int(count) for source, count in zip(sources, draws, strict=True)}}
+
+    def __call__(self, epoch: int, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        source, nth = self._interleave(epoch, positions.numpy())
+        utterance, passage = np.empty_like(nth), np.empty_like(nth)
+        for one in np.unique(source):
+            rows = np.flatnonzero(source == one)
+            passage[rows], place = np.divmod(epoch * self.draws[one] + nth[rows], self.sizes[one])
+            for number in np.unique(passage[rows]):
+                inside = passage[rows] == number
+                found, _ = self.orders[one](int(number), torch.from_numpy(place[inside]))
+                utterance[rows[inside]] = self.first[one] + found
+        return utterance, passage
+
+    def _interleave(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source at each position, and which of its draws in this epoch that is; both (N,) int64."""
+        num_sources = len(self.draws)
+        # 1. Blocks that surely hold the positions: a block's start is off its due place by less than k.
+        nearest = (np.array([positions.min() - num_sources, positions.max() + num_sources]) * self.num_blocks) // self.n
+        edges = np.arange(max(0, nearest[0]), min(self.num_blocks, nearest[1] + 1) + 1)
+        before = (self.draws * edges[:, None] + self.phase) // self.num_blocks  # (blocks + 1, k) draws until each edge
+        starts = before.sum(1)
+        # 2. Each block holds its sources in rising order, and is shuffled by hashes.
+        counts = np.diff(before, axis=0)  # (blocks, k)
+        source = np.repeat(np.tile(np.arange(num_sources), len(counts)), counts.ravel())
+        block = np.repeat(np.arange(len(counts)), counts.sum(1))
+        keys = positive(derive(self.seed, MIX, epoch, torch.arange(int(starts[0]), int(starts[-1])))).numpy()
+        source = source[np.lexsort((keys, block))]
+        # 3. A source's draws are counted on, in the order in which they come.
+        totals, nth = before[-1] - before[0], np.empty_like(source)
+        counted = np.repeat(np.cumsum(totals) - totals - before[0], totals)
+        nth[np.argsort(source, kind="stable")] = np.arange(len(source)) - counted
+        place = positions - starts[0]
+        return source[place], nth[place]

@@ -1,0 +1,188 @@
+"""A sources file, a YAML list of corpora → one table of utterances, source after source.
+
+    - name: swahili           # stands before its ids; default: the name of its first manifest, without suffix
+      data: sw/train.csv      # a manifest or folder, or a list of them
+      data_root: sw/audio     # that the paths in these manifests start from; default: --data_root
+      language: sw            # of every source, or of none
+      weight: 2               # its share, times so much; 0: it is neither read nor heard
+
+Relative paths start beside the file. How often each source is heard: `sampling`.
+"""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.manifest import EXTRAS, read_manifests
+from w2v2.errors import UserError, missed_range, tell
+
+SUFFIXES = (".yaml", ".yml")
+TEXTS = ("name", "data_root", "language", "weight")  # keys of one value
+KEYS = (*TEXTS, "data")
+
+
+@dataclass
+class Source:
+    """A corpus of a sources file. Its utterances are consecutive rows of the table."""
+
+    name: str
+    data: list[str]  # manifests and folders
+    data_root: str | None = None
+    language: str = ""
+    weight: float = 1.0
+    num_rows: int = 0  # that were read
+    num_utterances: int = 0  # of these rows, of a fitting length
+    num_samples: int = 0  # of all its utterances, at 16 kHz
+    heard_samples: int = 0  # of a crop of each
+    num_unreadable: int = 0
+
+    @property
+    def num_dropped(self) -> int:
+        return self.num_rows + self.num_unreadable - self.num_utterances
+
+
+def is_sources_file(paths: Sequence[str]) -> bool:
+    """Whether a sources file is given in place of manifests. Raises UserError where it stands beside others."""
+    files = [path for path in paths if Path(path).suffix.lower() in SUFFIXES]
+    if files and len(paths) > 1:
+        raise UserError(
+            f"{files[0]} is a sources file and stands alone: list the other manifests in it, as `- data: …`"
+        )
+    return bool(files)
+
+
+def read_sources(
+    path: str, *, data_root: str | None = None, cache_dir: str | Path | None = None
+) -> tuple[pa.Table, list[dict], dict[str, Any]]:
+    """The utterances of a sources file, in its order, as `read_manifests` gives them; ids begin with `<source>/`.
+
+    The notes have `sources` besides, those that are heard; their `samples` are by source. Raises UserError.
+    """
+    listed, tables, skipped, passed_over = parse_sources(Path(path).expanduser()), [], [], Counter()
+    sources = [source for source in listed if source.weight > 0]
+    warnings = [f"{path}: source {source.name} has weight 0: it is not heard" for source in listed if not source.weight]
+    for line in warnings:
+        tell(line)
+    samples = {}
+    for source in sources:
+        table, unmeasured, notes = read_manifests(
+            source.data, data_root=source.data_root or data_root, cache_dir=cache_dir
+        )
+        source.num_rows, source.num_unreadable = len(table), len(unmeasured)
+        ids = pc.binary_join_element_wise(source.name, table["id"], "/")
+        tables.append(table.set_column(table.column_names.index("id"), "id", ids))
+        skipped += [row | {"id": f"{source.name}/{row['id']}"} for row in unmeasured]
+        warnings += notes["warnings"]
+        passed_over.update(notes["passed_over"])
+        samples[source.name] = [row for rows in notes["samples"].values() for row in rows]
+    table = pa.concat_tables(tables, promote_options="default")
+    for name in filter(table.column_names.__contains__, EXTRAS):
+        table = table.set_column(table.column_names.index(name), name, pc.fill_null(table[name], ""))
+    notes = {"warnings": warnings, "passed_over": dict(passed_over), "samples": samples, "sources": sources}
+    return table, skipped, notes
+
+
+def count_utterances(sources: Sequence[Source], kept: np.ndarray, num_samples: np.ndarray, heard: np.ndarray) -> None:
+    """Count what is heard of each source. Raises UserError where that is nothing.
+
+    Args:
+        kept, num_samples, heard: of every row that was read: whether it is heard, its samples, those of its crop
+    """
+    first = 0
+    for source in sources:
+        rows = slice(first, first := first + source.num_rows)
+        source.num_utterances = int(kept[rows].sum())
+        source.num_samples = int(num_samples[rows].sum(where=kept[rows], dtype=np.int64))
+        source.heard_samples = int(heard[rows].sum(where=kept[rows], dtype=np.int64))
+        if not source.num_utterances:
+            shortest, longest = num_samples[rows].min() / SAMPLING_RATE, num_samples[rows].max() / SAMPLING_RATE
+            raise UserError(
+                f"source {source.name}: none of its {source.num_rows:,} utterances ({shortest:.2f} to {longest:.2f} s) has a "
+                "fitting length: lower --min_seconds, raise --max_seconds, or remove the source"
+            )
+
+
+# -- the file
+
+
+def parse_sources(path: Path) -> list[Source]:
+    """The sources of a file, as they are written. Raises UserError for whatever is wrong with it."""
+    if not path.is_file():
+        raise UserError(f"sources file {path} does not exist: check the path (relative ones start at {os.getcwd()})")
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(root, yaml.SequenceNode) or not root.value:
+        raise UserError(f"{path}: a sources file is a list: write an entry `- data: manifest.csv` for each source")
+    sources = [_parse_source(node, path) for node in root.value]
+    _refuse_twice(path, "the name {!r}: give each source a `name` of its own", [source.name for source in sources])
+    data = [os.path.abspath(name) for source in sources for name in source.data]
+    _refuse_twice(path, "the data {}: name them once, and change a share by `weight`", data)
+    if not any(source.weight for source in sources):
+        raise UserError(f"{path}: all weights are 0, so nothing would be heard: raise one")
+    if unknown := [source.name for source in sources if not source.language]:
+        if len(unknown) < len(sources):
+            raise UserError(f"{path}: source {unknown[0]} has no language, others have: give every source one, or none")
+    return sources
+
+
+def _parse_source(node: yaml.Node, path: Path) -> Source:
+    """One entry of the list. A key's place is kept: every message names its line."""
+    where = f"{path}: line {node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{where}: a source is given by keys, found {node.value!r}: write `- data: manifest.csv`")
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        name, where = str(key.value), f"{path}: line {key.start_mark.line + 1}"
+        if name not in KEYS:
+            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"a source has {', '.join(KEYS)}"
+            raise UserError(f"{where}: unknown key {name!r}: {hint}")
+        if name in found:
+            raise UserError(f"{where}: {name} comes twice in one source: begin each source with `- `")
+        found[name] = _read_value(name, value, where)
+    if "data" not in found:
+        raise UserError(f"{where}: the source has no data: add `data: manifest.csv`, or a folder")
+    base = path.absolute().parent
+    for name in ("data", "data_root"):
+        if name in found:
+            found[name] = [os.path.join(base, os.path.expanduser(text)) for text in found[name]]
+    found.setdefault("name", [Path(found["data"][0]).stem])
+    source = Source(data=found["data"], **{name: found[name][0] for name in TEXTS if name in found})
+    if "/" in source.name:
+        raise UserError(f"{where}: the name {source.name!r} holds a slash: it stands before ids, as `name/id`")
+    return source
+
+
+def _read_value(name: str, node: yaml.Node, where: str) -> list[Any]:
+    """The texts of a key, or its weight, in a list."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) and name == "data" else [node]
+    if not nodes or not all(isinstance(one, yaml.ScalarNode) and one.value.strip() for one in nodes):
+        expected = "a path, or a list of paths" if name == "data" else "one value"
+        raise UserError(f"{where}: {name} takes {expected}: give it that, or leave the key out")
+    texts = [one.value for one in nodes]
+    if name != "weight":
+        return texts
+    try:
+        weight, limits = float(texts[0]), dict(min=0)
+    except ValueError:
+        weight, limits = float("nan"), dict(min=0)
+    if missed := missed_range(weight, limits):
+        raise UserError(f"{where}: weight is {texts[0]}: it has to be a number, {missed}")
+    return [weight]
+
+
+def _refuse_twice(path: Path, message: str, values: list[str]) -> None:
+    if twice := [value for value, count in Counter(values).items() if count > 1]:
+        raise UserError(f"{path}: two sources have {message.format(twice[0])}")
