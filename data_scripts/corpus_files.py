@@ -4,13 +4,16 @@ import argparse
 import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from tqdm import tqdm
 
@@ -124,16 +127,42 @@ def list_skipped(path: Path, skipped: Sequence[dict]) -> None:
         print(printable(f"  {entry['audio']}: {entry['reason']}"), file=sys.stderr)
 
 
-def write_manifest(path: Path, rows: Sequence[dict], columns: Sequence[str] = COLUMNS) -> None:
+def write_manifest(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
     """Write these columns of the rows as CSV, and print what they hold."""
+    num_rows, seconds, speakers, labels = 0, 0.0, set(), Counter()
     with open_atomic(path) as file:
         quoting = csv.QUOTE_MINIMAL, csv.QUOTE_ALL  # the former leaves a carriage return bare, which then ends the row
         minimal, quoted = (csv.DictWriter(file, columns, "", "ignore", lineterminator="\n", quoting=q) for q in quoting)
         minimal.writeheader()
         for row in rows:
             (quoted if any("\r" in str(cell) for cell in row.values()) else minimal).writerow(row)
-    hours = sum(row["duration"] for row in rows) / 3600
-    speakers = len({row["speaker"] for row in rows if row.get("speaker")})
-    labels = Counter(row["label"] for row in rows if row.get("label")).most_common(10)
-    named = "; " * bool(labels) + ", ".join(f"{label} {n:,}" for label, n in labels)
-    print(f"{path}: {len(rows):,} utterances, {hours:.2f} hours, {speakers:,} speakers{named}")
+            num_rows, seconds = num_rows + 1, seconds + row["duration"]
+            speakers.update(filter(None, [row.get("speaker")]))
+            labels.update(filter(None, [row.get("label")]))
+    named = "; " * bool(labels) + ", ".join(f"{label} {n:,}" for label, n in labels.most_common(10))
+    print(f"{path}: {num_rows:,} utterances, {seconds / 3600:.2f} hours, {len(speakers):,} speakers{named}")
+
+
+def map_finished(action: Callable[[Any], Any], items: Iterable, num_workers: int) -> Iterator[tuple[Any, Any]]:
+    """Each item and what `action` makes of it, in the order in which worker processes finish (0: in this process).
+
+    UserError names the items that were at work when a process died.
+    """
+    if not num_workers:
+        yield from ((item, action(item)) for item in items)
+        return
+    waiting, running = iter(items), {}
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("forkserver")) as pool:
+        while True:
+            for item in islice(waiting, 2 * num_workers - 1 - len(running)):
+                running[pool.submit(action, item)] = item
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                try:
+                    yield running[future], future.result()
+                except BrokenProcessPool:
+                    names = ", ".join(sorted(map(str, running.values())))
+                    remedy = "run it again with --num_workers 1 to see which, and take that out of the manifest"
+                    raise UserError(f"a worker process died at one of {names}: {remedy}") from None
+                del running[future]

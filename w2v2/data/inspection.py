@@ -147,7 +147,7 @@ def _measure(measure: Callable[[str], int], path: str) -> int | str:
         return error.reason
 
 
-def _identify(path: str) -> tuple[str, int, int] | None:
+def identify_file(path: str) -> tuple[str, int, int] | None:
     """Path or address, and size and time of change of the file: the key in the cache."""
     with contextlib.suppress(OSError, ValueError):  # `measure` says why; ValueError: a null character
         status = os.stat(split_address(path)[0])
@@ -169,7 +169,7 @@ def measure_lengths(
             *key, length = json.loads(line)
             known[tuple(key)] = int(length)
     with ThreadPool(32) as pool:  # network storage answers many at once
-        keys = dict(zip(paths, pool.map(_identify, paths), strict=True)) if cache else {}
+        keys = dict(zip(paths, pool.map(identify_file, paths), strict=True)) if cache else {}
     lengths: dict[str, int | str] = {path: known[key] for path, key in keys.items() if key in known}
     unknown = [path for path in paths if path not in lengths]
     found = map_files(unknown, partial(_measure, measure), "Measuring audio files") if unknown else ()
