@@ -1,7 +1,6 @@
 """Any manifest or folder of audio → one table of utterances whose lengths are known.
 
-Columns are understood by name, upper or lower case, whichever toolkit wrote them: `COLUMNS` here, starts and lengths in
-`segments`. What is decided here:
+Columns are understood by name, upper or lower case, whichever toolkit wrote them (`columns`). What is decided here:
 
 - A row without an id gets its path as written (and `:start` in samples, `#2` if it comes twice). An id twice in one
   manifest is an error; manifests that share ids get theirs prefixed with `<manifest's name>/`.
@@ -23,22 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from w2v2.data.audio import SAMPLING_RATE, measure_length
+from w2v2.data.columns import COLUMNS, EXTRAS, OURS, may_be_segment
 from w2v2.data.folders import say_passed_over
 from w2v2.data.inspection import NUM_INSPECTED, fill_lengths, measure_lengths
 from w2v2.data.readers import RawTable, read_table
-from w2v2.data.segments import Measure, cast_text, find_extents, may_be_segment
+from w2v2.data.segments import Measure, cast_text, find_extents
 from w2v2.errors import UserError, tell
 
-COLUMNS = {
-    "audio": ("audio", "wav", "audio_filepath", "audio_path", "audio_file", "file_name", "filename", "file", "path"),
-    "id": ("id", "utt_id", "utterance_id", "key"),
-    "channel": ("channel", "channel_id"),
-    "text": ("text", "wrd", "words", "transcript", "transcription", "sentence"),
-    "speaker": ("speaker", "spk_id", "speaker_id", "client_id"),
-    "label": ("label", "emo", "emotion"),
-}
-EXTRAS = ("text", "speaker", "label")
-OURS = ("id", "audio", "start", "num_samples", "channel", *EXTRAS)
 ROOT_MARKER = r"^(\$?\{data_root\}|\$data_root)/+"  # at the head of SpeechBrain's paths
 LETTERS = {"L": 0, "R": 1, "LEFT": 0, "RIGHT": 1} | {letter: number for number, letter in enumerate("ABCDEFGH")}
 

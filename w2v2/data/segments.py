@@ -7,7 +7,6 @@
 - A sample of the rows is compared with the files: what does not fit is told, and refused where it is the rule.
 """
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,21 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, measure_rate
+from w2v2.data.columns import LOOKS_LIKE_ONE, RATE_NAMES, read_name
 from w2v2.data.inspection import NUM_INSPECTED
 from w2v2.data.readers import RawTable
 from w2v2.errors import UserError
 
 Measure = Callable[..., dict[str, int | str]]  # `measure_lengths`, its other arguments given
 RATES = dict(measure=measure_rate, file="rates.jsonl")
-ROLES = {"start": "start begin beg onset offset", "stop": "stop end", "duration": "duration dur length len"}
-UNITS = {"s": "s sec secs second seconds", "ms": "ms msec millisecond milliseconds",
-         "frames": "frame frames sample samples"}  # fmt: skip
-NEUTRAL = "time timestamp at in t n num nb number of index idx position pos segment seg audio clip utt utterance speech"
-MEANINGS = {word: kind for kinds in (ROLES, UNITS) for kind, words in kinds.items() for word in words.split()}
-WORDS = "|".join(sorted([*MEANINGS, *NEUTRAL.split()], key=len, reverse=True))
-LOOKS = "start begin beg onset offset stop end from to t[01] tmin tmax xmin xmax segments".replace(" ", "|")
-LOOKS_LIKE_ONE = re.compile(rf"^(?!.*(date|year|month|day)).*(?<![a-z])({LOOKS})(?![a-z])")
-RATE_NAMES = ("sample_rate", "sampling_rate", "samplerate", "sr")
 NUMBER = r"^(-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?nan|[+-]?inf)$"
 # Up to thirty years, so that samples can be counted in 64 bits.
 LIMITS = {"start": (0, 1e14), "stop": (0, 1e14), "duration": (0.5 / 16_000, 1e9), "frames": (1, 1e14), "rate": (1, 1e6)}
@@ -45,22 +36,6 @@ class Files(NamedTuple):  # what the files of some rows hold
     rows: np.ndarray
     seconds: np.ndarray  # NaN where a file cannot be read
     rates: np.ndarray
-
-
-def read_name(name: str) -> tuple[str, str] | None:
-    """Role (start, stop, duration, frames) and unit (s, ms, frames, or "") that a lower-case column name tells."""
-    if not re.fullmatch(rf"(?:(?:{WORDS})[^a-z]*)+", name):
-        return None
-    meant = [MEANINGS[word] for word in re.findall(WORDS, name) if word in MEANINGS]
-    if sorted(meant) == ["duration", "frames"] or (meant == ["frames"] and re.search("frames|samples", name)):
-        return "frames", "frames"
-    roles, units = [kind for kind in meant if kind in ROLES], [kind for kind in meant if kind in UNITS]
-    units = units or ["s" if roles == ["duration"] else ""]
-    return (roles[0], units[0]) if len(roles) == len(units) == 1 else None
-
-
-def may_be_segment(name: str) -> bool:
-    return bool(read_name(name) or name in RATE_NAMES or LOOKS_LIKE_ONE.search(name))
 
 
 def find_extents(
