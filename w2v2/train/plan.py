@@ -149,17 +149,19 @@ def describe(plan: dict[str, Any]) -> str:
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in part["dropped"].items())
         row = f"{name:14}{part['hours']:.2f} h in {part['utterances']:,} utterances"
         rows.append(f"{row} (left out: {left_out})" if left_out else row)
+    draws = sum(source["draws_per_epoch"] for source in plan.get("sources", []))
+    epoch = f" ({draws:,} draws, about as many hours as the sources hold)" if draws else ""
     for source in plan.get("sources", []):
         language = f" ({source['language']})" if source["language"] else ""
         rows.append(
             f"source        {source['name']}{language}: {source['share']:.2%} of what is heard; {source['hours']:.2f} h in "
-            f"{source['utterances']:,} utterances, each heard {source['repetitions_per_epoch']:.3g} times an epoch, "
-            f"{source['repetitions']:.3g} in the run"
+            f"{source['utterances']:,} utterances, each heard {source['repetitions_per_epoch']:.2f} times an epoch, "
+            f"{source['repetitions']:,.1f} in the run"
         )
     rows += [
         f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches on each of "
         f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
-        f"run           {plan['updates_per_epoch']:.1f} updates an epoch, {plan['epochs']:.1f} epochs",
+        f"run           {plan['updates_per_epoch']:.1f} updates an epoch{epoch}, {plan['epochs']:.1f} epochs",
     ]
     # The reader of manifests has said its warnings already.
     return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"] if w["code"] != "manifest"])
