@@ -93,24 +93,29 @@ def inspect_files(paths: Sequence[str], most_seconds: float = math.inf) -> list[
 
 
 class _Files:
-    def __init__(self, paths: Sequence[str], action: Callable[[str], Any]):
-        self.paths, self.action = paths, action
+    def __init__(self, paths: Sequence[str], action: Callable[[str], Any], at_once: int):
+        self.paths, self.action, self.at_once = paths, action, at_once
 
     def __getitem__(self, index: int) -> list:
-        return [self.action(path) for path in self.paths[index * FILES_AT_ONCE : (index + 1) * FILES_AT_ONCE]]
+        return [self.action(path) for path in self.paths[index * self.at_once : (index + 1) * self.at_once]]
 
 
-def map_files(paths: Sequence[str], action: Callable[[str], Any], title: str) -> Iterator:
-    """What `action` finds of each file, in their order, from worker processes, with a bar of progress."""
+def map_files(paths: Sequence[str], action: Callable[[str], Any], title: str, at_once: int = FILES_AT_ONCE) -> Iterator:
+    """What `action` finds of each file, in their order, from worker processes, with a bar of progress.
+
+    A worker takes `at_once` files and reports them together.
+    """
     import torch  # slow to import
     from torch.utils.data import DataLoader
 
-    num_blocks = -(-len(paths) // FILES_AT_ONCE)
+    num_blocks = -(-len(paths) // at_once)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(32, num_cores, num_blocks)
     # A generator of its own: what a run draws must not depend on the files that it looked at.
     options = {"batch_size": None, "num_workers": num_workers, "generator": torch.Generator()}
-    loader = DataLoader(_Files(paths, action), sampler=range(num_blocks), **options, collate_fn=list)  # as they are
+    loader = DataLoader(
+        _Files(paths, action, at_once), sampler=range(num_blocks), **options, collate_fn=list
+    )  # as they are
     with tqdm(total=len(paths), desc=title, unit=" files", disable=None) as bar:
         for found in loader:
             yield from found

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from w2v2.data.archives import gather_tars, read_tars
 from w2v2.data.audio import SAMPLING_RATE, measure_length
 from w2v2.data.columns import COLUMNS, EXTRAS, OURS, may_be_segment
 from w2v2.data.folders import say_passed_over
@@ -41,7 +42,7 @@ def read_manifests(
     measure: Callable[[str], int] = measure_length,
     further: Sequence[str] = (),
 ) -> tuple[pa.Table, list[dict], dict[str, Any]]:
-    """Read manifests and folders into one table of utterances. Raises UserError for whatever the user can mend.
+    """Read manifests, folders and tars into one table of utterances. Raises UserError for whatever the user can mend.
 
     Returns the table; the files that could not be measured, as `{"id", "audio", "reason"}`; and what was met on the
     way: `warnings` (lines), `passed_over` (files of folders that are no audio, by suffix) and `samples` (a few rows of
@@ -61,9 +62,17 @@ def read_manifests(
     known = {alias for aliases in COLUMNS.values() for alias in aliases}.union(extras)
     measure_all = partial(measure_lengths, measure=measure, cache_dir=cache_dir)
     tables, warnings, passed_over, samples = {}, [], Counter(), {}
-    for name in names:
-        raw = read_table(Path(name).expanduser(), lambda name: name in known or may_be_segment(name))
+
+    def is_wanted(name: str) -> bool:
+        return name in known or may_be_segment(name)
+
+    for name, tars in gather_tars(names).items():
+        if tars:
+            raw = read_tars(name, tars, is_wanted, cache_dir)
+        else:
+            raw = read_table(Path(name).expanduser(), is_wanted)
         table, lines = _interpret(raw, extras, data_root, measure_all)
+        lines = raw.warnings + lines
         say_passed_over(raw.path, raw.passed_over)
         for line in lines:
             tell(line)

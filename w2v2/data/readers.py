@@ -40,6 +40,7 @@ class RawTable:
     found: list[str]  # all columns, as they are written
     root: str = ""  # fairseq's root, or the folder that was read: relative audio paths continue it
     passed_over: dict[str, int] = field(default_factory=dict)  # files of a folder that are no audio, by suffix
+    warnings: list[str] = field(default_factory=list)
 
     def refuse(self, bad: pa.ChunkedArray, name: str, column: pa.ChunkedArray, remedy: str) -> None:
         """Raise UserError for the first row where `bad` is true, with what `column` holds there."""
@@ -57,7 +58,7 @@ def read_table(path: Path, wanted: Callable[[str], bool]) -> RawTable:
     if not path.exists():
         raise UserError(f"manifest {path} does not exist: check the path (relative ones start at {os.getcwd()})")
     if not (read := _read_folder if path.is_dir() else READERS.get(path.suffix.lower())):
-        kinds = f"{', '.join(READERS)}, or a folder of audio files"
+        kinds = f"{', '.join(READERS)}, .tar, or a folder of audio files"
         raise UserError(f"manifest {path} has the unknown suffix {path.suffix!r}: use {kinds}")
     try:
         raw = read(path, wanted)
@@ -241,5 +242,6 @@ def _read_folder(folder: Path, wanted: Callable[[str], bool]) -> RawTable:
         paths, passed_over = find_audio(folder)
         rows = [{"audio": path} for path in paths]
     if not rows:
-        raise UserError(f"folder {folder} holds no audio files and no wav.scp: check the path, or name a manifest")
+        tars = f"its tars as '{folder}/*.tar'" if ".tar" in passed_over else "a manifest"
+        raise UserError(f"folder {folder} holds no audio files and no wav.scp: check the path, or name {tars}")
     return RawTable(folder, _build_table(((None, row) for row in rows), wanted), list(rows[0]), root, passed_over)
