@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 
 from w2v2.cli import parse_command_line, run_script
+from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import (
     CONFIG_FILE,
@@ -78,13 +79,13 @@ def main(argv: list[str] | None = None) -> None:
 def train_once(label_args: LabelArguments, args: ClassificationArguments) -> None:
     """Train on one set, choose the checkpoint on another, score the others."""
     checkpoint = prepare_output_dir(args)
-    paths = {"validation": args.validation_data} | {name: [path] for name, path in name_sets(args.test_data).items()}
-    train, dropped = read_labelled("train", args.train_data, label_args, args)
+    train, paths = args.list_sources("train_data"), list_held(args)
+    train, dropped = read_labelled("train", train, label_args, args)
     sets = {name: read_labelled(name, manifests, label_args, args)[0] for name, manifests in paths.items()}
     before = folder_labels(checkpoint or args.model_name_or_path)
     classes = known_labels(train["target"], label_args.labels, before)
     for name, table in sets.items():
-        check_known(classes, table["target"], ", ".join(paths[name]))
+        check_known(classes, table["target"], name_sources(paths[name]))
     hub = HubCallback(args)
     results, lines = run(train, sets, classes, label_args, args, checkpoint=checkpoint, callbacks=[hub])
     results["run"]["dropped"] = dropped | results["run"]["dropped"]
@@ -99,10 +100,15 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     PartialState().destroy_process_group()
 
 
+def list_held(args: ClassificationArguments) -> dict[str, list[Manifest]]:
+    """Validation, and each test set by its name."""
+    test = name_sets(args.list_sources("test_data"))
+    return {"validation": args.list_sources("validation_data")} | {name: [source] for name, source in test.items()}
+
+
 def label(label_args: LabelArguments, args: ClassificationArguments) -> None:
     """Label the sets with a fine-tuned model, and score those that have labels themselves."""
-    paths = {"validation": args.validation_data} | {name: [path] for name, path in name_sets(args.test_data).items()}
-    paths = {name: manifests for name, manifests in paths.items() if manifests}
+    paths = {name: manifests for name, manifests in list_held(args).items() if manifests}
     if not paths:
         raise UserError("--do_train false: nothing to label: give --test_data")
     prepare_output_dir(args)
@@ -118,7 +124,7 @@ def label(label_args: LabelArguments, args: ClassificationArguments) -> None:
     data = {}
     for name, manifests in paths.items():
         table, _ = read_labelled(name, manifests, label_args, args)
-        check_known(classes, table["target"], ", ".join(manifests))
+        check_known(classes, table["target"], name_sources(manifests))
         data[name] = LabelledDataset(longest_first(table), classes, extractor, substitute=False, **shared)
 
     # 3. Label.
@@ -142,7 +148,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
             shutil.rmtree(folder)
     if args.overwrite_output_dir or not (args.resume_from_checkpoint and Path(args.output_dir, FOLDS_FILE).exists()):
         prepare_output_dir(args)
-    table, dropped = read_labelled("all", args.train_data, label_args, args, [args.folds])
+    table, dropped = read_labelled("all", args.list_sources("train_data"), label_args, args, [args.folds])
     classes = known_labels(table["target"], label_args.labels, folder_labels(args.model_name_or_path))
     groups = table[column_of(table, args.folds, "folds", "--train_data")]
     splits = group_splits(groups, args.folds, args.num_folds)

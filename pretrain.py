@@ -97,7 +97,7 @@ def main() -> None:
 
     # 2. The utterances, and the effective batches that are drawn from them.
     with accelerator.main_process_first():
-        manifests = {flag: found for flag in SKIPPED if (found := getattr(args, flag))}
+        manifests = {flag: found for flag in SKIPPED if (found := args.list_sources(flag))}
         data = {flag: load_utterances(found, args, framing) for flag, found in manifests.items()}
     training, validation = data["train_data"][0], data.get("validation_data", (None, []))[0]
     batches = build_batches(training, args)
@@ -229,7 +229,7 @@ def finish(run: Run, pusher: HubPusher | None) -> None:
     )
     if run.validation:
         summary |= dict(validation_utterances=len(run.validation.table), validation_hours=run.validation.hours)
-    config = vars(args) | {"micro_batch_seconds": run.state.micro_batch_seconds}
+    config = vars(args) | args.describe_sources() | {"micro_batch_seconds": run.state.micro_batch_seconds}
     write_model_card(output_dir, config=config, summary=summary, metrics=metrics)
     if pusher:
         pusher.push(output_dir, f"Model after {args.max_steps} updates")

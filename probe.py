@@ -22,6 +22,7 @@ from datasets import Dataset, concatenate_datasets
 
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_scores
 from w2v2.evaluate.scores import CHARACTERS
@@ -102,11 +103,12 @@ def list_models(args: ProbingArguments) -> list[dict[str, Any]]:
 def gather_labels(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
     """All utterances with their label in `target`, and the splits of their rows."""
 
-    def read(paths: list[str], further: list[str]) -> Dataset:
+    def read(paths: list[Manifest], further: list[str]) -> Dataset:
         table = read_table(paths, [args.target, *further], args)
-        return labels.with_targets(table, ", ".join(paths), args.target, args.label_map, args.labels)[0]
+        return labels.with_targets(table, name_sources(paths), args.target, args.label_map, args.labels)[0]
 
-    train = read(args.train_data, [args.folds] if args.folds else [])
+    training, *held_out = (args.list_sources(data) for data in args.split_flags)
+    train = read(training, [args.folds] if args.folds else [])
     train, _ = select_lengths(train, args.min_seconds, args.max_seconds)
     classes = labels.known_labels(train["target"], args.labels)
     if args.folds:
@@ -116,7 +118,7 @@ def gather_labels(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
             if len({train["target"][row] for row in split.train}) < 2:
                 raise UserError(f"--folds {args.folds}: {split.name} would train on a single class: lower --num_folds")
         return train, splits
-    held = {", ".join(paths): read(paths, []) for paths in (args.validation_data, args.test_data) if paths}
+    held = {name_sources(paths): read(paths, []) for paths in held_out if paths}
     for source, table in held.items():
         labels.check_known(classes, table["target"], source)
     return join_tables([train, *held.values()], train["target"])
@@ -125,12 +127,13 @@ def gather_labels(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
 def gather_texts(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
     """All transcribed utterances with their normalised text in `target`; those that train are long enough for it."""
 
-    def read(paths: list[str]) -> Dataset:
-        table, _ = ctc_data.prepare_texts(read_table(paths, [], args), ", ".join(paths), TextRules())
+    def read(paths: list[Manifest]) -> Dataset:
+        table, _ = ctc_data.prepare_texts(read_table(paths, [], args), name_sources(paths), TextRules())
         return table.add_column("target", table["text"])
 
-    train, _ = select_lengths(read(args.train_data), args.min_seconds, args.max_seconds)
-    held = [read(paths) for paths in (args.validation_data, args.test_data) if paths]
+    training, *held_out = (args.list_sources(data) for data in args.split_flags)
+    train, _ = select_lengths(read(training), args.min_seconds, args.max_seconds)
+    held = [read(paths) for paths in held_out if paths]
     return join_tables([train, *held], [""] * len(train))
 
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from w2v2.data.dataset_loading import DatasetArguments
 from w2v2.data.sources import is_sources_file
 from w2v2.errors import SEEDS, check_ranges, flag, refuse, take_back
 from w2v2.train.schedule import SCHEDULES
 
 
 @dataclass
-class DataArguments:
+class DataArguments(DatasetArguments):
     """What is heard, and how an effective batch is drawn, cropped and cut."""
 
     train_data: list[str] = flag(
@@ -17,6 +18,7 @@ class DataArguments:
         "(configs/data/mixed.yaml).",
     )
     validation_data: list[str] = flag([], "Validation manifests; none: no validation.")
+    dataset_split_names: list[str] = flag([], "Splits of the data set to train on (default: train).")
     data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
     sampling_alpha_language: float = flag(
         1.0, "Of a sources file: a language's share ∝ (its hours)^alpha; 0: all alike, 1: as they are.", min=0, max=1
@@ -46,6 +48,8 @@ class DataArguments:
     )
     dataloader_num_workers: int = flag(2, "Processes that decode audio; 0: the main process.", min=0, max=1000)
     dataloader_prefetch_factor: int = flag(4, "Micro-batches that each worker decodes ahead.", min=1)
+
+    split_flags = {"train_data": "dataset_split_names", "validation_data": "eval_split_name"}
 
 
 @dataclass
@@ -166,8 +170,8 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
 
     def __post_init__(self):
         take_back(self, "model_name_or_path", "config_name", "resume_from_checkpoint", "hub_model_id")
-        is_required = "is required: give it on the command line or in the YAML file"
-        refuse(*((not getattr(self, name), f"--{name} {is_required}") for name in ("train_data", "output_dir")))
+        self.check_dataset()
+        self.require("train_data", "output_dir")
         check_ranges(self)
         stages = self.gradient_checkpointing_stages
         by_source = self.sampling_alpha_language != 1 or self.sampling_alpha_corpus != 1

@@ -17,7 +17,7 @@ from w2v2.train.state import identity
 
 def make_args(**changes):
     values = dict(crop_seconds=8.0, length_grid_seconds=0.32, batch_hours=0.02, micro_batch_seconds=30.0, seed=3)
-    values |= dict(max_steps=5, warmup_steps=1, validation_data=None)
+    values |= dict(max_steps=5, warmup_steps=1, validation_data=None, eval_split_name=None)
     values |= dict(mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2)
     return SimpleNamespace(**values | changes)
 

@@ -24,7 +24,9 @@ import pyarrow.compute as pc
 from w2v2.data.archives import gather_tars, read_tars
 from w2v2.data.audio import SAMPLING_RATE, measure_length
 from w2v2.data.columns import COLUMNS, EXTRAS, OURS, may_be_segment
+from w2v2.data.dataset_loading import DatasetSource, Manifest
 from w2v2.data.folders import say_passed_over
+from w2v2.data.hub_datasets import read_dataset
 from w2v2.data.inspection import NUM_INSPECTED, fill_lengths, measure_lengths
 from w2v2.data.readers import RawTable, read_table
 from w2v2.data.segments import Measure, cast_text, find_extents
@@ -35,14 +37,14 @@ LETTERS = {"L": 0, "R": 1, "LEFT": 0, "RIGHT": 1} | {letter: number for number, 
 
 
 def read_manifests(
-    paths: Sequence[str],
+    paths: Sequence[Manifest],
     *,
     data_root: str | None = None,
     cache_dir: str | Path | None = None,
     measure: Callable[[str], int] = measure_length,
     further: Sequence[str] = (),
 ) -> tuple[pa.Table, list[dict], dict[str, Any]]:
-    """Read manifests, folders and tars into one table of utterances. Raises UserError for whatever the user can mend.
+    """Read manifests, folders, tars and data sets into one table of utterances. Raises UserError.
 
     Returns the table; the files that could not be measured, as `{"id", "audio", "reason"}`; and what was met on the
     way: `warnings` (lines), `passed_over` (files of folders that are no audio, by suffix) and `samples` (a few rows of
@@ -51,7 +53,8 @@ def read_manifests(
     case, the `further` columns as text. `measure` gives a file's length at 16 kHz or raises AudioError; its findings are
     kept in `cache_dir`.
     """
-    data_root, names = data_root and os.path.expanduser(data_root), list(map(str, paths))
+    data_root, sources = data_root and os.path.expanduser(data_root), {str(path): path for path in paths}
+    names = list(map(str, paths))
     if not names:
         raise UserError("no manifest given: name at least one")
     if twice := {name for name in names if names.count(name) > 1}:
@@ -67,7 +70,9 @@ def read_manifests(
         return name in known or may_be_segment(name)
 
     for name, tars in gather_tars(names).items():
-        if tars:
+        if isinstance(source := sources.get(name), DatasetSource):
+            raw = read_dataset(source, known, cache_dir)
+        elif tars:
             raw = read_tars(name, tars, is_wanted, cache_dir)
         else:
             raw = read_table(Path(name).expanduser(), is_wanted)

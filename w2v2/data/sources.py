@@ -53,7 +53,7 @@ class Source:
 
 def is_sources_file(paths: Sequence[str]) -> bool:
     """Whether a sources file is given in place of manifests. Raises UserError where it stands beside others."""
-    files = [path for path in paths if Path(path).suffix.lower() in SUFFIXES]
+    files = [path for path in paths if Path(str(path)).suffix.lower() in SUFFIXES]
     if files and len(paths) > 1:
         raise UserError(
             f"{files[0]} is a sources file and stands alone: list the other manifests in it, as `- data: …`"

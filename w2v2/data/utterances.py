@@ -21,6 +21,7 @@ from datasets.table import MemoryMappedTable
 from w2v2.data.audio import SAMPLING_RATE, AudioError, is_compressed, read_crop
 from w2v2.data.batching import crop_length
 from w2v2.data.collate import Framing
+from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.data.inspection import INSPECTED_SECONDS, NUM_INSPECTED, SILENCE, inspect_files
 from w2v2.data.manifest import read_manifests
 from w2v2.data.sources import Source, count_utterances, is_sources_file, read_sources
@@ -55,7 +56,7 @@ def spread_rows(table: datasets.Dataset, most: int) -> list[dict]:
 
 
 def load_manifest(
-    paths: Sequence[str], *, cache_dir: str | Path | None = None, **options
+    paths: Sequence[Manifest], *, cache_dir: str | Path | None = None, **options
 ) -> tuple[datasets.Dataset, list[dict]]:
     """`read_manifests` as a data set: memory-mapped from a file in `cache_dir`, or in memory where that is None."""
     table, skipped, _ = read_manifests(paths, cache_dir=cache_dir, **options)
@@ -89,7 +90,7 @@ def map_table(table: pa.Table, cache_dir: str | Path | None) -> datasets.Dataset
     return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=digest)
 
 
-def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[Utterances, list[dict]]:
+def load_utterances(manifests: Sequence[Manifest], args, framing: Framing) -> tuple[Utterances, list[dict]]:
     """Read manifests or a sources file, and leave out what is too short or too long.
 
     Returns: the utterances, their table mapped from a file except in a dry run, and the files that could not be measured
@@ -113,7 +114,7 @@ def load_utterances(manifests: Sequence[str], args, framing: Framing) -> tuple[U
     if not kept.any():
         first = f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else ""
         raise UserError(
-            f"{', '.join(manifests)}: no utterance is left of {len(kept) + len(unmeasured)} ({dropped['too_short']} shorter "
+            f"{name_sources(manifests)}: no utterance is left of {len(kept) + len(unmeasured)} ({dropped['too_short']} shorter "
             f"than {least / SAMPLING_RATE:g} s, {dropped['too_long']} longer than --max_seconds or 37 h, {len(unmeasured)} "
             f"unreadable{first}); lower --min_seconds, raise --crop_seconds (a mask span needs "
             f"{framing.min_samples / SAMPLING_RATE:.2f} s), or give other audio"

@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 
+from w2v2.data.dataset_loading import LabelledDatasetArguments
 from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
 from w2v2.finetune.stock_flags import check_stock_flags, default_of
 from w2v2.model.loading import locate
@@ -38,7 +39,7 @@ _MODEL_FLAGS = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask
 
 
 @dataclass
-class FineTuningArguments(TrainingArguments):
+class FineTuningArguments(LabelledDatasetArguments, TrainingArguments):
     """`TrainingArguments` plus data and model. Defaults: BASE on 100 h of labels (fairseq's base_100h).
 
     Its effective batch of 1,600 s is 128 utterances of LibriSpeech, which are counted unless `micro_batch_seconds` is
@@ -102,6 +103,7 @@ class FineTuningArguments(TrainingArguments):
 
     def __post_init__(self):
         take_back(self, "model_name_or_path", "config_name", "resume_from_checkpoint")
+        self.check_dataset()
         check_ranges(self)  # of flags that are ignored, too
         ignored = check_stock_flags(self, self.bears)
         self._check_combinations()
@@ -128,10 +130,9 @@ class FineTuningArguments(TrainingArguments):
             self.print_once(f"     ignored: {line}")
 
     def _check_combinations(self) -> None:
+        self.require(*self.required_flags())
         model, config, least, most = self.model_name_or_path, self.config_name, self.min_seconds, self.max_seconds
         refuse(
-            *((not getattr(self, name), f"--{name} is required: give it on the command line or in the YAML file")
-              for name in self.required_flags()),
             (not self.do_train and (config or not model),
              "--do_train false needs a fine-tuned model: give --model_name_or_path, and no --config_name"),
             (not self.do_train and self.push_to_hub, "--do_train false with --push_to_hub: there is no new model to push"),

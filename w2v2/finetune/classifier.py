@@ -72,8 +72,8 @@ class ClassificationArguments(FineTuningArguments):
         refuse(
             (folds and not self.do_train, "--do_train false with --folds: folds are trained; leave --folds out"),
             (self.num_folds is not None and not folds, "--num_folds needs --folds: name the column of the groups"),
-            (folds and (self.validation_data or self.test_data),
-             "--folds takes all from --train_data: leave --validation_data and --test_data out"),
+            (folds and (self.list_sources("validation_data") or self.list_sources("test_data")),
+             "--folds takes all from the training data: leave validation and test data out"),
             (folds and self.push_to_hub, "--push_to_hub with --folds: push a model that is trained without --folds"),
             (folds and self.resume_from_checkpoint not in (None, "auto"),
              "--resume_from_checkpoint with --folds takes auto alone: each fold goes on where it was"),

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop
+from w2v2.data.dataset_loading import DatasetSource, Manifest, name_sources
 from w2v2.data.inspection import measure_lengths
 from w2v2.data.utterances import inspect_some, load_manifest
 from w2v2.errors import UserError, refuse
@@ -32,7 +33,7 @@ from w2v2.finetune.text import SPECIAL, UNKNOWN, CTCArguments, case_of, count_un
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
 
-def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()) -> tuple[Dataset, list[dict]]:
+def read_utterances(paths: Sequence[Manifest], args: Any, columns: Sequence[str] = ()) -> tuple[Dataset, list[dict]]:
     """Utterances whose audio opens, with `columns`, and {id, audio, reason} of the others.
 
     Of `args`, `data_root`, `output_dir` and `max_skipped_fraction` count. Raises UserError where more are unreadable.
@@ -47,7 +48,7 @@ def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()
     skipped += [{"id": id, "audio": audio, "reason": reasons[audio]} for id, audio in rows if audio in reasons]
     if len(skipped) > args.max_skipped_fraction * num_utterances:
         raise UserError(
-            f"{', '.join(paths)}: {len(skipped)} of {num_utterances} utterances have unreadable audio, the first "
+            f"{name_sources(paths)}: {len(skipped)} of {num_utterances} utterances have unreadable audio, the first "
             f"{skipped[0]['audio']}: {skipped[0]['reason']}; mend the paths (--data_root?) or raise "
             f"--max_skipped_fraction, now {args.max_skipped_fraction}"
         )
@@ -55,7 +56,7 @@ def read_utterances(paths: Sequence[str], args: Any, columns: Sequence[str] = ()
 
 
 def read_once(
-    paths: Sequence[str], args: FineTuningArguments, columns: Sequence[str] = ()
+    paths: Sequence[Manifest], args: FineTuningArguments, columns: Sequence[str] = ()
 ) -> tuple[Dataset, list[dict]]:
     """`read_utterances` of a run: the main process fills the cache, looks at a few files, lists what is unreadable."""
     with args.main_process_first(local=False):
@@ -75,8 +76,11 @@ def read_sets(
     Also the flags, with the case that `auto` stands for: the training text's, or that of a `known` vocabulary which
     then spells it. And how many utterances of each set are left out, by reason.
     """
-    sets = {"train": args.train_data if args.do_train else [], "validation": args.validation_data}
-    sets |= {name: [path] for name, path in name_sets(args.test_data).items()}
+    column = text_args.text_column_name
+    refuse((column and not args.dataset_name, "--text_column_name needs --dataset_name: manifests name it text"))
+    train, validation, test = (args.list_sources(data, column) for data in args.split_flags)
+    sets = {"train": train if args.do_train else [], "validation": validation}
+    sets |= {name: [path] for name, path in name_sets(test).items()}
     sets = {name: paths for name, paths in sets.items() if paths}
     refuse((not sets, "--do_train false: nothing to evaluate: give --test_data or --validation_data"))
     tables, left_out = {}, {}
@@ -89,7 +93,7 @@ def read_sets(
             text_args = followed if follows else replace(text_args, text_case=find_case(written))
             args.print_once(f"   text case: {text_args.text_case}")
         needed = name in ("train", "validation")
-        tables[name], num_dropped = prepare_texts(table, ", ".join(paths), text_args.rules, needed=needed)
+        tables[name], num_dropped = prepare_texts(table, name_sources(paths), text_args.rules, needed=needed)
         left_out[name] = {"unreadable": len(skipped), "without text": num_dropped}
         without = f"{num_dropped} without text" if any(tables[name]["text"]) else "no text: to be transcribed"
         args.print_once(f"{name:>12}: {describe_table(tables[name])}, {len(skipped)} unreadable, {without}")
@@ -110,11 +114,12 @@ def describe_table(table: Dataset) -> str:
     return f"{len(table)} utterances, {num_hours(table):.2f} h"
 
 
-def name_sets(paths: list[str]) -> dict[str, str]:
-    """Set name → manifest: the file's name without its ending, numbered where that would name two."""
-    named: dict[str, str] = {}
-    for path in paths:
-        names = (Path(path).stem + ending for ending in ("", *(f"_{n}" for n in range(2, len(paths) + 5))))
+def name_sets(sources: Sequence[Manifest]) -> dict[str, Manifest]:
+    """Set name → manifest or split: the name of the split, or of the file without its ending; numbered for two."""
+    named: dict[str, Manifest] = {}
+    for path in sources:
+        stem = "+".join(path.splits) if isinstance(path, DatasetSource) else Path(path).stem
+        names = (stem + ending for ending in ("", *(f"_{n}" for n in range(2, len(sources) + 5))))
         named[next(name for name in names if name not in (*named, "train", "validation", "run"))] = path
     return named
 

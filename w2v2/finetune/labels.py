@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 
 from w2v2.data.audio import SAMPLING_RATE, read_crop
+from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.data.hashing import CROP, below, derive
 from w2v2.data.manifest import COLUMNS, EXTRAS
 from w2v2.errors import UserError, flag, refuse
@@ -32,13 +33,22 @@ class LabelArguments:
     """Which labels the utterances have."""
 
     label_column: str = flag("label", "The manifests' column that holds the label: label, speaker or any other.")
+    label_column_name: str | None = flag(None, "The same as label_column, as the examples of transformers call it.")
     label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW: exc=hap counts excited as happy.")
     labels: list[str] = flag([], "Only these labels (after --label_map), in this order; other utterances are left out.")
     class_weights: str = flag("none", "`balanced` weights rare classes' loss more.", choices=["none", "balanced"])
 
+    def __post_init__(self):
+        if self.label_column_name:
+            self.label_column, self.label_column_name = self.label_column_name, None
+
 
 def read_labelled(
-    name: str, paths: Sequence[str], label_args: LabelArguments, args: FineTuningArguments, columns: Sequence[str] = ()
+    name: str,
+    paths: Sequence[Manifest],
+    label_args: LabelArguments,
+    args: FineTuningArguments,
+    columns: Sequence[str] = (),
 ) -> tuple[Dataset, dict[str, int]]:
     """Utterances of one set that have one of the labels, in the column `target`, and audio that opens.
 
@@ -47,7 +57,7 @@ def read_labelled(
     column = label_args.label_column
     table, skipped = read_once(paths, args, [column, *columns])
     options = dict(label_map=label_args.label_map, labels=label_args.labels, needed=args.do_train)
-    table, num_others = with_targets(table, ", ".join(paths), column, **options)
+    table, num_others = with_targets(table, name_sources(paths), column, **options)
     num_labels, num_without = len({*table["target"]} - {""}), table["target"][:].count("")
     dropped = {"unreadable": len(skipped), "with other labels": num_others}
     found = f"{describe_table(table)}, {num_labels} labels, {len(skipped)} unreadable"

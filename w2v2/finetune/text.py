@@ -58,6 +58,7 @@ class CTCArguments:
     subset_seed: int = flag(
         0, "Another number draws other hours; with one, small draws are part of large ones.", **SEEDS
     )
+    text_column_name: str | None = flag(None, "Column of the data set with the transcripts (default: as in manifests).")
     train_list: str | None = flag(None, "Learn from these alone: a list of ids or paths, or a folder (Libri-Light's).")
     blank_warning_steps: int = flag(
         1_000, "Warn of nothing but blanks so long after the encoder began to learn; 0: not.", min=0
@@ -73,7 +74,7 @@ class CTCArguments:
     tune_utterances: int = flag(500, "Validation utterances to choose them on, at most.", min=1)
 
     def __post_init__(self):
-        take_back(self, "lm", "lexicon", "train_list")
+        take_back(self, "lm", "lexicon", "train_list", "text_column_name")
         check_ranges(self)
         self.train_hours = self.train_hours or None
         refuse(

@@ -78,11 +78,17 @@ def write_finetuned_card(output_dir: str | os.PathLike, *, config: Facts, result
 def _save_card(folder: Path, template: str, facts: Facts, pictures: Pictures, **metadata: Any) -> None:
     """Fill a template with `facts`, under the card's metadata (YAML), into `README.md`."""
     source = printable(facts.get("hub_model_id") or folder.resolve().name)
-    title, base = source.split("/")[-1], facts.get("model_name_or_path") or ""
+    title = source.split("/")[-1]
+    repositories = {
+        flag: name
+        for flag in ("model_name_or_path", "dataset_name")
+        if (name := facts.get(flag) or "").count("/") == 1 and not os.path.exists(name)  # no folder
+    }
     data = ModelCardData(
         library_name="transformers",
         license=facts.get("hub_license"),
-        base_model=base if base.count("/") == 1 and not os.path.exists(base) else None,  # a repository, no folder
+        base_model=repositories.get("model_name_or_path"),
+        datasets=repositories.get("dataset_name"),
         model_name=title if metadata.get("eval_results") else None,
         **metadata,
     )

@@ -159,7 +159,8 @@ class HubCallback(TrainerCallback):
         log = folder / "metrics.jsonl"
         draw_plots(folder, read_metrics(log) if log.exists() else [], FINETUNING_PICTURES, over=("step", "update"))
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        config = {**vars(args), "world_size": args.world_size, "device_hours": self._device_hours}
+        config = vars(args) | args.describe_sources()
+        config |= {"world_size": args.world_size, "device_hours": self._device_hours}
         write_finetuned_card(folder, config=config, results=results)
         if self.pusher:
             self.pusher.push(folder, "Fine-tuned model")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from w2v2.data.dataset_loading import LabelledDatasetArguments
 from w2v2.errors import SEEDS, check_ranges, flag, refuse
 from w2v2.evaluate.scores import CHARACTERS
 
@@ -39,7 +40,7 @@ class FrozenArguments:
 
 
 @dataclass
-class ProbingArguments(FrozenArguments):
+class ProbingArguments(LabelledDatasetArguments, FrozenArguments):
     """Linear probes of every layer."""
 
     checkpoints: list[str] = flag([], "Pretrained folders or Hub ids: runs/x/checkpoint-*.")
@@ -60,15 +61,17 @@ class ProbingArguments(FrozenArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_dataset()
+        self.require("train_data")
+        validation, test = self.list_sources("validation_data"), self.list_sources("test_data")
         refuse(
-            (not self.train_data, "--train_data is required: give it on the command line or in the YAML file"),
             (not self.checkpoints and not (self.random_weights and self.config_name),
              "--checkpoints is required: name pretrained folders (or --config_name, for random weights alone)"),
             (self.max_seconds is not None and self.max_seconds < self.min_seconds,
              f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
-            (bool(self.folds) == bool(self.test_data),
+            (bool(self.folds) == bool(test),
              "give one of --test_data and --folds: what is a probe tested on?"),
-            (self.folds and (self.validation_data or self.target == CHARACTERS),
+            (self.folds and (validation or self.target == CHARACTERS),
              f"--folds goes with neither --validation_data nor --target {CHARACTERS}: give --test_data"),
             (self.num_folds is not None and not self.folds,
              "--num_folds needs --folds: name the column whose groups stay together, such as speaker"),

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import Wav2Vec2ForSequenceClassification
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
+from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.data.utterances import inspect_some
 from w2v2.errors import UserError
 from w2v2.finetune.classifier import HEAD
@@ -24,11 +25,11 @@ from w2v2.probe.arguments import FrozenArguments
 BATCH_SECONDS = 60.0  # padding included
 
 
-def read_table(paths: Sequence[str], columns: Sequence[str], args: FrozenArguments) -> Dataset:
+def read_table(paths: Sequence[Manifest], columns: Sequence[str], args: FrozenArguments) -> Dataset:
     """Utterances of these manifests whose audio opens, with these columns beside the usual ones."""
     table, skipped = read_utterances(paths, args, columns)
     if skipped:
-        print(f"{', '.join(paths)}: {len(skipped)} utterances with unreadable audio are left out")
+        print(f"{name_sources(paths)}: {len(skipped)} utterances with unreadable audio are left out")
     inspect_some(table)  # warns of stereo whose sides cancel out
     return table
 

@@ -135,7 +135,7 @@ def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]
         "the weight, or raise --sampling_alpha_corpus or --sampling_alpha_language",
         "many_dropped": num_dropped > 0.1 * total
         and f"{num_dropped} of {total} utterances are left out: {plan['dropped']}",
-        "no_validation": not args.validation_data
+        "no_validation": not (args.validation_data or args.eval_split_name)
         and "no validation_data: a run that learns nothing would show in the training figures alone",
     }
     return [{"code": code, "message": message} for code, message in warnings.items() if message]
