@@ -23,7 +23,10 @@ from w2v2.data.hashing import CROP, ORDER, below, derive, derive_many, positive
 from w2v2.errors import UserError
 
 LATENT_STRIDE = 320  # samples between latent frames of the wav2vec 2.0 convs
+FEISTEL_ROUNDS = 6
 CHUNK = 1 << 16  # utterances looked at together: temporaries stay small, and in the processor's cache
+
+Hash = Callable[[np.ndarray], np.ndarray]
 
 
 class Cursor(NamedTuple):
@@ -71,29 +74,34 @@ class Order(Protocol):
 class EpochOrder:
     """A pseudo-random permutation of 0…n−1 for each epoch, evaluated pointwise. The passage is the epoch."""
 
-    FEISTEL_ROUNDS = 6
     identity: dict[str, Any] = {}
 
     def __init__(self, n: int, seed: int):
         self.n, self.seed = n, seed
-        self.half_bits = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+        self.half_bits = find_half_bits(n)
 
     def __call__(self, epoch: int, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        keys = derive(self.seed, ORDER, epoch, torch.arange(self.FEISTEL_ROUNDS)).tolist()
+        keys = derive(self.seed, ORDER, epoch, torch.arange(FEISTEL_ROUNDS)).tolist()
         hashes = [derive_many(key) for key in keys]  # one round function a key
-        x = self._permute(hashes, positions.numpy())
+        x = permute(positions.numpy(), self.half_bits, hashes)
         # Cycle walking: up to three quarters of the domain lie outside 0…n−1 and are permuted again.
         while len(outside := np.flatnonzero(x >= self.n)):
-            x[outside] = self._permute(hashes, x[outside])
+            x[outside] = permute(x[outside], self.half_bits, hashes)
         return x, np.full_like(x, epoch)
 
-    def _permute(self, hashes: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:
-        """Feistel network on 2 · `half_bits` bits: each round swaps the halves and adds a hash of one to the other."""
-        low = (1 << self.half_bits) - 1
-        left, right = x >> self.half_bits, x & low
-        for hashed in hashes:
-            left, right = right, left ^ (positive(hashed(right)) & low)
-        return (left << self.half_bits) | right
+
+def find_half_bits(n: int) -> int:
+    """Bits of each half of a Feistel network over at least 0…n−1."""
+    return max(1, math.ceil(math.log2(max(n, 2)) / 2))
+
+
+def permute(x: np.ndarray, half_bits: int | np.ndarray, hashes: list[Hash]) -> np.ndarray:
+    """Feistel network on 2 · `half_bits` bits: each round swaps the halves and adds a hash of one to the other."""
+    low = (1 << half_bits) - 1
+    left, right = x >> half_bits, x & low
+    for hashed in hashes:
+        left, right = right, left ^ (positive(hashed(right)) & low)
+    return (left << half_bits) | right
 
 
 def crop_length(num_samples: np.ndarray, crop_samples: int, grid_samples: int) -> np.ndarray:

@@ -44,9 +44,9 @@ def derive(key: torch.Tensor | int, *parts: torch.Tensor | int) -> torch.Tensor:
     return h
 
 
-def derive_many(key: int) -> Callable[[np.ndarray], np.ndarray]:
+def derive_many(key: int | np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """`derive(key, part)` as a function of int64 arrays. It is fast for short ones: the key is mixed once, in numpy."""
-    mixed = int(_mix(torch.tensor(key)))
+    mixed = _mix(key) if isinstance(key, np.ndarray) else int(_mix(torch.tensor(key)))
     return lambda part: _mix(mixed + (part + 1) * _GOLDEN)
 
 

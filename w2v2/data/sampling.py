@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from w2v2.data.batching import EpochOrder, Order
-from w2v2.data.hashing import MIX, below, derive, positive
+from w2v2.data.batching import FEISTEL_ROUNDS, EpochOrder, Order, find_half_bits, permute
+from w2v2.data.hashing import MIX, ORDER, below, derive, derive_many, positive
 from w2v2.data.sources import Source
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
@@ -59,7 +59,7 @@ class MixedOrder:
     """Sources, one after another in the table, drawn so many times an epoch each; the passage is the source's own.
 
     Of a source with c draws, c · b / m ± 1 lie before block b of m, however small c is. A source goes on in the next
-    epoch where it stopped. Its own order follows its name, so other sources do not change it.
+    epoch where it stopped. Its own order is an `EpochOrder` seeded by its name: other sources do not change it.
     """
 
     def __init__(self, sources: Sequence[Source], draws: np.ndarray, seed: int):
@@ -67,25 +67,27 @@ class MixedOrder:
         self.sizes = np.array([source.num_utterances for source in sources])
         self.first = np.cumsum(self.sizes) - self.sizes  # (k,) rows
         names = [int.from_bytes(hashlib.sha256(source.name.encode()).digest()[:7]) for source in sources]
-        keys = derive(seed, MIX, torch.tensor(names))  # (k,)
-        self.orders = [EpochOrder(int(size), key) for size, key in zip(self.sizes, keys.tolist(), strict=True)]
+        self.seeds = derive(seed, MIX, torch.tensor(names))  # (k,)
+        self.half_bits = np.array([find_half_bits(int(size)) for size in self.sizes])
         self.repetitions = draws / self.sizes  # (k,) how often an epoch hears an utterance of each
         self.n = int(draws.sum())
         self.num_blocks = max(1, self.n // BLOCK)
-        self.phase = below(keys, self.num_blocks).numpy()  # (k,) else all rare sources would come at the epoch's end
+        self.phase = below(
+            self.seeds, self.num_blocks
+        ).numpy()  # (k,) else all rare sources would come at the epoch's end
         self.identity = {"draws": {source.name: int(count) for source, count in zip(sources, draws, strict=True)}}
 
     def __call__(self, epoch: int, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         source, nth = self._interleave(epoch, positions.numpy())
-        utterance, passage = np.empty_like(nth), np.empty_like(nth)
-        for one in np.unique(source):
-            rows = np.flatnonzero(source == one)
-            passage[rows], place = np.divmod(epoch * self.draws[one] + nth[rows], self.sizes[one])
-            for number in np.unique(passage[rows]):
-                inside = passage[rows] == number
-                found, _ = self.orders[one](int(number), torch.from_numpy(place[inside]))
-                utterance[rows[inside]] = self.first[one] + found
-        return utterance, passage
+        passage, x = np.divmod(epoch * self.draws[source] + nth, self.sizes[source])
+        # Each source's own order at each passage, all at once: a position's keys are (rounds, N).
+        keys = derive(self.seeds[source], ORDER, torch.from_numpy(passage))
+        keys = derive(keys, torch.arange(FEISTEL_ROUNDS)[:, None]).numpy()
+        rows = np.arange(len(x))
+        while len(rows):
+            x[rows] = permute(x[rows], self.half_bits[source[rows]], list(map(derive_many, keys[:, rows])))
+            rows = rows[x[rows] >= self.sizes[source[rows]]]
+        return self.first[source] + x, passage
 
     def _interleave(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source at each position, and which of its draws in this epoch that is; both (N,) int64."""
