@@ -100,22 +100,28 @@ class _Files:
         return [self.action(path) for path in self.paths[index * self.at_once : (index + 1) * self.at_once]]
 
 
-def map_files(paths: Sequence[str], action: Callable[[str], Any], title: str, at_once: int = FILES_AT_ONCE) -> Iterator:
+def map_files(
+    paths: Sequence[str],
+    action: Callable[[str], Any],
+    title: str,
+    num_workers: int | None = None,
+    at_once: int = FILES_AT_ONCE,
+) -> Iterator:
     """What `action` finds of each file, in their order, from worker processes, with a bar of progress.
 
-    A worker takes `at_once` files and reports them together.
+    `num_workers`: None for as many as there are cores, at most 32. A worker takes `at_once` files and reports them
+    together.
     """
     import torch  # slow to import
     from torch.utils.data import DataLoader
 
     num_blocks = -(-len(paths) // at_once)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_workers = min(32, num_cores, num_blocks)
+    num_workers = min(num_workers or min(32, num_cores), num_blocks)
     # A generator of its own: what a run draws must not depend on the files that it looked at.
     options = {"batch_size": None, "num_workers": num_workers, "generator": torch.Generator()}
-    loader = DataLoader(
-        _Files(paths, action, at_once), sampler=range(num_blocks), **options, collate_fn=list
-    )  # as they are
+    files = _Files(paths, action, at_once)
+    loader = DataLoader(files, sampler=range(num_blocks), **options, collate_fn=list)  # as they are
     with tqdm(total=len(paths), desc=title, unit=" files", disable=None) as bar:
         for found in loader:
             yield from found
@@ -160,7 +166,11 @@ def identify_file(path: str) -> tuple[str, int, int] | None:
 
 
 def measure_lengths(
-    paths: list[str], measure: Callable[[str], int], cache_dir: str | Path | None = None, file: str = "lengths.jsonl"
+    paths: list[str],
+    measure: Callable[[str], int],
+    cache_dir: str | Path | None = None,
+    file: str = "lengths.jsonl",
+    num_workers: int | None = None,
 ) -> dict[str, int | str]:
     """Length of each file, or the reason (a string) why it has none: that of the AudioError which `measure` raises.
 
@@ -177,7 +187,8 @@ def measure_lengths(
         keys = dict(zip(paths, pool.map(identify_file, paths), strict=True)) if cache else {}
     lengths: dict[str, int | str] = {path: known[key] for path, key in keys.items() if key in known}
     unknown = [path for path in paths if path not in lengths]
-    found = map_files(unknown, partial(_measure, measure), "Measuring audio files") if unknown else ()
+    work = unknown, partial(_measure, measure), "Measuring audio files", num_workers
+    found = map_files(*work) if unknown else ()
     for path, length in zip(unknown, found, strict=True):
         lengths[path] = length
         if isinstance(length, int) and keys.get(path):
