@@ -9,18 +9,23 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import numpy as np
 from tqdm import tqdm
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length
+from w2v2.data.inspection import measure_lengths
+from w2v2.data.segments import TOLERANCE
 from w2v2.errors import UserError, error_line, number, printable
 
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
+LENGTHS = ".lengths.jsonl"  # beside the manifests: what was measured before an interruption
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,14 +39,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Help)
 
     def add_corpus(self, folder: str, output: str = "--output") -> None:
-        """What every script that makes manifests takes: a corpus, where to write, the number of threads."""
+        """What every script that makes manifests takes: a corpus, where to write, the number of processes."""
         self.add_argument("folder", type=Path, help=folder)
         if output == "--output":
             self.add_argument(output, type=_csv_path, required=True, help="the manifest to write, a .csv")
         else:
             self.add_argument(output, type=Path, required=True, help="folder for the manifests")
         workers = number(int, min=1, max=1000)
-        self.add_argument("--num_workers", type=workers, default=16, help="threads that read headers")
+        self.add_argument("--num_workers", type=workers, default=os.cpu_count(), help="processes that look at audio")
+
+    def add_allow_incomplete(self) -> None:
+        self.add_argument("--allow_incomplete", action="store_true", help="warn of what is not whole, and go on")
 
     def run(self, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
         """Run `action` with the parsed arguments. Returns 0, or 2 for a user's slip or an unusable path."""
@@ -63,36 +71,71 @@ def _csv_path(text: str) -> Path:
     return Path(text)
 
 
-def measure(rows: Sequence[dict], root: Path, manifest: Path, num_workers: int) -> tuple[list[dict], list[AudioError]]:
-    """Rows of the usable files with their `duration`, and the reasons for the others.
+# -- audio
 
-    `audio` is relative to `root` before, and to the folder of `manifest` after.
+
+def measure(
+    rows: list[dict], root: Path, manifest: Path, num_workers: int, sample: int | None = None
+) -> tuple[list[dict], list[AudioError]]:
+    """Complete the rows of usable files in place; returns them, and the reasons against the others.
+
+    `audio` is relative to `root` before, and to the folder of `manifest` after. Every file is measured, and an
+    interrupted measuring goes on. With a `sample`, a `duration` that a row has is held against the files of so many
+    rows alone, evenly spread; the other files only have to be there.
     """
-    prefix = os.path.relpath(root.resolve(), manifest.parent.resolve())
+    folder, root = manifest.parent.resolve(), root.resolve()
+    prefix = os.path.relpath(root, folder)
+    paths = [str(root / row["audio"]) for row in rows]
+    absent, measured = {}, range(len(rows))
+    if sample is not None:
+        with ThreadPool(32) as pool:  # network storage answers many at once
+            names = list(dict.fromkeys(paths))
+            looked = tqdm(pool.imap(_find_absent, names, 64), "Looking for files", len(names), disable=None)
+            absent = {error.path: error for error in looked if error}
+        spread = {*np.linspace(0, len(rows) - 1, min(len(rows), sample)).astype(int).tolist()} if rows else ()
+        measured = (n for n, row in enumerate(rows) if n in spread or "duration" not in row)
+    asked = dict.fromkeys(paths[n] for n in measured)
+    files = [path for path in asked if path not in absent]
+    lengths = measure_lengths(files, measure_length, folder, LENGTHS, num_workers)
+    found, errors = [], []
+    for row, path in zip(rows, paths, strict=True):
+        length = lengths.get(path)
+        if error := absent.get(path) or (AudioError(path, length) if isinstance(length, str) else None):
+            errors.append(error)
+        elif length and (reason := _find_misfit(row, length / SAMPLING_RATE)):
+            errors.append(AudioError(path, reason))
+        else:
+            audio = Path(prefix, row["audio"]).as_posix()
+            row["audio"] = f"./{audio}" if audio[0].isspace() else audio  # readers of CSV drop a space after a comma
+            row.setdefault("duration", length and length / SAMPLING_RATE)
+            found.append(row)
+    return found, errors
 
-    def measure_row(row: dict) -> dict | AudioError:
-        try:
-            duration = measure_length(str(root / row["audio"])) / SAMPLING_RATE
-        except AudioError as error:
-            return error
-        audio = Path(prefix, row["audio"]).as_posix()
-        audio = f"./{audio}" if audio[0].isspace() else audio  # readers of CSV drop a space after a comma
-        return row | {"audio": audio, "duration": duration}
 
-    with ThreadPoolExecutor(num_workers) as pool:
-        results = pool.map(measure_row, rows)
-        found = list(tqdm(results, total=len(rows), desc="Measuring", unit="file", disable=None))
-    return [row for row in found if isinstance(row, dict)], [e for e in found if isinstance(e, AudioError)]
+def _find_absent(path: str) -> AudioError | None:
+    with contextlib.suppress(OSError):
+        return None if os.stat(path).st_size else AudioError(path, "is an empty file")
+    return AudioError(path, "does not exist")
 
 
-def measure_usable(rows: Sequence[dict], args, unusable: Sequence[AudioError] = ()) -> list[dict]:
+def _find_misfit(row: dict, seconds: float) -> str | None:
+    """Why a row's start and duration do not fit its file."""
+    start, duration = row.get("start", 0.0), row.get("duration", seconds)
+    differs = start + duration > seconds + TOLERANCE or ("start" not in row and duration < seconds - TOLERANCE)
+    return f"lasts {seconds:.2f} s, where {start + duration:.2f} s are said of it" if differs else None
+
+
+def measure_usable(rows: list[dict], args, unusable: Sequence[AudioError] = ()) -> list[dict]:
     """As `measure`, for a manifest --output. Unusable files are listed beside it; UserError if no file is usable."""
     found, errors = measure(rows, args.folder, args.output, args.num_workers)
     errors = [*unusable, *errors]
     if not found:
         raise UserError(f"{args.folder}: none of {len(errors)} files can be used; the first: {errors[0]}")
-    list_skipped(args.output.with_suffix(".skipped.jsonl"), [{"audio": e.path, "reason": e.reason} for e in errors])
+    list_unusable(args.output, errors)
     return found
+
+
+# -- files
 
 
 @contextlib.contextmanager
@@ -125,6 +168,11 @@ def list_skipped(path: Path, skipped: Sequence[dict]) -> None:
         print(f"{len(skipped):,} left out, listed in {path}:", file=sys.stderr)
     for entry in skipped[:5]:
         print(printable(f"  {entry['audio']}: {entry['reason']}"), file=sys.stderr)
+
+
+def list_unusable(manifest: Path, errors: Sequence[AudioError]) -> None:
+    """List what was left out of a manifest beside it."""
+    list_skipped(manifest.with_suffix(".skipped.jsonl"), [{"audio": e.path, "reason": e.reason} for e in errors])
 
 
 def write_manifest(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:

@@ -13,7 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-from corpus_files import Parser, measure, write_manifest
+from corpus_files import Parser
+from corpus_parts import Part, write_parts
 
 from w2v2.errors import UserError
 
@@ -58,21 +59,16 @@ def session_rows(session: Path) -> list[dict]:
 
 
 def prepare(args) -> None:
-    """The whole job. UserError where a session or a file is missing."""
+    """The whole job. UserError where a session or an utterance is missing."""
     sessions = find_sessions(args.folder)
-    asked = [row for session in sessions for row in session_rows(session)]
-    rows, errors = measure(asked, sessions[0].parent, args.output, args.num_workers)
-    if errors:
-        found = f"{len(errors)} of {len(asked)} evaluated utterances have no audio, such as {errors[0]}"
-        raise UserError(f"{args.folder}: {found}: unpack all of the release")
-    write_manifest(args.output, rows, COLUMNS)
-    if len(rows) != KNOWN:
-        print(f"warning: {len(rows):,} utterances, where the full release has {KNOWN:,}", file=sys.stderr)
+    rows = [row for session in sessions for row in session_rows(session)]
+    write_parts([Part(args.output, sessions[0].parent, rows, COLUMNS, KNOWN)], args)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_corpus("folder of the unpacked release")
+    parser.add_allow_incomplete()
     return parser.run(prepare, argv)
 
 

@@ -11,7 +11,8 @@ Verification needs no manifest: `verify_speakers.py --trials veri_test.txt`.
 import sys
 from pathlib import Path
 
-from corpus_files import Parser, measure, write_manifest
+from corpus_files import Parser
+from corpus_parts import Part, write_parts
 
 from w2v2.errors import UserError
 
@@ -32,25 +33,18 @@ def read_split(path: Path) -> list[dict]:
 
 
 def prepare(args) -> None:
-    """The whole job. UserError where utterances are missing, unless --allow_incomplete."""
-    asked = read_split(args.split)
-    rows, errors = measure(asked, args.folder, args.output_dir / "train.csv", args.num_workers)
-    if not rows or (errors and not args.allow_incomplete):
-        found = f"{len(errors):,} of {len(asked):,} utterances of {args.split} are missing or damaged"
-        example = f", such as {errors[0]}" if errors else ""
-        raise UserError(f"{args.folder}: {found}{example}: unpack both archives, or pass --allow_incomplete")
-    for number, (name, expected) in SETS.items():
-        part = [row for row in rows if row["set"] == number]
-        write_manifest(args.output_dir / f"{name}.csv", part, COLUMNS)
-        if len(part) != expected:
-            print(f"warning: {name}: {len(part):,} utterances, where the split has {expected:,}", file=sys.stderr)
+    """The whole job. UserError names every set that is not whole, after the whole ones were written."""
+    rows = read_split(args.split)
+    parts = {number: [row for row in rows if row["set"] == number] for number in SETS}
+    described = ((args.output_dir / f"{SETS[number][0]}.csv", part, SETS[number][1]) for number, part in parts.items())
+    write_parts([Part(path, args.folder, part, COLUMNS, known) for path, part, known in described], args)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_corpus("folder of SPEAKER/VIDEO/UTTERANCE.wav", "--output_dir")
     parser.add_argument("--split", type=Path, required=True, help="iden_split.txt")
-    parser.add_argument("--allow_incomplete", action="store_true", help="leave out what is missing or damaged")
+    parser.add_allow_incomplete()
     return parser.run(prepare, argv)
 
 

@@ -49,7 +49,7 @@ def test_an_incomplete_subset_needs_permission(librispeech, tmp_path, capsys):
     assert "train-clean-360: 3 of 4 utterances" in error and "11-7-0001" in error and "--allow_incomplete" in error
     assert {path.stem for path in lists.glob("*.csv")} == {TRAIN[0], TRAIN[2], "dev-clean"}
     assert run(prepare_librispeech, librispeech, "--output_dir", lists, "--allow_incomplete") == 0
-    assert "warning: train-clean-360" in capsys.readouterr().err
+    assert "warning: lists/train-clean-360" in capsys.readouterr().err
     assert len(rows_of(lists / "train-960.csv")) == 11
 
 
