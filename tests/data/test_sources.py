@@ -6,10 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile
-from conftest import write_csv
+from conftest import write_csv, write_tones
+from datasets import Audio, Dataset, DatasetDict
 from test_utterances import load
 
 from w2v2.data.batching import crop_length
+from w2v2.data.dataset_loading import DatasetSource
 from w2v2.data.manifest import read_manifests
 from w2v2.data.sources import is_sources_file, parse_sources, read_sources
 from w2v2.errors import UserError
@@ -61,12 +63,17 @@ SLIPS = {
     "- a.csv": "line 1: a source is given by keys, found 'a.csv'",
     "- {data: a": "not valid YAML",
     "- name: a": "line 1: the source has no data",
+    "- dataset_config_name: sw": "line 1: the source has no data",
+    "- data: a\n  dataset_name: b": "line 2: dataset_name does not go with data",
+    "- data: a\n  audio_column_name: b": "line 2: audio_column_name does not go with data",
+    "- dataset_name: a\n  data_root: b": "line 2: data_root does not go with dataset_name",
+    "- dataset_name: a/b\n- dataset_name: a/b\n  name: c": "two sources have the data a/b: train: name them once",
     "- data: a\n  nam: b": "line 2: unknown key 'nam': did you mean name?",
     "- data: a\n  sampling: b": "line 2: unknown key 'sampling': a source has name, ",
     "- data: a\n  name: a\n  data: b": "line 3: data comes twice in one source: begin each source with `- `",
-    "- data:": "data takes a path, or a list of paths",
-    "- data: []": "data takes a path",
-    "- data: [a, [b]]": "data takes a path",
+    "- data:": "data takes one value, or a list of them",
+    "- data: []": "data takes one value, or a list",
+    "- data: [a, [b]]": "data takes one value, or a list",
     "- data: a\n  name: [b]": "name takes one value",
     "- data: a\n  language:": "language takes one value: give it that, or leave the key out",
     "- data: a\n  weight: twice": "line 2: weight is twice: it has to be a number, 0 or more",
@@ -157,6 +164,25 @@ def test_a_file_that_cannot_be_measured_is_skipped_by_its_sources_name(tmp_path)
     assert notes["sources"][0].num_unreadable == 1
 
 
+def test_data_sets_are_sources_as_manifests_are(tmp_path):
+    """A folder that `datasets` wrote, two of its splits, beside the same audio in a manifest."""
+    paths = write_tones(tmp_path / "audio", [2.5, 3.0, 3.5])
+    write_csv(tmp_path / "some.csv", paths)
+    rows = [{"sound": str(path), "sentence": "la"} for path in paths]
+    parts = {name: Dataset.from_list(some) for name, some in (("train", rows[:2]), ("more", rows[2:]))}
+    parts = DatasetDict({name: part.cast_column("sound", Audio(decode=False)) for name, part in parts.items()})
+    parts.save_to_disk(tmp_path / "saved")
+    entry = "- {dataset_name: saved, dataset_split_names: [train, more], audio_column_name: sound, weight: 0.5}\n"
+    table, skipped, notes = read_sources(str(write(tmp_path, entry + "- data: some.csv")), cache_dir=tmp_path / "cache")
+    assert [source.name for source in notes["sources"]] == ["saved", "some"] and not skipped
+    assert table["num_samples"].to_pylist() == [40_000, 48_000, 56_000] * 2
+    assert all(name.startswith("saved/") for name in table["id"].to_pylist()[:3])
+    hub = parse_sources(
+        write(tmp_path, "- {dataset_name: org/voices, dataset_config_name: sw, dataset_split_names: a}")
+    )
+    assert hub[0].name == "voices-sw" and hub[0].data == [DatasetSource("org/voices", "sw", ("a",))]
+
+
 def test_each_source_may_have_its_own_data_root(tmp_path):
     for name in ("a", "b"):
         write_csv(tmp_path / f"{name}.csv", ["x.wav"], [3.0])
@@ -179,6 +205,7 @@ def test_the_table_is_mapped_and_not_held_in_memory(tmp_path):
 def test_the_file_that_is_shipped_can_be_copied():
     sources = parse_sources(Path(__file__).parents[2] / "configs/data/mixed.yaml")
     assert [(source.name, source.language, source.weight) for source in sources] == [
-        ("librispeech", "en", 1.0), ("audiobooks", "en", 1.0), ("swahili", "sw", 2.0)
+        ("librispeech", "en", 1.0), ("audiobooks", "en", 1.0), ("swahili", "sw", 2.0),
+        ("fleurs-amharic", "am", 1.0),
     ]  # fmt: skip
     assert sources[2].data_root.endswith("data/swahili/audio")

@@ -1,12 +1,14 @@
 """A sources file, a YAML list of corpora → one table of utterances, source after source.
 
     - name: swahili           # stands before its ids; default: the name of its first manifest, without suffix
-      data: sw/train.csv      # a manifest or folder, or a list of them
+      data: sw/train.csv      # a manifest, folder or tar, or a list of them
       data_root: sw/audio     # that the paths in these manifests start from; default: --data_root
       language: sw            # of every source, or of none
       weight: 2               # its share, times so much; 0: it is neither read nor heard
 
-Relative paths start beside the file. How often each source is heard: `sampling`.
+In place of `data`, keys of a data set of Hugging Face, as the flags of these names: `dataset_name` (its last part, and
+the configuration, are the default name), `dataset_config_name`, `dataset_split_names`, `audio_column_name`. Relative
+paths start beside the file. How often each source is heard: `sampling`.
 """
 
 import difflib
@@ -23,12 +25,14 @@ import pyarrow.compute as pc
 import yaml
 
 from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.dataset_loading import DatasetSource, Manifest
 from w2v2.data.manifest import EXTRAS, read_manifests
 from w2v2.errors import UserError, missed_range, tell
 
 SUFFIXES = (".yaml", ".yml")
-TEXTS = ("name", "data_root", "language", "weight")  # keys of one value
-KEYS = (*TEXTS, "data")
+LISTS = ("data", "dataset_split_names")  # keys that may hold several values
+OF_DATASET = ("dataset_config_name", "dataset_split_names", "audio_column_name")
+KEYS = ("name", "language", "weight", "data", "data_root", "dataset_name", *OF_DATASET)
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Source:
     """A corpus of a sources file. Its utterances are consecutive rows of the table."""
 
     name: str
-    data: list[str]  # manifests and folders
+    data: list[Manifest]  # manifests, folders and tars, or a data set
     data_root: str | None = None
     language: str = ""
     weight: float = 1.0
@@ -127,7 +131,7 @@ def parse_sources(path: Path) -> list[Source]:
         raise UserError(f"{path}: a sources file is a list: write an entry `- data: manifest.csv` for each source")
     sources = [_parse_source(node, path) for node in root.value]
     _refuse_twice(path, "the name {!r}: give each source a `name` of its own", [source.name for source in sources])
-    data = [os.path.abspath(name) for source in sources for name in source.data]
+    data = [str(name) for source in sources for name in source.data]
     _refuse_twice(path, "the data {}: name them once, and change a share by `weight`", data)
     if not any(source.weight for source in sources):
         raise UserError(f"{path}: all weights are 0, so nothing would be heard: raise one")
@@ -152,35 +156,53 @@ def _parse_source(node: yaml.Node, path: Path) -> Source:
         if name in found:
             raise UserError(f"{where}: {name} comes twice in one source: begin each source with `- `")
         found[name] = _read_value(name, value, where)
-    if "data" not in found:
-        raise UserError(f"{where}: the source has no data: add `data: manifest.csv`, or a folder")
-    base = path.absolute().parent
-    for name in ("data", "data_root"):
-        if name in found:
-            found[name] = [os.path.join(base, os.path.expanduser(text)) for text in found[name]]
-    found.setdefault("name", [Path(found["data"][0]).stem])
-    source = Source(data=found["data"], **{name: found[name][0] for name in TEXTS if name in found})
-    if "/" in source.name:
-        raise UserError(f"{where}: the name {source.name!r} holds a slash: it stands before ids, as `name/id`")
-    return source
+    return _build_source(found, path.absolute().parent, where)
 
 
-def _read_value(name: str, node: yaml.Node, where: str) -> list[Any]:
-    """The texts of a key, or its weight, in a list."""
-    nodes = node.value if isinstance(node, yaml.SequenceNode) and name == "data" else [node]
+def _build_source(found: dict[str, Any], beside: Path, where: str) -> Source:
+    """The source of these keys; relative paths start `beside`."""
+    if "data" in found:
+        of_other = [name for name in ("dataset_name", *OF_DATASET) if name in found]
+        data: list[Manifest] = [_resolve(beside, name) for name in found["data"]]
+        name = Path(data[0]).stem
+    elif "dataset_name" in found:
+        of_other = [name for name in ("data_root",) if name in found]
+        folder, config = _resolve(beside, found["dataset_name"]), found.get("dataset_config_name")
+        is_folder = found["dataset_name"].startswith((".", "~", os.sep)) or os.path.isdir(folder)
+        splits = tuple(found.get("dataset_split_names", ["train"]))
+        dataset = folder if is_folder else found["dataset_name"]
+        data = [DatasetSource(dataset, config, splits, found.get("audio_column_name"))]
+        name = "-".join(filter(None, (Path(dataset).name, config)))
+    else:
+        raise UserError(f"{where}: the source has no data: add `data: manifest.csv`, a folder, or a `dataset_name`")
+    if of_other:
+        raise UserError(f"{where}: {of_other[0]} does not go with {'data' if 'data' in found else 'dataset_name'}")
+    root, name = found.get("data_root"), found.get("name", name)
+    if "/" in name:
+        raise UserError(f"{where}: the name {name!r} holds a slash: it stands before ids, as `name/id`")
+    return Source(name, data, root and _resolve(beside, root), found.get("language", ""), found.get("weight", 1.0))
+
+
+def _resolve(beside: Path, name: str) -> str:
+    return os.path.normpath(os.path.join(beside, os.path.expanduser(name)))
+
+
+def _read_value(name: str, node: yaml.Node, where: str) -> str | float | list[str]:
+    """What a key holds: a text, the weight as a number, or a list."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) and name in LISTS else [node]
     if not nodes or not all(isinstance(one, yaml.ScalarNode) and one.value.strip() for one in nodes):
-        expected = "a path, or a list of paths" if name == "data" else "one value"
+        expected = "one value, or a list of them" if name in LISTS else "one value"
         raise UserError(f"{where}: {name} takes {expected}: give it that, or leave the key out")
     texts = [one.value for one in nodes]
     if name != "weight":
-        return texts
+        return texts if name in LISTS else texts[0]
     try:
         weight, limits = float(texts[0]), dict(min=0)
     except ValueError:
         weight, limits = float("nan"), dict(min=0)
     if missed := missed_range(weight, limits):
         raise UserError(f"{where}: weight is {texts[0]}: it has to be a number, {missed}")
-    return [weight]
+    return weight
 
 
 def _refuse_twice(path: Path, message: str, values: list[str]) -> None:

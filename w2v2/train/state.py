@@ -75,7 +75,8 @@ class RunState:
         settings = {name: getattr(args, name) for name in SETTINGS} | {n: getattr(config, n) for n in MODEL_SETTINGS}
         settings["mixed_precision"] = mixed_precision
         order = build_order(training, args)
-        manifests = [name for source in training.sources for name in source.data] or args.train_data
+        given = [name for source in training.sources for name in source.data] or args.train_data
+        manifests = [name for name in given if isinstance(name, str)]
         batches = identity(args, training) | {"ids_sha256": hash_ids(manifests, training.table)} | order.identity
         state = cls(args.max_steps, order.n, identity=batches, settings=settings)
         if checkpoint:
