@@ -2,6 +2,7 @@
 named in one line.
 """
 
+import gzip
 import json
 import os
 
@@ -89,8 +90,10 @@ def test_parquet_may_hold_numbers_but_not_audio(corpus):
     pyarrow.parquet.write_table(table, corpus / "a.parquet")
     data = load(corpus / "a.parquet")
     assert data["num_samples"][:] == [24_000, 32_000] and data["label"][:] == ["3", "4"]
-    pyarrow.parquet.write_table(pa.table({"audio": [{"bytes": b"", "path": "x"}]}), corpus / "b.parquet")
-    with pytest.raises(UserError, match="b.parquet: the column audio holds struct"):
+    pyarrow.parquet.write_table(
+        pa.table({"audio": [{"bytes": None, "path": "x"}, {"bytes": b"", "path": "x"}]}), corpus / "b.parquet"
+    )
+    with pytest.raises(UserError, match="b.parquet holds the audio itself, in its column audio: give"):
         load(corpus / "b.parquet")
 
 
@@ -403,3 +406,25 @@ def test_stray_quotes_never_swallow_rows(corpus):
             refused += 1
             assert "line " in str(error)
     assert refused > 250
+
+
+def write_parquet(path, cells):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pa.parquet.write_table(pa.table({"audio": pa.array(cells, kind), "text": ["HELLO", ""]}), path)
+    return path
+
+
+def test_audio_columns_of_datasets_give_their_paths(corpus):
+    path = write_parquet(corpus / "a.parquet", [{"bytes": None, "path": name} for name in NAMES])
+    data = load(path, measure=measure_length)
+    assert data["audio"] == [f"{corpus}/{name}" for name in NAMES] and data["text"] == ["HELLO", ""]
+    assert data["num_samples"] == list(LENGTHS.values())
+
+
+def test_json_may_be_compressed(corpus):
+    lines = "\n".join(map(json.dumps, NEMO)).encode()
+    plain, packed = write(corpus / "a.jsonl", lines), write(corpus / "b.jsonl.gz", gzip.compress(lines))
+    assert load(packed).to_list() == load(plain).to_list()
+    write(packed, gzip.compress(lines)[:-20])
+    with pytest.raises(UserError, match="cannot be read"):
+        load(packed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.columns import COLUMNS, may_be_segment
+from w2v2.data.columns import says_place
 from w2v2.data.readers import RawTable
 from w2v2.data.tar_index import NOTES, index_tars
 from w2v2.errors import UserError
@@ -95,8 +95,8 @@ def _build_rows(path: str, index: pa.Table, wanted: Callable[[str], bool]) -> pa
     columns = {"id": index["id"], "audio": pc.binary_join_element_wise(os.path.abspath(path), *place, ":")}
     told = [json.loads(fields) if fields else {} for fields in index["fields"].to_pylist()]
     for name in dict.fromkeys(name for fields in told for name in fields):
-        is_place = name in {*COLUMNS["audio"], *COLUMNS["id"], *COLUMNS["channel"]} or may_be_segment(name)
-        if wanted(name) and (name == "duration" or not is_place):  # the rest is of the recording that it was cut from
+        # Other places are those in the recording that the member was cut from.
+        if wanted(name) and (name == "duration" or not says_place(name)):
             columns[name] = pa.chunked_array([[fields.get(name) for fields in told]], pa.string())
     for name in ("text", "label"):
         if index[name].null_count < len(index):

@@ -40,3 +40,8 @@ def read_name(name: str) -> tuple[str, str] | None:
 
 def may_be_segment(name: str) -> bool:
     return bool(read_name(name) or name in RATE_NAMES or LOOKS_LIKE_ONE.search(name))
+
+
+def says_place(name: str) -> bool:
+    """Whether a column tells which audio a row is, rather than something of it."""
+    return may_be_segment(name) or any(name in COLUMNS[kind] for kind in ("audio", "id", "channel"))

@@ -1,7 +1,7 @@
 """Regular files that hold audio, and addresses: `PATH:OFFSET:SIZE` are bytes of a container, as fairseq writes them.
 
-A member of an uncompressed tar or zip is such bytes, and so is a value in a table. They are read as a file of their own;
-the rest of the container is not. Pipes and devices are not opened.
+A member of an uncompressed tar or zip is such bytes, and so is a value in a table. They are read as a file of their
+own; the rest of the container is not. Pipes and devices are not opened.
 """
 
 import errno
@@ -69,7 +69,7 @@ class AudioRange(AudioFile):
         return super().readinto(memoryview(buffer)[: max(0, self.size - self.tell())])
 
     def find_name(self) -> str:
-        """The name in the tar's header before the bytes, or "": FFmpeg knows a few kinds of files only by their suffix."""
+        """The name in the tar's header before the bytes, or "": FFmpeg knows a few kinds of files by suffix alone."""
         try:
             header = os.pread(self.fileno(), tarfile.BLOCKSIZE, max(0, self.offset - tarfile.BLOCKSIZE))
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")

@@ -6,10 +6,9 @@ name its line. Nothing found in a file is ever run.
 """
 
 import csv
-import json
 import os
 import re
-from collections import Counter
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,6 +20,7 @@ import pyarrow.parquet
 
 from w2v2.data.audio import AUDIO_SUFFIXES
 from w2v2.data.folders import find_audio, read_kaldi
+from w2v2.data.json_rows import read_rows
 from w2v2.errors import UserError, one_line
 
 PACKED_MANIFEST = "manifest.parquet"  # in a folder that pack_audio.py wrote, beside its shards
@@ -57,7 +57,7 @@ def read_table(path: Path, wanted: Callable[[str], bool]) -> RawTable:
     """One manifest file or folder, with the columns whose lower-case name is `wanted`. Raises UserError, with a remedy."""
     if not path.exists():
         raise UserError(f"manifest {path} does not exist: check the path (relative ones start at {os.getcwd()})")
-    if not (read := _read_folder if path.is_dir() else READERS.get(path.suffix.lower())):
+    if not (read := _read_folder if path.is_dir() else READERS.get(_find_suffix(path))):
         kinds = f"{', '.join(READERS)}, .tar, or a folder of audio files"
         raise UserError(f"manifest {path} has the unknown suffix {path.suffix!r}: use {kinds}")
     try:
@@ -66,7 +66,7 @@ def read_table(path: Path, wanted: Callable[[str], bool]) -> RawTable:
         raise UserError(f"manifest {path} holds text that is not UTF-8: save it again with that encoding") from None
     except UnicodeEncodeError as error:
         raise UserError(f"manifest {path}: {error.object!a} is not UTF-8 text: rename it") from None
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
         raise UserError(f"manifest {path} cannot be read ({one_line(error)})") from None
     if not raw.table.num_rows:
         raise UserError(f"manifest {path} is empty: it has no rows; write one for each utterance")
@@ -75,6 +75,10 @@ def read_table(path: Path, wanted: Callable[[str], bool]) -> RawTable:
         raise UserError(f"manifest {path} has more than one column {twice[0]!r}: rename or remove one")
     raw.table = raw.table.rename_columns([name.lower() for name in raw.table.column_names])
     return raw
+
+
+def _find_suffix(path: Path) -> str:
+    return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
 
 
 def _build_table(rows: Iterable[tuple[int | None, dict]], wanted: Callable[[str], bool]) -> pa.Table:
@@ -161,68 +165,47 @@ def _unquote(cell: str) -> str:
 
 
 def _read_json(path: Path, wanted: Callable[[str], bool]) -> RawTable:
-    """A list of rows, SpeechBrain's object of id → row, or a row a line, whichever the suffix (NeMo says .json too)."""
-    found: dict[str, None] = {}
+    found, warnings = {}, []
 
     def rows() -> Iterator[tuple[int | None, dict]]:
-        for line, row in entries:
-            if not isinstance(row, dict):
-                where = f"manifest {path}: " + (f"line {line}" if line else "an entry")
-                raise UserError(f"{where} is not a JSON object {{…}}: write one for each utterance")
+        for line, row in read_rows(path, wanted, warnings):
             found.update(dict.fromkeys(row))
-            for name, cell in list(row.items()):
-                if isinstance(cell, dict) and wanted(name.lower()):
-                    # SpeechBrain's {"file", "start", "stop"} and datasets' {"path", "bytes"}
-                    row |= {key: cell[key] for key in ("start", "stop") if key in cell}
-                    row[name] = cell.get("file") or cell.get("path")
             yield line, row
 
-    with open(path, encoding="utf-8-sig") as file:
-        stripped = filter(None, map(str.strip, file))
-        first, second = next(stripped, ""), next(stripped, "")
-        file.seek(0)
-        if second and first.startswith("{") and first.endswith("}"):
-            entries = ((number, _parse(line, path, number)) for number, line in enumerate(file, 1) if line.strip())
-        else:
-            content = _parse(file.read(), path) if first else []
-            if isinstance(content, dict):
-                by_id = content and all(isinstance(row, dict) for row in content.values())
-                content = [{"id": name, **row} for name, row in content.items()] if by_id else [content]
-            if not isinstance(content, list):
-                raise UserError(
-                    f"manifest {path}: use a list of objects, an object of id → object, or an object a line"
-                )
-            entries = ((None, row) for row in content)
-        table = _build_table(rows(), wanted)
-    return RawTable(path, table, list(found))
-
-
-def _parse(text: str, path: Path, line: int | None = None) -> object:
-    def check_keys(pairs: list[tuple[str, object]]) -> dict:
-        if len(row := dict(pairs)) < len(pairs):
-            key = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            spelled = "|".join(re.escape(json.dumps(key, ensure_ascii=ascii)) for ascii in (False, True))
-            at = [found.start() for found in re.finditer(rf"({spelled})\s*:", text)]
-            raise json.JSONDecodeError(f"the key {key!r} comes twice", text, at[1] if len(at) == 2 else 0)
-        return row
-
-    try:
-        return json.loads(text, object_pairs_hook=check_keys)
-    except (ValueError, RecursionError) as error:  # the latter for brackets in brackets
-        reason = getattr(error, "msg", "nested too deep, or a number too long")
-        where = f"manifest {path}: line {line or getattr(error, 'lineno', 1)}"
-        raise UserError(f"{where} is not valid JSON ({reason}): mend or remove it") from None
+    table = _build_table(rows(), wanted)
+    return RawTable(path, table, list(found), warnings=warnings)
 
 
 def _read_parquet(path: Path, wanted: Callable[[str], bool], root: str = "") -> RawTable:
+    """Its columns as they are; of `{bytes, path}`, as `datasets` writes audio, the paths."""
     with pyarrow.parquet.ParquetFile(path) as file:
         found = file.schema_arrow.names
-        return RawTable(path, file.read([name for name in found if wanted(name.lower())]), found, root)
+        names = [name for name in found if wanted(name.lower())]
+        kinds = {name: file.schema_arrow.field(name).type for name in names}
+        of_audio = [
+            name for name, kind in kinds.items() if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+        ]
+        if any(_holds_values(file, f"{name}.bytes") for name in of_audio):
+            remedy = "give its folder as --dataset_name, or pretrain with --streaming"
+            raise UserError(f"manifest {path} holds the audio itself, in its column {', '.join(of_audio)}: {remedy}")
+        table = file.read([f"{name}.path" if name in of_audio else name for name in names])
+    for name in of_audio:
+        paths = pc.struct_field(table[name], "path")
+        table = table.set_column(table.column_names.index(name), name, paths)
+    return RawTable(path, table, found, root)
+
+
+def _holds_values(file: pyarrow.parquet.ParquetFile, leaf: str) -> bool:
+    """Whether a part of a column is ever not null, by the file's own statistics."""
+    groups = (file.metadata.row_group(group) for group in range(file.num_row_groups))
+    parts = (group.column(column) for group in groups for column in range(group.num_columns))
+    own = [part for part in parts if part.path_in_schema == leaf]
+    return any(part.statistics is None or part.statistics.null_count != part.num_values for part in own)
 
 
 READERS = {
     ".csv": _read_delimited, ".tsv": _read_delimited, ".parquet": _read_parquet,
-    ".json": _read_json, ".jsonl": _read_json, ".ndjson": _read_json,
+    ".json": _read_json, ".jsonl": _read_json, ".ndjson": _read_json, ".json.gz": _read_json, ".jsonl.gz": _read_json,
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """What an uncompressed tar holds: its audio members, where they lie, and what small members tell of them.
 
-A member's key is its name up to the first dot after its folders, as WebDataset has it. Small members of the same key tell
-of it: `.txt` or `.transcript` its text, `.cls` its label, `.json` fields by their names. Headers and these are read, the
-audio is not. What was found is kept in the cache by path, size and time of change.
+A member's key is its name up to the first dot after its folders, as WebDataset has it. Small members of the same key
+tell of it: `.txt` or `.transcript` its text, `.cls` its label, `.json` fields by their names. Headers and these are
+read, the audio is not. What was found is kept in the cache by path, size and time of change.
 """
 
 import hashlib
