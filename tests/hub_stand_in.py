@@ -6,6 +6,10 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, urlsplit
+
+SHA = "0123456789" * 4  # the commit of every data set
 
 
 class HubStandIn(ThreadingHTTPServer):
@@ -20,6 +24,8 @@ class HubStandIn(ThreadingHTTPServer):
         created: what was asked of `create_repo`.
         paths: what was asked for, in order.
         gate: cleared, it holds commits back until it is set.
+        datasets: name of a data set → its files, as `files` of the model; it has one commit.
+        refusals: name of a data set → status, error code and message, as the Hub refuses a gated one or a bad token.
     """
 
     daemon_threads = True
@@ -27,7 +33,7 @@ class HubStandIn(ThreadingHTTPServer):
     def __init__(self, user="speech-lab"):
         super().__init__(("127.0.0.1", 0), _Answers)
         self.user, self.url = user, f"http://127.0.0.1:{self.server_address[1]}"
-        self.files, self.blobs, self.failures = {}, {}, {}
+        self.files, self.blobs, self.failures, self.datasets, self.refusals = {}, {}, {}, {}, {}
         self.commits, self.tokens, self.large, self.created, self.paths = [], set(), (), [], []
         self.gate = threading.Event()
         self.gate.set()
@@ -74,6 +80,9 @@ class _Answers(BaseHTTPRequestHandler):
             repository = "/".join(self.path.split("/")[3:5])
             url = f"{hub.url}/{repository}/commit/{hub.sha}"
             self._answer({"commitUrl": url, "commitOid": hub.sha, "hookOutput": ""})
+        elif listed := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/[^/]+", self.path):
+            paths = json.loads(body)["paths"]
+            self._answer([entry for entry in self._tree(hub.datasets[listed[1]]) if entry["path"] in paths])
         else:
             self._answer({"error": "Not Found"}, 404)
 
@@ -86,6 +95,8 @@ class _Answers(BaseHTTPRequestHandler):
         hub = self.server
         if self._fails():
             return
+        if re.match(r"(/api)?/datasets\b", self.path):
+            return self._show_dataset(urlsplit(self.path))
         resolved = re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", self.path)
         if resolved and resolved[1] in hub.files:
             self._answer(hub.files[resolved[1]])
@@ -101,6 +112,40 @@ class _Answers(BaseHTTPRequestHandler):
             self._answer({"error": "Not Found"}, 404)
 
     do_HEAD = do_GET
+
+    def _show_dataset(self, url):
+        hub = self.server
+        if url.path == "/api/datasets":
+            owner = parse_qs(url.query)["author"][0] + "/"
+            return self._answer([{"id": name} for name in hub.datasets if name.startswith(owner)])
+        name, what, path = re.fullmatch(
+            r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/(resolve|tree|revision)/[^/]+)?/?(.*)", url.path
+        ).groups()
+        files = hub.datasets.get(name)
+        if files is None or name in hub.refusals:
+            status, code, message = hub.refusals.get(name, (404, "RepoNotFound", "Repository not found"))
+            self._answer({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
+        elif what == "tree":
+            below = [entry for entry in self._tree(files) if entry["path"].startswith(path)]
+            if "recursive=true" not in url.query.lower():
+                below = [entry for entry in below if "/" not in entry["path"][len(path) :].strip("/")]
+            self._answer(below)
+        elif what != "resolve":
+            siblings = [{"rfilename": path} for path in files]
+            self._answer({"id": name, "sha": SHA, "siblings": siblings})
+        elif path in files:
+            self._answer(files[path], headers={"X-Repo-Commit": SHA})
+        else:
+            self._answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
+
+    @staticmethod
+    def _tree(files):
+        folders = {str(folder) for path in files for folder in PurePosixPath(path).parents} - {"."}
+        entries = [{"type": "directory", "path": path, "size": 0, "oid": "0"} for path in sorted(folders)]
+        return entries + [
+            {"type": "file", "path": path, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+            for path, body in files.items()
+        ]
 
     def _read(self):
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -137,8 +182,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", self.server.sha)
-        for name, value in (headers or {}).items():
+        for name, value in ({"X-Repo-Commit": self.server.sha} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

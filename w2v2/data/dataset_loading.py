@@ -29,7 +29,7 @@ class DatasetSource:
     text_column: str | None = None  # None: as in manifests
 
     def __str__(self) -> str:
-        return f"{self.name}{f' ({self.config})' if self.config else ''}: {'+'.join(self.splits)}"
+        return f"{self.name}{f' ({self.config})' if self.config else ''} [{'+'.join(self.splits)}]"
 
 
 Manifest = str | DatasetSource  # a manifest or folder of any kind, or splits of a data set
@@ -147,13 +147,13 @@ def _without_torchcodec() -> Iterator[None]:
 def _explain(source: DatasetSource, error: Exception) -> str:
     """What the user can do where a data set does not load."""
     where, text = f"--dataset_name {source.name}", one_line(error)
-    names = re.findall(r"'([^']*)'", text.partition("[")[2])
+    names = re.findall(r"'([^']*)'", text.partition("[")[2].partition("]")[0])
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "gated" in text:
         page = f"{constants.ENDPOINT}/datasets/{source.name}"
         return f"{where}: is gated: accept its terms on {page}, then call {LOGIN}"
     if status in (401, 403) and not isinstance(error, RepositoryNotFoundError):
-        return f"{where}: the Hub does not accept your token: call {LOGIN} again, or remove the token"
+        return f"{where}: the Hub does not accept your token: call {LOGIN} with a new one, or remove it"
     if "Config name is missing" in text:
         return f"{where}: has several configurations: choose one by --dataset_config_name: {say_names(names)}"
     if "BuilderConfig" in text and "not found" in text:
@@ -169,7 +169,7 @@ def _explain(source: DatasetSource, error: Exception) -> str:
         return f"{where}: the Hub cannot be reached ({offline}): {remedy}"
     if isinstance(error, FileNotFoundError) and not Path(source.name).expanduser().is_dir():
         near = say_near(source.name, [*_list_siblings(source.name), *_list_hub(source.name)])
-        return f"{where}: {near}no folder has this name, and no data set of the Hub; if it is private, call {LOGIN}"
+        return f"{where}: is neither a folder nor a data set of the Hub: {near}if it is private, call {LOGIN}"
     return f"{where}: cannot be loaded ({type(error).__name__}: {one_line(error.__cause__ or error)}): mend its files"
 
 
