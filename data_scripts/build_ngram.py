@@ -18,7 +18,7 @@ from corpus_files import Parser, open_atomic
 from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
 from w2v2.data.manifest import COLUMNS
-from w2v2.data.readers import READERS, read_table
+from w2v2.data.readers import READERS, find_suffix, read_table
 from w2v2.data.segments import cast_text
 from w2v2.errors import UserError, number
 from w2v2.evaluate.scores import TARGET_UNITS
@@ -27,7 +27,7 @@ from w2v2.finetune.normalisation import CASES, TextRules, find_case
 
 def read_lines(path: Path) -> Iterable[str]:
     """The sentences of a manifest or a text file, as they are written."""
-    return _read_transcripts(path) if path.is_dir() or path.suffix.lower() in READERS else _read_lines(path)
+    return _read_transcripts(path) if path.is_dir() or find_suffix(path) in READERS else _read_lines(path)
 
 
 def _read_transcripts(path: Path) -> list[str]:

@@ -14,8 +14,8 @@ class DataArguments(DatasetArguments):
 
     train_data: list[str] = flag(
         [],
-        "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Kaldi or audio folders), or one YAML list of sources "
-        "(configs/data/mixed.yaml).",
+        "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Lhotse, Kaldi or audio folders, tars as "
+        "'shards/*.tar' or 'shards/{000..012}.tar'), or one YAML list of sources (configs/data/mixed.yaml).",
     )
     validation_data: list[str] = flag([], "Validation manifests; none: no validation.")
     dataset_split_names: list[str] = flag([], "Splits of the data set to train on (default: train).")

@@ -139,15 +139,17 @@ def test_what_is_passed_over_is_counted(tmp_path):
         assert f"{said}" in lines_of(notes)
 
 
-@pytest.mark.parametrize("place, num_left", [("data", 3), ("header", 3), ("garbage", 3), ("end", 4)])
+@pytest.mark.parametrize("place, num_left", [("data", 3), ("header", 3), ("garbage", 3), ("negative", 3), ("end", 4)])
 def test_a_tar_that_is_cut_short_is_told(tmp_path, place, num_left):
     path = write_tar(tmp_path / "a.tar", [(f"{n}.wav", encode(n, "wav")) for n in range(4)])
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1]
     content = path.read_bytes()
     ends = {"data": last.offset_data + 100, "header": last.offset + 100, "end": last.offset_data + last.size + 512}
-    if place == "garbage":
-        content = content[: last.offset] + b"\x07" * 512 + content[last.offset + 512 :]
+    last.size = -512
+    wrong = {"garbage": b"\x07" * 512, "negative": last.tobuf(tarfile.GNU_FORMAT)}
+    if place in wrong:
+        content = content[: last.offset] + wrong[place] + content[last.offset + 512 :]
     path.write_bytes(content[: ends.get(place)])
     table, _, notes = read_manifests([path])
     assert len(table) == num_left and "1 of 1 tars are cut short" in lines_of(notes)

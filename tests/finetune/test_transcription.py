@@ -81,3 +81,7 @@ def test_subtitles_are_cut_at_pauses_and_lengths(tmp_path):
     write_subtitles(tmp_path, "vtt", lines, table)
     vtt = (tmp_path / "a.vtt").read_text()
     assert vtt.startswith("WEBVTT\n\n1\n00:00:00.000 --> 00:00:06.900\n") and "&lt;TWO&gt;" in vtt
+    members = Dataset.from_dict({"id": ["1", "2", "s/3"], "audio": [f"x/a.tar:{n}:9" for n in range(3)]})
+    lines[2]["id"] = "s/3"
+    assert write_subtitles(tmp_path / "members", "srt", lines, members) == 3
+    assert {path.name for path in (tmp_path / "members").iterdir()} == {"1.srt", "2.srt", "s_3.srt"}

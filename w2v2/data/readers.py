@@ -57,7 +57,7 @@ def read_table(path: Path, wanted: Callable[[str], bool]) -> RawTable:
     """One manifest file or folder, with the columns whose lower-case name is `wanted`. Raises UserError, with a remedy."""
     if not path.exists():
         raise UserError(f"manifest {path} does not exist: check the path (relative ones start at {os.getcwd()})")
-    if not (read := _read_folder if path.is_dir() else READERS.get(_find_suffix(path))):
+    if not (read := _read_folder if path.is_dir() else READERS.get(find_suffix(path))):
         kinds = f"{', '.join(READERS)}, .tar, or a folder of audio files"
         raise UserError(f"manifest {path} has the unknown suffix {path.suffix!r}: use {kinds}")
     try:
@@ -77,7 +77,8 @@ def read_table(path: Path, wanted: Callable[[str], bool]) -> RawTable:
     return raw
 
 
-def _find_suffix(path: Path) -> str:
+def find_suffix(path: Path) -> str:
+    """In lower case, `.jsonl.gz` as one; a key of `READERS`."""
     return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
 
 

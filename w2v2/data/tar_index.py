@@ -29,6 +29,7 @@ MOST_TOLD_BYTES = 1 << 20  # of a member that tells of an utterance
 INDEX = pa.schema([("id", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
                   + [(name, pa.string()) for name in ("text", "label", "fields")])  # fmt: skip
 SCALARS = (str, int, float)
+DAMAGED = (tarfile.TarError, ValueError, OverflowError)  # what tarfile raises on wrong headers
 FORMAT = 1  # of a kept index: raise it when the same tar would give another
 NOTES = {  # on a tar that is not as it should be
     "cut": "are cut short or damaged at a byte, and what lies behind it is missing",
@@ -59,7 +60,7 @@ def index_tar(path: str, cache_dir: str | Path | None = None) -> pa.Table | str:
         return "is a folder, a pipe or a device, not a tar"
     try:
         index = _scan(path)
-    except tarfile.TarError as error:
+    except DAMAGED as error:
         return f"is no tar ({one_line(error)}): check the path, or fetch it again"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
@@ -125,12 +126,12 @@ def _read_members(file, notes: dict) -> Iterator[tarfile.TarInfo]:
     size, end = os.fstat(file.fileno()).st_size, b""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         try:
-            while (member := tar.next()) is not None and member.offset_data + member.size <= size:
+            while (member := tar.next()) is not None and 0 <= member.size <= size - member.offset_data:
                 tar.members.clear()  # tarfile would hold a kilobyte a member
                 if not member.isdir():
                     yield member
             end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)  # of zeros, where all is well
-        except tarfile.TarError:
+        except DAMAGED:
             pass
         if len(end) < tarfile.BLOCKSIZE or any(end):
             notes["cut"] = min(tar.offset, size)

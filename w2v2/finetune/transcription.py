@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import Wav2Vec2Config
 
 from w2v2.data.audio import SAMPLING_RATE
+from w2v2.data.files import split_address
 from w2v2.evaluate import scores
 from w2v2.evaluate.scores import CHARACTERS, NAMES, RATES
 from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE, write_results
@@ -154,16 +155,23 @@ def time_words(units: Sequence[tuple[str, int, int]], unit: str, config: Wav2Vec
 
 
 def write_subtitles(folder: Path, kind: str, lines: Sequence[dict[str, Any]], table: Dataset) -> int:
-    """One file of subtitles for each audio file, or channel of one, of these predictions. Returns their number."""
+    """One file of subtitles for each audio file, or channel of one, of these predictions. Returns their number.
+
+    It has the audio's name, or at an address in a container, which has none, the first utterance's id.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     channels = table["channel"] if "channel" in table.column_names else repeat(None, len(table))
     source_of = dict(zip(table["id"], zip(table["audio"], channels, strict=True), strict=True))
     words: dict[tuple[str, int | None], list[dict]] = {}
+    stems: dict[str, str] = {}
     for line in lines:
-        words.setdefault(source_of[line["id"]], []).extend(line["words"])
+        audio, channel = source_of[line["id"]]
+        words.setdefault((audio, channel), []).extend(line["words"])
+        is_range = split_address(audio)[2] is not None
+        stems.setdefault(audio, line["id"].replace("/", "_") if is_range else Path(audio).stem)
     taken: set[str] = set()
     for (audio, channel), found in words.items():
-        stem = Path(audio).stem + ("" if channel is None else f"_channel{channel}")
+        stem = stems[audio] + ("" if channel is None else f"_channel{channel}")
         name = next(name for name in chain([stem], (f"{stem}_{n}" for n in count(2))) if name not in taken)
         taken.add(name)
         cues = [
