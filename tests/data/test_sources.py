@@ -67,7 +67,7 @@ SLIPS = {
     "- data: a\n  dataset_name: b": "line 2: dataset_name does not go with data",
     "- data: a\n  audio_column_name: b": "line 2: audio_column_name does not go with data",
     "- dataset_name: a\n  data_root: b": "line 2: data_root does not go with dataset_name",
-    "- dataset_name: a/b\n- dataset_name: a/b\n  name: c": "two sources have the data a/b: train: name them once",
+    "- dataset_name: a/b\n- dataset_name: a/b\n  name: c": "two sources have the data a/b [train]: name them once",
     "- data: a\n  nam: b": "line 2: unknown key 'nam': did you mean name?",
     "- data: a\n  sampling: b": "line 2: unknown key 'sampling': a source has name, ",
     "- data: a\n  name: a\n  data: b": "line 3: data comes twice in one source: begin each source with `- `",
