@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from w2v2.data.audio import check_peak, mix_down
 from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
 from w2v2.data.files import split_address
+from w2v2.data.tables import filter_rows
 
 NUM_INSPECTED = 64  # files of a manifest, evenly spread
 INSPECTED_SECONDS = 60.0  # of each of them, from its beginning
@@ -147,7 +148,7 @@ def fill_lengths(
         lengths.append(None if isinstance(length, str) else length - start)
     filled = pc.replace_with_mask(table["num_samples"].combine_chunks(), unknown, pa.array(lengths, pa.int64()))
     table = table.set_column(table.column_names.index("num_samples"), "num_samples", filled)
-    return table.filter(pc.is_valid(filled)), skipped
+    return filter_rows(table, filled.is_valid().to_numpy(zero_copy_only=False)), skipped
 
 
 def _measure(measure: Callable[[str], int], path: str) -> int | str:

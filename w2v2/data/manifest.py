@@ -30,6 +30,7 @@ from w2v2.data.hub_datasets import read_dataset
 from w2v2.data.inspection import NUM_INSPECTED, fill_lengths, measure_lengths
 from w2v2.data.readers import RawTable, read_table
 from w2v2.data.segments import Measure, cast_text, find_extents
+from w2v2.data.tables import BATCH_ROWS, by_batch, filter_rows, find_repeated, take_rows
 from w2v2.errors import UserError, tell
 
 ROOT_MARKER = r"^(\$?\{data_root\}|\$data_root)/+"  # at the head of SpeechBrain's paths
@@ -88,7 +89,7 @@ def read_manifests(
         tell(line)
     for name, table in tables.items():
         some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_INSPECTED)).astype(int))
-        samples[name] = table.take(some).to_pylist()
+        samples[name] = take_rows(table, some)
     table, skipped = fill_lengths(_join(tables, extras), measure, cache_dir)
     if skipped and not len(table):
         first = f"beginning with {skipped[0]['audio']}, which {skipped[0]['reason']}"
@@ -109,33 +110,39 @@ def _interpret(
         raise UserError(f"manifest {raw.path} has no audio column: it has {found}; {remedy}")
     # 1. Text, and the paths of the audio.
     named = [name for name in ("id", *extras) if name in columns]
-    texts = {name: pc.utf8_trim_whitespace(cast_text(raw, columns[name])) for name in named}
+    texts = {name: by_batch(pc.utf8_trim_whitespace, cast_text(raw, columns[name])) for name in named}
     written = cast_text(raw, columns["audio"])  # a file's name may begin with a space
-    raw.refuse(pc.equal(pc.utf8_trim_whitespace(written), ""), "audio", written, "fill it in or remove the row")
+    is_empty = by_batch(lambda paths: pc.equal(pc.utf8_trim_whitespace(paths), ""), written)
+    raw.refuse(is_empty, "audio", written, "fill it in or remove the row")
     if data_root is None:
         marked = pc.match_substring_regex(written, ROOT_MARKER)
         raw.refuse(marked, "audio", written, "pass --data_root with the folder that its beginning stands for")
-    written = pc.replace_substring_regex(written, ROOT_MARKER, "")
+    else:
+        written = by_batch(lambda paths: pc.replace_substring_regex(paths, ROOT_MARKER, ""), written)
     audio = _resolve(raw, written, data_root)
     # 2. Which part of it.
     start, length, warnings = find_extents(raw, audio, set(columns.values()), measure)
-    num_samples = pa.array(np.round(length * SAMPLING_RATE), from_pandas=True).cast(pa.int64())
-    rows = {"audio": audio, "start": start, "num_samples": num_samples}
+    parts = (length[at : at + BATCH_ROWS] for at in range(0, len(length), BATCH_ROWS))
+    counts = [pa.array(np.round(part * SAMPLING_RATE), from_pandas=True).cast(pa.int64()) for part in parts]
+    rows = {"audio": audio, "start": pa.array(start), "num_samples": pa.chunked_array(counts)}
+    del start, length, counts
     if "channel" in columns:
         rows["channel"] = _read_channels(raw, columns["channel"])
     _refuse_equal(raw, pa.table(rows))
-    return pa.table({"id": _name_rows(raw, texts.pop("id", None), written, start)} | rows | texts), warnings
+    return pa.table({"id": _name_rows(raw, texts.pop("id", None), written, rows["start"])} | rows | texts), warnings
 
 
-def _read_channels(raw: RawTable, name: str) -> pa.Array:
+def _read_channels(raw: RawTable, name: str) -> pa.ChunkedArray:
     """Numbers as they are written, letters as -1 (A), -2 (B), …; int32, null where nothing is said."""
-    text = pc.utf8_upper(pc.utf8_trim_whitespace(cast_text(raw, name)))
-    cells = text.to_pandas().str.replace(r"^(?:CHANNEL|CHAN|CH)?[ _-]*([0-9]+)(?:\.0*)?$", r"\1", regex=True)
+    text = by_batch(lambda cells: pc.utf8_upper(pc.utf8_trim_whitespace(cells)), cast_text(raw, name))
+    written = text.unique()  # a few
+    cells = written.to_pandas().str.replace(r"^(?:CHANNEL|CHAN|CH)?[ _-]*([0-9]+)(?:\.0*)?$", r"\1", regex=True)
     letters = {letter: -1 - number for letter, number in LETTERS.items()}
     numbers = cells.map(lambda cell: letters.get(cell, int(cell) if cell.isdecimal() and len(cell) < 4 else None))
-    wrong = numbers.isna() & (cells != "")
-    raw.refuse(pa.array(wrong), name, text, "write a number from 0 or a letter, leave it empty, or rename the column")
-    return pa.array(numbers.astype("Int32"))
+    wrong = written.filter(pa.array(numbers.isna() & (cells != "")))
+    remedy = "write a number from 0 or a letter, leave it empty, or rename the column"
+    raw.refuse(pc.is_in(text, wrong), name, text, remedy)
+    return pa.array(numbers.astype("Int32")).take(pc.index_in(text, written))
 
 
 def _count_channels(tables: dict[str, pa.Table]) -> list[str]:
@@ -157,11 +164,10 @@ def _count_channels(tables: dict[str, pa.Table]) -> list[str]:
 
 def _refuse_equal(raw: RawTable, rows: pa.Table) -> None:
     """Raise UserError where rows say the same audio: columns with another name for the start are the usual cause."""
-    if pc.count_distinct(rows["audio"]).as_py() == len(rows):
-        return
-    again = rows.to_pandas().duplicated()
+    maybe = find_repeated(*rows.columns)
+    again = filter_rows(rows, maybe).to_pandas().duplicated()
     if again.any():
-        row = int(again.argmax())
+        row = int(np.flatnonzero(maybe)[again.argmax()])
         raise UserError(
             f"{raw.path}: {again.sum():,} rows say the same audio, start and length as a row before, the first: {raw.where(row)}, "
             f"{rows['audio'][row]}: remove them, or name the columns of their segments start and stop"
@@ -169,21 +175,27 @@ def _refuse_equal(raw: RawTable, rows: pa.Table) -> None:
 
 
 def _name_rows(
-    raw: RawTable, ids: pa.ChunkedArray | None, written: pa.ChunkedArray, start: np.ndarray
+    raw: RawTable, ids: pa.ChunkedArray | None, written: pa.ChunkedArray, start: pa.Array
 ) -> pa.ChunkedArray:
     """The ids that the manifest gives; or else paths, with their start in samples, numbered where they come twice."""
-    names = ids
-    if ids is None:
-        at = pa.array(np.round(start * SAMPLING_RATE).astype(np.int64)).cast(pa.string())
-        names = pc.if_else(pa.array(start > 0), pc.binary_join_element_wise(written, at, ":"), written)
+
+    def add_start(paths: pa.Array, start: pa.Array) -> pa.Array:
+        at = pa.array(np.round(start.to_numpy() * SAMPLING_RATE).astype(np.int64)).cast(pa.string())
+        return pc.if_else(pc.greater(start, 0), pc.binary_join_element_wise(paths, at, ":"), paths)
+
+    names = by_batch(add_start, written, start) if ids is None else ids
     raw.refuse(pc.equal(names, ""), "id", names, "give every row one, or remove the column")
-    if pc.count_distinct(names).as_py() == len(names):
+    if not (maybe := find_repeated(names)).any():
         return names
-    series = names.to_pandas()
-    nth = pa.array(series.groupby(series).cumcount() + 1)
+    nth, series = np.ones(len(names), np.int64), names.filter(pa.array(maybe)).to_pandas()
+    nth[maybe] = series.groupby(series).cumcount() + 1
     if ids is not None:
-        raw.refuse(pc.greater(nth, 1), "id", names, "an earlier row has it too, make it unique or remove the row")
-    return pc.if_else(pc.equal(nth, 1), names, pc.binary_join_element_wise(names, nth.cast(pa.string()), "#"))
+        raw.refuse(pa.array(nth > 1), "id", names, "an earlier row has it too, make it unique or remove the row")
+
+    def add_number(names: pa.Array, nth: pa.Array) -> pa.Array:
+        return pc.if_else(pc.equal(nth, 1), names, pc.binary_join_element_wise(names, nth.cast(pa.string()), "#"))
+
+    return by_batch(add_number, names, pa.array(nth))
 
 
 def _resolve(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) -> pa.ChunkedArray:
@@ -192,17 +204,25 @@ def _resolve(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) -> 
     raw.refuse(is_url, "audio", written, "download the files of URLs and name those")
     beside = raw.path if raw.path.is_dir() else raw.path.parent
     base = os.path.join(os.path.abspath(beside if data_root is None else data_root), raw.root, "")
-    return pc.if_else(pc.starts_with(written, os.sep), written, pc.binary_join_element_wise(base, written, ""))
+
+    def complete(paths: pa.Array) -> pa.Array:
+        return pc.if_else(pc.starts_with(paths, os.sep), paths, pc.binary_join_element_wise(base, paths, ""))
+
+    return by_batch(complete, written)
 
 
 def _join(tables: dict[str, pa.Table], extras: Sequence[str]) -> pa.Table:
     """All tables in one; an extra column that one of them lacks is "" there."""
     whole = pa.concat_tables(tables.values(), promote_options="default")
     columns = {name: whole[name] for name in OURS[:5] if name in whole.column_names}
-    columns |= {name: pc.fill_null(whole[name], "") for name in extras if name in whole.column_names}
-    if len(tables) > 1 and pc.count_distinct(whole["id"]).as_py() < len(whole):
+    given = [name for name in extras if name in whole.column_names]
+    columns |= {name: by_batch(lambda texts: pc.fill_null(texts, ""), whole[name]) for name in given}
+    if len(tables) > 1 and whole["id"].filter(pa.array(find_repeated(whole["id"]))).to_pandas().duplicated().any():
         stems = [Path(name).absolute().stem for name in tables]
         labels = stems if len(set(stems)) == len(stems) else tables
-        repeated = [pa.repeat(label, len(table)) for label, table in zip(labels, tables.values(), strict=True)]
-        columns["id"] = pc.binary_join_element_wise(pa.chunked_array(repeated), whole["id"], "/")
+        chunks = []
+        for label, table in zip(labels, tables.values(), strict=True):
+            named = by_batch(lambda ids, label=label: pc.binary_join_element_wise(label, ids, "/"), table["id"])
+            chunks += named.chunks
+        columns["id"] = pa.chunked_array(chunks)
     return pa.table(columns)

@@ -11,7 +11,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,11 +20,10 @@ import pyarrow.parquet
 from w2v2.data.audio import AUDIO_SUFFIXES
 from w2v2.data.folders import find_audio, read_kaldi
 from w2v2.data.json_rows import read_rows
+from w2v2.data.tables import BATCH_ROWS, LINE, collect_rows, map_tables
 from w2v2.errors import UserError, one_line
 
 PACKED_MANIFEST = "manifest.parquet"  # in a folder that pack_audio.py wrote, beside its shards
-LINE = "line in the file"  # a column of our own, beside those of the file
-BATCH_ROWS = 65_536  # so many rows exist as Python's objects at a time
 QUOTED = r'"((?:[^"]|"")*)"'
 AUDIO_CELL = re.compile(rf".*({'|'.join(map(re.escape, AUDIO_SUFFIXES))})", re.IGNORECASE)
 CSV_ROW = re.compile(rf' *+({QUOTED}|[^",]*+)(, *+({QUOTED}|[^",]*+))*+')  # possessive: in time linear in its length
@@ -84,14 +82,12 @@ def find_suffix(path: Path) -> str:
 
 def _build_table(rows: Iterable[tuple[int | None, dict]], wanted: Callable[[str], bool]) -> pa.Table:
     """The wanted columns as text, and the lines, of rows given as (line, {name: cell})."""
-    rows, tables = iter(rows), []
-    while batch := list(islice(rows, BATCH_ROWS)):
-        columns = {LINE: pa.array([line for line, _ in batch], pa.int64())}
-        for name in filter(lambda name: wanted(name.lower()), dict.fromkeys(name for _, row in batch for name in row)):
-            cells = (row.get(name) for _, row in batch)
-            columns[name] = pa.array([cell if cell is None else str(cell) for cell in cells], pa.string())
-        tables.append(pa.table(columns))
-    return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+
+    def columns(rows: tuple[dict, ...]) -> Iterator[tuple[str, list[str | None]]]:
+        for name in filter(lambda name: wanted(name.lower()), dict.fromkeys(name for row in rows for name in row)):
+            yield name, [cell if (cell := row.get(name)) is None else str(cell) for row in rows]
+
+    return collect_rows(rows, columns)
 
 
 # -- files
@@ -111,7 +107,7 @@ def _read_delimited(path: Path, wanted: Callable[[str], bool]) -> RawTable:
         else:
             reader = csv.reader(_keep_lines(file, lines), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
 
-        def rows() -> Iterator[tuple[int, dict]]:
+        def rows() -> Iterator[tuple[int, list[str]]]:
             number = 0
             for cells in reader:
                 line = reader.line_num - len(lines) + 1
@@ -123,7 +119,11 @@ def _read_delimited(path: Path, wanted: Callable[[str], bool]) -> RawTable:
                     _check_quotes(path, line, lines, len(found))
                 lines.clear()
                 if cells:
-                    yield line, dict(zip(found, cells if is_csv else map(_unquote, cells), strict=True))
+                    yield line, cells if is_csv else list(map(_unquote, cells))
+
+        def columns(rows: tuple[list[str], ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+            named = dict(zip(found, zip(*rows, strict=True), strict=True))  # of two of a name, `read_table` tells
+            return ((name, cells) for name, cells in named.items() if wanted(name.lower()))
 
         try:
             if is_tsv and "\t" not in first and second.count("\t") == 1:
@@ -135,7 +135,7 @@ def _read_delimited(path: Path, wanted: Callable[[str], bool]) -> RawTable:
                 remedy = f"separate them by {reader.dialect.delimiter!r} in a {path.suffix} file"
                 raise UserError(f"{path}: the cells of its header are separated by {other[0]!r}: {remedy}")
             lines.clear()
-            return RawTable(path, _build_table(rows(), wanted), found, root)
+            return RawTable(path, collect_rows(rows(), columns), found, root)
         except csv.Error as error:
             where = f"{path}: line {reader.line_num - len(lines) + 1}"
             raise UserError(f"{where} does not parse ({error}): mend the quotes in this row") from None
@@ -189,7 +189,11 @@ def _read_parquet(path: Path, wanted: Callable[[str], bool], root: str = "") -> 
         if any(_holds_values(file, f"{name}.bytes") for name in of_audio):
             remedy = "give its folder as --dataset_name, or pretrain with --streaming"
             raise UserError(f"manifest {path} holds the audio itself, in its column {', '.join(of_audio)}: {remedy}")
-        table = file.read([f"{name}.path" if name in of_audio else name for name in names])
+        leaves = [f"{name}.path" if name in of_audio else name for name in names]
+        if not leaves or file.metadata.num_rows <= BATCH_ROWS:
+            table = file.read(leaves)
+        else:
+            table = pa.concat_tables(map_tables(map(pa.table, file.iter_batches(BATCH_ROWS, columns=leaves))))
     for name in of_audio:
         paths = pc.struct_field(table[name], "path")
         table = table.set_column(table.column_names.index(name), name, paths)

@@ -18,6 +18,7 @@ from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, measure_rate
 from w2v2.data.columns import LOOKS_LIKE_ONE, RATE_NAMES, read_name
 from w2v2.data.inspection import NUM_INSPECTED
 from w2v2.data.readers import RawTable
+from w2v2.data.tables import by_batch
 from w2v2.errors import UserError
 
 Measure = Callable[..., dict[str, int | str]]  # `measure_lengths`, its other arguments given
@@ -43,16 +44,16 @@ def find_extents(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Start and length (NaN where unknown) of every row, in seconds; and warnings. `others`: columns of no segment."""
     names, units = _choose_columns(raw, others)
-    nothing, notes = np.full(len(audio), np.nan), []
+    nothing, notes = np.broadcast_to(np.nan, len(audio)), []
     if not names:
         return np.zeros(len(audio)), nothing, notes
     values = {role: cast_numbers(raw, name, *LIMITS[role]) for role, name in names.items()}
     start, stop, duration, frames = (values.get(role, nothing) for role in ("start", "stop", "duration", "frames"))
-    said = np.flatnonzero(~(np.isnan(start) & np.isnan(stop) & np.isnan(duration) & np.isnan(frames)))
-    files = _read_some(audio, said, measure, bool({"frames", ""} & set(units.values())))
+    said = ~(np.isnan(start) & np.isnan(stop) & np.isnan(duration) & np.isnan(frames))
+    files = _read_some(audio, np.flatnonzero(said), measure, bool({"frames", ""} & set(units.values())))
     # 1. The unit of starts and stops whose names tell none, and the rate of what counts frames.
     per_second, rate = {"s": 1.0, "ms": MILLISECONDS}, None
-    duration = duration / per_second[units.get("duration", "s")]
+    duration = duration / per_second[units["duration"]] if "duration" in names else nothing
     if "" in units.values():
         unit, rate, why = _tell_unit(raw, (start, stop, duration), files)
         notes += [f"{raw.path}: {names.get('start', names.get('stop'))} is read as {why}"] if why else []
@@ -60,23 +61,26 @@ def find_extents(
     if "frames" in units.values():
         at_16k = names.get("frames") == "num_samples" and "frames" not in (units.get("start"), units.get("stop"))
         rates = _find_rates(audio, files, measure, SAMPLING_RATE if at_16k else rate)
-        per_second["frames"] = rates = np.where(np.isnan(stated := values.get("rate", nothing)), rates, stated)
+        rates = np.where(np.isnan(values["rate"]), rates, values["rate"]) if "rate" in names else rates
+        per_second["frames"] = rates
         if (odd := np.abs(rates[files.rows] - files.rates) > 0.5).any() and "rate" in names:
-            row, counted = files.rows[odd][0], f"frames are counted by {names['rate']}, which is not that of the files"
-            example = f"{raw.where(row)}: {rates[row]:g}, the file has {files.rates[odd][0]:g}"
-            notes.append(f"{raw.path}: {counted} ({example})")
+            example = f"{raw.where(row := files.rows[odd][0])}: {rates[row]:g}, the file has {files.rates[odd][0]:g}"
+            notes.append(
+                f"{raw.path}: frames are counted by {names['rate']}, which is not that of the files ({example})"
+            )
     # 2. Everything in seconds.
-    start, stop = np.nan_to_num(start) / per_second[units.get("start", "s")], stop / per_second[units.get("stop", "s")]
+    start = np.nan_to_num(start) / per_second[units["start"]] if "start" in names else np.zeros(len(audio))
     length = np.where(np.isnan(duration), frames / per_second["frames"], duration) if "frames" in names else duration
-    between = stop - start
-    if (early := between < 1 / SAMPLING_RATE).any():
-        raw.refuse(pa.array(early), names["stop"], raw.table[names["stop"]], "it has to come after the start")
     # 3. What lies between start and stop; a duration that says the same may be finer.
-    if (differs := np.abs(between - length) > 0.1).any():
-        example = f"{raw.where(row := int(differs.argmax()))}: {between[row]:g} s, not {length[row]:g} s"
-        notes.append(f"{raw.path}: {differs.sum():,} rows last from start to stop, not their duration ({example})")
-    own = ~np.isnan(between) & (np.isnan(length) | differs | (units.get("stop") == "frames"))
-    length = np.where(own, between, length)
+    if "stop" in names:
+        between = stop / per_second[units["stop"]] - start
+        column, early = raw.table[names["stop"]], pa.array(between < 1 / SAMPLING_RATE)
+        raw.refuse(early, names["stop"], column, "it has to come after the start")
+        if (differs := np.abs(between - length) > 0.1).any():
+            example = f"{raw.where(row := int(differs.argmax()))}: {between[row]:g} s, not {length[row]:g} s"
+            notes.append(f"{raw.path}: {differs.sum():,} rows last from start to stop, not their duration ({example})")
+        own = ~np.isnan(between) & (np.isnan(length) | differs | (units["stop"] == "frames"))
+        length = np.where(own, between, length)
     return start, length, notes + _compare(raw, start, length, files, names)
 
 
@@ -104,7 +108,7 @@ def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], di
 def cast_text(raw: RawTable, name: str) -> pa.ChunkedArray:
     """A column as text, "" for nothing."""
     try:
-        return pc.fill_null(raw.table[name].cast(pa.string()), "")
+        return by_batch(lambda cells: pc.fill_null(cells.cast(pa.string()), ""), raw.table[name])
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         kind = f"the column {name} holds {raw.table[name].type}"
         raise UserError(f"manifest {raw.path}: {kind}, where text is expected: write it as text") from None
@@ -128,7 +132,7 @@ def cast_numbers(raw: RawTable, name: str, least: float, most: float) -> np.ndar
 def _read_some(audio: pa.ChunkedArray, rows: np.ndarray, measure: Measure, with_rates: bool) -> Files:
     """A few of the `rows`, evenly spread."""
     rows = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(len(rows), NUM_INSPECTED)).astype(int))]
-    paths = audio.take(rows).to_pylist()
+    paths = [audio[int(row)].as_py() for row in rows]
     found = measure([*{*paths}]), measure([*{*paths}], **RATES) if with_rates else {}
     values = [[n if isinstance(n := numbers.get(path), int) else np.nan for path in paths] for numbers in found]
     return Files(rows, np.array(values[0], float) / SAMPLING_RATE, np.array(values[1], float))
@@ -138,10 +142,11 @@ def _find_rates(audio: pa.ChunkedArray, files: Files, measure: Measure, told: fl
     """Frames a second of every row: `told` by durations, or the file's own; 16,000 where it cannot be read."""
     own = np.unique(files.rates[~np.isnan(files.rates)])
     if told or len(own) < 2:
-        return np.full(len(audio), told or (own[0] if len(own) else SAMPLING_RATE), float)
-    paths = audio.to_pylist()
-    found = measure(list(dict.fromkeys(paths)), **RATES)
-    return np.array([rate if isinstance(rate := found[path], int) else SAMPLING_RATE for path in paths], float)
+        return np.broadcast_to(float(told or (own[0] if len(own) else SAMPLING_RATE)), len(audio))
+    found = measure(audio.unique().to_pylist(), **RATES)
+    return np.array(
+        [rate if isinstance(rate := found[path], int) else SAMPLING_RATE for path in audio.to_pylist()], float
+    )
 
 
 def _tell_unit(raw: RawTable, times: tuple[np.ndarray, ...], files: Files) -> tuple[str, float | None, str]:

@@ -27,6 +27,7 @@ import yaml
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.dataset_loading import DatasetSource, Manifest
 from w2v2.data.manifest import EXTRAS, read_manifests
+from w2v2.data.tables import by_batch
 from w2v2.errors import UserError, missed_range, tell
 
 SUFFIXES = (".yaml", ".yml")
@@ -83,7 +84,7 @@ def read_sources(
             source.data, data_root=source.data_root or data_root, cache_dir=cache_dir
         )
         source.num_rows, source.num_unreadable = len(table), len(unmeasured)
-        ids = pc.binary_join_element_wise(source.name, table["id"], "/")
+        ids = by_batch(lambda ids, name=source.name: pc.binary_join_element_wise(name, ids, "/"), table["id"])
         tables.append(table.set_column(table.column_names.index("id"), "id", ids))
         skipped += [row | {"id": f"{source.name}/{row['id']}"} for row in unmeasured]
         warnings += notes["warnings"]
@@ -91,7 +92,8 @@ def read_sources(
         samples[source.name] = [row for rows in notes["samples"].values() for row in rows]
     table = pa.concat_tables(tables, promote_options="default")
     for name in filter(table.column_names.__contains__, EXTRAS):
-        table = table.set_column(table.column_names.index(name), name, pc.fill_null(table[name], ""))
+        filled = by_batch(lambda texts: pc.fill_null(texts, ""), table[name])
+        table = table.set_column(table.column_names.index(name), name, filled)
     notes = {"warnings": warnings, "passed_over": dict(passed_over), "samples": samples, "sources": sources}
     return table, skipped, notes
 

@@ -19,17 +19,17 @@ import pyarrow.compute as pc
 from datasets.table import MemoryMappedTable
 
 from w2v2.data.audio import SAMPLING_RATE, AudioError, is_compressed, read_crop
-from w2v2.data.batching import crop_length
+from w2v2.data.batching import CHUNK, crop_length
 from w2v2.data.collate import Framing
 from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.data.inspection import INSPECTED_SECONDS, NUM_INSPECTED, SILENCE, inspect_files
 from w2v2.data.manifest import read_manifests
 from w2v2.data.sources import Source, count_utterances, is_sources_file, read_sources
+from w2v2.data.tables import BATCH_ROWS, cut_table, filter_rows
 from w2v2.errors import UserError, tell
 
 SLOW_SECONDS = 300.0  # into a compressed file, beyond which packing is advised
 NUM_DECODED = 16  # files that are decoded to find out whether the data is silence
-BATCH_ROWS = 65_536  # of the table in a record batch
 MOST_SAMPLES = 2**31 - 1  # of an utterance: lengths are int32, and offsets of crops are drawn below 2³¹
 
 
@@ -64,20 +64,23 @@ def load_manifest(
     return map_table(table, cache_dir), skipped
 
 
-def map_table(table: pa.Table, cache_dir: str | Path | None) -> datasets.Dataset:
-    """The same rows, memory-mapped from a file in `cache_dir`, or in memory where that is None.
+def map_table(table: pa.Table, cache_dir: str | Path | None, kept: np.ndarray | None = None) -> datasets.Dataset:
+    """The rows where `kept`, (rows,) bool, is true, memory-mapped from a file in `cache_dir`.
+
+    Where that is None, they stay as `tables` holds them.
 
     The digest of its content names the file, so that processes that start together share it. Each writes it aside and
     renames it when it has reached the disk.
     """
     if cache_dir is None:
-        return datasets.Dataset(table)
+        return datasets.Dataset(table if kept is None else filter_rows(table, kept))
     aside = Path(cache_dir, f"utterances-{uuid4().hex}.tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(aside, "w+b") as file:
             with pa.ipc.new_stream(file, table.schema) as stream:
-                stream.write_table(table, max_chunksize=BATCH_ROWS)
+                for part in cut_table(table, kept):
+                    stream.write_table(part, max_chunksize=BATCH_ROWS)
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
@@ -106,9 +109,11 @@ def load_utterances(manifests: Sequence[Manifest], args, framing: Framing) -> tu
     least = max(math.ceil(args.min_seconds * SAMPLING_RATE), framing.min_samples)
     most = MOST_SAMPLES if args.max_seconds is None else min(args.max_seconds * SAMPLING_RATE, MOST_SAMPLES)
     crop = round(args.crop_seconds * SAMPLING_RATE), round(args.length_grid_seconds * SAMPLING_RATE)
-    heard = crop_length(num_samples, *crop)
-    short = (num_samples < least) | (heard < framing.min_samples)
-    long = num_samples > most
+    heard = np.empty(len(num_samples), np.int32)
+    for at in range(0, len(num_samples), CHUNK):
+        part = slice(at, at + CHUNK)
+        heard[part] = np.minimum(crop_length(num_samples[part], *crop), MOST_SAMPLES)
+    short, long = (num_samples < least) | (heard < framing.min_samples), num_samples > most
     kept = ~short & ~long
     dropped = {"too_short": int(short.sum()), "too_long": int(long.sum()), "unreadable": len(unmeasured)}
     if not kept.any():
@@ -121,22 +126,28 @@ def load_utterances(manifests: Sequence[Manifest], args, framing: Framing) -> tu
         )
     count_utterances(notes.get("sources", []), kept, num_samples, heard)
     # 2. Keep the others: their lengths in memory, the rest in a file.
-    data = map_table(table if kept.all() else table.filter(pa.array(kept)), None if args.dry_run else cache_dir)
+    lengths = num_samples.astype(np.int32)[kept]  # what wraps around is too long, and left out
+    del num_samples, heard
+    data = map_table(table, None if args.dry_run else cache_dir, None if kept.all() else kept)
     del table
-    pa.default_memory_pool().release_unused()  # Arrow would keep a hundred bytes an utterance for the next table
-    return Utterances(data, num_samples[kept].astype(np.int32), dropped, **notes), unmeasured
+    pa.default_memory_pool().release_unused()  # Arrow would keep some of it for the next table
+    return Utterances(data, lengths, dropped, **notes), unmeasured
 
 
 def tell_slow_crops(table: pa.Table) -> list[str]:
     """A warning that is also told, where crops lie deep in compressed files: each decodes its file from the beginning."""
-    ends = pc.add(table["start"], pc.divide(pc.cast(table["num_samples"], pa.float64()), float(SAMPLING_RATE)))
-    deep = table["audio"].filter(pc.greater(ends, SLOW_SECONDS))
-    slow = deep.filter(pc.is_in(deep, pa.array(list(filter(is_compressed, deep.unique().to_pylist())), deep.type)))
-    if not len(slow):
+    num_slow, first = 0, None
+    for batch in table.select(["audio", "start", "num_samples"]).to_batches(BATCH_ROWS):
+        audio, start, num_samples = batch.columns
+        ends = pc.add(start, pc.divide(pc.cast(num_samples, pa.float64()), float(SAMPLING_RATE)))
+        deep = audio.filter(pc.greater(ends, SLOW_SECONDS))
+        slow = deep.filter(pc.is_in(deep, pa.array(list(filter(is_compressed, deep.unique().to_pylist())), deep.type)))
+        num_slow, first = num_slow + len(slow), first or (slow[0].as_py() if len(slow) else None)
+    if not num_slow:
         return []
     line = (
-        f"{len(slow):,} of {len(table):,} utterances end more than {SLOW_SECONDS / 60:g} minutes into a compressed file, the first "
-        f"in {slow[0]}: each of their crops decodes the file from its beginning, which is slow; data_scripts/pack_audio.py "
+        f"{num_slow:,} of {len(table):,} utterances end more than {SLOW_SECONDS / 60:g} minutes into a compressed file, the first "
+        f"in {first}: each of their crops decodes the file from its beginning, which is slow; data_scripts/pack_audio.py "
         "writes them to WAV shards once"
     )
     tell(line)

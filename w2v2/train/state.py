@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -168,8 +170,10 @@ def hash_ids(train_data: Sequence[str], table: Dataset) -> str:
     names = [os.path.basename(os.path.abspath(folder)) + "/\0" for folder in folders]
     digest, ids = hashlib.sha256("".join(names).encode()), table.data.column("id")
     for first in range(0, len(ids), CHUNK):
-        names = ids[first : first + CHUNK].to_pylist()
-        digest.update("".join(name + "\0" for name in names).encode())
+        for names in ids.slice(first, CHUNK).chunks:
+            joined = pc.binary_join(pa.ListArray.from_arrays([0, len(names)], names), "\0")[0]
+            digest.update(joined.as_buffer())
+            digest.update(b"\0")
     return digest.hexdigest()[:16]
 
 
