@@ -119,10 +119,12 @@ def _find_absent(path: str) -> AudioError | None:
 
 
 def _find_misfit(row: dict, seconds: float) -> str | None:
-    """Why a row's start and duration do not fit its file."""
-    start, duration = row.get("start", 0.0), row.get("duration", seconds)
-    differs = start + duration > seconds + TOLERANCE or ("start" not in row and duration < seconds - TOLERANCE)
-    return f"lasts {seconds:.2f} s, where {start + duration:.2f} s are said of it" if differs else None
+    """Why what a row says does not fit its file: `duration` of all of it, or what ends at `start` + it, or at `stop`."""
+    stop = row.get("stop", row.get("start", 0.0) + row.get("duration", seconds))
+    is_short = stop < seconds - TOLERANCE and not {"start", "stop"} & row.keys()
+    return (
+        f"lasts {seconds:.2f} s, where {stop:.2f} s are said of it" if is_short or stop > seconds + TOLERANCE else None
+    )
 
 
 def measure_usable(rows: list[dict], args, unusable: Sequence[AudioError] = ()) -> list[dict]:

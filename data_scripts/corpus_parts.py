@@ -11,7 +11,6 @@ from pathlib import Path
 import yaml
 from corpus_files import COLUMNS, list_unusable, measure, open_atomic, write_manifest
 
-from w2v2.data.audio import AudioError
 from w2v2.errors import UserError, printable
 
 NUM_NAMED = 5  # faulty parts that an error names
@@ -30,7 +29,7 @@ class Part:
     tolerance: float = 0.005  # of the hours, relative
     sample: int | None = None  # see `measure`
     faults: list[str] = field(default_factory=list)  # what is not as it should be, in words
-    cut: Callable[[dict], list[dict]] | None = None  # a measured file → its utterances, or AudioError
+    cut: Callable[[dict], Iterable[dict]] | None = None  # a measured row → rows of the manifest, as they are written
 
     def add_fault(self, cases: Sequence, what: str) -> None:
         """Such as `3 utterances without transcript, the first: …`; nothing where there are no cases."""
@@ -49,24 +48,25 @@ def find_root(folder: Path, names: Iterable[str], inner: str) -> Path:
     raise UserError(f"{folder}: holds none of {', '.join(names)}: give the folder that the archives unpack to")
 
 
-def write_parts(parts: Iterable[Part], args, combined: Mapping[Path, Sequence[Path]] | None = None) -> list[Path]:
+def write_parts(parts: Iterable[Part], args, combined: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
     """Measure, check and write every part that is whole, or with --allow_incomplete whatever is there.
 
-    `combined` are manifests that join others. Returns what was written. UserError names the parts that are not whole,
-    after the whole ones were written.
+    `combined` names manifests of --output_dir that join others. Returns what was written. UserError names the parts
+    that are not whole, after the whole ones were written.
     """
-    combined = combined or {}
-    rows, faults, joined = {}, [], {path for pieces in combined.values() for path in pieces}
+    rows, faults, joined = {}, [], {name for names in (combined or {}).values() for name in names}
     for part in parts:
         found = _check(part, args)
         if found and (args.allow_incomplete or not part.faults):
-            write_manifest(part.manifest, found, part.columns)
-            rows[part.manifest] = found if part.manifest in joined else []
+            pieces = (piece for row in found for piece in part.cut(row)) if part.cut else found
+            write_manifest(part.manifest, pieces, part.columns)
+            rows[part.manifest] = found if part.manifest.stem in joined else []
         else:
             part.manifest.unlink(missing_ok=True)
         if part.faults:
             faults.append(f"{'/'.join(part.manifest.with_suffix('').parts[-2:])}: {', '.join(part.faults)}")
-    for path, pieces in combined.items():
+    for name, names in (combined or {}).items():
+        path, pieces = args.output_dir / f"{name}.csv", [args.output_dir / f"{name}.csv" for name in names]
         if rows.keys() >= {*pieces}:
             write_manifest(path, [row for piece in pieces for row in rows[piece]])
             rows[path] = []
@@ -82,17 +82,10 @@ def write_parts(parts: Iterable[Part], args, combined: Mapping[Path, Sequence[Pa
 
 
 def _check(part: Part, args) -> list[dict]:
-    """The utterances of a part that can be used; what is wrong with the others is added to its faults."""
+    """Rows of the usable files of a part, measured; what is wrong with the others is added to its faults."""
     total = len(part.rows)
     found, errors = measure(part.rows, part.root, part.manifest, args.num_workers, part.sample)
     hours = sum(row["duration"] for row in found) / 3600
-    if part.cut:
-        files, found = found, []
-        for row in files:
-            try:
-                found += part.cut(row)
-            except AudioError as error:
-                errors.append(error)
     if part.utterances and total != part.utterances:
         part.faults.insert(0, f"{total:,} of {part.utterances:,} utterances found")
     part.add_fault(errors, "unusable files")

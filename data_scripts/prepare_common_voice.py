@@ -11,8 +11,8 @@ language becomes
     LANGUAGE/pretrain.csv                   the same without text, for pretraining
     sources.yaml                            the pretrain.csv of all languages, to be mixed
 
-Pretraining hears the clips of --pretrain_from, but no clip of dev.tsv or test.tsv, and none of their speakers: most of
-these have more clips in validated.tsv and other.tsv. What that leaves out is counted.
+Pretraining hears the clips of --pretrain_from, but no clip of dev.tsv or test.tsv, nor another of their speakers, who
+often have more in validated.tsv and other.tsv (--keep_speakers takes these). What that leaves out is counted.
 
 Durations come from clip_durations.tsv (releases from 16.1 on), which a sample of the clips is held against; older
 releases, and --measure_all, have every clip decoded. An interrupted run goes on.
@@ -107,22 +107,24 @@ class Language:
         return kept
 
 
-def choose_clips(language: Language, lists: list[str], held_out: list[dict]) -> list[dict]:
-    """Each clip of the lists once, but those of dev and test and all of their speakers; what that leaves out is told."""
+def choose_clips(language: Language, held_out: list[dict], args) -> list[dict]:
+    """Each clip of --pretrain_from once, but those of dev and test and of their speakers; what that leaves out is told."""
     clips, speakers = {row["id"] for row in held_out}, {row["speaker"] for row in held_out}
     chosen, left_out = {}, Counter()
-    for row in (row for name in lists for row in language.read(name)):
+    for row in (row for name in args.pretrain_from for row in language.read(name)):
         if row["id"] in clips:
             left_out["clips of dev and test"] += 1
-        elif row["speaker"] in speakers:
+        elif row["speaker"] in speakers and not args.keep_speakers:
             left_out[f"more of their {len(speakers):,} speakers"] += 1
         elif row["id"] in chosen:
             left_out["listed before"] += 1
         else:
             chosen[row["id"]] = row
     told = ", ".join(f"{count:,} {why}" for why, count in left_out.items()) or "nothing"
-    heard = len({row["speaker"] for row in chosen.values()})
-    print(f"{language.name}: {', '.join(lists)}: {len(chosen):,} clips of {heard:,} speakers; left out: {told}")
+    heard = {row["speaker"] for row in chosen.values()}
+    shared = f", {len(heard & speakers):,} of them in dev or test" if args.keep_speakers else ""
+    what = f"{len(chosen):,} clips of {len(heard):,} speakers{shared}"
+    print(f"{language.name}: {', '.join(args.pretrain_from)}: {what}; left out: {told}")
     return list(chosen.values())
 
 
@@ -131,7 +133,7 @@ def find_parts(args) -> Iterator[Part]:
     for language in (Language(folder, args.measure_all) for folder in find_languages(args)):
         splits = {name: language.read(name) for name in SPLITS}
         num_splits = Counter(row["id"] for rows in splits.values() for row in rows)
-        splits["pretrain"] = choose_clips(language, args.pretrain_from, splits["dev"] + splits["test"])
+        splits["pretrain"] = choose_clips(language, splits["dev"] + splits["test"], args)
         for name, rows in splits.items():
             path = args.output_dir / language.name / f"{name}.csv"
             part = Part(path, language.folder, rows, COLUMNS, sample=language.sample)
@@ -163,6 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--languages", nargs="+", metavar="LANGUAGE", help="(default: all there)")
     help_ = "lists whose clips are for pretraining"
     parser.add_argument("--pretrain_from", nargs="+", choices=LISTS, default=["validated", "other"], help=help_)
+    help_ = "let pretraining hear other clips of speakers in dev and test"
+    parser.add_argument("--keep_speakers", action="store_true", help=help_)
     parser.add_argument("--measure_all", action="store_true", help=f"decode every clip rather than trust {DURATIONS}")
     parser.add_allow_incomplete()
     return parser.run(prepare, argv)

@@ -20,90 +20,84 @@ text. Hours are held against the release's figures; every recording needs its .j
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
+from math import ceil
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from corpus_files import COLUMNS, Parser
+import numpy as np
+from corpus_files import Parser
 from corpus_parts import Part, find_root, write_parts
 from prepare_librispeech import scan_chapters
+from tqdm import tqdm
 
-from w2v2.data.audio import AudioError
-from w2v2.data.segments import TOLERANCE
 from w2v2.errors import number
 
 KNOWN = {"small": 577, "medium": 5_193, "large": 51_934, "duplicate": None}  # hours of the recordings
 HOURS_TOLERANCE = 0.01
 LABELLED = "librispeech_finetuning"
 FOLDERS = {f"10min-{fold}": f"1h/{fold}" for fold in range(6)} | {"9h": "9h"}
-COMBINED = {"1h": [f"10min-{fold}" for fold in range(6)]} | {"10h": [*FOLDERS]}
+COMBINED = {"1h": [f"10min-{fold}" for fold in range(6)], "10h": [*FOLDERS]}
+RECORDINGS = ("id", "audio", "duration", "speaker")
 UTTERANCES = ("id", "audio", "start", "duration", "speaker")
-NEXT = "go on with data_scripts/segment.py, which cuts recordings into utterances"
+SHORTEST = 0.02  # seconds of speech
 
 
-def read_activity(path: Path) -> list[list[float]] | None:
-    """Starts and ends of speech, in seconds, by a recording's .json; None where there is none that can be read."""
+def read_activity(recording: Path) -> list[tuple[float, float]] | None:
+    """Starts and ends of speech, in seconds, by the .json of a recording; None where none can be read."""
     try:
-        stretches = [(float(start), float(end)) for start, end in json.loads(path.read_bytes())["voice_activity"]]
+        activity = json.loads(recording.with_suffix(".json").read_bytes())["voice_activity"]
+        stretches = [(float(start), float(end)) for start, end in activity]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return sorted((start, end) for start, end in stretches if 0 <= start < end)
+    return sorted((start, end) for start, end in stretches if 0 <= start <= end - SHORTEST)
 
 
-def join_stretches(stretches: list, most_seconds: float, most_pause: float) -> list[tuple[float, float]]:
-    """Starts and ends of utterances: neighbours joined while they fit, what is longer in equal parts."""
+def join_stretches(stretches: list[tuple[float, float]], most_seconds: float, most_pause: float) -> np.ndarray:
+    """Starts and ends of utterances, (n, 2): neighbours joined while they fit, what is longer in equal parts."""
     joined: list[tuple[float, float]] = []
     for start, end in stretches:
         if joined and start - joined[-1][1] <= most_pause and end - joined[-1][0] <= most_seconds:
             joined[-1] = joined[-1][0], max(end, joined[-1][1])
         else:
             joined.append((start, end))
-    cut = []
-    for start, end in joined:
-        parts = max(1, -int(-(end - start) // most_seconds))
-        cut += [(start + (end - start) * n / parts, start + (end - start) * (n + 1) / parts) for n in range(parts)]
-    return cut
+    bounds = [np.linspace(start, end, 1 + max(1, ceil((end - start) / most_seconds))) for start, end in joined]
+    return np.concatenate([np.empty((0, 2)), *(np.column_stack([points[:-1], points[1:]]) for points in bounds)])
 
 
-def cut_recording(row: dict, args) -> list[dict]:
-    """The utterances of a recording. AudioError where its speech goes on after its end."""
-    stretches = row.pop("activity")
-    if stretches and stretches[-1][1] > row["duration"] + TOLERANCE:
-        said = f"lasts {row['duration']:.2f} s, where its .json has speech until {stretches[-1][1]:.2f} s"
-        raise AudioError(row["audio"], said)
-    rows = []
-    for number_, (start, end) in enumerate(join_stretches(stretches, args.most_seconds, args.most_pause)):
-        own = {"id": f"{row['id']}-{number_:04d}", "start": round(start, 3), "duration": round(end - start, 3)}
-        rows.append(row | own)
-    return rows
+def cut_recording(row: dict) -> Iterator[dict]:
+    """A row for each utterance of a recording."""
+    for place, (start, end) in enumerate(row["utterances"].round(3).tolist()):
+        own = {"id": f"{row['id']}-{place:04d}", "audio": row["audio"], "speaker": row["speaker"]}
+        yield own | {"start": start, "duration": round(end - start, 3)}
 
 
 def scan_recordings(root: Path, name: str, args) -> Part:
-    """A row for each recording of a subset, with its voice activity, and what is wrong with the subset."""
-    audio = [path.relative_to(root) for path in sorted((root / name).glob("*/*/*.flac"))]
-    rows = [
-        {"id": p.relative_to(name).with_suffix("").as_posix(), "audio": p.as_posix(), "speaker": p.parts[1]}
-        for p in audio
-    ]
-    known = {"hours": KNOWN[name], "tolerance": HOURS_TOLERANCE}
+    """A row for each recording of a subset, with its utterances, and what is wrong with the subset."""
+    files = sorted((root / name).glob("*/*/*.flac"))
+    part = Part(args.output_dir / f"{name}.csv", root, [], RECORDINGS, hours=KNOWN[name], tolerance=HOURS_TOLERANCE)
+    for file in files:
+        path = file.relative_to(root)
+        row = {"id": path.relative_to(name).with_suffix("").as_posix(), "audio": path.as_posix()}
+        part.rows.append(row | {"speaker": path.parts[1]})
     if args.whole_files:
-        columns = [column for column in COLUMNS if column != "text"]
-        return Part(args.output_dir / f"{name}.csv", root, rows, columns, **known)
+        return part
     with ThreadPool(32) as pool:  # network storage answers many at once
-        found = pool.map(read_activity, [(root / path).with_suffix(".json") for path in audio], 16)
-    part = Part(args.output_dir / f"{name}.csv", root, [], UTTERANCES, **known, cut=partial(cut_recording, args=args))
-    part.rows = [
-        row | {"activity": activity} for row, activity in zip(rows, found, strict=True) if activity is not None
-    ]
-    unread = [
-        path.with_suffix(".json").as_posix() for path, activity in zip(audio, found, strict=True) if activity is None
-    ]
+        found = tqdm(pool.imap(read_activity, files, 16), "Reading voice activity", len(files), disable=None)
+        unread, mute = [], 0
+        for row, stretches in zip(part.rows, found, strict=True):
+            if stretches is None:
+                unread.append(f"{row['audio'].removesuffix('.flac')}.json")
+                continue
+            mute += not stretches
+            row["utterances"] = join_stretches(stretches, args.most_seconds, args.most_pause)
+            row["stop"] = max((end for _, end in stretches), default=0.0)
+    part.rows = [row for row in part.rows if "utterances" in row]
+    part.columns, part.cut = UTTERANCES, cut_recording
     part.add_fault(unread, "recordings whose .json is missing or damaged (--whole_files needs none)")
-    silent = sorted({*(root / name).glob("*/*/*.json")} - {(root / path).with_suffix(".json") for path in audio})
-    part.add_fault([path.relative_to(root).as_posix() for path in silent], "recordings without audio")
-    mute = sum(not activity for activity in found if activity is not None)
+    silent = {path.with_suffix(".flac") for path in (root / name).glob("*/*/*.json")} - {*files}
+    part.add_fault(sorted(path.relative_to(root).as_posix() for path in silent), "recordings missing, with a .json")
     if mute:
-        print(f"{name}: {mute:,} of {len(audio):,} recordings hold no speech by their .json", file=sys.stderr)
+        print(f"{name}: {mute:,} of {len(files):,} recordings hold no speech by their .json", file=sys.stderr)
     return part
 
 
@@ -120,25 +114,17 @@ def find_parts(root: Path, args) -> Iterator[Part]:
 def prepare(args) -> None:
     """The whole job. UserError names every subset that is not whole, after the whole ones were written."""
     root = find_root(args.folder, [*KNOWN, LABELLED], "librilight")
-    is_labelled = (root / LABELLED).is_dir()
-    combined = {
-        args.output_dir / f"{name}.csv": [args.output_dir / f"{part}.csv" for part in parts]
-        for name, parts in COMBINED.items()
-    }
-    written = write_parts(find_parts(root, args), args, combined if is_labelled else {})
-    recordings = [str(path) for path in written if path.stem in KNOWN]
-    if args.whole_files and recordings:
-        print(f"{', '.join(recordings)}: whole recordings: {NEXT}")
+    written = write_parts(find_parts(root, args), args, COMBINED if (root / LABELLED).is_dir() else {})
+    if args.whole_files and (recordings := [str(path) for path in written if path.stem in KNOWN]):
+        print(f"cut these whole recordings by data_scripts/segment.py: {', '.join(recordings)}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_corpus("folder that the archives are unpacked into", "--output_dir")
-    seconds = number(float, above=0)
-    parser.add_argument("--most_seconds", type=seconds, default=20.0, help="longest utterance")
-    parser.add_argument(
-        "--most_pause", type=number(float, min=0), default=1.0, help="longest pause within one, in seconds"
-    )
+    least, seconds = number(float, min=1), number(float, min=0)
+    parser.add_argument("--most_seconds", type=least, default=20.0, help="longest utterance")
+    parser.add_argument("--most_pause", type=seconds, default=1.0, help="longest pause within one, in seconds")
     parser.add_argument("--whole_files", action="store_true", help="a row for each recording, uncut")
     parser.add_allow_incomplete()
     return parser.run(prepare, argv)

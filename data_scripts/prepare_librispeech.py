@@ -67,8 +67,7 @@ def find_parts(args) -> Iterator[Part]:
 
 def prepare(args) -> None:
     """The whole job. UserError names every subset that is not whole, after the whole ones were written."""
-    paths = {name: [args.output_dir / f"{part}.csv" for part in parts] for name, parts in COMBINED.items()}
-    write_parts(find_parts(args), args, {args.output_dir / f"{name}.csv": parts for name, parts in paths.items()})
+    write_parts(find_parts(args), args, COMBINED)
 
 
 def main(argv: list[str] | None = None) -> int:

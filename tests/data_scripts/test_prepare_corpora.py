@@ -25,6 +25,7 @@ from test_prepare import rows_of, run, write_audio
 
 from w2v2.data.audio import SAMPLING_RATE, measure_length
 from w2v2.data.manifest import read_manifests
+from w2v2.data.sources import read_sources
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +119,15 @@ def test_common_voice_keeps_dev_and_test_out_of_pretraining(release, tmp_path, c
     assert "text" not in rows_of(lists / "sw" / "pretrain.csv")[0]
     sources = yaml.safe_load((lists / "sources.yaml").read_text())
     assert sources == [dict(name=n, language=n, data=f"{n}/pretrain.csv") for n in ("sw", "zh-CN")]
-    table, skipped, _ = read_manifests([str(lists / "sw" / "pretrain.csv")])
-    assert table["num_samples"].to_pylist() == [20_000, 12_000, 32_000] and not skipped
+    table, skipped, _ = read_sources(str(lists / "sources.yaml"))
+    assert table["num_samples"].to_pylist() == [20_000, 12_000, 32_000, 16_000, 8_000] and not skipped
+
+
+def test_common_voice_keeps_speakers_if_asked(release, tmp_path, capsys):
+    assert run(prepare_common_voice, release, "--output_dir", tmp_path, "--keep_speakers") == 0
+    assert numbers(tmp_path / "sw" / "pretrain.csv") == [1, 2, 4, 6, 7]
+    told = "5 clips of 4 speakers, 2 of them in dev or test; left out: 2 clips of dev and test\n"
+    assert told in capsys.readouterr().out
 
 
 def test_common_voice_takes_other_lists_and_one_language(release, tmp_path):
@@ -242,7 +250,7 @@ def test_stretches_are_joined_without_a_gap_or_an_overlap():
     rng = np.random.default_rng(0)
     for most_seconds, most_pause in ((5.0, 0.5), (20.0, 1.0), (3.0, 0.0)):
         bounds = np.cumsum(rng.exponential([1.0, 6.0], (200, 2)).ravel()).reshape(-1, 2)
-        pieces = np.array(prepare_libri_light.join_stretches(bounds.tolist(), most_seconds, most_pause))
+        pieces = prepare_libri_light.join_stretches(bounds.tolist(), most_seconds, most_pause)
         heard = np.zeros(int(bounds[-1, 1] * 100) + 2, int)
         for start, end in pieces * 100:
             heard[round(start) : round(end)] += 1
@@ -278,9 +286,9 @@ SMALL = "small/100/book_one/chapter_01"
     [
         (f"{SMALL}.json", Path.unlink, f"lists/small: 1 recordings whose .json is missing or damaged (--whole_files needs none), the first: {SMALL}.json"),
         (f"{SMALL}.json", lambda path: path.write_text('{"voice_activity": [1]}'), f"damaged (--whole_files needs none), the first: {SMALL}.json"),
-        (f"{SMALL}.flac", Path.unlink, f"1 recordings without audio, the first: {SMALL}.json"),
+        (f"{SMALL}.flac", Path.unlink, f"1 recordings missing, with a .json, the first: {SMALL}.flac"),
         (f"{SMALL}.flac", lambda path: path.write_bytes(b"cut off"), "1 unusable files, the first: "),
-        (f"{SMALL}.flac", lambda path: write_audio(path, 20.0), "lasts 20.00 s, where its .json has speech until 38.00 s"),
+        (f"{SMALL}.flac", lambda path: write_audio(path, 20.0), "lasts 20.00 s, where 38.00 s are said of it"),
         ("small/100/book_one/chapter_02.flac", lambda path: write_audio(path, 9.0), "hours found where"),
         ("librispeech_finetuning/1h/3/clean/103/7/103-7.trans.txt", lambda path: path.write_text("\n"), "lists/10min-3: 1 utterances without transcript, the first: 103-7-0000"),
         ("librispeech_finetuning/1h/3/clean/103/7/103-7-0000.flac", Path.unlink, "lists/10min-3: 1 transcribed utterances without audio"),
@@ -454,7 +462,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, with_workers):
         (prepare_common_voice, "sw/clips", "", "holds no LANGUAGE/validated.tsv"),
         (prepare_common_voice, "sw/validated.tsv/", "--languages xx", "--languages xx: "),
         (prepare_libri_light, "other", "", "holds none of small, medium, large, duplicate, librispeech_finetuning"),
-        (prepare_libri_light, "small", "--most_seconds 0", "--most_seconds: 0"),
+        (prepare_libri_light, "small", "--most_seconds 0.5", "--most_seconds: 0.5"),
         (prepare_libri_light, "small", "", "lists/small: no utterance found"),
         (prepare_voxpopuli, "other", "", "holds none of unlabelled_data, raw_audios, transcribed_data"),
         (prepare_voxpopuli, "raw_audios/en/2019", "", "unlabelled_v2.tsv.gz is missing: fetch https://"),
