@@ -404,6 +404,24 @@ def test_what_is_wrong_with_voxpopuli_is_named(voxpopuli, tmp_path, capsys, name
 # -- all of them
 
 
+@pytest.mark.parametrize(
+    ("corpus", "script", "name", "spoil", "complaint"),
+    [
+        ("release", prepare_common_voice, "sw/train.tsv", replace("client_id", "user"), "sw/train.tsv: has no column 'client_id'"),
+        ("release", prepare_common_voice, "sw/train.tsv", replace("\t2\t0", "\t2"), "sw/train.tsv: row 1 (line 2) has 12 cells where the header has 13"),
+        ("release", prepare_common_voice, "sw/clip_durations.tsv", replace("\t2000", "\t2.0 s"), "has no columns clip and duration[ms] of whole numbers"),
+        ("voxpopuli", prepare_voxpopuli, "transcribed_data/en/asr_dev.tsv", replace("speaker_id", "mep"), "asr_dev.tsv: has no column 'speaker_id'"),
+        ("voxpopuli", prepare_voxpopuli, "unlabelled_data/unlabelled_v2.tsv.gz", lambda path: path.write_bytes(path.read_bytes()[:-30]), "unlabelled_v2.tsv.gz: is damaged"),
+        ("voxpopuli", prepare_voxpopuli, "unlabelled_data/unlabelled_v2.tsv.gz", lambda path: path.write_bytes(gzip.compress(b"event_id|start\n")), "has no event_id, segment_no, start, end"),
+    ],
+)  # fmt: skip
+def test_a_list_that_cannot_be_read_ends_it(request, tmp_path, capsys, corpus, script, name, spoil, complaint):
+    folder = request.getfixturevalue(corpus)
+    spoil(folder / name)
+    assert run(script, folder, "--output_dir", tmp_path / "lists", "--allow_incomplete") == 2
+    assert complaint in error_line(capsys.readouterr().err.splitlines()[-1] + "\n")
+
+
 def test_the_same_tree_gives_the_same_bytes(release, libri_light, voxpopuli, tmp_path, with_workers):
     corpora = {prepare_common_voice: release, prepare_libri_light: libri_light, prepare_voxpopuli: voxpopuli}
     for script, folder in corpora.items():
