@@ -27,6 +27,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing, build_loader
+from w2v2.data.streaming import FetchAhead, StreamedCrops
 from w2v2.data.utterances import Utterances, inspect_some, load_utterances
 from w2v2.evaluate.plots import draw_plots
 from w2v2.hub.card import write_model_card
@@ -66,9 +67,12 @@ class Run:
 
     def load(self, utterances: Utterances, plans: Iterable[MicroBatchPlan], seed: int) -> DataLoader:
         """The micro-batches of `plans`, decoded ahead of time."""
+        shards = utterances.shards
         return build_loader(
-            CropDataset(utterances.table, self.framing, seed),
-            plans,
+            StreamedCrops(utterances.table, self.framing, seed, shards)
+            if shards
+            else CropDataset(utterances.table, self.framing, seed),
+            FetchAhead(plans, shards) if shards else plans,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -98,7 +102,10 @@ def main() -> None:
     # 2. The utterances, and the effective batches that are drawn from them.
     with accelerator.main_process_first():
         manifests = {flag: found for flag in SKIPPED if (found := args.list_sources(flag))}
-        data = {flag: load_utterances(found, args, framing) for flag, found in manifests.items()}
+        data = {
+            flag: load_utterances(found, args, framing, streaming=args.streaming and flag == "train_data")
+            for flag, found in manifests.items()
+        }
     training, validation = data["train_data"][0], data.get("validation_data", (None, []))[0]
     batches = build_batches(training, args)
     if args.dry_run:
@@ -106,7 +113,9 @@ def main() -> None:
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint, accelerator.mixed_precision)
-    looks = on_main_process(accelerator, lambda: {flag: inspect_some(found.table) for flag, (found, _) in data.items()})
+    looks = on_main_process(
+        accelerator, lambda: {flag: inspect_some(found.at_hand) for flag, (found, _) in data.items()}
+    )
     skipped = {
         flag: SKIPPED[flag](args, accelerator, len(found.table) + len(unread), unread + looks[flag], state.step)
         for flag, (found, unread) in data.items()

@@ -26,6 +26,22 @@ class DataArguments(DatasetArguments):
     sampling_alpha_corpus: float = flag(
         1.0, "Likewise, a source's share within its language (XLS-R: 0.5 for both).", min=0, max=1
     )
+    streaming: bool = flag(
+        False,
+        "Train from shards that need not fit a disk: `train_data` names tars, or Parquet files that hold audio, as paths, "
+        "URLs (s3://, https://, …), patterns (`{000..127}`, `*`) or folders.",
+    )
+    shuffle_window_shards: int = flag(
+        16,
+        "Streaming: shards whose utterances are shuffled together; the disk holds two or three times as many.",
+        min=1,
+    )
+    shard_cache_gb: float | None = flag(
+        None, "Streaming: disk for copies of shards (default: what three windows need; at least two).", above=0
+    )
+    shard_cache_dir: str | None = flag(
+        None, "Streaming: folder of these copies, one a machine (default: in `output_dir`/cache)."
+    )
     min_seconds: float = flag(2.0, "Shorter utterances are left out.", min=0)
     max_seconds: float | None = flag(None, "Longer utterances are left out (none: cropped, never dropped).", above=0)
     crop_seconds: float = flag(
@@ -178,6 +194,10 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
         refuse(
             (by_source and not is_sources_file(self.train_data),
              "--sampling_alpha_language and --sampling_alpha_corpus are of sources: give --train_data one YAML list of them"),
+            (self.streaming and is_sources_file(self.train_data),
+             "--streaming reads one set of shards, no sources file: name its tars or Parquet files in --train_data"),
+            ((self.shard_cache_gb or self.shard_cache_dir) and not self.streaming,
+             "--shard_cache_gb and --shard_cache_dir need --streaming"),
             (self.max_seconds is not None and self.max_seconds < self.min_seconds,
              f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
             (self.min_gumbel_temperature > self.max_gumbel_temperature,

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -156,7 +157,7 @@ def _lost_rank(error: BaseException) -> str | None:
 def _explain(error: Exception) -> str | None:
     """The line for an error that the user can mend; None for a bug."""
     if isinstance(error, UserError):
-        return str(error).rpartition("UserError: ")[2].strip()  # a loader's worker sends its traceback along
+        return re.split(r"w2v2\.errors\.\w+: ", str(error))[-1].strip()  # a loader's worker sends its traceback along
     if found := _memory_error(error):
         return (
             f"{found} Use a smaller --micro_batch_seconds (pretrain.py: or `auto`), a smaller "

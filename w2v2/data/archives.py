@@ -41,7 +41,7 @@ def _find_tars(pattern: str) -> list[str]:
     if os.path.exists(pattern):
         return [pattern]
     paths = []
-    for name in _expand(pattern):
+    for name in expand_braces(pattern):
         found = sorted(glob.glob(name))
         if not found:
             where = f"manifest {pattern}" + (f": {name}" if name != pattern else "")
@@ -50,7 +50,8 @@ def _find_tars(pattern: str) -> list[str]:
     return paths
 
 
-def _expand(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
+    """`{000..012}` and `{a,b}`, as a shell spells them out. Raises UserError for what counts backwards."""
     found = SET_OF_NAMES.search(pattern)
     if not found:
         yield pattern
@@ -60,7 +61,7 @@ def _expand(pattern: str) -> Iterator[str]:
         raise UserError(f"manifest {pattern}: {found[0]} counts backwards or too far: write {{first..last}}")
     parts = names.split(",") if names else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
     for part in parts:
-        yield from _expand(pattern[: found.start()] + part + pattern[found.end() :])
+        yield from expand_braces(pattern[: found.start()] + part + pattern[found.end() :])
 
 
 def read_tars(

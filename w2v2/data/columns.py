@@ -45,3 +45,8 @@ def may_be_segment(name: str) -> bool:
 def says_place(name: str) -> bool:
     """Whether a column tells which audio a row is, rather than something of it."""
     return may_be_segment(name) or any(name in COLUMNS[kind] for kind in ("audio", "id", "channel"))
+
+
+def is_known(name: str) -> bool:
+    """Whether a column of this lower-case name says something of an utterance."""
+    return any(name in aliases for aliases in COLUMNS.values()) or may_be_segment(name)

@@ -104,6 +104,24 @@ def name_sources(sources: Iterable[Manifest]) -> str:
     return ", ".join(map(str, sources))
 
 
+def list_parquet(source: DatasetSource) -> list[str]:
+    """Addresses of the Parquet files of some splits; none is fetched. Raises UserError where other files hold them."""
+    folder = Path(source.name).expanduser()
+    try:
+        builder = datasets.load_dataset_builder(str(folder) if folder.is_dir() else source.name, source.config)
+    except Exception as error:  # as in `load_splits`
+        raise UserError(_explain(source, error)) from None
+    files, found = {str(name): paths for name, paths in (builder.config.data_files or {}).items()}, []
+    for name in (part.strip() for text in source.splits for part in text.split("+")):
+        if name not in files:
+            raise UserError(f"{source}: has no split {name!r}: {say_near(name, files)}it has {say_names(files)}")
+        found += map(str, files[name])
+    if others := [path for path in found if not path.lower().endswith(".parquet")]:
+        remedy = "leave --streaming out, so that the data set is loaded"
+        raise UserError(f"{source}: --streaming reads Parquet files, and {others[0]} is none: {remedy}")
+    return found
+
+
 def load_splits(source: DatasetSource) -> dict[str, datasets.Dataset]:
     """All splits of a data set, memory-mapped. Raises UserError for what is not there or may not be read."""
     folder = Path(source.name).expanduser()

@@ -102,20 +102,24 @@ class _Files:
 
 
 def map_files(
-    paths: Sequence[str],
-    action: Callable[[str], Any],
+    paths: Sequence[Any],
+    action: Callable[[Any], Any],
     title: str,
     num_workers: int | None = None,
     at_once: int = FILES_AT_ONCE,
+    unit: str = " files",
 ) -> Iterator:
     """What `action` finds of each file, in their order, from worker processes, with a bar of progress.
 
     `num_workers`: None for as many as there are cores, at most 32. A worker takes `at_once` files and reports them
-    together.
+    together. In a worker process, which can have none of its own, it runs there and without a bar.
     """
     import torch  # slow to import
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, get_worker_info
 
+    if get_worker_info():
+        yield from map(action, paths)
+        return
     num_blocks = -(-len(paths) // at_once)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_workers or min(32, num_cores), num_blocks)
@@ -123,7 +127,7 @@ def map_files(
     options = {"batch_size": None, "num_workers": num_workers, "generator": torch.Generator()}
     files = _Files(paths, action, at_once)
     loader = DataLoader(files, sampler=range(num_blocks), **options, collate_fn=list)  # as they are
-    with tqdm(total=len(paths), desc=title, unit=" files", disable=None) as bar:
+    with tqdm(total=len(paths), desc=title, unit=unit, disable=None) as bar:
         for found in loader:
             yield from found
             bar.update(len(found))

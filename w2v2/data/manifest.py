@@ -77,7 +77,7 @@ def read_manifests(
             raw = read_tars(name, tars, is_wanted, cache_dir)
         else:
             raw = read_table(Path(name).expanduser(), is_wanted)
-        table, lines = _interpret(raw, extras, data_root, measure_all)
+        table, lines = interpret(raw, extras, data_root, measure_all)
         lines = raw.warnings + lines
         say_passed_over(raw.path, raw.passed_over)
         for line in lines:
@@ -85,7 +85,7 @@ def read_manifests(
         tables[name] = table
         warnings += lines
         passed_over.update(raw.passed_over)
-    for line in (lines := _count_channels(tables)):
+    for line in (lines := count_channels(tables)):
         tell(line)
     for name, table in tables.items():
         some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_INSPECTED)).astype(int))
@@ -98,7 +98,7 @@ def read_manifests(
     return table, skipped, {"warnings": warnings + lines, "passed_over": dict(passed_over), "samples": samples}
 
 
-def _interpret(
+def interpret(
     raw: RawTable, extras: Sequence[str], data_root: str | None, measure: Measure
 ) -> tuple[pa.Table, list[str]]:
     """One manifest in our columns and the `extras` (`num_samples` is null where it has to be measured), and warnings."""
@@ -145,7 +145,7 @@ def _read_channels(raw: RawTable, name: str) -> pa.ChunkedArray:
     return pa.array(numbers.astype("Int32")).take(pc.index_in(text, written))
 
 
-def _count_channels(tables: dict[str, pa.Table]) -> list[str]:
+def count_channels(tables: dict[str, pa.Table]) -> list[str]:
     """Count the channels of all tables from 0, in place; a line where their numbers are taken to count from 1."""
     given = {name: table["channel"] for name, table in tables.items() if "channel" in table.column_names}
     numbers = sorted({n for column in given.values() for n in column.unique().to_pylist() if n is not None and n >= 0})

@@ -18,6 +18,7 @@ import torch
 from w2v2.data.batching import FEISTEL_ROUNDS, EpochOrder, Order, find_half_bits, permute
 from w2v2.data.hashing import MIX, ORDER, below, derive, derive_many, positive
 from w2v2.data.sources import Source
+from w2v2.data.streaming import ShardOrder
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 
@@ -25,7 +26,9 @@ BLOCK = 16  # positions: an effective batch holds many blocks, and so every sour
 
 
 def build_order(utterances: Utterances, args) -> Order:
-    """The order of the flags: every utterance once an epoch, or sources mixed by their shares."""
+    """The order of the flags: every utterance once an epoch, shard by shard if streamed, or sources mixed by their shares."""
+    if shards := utterances.shards:
+        return ShardOrder(shards.num_rows, shards.window_shards, args.seed)
     if not utterances.sources:
         return EpochOrder(len(utterances.num_samples), args.seed)
     if args.sampling_alpha_language != 1 and not any(source.language for source in utterances.sources):

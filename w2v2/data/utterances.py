@@ -24,6 +24,7 @@ from w2v2.data.collate import Framing
 from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.data.inspection import INSPECTED_SECONDS, NUM_INSPECTED, SILENCE, inspect_files
 from w2v2.data.manifest import read_manifests
+from w2v2.data.shards import Shards, read_shards
 from w2v2.data.sources import Source, count_utterances, is_sources_file, read_sources
 from w2v2.data.tables import BATCH_ROWS, cut_table, filter_rows
 from w2v2.errors import UserError, tell
@@ -44,10 +45,16 @@ class Utterances:
     warnings: list[str] = field(default_factory=list)  # of the manifests
     samples: dict[str, list[dict]] = field(default_factory=dict)  # a few rows of each manifest, or source
     sources: list[Source] = field(default_factory=list)  # of a sources file, each a range of rows
+    shards: Shards | None = None  # where they are streamed
 
     @property
     def hours(self) -> float:
         return float(self.num_samples.sum(dtype=np.int64)) / SAMPLING_RATE / 3600
+
+    @property
+    def at_hand(self) -> datasets.Dataset:
+        """The table, or a few of its rows where shards would have to be fetched for the others."""
+        return self.table.select(self.shards.find_rows(NUM_INSPECTED)) if self.shards else self.table
 
 
 def spread_rows(table: datasets.Dataset, most: int) -> list[dict]:
@@ -93,13 +100,17 @@ def map_table(table: pa.Table, cache_dir: str | Path | None, kept: np.ndarray | 
     return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=digest)
 
 
-def load_utterances(manifests: Sequence[Manifest], args, framing: Framing) -> tuple[Utterances, list[dict]]:
-    """Read manifests or a sources file, and leave out what is too short or too long.
+def load_utterances(
+    manifests: Sequence[Manifest], args, framing: Framing, streaming: bool = False
+) -> tuple[Utterances, list[dict]]:
+    """Read manifests, a sources file or the shards that are streamed, and leave out what is too short or too long.
 
     Returns: the utterances, their table mapped from a file except in a dry run, and the files that could not be measured
     """
     cache_dir = Path(args.output_dir) / "cache"
-    if is_sources_file(manifests):
+    if streaming:
+        table, unmeasured, notes = read_shards(manifests, args)
+    elif is_sources_file(manifests):
         table, unmeasured, notes = read_sources(manifests[0], data_root=args.data_root, cache_dir=cache_dir)
     else:
         table, unmeasured, notes = read_manifests(manifests, data_root=args.data_root, cache_dir=cache_dir)
@@ -126,6 +137,8 @@ def load_utterances(manifests: Sequence[Manifest], args, framing: Framing) -> tu
         )
     count_utterances(notes.get("sources", []), kept, num_samples, heard)
     # 2. Keep the others: their lengths in memory, the rest in a file.
+    if streaming:
+        notes["shards"].keep(kept)
     lengths = num_samples.astype(np.int32)[kept]  # what wraps around is too long, and left out
     del num_samples, heard
     data = map_table(table, None if args.dry_run else cache_dir, None if kept.all() else kept)
@@ -170,7 +183,7 @@ def inspect_some(table: datasets.Dataset) -> list[dict]:
 def silent_share(utterances: Utterances) -> float:
     """Share of silence among a few utterances, of each at most five seconds from its middle."""
     is_silent = []
-    for entry in spread_rows(utterances.table, NUM_DECODED):
+    for entry in spread_rows(utterances.at_hand, NUM_DECODED):
         num_samples = min(5 * SAMPLING_RATE, entry["num_samples"])
         start = round(entry["start"] * SAMPLING_RATE) + (entry["num_samples"] - num_samples) // 2
         with contextlib.suppress(AudioError):

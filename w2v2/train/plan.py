@@ -17,6 +17,7 @@ from w2v2.data.cutting import cut, padded_sizes
 from w2v2.data.files import split_address
 from w2v2.data.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
 from w2v2.data.sampling import build_order
+from w2v2.data.shards import describe_shards
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.train.log import announce
@@ -78,6 +79,7 @@ def make_plan(
         source["draws_per_epoch"], source["repetitions_per_epoch"] = int(draws), float(repetitions)
         source["share"] = float(repetitions * utterances.sources[number].heard_samples / heard_samples)
         source["repetitions"] = source["repetitions_per_epoch"] * plan["epochs"]
+    plan |= {"streaming": utterances.shards.summarize()} if utterances.shards else {}
     of_manifests = [{"code": "manifest", "message": line} for line in utterances.warnings]
     return plan | {"warnings": _warnings(plan, args, is_found=micro_batch_seconds is not None) + of_manifests}
 
@@ -163,6 +165,7 @@ def describe(plan: dict[str, Any]) -> str:
         f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
         f"run           {plan['updates_per_epoch']:.1f} updates an epoch{epoch}, {plan['epochs']:.1f} epochs",
     ]
+    rows += [describe_shards(plan["streaming"])] if "streaming" in plan else []
     # The reader of manifests has said its warnings already.
     return "\n".join(rows + [f"warning       {w['message']}" for w in plan["warnings"] if w["code"] != "manifest"])
 
