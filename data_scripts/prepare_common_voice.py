@@ -42,10 +42,8 @@ NAMES = {"client_id", "path", "sentence", "clip", "filename", "duration[ms]"}  #
 def find_languages(args) -> list[Path]:
     """The folders of the languages that are asked for, or there. UserError where one is no language of a release."""
     folder = args.folder.resolve()
-    there = {
-        path.parent.name: path.parent
-        for path in sorted([*folder.glob("*/validated.tsv"), *folder.glob("validated.tsv")])
-    }
+    lists = sorted([*folder.glob("*/validated.tsv"), *folder.glob("validated.tsv")])
+    there = {path.parent.name: path.parent for path in lists}
     if not there:
         remedy = "give the folder of a release, cv-corpus-VERSION-DATE, that the archives unpack to"
         raise UserError(f"{args.folder}: holds no LANGUAGE/validated.tsv: {remedy}")

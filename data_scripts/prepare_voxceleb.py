@@ -35,9 +35,11 @@ def read_split(path: Path) -> list[dict]:
 def prepare(args) -> None:
     """The whole job. UserError names every set that is not whole, after the whole ones were written."""
     rows = read_split(args.split)
-    parts = {number: [row for row in rows if row["set"] == number] for number in SETS}
-    described = ((args.output_dir / f"{SETS[number][0]}.csv", part, SETS[number][1]) for number, part in parts.items())
-    write_parts([Part(path, args.folder, part, COLUMNS, known) for path, part, known in described], args)
+    parts = []
+    for number, (name, known) in SETS.items():
+        own = [row for row in rows if row["set"] == number]
+        parts.append(Part(args.output_dir / f"{name}.csv", args.folder, own, COLUMNS, known))
+    write_parts(parts, args)
 
 
 def main(argv: list[str] | None = None) -> int:
