@@ -1,0 +1,72 @@
+"""pretrain.py on tars and on Lhotse's cuts: the run that manifests of the same audio give, resumed, on two processes."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import webdataset
+import yaml
+from conftest import NOISY, assert_same_run, refusal, run_here, write_recipe
+from lhotse import CutSet, Recording
+from ranks import TWO_PROCESSES, finish, start_run
+
+import pretrain
+
+STEPS, SHARD = 6, 8  # updates, utterances of a tar
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The folder of a run by manifests, and the flags of runs by tars and by cuts."""
+    folder = tmp_path_factory.mktemp("containers")
+    own = dict(batch_hours=0.002, micro_batch_seconds=3.0, max_steps=STEPS, eval_steps=3, dataloader_num_workers=0)
+    config = write_recipe(folder, NOISY, **own, report_to=["none"], use_cpu=True)
+    flags = yaml.safe_load(config.read_text())
+    tars, cuts = {}, {}
+    for split in ("train_data", "validation_data"):
+        paths = [Path(path) for path in pd.read_csv(flags[split][0])["audio"]]
+        with webdataset.ShardWriter(str(folder / f"{split}-%03d.tar"), maxcount=SHARD, verbose=0) as out:
+            for path in paths:
+                out.write({"__key__": path.stem, "wav": path.read_bytes()})
+        tars[split] = [f"{folder}/{split}-*.tar"]
+        cuts[split] = [f"{folder}/{split}.jsonl.gz"]
+        CutSet.from_cuts(Recording.from_file(path).to_cut() for path in paths).to_file(cuts[split][0])
+    (folder / "tars.yaml").write_text(yaml.safe_dump(flags | tars | {"save_steps": 1}))
+    (folder / "cuts.yaml").write_text(yaml.safe_dump(flags | cuts))
+    assert run_here(pretrain.main, config, "--output_dir", folder / "by_manifest") == 0
+    assert run_here(pretrain.main, folder / "tars.yaml", "--output_dir", folder / "by_tars") == 0
+    return folder
+
+
+def test_tars_give_the_run_of_their_files(recipe):
+    assert_same_run(recipe / "by_tars", recipe / "by_manifest")
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_run_on_tars_resumes_to_the_bit(recipe, tmp_path, step):
+    """In other processes, and without the index that the first part kept."""
+    shutil.copytree(recipe / "by_tars", tmp_path / "run")
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(tmp_path / f"run/checkpoint-{later}")
+    shutil.rmtree(tmp_path / "run/cache/tars")
+    flags = ["--output_dir", tmp_path / "run", "--resume_from_checkpoint", "auto", "--dataloader_num_workers", 1]
+    assert run_here(pretrain.main, recipe / "tars.yaml", *flags) == 0
+    assert_same_run(tmp_path / "run", recipe / "by_tars")
+
+
+def test_cuts_give_the_run_of_their_files(recipe):
+    assert run_here(pretrain.main, recipe / "cuts.yaml", "--output_dir", recipe / "by_cuts") == 0
+    assert_same_run(recipe / "by_cuts", recipe / "by_manifest")
+
+
+def test_two_processes_share_the_tars(recipe):
+    finish(start_run(recipe / "tars.yaml", recipe / "two", launcher=TWO_PROCESSES), recipe / "two")
+    assert_same_run(recipe / "two", recipe / "by_manifest", exactly=False)
+
+
+def test_a_shard_that_is_no_tar_is_named(recipe, tmp_path, capsys):
+    shutil.copy(recipe / "train_data-000.tar", tmp_path / "a-0.tar")
+    (tmp_path / "a-1.tar").write_text("not found")
+    flags = ["--output_dir", tmp_path / "run", "--train_data", f"{tmp_path}/a-*.tar"]
+    refusal(capsys, pretrain.main, recipe / "tars.yaml", *flags, named=[tmp_path / "a-1.tar", "is no tar"])
