@@ -14,6 +14,7 @@ import soundfile
 from w2v2.data.audio import read_crop
 from w2v2.data.dataset_loading import DatasetSource
 from w2v2.data.manifest import read_manifests
+from w2v2.errors import UserError
 
 FORMATS = ["FLAC", "WAV", "OGG", "FLAC", "WAV"]
 LABELS = ["sad", "happy"]
@@ -121,3 +122,79 @@ def test_every_form_gives_the_same_utterances(corpus, tmp_path, write):
     assert table["num_samples"].to_pylist() == [len(row["samples"]) for row in corpus]
     for audio, row in zip(table["audio"].to_pylist(), corpus, strict=True):
         np.testing.assert_allclose(read_crop(audio), row["samples"], atol=1e-6)  # Vorbis: two decoders
+
+
+def read_saved(folder, columns, **options):
+    datasets.Dataset(pa.table(columns)).save_to_disk(folder)
+    return read_manifests([DatasetSource(str(folder), **options)], cache_dir=folder / "cache")[0].to_pydict()
+
+
+def audio_of(corpus):
+    return pa.array([{key: row[key] for key in ("bytes", "path")} for row in corpus], datasets.Audio.pa_type)
+
+
+def test_ids_are_unique_whatever_the_columns_say(corpus, tmp_path):
+    audio = audio_of(corpus)
+    sentence = read_saved(tmp_path / "1", {"audio": audio, "id": [7, 7, 8, 9, 10]})  # FLEURS: the sentence's
+    assert sentence["id"] == [row["path"] for row in corpus]
+    own = read_saved(tmp_path / "2", {"audio": audio, "id": [3, 4, 5, 6, 7]}, splits=("train[1:3]", "train[4:]"))
+    assert own["id"] == ["4", "5", "7"]
+    nameless = pa.array([row["bytes"] for row in corpus])
+    assert read_saved(tmp_path / "3", {"audio": nameless}, splits=("train[2:4]",))["id"] == ["train/2", "train/3"]
+
+
+def test_rows_without_audio_are_left_out_and_counted(corpus, tmp_path, caplog):
+    audio = pa.array([None, *audio_of(corpus[1:]).to_pylist()], datasets.Audio.pa_type)
+    table = read_saved(tmp_path / "set", {"audio": audio, "text": list("abcde")})
+    assert table["text"] == list("bcde") and "1 of 5 rows have no audio" in caplog.text
+
+
+def test_lengths_come_from_a_column_and_starts_do_not(corpus, tmp_path):
+    """GigaSpeech and its like tell where the utterance lay in the recording that it was cut from."""
+    seconds = [len(row["samples"]) / 16_000 for row in corpus]
+    table = read_saved(tmp_path / "set", {"audio": audio_of(corpus), "begin_time": [100.0] * 5, "duration": seconds})
+    assert table["start"] == [0.0] * 5 and table["num_samples"] == [len(row["samples"]) for row in corpus]
+    wrong = {"audio": audio_of(corpus), "duration": [9 * length for length in seconds]}
+    with pytest.raises(UserError, match="go beyond the end of their files"):
+        read_saved(tmp_path / "wrong", wrong)
+
+
+ARRAYS = pa.array([{"array": [0.1, 0.2], "path": "a.wav", "sampling_rate": 16_000}])
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"audio": ARRAYS}, ["the column audio holds", "no encoded audio", "datasets.Audio"]),
+        ({"speech": pa.array([[0.1, 0.2]])}, ["has no column of audio: it has speech", "--audio_column_name"]),
+        ({"audio": pa.array([None], datasets.Audio.pa_type)}, ["no row has audio"]),
+    ],
+)
+def test_what_is_no_audio_is_refused(tmp_path, columns, named):
+    with pytest.raises(UserError) as raised:
+        read_saved(tmp_path / "set", columns)
+    assert all(text in str(raised.value) for text in named), raised.value
+
+
+def test_no_rows_are_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="is empty: name another split"):
+        read_saved(tmp_path / "set", {"audio": audio_of(corpus)}, splits=("train[5:]",))
+
+
+def test_two_columns_of_audio_need_a_choice(corpus, tmp_path):
+    sides = {"left": audio_of(corpus), "right": audio_of(corpus[::-1])}
+    kinds = datasets.Features({name: datasets.Audio(decode=False) for name in sides})
+    datasets.Dataset(pa.table(sides)).cast(kinds).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match="several columns of audio .left, right.*--audio_column_name"):
+        read_manifests([DatasetSource(str(tmp_path / "set"))])
+    chosen = read_manifests([DatasetSource(str(tmp_path / "set"), audio_column="right")])[0]
+    assert chosen["id"].to_pylist() == [row["path"] for row in corpus[::-1]]
+
+
+def test_broken_files_are_named(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match="cannot be loaded.*mend its files") as raised:
+        read_manifests([DatasetSource(str(tmp_path))])
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="audiofolder is a format"):
+        read_manifests([DatasetSource("audiofolder")])

@@ -121,6 +121,8 @@ def test_metadata_claims_only_what_was_stated(tmp_path):
     assert "`cc-by-4.0`, as stated" in ModelCard.load(tmp_path / "README.md").text
     base = "facebook/wav2vec2-base"
     assert stated(model_name_or_path=base) == expected | {"base_model": base}
+    assert stated(dataset_name="speech-lab/tones") == expected | {"datasets": ["speech-lab/tones"]}
+    assert stated(dataset_name=str(tmp_path)) == expected
     assert stated(model_name_or_path="runs/a/b") == stated(model_name_or_path="base") == expected
 
 

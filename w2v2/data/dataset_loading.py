@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -130,6 +131,8 @@ def load_splits(source: DatasetSource) -> dict[str, datasets.Dataset]:
         raise UserError(
             f"--dataset_name {source.name} is a file: give manifests as --train_data, data sets as a folder"
         )
+    if source.name in _PACKAGED_DATASETS_MODULES:  # it would read whatever lies in the working directory
+        raise UserError(f"--dataset_name {source.name} is a format: name the data set, or the folder of its files")
     if (is_dict or is_single) and source.config:
         raise UserError(f"{source.name} was written by save_to_disk: leave --dataset_config_name {source.config} out")
     try:

@@ -100,8 +100,10 @@ def _choose_columns(source: DatasetSource, features: datasets.Features, known: C
             columns.setdefault(lower, name)
     kind = features[columns["audio"]]
     stored = pa.schema({"audio": features.arrow_schema.field(columns["audio"]).type}).field(0).type
-    is_struct = pa.types.is_struct(stored) and {"bytes", "path"} & {field.name for field in stored}
-    if not is_struct and not any(test(stored) for test in (*STRINGS, *BINARIES)):
+    fields = {field.name for field in stored} if pa.types.is_struct(stored) else set()
+    if ("array" in fields or not {"bytes", "path"} & fields) and not any(
+        test(stored) for test in (*STRINGS, *BINARIES)
+    ):
         remedy = "write its encoded bytes or paths as a column of datasets.Audio, or name another --audio_column_name"
         raise UserError(f"{source}: the column {columns['audio']} holds {kind}, no encoded audio: {remedy}")
     return columns

@@ -88,7 +88,7 @@ def _save_card(folder: Path, template: str, facts: Facts, pictures: Pictures, **
         library_name="transformers",
         license=facts.get("hub_license"),
         base_model=repositories.get("model_name_or_path"),
-        datasets=repositories.get("dataset_name"),
+        datasets=[repositories["dataset_name"]] if "dataset_name" in repositories else None,
         model_name=title if metadata.get("eval_results") else None,
         **metadata,
     )
