@@ -3,7 +3,7 @@
     python data_scripts/describe_data.py data/train.csv --output_dir data/description
     python data_scripts/describe_data.py corpora/*.csv --sample 20000
 
-MANIFEST is whatever pretrain.py takes as --train_data. Lengths, speakers and languages are those of all utterances;
+MANIFEST is a manifest, a tar or a folder, as pretrain.py takes them. Lengths, speakers and languages are those of all utterances;
 sampling rates, channels and codecs those of all files, by their headers. The content of --sample utterances, evenly
 spread, is decoded, of each its first 30 seconds: level, clipping, silence and repetitions. Repetitions are found among
 these alone: exact ones by their samples, near ones (another codec, level or edges) by their fingerprints.
@@ -82,6 +82,16 @@ def spread(values) -> dict[str, float]:
     return {f"{p}%": float(value) for p, value in zip(PERCENTILES, found, strict=False)}
 
 
+def count_lengths(seconds: np.ndarray) -> list[dict]:
+    """Utterances and hours by length, in steps of twice as many seconds."""
+    edges = 2.0 ** np.arange(np.floor(np.log2(seconds.min())), np.floor(np.log2(seconds.max())) + 1)
+    rows = [(low, (low <= seconds) & (seconds < 2 * low)) for low in edges.tolist()]
+    return [
+        {"from": low, "below": 2 * low, "utterances": int(own.sum()), "hours": float(seconds[own].sum() / 3600)}
+        for low, own in rows
+    ]
+
+
 def describe_content(table: pa.Table, sample: int) -> tuple[dict, list[dict], list[dict]]:
     """What is heard in so many utterances, evenly spread; and these rows with what was found of each."""
     chosen = np.unique(np.linspace(0, len(table) - 1, min(len(table), sample)).astype(int))
@@ -112,7 +122,7 @@ def describe(args) -> None:
     # 1. All utterances and files.
     seconds = table["num_samples"].to_numpy() / SAMPLING_RATE
     files, is_unreadable = describe_files(table, unmeasured)
-    found = summarize(table) | {"seconds": spread(seconds)}
+    found = summarize(table) | {"seconds": spread(seconds), "histogram": count_lengths(seconds)}
     for name in ("language", "speaker", "label"):
         if name in table.column_names:
             groups = summarize(table, name)
@@ -137,6 +147,10 @@ def write_text(found: dict, args) -> str:
     """The description for people."""
     lines = [f"{found['utterances']:,} utterances, {found['hours']:.2f} hours"]
     lines += [f"length (s)          {write_spread(found['seconds'], '.1f')}"]
+    largest = max(one["hours"] for one in found["histogram"])
+    for one in found["histogram"]:
+        bar = "█" * round(30 * one["hours"] / largest)
+        lines.append(f"  {one['from']:>6g} – {one['below']:<6g} {one['utterances']:>10,}, {one['hours']:.3f} h {bar}")
     for name in ("language", "speaker", "label"):
         if name in found:
             largest = (f"{key or 'none'} {one['hours']:.2f} h" for key, one in found[name]["largest"].items())
@@ -170,7 +184,9 @@ def write_spread(values: dict, form: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("manifests", nargs="+", metavar="MANIFEST", help="what pretrain.py takes as --train_data")
+    parser.add_argument(
+        "manifests", nargs="+", metavar="MANIFEST", help="manifests, tars or folders, as for pretrain.py"
+    )
     parser.add_argument("--output_dir", type=Path, help="folder for description.json and description.png")
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
     parser.add_argument("--sample", type=number(int, min=1), default=2_000, help="utterances whose content is decoded")

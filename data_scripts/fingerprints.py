@@ -6,7 +6,6 @@ little where they begin. Two recordings that share a few whole words at one shif
 Limits: recordings below a second, another speed or pitch, and speech mixed with other loud sound are not found.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,19 +38,20 @@ def find_repeated(fingerprints: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     places = np.concatenate([np.empty(0, int), *(np.arange(len(one)) for one in fingerprints)])
     order = np.argsort(words, kind="stable")
     order = order[words[order] != 0]
-    votes: Counter = Counter()
+    base, width = len(fingerprints), 2 * max(map(len, fingerprints), default=0) + 1
+    cases = [np.empty(0, np.int64)]  # first · base · width + second · width + shift: fast to count
     for step in range(1, NEIGHBOURS + 1):
         first, second = order[:-step], order[step:]
         equal = (words[first] == words[second]) & (owners[first] != owners[second])
         first, second = first[equal], second[equal]
-        shifts = np.stack([owners[first], owners[second], places[second] - places[first]], axis=1)
-        for case, count in zip(*np.unique(shifts, axis=0, return_counts=True), strict=True):
-            votes[tuple(case.tolist())] += int(count)
+        shifts = places[second] - places[first] + width // 2
+        cases.append((owners[first] * base + owners[second]) * width + shifts)
+    cases, votes = np.unique(np.concatenate(cases), return_counts=True)
     found = set()
-    for (first, second, shift), count in votes.items():
-        if count >= MIN_VOTES and (first, second) not in found:
-            if _agree(fingerprints[first], fingerprints[second], shift):
-                found.add((first, second))
+    for case in cases[votes >= MIN_VOTES].tolist():
+        (first, second), shift = divmod(case // width, base), case % width - width // 2
+        if (first, second) not in found and _agree(fingerprints[first], fingerprints[second], shift):
+            found.add((first, second))
     return sorted(found)
 
 

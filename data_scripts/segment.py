@@ -4,7 +4,7 @@
     python data_scripts/segment.py data/calls.csv --output_dir data/packed
     python pretrain.py --train_data data/segments.csv …
 
-MANIFEST is whatever pretrain.py takes as --train_data. Each utterance becomes a row that points into its recording: id
+MANIFEST is a manifest, a tar or a folder, as pretrain.py takes them. Each utterance becomes a row that points into its recording: id
 (that of the recording, and the start in samples), audio, start and duration (seconds), and channel, speaker, label and
 language where the manifest has them. Text does not hold for a part and is dropped. --output_dir also writes the
 utterances to WAV shards, as pack_audio.py does: choose it for long compressed files, whose crops are slow.
@@ -211,7 +211,9 @@ def segment(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("manifests", nargs="+", metavar="MANIFEST", help="what pretrain.py takes as --train_data")
+    parser.add_argument(
+        "manifests", nargs="+", metavar="MANIFEST", help="manifests, tars or folders, as for pretrain.py"
+    )
     parser.add_argument("--output", type=Path, help="the manifest to write, a .csv (None: OUTPUT_DIR.csv)")
     parser.add_argument("--output_dir", type=Path, help="folder for WAV shards, where they are wanted")
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")

@@ -126,6 +126,9 @@ def test_every_figure_is_what_was_put_there(corpus, tmp_path, capsys):
     hours = (good + 4 + 4 + 7 + 1 + 9 + 3.75 + 4 + 4.25 + 3.75 + 9 + 5) / 3600
     assert found["utterances"] == 23 and found["hours"] == pytest.approx(hours)
     assert found["seconds"]["100%"] == 9 and found["seconds"]["0%"] == 1
+    by_length = {one["from"]: one["utterances"] for one in found["histogram"]}
+    assert by_length == {1: 1, 2: 6, 4: 14, 8: 2}
+    assert sum(one["hours"] for one in found["histogram"]) == pytest.approx(hours)
     assert found["speaker"]["number"] == 3 and found["language"]["largest"]["sw"]["utterances"] == 5
     files = found["files"]
     assert (files["files"], files["unreadable"]) == (22, 1) and "text.wav" in files["unreadable_examples"][0]["audio"]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import tarfile
 import time
 import tracemalloc
 from pathlib import Path
@@ -204,6 +205,19 @@ def test_rows_keep_what_holds_for_a_part(tmp_path, speech, capsys):
     assert [row["channel"] for row in table] == [0, 1] and os.path.samefile(table[0]["audio"], tmp_path / "call.wav")
     heard = read_crop(table[1]["audio"], extent(second)[0], table[1]["num_samples"], channel=1)
     assert np.sqrt(np.mean(heard**2)) > 0.01
+
+
+def test_members_of_a_tar_are_cut_in_place(corpus, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for path in sorted(corpus.iterdir()):
+            tar.add(path, path.name)
+    cut(corpus, "--output", tmp_path / "lists" / "files.csv")
+    cut(tmp_path / "all.tar", "--output", tmp_path / "lists" / "tar.csv")
+    in_tar, in_files = (sorted(extents(tmp_path / "lists" / name)) for name in ("tar.csv", "files.csv"))
+    assert in_tar == in_files
+    for row in read_manifests([str(tmp_path / "lists" / "tar.csv")])[0].to_pylist():
+        heard = read_crop(row["audio"], round(row["start"] * RATE), row["num_samples"])
+        assert ".tar:" in row["audio"] and np.sqrt(np.mean(heard**2)) > 0.01
 
 
 def test_shards_hold_the_utterances(corpus, tmp_path):
