@@ -40,7 +40,7 @@ from w2v2.train.collapse import CollapseWatch
 from w2v2.train.launch import Stopped, StopRequest, end_training, on_main_process, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import find_micro_batch
-from w2v2.train.plan import build_batches, present_plan, write_config
+from w2v2.train.plan import build_batches, describe_mixture, present_plan, write_config
 from w2v2.train.records import SkippedAudio, SkippedUpdates, SkippedValidation
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
@@ -231,6 +231,7 @@ def finish(run: Run, pusher: HubPusher | None) -> None:
     dropped = {reason.replace("_", " "): count for reason, count in run.training.dropped.items() if count}
     summary = dict(
         dropped=", ".join(f"{count:,} {reason}" for reason, count in dropped.items()),
+        mixture=describe_mixture(run.training, args),
         utterances=len(run.training.table),
         hours=run.training.hours,
         devices=f"{accelerator.num_processes} × {device}",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from w2v2.data.batching import Cursor, EffectiveBatches, EpochOrder
+from w2v2.data.batching import Cursor, EffectiveBatches, EpochOrder, plan_update
 from w2v2.data.hashing import MIX, derive
 from w2v2.data.sampling import BLOCK, MixedOrder, build_order, count_draws, find_shares
 from w2v2.data.sources import Source
@@ -180,6 +180,12 @@ def test_from_any_place_the_batches_are_the_same(sizes):
         for expected in straight[number : number + 3]:
             crops, resumed = again.draw(resumed)
             assert all(np.array_equal(a, b) for a, b in zip(crops, expected, strict=True))
+            rows = sorted(zip(crops.utterance.tolist(), crops.passage.tolist(), strict=True))
+            for num_ranks in (1, 2):
+                cut = dict(num_ranks=num_ranks, micro_batch_samples=20 * SECOND)
+                plans = [p for rank in range(num_ranks) for p in plan_update(crops, 0, resumed, rank=rank, **cut)]
+                pairs = [zip(*(c.tolist() for c in p.crops[:2]), strict=True) for p in plans if not p.dummy]
+                assert sorted(itertools.chain(*pairs)) == rows
 
 
 def test_a_source_added_at_the_end_leaves_the_others_orders():

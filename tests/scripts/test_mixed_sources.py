@@ -103,6 +103,10 @@ def test_a_run_resumed_three_times_in_an_epoch_is_the_same(config, whole_run, tm
     assert last["epoch"] == pytest.approx(state["epoch"] + state["position"] / sum(draws.values()))
     resumed = tmp_path / "resumed"
     shutil.copytree(whole_run, resumed)
+    card = (whole_run / "README.md").read_text()
+    assert (
+        "| Sources, and their shares of what was heard | english (en): 0.01 h, " in card and "languages are as" in card
+    )
     sixth = json.loads((whole_run / "checkpoint-6/training_state/state.json").read_text())
     assert sixth["epoch"] == 0 < sixth["position"]
     for step in (2, 4, 6):

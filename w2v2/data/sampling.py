@@ -1,7 +1,7 @@
 """Sources of unequal size → how often each is heard, and an order of an epoch that mixes them.
 
 1. *Shares.* p(language) ∝ (its hours)^α, and within a language p(source) ∝ (its hours)^β, times the source's weight.
-   α, β = 1 leaves every source its natural share; towards 0 small ones are heard more often (XLS-R, section 3; 0.5).
+   α, β = 1 leaves every source its natural share; towards 0 small ones are heard more often (0.5: XLS-R, Omnilingual).
 2. *Epoch.* It hears about as many hours as the sources hold together. A share becomes a number of draws.
 3. *Interleave.* An epoch is cut into blocks, each with every source's due draws, shuffled. A draw of a source is the
    next utterance in its own order: it hears all of its utterances before it repeats one.
@@ -11,6 +11,7 @@ Shapes: k sources, N positions, m blocks. All is closed form: no table grows wit
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class MixedOrder:
     """
 
     def __init__(self, sources: Sequence[Source], draws: np.ndarray, seed: int):
-        self.draws, self.seed = draws, seed
+        self.sources, self.draws, self.seed = sources, draws, seed
         self.sizes = np.array([source.num_utterances for source in sources])
         self.first = np.cumsum(self.sizes) - self.sizes  # (k,) rows
         names = [int.from_bytes(hashlib.sha256(source.name.encode()).digest()[:7]) for source in sources]
@@ -75,9 +76,8 @@ class MixedOrder:
         self.repetitions = draws / self.sizes  # (k,) how often an epoch hears an utterance of each
         self.n = int(draws.sum())
         self.num_blocks = max(1, self.n // BLOCK)
-        self.phase = below(
-            self.seeds, self.num_blocks
-        ).numpy()  # (k,) else all rare sources would come at the epoch's end
+        # (k,) Without it, all sources that are drawn once would come at the epoch's end.
+        self.phase = below(self.seeds, self.num_blocks).numpy()
         self.identity = {"draws": {source.name: int(count) for source, count in zip(sources, draws, strict=True)}}
 
     def __call__(self, epoch: int, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -91,6 +91,16 @@ class MixedOrder:
             x[rows] = permute(x[rows], self.half_bits[source[rows]], list(map(derive_many, keys[:, rows])))
             rows = rows[x[rows] >= self.sizes[source[rows]]]
         return self.first[source] + x, passage
+
+    def summarize(self) -> list[dict[str, Any]]:
+        """Each source, how often it is heard in an epoch, and its share of the samples that are heard; for JSON."""
+        heard = self.repetitions * [source.heard_samples for source in self.sources]
+        columns = zip(self.draws.tolist(), self.repetitions.tolist(), (heard / heard.sum()).tolist(), strict=True)
+        names = ("draws_per_epoch", "repetitions_per_epoch", "share")
+        return [
+            source.summarize() | dict(zip(names, values, strict=True))
+            for source, values in zip(self.sources, columns, strict=True)
+        ]
 
     def _interleave(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source at each position, and which of its draws in this epoch that is; both (N,) int64."""

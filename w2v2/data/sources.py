@@ -51,9 +51,11 @@ class Source:
     heard_samples: int = 0  # of a crop of each
     num_unreadable: int = 0
 
-    @property
-    def num_dropped(self) -> int:
-        return self.num_rows + self.num_unreadable - self.num_utterances
+    def summarize(self) -> dict[str, Any]:
+        """What is known of it, for JSON."""
+        hours = self.num_samples / SAMPLING_RATE / 3600
+        size = {"name": self.name, "language": self.language, "utterances": self.num_utterances, "hours": hours}
+        return size | {"dropped": self.num_rows + self.num_unreadable - self.num_utterances}
 
 
 def is_sources_file(paths: Sequence[str]) -> bool:

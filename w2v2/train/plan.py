@@ -74,11 +74,9 @@ def make_plan(
         "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
         "num_processes": num_ranks,
     }
-    for number, source in enumerate(plan.get("sources", [])):
-        draws, repetitions = batches.order.draws[number], batches.order.repetitions[number]
-        source["draws_per_epoch"], source["repetitions_per_epoch"] = int(draws), float(repetitions)
-        source["share"] = float(repetitions * utterances.sources[number].heard_samples / heard_samples)
-        source["repetitions"] = source["repetitions_per_epoch"] * plan["epochs"]
+    if utterances.sources:
+        sources = batches.order.summarize()
+        plan["sources"] = [s | {"repetitions": s["repetitions_per_epoch"] * plan["epochs"]} for s in sources]
     plan |= {"streaming": utterances.shards.summarize()} if utterances.shards else {}
     of_manifests = [{"code": "manifest", "message": line} for line in utterances.warnings]
     return plan | {"warnings": _warnings(plan, args, is_found=micro_batch_seconds is not None) + of_manifests}
@@ -96,18 +94,8 @@ def summarize(utterances: Utterances) -> dict[str, Any]:
     """How much there is, and what was left out of it."""
     dropped = {reason: count for reason, count in utterances.dropped.items() if count}
     size = {"utterances": len(utterances.num_samples), "hours": utterances.hours}
-    sources = [
-        {
-            "name": source.name,
-            "language": source.language,
-            "utterances": source.num_utterances,
-            "hours": source.num_samples / SAMPLING_RATE / 3600,
-            "dropped": source.num_dropped,
-        }
-        for source in utterances.sources
-    ]
     size |= {"dropped": dropped, "passed_over": utterances.passed_over}
-    return size | ({"sources": sources} if sources else {})
+    return size | ({"sources": [s.summarize() for s in utterances.sources]} if utterances.sources else {})
 
 
 def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]]:
@@ -143,6 +131,16 @@ def _warnings(plan: dict[str, Any], args, is_found: bool) -> list[dict[str, str]
     return [{"code": code, "message": message} for code, message in warnings.items() if message]
 
 
+def describe_mixture(utterances: Utterances, args) -> str:
+    """The sources and their shares of what is heard, for a model card; "" where there are none."""
+    sources = build_order(utterances, args).summarize() if utterances.sources else []
+    return "; ".join(f"{_name(source)}: {source['hours']:,.2f} h, {source['share']:.1%}" for source in sources)
+
+
+def _name(source: dict[str, Any]) -> str:
+    return source["name"] + (f" ({source['language']})" if source["language"] else "")
+
+
 def describe(plan: dict[str, Any]) -> str:
     """The plan for people."""
     data = {"data": plan} | ({"validation": plan["validation"]} if "validation" in plan else {})
@@ -154,9 +152,8 @@ def describe(plan: dict[str, Any]) -> str:
     draws = sum(source["draws_per_epoch"] for source in plan.get("sources", []))
     epoch = f" ({draws:,} draws, about as many hours as the sources hold)" if draws else ""
     for source in plan.get("sources", []):
-        language = f" ({source['language']})" if source["language"] else ""
         rows.append(
-            f"source        {source['name']}{language}: {source['share']:.2%} of what is heard; {source['hours']:.2f} h in "
+            f"source        {_name(source)}: {source['share']:.2%} of what is heard; {source['hours']:.2f} h in "
             f"{source['utterances']:,} utterances, each heard {source['repetitions_per_epoch']:.2f} times an epoch, "
             f"{source['repetitions']:,.1f} in the run"
         )
