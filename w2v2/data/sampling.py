@@ -1,7 +1,7 @@
 """Sources of unequal size → how often each is heard, and an order of an epoch that mixes them.
 
-1. *Shares.* p(language) ∝ (its hours)^α, and within a language p(source) ∝ (its hours)^β, times the source's weight.
-   α, β = 1 leaves every source its natural share; towards 0 small ones are heard more often (0.5: XLS-R, Omnilingual).
+1. *Shares.* p(language) ∝ (its hours)^α, and within it p(source) ∝ (its hours)^β, times the source's weight.
+   α, β = 1 leaves every source its natural share; towards 0 small ones are heard more often (XLS-R: 0.5).
 2. *Epoch.* It hears about as many hours as the sources hold together. A share becomes a number of draws.
 3. *Interleave.* An epoch is cut into blocks, each with every source's due draws, shuffled. A draw of a source is the
    next utterance in its own order: it hears all of its utterances before it repeats one.
