@@ -136,7 +136,9 @@ def test_what_is_left_of_each_source_is_counted(tmp_path):
         assert all(name.startswith(f"{source.name}/") for name in found.table[rows]["id"])
         heard = int(crop_length(own, 8 * SECOND, round(0.32 * SECOND)).sum())
         assert (source.num_utterances, source.num_samples, source.heard_samples) == (len(own), own.sum(), heard)
-    assert first == len(found.table) and sum(source.summarize()["dropped"] for source in found.sources) == 55 - first > 0
+    assert (
+        first == len(found.table) and sum(source.summarize()["dropped"] for source in found.sources) == 55 - first > 0
+    )
 
 
 def test_a_source_of_which_nothing_is_left_is_named(tmp_path):
