@@ -77,6 +77,9 @@ class ModelArguments:
         None, "Start from random weights: a folder, a Hub id or a name in configs/models (default: base)."
     )
     config_overrides: str | None = flag(None, "Changes to the configuration, as `num_hidden_layers=6,layerdrop=0.0`.")
+    freeze_feature_encoder: bool = flag(
+        False, "Keep the convs of --model_name_or_path as they are: no gradient, no optimizer state."
+    )
     mask_time_prob: float = flag(0.65, "Mask spans: masked frames over frames, overlaps counted twice.", above=0, max=1)
     mask_time_length: int = flag(10, "Latent frames in a mask span.", min=1)
     mask_time_min_masks: int = flag(2, "Fewest mask spans in an utterance that has room for them.", min=1)

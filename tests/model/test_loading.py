@@ -1,12 +1,13 @@
 """What a model is built of: configurations, weights and feature extractors of other folders, taken over or refused."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import HubertConfig, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
+from transformers import HubertConfig, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining, Wav2Vec2Model
 
 from w2v2.errors import UserError
 from w2v2.model.loading import (
@@ -49,6 +50,29 @@ def test_pretrained_weights_are_taken_and_the_quantizer_left(pretrained):
     loaded = load_with_head(Wav2Vec2ForCTC, str(pretrained), ctc_config(), HEAD).state_dict()
     assert set(loaded) - set(saved) == {"lm_head.weight", "lm_head.bias"}
     assert all(torch.equal(loaded[key], saved[key]) for key in loaded if key.startswith("wav2vec2."))
+
+
+@pytest.mark.parametrize("model_class", [Wav2Vec2Model, Wav2Vec2ForCTC])
+def test_pretraining_needs_the_quantizer(tmp_path, model_class):
+    """Which neither a fine-tuned folder has, here one that masked nothing, nor one without a head."""
+    model_class(ctc_config(mask_time_prob=0.0)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lacks project_hid.bias: .* has no quantizer .* facebook/wav2vec2-base"):
+        load_weights(PretrainingModel, str(tmp_path), tiny_config())
+
+
+# Keys of facebook/wav2vec2-base's config.json that no configuration of today knows.
+OF_OLD = dict(
+    feat_extract_dropout=0.0, freeze_feat_extract_train=True, gradient_checkpointing=True, num_feat_extract_layers=7,
+    mask_channel_length=10, mask_channel_min_space=1, mask_channel_other=0.0, mask_channel_prob=0.0,
+    mask_channel_selection="static", mask_time_min_space=1, mask_time_other=0.0, mask_time_selection="static",
+    no_mask_channel_overlap=False, no_mask_time_overlap=False,
+)  # fmt: skip
+
+
+def test_a_published_configuration_is_taken(pretrained):
+    path = pretrained / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | OF_OLD))
+    assert build(str(pretrained)).hidden_size == 32
 
 
 def test_pretraining_may_begin_with_some_of_the_layers(pretrained):

@@ -98,6 +98,17 @@ def test_a_checkpoint_that_knows_no_ids_goes_on_with_a_line(checkpoint):
     assert "earlier version: neither the ids of the utterances nor the settings were compared" in note
 
 
+def test_convs_of_an_earlier_version_were_not_frozen(checkpoint):
+    path = checkpoint / "training_state/state.json"
+    saved = json.loads(path.read_text())
+    del saved["settings"]["freeze_feature_encoder"]
+    path.write_text(json.dumps(saved))
+    data = make_data(20), tiny_config(), checkpoint
+    (note,) = RunState.start(make_args(freeze_feature_encoder=True), *data).notes
+    assert note.endswith("freeze_feature_encoder True (was False)")
+    assert RunState.start(make_args(), *data).notes == []
+
+
 def test_changed_settings_are_one_line_with_both_values(checkpoint):
     args = make_args(learning_rate=0.1, diversity_scope="effective_batch", micro_batch_seconds=3.0)
     state = RunState.start(args, make_data(20), tiny_config(hidden_dropout=0.25), checkpoint, "bf16")

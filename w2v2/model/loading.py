@@ -208,13 +208,16 @@ def load_weights(
 
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
     left = set() if head is None else {key for key in report["unexpected_keys"] if key.startswith("wav2vec2.")}
-    hint = "; a whole Wav2Vec2ForPreTraining folder, quantizer included, is needed" if head is None else ""
+    missing = sorted({*report["missing_keys"]} - {MASK_EMBEDDING})
+    if head is None and missing and not any(key.startswith("wav2vec2.") for key in missing):
+        problem = f"{source} lacks {missing[0]}: a fine-tuned or bare model has no quantizer and projections"
+        raise UserError(f"{problem}; pretraining goes on from whole ForPreTraining weights, as facebook/wav2vec2-base")
     optional = () if head is None else (*head, MASK_EMBEDDING)
     problems = {"lacks": report["missing_keys"], "has another shape for": mismatched, "has no place for": left}
     for problem, keys in problems.items():
         if keys := sorted(key for key in keys if not key.startswith(optional)):
             what = f"{problem} {len(keys)} weights, such as {keys[0]}"
-            raise UserError(f"{source} is of another architecture than the configuration: it {what}{hint}")
+            raise UserError(f"{source} is of another architecture than the configuration: it {what}")
     return model
 
 

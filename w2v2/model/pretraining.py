@@ -16,6 +16,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
 from w2v2.data.collate import PretrainBatch, sound
 from w2v2.data.masking import distractors
+from w2v2.errors import refuse
 from w2v2.model import objective
 from w2v2.model.cpu import dropout
 from w2v2.model.feature_encoder import flat_features, inside_rows, is_flat, stock_features
@@ -230,6 +231,9 @@ def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) ->
     """Model to pretrain: from a checkpoint, from `model_name_or_path`, or with random weights."""
     source = str(checkpoint) if checkpoint else args.model_name_or_path
     model = load_weights(PretrainingModel, source, config) if source else make_model(PretrainingModel, config)
+    if args.freeze_feature_encoder:
+        refuse((not source, "--freeze_feature_encoder would keep random convs: give weights with --model_name_or_path"))
+        model.freeze_feature_encoder()
     model.feature_grad_mult = args.feature_grad_mult
     model.feature_penalty_weight = args.feature_penalty_weight
     if args.gradient_checkpointing:

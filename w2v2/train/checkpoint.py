@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER, STATE = "training_state/optimizer.safetensors", "training_state/state.json"
 CHECKSUMS = "training_state/checksums.json"
+CONVS = "wav2vec2.feature_extractor."
 FILES = ("config.json", "model.safetensors", OPTIMIZER, STATE)  # without one of these no run resumes
 
 
@@ -184,7 +185,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
-    """Restore the optimizer's and the loss scaler's state; the hyperparameters are the run's own."""
+    """Restore the optimizer's and the loss scaler's state; the hyperparameters are the run's own.
+
+    Convs that are frozen now leave their moments behind. Those that were frozen begin with moments of zero.
+    """
     path = Path(folder) / OPTIMIZER
     try:
         tensors = load_file(path)
@@ -195,6 +199,10 @@ def load_optimizer(folder: Path, accelerator: Accelerator, model, optimizer) -> 
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition("/")
         state[name][moment] = tensor
+    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+        if name.startswith(CONVS) and parameter.requires_grad and name not in state:  # frozen until now
+            moments = {moment: torch.zeros(parameter.shape) for moment in ("exp_avg", "exp_avg_sq")}
+            state[name] = moments | {"step": torch.tensor(0.0)}
     groups = get_optimizer_state_dict(model, optimizer.optimizer)["param_groups"]
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(

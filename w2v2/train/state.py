@@ -32,9 +32,9 @@ VALIDATION_SEED = 42  # of its crops and masks, whatever `--seed` is: runs with 
 # Flags, and keys of the model's configuration, that change the course of a run but not its batches.
 SETTINGS = (
     "max_steps learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 adam_epsilon weight_decay "
-    "decay_norms_and_biases max_grad_norm feature_grad_mult feature_penalty_weight max_gumbel_temperature "
-    "min_gumbel_temperature gumbel_temperature_decay diversity_delay_steps diversity_warmup_steps diversity_scope "
-    "validation_data"
+    "decay_norms_and_biases max_grad_norm freeze_feature_encoder feature_grad_mult feature_penalty_weight "
+    "max_gumbel_temperature min_gumbel_temperature gumbel_temperature_decay diversity_delay_steps "
+    "diversity_warmup_steps diversity_scope validation_data"
 ).split()
 MODEL_SETTINGS = (
     "hidden_dropout attention_dropout activation_dropout feat_proj_dropout feat_quantizer_dropout layerdrop "
@@ -106,7 +106,8 @@ class RunState:
                 )
             self.notes.append(f"other batches from here on, as accepted: {changed}")
         cut, found = args.micro_batch_seconds, saved.get("micro_batch_seconds")
-        before = saved.get("settings", {}) | {"micro_batch_seconds": found or cut}
+        before = {"freeze_feature_encoder": False}  # no earlier version froze anything
+        before |= saved.get("settings", {}) | {"micro_batch_seconds": found or cut}
         if changed := _differences(before, self.settings | {"micro_batch_seconds": cut or found}):
             self.notes.append(f"other settings than the checkpoint's run had: {changed}")
         if "ids_sha256" not in saved["identity"]:

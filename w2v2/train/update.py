@@ -70,9 +70,12 @@ class Feed:
 
 
 def build_optimizer(model: torch.nn.Module, args) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay, on norms and biases too unless `decay_norms_and_biases` is false."""
+    """AdamW with decoupled weight decay, on norms and biases too unless `decay_norms_and_biases` is false.
+
+    Frozen parameters are left out, so they are neither decayed nor saved with moments.
+    """
     decayed, others = [], []
-    for parameter in model.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         (decayed if args.decay_norms_and_biases or parameter.ndim > 1 else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": args.weight_decay}]
     groups += [{"params": others, "weight_decay": 0.0}] if others else []
