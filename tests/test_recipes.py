@@ -48,6 +48,12 @@ LIBRIVOX = LARGE | dict(
     feature_grad_mult=1.0, learning_rate=5e-3, max_steps=1_000_000, warmup=32_000,
 )  # fmt: skip
 
+# San et al. 2024 (arXiv:2402.02302): w2v2-large-cpt_indic-70h.yaml of its repository, on the model of BASE.
+CONTINUED = BASE | dict(
+    min_seconds=1.0, crop_seconds=15.0, batch_hours=32 * 1_500_000 / 16_000 / 3600, learning_rate=1e-4,
+    max_steps=10_000, warmup=7_500,
+)  # fmt: skip
+
 GRID = dict(length_grid_seconds=0.32)  # crops of few different lengths need less padding, and few compilations
 SMALL = GRID | dict(
     # 1.27 M parameters: a model that two cores train.
@@ -71,6 +77,12 @@ RECIPES = {
     "large_librispeech": (LARGE, GRID),
     # The paper's schedule for LV-60k, 3e-4 over 600,000 updates with 8 % of warm-up, in place of the file's.
     "large_librivox": (LIBRIVOX, GRID | dict(learning_rate=3e-4, max_steps=600_000, warmup=48_000)),
+    "continue_language": (CONTINUED, GRID | dict(
+        batch_hours=0.8333,  # rounded
+        crop_seconds=15.38,  # as BASE's weights were trained
+        num_attention_heads=12,
+        max_gumbel_temperature=0.5,  # codes that are there are kept cold, where the source starts anew at 2.0
+    )),
     "small": (BASE, SMALL),
     "demo": (BASE, SMALL | dict(max_steps=1000, diversity_warmup_steps=1200)),  # small, cut short
 }  # fmt: skip
@@ -78,7 +90,9 @@ RECIPES = {
 
 def resolve(name: str) -> dict:
     """All values of a recipe: its flags, its model's configuration, and what its feature extractor does."""
-    (args,) = parse_command_line([PretrainArguments], [str(PRETRAIN / f"{name}.yaml")])
+    path = PRETRAIN / f"{name}.yaml"
+    start = ["--model_name_or_path=base"] * ("model_name_or_path" in path.read_text())  # the architecture of the Hub's
+    (args,) = parse_command_line([PretrainArguments], [str(path), *start])
     config = build_config(args)
     values = asdict(args) | config.to_dict()
     values |= dict(conv_dim=tuple(config.conv_dim), conv_kernel=tuple(config.conv_kernel))
