@@ -1,5 +1,7 @@
 """Packing audio that has to be decoded: what stands in the shard is what training hears, all of it, and one side alone."""
 
+import tarfile
+
 import numpy as np
 import pack_audio
 import pandas as pd
@@ -59,3 +61,24 @@ def test_a_file_that_fails_spoils_no_other(tmp_path, monkeypatch):
     assert len(found) == 2
     for row in found:
         assert np.abs(read_row(row) / 32_768 - 0.1).max() < 0.01
+
+
+def test_members_of_a_tar_are_packed_as_files_are(tmp_path, monkeypatch):
+    """Segments of an MP3, which is decoded once, and of a WAV, which is not copied."""
+    path = encode(tmp_path / "a.mp3", np.linspace(0, 0.5, 48_000), 16_000, "libmp3lame")
+    soundfile.write(tmp_path / "b.wav", np.linspace(-0.5, 0.5, 48_000), 16_000)
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name in ("a.mp3", "b.wav"):
+            tar.add(tmp_path / name, name)
+    with tarfile.open(tmp_path / "all.tar") as tar:
+        members = {path.name: f"all.tar:{path.offset_data}:{path.size}" for path in tar}
+    write, copied = pack_audio.write_seekable, []
+    monkeypatch.setattr(pack_audio, "write_seekable", lambda audio, copy: copied.append(audio) or write(audio, copy))
+    shards = []
+    for form, audio in (("files", dict.fromkeys(members)), ("members", members)):
+        rows = [f"{n}{at},{audio[n] or n},{at},1.0\n" for n in members for at in (0.25, 1.5)]
+        (tmp_path / f"{form}.csv").write_text("id,audio,start,duration\n" + "".join(rows))
+        folder = pack(tmp_path / f"{form}.csv", tmp_path / form, "--shard_hours", 1)
+        shards.append((folder / "shard-00000.wav").read_bytes())
+    assert shards[0] == shards[1] and len(shards[0]) == 44 + 2 * 4 * 16_000
+    assert copied == [path, f"{tmp_path}/{members['a.mp3']}"]
