@@ -26,8 +26,9 @@ def gather_tars(names: Sequence[str]) -> dict[str, list[str]]:
 
     A name may have `{000..012}`, `{a,b}`, `*` or `?`. Raises UserError where a tar does not exist.
     """
-    of_tars = [name for name in names if TAR_NAME.search(name) and not os.path.isdir(os.path.expanduser(name))]
-    label = " and ".join([*of_tars[:1], *([f"{len(of_tars) - 1} more"] if len(of_tars) > 1 else [])])
+    is_dir = os.path.isdir
+    of_tars = {name: None for name in names if TAR_NAME.search(name) and not is_dir(os.path.expanduser(name))}
+    label = next(iter(of_tars), "") + (f" and {len(of_tars) - 1} more" if len(of_tars) > 1 else "")
     gathered: dict[str, list[str]] = {}
     for name in names:
         if name in of_tars:

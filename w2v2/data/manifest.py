@@ -58,7 +58,7 @@ def read_manifests(
     names = list(map(str, paths))
     if not names:
         raise UserError("no manifest given: name at least one")
-    if twice := {name for name in names if names.count(name) > 1}:
+    if twice := {name for name, count in Counter(names).items() if count > 1}:
         raise UserError(f"manifest {sorted(twice)[0]} is given twice: name each once")
     if data_root is not None and not os.path.isdir(data_root):
         raise UserError(f"--data_root {data_root} is not a folder: name the folder that the audio paths start from")
