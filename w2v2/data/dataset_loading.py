@@ -131,6 +131,12 @@ def load_splits(source: DatasetSource) -> dict[str, datasets.Dataset]:
         raise UserError(
             f"--dataset_name {source.name} is a file: give manifests as --train_data, data sets as a folder"
         )
+    is_path = source.name.startswith((".", "~", os.sep)) or (source.name.count("/") > 1 and "://" not in source.name)
+    if is_path and not folder.exists():
+        near = say_near(source.name, _list_siblings(source.name))
+        raise UserError(
+            f"--dataset_name {source.name}: {near}no folder has this name (relative ones start at {os.getcwd()})"
+        )
     if source.name in _PACKAGED_DATASETS_MODULES:  # it would read whatever lies in the working directory
         raise UserError(f"--dataset_name {source.name} is a format: name the data set, or the folder of its files")
     if (is_dict or is_single) and source.config:
@@ -187,7 +193,8 @@ def _explain(source: DatasetSource, error: Exception) -> str:
     if isinstance(error, ConnectionError):
         offline = "HF_HUB_OFFLINE is set, and it is not in the cache" if constants.HF_HUB_OFFLINE else text
         remedy = "what was loaded once works with HF_HUB_OFFLINE=1, a local folder always"
-        return f"{where}: the Hub cannot be reached ({offline}): {remedy}"
+        near = say_near(source.name, _list_siblings(source.name))
+        return f"{where}: {near}the Hub cannot be reached ({offline}): {remedy}"
     if isinstance(error, FileNotFoundError) and not Path(source.name).expanduser().is_dir():
         near = say_near(source.name, [*_list_siblings(source.name), *_list_hub(source.name)])
         return f"{where}: is neither a folder nor a data set of the Hub: {near}if it is private, call {LOGIN}"
