@@ -1,6 +1,7 @@
 """What the benchmarks share: speech that is made up or sampled, where a number was measured, how it is printed."""
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
@@ -18,6 +20,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pandas
+import pyarrow
+import pyarrow.parquet
 import soundfile
 import torch
 
@@ -145,6 +149,31 @@ def pack(rows: list[dict], folder: Path) -> str:
     command = [sys.executable, ROOT / "data_scripts/pack_audio.py", source, "--output_dir", packed]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return packed
+
+
+def write_shards(rows: list[dict], folder: Path, form: str, per_shard: int = 64) -> str:
+    """A folder of tars, or of Parquet files, with the same utterances as 16-bit WAV files."""
+    folder.mkdir(parents=True)
+    for first in range(0, len(rows), per_shard):
+        files = []
+        for number, row in enumerate(rows[first : first + per_shard], start=first):
+            samples, file = (
+                read_pcm(row["audio"], round(row["start"] * SAMPLING_RATE), row["num_samples"]),
+                io.BytesIO(),
+            )
+            soundfile.write(file, samples, SAMPLING_RATE, subtype="PCM_16", format="WAV")
+            files.append((f"{number:06d}.wav", file.getvalue()))
+        path = folder / f"shard-{first // per_shard:05d}.{form}"
+        if form == "parquet":
+            audio = [{"bytes": content, "path": name} for name, content in files]
+            pyarrow.parquet.write_table(pyarrow.table({"audio": audio}), path)
+            continue
+        with tarfile.open(path, "w") as tar:
+            for name, content in files:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(folder)
 
 
 # -- numbers

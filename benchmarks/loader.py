@@ -2,10 +2,13 @@
 
     python benchmarks/loader.py                                        # on synthesized audio
     python benchmarks/loader.py --manifest train.csv --data_root /data  # on one's own
+    python benchmarks/loader.py --form tar                             # streamed from tars, too (or parquet)
 
 Reading is measured in seconds of audio per second of processor time, in this process, on files that the system has in
 its cache: decoding and collating, no disk. The formats take turns on the same effective batches. Then pretrain.py makes
-a few updates from FLAC and from shards, and its log says which share of the time they waited. The last line is JSON.
+a few updates from FLAC and from shards, and its log says which share of the time they waited. With `--form` the same
+utterances are also streamed: as 16-bit WAV files in tars or Parquet files, and compared with packed WAV shards on the
+same batches. The last line is JSON.
 """
 
 import os
@@ -26,6 +29,8 @@ from w2v2.cli import run_script
 from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
 from w2v2.data.collate import CropDataset, Framing, PretrainBatch, build_loader, pad
+from w2v2.data.files import split_address
+from w2v2.data.streaming import StreamedCrops
 from w2v2.data.utterances import load_utterances
 from w2v2.errors import UserError
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
@@ -51,10 +56,15 @@ LEAST_SECONDS = 0.2  # of processor time that a figure is taken from
 class Source:
     """One format of the utterances, and the ways to read them whose cost is compared."""
 
-    def __init__(self, manifest: str, args: PretrainArguments, framing: Framing):
-        self.utterances = load_utterances([manifest], args, framing)[0]
-        self.rows = self.utterances.table.to_list()
-        self.dataset = CropDataset(self.utterances.table, framing, seed=0)
+    def __init__(self, manifest: str, args: PretrainArguments, framing: Framing, streaming: bool = False):
+        self.utterances = load_utterances([manifest], args, framing, streaming)[0]
+        self.rows, shards = self.utterances.table.to_list(), self.utterances.shards
+        inputs = (self.utterances.table, framing, 0)
+        self.dataset = StreamedCrops(*inputs, shards) if shards else CropDataset(*inputs)
+
+    def count_bytes(self) -> int:
+        """Of all files that are read."""
+        return sum(map(os.path.getsize, {split_address(row["audio"])[0] for row in self.rows}))
 
     def read_files(self) -> None:
         for row in self.rows:
@@ -83,8 +93,10 @@ def cpu_seconds(work: Callable, items: list) -> float:
     return spent / rounds
 
 
-def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: int) -> tuple[dict, dict]:
-    """Every format's figures on the same `pairs` effective batches, in turns, and packed over FLAC by way."""
+def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: int) -> tuple[dict, dict, dict]:
+    """Every format's figures on the same `pairs` effective batches, in turns; by way, packed over FLAC and, where shards
+    are streamed, these over packed.
+    """
     batches, cursor = build_batches(sources["packed"].utterances, args), Cursor()
     took = {(name, way): [] for name in sources for way in WAYS}
     heard, num_crops, formats = 0.0, 0, {}
@@ -99,13 +111,17 @@ def compare_reading(sources: dict[str, Source], args: PretrainArguments, pairs: 
     for name, source in sources.items():
         spent, hours = {way: sum(took[name, way]) for way in WAYS}, source.utterances.hours
         formats[name] = {
-            "megabytes_per_hour": sum(map(os.path.getsize, {row["audio"] for row in source.rows})) / 1e6 / hours,
+            "megabytes_per_hour": source.count_bytes() / 1e6 / hours,
             "whole_files": 3600 * hours / cpu_seconds(Source.read_files, [source]),
             **{way: heard / spent[way] for way in WAYS},
             "microseconds_per_crop": {way: 1e6 * spent[way] / num_crops for way in WAYS},
             "decoding_share": min(1.0, spent["read_crops"] / spent["whole_batches"]),
         }
-    return formats, {way: common.median_spread(np.divide(took["flac", way], took["packed", way])) for way in WAYS}
+
+    def divide(slow: str, fast: str) -> dict:
+        return {way: common.median_spread(np.divide(took[slow, way], took[fast, way])) for way in WAYS}
+
+    return formats, divide("flac", "packed"), divide("packed", "streamed") if "streamed" in sources else {}
 
 
 def cut(args: PretrainArguments) -> dict[str, int]:
@@ -130,13 +146,13 @@ def measure_transfer(source: Source, args: PretrainArguments) -> float:
 # -- waiting
 
 
-def measure_waiting(manifest: str, flags, folder: Path) -> dict:
+def measure_waiting(manifest: str, flags, folder: Path, streaming: bool = False) -> dict:
     """Updates of pretrain.py: seconds of audio per second, and the share of their time that they wait for data."""
     values = dict(
         train_data=manifest, output_dir=folder, config_name=flags.config_name, max_steps=flags.updates + 1,
         logging_steps=1, warmup_steps=0.5, save_steps=10**6, collapse_action="none", report_to="none",
         batch_hours=flags.batch_hours, micro_batch_seconds=flags.micro_batch_seconds,
-        dataloader_num_workers=flags.num_workers, use_cpu=flags.device == "cpu",
+        dataloader_num_workers=flags.num_workers, use_cpu=flags.device == "cpu", streaming=streaming,
     )  # fmt: skip
     command = [sys.executable, common.ROOT / "pretrain.py", *(f"--{name}={value}" for name, value in values.items())]
     precision = {} if flags.device == "cpu" else {"ACCELERATE_MIXED_PRECISION": "bf16"}
@@ -171,15 +187,24 @@ def measure(flags, folder: Path) -> dict:
     manifests = {name: common.write_files(rows, folder, *kind) for name, kind in FORMATS.items()}
     manifests["packed"] = common.pack(rows, folder)
     sources = {name: Source(path, args, framing) for name, path in manifests.items()}
+    if flags.form:
+        manifests["streamed"] = common.write_shards(rows, folder / "shards", flags.form)
+        sources["streamed"] = Source(manifests["streamed"], args, framing, streaming=True)
     hours, num_utterances = sources["packed"].utterances.hours, len(sources["packed"].rows)
     args.batch_hours = min(args.batch_hours, hours)
     print(f"{hours:.2f} hours in {num_utterances:,} utterances\n\nSeconds of audio per second of processor time")
-    formats, ratios = compare_reading(sources, args, flags.pairs)
+    formats, ratios, streamed = compare_reading(sources, args, flags.pairs)
     columns = ["megabytes_per_hour", "whole_files", *WAYS, "decoding_share"]
     common.print_table([[name, *(found[c] for c in columns)] for name, found in formats.items()], ["", *columns])
     print(f"\nPacked over FLAC, {flags.pairs} effective batches")
     common.print_table([[way, *ratio.values()] for way, ratio in ratios.items()], ["", "median", "least", "most"])
-    waiting = {name: measure_waiting(manifests[name], flags, folder / f"run_{name}") for name in COMPARED}
+    if streamed:
+        print(f"\nStreamed from {flags.form} over packed, {flags.pairs} effective batches")
+        common.print_table([[way, *ratio.values()] for way, ratio in streamed.items()], ["", "median", "least", "most"])
+    waiting = {
+        name: measure_waiting(manifests[name], flags, folder / f"run_{name}", streaming=name == "streamed")
+        for name in [*COMPARED, *(["streamed"] if flags.form else [])]
+    }
     print(f"\n{flags.updates} updates of {flags.config_name} on the {flags.device}, {flags.num_workers} worker(s)")
     rows = [[name, found["audio_seconds_per_second"], found["wait_fraction"]] for name, found in waiting.items()]
     common.print_table(rows, ["", "audio s / s", "share of the time spent waiting"])
@@ -187,6 +212,7 @@ def measure(flags, folder: Path) -> dict:
         "pcm_over_flac": ratios["stack_crops"]["median"],
         "wait_fraction": waiting["packed"]["wait_fraction"],
         "packed_over_flac": ratios,
+        "streamed_over_packed": streamed,
         "waiting": waiting,
         "audio_seconds_per_cpu_second": formats,
         "files_to_gpu": {name: measure_transfer(sources[name], args) for name in COMPARED} if on_gpu else None,
@@ -197,6 +223,7 @@ def measure(flags, folder: Path) -> dict:
 def main(argv: list[str] | None = None) -> None:
     gpu = torch.cuda.is_available()
     parser = common.make_parser(__doc__, reads_audio=True)
+    parser.add_argument("--form", choices=["tar", "parquet"], help="stream shards of this form, too")
     parser.add_argument("--hours", type=float, default=0.5, help="most audio that is used")
     parser.add_argument("--pairs", type=int, default=5, help="effective batches to compare on")
     parser.add_argument("--num_workers", type=int, default=1, help="of the DataLoader")

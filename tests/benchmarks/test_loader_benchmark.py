@@ -36,6 +36,16 @@ def test_synthesized_audio_is_measured_in_every_format(small, capsys):
     assert formats["packed"]["megabytes_per_hour"] == pytest.approx(115.2, rel=1e-3)
 
 
+def test_shards_are_streamed_beside_packed_ones(small, capsys):
+    loader.main([*small, "--hours", "0.01", "--form", "parquet"])
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert values["waiting"].keys() == {"flac", "packed", "streamed"}
+    assert values["streamed_over_packed"].keys() == set(loader.WAYS)
+    assert all(ratio["min"] > 0 for ratio in values["streamed_over_packed"].values())
+    found = values["audio_seconds_per_cpu_second"]["streamed"]
+    assert found["megabytes_per_hour"] == pytest.approx(115.2, rel=0.05)
+
+
 def test_a_manifest_is_measured_and_a_slip_is_one_line(small, capsys, tmp_path):
     seconds = [2.5, 3.0, 2.0, 4.0]
     manifest = write_csv(tmp_path / "m.csv", write_tones(tmp_path / "audio", seconds), seconds)
@@ -49,7 +59,8 @@ def test_formats_hold_the_same_utterances(tmp_path):
     rows = common.synthesize(tmp_path / "wav", 0.01)
     assert sum(row["num_samples"] for row in rows) >= 0.01 * 3600 * 16_000
     expected = [read_pcm(row["audio"]).tolist() for row in rows]
-    for manifest in (common.write_files(rows, tmp_path, ".flac", None), common.pack(rows, tmp_path)):
+    shards = common.write_shards(rows, tmp_path / "shards", "tar", per_shard=3) + "/*.tar"
+    for manifest in (common.write_files(rows, tmp_path, ".flac", None), common.pack(rows, tmp_path), shards):
         table, *_ = read_manifests([manifest])
         found = [read_pcm(r["audio"], round(r["start"] * 16_000), r["num_samples"]).tolist() for r in table.to_pylist()]
         assert found == expected

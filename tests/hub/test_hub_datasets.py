@@ -1,15 +1,19 @@
 """Data sets on the Hub: read through the stand-in, and refused in one line where they cannot be."""
 
 import io
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import soundfile
+from hub_stand_in import SHA
+from huggingface_hub import HfFileSystem
 
 from w2v2.data.audio import read_crop
 from w2v2.data.dataset_loading import DatasetSource
 from w2v2.data.manifest import read_manifests
+from w2v2.data.shards import read_shards
 from w2v2.errors import UserError
 
 NAME = "speech-lab/tones"
@@ -74,6 +78,24 @@ def test_an_audiofolder_is_read_from_the_hub(hub):
     table, _, _ = read("speech-lab/folder", config=None)
     assert table["id"].to_pylist() == ["a/same.flac", "b/same.flac"] and table["text"].to_pylist() == ["a", "b"]
     assert table["num_samples"].to_pylist() == [16_000, 16_002]
+
+
+def test_splits_are_streamed_from_the_hub(hub, tmp_path):
+    """Their Parquet files are copied one by one; `datasets` loads nothing."""
+    HfFileSystem.clear_instance_cache()
+    args = SimpleNamespace(output_dir=str(tmp_path / "run"), shuffle_window_shards=1, shard_cache_gb=None)
+    args.shard_cache_dir = str(tmp_path / "copies")
+    table, skipped, notes = read_shards([DatasetSource(NAME, "swahili", ("train", "validation"))], args)
+    numbers = [10, 11, 12, 13, 14]
+    assert table["text"].to_pylist() == [f"word {n}" for n in numbers] and not skipped
+    assert table["id"].to_pylist()[0] == "train.parquet/10.flac" and len(notes["shards"].list) == 2
+    assert notes["shards"].list[0].url == f"hf://datasets/{NAME}@{SHA}/swahili/train.parquet"
+    for audio, number in zip(table["audio"].to_pylist(), numbers, strict=True):
+        samples, _ = soundfile.read(io.BytesIO(encode(number)), dtype="float32")
+        assert read_crop(audio).tolist() == samples.tolist()
+    assert not list((tmp_path / "datasets_cache").rglob("*.arrow"))
+    with pytest.raises(UserError, match=r"has no split 'trian': did you mean train\?"):
+        read_shards([DatasetSource(NAME, "swahili", ("trian",))], args)
 
 
 def test_what_was_loaded_once_needs_no_hub(hub, monkeypatch):
