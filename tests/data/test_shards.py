@@ -23,14 +23,14 @@ from w2v2.data.audio import read_pcm
 from w2v2.data.batching import Cursor, EffectiveBatches, PlanStream
 from w2v2.data.dataset_loading import DatasetSource
 from w2v2.data.shard_cache import Shard, ShardCache
-from w2v2.data.shards import list_shards, read_shards
+from w2v2.data.shards import _name_shards, list_shards, read_shards
 from w2v2.data.streaming import FetchAhead, ShardOrder, StreamedCrops
 from w2v2.errors import LocalError, UserError
 
 NUM_SHARDS, PER_SHARD = 6, 4
 SECONDS = np.random.default_rng(1).uniform(0.6, 2.5, NUM_SHARDS * PER_SHARD).round(2).tolist()
 FORMS = ("tar", "parquet")
-PLACES = ("disk", "memory", "http")
+PLACES = ("disk", "file", "http")
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,7 @@ def place_of(place, corpus, hub, form) -> str:
     """A pattern for all shards."""
     names = f"train-{{00..{NUM_SHARDS - 1:02d}}}.{form}"
     places = {"disk": corpus / form / names, "memory": f"memory://corpus/{form}/train-*.{form}"}
+    places["file"] = f"file://{corpus}/{form}"  # copied, as from a network disk
     return str(places.get(place) or f"{hub.url}/lab/speech/resolve/main/{names}")
 
 
@@ -133,6 +134,19 @@ def test_names_do_not_tell_the_place_and_their_order_is_that_of_the_names(tmp_pa
         ("en/1.tar", True),
     ]
     assert [s.name for s in list_shards([str(tmp_path / "a/en/1.tar")], tmp_path)] == ["1.tar"]
+
+
+@pytest.mark.parametrize(
+    ("urls", "names"),
+    [
+        (["s3://b/c/x/1.tar", "s3://b/c/y/1.tar"], ["x/1.tar", "y/1.tar"]),
+        (["https://h/d/1.tar?sign=a/b", "https://h/d/2.tar?sign=c/d"], ["1.tar", "2.tar"]),
+        (["https://h/get.tar?id=1", "https://h/get.tar?id=2"], ["get.tar?id=1", "get.tar?id=2"]),
+        (["/d/what?.tar"], ["what?.tar"]),
+    ],
+)
+def test_names_are_without_signatures(urls, names):
+    assert _name_shards(urls) == names
 
 
 @pytest.mark.parametrize("column", [None, "audio"])

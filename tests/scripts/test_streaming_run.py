@@ -46,8 +46,7 @@ def address(hub, numbers=f"0..{NUM_SHARDS - 1}") -> str:
 def whole_run(recipe, tmp_path_factory):
     """An uninterrupted run on tars that are read in place."""
     output_dir = tmp_path_factory.mktemp("runs") / "whole"
-    pattern = recipe.parent / "shards/*.tar"
-    assert run_here(pretrain.main, recipe, "--output_dir", output_dir, "--train_data", pattern) == 0
+    assert run_here(pretrain.main, recipe, "--output_dir", output_dir, "--train_data", recipe.parent / "shards") == 0
     assert not (output_dir / "cache/shards").exists() or not list((output_dir / "cache/shards").glob("shard-*"))
     return output_dir
 

@@ -6,7 +6,8 @@ distractors. Samples: `files` and addresses in containers, `decoding`, `audio`. 
 a device gets: `masking`, `collate`.
 Which audio, in steps: `readers.read_table` (with `folders`, `json_rows`, `lhotse_cuts`) reads one manifest as it is
 written, `archives.read_tars` (with `tar_index`) tars; `columns` knows the names of columns.
-`manifest.read_manifests` (with `segments`) makes one table of all manifests of a call, with lengths; `sources` one of a
+Where shards are streamed, `shards.read_shards` (with `shard_index` and `shard_cache`) gives such a table, and
+`streaming` their order. `manifest.read_manifests` (with `segments`) makes one table of all manifests of a call, with lengths; `sources` one of a
 sources file's. `utterances` maps this table from a file: `load_manifest` all of it, `load_utterances` what pretraining
 hears; `finetune.ctc_data.read_utterances` leaves out what does not open.
 """

@@ -29,6 +29,7 @@ from w2v2.data.shard_cache import Shard, ShardCache
 from w2v2.errors import UserError, one_line
 
 INDEX_VERSION = 1
+MOST_WORKERS = 16  # that fetch and index shards; more than there are cores, for they wait for the network
 ROWS_AT_ONCE = 256  # of a Parquet file, in memory
 
 
@@ -41,7 +42,10 @@ def index_shards(shards: Sequence[Shard], cache: ShardCache, folder: Path) -> li
     paths = [folder / f"{hashlib.sha256(_identify(shard).encode()).hexdigest()[:24]}.parquet" for shard in shards]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     action = partial(_index, shards=shards, cache=cache, paths=paths)
-    for error in map_files(missing, action, "Indexing shards", unit=" shards", at_once=1):
+    # Each worker holds a shard and what it is unpacked from: all of them have to fit into the cache.
+    largest = max((shard.num_bytes for shard in shards if not shard.in_place), default=0)
+    num_workers = max(1, min(MOST_WORKERS, cache.most_bytes // (2 * largest))) if largest else None
+    for error in map_files(missing, action, "Indexing shards", num_workers, at_once=1, unit=" shards"):
         if error:
             raise UserError(error)
     with ThreadPool(16) as pool:

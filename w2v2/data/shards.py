@@ -173,16 +173,23 @@ def list_shards(manifests: Sequence[Manifest], copies: Path) -> list[Shard]:
                 raise UserError(f"shard {url}: its place does not tell its size, so a copy could not be checked")
             found[url] = info | {"column": column}
     urls = sorted(found)
-    depth = len(os.path.commonprefix([url.split("/")[:-1] for url in urls]))
     shards = []
-    for url in urls:
-        name, size, version = "/".join(url.split("/")[depth:]), int(found[url]["size"]), _find_version(found[url])
+    for url, name in zip(urls, _name_shards(urls), strict=True):
+        size, version = int(found[url]["size"]), _find_version(found[url])
         in_place = "://" not in url and find_suffix(url) == ".tar"
         key = hashlib.sha256("\0".join([url, str(size), version]).encode()).hexdigest()[:16]
-        base = re.sub(r"[^\w.-]", "_", re.sub(r"\?.*", "", url).split("/")[-1])[-80:]
+        base = re.sub(r"[^\w.-]", "_", name.split("/")[-1])[-80:]
         copy = str(copies.absolute() / f"shard-{key}-{base}")
         shards.append(Shard(url, name, url if in_place else copy, size, found[url]["column"], version))
     return shards
+
+
+def _name_shards(urls: Sequence[str]) -> list[str]:
+    """Paths below the folder that all share, without queries (signatures) where these do not tell shards apart."""
+    depth = len(os.path.commonprefix([url.split("?")[0].split("/")[:-1] for url in urls]))
+    whole = ["/".join(url.split("/")[depth:]) for url in urls]
+    bare = [name.split("?")[0] if "://" in url else name for name, url in zip(whole, urls, strict=True)]
+    return bare if len(set(bare)) == len(bare) else whole
 
 
 def _list_manifest(manifest: Manifest) -> list[tuple[str, dict]]:

@@ -78,7 +78,7 @@ class RunState:
         settings["mixed_precision"] = mixed_precision
         order = build_order(training, args)
         given = [name for source in training.sources for name in source.data] or args.train_data
-        manifests = [name for name in given if isinstance(name, str)]
+        manifests = [name for name in given if isinstance(name, str) and not training.shards]
         batches = identity(args, training) | {"ids_sha256": hash_ids(manifests, training.table)} | order.identity
         state = cls(args.max_steps, order.n, identity=batches, settings=settings)
         if checkpoint:
