@@ -270,6 +270,19 @@ def test_the_copies_stay_within_their_room_and_the_oldest_go(corpus, tmp_path, m
         read(make_args(tmp_path, "memory://corpus/tar", shard_cache_gb=1e-4))
 
 
+def test_a_cache_that_cannot_be_used_is_named(tmp_path):
+    args = make_args(tmp_path / "run", "memory://corpus/tar", shard_cache_dir=str(tmp_path / "file"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="--shard_cache_dir .*file cannot be written or locked"):
+        read(args)
+    args.shard_cache_dir = None
+    read(args)
+    index = next((tmp_path / "run/cache/index").iterdir())
+    index.write_bytes(index.read_bytes()[:50])
+    with pytest.raises(UserError, match=f"{index}, an index of a shard, is damaged: remove it"):
+        read(args)
+
+
 def test_processes_of_a_machine_fetch_a_shard_once(corpus, hub, tmp_path, monkeypatch):
     url = f"{hub.url}/lab/speech/resolve/main/train-00.tar"
     (shard,) = list_shards([url], tmp_path)

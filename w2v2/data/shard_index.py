@@ -49,10 +49,17 @@ def index_shards(shards: Sequence[Shard], cache: ShardCache, folder: Path) -> li
         if error:
             raise UserError(error)
     with ThreadPool(16) as pool:
-        tables = pool.map(pq.read_table, paths)
+        tables = pool.map(_read_index, paths)
     for shard, table in zip(shards, tables, strict=True):
         shard.copy_size = int(table.schema.metadata[b"num_bytes"])
     return tables
+
+
+def _read_index(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException):  # torn, where the machine stopped before the disk had it
+        raise UserError(f"{path}, an index of a shard, is damaged: remove it, and it is made again") from None
 
 
 def _identify(shard: Shard) -> str:
