@@ -2,6 +2,7 @@
 to batch.
 
     python benchmarks/plan.py [--scales 281241 10000000 100000000] [--trials 5] [--updates 580]
+    python benchmarks/plan.py --rows 10000000 --format parquet    # the start of a run alone, its manifest read
 
 The lengths are synthetic, shaped like LibriSpeech's 960 hours. Recipe of BASE: an effective batch of 1.6 h, crops of
 at most 15.38 s on a grid of 0.32 s, 200 s in a micro-batch. Every time is of fresh processes, which have imported
@@ -26,6 +27,7 @@ from common import (
     print_table,
     speech_lengths,
 )
+from start_up import FORMATS, measure_start, write_manifest
 from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets
 
 from w2v2.data.audio import SAMPLING_RATE
@@ -59,9 +61,19 @@ def measure_scale(n: int, num_trials: int) -> dict:
     return found | {f"{name}_bytes": size / n for name, size in memory.items()}
 
 
-def run_fresh(work: Callable[[Path], dict], file: Path) -> dict:
+def run_fresh(work: Callable[..., dict], *arguments) -> dict:
     with fresh_process() as process:
-        return process.submit(work, file).result()
+        return process.submit(work, *arguments).result()
+
+
+def measure_rows(n: int, format: str, num_trials: int) -> dict[str, dict]:
+    """Median and spread of what the start of a run takes with a manifest of n rows, over fresh processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, small = (Path(folder, f"{name}.{format}") for name in ("many", "few"))
+        write_manifest(path, n)
+        write_manifest(small, n // 10)  # so that what the libraries keep for themselves is not counted
+        trials = [run_fresh(measure_start, path, RECIPE, small) for _ in range(num_trials)]
+    return {name: median_spread(trial[name] for trial in trials) for name in trials[0]}
 
 
 def take_times(file: Path) -> dict[str, float]:
@@ -160,7 +172,14 @@ def main() -> None:
     parser.add_argument("--scales", type=int, nargs="+", default=list(SHORT), help="numbers of utterances")
     parser.add_argument("--trials", type=int, default=5, help="fresh processes that each time is taken in")
     parser.add_argument("--updates", type=int, default=580, help="updates measured; 580 are about an epoch of 960 h")
+    parser.add_argument("--rows", type=int, help="measure the start of a run with a manifest of so many rows instead")
+    parser.add_argument("--format", choices=FORMATS, default="parquet", help="of that manifest")
     args = parser.parse_args()
+    if args.rows:
+        found, here = measure_rows(args.rows, args.format, args.trials), environment()
+        print_table([[name, *spread.values()] for name, spread in found.items()], ["", "median", "min", "max"])
+        machine = f"{here['cpu']}, {here['cores']} cores"
+        return print_json({"benchmark": "start_up", "machine": machine, **here, "format": args.format, **found})
     scales = {n: measure_scale(n, args.trials) for n in args.scales}
     costs = [{k: v["median"] if isinstance(v, dict) else v for k, v in found.items()} for found in scales.values()]
     print_table([[n, *cost.values()] for n, cost in zip(scales, costs, strict=True)], ["utterances", *costs[0]])

@@ -17,7 +17,6 @@ interruption, the same command goes on with the missing shards, to the same byte
 and listed in skipped_audio.jsonl; once they are mended, pack anew with --overwrite.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from corpus_files import Parser, list_skipped, open_atomic, write_lines
+from slices import HELP, find_logs, parse_slice, read_records, refuse_unknown, remove_slices
 from tqdm import tqdm
 
 from w2v2.data.audio import (
@@ -56,17 +56,27 @@ def pack(args) -> None:
     """Plan the shards, write the missing ones, then the sums and the manifest. Raises UserError for a user's slips."""
     check_flags(args)
     folder = args.output_dir
-    table, unmeasured = load_manifest(args.manifests, data_root=args.data_root)
+    table, unmeasured = load_manifest(args.manifests, data_root=args.data_root, fill=not args.slice)
+    if args.slice:
+        refuse_unknown(table.data.column("num_samples"))
     # 1. What is to be written, and what is there already.
     shards = cut_shards(table["num_samples"], args.shard_hours)
     digest = hashlib.sha256()  # of all that the manifest says, paths included
     for rows in table.iter(1 << 16):
         digest.update(json.dumps(rows).encode())
     settings = {"format": FORMAT, "shard_hours": args.shard_hours, "rows_sha256": digest.hexdigest()}
+    if args.slice:
+        shards = {name: shards[name] for name in args.slice.take(list(shards))}
+    log = args.slice.find_log(folder / LOG) if args.slice else folder / LOG
     finished = claim_folder(folder, settings, args.overwrite)
+    write_lines(log, [settings, *(record for name, record in finished.items() if name in shards)])
     # 2. The shards.
-    records = pack_missing(folder, table, shards, finished, args.num_workers)
+    records = pack_missing(log, table, shards, finished, args.num_workers)
+    if args.slice:
+        print(f"{folder}: slice {args.slice.index} of {args.slice.count}, {len(shards):,} shards")
+        return
     write_lines(folder / LOG, [settings, *records])  # in order
+    remove_slices(folder / LOG)
     # 3. The manifest, unless too much is missing.
     skipped = unmeasured + [entry for record in records for entry in record["skipped"]]
     list_skipped(folder / SKIPPED, skipped)
@@ -89,9 +99,12 @@ def check_flags(args) -> None:
     folder = args.output_dir
     if not args.manifests or not folder:
         raise UserError("give manifests and --output_dir, or --verify FOLDER")
+    if args.slice and args.overwrite:
+        raise UserError("--overwrite with --slice would delete what other slices wrote: remove the folder")
     sources = [Path(name).expanduser().resolve() for name in args.manifests]
-    is_taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
-    if is_taken and not (folder / LOG).exists() or any(folder.resolve() in (path, path.parent) for path in sources):
+    is_taken = folder.exists() and not folder.is_dir()
+    is_taken |= folder.is_dir() and not all(path.name.startswith(LOG[:7]) for path in folder.iterdir())
+    if is_taken and not find_logs(folder / LOG) or any(folder.resolve() in (path, path.parent) for path in sources):
         raise UserError(f"--output_dir {folder}: something else is in the way: name a new folder")
 
 
@@ -113,33 +126,29 @@ def cut_shards(num_samples: Iterable[int], shard_hours: float) -> dict[str, rang
 def claim_folder(folder: Path, settings: dict, overwrite: bool) -> dict[str, dict]:
     """Records of the shards that are there already, by name. UserError where something else was packed."""
     if overwrite:
-        for path in (*folder.glob("shard-*.wav"), folder / LOG):
+        for path in (*folder.glob("shard-*.wav"), *find_logs(folder / LOG)):
             path.unlink(missing_ok=True)
-    lines = []
-    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: a kill cut the last line short
-        lines.extend(map(json.loads, (folder / LOG).read_text(encoding="utf-8").splitlines()))
-    if lines and lines[0] != settings:
+    lines = read_records(find_logs(folder / LOG))
+    if any(line != settings for line in lines if "shard" not in line):
         raise UserError(f"--output_dir {folder} holds another packing: name a new folder, or give --overwrite")
     for name in (MANIFEST, SUMS):  # without them, the packing is unfinished
         (folder / name).unlink(missing_ok=True)
     sizes = {path.name: path.stat().st_size for path in folder.glob("shard-*.wav")}
-    finished = [record for record in lines[1:] if sizes.get(record["shard"]) == record["bytes"]]
-    write_lines(folder / LOG, [settings, *finished])
-    return {record["shard"]: record for record in finished}
+    return {line["shard"]: line for line in lines if "shard" in line and sizes.get(line["shard"]) == line["bytes"]}
 
 
-def pack_missing(folder: Path, table, shards: dict[str, range], records: dict, num_workers: int) -> list[dict]:
+def pack_missing(log: Path, table, shards: dict[str, range], records: dict, num_workers: int) -> list[dict]:
     """Write the shards without a record, in threads (decoders and hashes do not hold the GIL). Returns all records."""
     missing = [name for name in shards if name not in records]
     try:
-        with open(folder / LOG, "a", encoding="utf-8") as log, ThreadPoolExecutor(max(1, num_workers)) as pool:
-            made = pool.map(lambda name: pack_shard(folder / name, table, shards[name]), missing)
+        with open(log, "a", encoding="utf-8") as file, ThreadPoolExecutor(max(1, num_workers)) as pool:
+            made = pool.map(lambda name: pack_shard(log.with_name(name), table, shards[name]), missing)
             for record in tqdm(made, "Packing", len(missing), unit="shard", disable=None):
                 records[record["shard"]] = record
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+                file.write(json.dumps(record) + "\n")
+                file.flush()
     except OSError as error:
-        reason = f"{folder} cannot be written: {error.strerror or error}"
+        reason = f"{log.parent} cannot be written: {error.strerror or error}"
         raise UserError(f"{reason}: mend that and run the same command again; finished shards stay") from None
     return [records[name] for name in shards]
 
@@ -229,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_workers", type=number(int, min=1, max=1000), default=os.cpu_count(), help="threads")
     parser.add_argument("--overwrite", action="store_true", help="delete what was packed into OUTPUT_DIR before")
     parser.add_argument("--max_skipped_fraction", type=number(float, min=0, max=1), default=0.01, help="left out")
+    parser.add_argument("--slice", type=parse_slice, metavar="I/N", help=HELP)
     parser.add_argument("--verify", type=Path, metavar="FOLDER", help="check a packed folder against its sums instead")
     return parser.run(lambda args: verify(args.verify, args.num_workers) if args.verify else pack(args), argv)
 

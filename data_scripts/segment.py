@@ -16,7 +16,6 @@ OUTPUT.skipped.jsonl. The folder OUTPUT.segmenting keeps what is found: after an
 grown, the same command goes on from there, to the same rows. --overwrite starts anew.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -30,6 +29,7 @@ import numpy as np
 import pack_audio
 import pyarrow as pa
 from corpus_files import Parser, list_skipped, map_finished, open_atomic, write_manifest
+from slices import HELP, Slice, find_logs, parse_slice, read_records, refuse_unknown, remove_slices
 from tqdm import tqdm
 
 from w2v2.data.audio import SAMPLING_RATE
@@ -37,6 +37,7 @@ from w2v2.data.inspection import identify_file
 from w2v2.data.manifest import read_manifests
 from w2v2.errors import UserError, number, refuse
 
+LOG = "utterances.jsonl"  # in a folder beside the output
 FORMAT = 1  # raise it when the same recording and flags would give other utterances
 FLAGS = ("min_seconds", "max_seconds", "threshold", "min_silence_seconds", "pad_seconds")
 ROW = ("id", "audio", "start", "duration")
@@ -85,24 +86,26 @@ def find_utterances(recording: Recording, flags: dict) -> list[list | str]:
     return segment_recording(recording.audio, recording.channel, recording.extents, Settings(**flags))
 
 
-def read_log(path: Path, flags: dict, overwrite: bool) -> dict[str, list]:
-    """What earlier runs found, by a recording's key. UserError where their flags were others."""
-    header, lines = {"format": FORMAT, "silero_vad": version("silero-vad"), **flags}, []
-    with contextlib.suppress(FileNotFoundError):
-        for line in () if overwrite else path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a kill cut it short
-                lines.append(json.loads(line))
-    if lines and lines[0] != header:
+def read_log(path: Path, part: Slice | None, flags: dict, overwrite: bool) -> dict[str, list]:
+    """What earlier runs and all slices found, by a recording's key. UserError where their flags were others."""
+    header = {"format": FORMAT, "silero_vad": version("silero-vad"), **flags}
+    lines = [] if overwrite else read_records(find_logs(path))
+    if any(line != header for line in lines if "key" not in line):
         raise UserError(f"{path} comes from other flags or another silero-vad: give --overwrite, or another output")
-    with open_atomic(path) as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines or [header])
-    return {line["key"]: line["rows"] for line in lines[1:]}
+    own = part.find_log(path) if part else path
+    kept = read_records([own] * own.exists()) if part else lines
+    with open_atomic(own) as file:
+        file.writelines(json.dumps(line) + "\n" for line in [header, *(line for line in kept if "key" in line)])
+    if not part:
+        remove_slices(path)
+    return {line["key"]: line["rows"] for line in lines if "key" in line}
 
 
 def find_all(recordings: Sequence[Recording], log: Path, args) -> dict[tuple, tuple[np.ndarray, int] | str]:
     """(audio, channel, start, length) of each row → its utterances (n, 2) and too short samples, or a reason."""
     flags = {name: getattr(args, name) for name in FLAGS}
-    known, missing, found = read_log(log, flags, args.overwrite), [], {}
+    known, missing, found = read_log(log, args.slice, flags, args.overwrite), [], {}
+    log = args.slice.find_log(log) if args.slice else log
 
     def keep(recording: Recording, rows: list[list | str]) -> None:
         for extent, row in zip(recording.extents, rows, strict=True):
@@ -180,6 +183,7 @@ def tell_left_out(table: pa.Table, found: dict, unmeasured: list[dict], args) ->
 def segment(args) -> None:
     """The whole job. UserError for a user's slip, and where no speech is found."""
     refuse(
+        (args.slice and args.overwrite, "--overwrite with --slice would delete what other slices found"),
         (not args.output and not args.output_dir, "give --output FILE.csv, or --output_dir FOLDER for WAV shards"),
         (args.max_seconds < 2 * args.min_seconds + 0.04,
          f"--max_seconds {args.max_seconds:g} is below twice --min_seconds and 0.04: longer speech could not be cut"),
@@ -198,8 +202,13 @@ def segment(args) -> None:
         raise UserError("the package silero-vad is missing: pip install silero-vad") from None
     folder = args.output.with_suffix(".segmenting")
     options = {"data_root": args.data_root, "cache_dir": folder, "further": ["language"]}
-    table, unmeasured, _ = read_manifests(args.manifests, **options)
-    found = find_all(group_rows(table), folder / "utterances.jsonl", args)
+    table, unmeasured, _ = read_manifests(args.manifests, **options, fill=not args.slice)
+    if args.slice:
+        refuse_unknown(table["num_samples"])
+        found = find_all(args.slice.take(group_rows(table)), folder / LOG, args)
+        print(f"slice {args.slice.index} of {args.slice.count}: {len(found):,} of {len(table):,} rows segmented")
+        return
+    found = find_all(group_rows(table), folder / LOG, args)
     tell_left_out(table, found, unmeasured, args)
     columns = *ROW, *(name for name in CARRIED if name in table.column_names)
     write_manifest(args.output, build_rows(table, found, args.output.parent), columns)
@@ -229,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--min_silence_seconds", type=seconds, default=0.5, help="shorter pauses end no utterance")
     parser.add_argument("--pad_seconds", type=seconds, default=0.1, help="kept before and after speech")
     parser.add_argument("--num_workers", type=number(int, min=0, max=1000), default=os.cpu_count(), help="processes")
+    parser.add_argument("--slice", type=parse_slice, metavar="I/N", help=HELP)
     parser.add_argument("--overwrite", action="store_true", help="forget what earlier runs found and packed")
     return parser.run(segment, argv)
 

@@ -73,3 +73,14 @@ def test_the_last_line_is_json():
         assert scale["arrays_bytes"] == 4
     ways = ("ours", "random padding", "length grouping", "quantile buckets")
     assert found["ways"].keys() == {f"{way}, {ranks} ranks" for way in ways for ranks in (1, 8, 64)}
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_the_start_with_many_rows_is_measured(format):
+    command = [sys.executable, "benchmarks/plan.py", "--rows", "70000", "--format", format, "--trials", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert {"machine", "versions", "command", "date", "read", "first_plan", "identity", "make_plan"} <= found.keys()
+    assert 69_900 < found["rows"]["median"] <= 70_000  # a few are shorter than a second
+    assert all(found[f"private_{when}"]["median"] <= found[f"resident_{when}"]["median"] for when in ("peak", "after"))

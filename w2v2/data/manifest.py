@@ -44,6 +44,7 @@ def read_manifests(
     cache_dir: str | Path | None = None,
     measure: Callable[[str], int] = measure_length,
     further: Sequence[str] = (),
+    fill: bool = True,
 ) -> tuple[pa.Table, list[dict], dict[str, Any]]:
     """Read manifests, folders, tars and data sets into one table of utterances. Raises UserError.
 
@@ -52,7 +53,7 @@ def read_manifests(
     each manifest, evenly spread). Columns: `id` (unique), `audio` (absolute path), `start` (seconds), `num_samples` (at
     16 kHz), and where any manifest has them `channel` (an integer or null), `text`, `speaker`, `label` and, in lower
     case, the `further` columns as text. `measure` gives a file's length at 16 kHz or raises AudioError; its findings are
-    kept in `cache_dir`.
+    kept in `cache_dir`. Without `fill`, lengths that no manifest tells are null.
     """
     data_root, sources = data_root and os.path.expanduser(data_root), {str(path): path for path in paths}
     names = list(map(str, paths))
@@ -90,7 +91,8 @@ def read_manifests(
     for name, table in tables.items():
         some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_INSPECTED)).astype(int))
         samples[name] = take_rows(table, some)
-    table, skipped = fill_lengths(_join(tables, extras), measure, cache_dir)
+    table = _join(tables, extras)
+    table, skipped = fill_lengths(table, measure, cache_dir) if fill else (table, [])
     if skipped and not len(table):
         first = f"beginning with {skipped[0]['audio']}, which {skipped[0]['reason']}"
         remedy = "check the paths, and --data_root if they are relative"
