@@ -21,7 +21,6 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 
 from w2v2.cli import parse_command_line, run_script
-from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import (
     CONFIG_FILE,
@@ -61,6 +60,7 @@ from w2v2.finetune.labels import (
 )
 from w2v2.finetune.subsets import select_lengths
 from w2v2.hub.push import HubCallback
+from w2v2.manifests.dataset_loading import Manifest, name_sources
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_config, load_feature_extractor
 from w2v2.train.launch import leave_group

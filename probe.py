@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.cli import parse_command_line, run_script
-from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.dataset_loading import Manifest, name_sources
 from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_scores
 from w2v2.evaluate.scores import CHARACTERS
@@ -30,6 +29,7 @@ from w2v2.finetune import ctc_data, labels, text
 from w2v2.finetune.labels import Split, group_splits
 from w2v2.finetune.normalisation import TextRules
 from w2v2.finetune.subsets import select_lengths
+from w2v2.manifests.dataset_loading import Manifest, name_sources
 from w2v2.model.feature_encoder import num_frames
 from w2v2.probe.arguments import ProbingArguments
 from w2v2.probe.features import FrozenModel, read_table, save_frames

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from w2v2.audio.crops import AudioError, measure_length
 from w2v2.cli import parse_command_line, run_script
-from w2v2.data.audio import AudioError, measure_length
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import (
     Trial,

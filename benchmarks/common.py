@@ -25,8 +25,8 @@ import pyarrow.parquet
 import soundfile
 import torch
 
-from w2v2.data.audio import SAMPLING_RATE, read_pcm
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import SAMPLING_RATE, read_pcm
+from w2v2.manifests.manifest import read_manifests
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRISPEECH = 281_241  # utterances of its 960 hours

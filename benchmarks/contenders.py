@@ -19,7 +19,7 @@ from common import speech_lengths
 from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
 from w2v2.data.collate import build_batch
 from w2v2.model import cpu, transformer

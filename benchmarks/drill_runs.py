@@ -22,7 +22,7 @@ from common import ROOT, make_rows, read_lines, write_lines
 from drilled import NUM_NEGATIVES
 from transformers import Wav2Vec2Config
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
 
 MODEL = dict(

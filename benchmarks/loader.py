@@ -25,11 +25,11 @@ import pandas
 import torch
 
 from w2v2.arguments import PretrainArguments
+from w2v2.audio.crops import SAMPLING_RATE
+from w2v2.audio.files import split_address
 from w2v2.cli import run_script
-from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
 from w2v2.data.collate import CropDataset, Framing, PretrainBatch, build_loader, pad
-from w2v2.data.files import split_address
 from w2v2.data.streaming import StreamedCrops
 from w2v2.data.utterances import load_utterances
 from w2v2.errors import UserError

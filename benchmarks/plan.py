@@ -30,7 +30,7 @@ from common import (
 from start_up import FORMATS, measure_start, write_manifest
 from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
 from w2v2.data.utterances import Utterances
 from w2v2.train.plan import build_batches, make_plan

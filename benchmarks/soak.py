@@ -24,8 +24,8 @@ import psutil
 from common import LIBRISPEECH, environment, make_parser, print_json, print_table, read_lines, speech_lengths
 from drill_runs import RECIPE, Life, prepare
 
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.cli import run_script
-from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, MicroBatchPlan, PlanStream
 from w2v2.errors import UserError
 

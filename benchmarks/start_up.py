@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from common import speech_lengths
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, plan_update
 from w2v2.data.collate import Framing
 from w2v2.data.utterances import load_utterances

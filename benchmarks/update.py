@@ -22,7 +22,7 @@ from flops import model_flops, peak_flops
 from stock_loop import Stock
 
 from w2v2.arguments import PretrainArguments
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.model.loading import build_config
 
 CONTENDERS = {"ours": Ours, "stock": Stock, "without": Without}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, deal, padded_sizes
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from corpus_files import Parser, open_atomic
 from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
-from w2v2.data.manifest import COLUMNS
-from w2v2.data.readers import READERS, find_suffix, read_table
-from w2v2.data.segments import cast_text
 from w2v2.errors import UserError, number
 from w2v2.evaluate.scores import TARGET_UNITS
 from w2v2.finetune.normalisation import CASES, TextRules, find_case
+from w2v2.manifests.manifest import COLUMNS
+from w2v2.manifests.readers import READERS, find_suffix, read_table
+from w2v2.manifests.segments import cast_text
 
 
 def read_lines(path: Path) -> Iterable[str]:

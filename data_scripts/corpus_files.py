@@ -19,10 +19,10 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length
-from w2v2.data.inspection import measure_lengths
-from w2v2.data.segments import TOLERANCE
+from w2v2.audio.crops import SAMPLING_RATE, AudioError, measure_length
+from w2v2.audio.inspection import measure_lengths
 from w2v2.errors import UserError, error_line, number, printable
+from w2v2.manifests.segments import TOLERANCE
 
 COLUMNS = ("id", "audio", "duration", "text", "speaker")
 LENGTHS = ".lengths.jsonl"  # beside the manifests: what was measured before an interruption

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import soxr
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 
 MIN_WORDS, MAX_WORDS = 3, 14
 

@@ -24,11 +24,11 @@ from corpus_files import Parser, open_atomic
 from description_plots import draw_description
 from listening import LOOKED_SECONDS, REASONS, look_into, mark_repetitions
 
-from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, AudioError
-from w2v2.data.decoding import open_sound
-from w2v2.data.inspection import map_files
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, AudioError
+from w2v2.audio.decoding import open_sound
+from w2v2.audio.inspection import map_files
 from w2v2.errors import UserError, number, printable
+from w2v2.manifests.manifest import read_manifests
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 MOST_NAMED = 10  # languages, codecs, examples

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from listening import REASONS
 
-from w2v2.data.audio import SAMPLING_RATE, read_crop
+from w2v2.audio.crops import SAMPLING_RATE, read_crop
 from w2v2.evaluate.plots import make_figure, save_figure
 
 NUM_SHOWN = 3  # typical ones, and as many suspicious ones

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 from fingerprints import count_repeated, find_repeated, take_fingerprint
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, read_crop
-from w2v2.data.inspection import CLIPPED, SILENCE, inspect_audio
+from w2v2.audio.crops import SAMPLING_RATE, AudioError, read_crop
+from w2v2.audio.inspection import CLIPPED, SILENCE, inspect_audio
 
 LOOKED_SECONDS = 30  # of an utterance, from its beginning
 SILENT_FRAME = 320  # samples: 20 ms

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from corpus_files import Parser, list_skipped, open_atomic
 from slices import HELP, find_logs, parse_slice, read_records, remove_slices
 
-from w2v2.data.audio import SAMPLING_RATE, measure_length
-from w2v2.data.inspection import measure_lengths
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import SAMPLING_RATE, measure_length
+from w2v2.audio.inspection import measure_lengths
 from w2v2.errors import number
+from w2v2.manifests.manifest import read_manifests
 
 LENGTHS = "lengths.jsonl"
 BATCH_ROWS = 1 << 16

@@ -34,7 +34,7 @@ from corpus_files import Parser, list_skipped, open_atomic, write_lines
 from slices import HELP, find_logs, parse_slice, read_records, refuse_unknown, remove_slices
 from tqdm import tqdm
 
-from w2v2.data.audio import (
+from w2v2.audio.crops import (
     MAX_PADDING,
     MAX_SHIFT,
     SAMPLING_RATE,

@@ -27,9 +27,9 @@ from pathlib import Path
 from corpus_files import Parser
 from corpus_parts import Part, write_parts, write_sources
 
-from w2v2.data.inspection import NUM_INSPECTED
-from w2v2.data.readers import read_table
+from w2v2.audio.inspection import NUM_INSPECTED
 from w2v2.errors import UserError
+from w2v2.manifests.readers import read_table
 
 SPLITS = ("train", "dev", "test")
 LISTS = ("validated", "other", "invalidated", "train")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from corpus_files import Parser, measure_usable, write_manifest
 
-from w2v2.data.audio import AudioError
-from w2v2.data.folders import find_audio, say_passed_over
+from w2v2.audio.crops import AudioError
 from w2v2.errors import UserError, number
+from w2v2.manifests.folders import find_audio, say_passed_over
 
 
 def read_transcript(path: Path) -> str:

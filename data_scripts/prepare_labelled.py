@@ -16,9 +16,9 @@ from pathlib import Path
 
 from corpus_files import Parser, measure_usable, write_manifest
 
-from w2v2.data.folders import find_audio, say_passed_over
 from w2v2.errors import UserError
 from w2v2.finetune.labels import parse_label_map
+from w2v2.manifests.folders import find_audio, say_passed_over
 
 CORPORA = {
     "emodb": (

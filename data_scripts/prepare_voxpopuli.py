@@ -28,9 +28,9 @@ from pathlib import Path
 from corpus_files import Parser
 from corpus_parts import Part, find_root, write_parts, write_sources
 
-from w2v2.data.inspection import NUM_INSPECTED
-from w2v2.data.readers import read_table
+from w2v2.audio.inspection import NUM_INSPECTED
 from w2v2.errors import UserError
+from w2v2.manifests.readers import read_table
 
 SPLITS = ("train", "dev", "test")
 CUT, WHOLE, TRANSCRIBED = "unlabelled_data", "raw_audios", "transcribed_data"

@@ -32,10 +32,10 @@ from corpus_files import Parser, list_skipped, map_finished, open_atomic, write_
 from slices import HELP, Slice, find_logs, parse_slice, read_records, refuse_unknown, remove_slices
 from tqdm import tqdm
 
-from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.inspection import identify_file
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import SAMPLING_RATE
+from w2v2.audio.inspection import identify_file
 from w2v2.errors import UserError, number, refuse
+from w2v2.manifests.manifest import read_manifests
 
 LOG = "utterances.jsonl"  # in a folder beside the output
 FORMAT = 1  # raise it when the same recording and flags would give other utterances

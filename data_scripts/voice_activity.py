@@ -17,8 +17,8 @@ import soxr
 import torch
 from torch.nn import functional
 
-from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, check_peak, mix_down
-from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
+from w2v2.audio.crops import MAX_PADDING, MAX_SHIFT, check_peak, mix_down
+from w2v2.audio.decoding import SAMPLING_RATE, AudioError, open_sound
 from w2v2.errors import UserError
 
 FRAME = 512  # samples

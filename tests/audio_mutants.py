@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 from encoding import encode
 
-from w2v2.data.audio import AudioError, measure_length, read_pcm
+from w2v2.audio.crops import AudioError, measure_length, read_pcm
 
 RATE, SECONDS = 16_000, 1.5
 FORMATS = {

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from w2v2.data.dataset_loading import DatasetArguments
-from w2v2.data.sources import is_sources_file
 from w2v2.errors import SEEDS, check_ranges, flag, refuse, take_back
+from w2v2.manifests.dataset_loading import DatasetArguments
+from w2v2.manifests.sources import is_sources_file
 from w2v2.train.schedule import SCHEDULES
 
 

@@ -7,8 +7,8 @@ import loader
 import pytest
 from conftest import run_here, tiny_config, write_csv, write_tones
 
-from w2v2.data.audio import read_pcm
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import read_pcm
+from w2v2.manifests.manifest import read_manifests
 
 
 @pytest.fixture

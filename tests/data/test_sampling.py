@@ -11,9 +11,9 @@ import torch
 from w2v2.data.batching import Cursor, EffectiveBatches, EpochOrder, plan_update
 from w2v2.data.hashing import MIX, derive
 from w2v2.data.sampling import BLOCK, MixedOrder, build_order, count_draws, find_shares
-from w2v2.data.sources import Source
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
+from w2v2.manifests.sources import Source
 
 SECOND = 16_000
 

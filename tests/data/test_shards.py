@@ -18,14 +18,14 @@ import webdataset
 from conftest import write_tones
 from hub_stand_in import HubStandIn
 
+from w2v2.audio.crops import read_pcm
 from w2v2.data import shard_cache
-from w2v2.data.audio import read_pcm
 from w2v2.data.batching import Cursor, EffectiveBatches, PlanStream
-from w2v2.data.dataset_loading import DatasetSource
 from w2v2.data.shard_cache import Shard, ShardCache
 from w2v2.data.shards import _name_shards, list_shards, read_shards
 from w2v2.data.streaming import FetchAhead, ShardOrder, StreamedCrops
 from w2v2.errors import LocalError, UserError
+from w2v2.manifests.dataset_loading import DatasetSource
 
 NUM_SHARDS, PER_SHARD = 6, 4
 SECONDS = np.random.default_rng(1).uniform(0.6, 2.5, NUM_SHARDS * PER_SHARD).round(2).tolist()

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from conftest import write_csv
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.collate import Framing
 from w2v2.data.utterances import Utterances, inspect_some, load_manifest, load_utterances, map_table
 from w2v2.errors import UserError

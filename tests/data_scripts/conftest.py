@@ -8,7 +8,7 @@ from corpora import encode_clips, write_libri_light, write_release, write_voxpop
 @pytest.fixture
 def in_process(monkeypatch):
     """Look at files without workers, which take most of the time of small trees."""
-    monkeypatch.setattr("w2v2.data.inspection.map_files", lambda paths, action, *_: map(action, paths))
+    monkeypatch.setattr("w2v2.audio.inspection.map_files", lambda paths, action, *_: map(action, paths))
 
 
 @pytest.fixture(scope="session")

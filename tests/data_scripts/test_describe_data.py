@@ -15,7 +15,7 @@ from fingerprints import count_repeated, find_repeated, take_fingerprint
 from matplotlib.image import imread
 from test_prepare import run
 
-from w2v2.data.audio import read_crop
+from w2v2.audio.crops import read_crop
 
 RATE = 16_000
 

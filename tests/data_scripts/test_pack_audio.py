@@ -16,7 +16,7 @@ from conftest import error_line, run_here, write_csv, write_recipe
 from datasets import Dataset
 
 import pretrain
-from w2v2.data.audio import SAMPLING_RATE, read_crop, read_pcm, write_seekable
+from w2v2.audio.crops import SAMPLING_RATE, read_crop, read_pcm, write_seekable
 from w2v2.data.utterances import load_manifest
 
 ROOT = Path(__file__).resolve().parents[2]

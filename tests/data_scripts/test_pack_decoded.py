@@ -11,8 +11,8 @@ from conftest import write_csv
 from encoding import encode, whole
 from test_pack_audio import pack, packed_rows, read_row
 
-from w2v2.data.audio import read_crop
-from w2v2.data.decoding import AudioError
+from w2v2.audio.crops import read_crop
+from w2v2.audio.decoding import AudioError
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from conftest import error_line
 from corpora import replace
 from test_prepare import rows_of, run
 
-from w2v2.data.audio import SAMPLING_RATE, measure_length
-from w2v2.data.sources import read_sources
+from w2v2.audio.crops import SAMPLING_RATE, measure_length
+from w2v2.manifests.sources import read_sources
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

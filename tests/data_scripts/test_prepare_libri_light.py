@@ -10,7 +10,7 @@ from conftest import error_line
 from corpora import CUT
 from test_prepare import rows_of, run, write_audio
 
-from w2v2.data.manifest import read_manifests
+from w2v2.manifests.manifest import read_manifests
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -9,7 +9,7 @@ from conftest import error_line
 from corpora import TRANSCRIBED, cut_segments, replace
 from test_prepare import rows_of, run
 
-from w2v2.data.manifest import read_manifests
+from w2v2.manifests.manifest import read_manifests
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -26,9 +26,9 @@ from encoding import encode
 from test_pack_resume import run_program
 from test_prepare import run
 
-from w2v2.data.audio import read_crop
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import read_crop
 from w2v2.errors import UserError
+from w2v2.manifests.manifest import read_manifests
 
 RATE = 16_000
 WORDS = "the farmer found a golden key near the river and the young teacher carried seven candles home"

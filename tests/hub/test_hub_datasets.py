@@ -10,11 +10,11 @@ import soundfile
 from hub_stand_in import SHA
 from huggingface_hub import HfFileSystem
 
-from w2v2.data.audio import read_crop
-from w2v2.data.dataset_loading import DatasetSource
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import read_crop
 from w2v2.data.shards import read_shards
 from w2v2.errors import UserError
+from w2v2.manifests.dataset_loading import DatasetSource
+from w2v2.manifests.manifest import read_manifests
 
 NAME = "speech-lab/tones"
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from conftest import refusal, write_csv
 
 import pretrain
-from w2v2.data.audio import read_pcm
+from w2v2.audio.crops import read_pcm
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import printable
 from w2v2.finetune.ctc_data import log_skipped, read_skipped

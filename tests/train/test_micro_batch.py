@@ -15,7 +15,7 @@ from conftest import make_batch, tiny_config
 from transformers import Wav2Vec2FeatureExtractor
 from two_ranks import NOISY, settings
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
 from w2v2.data.collate import build_batch
 from w2v2.errors import UserError

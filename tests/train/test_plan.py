@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data import batching
-from w2v2.data.audio import SAMPLING_RATE
 from w2v2.data.batching import Cursor, crop_length, plan_update
 from w2v2.data.utterances import Utterances
 from w2v2.train import state

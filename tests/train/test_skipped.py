@@ -166,8 +166,8 @@ def test_overflows_alone_end_the_run_with_other_advice(scaled, tmp_path):
 
 NUM_FILES, LOUD, STEPS = 16, 5, 8
 UNBOUNDED = """import math
-import w2v2.data.audio
-w2v2.data.audio.MAX_AMPLITUDE = math.inf
+import w2v2.audio.crops
+w2v2.audio.crops.MAX_AMPLITUDE = math.inf
 import pretrain
 pretrain.run_script(pretrain.main)
 """
@@ -188,7 +188,7 @@ def corpus(tmp_path_factory):
     tiny_config(large=True, **NOISY).save_pretrained(folder / "model")  # BASE's group norm would bear even these
     (folder / "unbounded.py").write_text(UNBOUNDED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("w2v2.data.audio.MAX_AMPLITUDE", math.inf)
+        patch.setattr("w2v2.audio.crops.MAX_AMPLITUDE", math.inf)
         yield folder
 
 

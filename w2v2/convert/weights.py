@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.model.loading import first_line
 from w2v2.model.pretraining import FINETUNING_MASKS

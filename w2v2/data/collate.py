@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from w2v2.data.audio import AudioError, read_pcm
+from w2v2.audio.crops import AudioError, read_pcm
 from w2v2.data.batching import Crops, MicroBatchPlan
 from w2v2.data.hashing import derive
 from w2v2.data.masking import kept_rows, latent_lengths, least_samples, mask_spans, masked_positions

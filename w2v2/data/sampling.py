@@ -18,10 +18,10 @@ import torch
 
 from w2v2.data.batching import FEISTEL_ROUNDS, EpochOrder, Order, find_half_bits, permute
 from w2v2.data.hashing import MIX, ORDER, below, derive, derive_many, positive
-from w2v2.data.sources import Source
 from w2v2.data.streaming import ShardOrder
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
+from w2v2.manifests.sources import Source
 
 BLOCK = 16  # positions: an effective batch holds many blocks, and so every source's due share, up to two blocks'
 

@@ -19,14 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from w2v2.data.archives import read_tars
-from w2v2.data.audio import measure_length
-from w2v2.data.columns import COLUMNS, EXTRAS, is_known
-from w2v2.data.inspection import fill_lengths, map_files, measure_lengths
-from w2v2.data.manifest import interpret
-from w2v2.data.readers import RawTable
+from w2v2.audio.crops import measure_length
+from w2v2.audio.inspection import map_files, measure_lengths
 from w2v2.data.shard_cache import Shard, ShardCache
 from w2v2.errors import UserError, one_line
+from w2v2.manifests.archives import read_tars
+from w2v2.manifests.columns import COLUMNS, EXTRAS, is_known
+from w2v2.manifests.manifest import interpret
+from w2v2.manifests.readers import RawTable
+from w2v2.manifests.tables import fill_lengths
 
 INDEX_VERSION = 1
 MOST_WORKERS = 16  # that fetch and index shards; more than there are cores, for they wait for the network

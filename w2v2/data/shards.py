@@ -24,15 +24,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.archives import expand_braces
-from w2v2.data.columns import EXTRAS
-from w2v2.data.dataset_loading import DatasetSource, Manifest, list_parquet, name_sources
-from w2v2.data.inspection import NUM_INSPECTED
-from w2v2.data.manifest import count_channels
+from w2v2.audio.inspection import NUM_INSPECTED
 from w2v2.data.shard_cache import GIGABYTE, Shard, ShardCache, find_suffix
 from w2v2.data.shard_index import index_shards, unpack_parquet
-from w2v2.data.tables import take_rows
 from w2v2.errors import UserError, one_line, tell
+from w2v2.manifests.archives import expand_braces
+from w2v2.manifests.columns import EXTRAS
+from w2v2.manifests.dataset_loading import DatasetSource, Manifest, list_parquet, name_sources
+from w2v2.manifests.manifest import count_channels
+from w2v2.manifests.tables import take_rows
 
 SUFFIXES = (".tar", ".parquet")
 AHEAD = 3  # windows that the cache holds unless told: one is heard, one fetched, one is left by the slowest worker

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from w2v2.data.audio import AudioError
+from w2v2.audio.crops import AudioError
 from w2v2.data.batching import Cursor, EpochOrder, MicroBatchPlan, PlanStream
 from w2v2.data.collate import CropDataset
 from w2v2.data.hashing import SHARDS, WINDOW, derive

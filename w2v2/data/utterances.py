@@ -18,16 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.table import MemoryMappedTable
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, is_compressed, read_crop
+from w2v2.audio.crops import SAMPLING_RATE, AudioError, is_compressed, read_crop
+from w2v2.audio.inspection import INSPECTED_SECONDS, NUM_INSPECTED, SILENCE, inspect_files
 from w2v2.data.batching import CHUNK, crop_length
 from w2v2.data.collate import Framing
-from w2v2.data.dataset_loading import Manifest, name_sources
-from w2v2.data.inspection import INSPECTED_SECONDS, NUM_INSPECTED, SILENCE, inspect_files
-from w2v2.data.manifest import read_manifests
 from w2v2.data.shards import Shards, read_shards
-from w2v2.data.sources import Source, count_utterances, is_sources_file, read_sources
-from w2v2.data.tables import BATCH_ROWS, cut_table, filter_rows
 from w2v2.errors import UserError, tell
+from w2v2.manifests.dataset_loading import Manifest, name_sources
+from w2v2.manifests.manifest import read_manifests
+from w2v2.manifests.sources import Source, count_utterances, is_sources_file, read_sources
+from w2v2.manifests.tables import BATCH_ROWS, cut_table, filter_rows
 
 SLOW_SECONDS = 300.0  # into a compressed file, beyond which packing is advised
 NUM_DECODED = 16  # files that are decoded to find out whether the data is silence

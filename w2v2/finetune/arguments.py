@@ -17,9 +17,9 @@ import yaml
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 
-from w2v2.data.dataset_loading import LabelledDatasetArguments
 from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
 from w2v2.finetune.stock_flags import check_stock_flags, default_of
+from w2v2.manifests.dataset_loading import LabelledDatasetArguments
 from w2v2.model.loading import locate
 from w2v2.train.schedule import SCHEDULES
 

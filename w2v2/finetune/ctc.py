@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.trainer_utils import EvalLoopOutput
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import RATES, error_rates
 from w2v2.finetune.arguments import FineTuningArguments

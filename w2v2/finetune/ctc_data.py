@@ -20,15 +20,15 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2FeatureExtractor
 
-from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop
-from w2v2.data.dataset_loading import DatasetSource, Manifest, name_sources
-from w2v2.data.inspection import measure_lengths
+from w2v2.audio.crops import SAMPLING_RATE, AudioError, measure_length, read_crop
+from w2v2.audio.inspection import measure_lengths
 from w2v2.data.utterances import inspect_some, load_manifest
 from w2v2.errors import UserError, refuse
 from w2v2.evaluate.scores import CHARACTERS, TOKENS
 from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArguments
 from w2v2.finetune.normalisation import TextRules, count_tags, describe_counts, find_case
 from w2v2.finetune.text import SPECIAL, UNKNOWN, CTCArguments, case_of, count_units, encode
+from w2v2.manifests.dataset_loading import DatasetSource, Manifest, name_sources
 
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 

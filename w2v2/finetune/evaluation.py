@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import MEASURES
 from w2v2.finetune.batching import cut_evaluation

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from w2v2.data.audio import SAMPLING_RATE, read_crop
-from w2v2.data.dataset_loading import Manifest, name_sources
+from w2v2.audio.crops import SAMPLING_RATE, read_crop
 from w2v2.data.hashing import CROP, below, derive
-from w2v2.data.manifest import COLUMNS, EXTRAS
 from w2v2.errors import UserError, flag, refuse
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.ctc_data import SpeechDataset, collate_speech, describe_table, read_once
+from w2v2.manifests.dataset_loading import Manifest, name_sources
+from w2v2.manifests.manifest import COLUMNS, EXTRAS
 
 UNLABELLED = -1
 LABEL_FLAGS = ("label_column", "label_map", "labels")  # that a model's folder tells

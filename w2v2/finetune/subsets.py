@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import Wav2Vec2Config
 
-from w2v2.data.audio import AUDIO_SUFFIXES, SAMPLING_RATE
+from w2v2.audio.crops import AUDIO_SUFFIXES, SAMPLING_RATE
 from w2v2.errors import UserError, refuse
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.ctc_data import describe_table, num_hours

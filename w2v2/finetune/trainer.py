@@ -15,7 +15,7 @@ import transformers
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.finetune.arguments import METRICS_FILE, SKIPPED_FILE
 from w2v2.finetune.batching import LengthSampler, MicroBatches, UpdateSampler, collate_update

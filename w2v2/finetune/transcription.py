@@ -10,8 +10,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import Wav2Vec2Config
 
-from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.files import split_address
+from w2v2.audio.crops import SAMPLING_RATE
+from w2v2.audio.files import split_address
 from w2v2.evaluate import scores
 from w2v2.evaluate.scores import CHARACTERS, NAMES, RATES
 from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE, write_results

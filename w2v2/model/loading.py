@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.collate import Framing
 from w2v2.errors import UserError
 

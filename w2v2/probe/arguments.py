@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from w2v2.data.dataset_loading import LabelledDatasetArguments
 from w2v2.errors import SEEDS, check_ranges, flag, refuse
 from w2v2.evaluate.scores import CHARACTERS
+from w2v2.manifests.dataset_loading import LabelledDatasetArguments
 
 
 @dataclass

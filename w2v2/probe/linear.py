@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.evaluate.scores import classification_scores, error_rates, mean_and_deviation
 from w2v2.finetune.labels import Split
 from w2v2.finetune.text import encode, greedy_decode

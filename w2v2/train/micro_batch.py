@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import LATENT_STRIDE, Crops, Cursor, EffectiveBatches, MicroBatchPlan
 from w2v2.data.collate import Framing, PretrainBatch, build_batch
 from w2v2.data.masking import masked_positions

@@ -11,11 +11,11 @@ import numpy as np
 import yaml
 from accelerate import Accelerator
 
-from w2v2.data.audio import MAX_SHIFT, SAMPLING_RATE
+from w2v2.audio.crops import MAX_SHIFT, SAMPLING_RATE
+from w2v2.audio.files import split_address
+from w2v2.audio.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
 from w2v2.data.batching import Cursor, EffectiveBatches
 from w2v2.data.cutting import cut, padded_sizes
-from w2v2.data.files import split_address
-from w2v2.data.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
 from w2v2.data.sampling import build_order
 from w2v2.data.shards import describe_shards
 from w2v2.data.utterances import Utterances

@@ -16,13 +16,13 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import CHUNK, Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch
-from w2v2.data.readers import PACKED_MANIFEST
 from w2v2.data.sampling import build_order
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
+from w2v2.manifests.readers import PACKED_MANIFEST
 from w2v2.model import objective
 from w2v2.model.loading import check_same_architecture
 from w2v2.model.pretraining import PretrainSums

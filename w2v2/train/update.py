@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
-from w2v2.data.audio import SAMPLING_RATE
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import LATENT_STRIDE, Cursor
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.hashing import NOISE, derive, positive

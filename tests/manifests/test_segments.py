@@ -1,4 +1,4 @@
-"""`w2v2.data.segments`: which part of a recording a row says, in the names and units of many tools, and what is refused."""
+"""`w2v2.manifests.segments`: which part of a recording a row says, in the names and units of many tools, and what is refused."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,11 +7,11 @@ import pytest
 import soundfile
 import torch
 
-from w2v2.data import segments
-from w2v2.data.audio import measure_rate
-from w2v2.data.manifest import read_manifests
-from w2v2.data.segments import read_name
+from w2v2.audio.crops import measure_rate
 from w2v2.errors import UserError
+from w2v2.manifests import segments
+from w2v2.manifests.manifest import read_manifests
+from w2v2.manifests.segments import read_name
 
 # Recordings of 20 s at several rates.
 RATES = {"episode.wav": 16_000, "call.wav": 8_000, "cd.wav": 44_100}

@@ -1,13 +1,13 @@
-"""`w2v2.data.lhotse_cuts`: what Lhotse writes is heard as Lhotse hears it, or refused."""
+"""`w2v2.manifests.lhotse_cuts`: what Lhotse writes is heard as Lhotse hears it, or refused."""
 
 import numpy as np
 import pytest
 import soundfile
 from lhotse import AudioSource, CutSet, MonoCut, MultiCut, Recording, RecordingSet, SupervisionSegment, SupervisionSet
 
-from w2v2.data.audio import SAMPLING_RATE, read_crop
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import SAMPLING_RATE, read_crop
 from w2v2.errors import UserError
+from w2v2.manifests.manifest import read_manifests
 
 
 def make_recording(folder, name, rate=16_000, channels=1, seconds=4.0, kind="flac"):

@@ -21,17 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.archives import gather_tars, read_tars
-from w2v2.data.audio import SAMPLING_RATE, measure_length
-from w2v2.data.columns import COLUMNS, EXTRAS, OURS, may_be_segment
-from w2v2.data.dataset_loading import DatasetSource, Manifest
-from w2v2.data.folders import say_passed_over
-from w2v2.data.hub_datasets import read_dataset
-from w2v2.data.inspection import NUM_INSPECTED, fill_lengths, measure_lengths
-from w2v2.data.readers import RawTable, read_table
-from w2v2.data.segments import Measure, cast_text, find_extents
-from w2v2.data.tables import BATCH_ROWS, by_batch, filter_rows, find_repeated, take_rows
+from w2v2.audio.crops import SAMPLING_RATE, measure_length
+from w2v2.audio.inspection import NUM_INSPECTED, measure_lengths
 from w2v2.errors import UserError, tell
+from w2v2.manifests.archives import gather_tars, read_tars
+from w2v2.manifests.columns import COLUMNS, EXTRAS, OURS, may_be_segment
+from w2v2.manifests.dataset_loading import DatasetSource, Manifest
+from w2v2.manifests.folders import say_passed_over
+from w2v2.manifests.hub_datasets import read_dataset
+from w2v2.manifests.readers import RawTable, read_table
+from w2v2.manifests.segments import Measure, cast_text, find_extents
+from w2v2.manifests.tables import BATCH_ROWS, by_batch, fill_lengths, filter_rows, find_repeated, take_rows
 
 ROOT_MARKER = r"^(\$?\{data_root\}|\$data_root)/+"  # at the head of SpeechBrain's paths
 LETTERS = {"L": 0, "R": 1, "LEFT": 0, "RIGHT": 1} | {letter: number for number, letter in enumerate("ABCDEFGH")}

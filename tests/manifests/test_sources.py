@@ -11,10 +11,10 @@ from datasets import Audio, Dataset, DatasetDict
 from test_utterances import load
 
 from w2v2.data.batching import crop_length
-from w2v2.data.dataset_loading import DatasetSource
-from w2v2.data.manifest import read_manifests
-from w2v2.data.sources import is_sources_file, parse_sources, read_sources
 from w2v2.errors import UserError
+from w2v2.manifests.dataset_loading import DatasetSource
+from w2v2.manifests.manifest import read_manifests
+from w2v2.manifests.sources import is_sources_file, parse_sources, read_sources
 
 SECOND = 16_000
 

@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from w2v2.data.audio import check_peak, mix_down
-from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
-from w2v2.data.files import split_address
-from w2v2.data.tables import filter_rows
+from w2v2.audio.crops import check_peak, mix_down
+from w2v2.audio.decoding import SAMPLING_RATE, AudioError, open_sound
+from w2v2.audio.files import split_address
 
 NUM_INSPECTED = 64  # files of a manifest, evenly spread
 INSPECTED_SECONDS = 60.0  # of each of them, from its beginning
@@ -131,28 +128,6 @@ def map_files(
         for found in loader:
             yield from found
             bar.update(len(found))
-
-
-def fill_lengths(
-    table: pa.Table, measure: Callable[[str], int], cache_dir: str | Path | None
-) -> tuple[pa.Table, list[dict]]:
-    """Fill the nulls of `num_samples`; rows whose file cannot be measured come back as {id, audio, reason} instead."""
-    unknown = pc.is_null(table["num_samples"]).combine_chunks()
-    rows = table.filter(unknown).select(["id", "audio", "start"]).to_pylist()
-    if not rows:
-        return table, []
-    found = measure_lengths(list(dict.fromkeys(row["audio"] for row in rows)), measure, cache_dir)
-    skipped, lengths = [], []
-    for row in rows:
-        length, start = found[row["audio"]], round(row["start"] * SAMPLING_RATE)
-        if isinstance(length, int) and length <= start:
-            length = f"ends before {row['start']:g} s, where the row starts"
-        if isinstance(length, str):
-            skipped.append({"id": row["id"], "audio": row["audio"], "reason": length})
-        lengths.append(None if isinstance(length, str) else length - start)
-    filled = pc.replace_with_mask(table["num_samples"].combine_chunks(), unknown, pa.array(lengths, pa.int64()))
-    table = table.set_column(table.column_names.index("num_samples"), "num_samples", filled)
-    return filter_rows(table, filled.is_valid().to_numpy(zero_copy_only=False)), skipped
 
 
 def _measure(measure: Callable[[str], int], path: str) -> int | str:

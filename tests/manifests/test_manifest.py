@@ -1,4 +1,4 @@
-"""`w2v2.data.manifest` and `readers`: every kind of manifest gives the same table, lengths are known, and slips are
+"""`w2v2.manifests.manifest` and `readers`: every kind of manifest gives the same table, lengths are known, and slips are
 named in one line.
 """
 
@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from w2v2.data.audio import AudioError, measure_length
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import AudioError, measure_length
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError
+from w2v2.manifests.manifest import read_manifests
 
 LENGTHS = {"a b.wav": 24_000, "deep/é 'q\".flac": 16_001}
 
@@ -218,7 +218,7 @@ def test_missing_durations_are_measured_once_until_a_change(corpus, tmp_path):
 
 def test_known_lengths_start_no_workers(corpus, tmp_path, monkeypatch):
     load(corpus, measure=measure_length, cache_dir=tmp_path)
-    monkeypatch.setattr("w2v2.data.inspection.map_files", None)
+    monkeypatch.setattr("w2v2.audio.inspection.map_files", None)
     assert len(load(corpus, measure=measure_length, cache_dir=tmp_path)) > 0
 
 

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import soundfile
 
-from w2v2.data.files import AudioError, AudioFile, AudioRange, open_regular
+from w2v2.audio.files import AudioError, AudioFile, AudioRange, open_regular
 
 SAMPLING_RATE = 16_000
 SEEKABLE = {*"PCM_16 PCM_24 PCM_32 PCM_S8 PCM_U8 FLOAT DOUBLE ULAW ALAW ALAC_16 ALAC_20 ALAC_24 ALAC_32".split()}

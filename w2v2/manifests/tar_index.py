@@ -19,8 +19,8 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from w2v2.data.audio import AUDIO_SUFFIXES
-from w2v2.data.inspection import map_files
+from w2v2.audio.crops import AUDIO_SUFFIXES
+from w2v2.audio.inspection import map_files
 from w2v2.errors import UserError, one_line
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.table import MemoryMappedTable, Table
 
-from w2v2.data.columns import COLUMNS, RATE_NAMES, read_name
-from w2v2.data.dataset_loading import DatasetSource, load_splits, say_names, say_near
-from w2v2.data.readers import RawTable
 from w2v2.errors import UserError, one_line, refuse, tell
+from w2v2.manifests.columns import COLUMNS, RATE_NAMES, read_name
+from w2v2.manifests.dataset_loading import DatasetSource, load_splits, say_names, say_near
+from w2v2.manifests.readers import RawTable
 
 STRINGS, BINARIES = (pa.types.is_string, pa.types.is_large_string), (pa.types.is_binary, pa.types.is_large_binary)
 

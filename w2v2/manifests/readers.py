@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from w2v2.data.audio import AUDIO_SUFFIXES
-from w2v2.data.folders import find_audio, read_kaldi
-from w2v2.data.json_rows import read_rows
-from w2v2.data.tables import BATCH_ROWS, LINE, collect_rows, map_tables
+from w2v2.audio.crops import AUDIO_SUFFIXES
 from w2v2.errors import UserError, one_line
+from w2v2.manifests.folders import find_audio, read_kaldi
+from w2v2.manifests.json_rows import read_rows
+from w2v2.manifests.tables import BATCH_ROWS, LINE, collect_rows, map_tables
 
 PACKED_MANIFEST = "manifest.parquet"  # in a folder that pack_audio.py wrote, beside its shards
 QUOTED = r'"((?:[^"]|"")*)"'

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 import soxr
 
-from w2v2.data import files
-from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
+from w2v2.audio import files
+from w2v2.audio.crops import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
 
 FORMATS = [
     ("wav", {}),

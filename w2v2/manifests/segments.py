@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.audio import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, measure_rate
-from w2v2.data.columns import LOOKS_LIKE_ONE, RATE_NAMES, read_name
-from w2v2.data.inspection import NUM_INSPECTED
-from w2v2.data.readers import RawTable
-from w2v2.data.tables import by_batch
+from w2v2.audio.crops import MAX_PADDING, MAX_SHIFT, SAMPLING_RATE, measure_rate
+from w2v2.audio.inspection import NUM_INSPECTED
 from w2v2.errors import UserError
+from w2v2.manifests.columns import LOOKS_LIKE_ONE, RATE_NAMES, read_name
+from w2v2.manifests.readers import RawTable
+from w2v2.manifests.tables import by_batch
 
 Measure = Callable[..., dict[str, int | str]]  # `measure_lengths`, its other arguments given
 RATES = dict(measure=measure_rate, file="rates.jsonl")

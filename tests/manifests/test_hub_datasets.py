@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from w2v2.data.audio import read_crop
-from w2v2.data.dataset_loading import DatasetSource
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import read_crop
 from w2v2.errors import UserError
+from w2v2.manifests.dataset_loading import DatasetSource
+from w2v2.manifests.manifest import read_manifests
 
 FORMATS = ["FLAC", "WAV", "OGG", "FLAC", "WAV"]
 LABELS = ["sad", "happy"]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from w2v2.data.columns import says_place
-from w2v2.data.readers import RawTable
-from w2v2.data.tar_index import NOTES, index_tars
 from w2v2.errors import UserError
+from w2v2.manifests.columns import says_place
+from w2v2.manifests.readers import RawTable
+from w2v2.manifests.tar_index import NOTES, index_tars
 
 TAR_NAME = re.compile(r"\.(tar(\.[a-z0-9]+)?|tgz|tbz2?|txz)$", re.IGNORECASE)
 SET_OF_NAMES = re.compile(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}")

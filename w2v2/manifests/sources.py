@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from w2v2.data.audio import SAMPLING_RATE
-from w2v2.data.dataset_loading import DatasetSource, Manifest
-from w2v2.data.manifest import EXTRAS, read_manifests
-from w2v2.data.tables import by_batch
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError, missed_range, tell
+from w2v2.manifests.dataset_loading import DatasetSource, Manifest
+from w2v2.manifests.manifest import EXTRAS, read_manifests
+from w2v2.manifests.tables import by_batch
 
 SUFFIXES = (".yaml", ".yml")
 LISTS = ("data", "dataset_split_names")  # keys that may hold several values

@@ -9,11 +9,15 @@ import mmap
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from w2v2.audio.crops import SAMPLING_RATE
+from w2v2.audio.inspection import measure_lengths
 
 BATCH_ROWS = 65_536
 LINE = "line in the file"  # a column of our own, beside those of a manifest
@@ -108,3 +112,25 @@ def filter_rows(table: pa.Table, kept: np.ndarray) -> pa.Table:
 def take_rows(table: pa.Table, rows: Iterable[int]) -> list[dict]:
     """A few rows; `Table.take` would copy whole columns of text."""
     return [table.slice(int(row), 1).to_pylist()[0] for row in rows]
+
+
+def fill_lengths(
+    table: pa.Table, measure: Callable[[str], int], cache_dir: str | Path | None
+) -> tuple[pa.Table, list[dict]]:
+    """Fill the nulls of `num_samples`; rows whose file cannot be measured come back as {id, audio, reason} instead."""
+    unknown = pc.is_null(table["num_samples"]).combine_chunks()
+    rows = table.filter(unknown).select(["id", "audio", "start"]).to_pylist()
+    if not rows:
+        return table, []
+    found = measure_lengths(list(dict.fromkeys(row["audio"] for row in rows)), measure, cache_dir)
+    skipped, lengths = [], []
+    for row in rows:
+        length, start = found[row["audio"]], round(row["start"] * SAMPLING_RATE)
+        if isinstance(length, int) and length <= start:
+            length = f"ends before {row['start']:g} s, where the row starts"
+        if isinstance(length, str):
+            skipped.append({"id": row["id"], "audio": row["audio"], "reason": length})
+        lengths.append(None if isinstance(length, str) else length - start)
+    filled = pc.replace_with_mask(table["num_samples"].combine_chunks(), unknown, pa.array(lengths, pa.int64()))
+    table = table.set_column(table.column_names.index("num_samples"), "num_samples", filled)
+    return filter_rows(table, filled.is_valid().to_numpy(zero_copy_only=False)), skipped

@@ -18,15 +18,15 @@ import torch
 from audio_mutants import speech, write_originals
 from conftest import run_here, tiny_config, write_tones
 from safetensors.torch import load_file
-from test_audio import set_flac_length
 from test_collate import flags_for
+from test_crops import set_flac_length
 from transformers import Wav2Vec2FeatureExtractor
 
 import pretrain
-from w2v2.data.audio import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
+from w2v2.audio.crops import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
+from w2v2.audio.inspection import measure_lengths
 from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
 from w2v2.data.collate import CropDataset
-from w2v2.data.inspection import measure_lengths
 from w2v2.data.utterances import load_manifest
 from w2v2.model.loading import build_framing
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from w2v2.data.columns import says_place
 from w2v2.errors import UserError
+from w2v2.manifests.columns import says_place
 
 SUPERVISION = {"recording_id", "start", "duration"}
 REMEDY = "write the audio to files, by CutSet.save_audios(folder), and give the cuts that it returns"

@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO
 
-from w2v2.data.lhotse_cuts import is_lhotse, open_text, read_lhotse
 from w2v2.errors import UserError
+from w2v2.manifests.lhotse_cuts import is_lhotse, open_text, read_lhotse
 
 Row = tuple[int | None, dict]  # its line in the file, and {name: cell}
 

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from w2v2.data.audio import AUDIO_SUFFIXES
+from w2v2.audio.crops import AUDIO_SUFFIXES
 from w2v2.errors import UserError, tell
 
 

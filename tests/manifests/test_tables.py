@@ -1,4 +1,4 @@
-"""`w2v2.data.tables`: what is done batch by batch is what would be done at once, and text lies in a file."""
+"""`w2v2.manifests.tables`: what is done batch by batch is what would be done at once, and text lies in a file."""
 
 import json
 
@@ -9,11 +9,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from w2v2.data import manifest, readers, tables, utterances
-from w2v2.data.audio import AudioError
-from w2v2.data.manifest import read_manifests
-from w2v2.data.tables import by_batch, filter_rows, find_repeated, map_tables, take_rows
+from w2v2.audio.crops import AudioError
+from w2v2.data import utterances
 from w2v2.errors import UserError
+from w2v2.manifests import manifest, readers, tables
+from w2v2.manifests.manifest import read_manifests
+from w2v2.manifests.tables import by_batch, filter_rows, find_repeated, map_tables, take_rows
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`w2v2.data.archives`: a tar is heard as the folder of its files is; what is wrong with it is counted or named."""
+"""`w2v2.manifests.archives`: a tar is heard as the folder of its files is; what is wrong with it is counted or named."""
 
 import io
 import json
@@ -10,11 +10,11 @@ import pytest
 import soundfile
 import webdataset
 
-from w2v2.data import tar_index
-from w2v2.data.archives import gather_tars
-from w2v2.data.audio import read_pcm
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import read_pcm
 from w2v2.errors import UserError
+from w2v2.manifests import tar_index
+from w2v2.manifests.archives import gather_tars
+from w2v2.manifests.manifest import read_manifests
 
 
 def encode(seed, kind="flac"):

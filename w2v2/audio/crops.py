@@ -13,8 +13,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from w2v2.data.decoding import SAMPLING_RATE, AudioError, open_sound
-from w2v2.data.files import open_regular, split_address
+from w2v2.audio.decoding import SAMPLING_RATE, AudioError, open_sound
+from w2v2.audio.files import open_regular, split_address
 
 SEEKABLE_SUFFIXES = (
     ".wav .wave .w64 .rf64 .flac .aif .aiff .aifc .au .snd .caf .sph .nist .voc .ircam .sf .pvf .avr .svx .iff .paf .sds"

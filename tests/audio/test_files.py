@@ -1,4 +1,4 @@
-"""`w2v2.data.files`: addresses `PATH:OFFSET:SIZE` give these bytes alone, and a wrong one is named."""
+"""`w2v2.audio.files`: addresses `PATH:OFFSET:SIZE` give these bytes alone, and a wrong one is named."""
 
 import io
 import os
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from w2v2.data.audio import AudioError, is_compressed, measure_length, read_pcm
-from w2v2.data.files import AudioRange, open_regular
-from w2v2.data.inspection import measure_lengths
-from w2v2.data.manifest import read_manifests
+from w2v2.audio.crops import AudioError, is_compressed, measure_length, read_pcm
+from w2v2.audio.files import AudioRange, open_regular
+from w2v2.audio.inspection import measure_lengths
+from w2v2.manifests.manifest import read_manifests
 
 
 def encode(num_samples, kind="wav", seed=0):
