@@ -18,7 +18,7 @@ from common import speech_lengths
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, plan_update
 from w2v2.data.collate import Framing
-from w2v2.data.utterances import load_utterances
+from w2v2.data.utterances import Utterances, load_utterances
 from w2v2.train.plan import build_batches, make_plan
 from w2v2.train.state import hash_ids, identity
 
@@ -54,8 +54,8 @@ def write_manifest(path: Path, n: int) -> None:
             writer.writerows(zip(*columns.values(), strict=True))
 
 
-def start_run(path: Path, recipe: SimpleNamespace) -> dict[str, float]:
-    """Seconds of each stage from manifests to the plan of the first update."""
+def start_run(path: Path, recipe: SimpleNamespace) -> tuple[dict[str, float], Utterances]:
+    """Seconds of each stage from manifests to the plan of the first update; and what the run then holds."""
     output_dir = str(path.with_suffix(".run"))
     args = SimpleNamespace(**vars(recipe), output_dir=output_dir, data_root=str(path.parent), dry_run=False)
     args.min_seconds, args.max_seconds = 1.0, None
@@ -76,7 +76,7 @@ def start_run(path: Path, recipe: SimpleNamespace) -> dict[str, float]:
     note("identity")
     make_plan(utterances, batches, args, 8, 200.0)
     note("make_plan")
-    return seconds | {"rows": len(utterances.table)}
+    return seconds | {"rows": len(utterances.table)}, utterances
 
 
 def measure_start(path: Path, recipe: SimpleNamespace, small: Path) -> dict[str, float]:
@@ -91,15 +91,15 @@ def measure_start(path: Path, recipe: SimpleNamespace, small: Path) -> dict[str,
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        found = start_run(path, recipe)
+        found, held = start_run(path, recipe)
     finally:
         done.set()
         watcher.join()
     kinds, rows = ("private", "resident"), found["rows"]
+    after = read_memory()
+    del held
     found |= {f"{kind}_peak": (most - had) / rows for kind, most, had in zip(kinds, peak, before, strict=True)}
-    return found | {
-        f"{kind}_after": (now - had) / rows for kind, now, had in zip(kinds, read_memory(), before, strict=True)
-    }
+    return found | {f"{kind}_after": (now - had) / rows for kind, now, had in zip(kinds, after, before, strict=True)}
 
 
 def read_memory() -> tuple[int, int]:
