@@ -65,7 +65,8 @@ def test_the_command_line_overrides_the_file(config):
     assert args.train_data == ["a.csv", "b.csv"] and type(args.max_seconds) is float and type(args.seed) is int
     assert parse(path, "--train_data", "c.csv", given=[]).train_data == ["c.csv"]
     assert parse(path, "--train_data", "c.csv", "d.csv", "--seed", "1", given=[]).train_data == ["c.csv", "d.csv"]
-    assert parse(config("validation_data: dev.csv\n")).validation_data == ["dev.csv"]
+    path = config("validation_data: dev.csv\n")
+    assert parse(path).validation_data == ["dev.csv"] and parse(path, "--validation_data=").validation_data == []
 
 
 @pytest.mark.parametrize("text, value", [("true", True), ("yes", True), ("false", False), ("no", False)])

@@ -52,6 +52,8 @@ class DatasetArguments:
     def check_dataset(self) -> None:
         """Raises UserError for flags of a data set that do not go together."""
         take_back(self, "dataset_name", "dataset_config_name", "audio_column_name", "eval_split_name")
+        for data in self.split_flags:  # an empty text takes back what a YAML file says
+            setattr(self, data, [name for name in getattr(self, data) if name])
         named = ("dataset_config_name", "audio_column_name", *self.split_flags.values())
         given = [f"--{name} needs --dataset_name: name the data set" for name in named if getattr(self, name)]
         both = [(data, "dataset_name" if data == "train_data" else name) for data, name in self.split_flags.items()]
