@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from w2v2.audio.inspection import NUM_INSPECTED
-from w2v2.data.shard_cache import GIGABYTE, Shard, ShardCache, find_suffix
+from w2v2.data.shard_cache import FETCHED_AT_ONCE, GIGABYTE, Shard, ShardCache, find_suffix
 from w2v2.data.shard_index import index_shards, unpack_parquet
 from w2v2.errors import UserError, one_line, tell
 from w2v2.manifests.archives import expand_braces
@@ -137,10 +137,12 @@ def describe_shards(summary: dict[str, Any]) -> str:
 
 
 def find_room(shards: Sequence[Shard], args) -> int:
-    """Bytes that the copies may take. Raises UserError where a window and the next do not fit."""
+    """Bytes that the copies may take, beside those being unpacked. Raises UserError where two windows do not fit."""
     sizes = sorted((shard.num_bytes for shard in shards if not shard.in_place), reverse=True)
-    least = sum(sizes[: LEAST_AHEAD * args.shuffle_window_shards])
-    most = sum(sizes[: AHEAD * args.shuffle_window_shards])
+    packed = sorted((shard.size for shard in shards if shard.is_parquet and "://" in shard.url), reverse=True)
+    spare = sum(packed[:1] * FETCHED_AT_ONCE)
+    least = sum(sizes[: LEAST_AHEAD * args.shuffle_window_shards]) + spare
+    most = sum(sizes[: AHEAD * args.shuffle_window_shards]) + spare
     if args.shard_cache_gb is None:
         return most
     if (given := round(args.shard_cache_gb * GIGABYTE)) < least:
