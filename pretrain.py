@@ -37,6 +37,7 @@ from w2v2.model.loading import build_config, build_framing, load_feature_extract
 from w2v2.model.pretraining import build_model
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
+from w2v2.train.identity import check_agreement, identity
 from w2v2.train.launch import Stopped, StopRequest, end_training, on_main_process, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import find_micro_batch
@@ -113,6 +114,7 @@ def main() -> None:
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint, accelerator.mixed_precision)
+    check_agreement([state.identity, validation and identity(args, validation)])
     looks = on_main_process(
         accelerator, lambda: {flag: inspect_some(found.at_hand) for flag, (found, _) in data.items()}
     )

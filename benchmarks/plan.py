@@ -33,8 +33,8 @@ from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buc
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
 from w2v2.data.utterances import Utterances
+from w2v2.train.identity import identity
 from w2v2.train.plan import build_batches, make_plan
-from w2v2.train.state import identity
 
 PAPER_CROP_SECONDS = 15.6
 RECIPE = SimpleNamespace(

@@ -35,7 +35,7 @@ def build_executors(args, logs: Path) -> list:
     """The executor of all slices, and that of the join."""
     script = Path(__file__).resolve().parent / SCRIPTS[args.step]
     command = [sys.executable, str(script), *args.arguments]
-    if "--num_workers" not in args.arguments:
+    if "--num_workers" not in given_flags(args):
         command += ["--num_workers", str(args.cpus_per_task)]
     executors = []
     for name, tasks in (("slices", args.tasks), ("join", 1)):
@@ -43,6 +43,10 @@ def build_executors(args, logs: Path) -> list:
         shared = {"pipeline": [step], "tasks": tasks, "logging_dir": str(logs / name)}
         executors.append(build_executor(args, shared, executors[0] if executors else None))
     return executors
+
+
+def given_flags(args) -> set[str]:
+    return {text.partition("=")[0] for text in args.arguments}
 
 
 def build_executor(args, shared: dict, before):
@@ -73,9 +77,9 @@ def check_flags(args) -> None:
     is_slurm = args.executor == "slurm"
     refuse(
         (not args.arguments, f"give the flags of {SCRIPTS[args.step]} after {args.step}"),
-        ("--slice" in args.arguments, "--slice is what the tasks are given: leave it out"),
+        ("--slice" in given_flags(args), "--slice is what the tasks are given: leave it out"),
         (
-            "--overwrite" in args.arguments,
+            "--overwrite" in given_flags(args),
             "--overwrite in every task would delete what others wrote: remove the output",
         ),
         (not importlib.util.find_spec("datatrove"), "the package datatrove is missing: pip install datatrove"),

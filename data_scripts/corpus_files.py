@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     """A script's command line. A slip is one line and status 2."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_Help)
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def add_corpus(self, folder: str, output: str = "--output") -> None:
         """What every script that makes manifests takes: a corpus, where to write, the number of processes."""

@@ -20,7 +20,7 @@ from slices import HELP, find_logs, parse_slice, read_records, remove_slices
 
 from w2v2.audio.crops import SAMPLING_RATE, measure_length
 from w2v2.audio.inspection import measure_lengths
-from w2v2.errors import number
+from w2v2.errors import number, refuse
 from w2v2.manifests.manifest import read_manifests
 
 LENGTHS = "lengths.jsonl"
@@ -29,6 +29,8 @@ BATCH_ROWS = 1 << 16
 
 def measure(args) -> None:
     """One slice of the files that have no length, or all of them and then the manifest."""
+    is_source = args.output.resolve() in [Path(name).expanduser().resolve() for name in args.manifests]
+    refuse((is_source, f"--output {args.output} is one of the manifests: name another file"))
     folder = args.output.with_suffix(".measuring")
     if args.slice:
         table, *_ = read_manifests(args.manifests, data_root=args.data_root, fill=False)
@@ -43,7 +45,7 @@ def measure(args) -> None:
         with open_atomic(folder / LENGTHS) as file:
             file.writelines(json.dumps(record) + "\n" for record in lengths)
         remove_slices(folder / LENGTHS)
-    table, skipped, _ = read_manifests(args.manifests, data_root=args.data_root, cache_dir=folder)
+    table, skipped, _ = read_manifests(args.manifests, data_root=args.data_root, cache_dir=folder, further=["language"])
     list_skipped(args.output.with_suffix(".skipped.jsonl"), skipped)
     with open_atomic(args.output, "wb") as file, pq.ParquetWriter(file, table.schema) as writer:
         for batch in table.to_batches(BATCH_ROWS):

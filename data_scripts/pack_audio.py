@@ -56,7 +56,9 @@ def pack(args) -> None:
     """Plan the shards, write the missing ones, then the sums and the manifest. Raises UserError for a user's slips."""
     check_flags(args)
     folder = args.output_dir
-    table, unmeasured = load_manifest(args.manifests, data_root=args.data_root, fill=not args.slice)
+    table, unmeasured = load_manifest(
+        args.manifests, data_root=args.data_root, fill=not args.slice, further=["language"]
+    )
     if args.slice:
         refuse_unknown(table.data.column("num_samples"))
     # 1. What is to be written, and what is there already.

@@ -84,7 +84,7 @@ def place_of(place, corpus, hub, form) -> str:
 
 def make_args(tmp_path, *patterns, **changes):
     values = dict(train_data=patterns, output_dir=str(tmp_path), shuffle_window_shards=2)
-    return SimpleNamespace(**values | dict(shard_cache_gb=None, shard_cache_dir=None) | changes)
+    return SimpleNamespace(**values | dict(batch_hours=1e-6, shard_cache_gb=None, shard_cache_dir=None) | changes)
 
 
 def read(args):
@@ -266,7 +266,7 @@ def test_the_copies_stay_within_their_room_and_the_oldest_go(corpus, tmp_path, m
         crops.cache.fetch(shard)
     crops.cache.fetch(missing[0])
     assert not there[0].is_there and there[-1].is_there and missing[0].is_there
-    with pytest.raises(UserError, match=r"--shard_cache_gb 0.0001 does not hold two windows of shards, 0.00"):
+    with pytest.raises(UserError, match=r"--shard_cache_gb 0.0001 does not hold 2 windows of shards, 0.00"):
         read(make_args(tmp_path, "memory://corpus/tar", shard_cache_gb=1e-4))
 
 

@@ -185,7 +185,7 @@ def test_voxceleb_follows_the_official_split(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "command", "complaint"),
     [
-        (prepare_folder, "absent --output m.csv", "no audio file"),
+        (prepare_folder, "absent --output m.csv", "No such file"),
         (prepare_folder, "bad --output m.csv", "none of 1 files can be used"),
         (prepare_folder, "flat --output m.csv --speaker_from_parent", "a.wav has no such folder above it"),
         (prepare_folder, "flat --output m.csv --valid_fraction 0.5", "cannot be split"),

@@ -10,9 +10,9 @@ from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data import batching
 from w2v2.data.batching import Cursor, crop_length, plan_update
 from w2v2.data.utterances import Utterances
-from w2v2.train import state
+from w2v2.train import identity as identity_module
+from w2v2.train.identity import identity
 from w2v2.train.plan import build_batches, make_plan
-from w2v2.train.state import identity
 
 
 def make_args(**changes):
@@ -24,7 +24,7 @@ def make_args(**changes):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    for module in (batching, state):
+    for module in (batching, identity_module):
         monkeypatch.setattr(module, "CHUNK", 7)
 
 

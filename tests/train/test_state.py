@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import run_here, tiny_config, write_recipe
 from datasets import Dataset
@@ -12,8 +13,9 @@ from w2v2.arguments import PretrainArguments
 from w2v2.data.batching import EffectiveBatches
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
+from w2v2.train.identity import differences, hash_ids, hash_places
 from w2v2.train.log import read_metrics
-from w2v2.train.state import RunState, hash_ids
+from w2v2.train.state import RunState
 
 SECOND = 16_000
 
@@ -171,3 +173,17 @@ def test_a_run_is_not_resumed_beyond_its_end(checkpoint):
     with pytest.raises(UserError, match=r"--max_steps 6: .* has 7 updates already"):
         RunState.start(make_args(max_steps=6), make_data(20), tiny_config(), checkpoint)
     assert RunState.start(make_args(max_steps=7), make_data(20), tiny_config(), checkpoint).step == 7
+
+
+def test_another_part_of_a_file_is_refused_on_resuming(tmp_path):
+    table = pa.table({"id": ["u"], "start": [0.0], "channel": pa.array([0], pa.int32())})
+    other = table.set_column(1, "start", pa.array([[1.0]]))
+    left = table.set_column(2, "channel", pa.array([None], pa.int32()))
+    hashes = {hash_places(Dataset(one)) for one in (table, other, left)}
+    assert len(hashes) == 3 and hash_places(Dataset(table)) in hashes
+
+
+def test_another_kind_of_order_is_a_difference():
+    mixed = {"utterances": 3, "draws": {"a": 2}}
+    assert "draws" in differences({"utterances": 3}, mixed) and "draws" in differences(mixed, {"utterances": 3})
+    assert differences(mixed, dict(mixed)) == ""

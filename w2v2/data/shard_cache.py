@@ -166,7 +166,7 @@ class ShardCache:
             for _, size, path in sorted(entries):
                 if excess <= 0:
                     break
-                with contextlib.suppress(Timeout), FileLock(_find_lock(path), blocking=False):
+                with contextlib.suppress(Timeout, FileNotFoundError), FileLock(_find_lock(path), blocking=False):
                     os.unlink(path)
                     excess -= size
             with open(part, "wb") as file:

@@ -9,6 +9,7 @@ on a local disk is read in place; of anything else a copy is read, which `ShardC
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.audio.inspection import NUM_INSPECTED
 from w2v2.data.shard_cache import FETCHED_AT_ONCE, GIGABYTE, Shard, ShardCache, find_suffix
 from w2v2.data.shard_index import index_shards, unpack_parquet
@@ -88,7 +90,6 @@ def read_shards(manifests: Sequence[Manifest], args) -> tuple[pa.Table, list[dic
     shards = list_shards(manifests, copies)
     cache = ShardCache(copies, find_room(shards, args), unpack_parquet)
     indexes = index_shards(shards, cache, cache_dir / "index")
-    cache.most_bytes = find_room(shards, args)  # now that the size of each copy is known
     # 1. One table, in the order of the shards, and what could not be measured.
     table, warnings = _join(shards, indexes, title)
     is_read = pc.equal(table["reason"], "")
@@ -98,7 +99,12 @@ def read_shards(manifests: Sequence[Manifest], args) -> tuple[pa.Table, list[dic
     if not len(table):
         first = f"{skipped[0]['audio']}, which {skipped[0]['reason']}" if skipped else shards[0].url
         raise UserError(f"{title}: no audio could be measured, beginning with {first}")
-    # 2. What was met on the way.
+    # 2. Room for the copies, now that their sizes are known, and how many windows an effective batch takes.
+    hours = pc.sum(table["num_samples"]).as_py() / SAMPLING_RATE / 3600
+    cache.most_bytes = find_room(
+        shards, args, math.ceil(args.batch_hours * len(shards) / hours / args.shuffle_window_shards)
+    )
+    # 3. What was met on the way.
     passed_over = Counter()
     for shard, index in zip(shards, indexes, strict=True):
         passed_over.update(json.loads(index.schema.metadata[b"passed_over"]))
@@ -136,19 +142,23 @@ def describe_shards(summary: dict[str, Any]) -> str:
     )
 
 
-def find_room(shards: Sequence[Shard], args) -> int:
-    """Bytes that the copies may take, beside those being unpacked. Raises UserError where two windows do not fit."""
+def find_room(shards: Sequence[Shard], args, windows_a_batch: int = 1) -> int:
+    """Bytes that the copies may take, with those being unpacked. Raises UserError where what is heard does not fit.
+
+    An effective batch is sorted by length, so each of its micro-batches may lie in any of its windows.
+    """
+    ahead, least_ahead = AHEAD + windows_a_batch - 1, LEAST_AHEAD + windows_a_batch - 1
     sizes = sorted((shard.num_bytes for shard in shards if not shard.in_place), reverse=True)
     packed = sorted((shard.size for shard in shards if shard.is_parquet and "://" in shard.url), reverse=True)
     spare = sum(packed[:1] * FETCHED_AT_ONCE)
-    least = sum(sizes[: LEAST_AHEAD * args.shuffle_window_shards]) + spare
-    most = sum(sizes[: AHEAD * args.shuffle_window_shards]) + spare
+    least = sum(sizes[: least_ahead * args.shuffle_window_shards]) + spare
+    most = sum(sizes[: ahead * args.shuffle_window_shards]) + spare
     if args.shard_cache_gb is None:
         return most
     if (given := round(args.shard_cache_gb * GIGABYTE)) < least:
         raise UserError(
-            f"--shard_cache_gb {args.shard_cache_gb:g} does not hold two windows of shards, {least / GIGABYTE:.3g} GB: raise it, "
-            f"or lower --shuffle_window_shards {args.shuffle_window_shards}"
+            f"--shard_cache_gb {args.shard_cache_gb:g} does not hold {least_ahead} windows of shards, {least / GIGABYTE:.3g} GB: "
+            f"raise it, or lower --shuffle_window_shards {args.shuffle_window_shards}"
         )
     return given
 
@@ -179,7 +189,7 @@ def list_shards(manifests: Sequence[Manifest], copies: Path) -> list[Shard]:
     for url, name in zip(urls, _name_shards(urls), strict=True):
         size, version = int(found[url]["size"]), _find_version(found[url])
         in_place = "://" not in url and find_suffix(url) == ".tar"
-        key = hashlib.sha256("\0".join([url, str(size), version]).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\0".join([url, str(size), version, found[url]["column"] or ""]).encode()).hexdigest()[:16]
         base = re.sub(r"[^\w.-]", "_", name.split("/")[-1])[-80:]
         copy = str(copies.absolute() / f"shard-{key}-{base}")
         shards.append(Shard(url, name, url if in_place else copy, size, found[url]["column"], version))
@@ -226,11 +236,19 @@ def _list_name(name: str) -> list[tuple[str, dict]]:
     info = files.info(path)
     if info["type"] == "directory":
         entries = files.ls(path, detail=True)
-        return [(as_url(info["name"]), info) for info in entries if info["name"].lower().endswith(SUFFIXES)]
+        shards = [(as_url(info["name"]), info) for info in entries if info["name"].lower().endswith(SUFFIXES)]
+        if passed_over := len(entries) - len(shards):
+            tell(
+                f"{name}: {passed_over:,} of its {len(entries):,} entries are no shards and are passed over, folders too"
+            )
+        return shards
     return [(as_url(path), info)]
 
 
 def _find_version(info: dict) -> str:
-    names = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "updated", "created")
+    names = (
+        "ETag etag blob_id LastModified Last-Modified last_modified mtime modify modificationTime updated created "
+        "Content-MD5 Digest"
+    ).split()
     value = next((info[name] for name in names if info.get(name)), "")
     return value.isoformat() if isinstance(value, datetime) else str(value)

@@ -69,6 +69,9 @@ def read_tars(
     name: str, paths: Sequence[str], wanted: Callable[[str], bool], cache_dir: str | Path | None = None
 ) -> RawTable:
     """The audio of tars as one manifest `name`; what they hold is kept in `cache_dir`. Raises UserError for no tar."""
+    paths = [os.path.abspath(path) for path in paths]
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        raise UserError(f"{twice[0]} is given twice: name each tar once")
     indexes = index_tars(paths, cache_dir)
     notes = [json.loads(index.schema.metadata[b"notes"]) for index in indexes]
     passed_over = sum((Counter(note.pop("passed_over")) for note in notes), Counter())

@@ -15,7 +15,11 @@ def find_audio(folder: Path) -> tuple[list[str], dict[str, int]]:
     Links are followed. What is hidden is not heard: a hidden folder counts as one.
     """
     paths, passed_over, seen = [], Counter(), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:  # a link to where we have been
             folders.clear()
             continue

@@ -37,11 +37,11 @@ def read_dataset(source: DatasetSource, known: Collection[str], cache_dir: str |
     """
     splits = load_splits(source)
     parts = _pick_rows(source, splits)
-    features = parts[0][2].features
-    columns = _choose_columns(source, features, known)
-    audio, tables = columns.pop("audio"), []
+    given, tables = {}, []
     for split, first, part in parts:
-        addresses, paths = _read_audio(part, audio, cache_dir)
+        columns = _choose_columns(source, part.features, known)
+        given |= dict.fromkeys(name for name in COLUMNS["id"] if name in columns)
+        addresses, paths = _read_audio(part, columns.pop("audio"), cache_dir)
         numbers = pa.array(np.arange(first, first + len(part))).cast(pa.string())
         rows = {"audio": addresses, "path": paths, "row": pc.binary_join_element_wise(split, numbers, "/")}
         rows |= {ours: _read_column(part, theirs) for ours, theirs in columns.items()}
@@ -51,11 +51,12 @@ def read_dataset(source: DatasetSource, known: Collection[str], cache_dir: str |
         tell(f"{source}: {num_silent:,} of {len(table):,} rows have no audio and are left out")
         table = table.filter(pc.is_valid(table["audio"]))
     refuse((not len(table), f"{source}: no row has audio: name another split, or --audio_column_name"))
-    given = [name for name in COLUMNS["id"] if name in columns]
     names = [*(table[name].cast(pa.string()) for name in given), _shorten(table["path"]), table["row"]]
-    unique = next(ids for ids in names if not ids.null_count and pc.count_distinct(ids).as_py() == len(ids))
+    found = (ids for ids in names if not ids.null_count and pc.count_distinct(ids).as_py() == len(ids))
+    unique = next(found, None)
+    refuse((unique is None, f"{source}: its splits overlap: name each row once"))
     table = table.drop_columns(["path", "row", *given]).append_column("id", unique)
-    return RawTable(Path(source.name).expanduser() / "+".join(source.splits), table, list(features))
+    return RawTable(Path(source.name).expanduser() / "+".join(source.splits), table, list(parts[0][2].features))
 
 
 # -- rows and columns
@@ -151,7 +152,7 @@ def _read_audio(
     """Address of each row's audio (null where there is none), and its path in the data set (null where it has none)."""
     found = find_addresses(part.data, column)
     if found is None:  # in memory, or compressed
-        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, f"audio-{part._fingerprint}")
+        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, f"audio-{part._fingerprint}-{column}")
         if not folder.exists():
             aside = folder.with_name(f"{folder.name}-{uuid4().hex}.tmp")
             part.select_columns(column).save_to_disk(str(aside))

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from w2v2.errors import UserError
+from w2v2.manifests.columns import COLUMNS, EXTRAS
 from w2v2.manifests.lhotse_cuts import is_lhotse, open_text, read_lhotse
 
 Row = tuple[int | None, dict]  # its line in the file, and {name: cell}
+WORDS = {alias for role in EXTRAS for alias in COLUMNS[role]}  # columns of text
 
 
 def read_rows(path: Path, wanted: Callable[[str], bool], warnings: list[str]) -> Iterator[Row]:
@@ -35,6 +37,9 @@ def read_rows(path: Path, wanted: Callable[[str], bool], warnings: list[str]) ->
                     # SpeechBrain's {"file", "start", "stop"} and datasets' {"path", "bytes"}
                     row |= {key: cell[key] for key in ("start", "stop") if key in cell}
                     row[name] = cell.get("file") or cell.get("path")
+                elif isinstance(cell, list) and name.lower() in WORDS:
+                    where = f"manifest {path}: " + (f"line {line}" if line else "an entry")
+                    raise UserError(f"{where}: {name} is a list, {cell!r}: write it as one text")
             yield line, row
 
 

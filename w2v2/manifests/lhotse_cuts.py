@@ -87,6 +87,8 @@ def _read_entry(entry: dict) -> tuple[dict[str, Any], bool]:
     is_beyond = any(first < -ROUNDED or last > duration + ROUNDED for first, last in ends)
     row = {"id": entry["id"], "audio": audio, "channel": channel, "duration": duration}
     row |= {"start_seconds": start, "end_seconds": start + duration}
+    if any(own.get("text") for own in supervisions):  # tools repeat it among the custom fields of the cut
+        entry = entry | {"custom": {name: v for name, v in (entry.get("custom") or {}).items() if name != "text"}}
     return _read_told([entry, *supervisions]) | row, is_beyond
 
 

@@ -59,13 +59,13 @@ def index_tar(path: str, cache_dir: str | Path | None = None) -> pa.Table | str:
     if not os.path.isfile(path):
         return "is a folder, a pipe or a device, not a tar"
     try:
+        kept = _find_kept(path, cache_dir) if cache_dir is not None else None
         index = _scan(path)
     except DAMAGED as error:
         return f"is no tar ({one_line(error)}): check the path, or fetch it again"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-    if cache_dir is not None and not isinstance(index, str):
-        kept = _find_kept(path, cache_dir)
+    if kept and not isinstance(index, str) and kept == _find_kept(path, cache_dir):  # nobody wrote to it meanwhile
         aside = kept.with_name(f"{uuid4().hex}.tmp")
         kept.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(index, aside)

@@ -3,30 +3,24 @@
 Shapes: G codebook groups, V entries of a group.
 """
 
-import hashlib
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.data.batching import CHUNK, Cursor, MicroBatchPlan
+from w2v2.data.batching import Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.sampling import build_order
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
-from w2v2.manifests.readers import PACKED_MANIFEST
 from w2v2.model import objective
 from w2v2.model.loading import check_same_architecture
 from w2v2.model.pretraining import PretrainSums
 from w2v2.train.checkpoint import read_state
+from w2v2.train.identity import differences, hash_ids, hash_places, identity
 
 VALIDATION_SEED = 42  # of its crops and masks, whatever `--seed` is: runs with other seeds can be compared
 # Flags, and keys of the model's configuration, that change the course of a run but not its batches.
@@ -34,17 +28,13 @@ SETTINGS = (
     "max_steps learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 adam_epsilon weight_decay "
     "decay_norms_and_biases max_grad_norm freeze_feature_encoder feature_grad_mult feature_penalty_weight "
     "max_gumbel_temperature min_gumbel_temperature gumbel_temperature_decay diversity_delay_steps "
-    "diversity_warmup_steps diversity_scope validation_data"
+    "diversity_warmup_steps diversity_scope validation_data dataset_name "
+    "dataset_config_name audio_column_name"
 ).split()
 MODEL_SETTINGS = (
     "hidden_dropout attention_dropout activation_dropout feat_proj_dropout feat_quantizer_dropout layerdrop "
     "num_negatives contrastive_logits_temperature diversity_loss_weight"
 ).split()
-MEANING = {
-    "ids_sha256": "other utterances, another order or other paths (has the corpus moved?): ",
-    "lengths_sha256": "other lengths: ",
-    "draws": "other shares of the sources (weight, --sampling_alpha_corpus, --sampling_alpha_language): an epoch's ",
-}
 
 
 @dataclass
@@ -75,11 +65,12 @@ class RunState:
         architecture, a checkpoint beyond `max_steps`, and other batches that are not accepted.
         """
         settings = {name: getattr(args, name) for name in SETTINGS} | {n: getattr(config, n) for n in MODEL_SETTINGS}
-        settings["mixed_precision"] = mixed_precision
+        settings |= {"mixed_precision": mixed_precision, "validation_data": args.describe_sources()["validation_data"]}
         order = build_order(training, args)
         given = [name for source in training.sources for name in source.data] or args.train_data
         manifests = [name for name in given if isinstance(name, str) and not training.shards]
-        batches = identity(args, training) | {"ids_sha256": hash_ids(manifests, training.table)} | order.identity
+        hashes = {"ids_sha256": hash_ids(manifests, training.table), "places_sha256": hash_places(training.table)}
+        batches = identity(args, training) | hashes | order.identity
         state = cls(args.max_steps, order.n, identity=batches, settings=settings)
         if checkpoint:
             check_same_architecture(config, checkpoint)
@@ -98,7 +89,7 @@ class RunState:
 
     def _compare(self, saved: dict[str, Any], args) -> None:
         """Note what differs from the checkpoint's run. Raises `UserError` for other batches that are not accepted."""
-        if changed := _differences(saved["identity"], self.identity):
+        if changed := differences(saved["identity"], self.identity):
             if not args.accept_changed_batches:
                 raise UserError(
                     f"the batches would differ from those of the checkpoint's run: {changed}; use the old values, go on with other "
@@ -108,7 +99,7 @@ class RunState:
         cut, found = args.micro_batch_seconds, saved.get("micro_batch_seconds")
         before = {"freeze_feature_encoder": False}  # no earlier version froze anything
         before |= saved.get("settings", {}) | {"micro_batch_seconds": found or cut}
-        if changed := _differences(before, self.settings | {"micro_batch_seconds": cut or found}):
+        if changed := differences(before, self.settings | {"micro_batch_seconds": cut or found}):
             self.notes.append(f"other settings than the checkpoint's run had: {changed}")
         if "ids_sha256" not in saved["identity"]:
             what = "neither the ids of the utterances nor the settings were compared with it"
@@ -138,44 +129,6 @@ class RunState:
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "notes"}
-
-
-def _differences(before: dict[str, Any], current: dict[str, Any]) -> str:
-    """`seed 43 (was 42), …`, of what both know."""
-    texts = []
-    for name, value in current.items():
-        if (old := before.get(name, value)) != value:
-            by_name = isinstance(value, dict)
-            said = _differences(dict.fromkeys(value, 0) | old, value) if by_name else f"{value} (was {old})"
-            texts.append(f"{MEANING.get(name, '')}{name} {said}")
-    return ", ".join(texts)
-
-
-def identity(args, utterances: Utterances) -> dict[str, Any]:
-    """What the effective batches depend on, but for the ids of the utterances: a resumed run has to agree in it."""
-    digest, lengths = hashlib.sha256(), utterances.num_samples
-    for first in range(0, len(lengths), CHUNK):
-        digest.update(lengths[first : first + CHUNK].astype("<i8"))
-    names = "seed batch_hours crop_seconds length_grid_seconds mask_time_prob mask_time_length mask_time_min_masks"
-    values = {name: getattr(args, name) for name in names.split()}
-    return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
-
-
-def hash_ids(train_data: Sequence[str], table: Dataset) -> str:
-    """Of all ids in their order, as manifests write them, and of the names of the folders whose files are the ids.
-
-    A corpus may move where its manifests write relative paths.
-    """
-    folders = [name for name in map(os.path.expanduser, train_data) if os.path.isdir(name)]
-    folders = [name for name in folders if not {PACKED_MANIFEST, "wav.scp"}.intersection(os.listdir(name))]
-    names = [os.path.basename(os.path.abspath(folder)) + "/\0" for folder in folders]
-    digest, ids = hashlib.sha256("".join(names).encode()), table.data.column("id")
-    for first in range(0, len(ids), CHUNK):
-        for names in ids.slice(first, CHUNK).chunks:
-            joined = pc.binary_join(pa.ListArray.from_arrays([0, len(names)], names), "\0")[0]
-            digest.update(joined.as_buffer())
-            digest.update(b"\0")
-    return digest.hexdigest()[:16]
 
 
 class Counts(NamedTuple):
