@@ -177,7 +177,7 @@ def test_a_run_is_not_resumed_beyond_its_end(checkpoint):
 
 def test_another_part_of_a_file_is_refused_on_resuming(tmp_path):
     table = pa.table({"id": ["u"], "start": [0.0], "channel": pa.array([0], pa.int32())})
-    other = table.set_column(1, "start", pa.array([[1.0]]))
+    other = table.set_column(1, "start", pa.array([1.0]))
     left = table.set_column(2, "channel", pa.array([None], pa.int32()))
     hashes = {hash_places(Dataset(one)) for one in (table, other, left)}
     assert len(hashes) == 3 and hash_places(Dataset(table)) in hashes

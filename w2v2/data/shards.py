@@ -147,12 +147,12 @@ def find_room(shards: Sequence[Shard], args, windows_a_batch: int = 1) -> int:
 
     An effective batch is sorted by length, so each of its micro-batches may lie in any of its windows.
     """
-    ahead, least_ahead = AHEAD + windows_a_batch - 1, LEAST_AHEAD + windows_a_batch - 1
+    least_ahead = LEAST_AHEAD + windows_a_batch - 1
     sizes = sorted((shard.num_bytes for shard in shards if not shard.in_place), reverse=True)
     packed = sorted((shard.size for shard in shards if shard.is_parquet and "://" in shard.url), reverse=True)
     spare = sum(packed[:1] * FETCHED_AT_ONCE)
     least = sum(sizes[: least_ahead * args.shuffle_window_shards]) + spare
-    most = sum(sizes[: ahead * args.shuffle_window_shards]) + spare
+    most = sum(sizes[: (AHEAD + windows_a_batch - 1) * args.shuffle_window_shards]) + spare
     if args.shard_cache_gb is None:
         return most
     if (given := round(args.shard_cache_gb * GIGABYTE)) < least:
@@ -246,9 +246,6 @@ def _list_name(name: str) -> list[tuple[str, dict]]:
 
 
 def _find_version(info: dict) -> str:
-    names = (
-        "ETag etag blob_id LastModified Last-Modified last_modified mtime modify modificationTime updated created "
-        "Content-MD5 Digest"
-    ).split()
-    value = next((info[name] for name in names if info.get(name)), "")
+    names = "ETag etag blob_id LastModified Last-Modified last_modified mtime modify modificationTime updated created"
+    value = next((info[name] for name in names.split() if info.get(name)), "")
     return value.isoformat() if isinstance(value, datetime) else str(value)
