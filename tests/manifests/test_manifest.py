@@ -428,3 +428,11 @@ def test_json_may_be_compressed(corpus):
     write(packed, gzip.compress(lines)[:-20])
     with pytest.raises(UserError, match="cannot be read"):
         load(packed)
+
+
+def test_audio_of_two_manifests_is_told(tmp_path):
+    for name, rows in (("a.csv", "x,f.wav,1\n"), ("b.csv", "y,f.wav,1\nz,g.wav,1\n")):
+        (tmp_path / name).write_text("id,audio,duration\n" + rows)
+    both = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
+    assert ["1 rows say audio" in line for line in read_manifests(both)[2]["warnings"]] == [True]
+    assert read_manifests(both[1:])[2]["warnings"] == []

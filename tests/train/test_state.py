@@ -175,7 +175,7 @@ def test_a_run_is_not_resumed_beyond_its_end(checkpoint):
     assert RunState.start(make_args(max_steps=7), make_data(20), tiny_config(), checkpoint).step == 7
 
 
-def test_another_part_of_a_file_is_refused_on_resuming(tmp_path):
+def test_starts_and_channels_are_hashed():
     table = pa.table({"id": ["u"], "start": [0.0], "channel": pa.array([0], pa.int32())})
     other = table.set_column(1, "start", pa.array([1.0]))
     left = table.set_column(2, "channel", pa.array([None], pa.int32()))

@@ -100,10 +100,9 @@ def read_shards(manifests: Sequence[Manifest], args) -> tuple[pa.Table, list[dic
         first = f"{skipped[0]['audio']}, which {skipped[0]['reason']}" if skipped else shards[0].url
         raise UserError(f"{title}: no audio could be measured, beginning with {first}")
     # 2. Room for the copies, now that their sizes are known, and how many windows an effective batch takes.
-    hours = pc.sum(table["num_samples"]).as_py() / SAMPLING_RATE / 3600
-    cache.most_bytes = find_room(
-        shards, args, math.ceil(args.batch_hours * len(shards) / hours / args.shuffle_window_shards)
-    )
+    hours_a_shard = pc.sum(table["num_samples"]).as_py() / SAMPLING_RATE / 3600 / len(shards)
+    windows_a_batch = math.ceil(args.batch_hours / hours_a_shard / args.shuffle_window_shards)
+    cache.most_bytes = find_room(shards, args, windows_a_batch)
     # 3. What was met on the way.
     passed_over = Counter()
     for shard, index in zip(shards, indexes, strict=True):

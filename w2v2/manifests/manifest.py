@@ -86,12 +86,14 @@ def read_manifests(
         tables[name] = table
         warnings += lines
         passed_over.update(raw.passed_over)
-    for line in (lines := count_channels(tables)):
-        tell(line)
+    lines = count_channels(tables)
     for name, table in tables.items():
         some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_INSPECTED)).astype(int))
         samples[name] = take_rows(table, some)
     table = _join(tables, extras)
+    lines += _count_shared(table) if len(tables) > 1 else []
+    for line in lines:
+        tell(line)
     table, skipped = fill_lengths(table, measure, cache_dir) if fill else (table, [])
     if skipped and not len(table):
         first = f"beginning with {skipped[0]['audio']}, which {skipped[0]['reason']}"
@@ -162,6 +164,17 @@ def count_channels(tables: dict[str, pa.Table]) -> list[str]:
         counted = pc.if_else(pc.less(written, 0), letters, from_zero)
         tables[name] = tables[name].set_column(tables[name].column_names.index("channel"), "channel", counted)
     return [f"{where}: channel is read as counted from 1, for it is {spelled}, never 0"] if first else []
+
+
+def _count_shared(table: pa.Table) -> list[str]:
+    """A line where several manifests say the same audio: within one of them that is an error."""
+    rows = table.select([name for name in OURS[1:5] if name in table.column_names])
+    again = filter_rows(rows, find_repeated(*rows.columns)).to_pandas().duplicated()
+    if not again.any():
+        return []
+    return [
+        f"{again.sum():,} rows say audio that another of the manifests says too: it is heard as often as it is named"
+    ]
 
 
 def _refuse_equal(raw: RawTable, rows: pa.Table) -> None:
