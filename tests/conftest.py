@@ -26,6 +26,7 @@ from w2v2.train.log import read_metrics
 _DROPOUTS = "hidden_dropout activation_dropout attention_dropout feat_proj_dropout feat_quantizer_dropout layerdrop"
 NO_DROPOUT = dict.fromkeys(_DROPOUTS.split(), 0.0)
 NOISY = dict(hidden_dropout=0.1, attention_dropout=0.1, feat_quantizer_dropout=0.1, layerdrop=0.3)
+ONE_UPDATE = 1e-9  # as --max_hours: a run stops, saved, after its next update
 TIMINGS = ("audio_seconds_per_second", "data_wait_fraction")
 
 

@@ -1,5 +1,6 @@
 """pretrain.py on tars and on Lhotse's cuts: the run that manifests of the same audio give, resumed, on two processes."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 import webdataset
 import yaml
-from conftest import NOISY, assert_same_run, refusal, run_here, write_recipe
+from conftest import NOISY, ONE_UPDATE, assert_same_run, refusal, run_here, write_recipe
 from lhotse import CutSet, Recording
 from ranks import TWO_PROCESSES, finish, start_run
 
@@ -32,32 +33,24 @@ def recipe(tmp_path_factory):
         tars[split] = [f"{folder}/{split}-*.tar"]
         cuts[split] = [f"{folder}/{split}.jsonl.gz"]
         CutSet.from_cuts(Recording.from_file(path).to_cut() for path in paths).to_file(cuts[split][0])
-    (folder / "tars.yaml").write_text(yaml.safe_dump(flags | tars | {"save_steps": 1}))
-    (folder / "cuts.yaml").write_text(yaml.safe_dump(flags | cuts))
+    for name, data in (("tars", tars), ("cuts", cuts)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(flags | data))
     assert run_here(pretrain.main, config, "--output_dir", folder / "by_manifest") == 0
-    assert run_here(pretrain.main, folder / "tars.yaml", "--output_dir", folder / "by_tars") == 0
     return folder
 
 
-def test_tars_give_the_run_of_their_files(recipe):
-    assert_same_run(recipe / "by_tars", recipe / "by_manifest")
-
-
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_run_on_tars_resumes_to_the_bit(recipe, tmp_path, step):
-    """In other processes, and without the index that the first part kept."""
-    shutil.copytree(recipe / "by_tars", tmp_path / "run")
-    for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(tmp_path / f"run/checkpoint-{later}")
-    shutil.rmtree(tmp_path / "run/cache/tars")
-    flags = ["--output_dir", tmp_path / "run", "--resume_from_checkpoint", "auto", "--dataloader_num_workers", 1]
-    assert run_here(pretrain.main, recipe / "tars.yaml", *flags) == 0
-    assert_same_run(tmp_path / "run", recipe / "by_tars")
-
-
-def test_cuts_give_the_run_of_their_files(recipe):
-    assert run_here(pretrain.main, recipe / "cuts.yaml", "--output_dir", recipe / "by_cuts") == 0
-    assert_same_run(recipe / "by_cuts", recipe / "by_manifest")
+@pytest.mark.parametrize("form", ["tars", "cuts"])
+def test_resumed_three_times_in_an_epoch_it_is_their_files_run(recipe, tmp_path, form):
+    """Each time without what was kept of the containers, with or without a worker."""
+    flags = ["--output_dir", tmp_path / "run", "--resume_from_checkpoint", "auto"]
+    for step in range(1, 4):
+        more = ["--dataloader_num_workers", step % 2, "--max_hours", ONE_UPDATE]
+        assert run_here(pretrain.main, recipe / f"{form}.yaml", *flags, *more) == 75
+        state = json.loads((tmp_path / f"run/checkpoint-{step}/training_state/state.json").read_text())
+        assert state["epoch"] == 0 < state["position"]
+        shutil.rmtree(tmp_path / "run/cache")
+    assert run_here(pretrain.main, recipe / f"{form}.yaml", *flags) == 0
+    assert_same_run(tmp_path / "run", recipe / "by_manifest")
 
 
 def test_two_processes_share_the_tars(recipe):

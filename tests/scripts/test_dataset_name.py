@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from conftest import NOISY, assert_same_run, refusal, run_here, tiny_config, write_recipe, write_tones
+from conftest import NOISY, ONE_UPDATE, assert_same_run, refusal, run_here, tiny_config, write_recipe, write_tones
 from ranks import TWO_PROCESSES, finish, start_run
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
@@ -18,6 +18,7 @@ import finetune_ctc
 import pretrain
 import probe
 
+STOP = ("--max_hours", ONE_UPDATE)
 TEXTS = ["one two", "two", "three one", "two three", "one", "three"]
 SHORT = ["--max_steps=2", "--eval_steps=2", "--save_steps=2", "--use_cpu", "--per_device_train_batch_size=2", "--report_to=none",
          "--gradient_accumulation_steps=1", "--mask_feature_length=8", "--dataloader_num_workers=0"]  # fmt: skip
@@ -62,12 +63,12 @@ def test_pretraining_is_that_of_manifests_and_resumes_from_another_place(recipe)
     assert_same_run(recipe / "by_set", recipe / "by_manifest")
     card = (recipe / "by_set/README.md").read_text()
     assert "`saved [train]`, 20 utterances" in card and str(recipe) not in card
-    # The same set in another folder: its ids, and so the run, go on.
-    shutil.copytree(recipe / "by_set", recipe / "resumed")
-    shutil.rmtree(recipe / "resumed/checkpoint-6")
+    # The same set in another folder, and in Parquet files: its ids, and so the run, go on.
     shutil.move(recipe / "saved", recipe / "moved")
-    flags = ["--output_dir", recipe / "resumed", "--dataset_name", recipe / "moved", "--resume_from_checkpoint", "auto"]
-    assert run_here(pretrain.main, recipe / "saved.yaml", *flags) == 0
+    resume = ["--output_dir", recipe / "resumed", "--resume_from_checkpoint", "auto"]
+    for name, *more in [("moved", *STOP), ("parquet", *STOP), ("moved", *STOP), ("moved",)]:
+        flags = [*resume, "--dataset_name", recipe / name, *more]
+        assert run_here(pretrain.main, recipe / "saved.yaml", *flags) == (75 if more else 0)
     assert_same_run(recipe / "resumed", recipe / "by_manifest")
 
 

@@ -16,6 +16,7 @@ from conftest import (
     write_recipe,
     write_tones,
 )
+from ranks import TWO_PROCESSES, finish, start_run
 
 import pretrain
 
@@ -115,6 +116,15 @@ def test_a_run_resumed_three_times_in_an_epoch_is_the_same(config, whole_run, tm
                 shutil.rmtree(folder)
         assert run(config, resumed, "--resume_from_checkpoint", "auto") == 0
         assert_same_run(resumed, whole_run)
+
+
+def test_two_processes_hear_the_same_mixture(config, whole_run, tmp_path):
+    """Dropout and Gumbel noise follow the cut, so what is heard and masked is compared, not the losses."""
+    flags = ("--train_data", config.with_name("mixed.yaml"))
+    finish(start_run(config, tmp_path / "two", *flags, launcher=TWO_PROCESSES), tmp_path / "two")
+    heard = ("step", "epoch", "audio_hours", "masked_frames", "cropped_fraction")
+    ours, theirs = ([[r.get(name) for name in heard] for r in read_curve(run)] for run in (tmp_path / "two", whole_run))
+    assert ours == theirs
 
 
 def test_other_shares_are_refused_or_accepted(config, whole_run, tmp_path, capsys):
