@@ -6,6 +6,7 @@ Shapes: B utterances, T latent frames, C conv channels, D width.
 
 import argparse
 import importlib
+import os
 import resource
 import statistics
 import sys
@@ -14,17 +15,17 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from common import speech_lengths
 from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.data.batching import Crops, Cursor, EffectiveBatches, crop_length, plan_update
-from w2v2.data.collate import build_batch
-from w2v2.model import cpu, transformer
+from w2v2.data.batching import Crops, Cursor, EffectiveBatches, MicroBatchPlan, crop_length, plan_update
+from w2v2.data.collate import PretrainBatch, build_batch
+from w2v2.model import transformer
 from w2v2.model.loading import build_config, build_framing
 from w2v2.model.pretraining import build_model
+from w2v2.train.launch import prepare_model, start_accelerator
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.update import build_optimizer, train_update
 
@@ -34,10 +35,11 @@ NOISE = np.random.default_rng(0).integers(-8_000, 8_000, 60 * SAMPLING_RATE).ast
 
 
 class Contender:
-    """One side of the comparison, in a process of its own. `args` are the program's flags, `flags` the benchmark's.
+    """One side of the comparison, or one rank of it, in a process of its own.
 
-    `prepare(lengths, update)` readies an update outside the clock: its `batches`, the samples `heard` of each utterance,
-    and `num_rows` of the first micro-batch, whose parts `stages()` gives. `run()` is what is timed.
+    `args` are the program's flags, `flags` the benchmark's and this side's `precision`. `prepare(lengths, update)`
+    readies an update outside the clock: its `batches`, the samples `heard` of each utterance, and `num_rows` of the
+    first micro-batch, whose parts `stages()` gives. `run()` is what is timed.
     """
 
     def __init__(self, args: PretrainArguments, flags: argparse.Namespace):
@@ -74,15 +76,10 @@ class Contender:
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "heard": self.heard, "peak_bytes": peak}
 
     def stage_table(self) -> dict[str, float]:
-        """Stage → µs for each second of audio in one micro-batch of equal lengths, forward and backward.
-
-        The head is the whole less the other stages.
-        """
+        """Stage → µs for each second of audio in one micro-batch of equal lengths, forward and backward."""
         self.prepare("equal", 0)
         seconds = sum(self.heard[: self.num_rows]) / SAMPLING_RATE
-        table = {name: self.median_seconds(stage) * 1e6 / seconds for name, stage in self.stages().items()}
-        table["head"] = table["whole"] - sum(table[name] for name in ("convs", "projection", "positional", "layers"))
-        return table
+        return {name: self.median_seconds(stage) * 1e6 / seconds for name, stage in self.stages().items()}
 
     def median_seconds(self, stage: Callable[[], torch.Tensor | None]) -> float:
         """Of a stage and of the backward pass from what it returns (None: there is no such pass)."""
@@ -111,45 +108,70 @@ class Contender:
             torch.cuda.synchronize()
 
     def autocast(self) -> torch.autocast:
-        """bf16 on a GPU, float32 on a CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.flags.precision == "bf16")
+
+
+def group_by_length(samples: np.ndarray, seconds: float) -> list[np.ndarray]:
+    """Utterances cut into micro-batches of like lengths: longest first, as many at a time as fit with their padding."""
+    samples, groups = np.sort(samples)[::-1], []
+    while len(samples):
+        count = max(1, int(seconds * SAMPLING_RATE / samples[0]))
+        groups.append(samples[:count])
+        samples = samples[count:]
+    return groups
 
 
 class Ours(Contender):
+    """This program, in as many processes as `start_accelerator` finds to have been launched."""
+
     def __init__(self, args, flags):
         super().__init__(args, flags)
-        is_cpu = self.device.type == "cpu"
-        if is_cpu:
-            cpu.keep_freed()
-        self.accelerator = Accelerator(cpu=is_cpu, mixed_precision="no" if is_cpu else "bf16")
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if flags.precision == "bf16" else "no"
+        self.accelerator = start_accelerator(args)
+        self.device = self.accelerator.device
         model = build_model(args, self.config)
-        self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, args))
+        self.model, self.optimizer = prepare_model(self.accelerator, model, build_optimizer(model, args))
         extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
         self.framing = build_framing(self.config, extractor)
 
     def prepare(self, lengths, update):
         crops, _ = self.draw(lengths, update)
-        cut = dict(rank=0, num_ranks=1, micro_batch_samples=round(self.flags.micro_batch_seconds * SAMPLING_RATE))
+        cut = dict(
+            rank=self.accelerator.process_index, num_ranks=self.accelerator.num_processes,
+            micro_batch_samples=round(self.flags.micro_batch_seconds * SAMPLING_RATE),
+        )  # fmt: skip
         plans = plan_update(crops, update, Cursor(), **cut)
-        noise = [[NOISE[:n] for n in plan.crops.num_samples] for plan in plans]
-        batches = [build_batch(p, p.crops, own, self.framing, 0) for p, own in zip(plans, noise, strict=True)]
+        batches = [self.build(plan) for plan in plans]
         self.batches = [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
-        self.heard, self.num_rows = [n for b in batches for n in b.num_samples.tolist()], len(batches[0].num_samples)
+        self.heard = [n for plan in plans if not plan.dummy for n in plan.crops.num_samples.tolist()]
+        self.num_rows = len(plans[0].crops.num_samples)
         self.settings = UpdateSettings(
             step=update, seed=0, learning_rate=1e-5, gumbel_temperature=2.0, diversity_weight=0.1,
             shared_diversity=False, max_grad_norm=0.0,
         )  # fmt: skip
 
+    def build(self, plan: MicroBatchPlan) -> PretrainBatch:
+        crops, weight = (plan.crops.take([0]), 0.0) if plan.dummy else (plan.crops, 1.0)
+        return build_batch(plan, crops, [NOISE[:n] for n in crops.num_samples], self.framing, 0, weight)
+
     def run(self):
         train_update(self.accelerator, self.model, self.optimizer, self.batches, self.settings)
+
+    def synchronize(self):
+        super().synchronize()
+        self.accelerator.wait_for_everyone()
 
     def stages(self):
         """Parts of `PretrainingModel`, each from its own inputs."""
         model, device = self.accelerator.unwrap_model(self.model), self.device
         encoder, projection = model.wav2vec2.encoder, model.wav2vec2.feature_projection
         batch = self.batches[0].to(device)
+        linear, norm = transformer.linear, transformer.norm
+        plain = torch.autocast(device.type, enabled=False)  # the model leaves autocast behind after the convs
         with torch.no_grad(), self.autocast():
             features = model._features(batch)  # (B, T, C)
+            context = plain(model._context)(norm(projection.layer_norm, features), batch)  # (B, M, D)
+        context = context.clone().requires_grad_()
         dtype = features.dtype
         features = features.clone().requires_grad_()
         hidden = torch.randn(*features.shape[:2], model.config.hidden_size, device=device)  # (B, T, D)
@@ -157,8 +179,6 @@ class Ours(Contender):
         # The pre-norm residual is float32, the post-norm one of autocast's type.
         hidden = hidden.to(torch.float32 if model.config.do_stable_layer_norm else dtype).requires_grad_()
         in_blocks = device.type != "cpu" if model.positional_in_blocks is None else model.positional_in_blocks
-        plain = torch.autocast(device.type, enabled=False)  # the model leaves autocast behind after the convs
-        linear, norm = transformer.linear, transformer.norm
 
         def run_layers():
             x = hidden.flatten(0, 1)  # (B, T, D) → (B · T, D)
@@ -166,11 +186,20 @@ class Ours(Contender):
                 x = model._layer(module, x, batch, index, dtype)
             return x
 
+        def run_head():
+            """Quantizer and contrast from features and contexts that are there already."""
+            model._features, model._context = lambda batch: features, lambda normed, batch: context
+            try:
+                return model(batch).loss
+            finally:
+                del model._features, model._context
+
         return {
             "convs": lambda: model._features(batch),
             "projection": plain(lambda: linear(projection.projection, norm(projection.layer_norm, features))),
             "positional": plain(lambda: transformer.positional(encoder.pos_conv_embed, frames, in_blocks)),
             "layers": plain(run_layers),
+            "head": run_head,
             "whole": lambda: model(batch).loss,
             "optimizer": self.step,
         }

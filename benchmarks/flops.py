@@ -1,6 +1,9 @@
-"""Operations of wav2vec 2.0 by formula: two for each multiplication with its addition; backward is twice the forward.
+"""Operations of wav2vec 2.0: two for each multiplication with its addition; backward is twice the forward.
 
 Each utterance is counted alone, for the audio heard: padding and recomputation are an implementation's own affair.
+There are two counts. `model_flops` is the formula that papers use: a layer counts for all frames of the utterances that
+layerdrop leaves it, and every input has a gradient. `executed_flops` is what this program computes of that: the last
+layer's queries, output and feed-forward network for masked frames alone, and no gradient for the waveform.
 """
 
 import re
@@ -12,6 +15,7 @@ import torch
 # Dense bf16 TFLOP/s by the makers' data sheets; the first whose words stand in the GPU's name counts.
 PEAKS = (("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("A100", 312), ("L40S", 362), ("L4", 121),
          ("RTX 4090", 165), ("A10", 125))  # fmt: skip
+MASKED = 0.49  # share of the frames, of mask_time_prob 0.65 in spans of ten
 
 
 def peak_flops() -> float | None:
@@ -20,27 +24,42 @@ def peak_flops() -> float | None:
     return next((1e12 * peak for words, peak in PEAKS if re.search(rf"\b{words}\b", name)), None)
 
 
-def forward_flops(config, num_samples: int) -> dict[str, float]:
-    """Operations of one forward pass over one utterance, by stage."""
-    frames, channels, convs = num_samples, 1, 0.0
+def forward_flops(config, num_samples: int, last: float = 1.0) -> dict[str, float]:
+    """Operations of one forward pass over one utterance, by stage. `last`: share of frames the last layer is run for.
+
+    Layers count with the share of utterances that layerdrop leaves them.
+    """
+    frames, channels, convs = num_samples, 1, []
     for out, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
         frames = (frames - kernel) // stride + 1
-        convs += 2.0 * frames * channels * kernel * out
+        convs.append(2.0 * frames * channels * kernel * out)
         channels = out
     D = config.hidden_size
-    run = config.num_hidden_layers * (1.0 - config.layerdrop)  # what layerdrop leaves, on average
+    kept = 1.0 - config.layerdrop
+    layers = kept * (config.num_hidden_layers - 1 + last)  # of those that run for all frames
     codebook = config.num_codevector_groups * config.num_codevectors_per_group
     head = D * config.proj_codevector_dim + channels * codebook + config.codevector_dim * config.proj_codevector_dim
+    keys_values = kept * (1.0 - last) * 2.0 * frames * 2 * D * D  # the last layer's are computed for all frames
     return {
-        "convs": convs,
+        "first conv": convs[0],
+        "convs": sum(convs[1:]),
         "projection": 2.0 * frames * channels * D,
         "positional": 2.0 * frames * D * (D // config.num_conv_pos_embedding_groups) * config.num_conv_pos_embeddings,
-        "linear": run * 2.0 * frames * (4 * D * D + 2 * D * config.intermediate_size),
-        "attention": run * 4.0 * frames * frames * D,
-        "head": 2.0 * 0.49 * frames * head,  # the masked share, of mask_time_prob 0.65 in spans of ten
+        "linear": layers * 2.0 * frames * (4 * D * D + 2 * D * config.intermediate_size) + keys_values,
+        "attention": layers * 4.0 * frames * frames * D,
+        "head": 2.0 * MASKED * frames * head,
     }
 
 
 def model_flops(config, lengths: Iterable[int]) -> float:
-    """Operations of training on utterances of these lengths in samples."""
+    """Operations of training on utterances of these lengths in samples, by the formula."""
     return sum(3.0 * count * sum(forward_flops(config, n).values()) for n, count in Counter(lengths).items())
+
+
+def executed_flops(config, lengths: Iterable[int]) -> float:
+    """Those of them that this program computes."""
+    total = 0.0
+    for n, count in Counter(lengths).items():
+        stages = forward_flops(config, n, last=MASKED)
+        total += count * (3.0 * sum(stages.values()) - stages["first conv"])
+    return total

@@ -18,12 +18,16 @@ from common import ROOT, environment, make_parser
 
 LARGE, PROFILE, COMPILED = "--config_name large", "--profile", "--torch_compile"
 PAIR = f"--pairs 3 {PROFILE}"
+TUNED = "--contenders ours stock_tuned --micro_batch_seconds 800 --pairs 3"  # 75 GB of an H200
+GPUS = torch.cuda.device_count()
 WHOLE = "--contenders ours --lengths librispeech --batch_seconds 5760 --pairs 3"  # the method's 1.6 h
 BASE_WHOLE, LARGE_WHOLE = f"{WHOLE} --micro_batch_seconds 800", f"{WHOLE} {LARGE} --micro_batch_seconds 400"
+SEVERAL = "--lengths librispeech --batch_seconds 5760 --micro_batch_seconds 200 --pairs 3"
 STEPS = {  # title → script and its flags, in the order of what is worth most, should the time run out
     "BASE, 800 s in 200 s": f"update.py --batch_seconds 800 {PAIR}",
     "BASE, 1.6 h in 800 s": f"update.py {BASE_WHOLE} {PROFILE}",
     "BASE, 1.6 h in 800 s, compiled": f"update.py {BASE_WHOLE} {PROFILE} {COMPILED}",
+    "BASE, 1,600 s in 800 s, the stock model tuned": f"update.py {TUNED} --batch_seconds 1600 --lengths librispeech",
     "LARGE, 400 s in 100 s": f"update.py {LARGE} --batch_seconds 400 --micro_batch_seconds 100 {PAIR}",
     "Files to the device": "loader.py --config_name base --num_workers 8 --micro_batch_seconds 800 --pairs 3",
     **{f"BASE, 1.6 h in {n} s": f"update.py {WHOLE} --micro_batch_seconds {n}" for n in (400, 1600, 200)},
@@ -33,6 +37,7 @@ STEPS = {  # title → script and its flags, in the order of what is worth most,
     "BASE, attention without dropout": f"update.py {BASE_WHOLE} --config_overrides attention_dropout=0.0",
     "BASE, gradient checkpointing": f"update.py {BASE_WHOLE} --gradient_checkpointing",
     "BASE, grid of 128 frames": f"update.py {BASE_WHOLE} --length_grid_seconds 2.56",
+    **{f"BASE, 1.6 h in 200 s on {n} GPUs": f"update.py {SEVERAL} --contenders ours:{n} ours" for n in {GPUS} - {0, 1}},
 }
 DRY = {  # later flags override a step's own, so that any CPU manages it
     "update.py": "--batch_seconds 12 --micro_batch_seconds 6 --crop_seconds 3",
