@@ -1,6 +1,6 @@
 """What the start of a run costs with manifests of millions of rows: seconds by stage, bytes a row; of plan.py.
 
-Private memory is what the process owns (Anonymous in Linux's smaps_rollup). Resident memory counts the mapped pages of
+Private memory is what the process owns (RssAnon in Linux's status). Resident memory counts the mapped pages of
 manifests besides, which all processes share and which the system takes back when it needs room.
 """
 
@@ -103,7 +103,7 @@ def measure_start(path: Path, recipe: SimpleNamespace, small: Path) -> dict[str,
 
 
 def read_memory() -> tuple[int, int]:
-    """Private and resident bytes of this process."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    return sizes["Anonymous"], sizes["Rss"]
+    """Private and resident bytes of this process. smaps_rollup would walk all mapped pages, and stop the reading."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "RssAnon"))}
+    return sizes["RssAnon"], sizes["VmRSS"]

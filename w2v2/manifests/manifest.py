@@ -118,10 +118,10 @@ def interpret(
     written = cast_text(raw, columns["audio"])  # a file's name may begin with a space
     is_empty = by_batch(lambda paths: pc.equal(pc.utf8_trim_whitespace(paths), ""), written)
     raw.refuse(is_empty, "audio", written, "fill it in or remove the row")
+    marked = pc.match_substring_regex(written, ROOT_MARKER)
     if data_root is None:
-        marked = pc.match_substring_regex(written, ROOT_MARKER)
         raw.refuse(marked, "audio", written, "pass --data_root with the folder that its beginning stands for")
-    else:
+    elif pc.any(marked).as_py():  # replacing takes seven times as long as matching
         written = by_batch(lambda paths: pc.replace_substring_regex(paths, ROOT_MARKER, ""), written)
     audio = _resolve(raw, written, data_root)
     # 2. Which part of it.

@@ -20,6 +20,7 @@ from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.audio.inspection import measure_lengths
 
 BATCH_ROWS = 65_536
+HASHED_ROWS = 4_096  # as Python's strings they fit into a processor's cache, and their memory is used again
 LINE = "line in the file"  # a column of our own, beside those of a manifest
 
 
@@ -58,8 +59,8 @@ def collect_rows(
     return pa.concat_tables(found, promote_options="default") if (found := map_tables(tables())) else pa.table({})
 
 
-def _cut(columns: tuple[pa.ChunkedArray | pa.Array, ...]) -> list[pa.RecordBatch]:
-    return pa.table(list(columns), list(map(str, range(len(columns))))).to_batches(BATCH_ROWS)
+def _cut(columns: tuple[pa.ChunkedArray | pa.Array, ...], num_rows: int = BATCH_ROWS) -> list[pa.RecordBatch]:
+    return pa.table(list(columns), list(map(str, range(len(columns))))).to_batches(num_rows)
 
 
 def by_batch(function: Callable[..., pa.Array], *columns: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray:
@@ -84,7 +85,7 @@ def find_repeated(text: pa.ChunkedArray, *numbers: pa.ChunkedArray | pa.Array) -
     Eight bytes a row stand for what it says, where a table of distinct values would hold all of the text again.
     """
     hashes, at = np.empty(len(text), np.int64), 0
-    for batch in _cut((text, *numbers)):
+    for batch in _cut((text, *numbers), HASHED_ROWS):
         some = hashes[at : at + len(batch)]
         some[:] = np.fromiter(map(hash, batch.column(0).to_numpy(zero_copy_only=False)), np.int64, len(batch))
         for column in batch.columns[1:]:
