@@ -1,6 +1,8 @@
 """Shards: found by patterns, read to the sample wherever they lie, fetched once while they are needed, or named."""
 
 import json
+import os
+import shutil
 import socket
 import tarfile
 import threading
@@ -18,9 +20,10 @@ import webdataset
 from conftest import write_tones
 from hub_stand_in import HubStandIn
 
-from w2v2.audio.crops import read_pcm
+from w2v2.audio.crops import AudioError, read_pcm
 from w2v2.data import shard_cache
 from w2v2.data.batching import Cursor, EffectiveBatches, PlanStream
+from w2v2.data.collate import CropDataset
 from w2v2.data.shard_cache import Shard, ShardCache
 from w2v2.data.shards import _name_shards, list_shards, read_shards
 from w2v2.data.streaming import FetchAhead, ShardOrder, StreamedCrops
@@ -241,6 +244,60 @@ def test_a_shard_that_fails_is_tried_again_then_named(corpus, hub, tmp_path, mon
     with pytest.raises(LocalError, match=r"train-00.tar cannot be fetched.*bytes came of.*changed"):
         crops.read(rows[0], 0, 5_000)
     assert not list(copy.parent.glob("*train-00.tar"))
+
+
+def test_an_utterance_is_read_though_its_shard_comes_and_goes(corpus, hub, tmp_path, monkeypatch):
+    """Another process evicts the copy before it is read, and a third one fetches it again before that is looked at."""
+    rows, crops = open_crops(make_args(tmp_path, place_of("http", corpus, hub, "tar")))
+    expected, read, tries = crops.read(rows[0], 0, 5_000), CropDataset.read, []
+
+    def read_late(*arguments):
+        tries.append(1)
+        if len(tries) == 1:
+            raise AudioError(rows[0]["audio"], "does not exist")
+        return read(*arguments)
+
+    monkeypatch.setattr(CropDataset, "read", read_late)
+    np.testing.assert_array_equal(crops.read(rows[0], 0, 5_000), expected)
+    rows[0]["audio"] = rows[0]["audio"].rsplit(":", 2)[0] + ":0:512"  # no audio
+    with pytest.raises(AudioError):
+        crops.read(rows[0], 0, 5_000)
+
+
+@pytest.mark.parametrize(("place", "form"), [("http", "tar"), ("memory", "tar"), ("disk", "parquet")])
+def test_a_shard_of_the_same_size_that_was_rewritten_is_named(corpus, hub, tmp_path, monkeypatch, memory, place, form):
+    path = corpus / f"{form}/train-00.{form}"
+    if place == "disk":
+        path = Path(shutil.copy(path, tmp_path))
+    pattern = path if place == "disk" else place_of(place, corpus, hub, form)
+    rows, crops = open_crops(make_args(tmp_path / "run", pattern))
+    Path(rows[0]["audio"].rsplit(":", 2)[0]).unlink()
+    expected, content = crops.read(rows[0], 0, 5_000), path.read_bytes()
+    Path(rows[0]["audio"].rsplit(":", 2)[0]).unlink()
+    if place == "http":
+        monkeypatch.setitem(hub.files, "train-00.tar", content[:-1] + b"x")
+    elif place == "memory":
+        memory.pipe_file("/corpus/tar/train-00.tar", content)
+    else:
+        os.utime(path, (1, 1))
+    with pytest.raises(LocalError, match=r"train-00.* cannot be fetched after 3 tries .*changed since it was listed"):
+        crops.read(rows[0], 0, 5_000)
+    again, crops = open_crops(make_args(tmp_path / "run", pattern))  # a new start lists it anew
+    np.testing.assert_array_equal(crops.read(again[0], 0, 5_000), expected)
+
+
+def test_what_an_index_lacks_is_said_at_each_start(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for name, path in zip("abc", write_tones(tmp_path / "audio", [1.0, 1.0, 1.0]), strict=True):
+            tar.write({"__key__": name, "wav": path.read_bytes() if name != "b" else b"no audio"})
+    args, said = make_args(tmp_path / "run", tmp_path / "a.tar"), []
+    for _ in range(2):
+        _, skipped, notes = read(args)
+        assert len(skipped) == 1
+        said += [line for line in notes["warnings"] if "could not be read" in line]
+    index = next((tmp_path / "run/cache/index").iterdir())
+    assert said[0] == said[1] and "1 of 3 utterances could not be read when it was indexed, the first b" in said[0]
+    assert said[0].endswith(f"to try again, remove {index}")
 
 
 def test_the_copies_stay_within_their_room_and_the_oldest_go(corpus, tmp_path, monkeypatch):

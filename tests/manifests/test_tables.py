@@ -21,6 +21,7 @@ from w2v2.manifests.tables import by_batch, filter_rows, find_repeated, map_tabl
 def small_batches(monkeypatch):
     for module in (tables, readers, manifest, utterances):
         monkeypatch.setattr(module, "BATCH_ROWS", 4)
+    monkeypatch.setattr(tables, "HASHED_ROWS", 4)
 
 
 def text(*values, chunk=3):

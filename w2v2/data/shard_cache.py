@@ -10,8 +10,9 @@ import re
 import shutil
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,9 @@ BLOCK_BYTES = 16 << 20  # that one request fetches
 SILENT_SECONDS = 60  # after which a server that sends nothing has failed
 LOCK, PART, UNPACKED = ".lock", ".part", ".unpacked"
 GIGABYTE = 10**9
+VERSIONS = (
+    "ETag etag blob_id LastModified Last-Modified last_modified mtime modify modificationTime updated created".split()
+)
 
 
 @dataclass
@@ -39,7 +43,8 @@ class Shard:
     path: str  # what is read: the file itself, or its copy
     size: int  # bytes, at its place
     audio_column: str | None = None  # of a Parquet file; None: by its name
-    version: str = ""  # its time of change, or what its place tells instead
+    version: str = ""  # NAME=VALUE of what its place tells: a hash, or its time of change
+    index: str = ""  # the file that lists its utterances
     copy_size: int | None = None  # bytes of what is read, once the shard is indexed
 
     @property
@@ -134,14 +139,18 @@ class ShardCache:
             with _open_remote(shard.url) as file, open(part, "r+b") as out:
                 shutil.copyfileobj(file, out, BLOCK_BYTES)
                 out.truncate()
+                headers = file.headers if _is_http(shard.url) else None
             if (found := os.path.getsize(part)) != shard.size:
                 raise OSError(f"{found:,} bytes came of {shard.size:,}: cut short, or changed since it was listed")
+            _check_version(shard, headers)
         if shard.is_parquet:
             part = shard.path + UNPACKED + PART
             self._make_room(part, shard.num_bytes)
             rows = self.unpack(shard, source, part)
             if source != shard.url:
                 os.unlink(source)
+            else:
+                _check_version(shard)
         if shard.copy_size and os.path.getsize(part) != shard.copy_size:
             raise UserError(f"shard {shard.url} holds other audio than when it was listed: start again")
         os.rename(part, shard.path)
@@ -173,8 +182,33 @@ class ShardCache:
                 file.truncate(num_bytes)
 
 
+def find_version(info: Mapping[str, Any]) -> str:
+    """NAME=VALUE of what the place of a file tells of its version, "" for nothing."""
+    name = next((name for name in VERSIONS if info.get(name)), None)
+    return f"{name}={_spell(info[name])}" if name else ""
+
+
+def _spell(value: Any) -> str:
+    return str(value.timestamp() if isinstance(value, datetime) else value)  # listings and files may differ in this
+
+
+def _check_version(shard: Shard, headers: Mapping[str, Any] | None = None) -> None:
+    """Raises OSError where the file is not the one that was listed. `headers`: of the answer, if there was one."""
+    name, _, listed = shard.version.partition("=")
+    if name and headers is None:
+        files, path = fsspec.core.url_to_fs(shard.url)
+        files.invalidate_cache(path)
+        headers = files.info(path)
+    if name and (value := headers.get(name)) and (found := _spell(value)) != listed:
+        raise OSError(f"it was changed since it was listed: {name} is {found}, was {listed}")
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
 def _open_remote(url: str) -> IO[bytes]:
-    if url.startswith(("http://", "https://")):  # fsspec's client gives up after five minutes, or needs ranges
+    if _is_http(url):  # fsspec's client gives up after five minutes, or needs ranges
         return urllib.request.urlopen(url, timeout=SILENT_SECONDS)
     return fsspec.open(url, "rb", block_size=BLOCK_BYTES).open()
 

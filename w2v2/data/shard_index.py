@@ -37,7 +37,7 @@ ROWS_AT_ONCE = 256  # of a Parquet file, in memory
 def index_shards(shards: Sequence[Shard], cache: ShardCache, folder: Path) -> list[pa.Table]:
     """The index of each shard, made where there is none, in worker processes. `audio` is without the copy's path.
 
-    Sets the size of each copy. Raises UserError for the first shard that cannot be read.
+    Sets the size of each copy, and where its index lies. Raises UserError for the first shard that cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{hashlib.sha256(_identify(shard).encode()).hexdigest()[:24]}.parquet" for shard in shards]
@@ -51,8 +51,8 @@ def index_shards(shards: Sequence[Shard], cache: ShardCache, folder: Path) -> li
             raise UserError(error)
     with ThreadPool(16) as pool:
         tables = pool.map(_read_index, paths)
-    for shard, table in zip(shards, tables, strict=True):
-        shard.copy_size = int(table.schema.metadata[b"num_bytes"])
+    for shard, path, table in zip(shards, paths, tables, strict=True):
+        shard.index, shard.copy_size = str(path), int(table.schema.metadata[b"num_bytes"])
     return tables
 
 
@@ -96,6 +96,16 @@ def index_shard(shard: Shard, cache: ShardCache) -> pa.Table:
     columns["reason"] = pa.array([reasons.get(name, "") for name in table["id"].to_pylist()], pa.string())
     notes = {"lines": raw.warnings + lines, "passed_over": raw.passed_over, "num_bytes": size}
     return pa.table(columns).replace_schema_metadata({name: json.dumps(note) for name, note in notes.items()})
+
+
+def describe_lost(shard: Shard, index: pa.Table) -> list[str]:
+    """A line where an index lacks utterances: it keeps what may have been a passing failure."""
+    lost = index.filter(pc.not_equal(index["reason"], ""))
+    if not len(lost):
+        return []
+    first = f"{lost['id'][0].as_py()}, which {lost['reason'][0].as_py()}"
+    counts = f"{len(lost):,} of {len(index):,} utterances could not be read when it was indexed"
+    return [f"shard {shard.url}: {counts}, the first {first}; to try again, remove {shard.index}"]
 
 
 def unpack_parquet(shard: Shard, source: str, part: str) -> RawTable:

@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ import pyarrow.compute as pc
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.audio.inspection import NUM_INSPECTED
-from w2v2.data.shard_cache import FETCHED_AT_ONCE, GIGABYTE, Shard, ShardCache, find_suffix
-from w2v2.data.shard_index import index_shards, unpack_parquet
+from w2v2.data.shard_cache import FETCHED_AT_ONCE, GIGABYTE, Shard, ShardCache, find_suffix, find_version
+from w2v2.data.shard_index import describe_lost, index_shards, unpack_parquet
 from w2v2.errors import UserError, one_line, tell
 from w2v2.manifests.archives import expand_braces
 from w2v2.manifests.columns import EXTRAS
@@ -108,6 +107,7 @@ def read_shards(manifests: Sequence[Manifest], args) -> tuple[pa.Table, list[dic
     for shard, index in zip(shards, indexes, strict=True):
         passed_over.update(json.loads(index.schema.metadata[b"passed_over"]))
         warnings += [line.replace(shard.path, shard.url) for line in json.loads(index.schema.metadata[b"lines"])]
+        warnings += describe_lost(shard, index)
     for line in warnings[:MOST_LINES]:
         tell(line)
     if len(warnings) > MOST_LINES:
@@ -186,7 +186,7 @@ def list_shards(manifests: Sequence[Manifest], copies: Path) -> list[Shard]:
     urls = sorted(found)
     shards = []
     for url, name in zip(urls, _name_shards(urls), strict=True):
-        size, version = int(found[url]["size"]), _find_version(found[url])
+        size, version = int(found[url]["size"]), find_version(found[url])
         in_place = "://" not in url and find_suffix(url) == ".tar"
         key = hashlib.sha256("\0".join([url, str(size), version, found[url]["column"] or ""]).encode()).hexdigest()[:16]
         base = re.sub(r"[^\w.-]", "_", name.split("/")[-1])[-80:]
@@ -242,9 +242,3 @@ def _list_name(name: str) -> list[tuple[str, dict]]:
             )
         return shards
     return [(as_url(path), info)]
-
-
-def _find_version(info: dict) -> str:
-    names = "ETag etag blob_id LastModified Last-Modified last_modified mtime modify modificationTime updated created"
-    value = next((info[name] for name in names.split() if info.get(name)), "")
-    return value.isoformat() if isinstance(value, datetime) else str(value)

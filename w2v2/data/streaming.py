@@ -23,9 +23,7 @@ from w2v2.data.collate import CropDataset
 from w2v2.data.hashing import SHARDS, WINDOW, derive
 from w2v2.data.shard_cache import FETCHED_AT_ONCE, ShardCache
 from w2v2.data.shards import Shards
-from w2v2.errors import LocalError, UserError, tell
-
-MOST_TRIES = 3  # to read from a copy that is evicted again and again
+from w2v2.errors import UserError, tell
 
 
 class Layout(NamedTuple):
@@ -137,14 +135,11 @@ class StreamedCrops(CropDataset):
 
     def read(self, entry: dict, start: int, num_samples: int) -> np.ndarray:
         """Raises AudioError for damaged audio, and LocalError for a shard that cannot be fetched."""
-        shard = self.copies.get(entry["audio"].rsplit(":", 2)[0])
-        for _ in range(MOST_TRIES if shard else 0):
-            self.cache.fetch(shard)
-            try:
+        if not (shard := self.copies.get(entry["audio"].rsplit(":", 2)[0])):
+            return super().read(entry, start, num_samples)
+        self.cache.fetch(shard)
+        try:
+            return super().read(entry, start, num_samples)
+        except AudioError:  # damaged, or evicted meanwhile, and perhaps there again
+            with self.cache.hold(shard):
                 return super().read(entry, start, num_samples)
-            except AudioError:
-                if shard.is_there:
-                    raise
-        if shard:
-            raise LocalError(f"shard {shard.url} was evicted again and again while it was read: raise --shard_cache_gb")
-        return super().read(entry, start, num_samples)
