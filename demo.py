@@ -7,21 +7,26 @@ Interrupted, it goes on where it stopped. Everything it makes lies in data/demo 
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import torch
+
+from w2v2.model.cpu import multiplies_bfloat16
 from w2v2.train.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent
 CORPUS, RUNS = Path("data/demo"), Path("runs/demo")
 
 
-def run(title: str, *command: str) -> None:
-    print(f"\n=== {title}\n$ python {' '.join(command)}", flush=True)
+def run(title: str, *command: str, **environment: str) -> None:
+    settings = "".join(f"{name}={value} " for name, value in environment.items())
+    print(f"\n=== {title}\n$ {settings}python {' '.join(command)}", flush=True)
     started = time.monotonic()
-    finished = subprocess.run([sys.executable, *command], cwd=ROOT)
+    finished = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | environment)
     if finished.returncode:
         sys.exit(f"{title} failed with status {finished.returncode}: see the lines above")
     print(f"=== {title}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
@@ -37,7 +42,9 @@ def finetune(title: str, output_dir: Path, *weights: str) -> dict[str, float]:
 
 def main() -> None:
     run("corpus", "data_scripts/make_demo_corpus.py", str(CORPUS))
-    run("pretraining", "pretrain.py", "configs/pretrain/demo.yaml")
+    is_fast = not torch.accelerator.is_available() and multiplies_bfloat16()
+    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if is_fast else {}
+    run("pretraining", "pretrain.py", "configs/pretrain/demo.yaml", **precision)
     pretrained = RUNS / "pretrained"
     weights = ["--model_name_or_path", str(pretrained)]
     ours = finetune("fine-tuning the pretrained model", RUNS / "ctc_pretrained", *weights)
