@@ -120,6 +120,9 @@ class OptimizationArguments:
         ["encoder"], "Whose activations: the `encoder`'s (transformer), the `convs`'.", choices=["encoder", "convs"]
     )
     torch_compile: bool = flag(False, "Fuse what the transformer does by frame (needs a C compiler; may not pay).")
+    fused_kernels: bool = flag(
+        False, "The same, and GELU, by Triton kernels of this project (NVIDIA GPUs; exact, but not timed on one yet)."
+    )
     positional_conv: str = flag(
         "auto",
         "The positional convolution as the library's (`stock`) or as products in `blocks` (`auto`: blocks on a GPU).",
@@ -209,6 +212,8 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
             (not stages, "--gradient_checkpointing_stages is empty: name a stage"),
             (stages != ["encoder"] and not self.gradient_checkpointing,
              "--gradient_checkpointing_stages needs --gradient_checkpointing"),
+            (self.torch_compile and self.fused_kernels,
+             "--torch_compile and --fused_kernels exclude one another: both fuse the same"),
             (self.model_name_or_path and self.config_name,
              "--model_name_or_path and --config_name exclude one another: weights come from one place"),
         )  # fmt: skip

@@ -82,7 +82,7 @@ def test_auto_classes_load_the_folder_whole_and_agree(pretrained):
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     flags = SimpleNamespace(model_name_or_path=str(pretrained), feature_grad_mult=1.0, feature_penalty_weight=0.0,
                             gradient_checkpointing=False, positional_conv="auto", torch_compile=False,
-                            freeze_feature_encoder=False)  # fmt: skip
+                            fused_kernels=False, freeze_feature_encoder=False)  # fmt: skip
     ours = build_model(flags, model.config).eval()
     inputs = AutoFeatureExtractor.from_pretrained(pretrained)(WAVEFORM, sampling_rate=16_000, return_tensors="pt")
     assert_close(model.eval().wav2vec2(**inputs).last_hidden_state, frames, within=0)

@@ -60,10 +60,17 @@ def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, vari
     monkeypatch.setenv(variable, "2")
     made = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match="2 processes were launched but each believes to be one of 1"):
-        launch.check_processes(made, SimpleNamespace(gradient_compression="none"))
+        launch.check_processes(made, SimpleNamespace(gradient_compression="none", fused_kernels=False))
 
 
-def test_gradients_cross_in_bf16_on_gpus_alone():
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(gradient_compression="bf16", fused_kernels=False), "gradient_compression bf16 needs GPUs"),
+        (dict(gradient_compression="none", fused_kernels=True), "fused_kernels needs an NVIDIA GPU"),
+    ],
+)
+def test_what_gpus_alone_can_is_refused_elsewhere(flags, message):
     made = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
-    with pytest.raises(UserError, match="gradient_compression bf16 needs GPUs"):
-        launch.check_processes(made, SimpleNamespace(gradient_compression="bf16"))
+    with pytest.raises(UserError, match=message):
+        launch.check_processes(made, SimpleNamespace(**flags))

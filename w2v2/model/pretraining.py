@@ -53,7 +53,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
     feature_penalty_weight: float = 10.0
     positional_in_blocks: bool | None = None  # None: where it pays, on an accelerator
     recomputed: frozenset[str] = frozenset()  # stages whose activations are computed again in the backward pass
-    _after_attention = None  # compiled, if asked for
+    _after_attention = None  # compiled or fused, if asked for
 
     def get_input_embeddings(self):
         return None  # the model has none, and sharding asks for them
@@ -242,4 +242,8 @@ def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) ->
         model.positional_in_blocks = args.positional_conv == "blocks"
     if args.torch_compile:
         model.compile_layers()
+    if args.fused_kernels:
+        from w2v2.model.fused import fuse  # needs triton
+
+        fuse(model)
     return model.train()

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,10 @@ def check_processes(accelerator: Accelerator, args) -> None:
         )
     if args.gradient_compression != "none" and accelerator.device.type == "cpu":
         raise UserError(f"--gradient_compression {args.gradient_compression} needs GPUs: leave it out on a CPU")
+    has_gpu = accelerator.device.type == "cuda" and torch.version.cuda is not None
+    if args.fused_kernels and (not has_gpu or find_spec("triton") is None):
+        missing = "the package triton" if has_gpu else "an NVIDIA GPU"
+        raise UserError(f"--fused_kernels needs {missing}, and there is none here: leave it out")
     if accelerator.distributed_type == DistributedType.FSDP:
         configure_fsdp(accelerator, args)
 
