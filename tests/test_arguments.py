@@ -142,7 +142,8 @@ def test_any_other_micro_batch_seconds_is_refused(config, given):
     "flags, named",
     [(["--batch_hours", "0"], "--batch_hours is 0"), (["--max_steps", "-1"], "--max_steps is -1"),
      (["--learning_rate", "nan"], "--learning_rate is nan"), (["--max_seconds", "1"], "--max_seconds 1.0"),
-     (["--model_name_or_path", "a", "--config_name", "b"], "--config_name")],
+     (["--model_name_or_path", "a", "--config_name", "b"], "--config_name"),
+     (["--torch_compile", "--fused_kernels"], "--fused_kernels")],
 )  # fmt: skip
 def test_values_that_make_no_run_are_refused(flags, named):
     assert named in refusal(*flags)

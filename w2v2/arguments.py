@@ -121,7 +121,7 @@ class OptimizationArguments:
     )
     torch_compile: bool = flag(False, "Fuse what the transformer does by frame (needs a C compiler; may not pay).")
     fused_kernels: bool = flag(
-        False, "The same, and GELU, by Triton kernels of this project (NVIDIA GPUs; exact, but not timed on one yet)."
+        False, "Fuse that and GELU in the project's own Triton kernels (NVIDIA GPUs only; not timed on one yet)."
     )
     positional_conv: str = flag(
         "auto",
