@@ -35,7 +35,7 @@ def variants(D: int, F: int):
         ("pre-norm", FULL, FULL, LOW),
         ("no norm", FULL, FULL, None),
     ):
-        norm = dict.fromkeys(("weight_ptr", "offset_ptr", "mean_ptr", "rstd_ptr"), normed and FULL)
+        norm = dict.fromkeys(("weight_ptr", "offset_ptr", "stats_ptr"), normed and FULL)
         forward = norm | dict(x_ptr=LOW, bias_ptr=FULL, residual_ptr=wide, sum_ptr=wide, normed_ptr=normed, eps="fp32")
         backward = norm | dict(d_sum_ptr=d_sum, d_normed_ptr=normed, sum_ptr=wide, sums_ptr=FULL, N=INT, num_rows=INT)
         backward |= dict(d_residual_ptr=normed and wide, d_x_ptr=LOW)

@@ -152,7 +152,7 @@ def test_a_model_with_kernels_is_the_model_without(monkeypatch, large):
     for loss in losses:
         loss.backward()
     assert len(calls) == 10  # seven convs, positions, two layers
-    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     assert distance(gradients(model), gradients(plain)) < 1e-5
 
 

@@ -24,7 +24,7 @@ def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Ten
         return transformer.after_attention(module, hidden, attended, before)
     forward, training = module.feed_forward, module.training
     first, last = (module.final_layer_norm, None) if before else (module.layer_norm, module.final_layer_norm)
-    seeds = torch.empty(2, dtype=torch.int64, device=attended.device).random_().split(1)
+    seeds = torch.empty(2, 2, dtype=torch.int64, device=attended.device).random_()  # a row is 16 bytes: both alike aligned
     sites = module.dropout, forward.output_dropout
     drops = [Dropout(site.p if training else 0.0, seed) for site, seed in zip(sites, seeds, strict=True)]
     hidden, x = add_dropped(attended, None, hidden, drops[0], first)

@@ -135,7 +135,7 @@ def _is_kept(seed_ptr, numbers, LEAST: tl.constexpr):
 
 @triton.jit
 def _add_forward(
-    x_ptr, bias_ptr, residual_ptr, seed_ptr, weight_ptr, offset_ptr, sum_ptr, normed_ptr, mean_ptr, rstd_ptr, scale, eps,
+    x_ptr, bias_ptr, residual_ptr, seed_ptr, weight_ptr, offset_ptr, sum_ptr, normed_ptr, stats_ptr, scale, eps,
     LEAST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes one frame."""
@@ -157,13 +157,13 @@ def _add_forward(
         normed = centred * rstd * tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32)
         normed += tl.load(offset_ptr + columns, inside, other=0.0).to(tl.float32)
         tl.store(normed_ptr + here, normed.to(normed_ptr.dtype.element_ty), inside)
-        tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
+        tl.store(stats_ptr + row, mean)
+        tl.store(stats_ptr + tl.num_programs(0) + row, rstd)
 
 
 @triton.jit
 def _add_backward(
-    d_sum_ptr, d_normed_ptr, sum_ptr, seed_ptr, weight_ptr, mean_ptr, rstd_ptr, d_residual_ptr, d_x_ptr, sums_ptr, N,
+    d_sum_ptr, d_normed_ptr, sum_ptr, seed_ptr, weight_ptr, stats_ptr, d_residual_ptr, d_x_ptr, sums_ptr, N,
     num_rows, scale, LEAST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes `num_rows` frames. sums: (3, programs, D), of the gradients of bias, norm's weight and norm's bias."""
@@ -179,8 +179,8 @@ def _add_backward(
         here = row * D + columns
         d = nothing
         if d_normed_ptr is not None:
-            rstd = tl.load(rstd_ptr + row)
-            unit = (tl.load(sum_ptr + here, inside, other=0.0).to(tl.float32) - tl.load(mean_ptr + row)) * rstd
+            mean, rstd = tl.load(stats_ptr + row), tl.load(stats_ptr + N + row)
+            unit = (tl.load(sum_ptr + here, inside, other=0.0).to(tl.float32) - mean) * rstd
             d_normed = tl.load(d_normed_ptr + here, inside, other=0.0).to(tl.float32)
             d_weight += d_normed * unit
             d_offset += d_normed
@@ -203,7 +203,7 @@ def _add_backward(
 
 
 class Dropout(NamedTuple):
-    """Dropout with probability p. `seed`: (1,) int64 on the device, drawn by its generator."""
+    """Dropout with probability p. The seed is int64 on the device, drawn by its generator."""
 
     p: float
     seed: torch.Tensor
@@ -215,19 +215,19 @@ class _AddDropped(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # of an output that nobody used
         (N, D), (p, seed) = x.shape, dropout
         scale, least = 1.0 / (1.0 - p) if p < 1.0 else 0.0, min(round(p * 2**32), 2**32 - 1)
-        total, normed, mean, rstd = torch.empty_like(residual), None, None, None
+        total, normed, stats = torch.empty_like(residual), None, None
         if weight is not None:
-            normed, (mean, rstd) = torch.empty_like(x), x.new_empty(2, N, dtype=torch.float32)
-        tensors = x, bias, residual, seed, weight, offset, total, normed, mean, rstd
+            normed, stats = torch.empty_like(x), x.new_empty(2, N, dtype=torch.float32)  # mean, 1 / standard deviation
+        tensors = x, bias, residual, seed, weight, offset, total, normed, stats
         _add_forward[N,](*tensors, scale, eps, least, D, triton.next_power_of_2(D), num_warps=WARPS)
-        ctx.save_for_backward(total, seed, weight, mean, rstd)
+        ctx.save_for_backward(total, seed, weight, stats)
         ctx.dropped, ctx.dtype, ctx.has_bias = (scale, least), x.dtype, bias is not None
         return total, normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total, d_normed):
-        total, seed, weight, mean, rstd = ctx.saved_tensors
+        total, seed, weight, stats = ctx.saved_tensors
         (N, D), (scale, least) = total.shape, ctx.dropped
         num_rows = max(LEAST_ROWS, triton.cdiv(N, MOST_PROGRAMS))
         programs, block = triton.cdiv(N, num_rows), triton.next_power_of_2(D)
@@ -235,7 +235,7 @@ class _AddDropped(torch.autograd.Function):
         d_x = torch.empty_like(total, dtype=ctx.dtype)
         d_residual = d_total if d_normed is None else torch.empty_like(total)
         sums = total.new_empty(3, programs, D, dtype=torch.float32)
-        tensors = d_total, d_normed, total, seed, weight, mean, rstd, d_residual, d_x, sums
+        tensors = d_total, d_normed, total, seed, weight, stats, d_residual, d_x, sums
         _add_backward[programs,](*tensors, N, num_rows, scale, least, D, block, num_warps=WARPS)
         d_bias = sums[0].sum(0) if ctx.has_bias else None
         d_weight, d_offset = (None, None) if d_normed is None else sums[1:].sum(1)
