@@ -26,7 +26,8 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
-from w2v2.data.collate import CropDataset, Framing, build_loader
+from w2v2.data.collate import CropDataset, Framing
+from w2v2.data.loader import build_loader
 from w2v2.data.streaming import FetchAhead, StreamedCrops
 from w2v2.data.utterances import Utterances, inspect_some, load_utterances
 from w2v2.evaluate.plots import draw_plots

@@ -169,19 +169,19 @@ class Ours(Contender):
         linear, norm = transformer.linear, transformer.norm
         plain = torch.autocast(device.type, enabled=False)  # the model leaves autocast behind after the convs
         with torch.no_grad(), self.autocast():
-            features = model._features(batch)  # (B, T, C)
-            context = plain(model._context)(norm(projection.layer_norm, features), batch)  # (B, M, D)
+            features = model._features(batch)  # (N, C)
+            context = plain(model._context)(norm(projection.layer_norm, features), batch)  # (P, D)
         context = context.clone().requires_grad_()
         dtype = features.dtype
         features = features.clone().requires_grad_()
-        hidden = torch.randn(*features.shape[:2], model.config.hidden_size, device=device)  # (B, T, D)
+        hidden = torch.randn(len(features), model.config.hidden_size, device=device)  # (N, D)
         frames = hidden.to(dtype).requires_grad_()
         # The pre-norm residual is float32, the post-norm one of autocast's type.
         hidden = hidden.to(torch.float32 if model.config.do_stable_layer_norm else dtype).requires_grad_()
         in_blocks = device.type != "cpu" if model.positional_in_blocks is None else model.positional_in_blocks
 
         def run_layers():
-            x = hidden.flatten(0, 1)  # (B, T, D) → (B · T, D)
+            x = hidden
             for index, module in enumerate(encoder.layers):
                 x = model._layer(module, x, batch, index, dtype)
             return x
@@ -197,7 +197,7 @@ class Ours(Contender):
         return {
             "convs": lambda: model._features(batch),
             "projection": plain(lambda: linear(projection.projection, norm(projection.layer_norm, features))),
-            "positional": plain(lambda: transformer.positional(encoder.pos_conv_embed, frames, in_blocks)),
+            "positional": plain(lambda: transformer.positional(encoder.pos_conv_embed, frames, batch, in_blocks)),
             "layers": plain(run_layers),
             "head": run_head,
             "whole": lambda: model(batch).loss,
@@ -205,15 +205,15 @@ class Ours(Contender):
         }
 
 
-def layer_for_all_frames(module, hidden, rows, dtype, rest=None, positions=None, layer=transformer.layer):
+def layer_for_all_frames(module, hidden, rows, dtype, rest=None, asked=None, layer=transformer.layer):
     """A layer that is computed for all frames, also where some are wanted alone."""
     out = layer(module, hidden, rows, dtype, rest)
-    return out if positions is None else transformer.take(out, positions).unflatten(0, positions.shape)
+    return out if asked is None else out.index_select(0, asked[0])
 
 
 # Lever of --without → where the program has it, and what takes its place.
 LEVERS = {
-    "flat_convs": ("w2v2.model.pretraining", "is_flat", lambda config: False),
+    "flat_convs": ("w2v2.model.feature_encoder", "is_flat", lambda config: False),
     "cpu_attention": ("w2v2.model.transformer", "has_kernel", lambda device: True),
     "one_dnn": ("w2v2.model.cpu", "_ONE_DNN", None),
     "cheap_draws": ("w2v2.model.cpu", "draw_kept", lambda kept, p: kept.bernoulli_(1 - p)),

@@ -71,11 +71,14 @@ def digests(batch: PretrainBatch) -> list[str]:
     """
     found = []
     for row, frames in enumerate(batch.lengths if batch.weight else []):
-        samples = batch.waveforms[row, : int(batch.num_samples[row])]
+        first, slot = int(batch.first[row]), len(batch.samples) // len(batch.row)
+        samples = batch.samples[first * slot :][: int(batch.num_samples[row])]
         samples = samples.float() / FULL_SCALE if samples.dtype == torch.int16 else samples
         key, masked = batch.keys[row : row + 1], batch.num_masked[row : row + 1]
         drawn = distractors(key, masked, int(masked), NUM_NEGATIVES)
-        parts = (part.contiguous().numpy().tobytes() for part in (key, samples, batch.mask[row, :frames], drawn))
+        parts = (
+            part.contiguous().numpy().tobytes() for part in (key, samples, batch.mask[first : first + frames], drawn)
+        )
         found.append(hashlib.sha256(b"".join(parts)).hexdigest()[:20])
     return found
 

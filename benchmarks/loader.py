@@ -29,7 +29,8 @@ from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.audio.files import split_address
 from w2v2.cli import run_script
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
-from w2v2.data.collate import CropDataset, Framing, PretrainBatch, build_loader, pad
+from w2v2.data.collate import CropDataset, Framing, PretrainBatch, lay_out
+from w2v2.data.loader import build_loader
 from w2v2.data.streaming import StreamedCrops
 from w2v2.data.utterances import load_utterances
 from w2v2.errors import UserError
@@ -75,8 +76,10 @@ class Source:
         return [self.dataset.read(self.rows[utterance], start, n) for utterance, _, start, n in crops]
 
     def stack_crops(self, plan: MicroBatchPlan) -> torch.Tensor:
-        """From files to one micro-batch of samples in memory, (B, S)."""
-        return pad(self.read_crops(plan))
+        """From files to one micro-batch of samples in memory, side by side."""
+        waveforms = self.read_crops(plan)
+        ends = np.cumsum([0, *map(len, waveforms)]).tolist()
+        return lay_out(waveforms, ends[:-1], ends[-1])
 
     def whole_batches(self, plan: MicroBatchPlan) -> PretrainBatch:
         """All that a worker does: `CropDataset` with its masks."""

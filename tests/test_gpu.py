@@ -16,8 +16,9 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPr
 
 import finetune_ctc
 import pretrain
+from w2v2.data.collate import find_bounds
 from w2v2.model.pretraining import PretrainingModel
-from w2v2.model.transformer import Rows, attend, attend_from, takes_any_lengths
+from w2v2.model.transformer import Rows, attend, takes_any_lengths
 from w2v2.train.log import read_metrics
 from w2v2.train.update import seed_noise
 
@@ -63,9 +64,7 @@ def test_neither_pass_waits_for_the_device(large, compiled):
     model = PretrainingModel(config).train().to(DEVICE)
     if compiled:
         model.compile_layers()
-    batches = (make_batch(config, LENGTHS, epoch=epoch) for epoch in range(1_000))
-    some = (b for b in batches if () in b.kept_rows[:-1] and 0 < len(b.kept_rows[-1]) < len(LENGTHS))
-    waiting = next(some).pin_memory()
+    waiting = make_batch(config, LENGTHS).pin_memory()
 
     def update():
         batch = waiting.to(DEVICE)
@@ -88,17 +87,18 @@ def test_neither_pass_waits_for_the_device(large, compiled):
 
 def test_the_flash_kernel_attends_within_each_utterance():
     """Against the library's kernel, utterance by utterance, in float64: output and gradient, of all frames and of some."""
-    lengths, M = [96, 96, 80, 64, 1], 16
-    rows = Rows(lengths, torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int())
+    lengths, gaps = [80, 96, 1, 96, 64], [1, 2, 1, 1, 2]
+    rows = Rows(lengths, gaps, find_bounds(torch.tensor(lengths), torch.tensor(gaps)).to(DEVICE))
+    asked = Rows([16, 30, 1, 0, 7], [0] * 5, find_bounds(torch.tensor([16, 30, 1, 0, 7]), torch.zeros(5)).to(DEVICE))
     generator = torch.Generator(DEVICE).manual_seed(0)
-    qkv = torch.randn(sum(lengths), 3, 12, 64, dtype=torch.bfloat16, device=DEVICE, generator=generator)
-    asked = torch.randn(len(lengths), M, 12, 64, dtype=torch.bfloat16, device=DEVICE, generator=generator)
+    shapes = (sum(lengths) + sum(gaps), 3, 12, 64), (sum(asked.lengths), 12, 64)
+    qkv, some = (torch.randn(s, dtype=torch.bfloat16, device=DEVICE, generator=generator) for s in shapes)
     found = []
-    exact = (qkv.cpu().double(), asked.cpu().double(), Rows(lengths, rows.bounds.cpu()))
-    for x, query, own in ((qkv, asked, rows), exact):
+    for x, query in ((qkv, some), (qkv.cpu().double(), some.cpu().double())):
         x, query = x.clone().requires_grad_(), query.clone().requires_grad_()
         assert takes_any_lengths(x) == (x.device == qkv.device)
-        outputs = attend(x, own), attend_from(query, x[:, 1:], own)
+        whole = torch.cat(rows.split(attend(*x.unbind(1), rows, rows)))
+        outputs = whole, attend(query, *x[:, 1:].unbind(1), asked, rows)
         sum(out.double().pow(2).sum() for out in outputs).backward()
         found.append([t.cpu().double() for t in (*outputs, x.grad, query.grad)])
     for ours, exact in zip(*found, strict=True):
@@ -106,14 +106,14 @@ def test_the_flash_kernel_attends_within_each_utterance():
 
 
 def test_attention_with_dropout_keeps_the_mean():
-    rows = Rows([64, 32], torch.tensor([0, 64, 96], dtype=torch.int32, device=DEVICE))
-    qkv = torch.randn(96, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE)
+    rows = Rows([64, 31], [0, 1], torch.tensor([0, 64, 64, 95, 96], dtype=torch.int32, device=DEVICE))
+    qkv = torch.randn(96, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE).unbind(1)
     draws = []
     for seed in (*range(200), 0):
         torch.manual_seed(seed)
-        draws.append(attend(qkv, rows, dropout=0.3).double())
+        draws.append(attend(*qkv, rows, rows, dropout=0.3).double())
     assert torch.equal(draws[0], draws[-1]) and not torch.equal(draws[0], draws[1])
-    mean, exact = torch.stack(draws[:-1]).mean(0), attend(qkv, rows).double()
+    mean, exact = torch.stack(draws[:-1]).mean(0), attend(*qkv, rows, rows).double()
     assert float((mean - exact).norm() / exact.norm()) < 0.15
 
 

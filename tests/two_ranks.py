@@ -49,7 +49,7 @@ def pieces(config, sizes, dtype=torch.float64) -> list:
 
 def dummy(batch):
     """Silence in the shape of the batch's last utterance, without weight."""
-    last = replace(batch, waveforms=torch.zeros_like(batch.waveforms), weight=0.0, original_samples=0, heard_samples=0)
+    last = replace(batch, samples=torch.zeros_like(batch.samples), weight=0.0, original_samples=0, heard_samples=0)
     return replace(last, plan=batch.plan._replace(dummy=True, piece=99))
 
 

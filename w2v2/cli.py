@@ -19,7 +19,7 @@ import yaml
 from torch import distributed
 from transformers import HfArgumentParser
 
-from w2v2.data.collate import explain_loss
+from w2v2.data.loader import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
 from w2v2.train.launch import Stopped, leave_group
 

@@ -16,7 +16,7 @@ from encoding import encode, whole
 from w2v2.audio.crops import SAMPLING_RATE, AudioError, measure_length, measure_rate, read_crop, read_pcm
 from w2v2.audio.decoding import DecodedFile, SeekableFile, open_sound
 from w2v2.audio.inspection import inspect_audio, inspect_files, map_files
-from w2v2.data.collate import explain_loss
+from w2v2.data.loader import explain_loss
 
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 KINDS = """

@@ -23,9 +23,10 @@ from torch.utils.data import Dataset
 from transformers import Wav2Vec2FeatureExtractor
 
 import pretrain
-from w2v2.data import collate
+from w2v2.data import loader
 from w2v2.data.batching import PlanStream
-from w2v2.data.collate import CropDataset, build_loader, pad, sound
+from w2v2.data.collate import CropDataset, lay_out, sound
+from w2v2.data.loader import build_loader
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,49 +38,71 @@ def samples(*lengths, dtype=np.int16):
 
 def test_sixteen_bits_stay_sixteen_bits():
     rows = samples(5, 3)
-    padded = pad(rows)
-    assert padded.dtype == torch.int16
-    assert padded.tolist() == [rows[0].tolist(), rows[1].tolist() + [0, 0]]
+    laid = lay_out(rows, [0, 6], 10)
+    assert laid.dtype == torch.int16
+    assert laid.tolist() == [*rows[0].tolist(), 0, *rows[1].tolist(), 0]
 
 
 def test_one_row_of_floats_makes_all_rows_floats():
     (pcm,) = samples(4)
     floats = np.array([0.25, -3.0], np.float32)
-    padded = pad([pcm, floats])
-    assert padded.dtype == torch.float32
-    assert padded[0].tolist() == (pcm.astype(np.float64) / 32_768).tolist()
-    assert padded[1].tolist() == [0.25, -3.0, 0.0, 0.0]
+    laid = lay_out([pcm, floats], [0, 5], 8)
+    assert laid.dtype == torch.float32
+    assert laid.tolist() == [*(pcm.astype(np.float64) / 32_768).tolist(), 0.0, 0.25, -3.0, 0.0]
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_sound_is_what_the_feature_extractor_makes(normalize):
-    config, lengths = tiny_config(), [16_400, 9_000]
+    config, lengths = tiny_config(), [9_001, 16_400, 640]
     rows = [row // 8 + 100 for row in samples(*lengths)]
-    batch = replace(make_batch(config, lengths), waveforms=pad(rows), normalize=normalize)
+    batch = make_batch(config, lengths)
+    starts = (batch.first * 320).tolist()
+    batch = replace(batch, samples=lay_out(rows, starts, len(batch.samples)), normalize=normalize)
     extractor = Wav2Vec2FeatureExtractor(do_normalize=normalize)
     heard = sound(batch)
     assert heard.dtype == torch.float32
+    expected = torch.zeros_like(heard)
+    for row, start in zip(rows, starts, strict=True):
+        own = extractor(row / np.float32(32_768), sampling_rate=16_000).input_values[0]
+        expected[start : start + len(row)] = torch.from_numpy(own)
+    torch.testing.assert_close(heard, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sound(replace(batch, samples=batch.samples / 32_768.0)), heard)
+
+
+def test_every_frame_has_a_slot_of_its_own():
+    """Utterance by utterance, by brute force: slots, gaps, masked frames, bounds, on the device and on the host."""
+    config, lengths = tiny_config(), [16_400, 9_000, 9_001, 24_000, 5_120, 5_199, 5_200]
+    batch, slot, masked = make_batch(config, lengths), 0, []
     for row, length in enumerate(lengths):
-        expected = extractor(rows[row] / np.float32(32_768), sampling_rate=16_000).input_values[0]
-        np.testing.assert_allclose(heard[row, :length], expected, rtol=1e-5, atol=1e-5)
-        assert not heard[row, length:].any()
-    as_floats = replace(batch, waveforms=batch.waveforms / 32_768.0)
-    torch.testing.assert_close(sound(as_floats), heard)
+        alone = make_batch(config, [length], first=row)
+        own, gap = batch.lengths[row], batch.gaps[row]
+        assert (own, gap) == (alone.lengths[0], alone.gaps[0]) and (own - 1) * 320 + 400 <= length <= (own + gap) * 320
+        assert batch.first[row] == slot == batch.bounds[2 * row] and batch.bounds[2 * row + 1] == slot + own
+        assert (batch.row[slot : slot + own + gap] == row).all()
+        assert batch.inside[slot : slot + own + gap].tolist() == [True] * own + [False] * gap
+        assert torch.equal(batch.mask[slot : slot + own + gap], alone.mask)
+        assert torch.equal(batch.samples[slot * 320 : (slot + own + gap) * 320], alone.samples)
+        assert batch.masked_bounds[2 * row] == len(masked)
+        masked += [slot + i for i in alone.masked.tolist()]
+        assert batch.masked_bounds[2 * row + 1] == batch.masked_bounds[2 * row + 2] == len(masked)
+        slot += own + gap
+    assert batch.masked.tolist() == masked and batch.bounds[-1] == slot == len(batch.row)
+    assert batch.masked_lengths == tuple(batch.num_masked.tolist()) and batch.is_masked.all()
 
 
-def test_host_and_device_agree_about_a_batch():
-    config = tiny_config(layerdrop=0.5)
-    batch = make_batch(config, [16_400, 9_000, 9_000, 24_000])
-    assert list(batch.lengths) == batch.frames.tolist()
-    for index, own in enumerate(batch.kept_rows):
-        assert batch.kept[index, : len(own)].tolist() == sorted(own)
-        ends = torch.tensor([batch.lengths[row] for row in own or [0]]).cumsum(0)
-        assert batch.bounds[index, 1 : 1 + len(ends)].tolist() == ends.tolist()
-    assert sorted(map(len, batch.kept_rows)) != [4, 4]  # layerdrop did drop something
-    assert batch.bounds[-1].tolist() == [0, *np.cumsum(batch.lengths)]
-    frames = torch.arange(batch.mask.shape[1]).expand_as(batch.mask)
-    assert torch.equal(frames.flatten()[batch.inside], torch.cat([torch.arange(n) for n in batch.lengths]))
-    assert not batch.uniform and make_batch(config, [9_000] * 2).uniform
+def test_groups_hold_each_masked_frame_once():
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        lengths = (rng.uniform(0.5, 6 + 3 * trial % 12, 12) * 16_000).astype(int)
+        batch = make_batch(tiny_config(), sorted(lengths.tolist(), reverse=True) if trial % 2 else lengths.tolist())
+        places, rows = [], []
+        for own, place, valid in batch.masked_groups():
+            assert valid.sum(1).tolist() == batch.num_masked[own].tolist()
+            least, most = int(batch.num_masked[own].min()), int(batch.num_masked[own].max())
+            assert least >= 0.75 * most and valid.shape[1] - most < 16
+            places += place[valid].tolist()
+            rows += range(len(lengths))[own]
+        assert places == list(range(len(batch.masked))) and rows == list(range(len(lengths)))
 
 
 # -- the loader
@@ -95,8 +118,8 @@ class Echo(Dataset):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_number_of_workers_changes_nothing(num_workers):
     stream = PlanStream(make_batches(), START, range(4), rank=1, num_ranks=2, micro_batch_samples=30 * SECOND)
-    loader = build_loader(Echo(), stream, num_workers=num_workers, prefetch_factor=2, pin_memory=False)
-    assert list(loader) == [Echo()[plan] for plan in stream]
+    micro_batches = build_loader(Echo(), stream, num_workers=num_workers, prefetch_factor=2, pin_memory=False)
+    assert list(micro_batches) == [Echo()[plan] for plan in stream]
 
 
 def flags_for(folder: Path, manifest: Path, output_dir: Path, **changes) -> list[str]:
@@ -162,7 +185,7 @@ def test_a_lost_worker_ends_the_run_with_one_line(tmp_path, number, cause):
 
 def test_an_endless_decode_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
     manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", [2.0] * 12), [2.0] * 12)
-    monkeypatch.setattr(collate, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(loader, "TIMEOUT_SECONDS", 2)
     monkeypatch.setattr(CropDataset, "read", lambda *_: threading.Event().wait(30))
     status = run_here(pretrain.main, *flags_for(tmp_path, manifest, tmp_path / "run"))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

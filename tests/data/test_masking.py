@@ -1,6 +1,5 @@
 """Masks and distractors as properties over 1,000 random shapes, and against the stock model's own functions."""
 
-import math
 from functools import cache
 
 import numpy as np
@@ -10,7 +9,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from w2v2.data.hashing import derive
-from w2v2.data.masking import SLOTS, distractors, kept_rows, latent_lengths, mask_spans, masked_positions
+from w2v2.data.masking import distractors, kept_rows, latent_lengths, mask_spans
 
 NUM_SHAPES = 1_000
 
@@ -114,17 +113,6 @@ def test_the_number_of_spans_is_rounded_at_random():
     mask = mask_spans(keys_of(8_000), torch.full((8_000,), 250), prob=0.05, length=5, min_spans=0)
     three = (mask.sum(1) > 10).double().mean()
     assert 0.44 < float(three) <= 0.5 + 5 * (0.25 / 8_000) ** 0.5
-
-
-def test_masked_positions_are_in_rising_order():
-    for *_, mask in random_masks()[::3]:
-        positions, counts = masked_positions(mask)
-        expected = [row.nonzero()[0].tolist() for row in mask.numpy()]
-        assert counts.tolist() == [len(e) for e in expected]
-        assert [row[: len(e)] for row, e in zip(positions.tolist(), expected, strict=True)] == expected
-        least = max(counts.tolist())
-        assert positions.shape[1] == min(mask.shape[1], math.ceil(least / SLOTS) * SLOTS)
-        assert all(len(set(row)) == len(row) for row in positions.tolist())
 
 
 # -- distractors

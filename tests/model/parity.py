@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2.model import objective
@@ -27,6 +28,14 @@ def pair(config, dtype=torch.float32, **attributes):
     project = stock.project_q
     project.forward = lambda x: (x[..., None, :] * project.weight).sum(-1) + project.bias
     return ours, stock
+
+
+def as_rows(batch):
+    """A micro-batch of ours as the stock model takes it: waveforms (B, S) and masked frames (B, T), padded."""
+    slot = len(batch.samples) // len(batch.row)
+    waveforms = [batch.samples[f * slot :][:n] for f, n in zip(batch.first.tolist(), batch.num_samples, strict=True)]
+    mask = [batch.mask[f : f + t] for f, t in zip(batch.first.tolist(), batch.lengths, strict=True)]
+    return [pad_sequence(x, batch_first=True) for x in (waveforms, mask)]
 
 
 def gradients(model):

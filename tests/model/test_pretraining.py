@@ -5,11 +5,12 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from conftest import NO_DROPOUT, make_batch, tiny_config
-from parity import assert_same_gradients, distance, fix_codes, gradients, pair, passes
+from parity import as_rows, assert_same_gradients, distance, fix_codes, gradients, pair, passes
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from w2v2.data.masking import distractors
 from w2v2.model import objective
+from w2v2.model.feature_encoder import stock_features
 from w2v2.model.pretraining import PretrainingModel
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
@@ -17,25 +18,24 @@ pytestmark = pytest.mark.usefixtures("large_model_kernels")
 TEMPERATURE = 1.3
 
 
-def stock_negatives(batch, num_negatives):
-    """Our compacted distractors as the flat (row · T + frame) indices of all frames that the stock forward wants."""
-    positions, counts = batch.positions, batch.num_masked
-    chosen = distractors(batch.keys, counts, positions.shape[1], num_negatives)  # (B, M, K)
-    B, T = batch.mask.shape
+def stock_negatives(batch, mask, num_negatives):
+    """Our distractors as the flat (row · T + frame) indices of all frames that the stock forward wants. mask (B, T)."""
+    B, T = mask.shape
+    chosen = distractors(batch.keys, batch.num_masked, T, num_negatives)  # (B, T, K)
     out = torch.zeros(B, T, num_negatives, dtype=torch.long)
     for row in range(B):
-        count = int(counts[row])
-        out[row, positions[row, :count]] = positions[row][chosen[row, :count]]
+        frames = mask[row].nonzero()[:, 0]
+        out[row, frames] = frames[chosen[row, : len(frames)]]
     return out + torch.arange(B)[:, None, None] * T
 
 
 def shared_noise(monkeypatch, batch, config):
     """The same Gumbel noise (B, T, G, V) on each frame for both models."""
     generator = torch.Generator().manual_seed(5)
-    shape = (*batch.mask.shape, config.num_codevector_groups, config.num_codevectors_per_group)
+    _, mask = as_rows(batch)
+    shape = (*mask.shape, config.num_codevector_groups, config.num_codevectors_per_group)
     noise = -torch.empty(shape, dtype=torch.float64).exponential_(generator=generator).log()
-    index = batch.positions[:, :, None, None].expand(-1, -1, *shape[2:])
-    monkeypatch.setattr(objective, "gumbel_noise", lambda logits: noise.gather(1, index).to(logits.dtype))
+    monkeypatch.setattr(objective, "gumbel_noise", lambda logits: noise[mask].to(logits.dtype))
     give_stock(monkeypatch, noise)
     return noise
 
@@ -53,8 +53,9 @@ def give_stock(monkeypatch, noise):
 
 def run_stock(stock, batch):
     """The stock forward with our mask and our distractors."""
-    negatives = stock_negatives(batch, stock.config.num_negatives)
-    return stock(batch.waveforms, mask_time_indices=batch.mask, sampled_negative_indices=negatives)
+    waveforms, mask = as_rows(batch)
+    negatives = stock_negatives(batch, mask, stock.config.num_negatives)
+    return stock(waveforms, mask_time_indices=mask, sampled_negative_indices=negatives)
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
@@ -102,12 +103,12 @@ def test_a_cold_contrast_is_finite_and_the_stock_models(monkeypatch, temperature
 def test_mixed_lengths_give_the_sum_of_the_stock_losses(monkeypatch, large, path):
     config = tiny_config(large)
     if path == "stock":
-        monkeypatch.setattr("w2v2.model.pretraining.is_flat", lambda config: False)
+        monkeypatch.setattr("w2v2.model.pretraining.encoder_of", lambda config: stock_features)
     ours, stock = pair(config, torch.float64)
     ours.positional_in_blocks = path == "blocks"
     if path == "recomputed":
         ours.recomputed = frozenset(["convs", "encoder"])
-    lengths = [24_000, 16_400, 9_999, 5_440]
+    lengths = [9_999, 24_000, 5_440, 16_400]
     batch = make_batch(config, lengths, dtype=torch.float64)
     ours.config.diversity_loss_weight = stock.config.diversity_loss_weight = 0.0  # its statistics are a micro-batch's
     stock.quantizer.temperature = TEMPERATURE
@@ -119,7 +120,7 @@ def test_mixed_lengths_give_the_sum_of_the_stock_losses(monkeypatch, large, path
     total = 0.0
     for row, length in enumerate(lengths):
         alone = make_batch(config, [length], first=row, dtype=torch.float64)
-        give_stock(monkeypatch, noise[row, : alone.mask.shape[1]])
+        give_stock(monkeypatch, noise[row, : alone.lengths[0]])
         out = run_stock(stock, alone)
         out.loss.backward()
         total += out.loss.item()
@@ -131,7 +132,7 @@ def test_a_dummy_adds_nothing_to_sums_or_gradient():
     config = tiny_config(layerdrop=0.3)
     model, _ = pair(config, feature_penalty_weight=10.0)
     batch = make_batch(config, [9_000], weight=0.0)
-    batch.waveforms.zero_()
+    batch.samples.zero_()
     sums = model(batch)
     sums.loss.backward()
     assert not any(x.any() for x in sums)
@@ -161,7 +162,7 @@ def test_feature_penalty_is_that_of_the_convs_output():
     expected = 0.0
     for row, n in enumerate(lengths):
         alone = make_batch(config, [n], first=row)
-        expected += stock.wav2vec2.feature_extractor(alone.waveforms).pow(2).mean() * alone.mask.sum()
+        expected += stock.wav2vec2.feature_extractor(as_rows(alone)[0]).pow(2).mean() * alone.mask.sum()
     torch.testing.assert_close(sums.penalty, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -172,20 +173,20 @@ def test_a_layer_dropped_for_all_is_the_identity():
     normed = model.wav2vec2.feature_projection.layer_norm(model._features(batch))
     with_layers = model._context(normed, batch)
     model.wav2vec2.encoder.layers = torch.nn.ModuleList()
-    frames = model._context(normed, batch).split(batch.lengths)
-    for found, own, row, count in zip(with_layers, frames, batch.positions, batch.num_masked, strict=True):
-        torch.testing.assert_close(found[:count], own[row[:count]])
+    torch.testing.assert_close(with_layers, model._context(normed, batch)[batch.masked])
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-def test_layerdrop_is_that_of_each_utterance_alone(monkeypatch, large):
+@pytest.mark.parametrize("skips", [True, False])
+def test_layerdrop_is_that_of_each_utterance_alone(monkeypatch, large, skips):
     """Each layer leaves out other ones of seven utterances, in the middle and at the ends. Loss and gradient add up."""
     monkeypatch.setattr(objective, "gumbel_noise", torch.zeros_like)
     config = tiny_config(large, layerdrop=0.5, num_hidden_layers=4, diversity_loss_weight=0.0)
     model, _ = pair(config, torch.float64)
-    lengths = [24_000, 16_400, 16_400, 9_999, 9_999, 9_000, 5_440]
+    lengths = [16_400, 9_999, 5_440, 24_000, 9_999, 16_400, 9_000]
     batch = make_batch(config, lengths, dtype=torch.float64)
-    assert {bool(rows) and len(rows) < len(lengths) for rows in batch.kept_rows} == {True}
+    monkeypatch.setattr("w2v2.model.pretraining.skips_rows", lambda x: skips)
+    assert all(0 < kept.sum() < len(lengths) for kept in batch.kept)
     sums = model(batch, TEMPERATURE)
     sums.loss.backward()
     found = gradients(model)
@@ -215,8 +216,9 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
 @pytest.mark.parametrize("in_blocks", [False, True], ids=["stock", "blocks"])
-def test_neither_pass_asks_the_device_for_a_value(large, in_blocks):
+def test_neither_pass_asks_the_device_for_a_value(monkeypatch, large, in_blocks):
     """Tensors without values stand in for a busy device: whatever would wait for a value raises here."""
+    monkeypatch.setattr("w2v2.model.pretraining.skips_rows", lambda x: False)
     config = tiny_config(large, **{name: 0.1 for name in NO_DROPOUT})
     batch = make_batch(config, [24_000, 16_400, 16_400, 9_000])
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:

@@ -1,6 +1,7 @@
 """The transformer's functions against the stock modules whose parameters they use."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,27 @@ import torch.nn.functional as F
 from conftest import make_batch, tiny_config
 from parity import assert_same_function, gradients, pair
 
+from w2v2.data.collate import find_bounds
 from w2v2.model import transformer
 from w2v2.model.cpu import attend_in_blocks
 from w2v2.model.transformer import Rows, after_attention, attend, layer, positional
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
-NINES = Rows([9, 9], torch.tensor([0, 9, 18], dtype=torch.int32))
+
+def places(lengths, gaps):
+    """What the transformer knows of utterances that lie side by side: the fields of a micro-batch."""
+    frames, gaps = torch.tensor(lengths), torch.tensor(gaps)
+    slots = frames + gaps
+    return SimpleNamespace(
+        row=torch.arange(len(lengths)).repeat_interleave(slots), first=slots.cumsum(0) - slots, frames=frames,
+        lengths=lengths, gaps=gaps.tolist(), bounds=find_bounds(frames, gaps)
+    )  # fmt: skip
+
+
+def rows_of(lengths, gaps):
+    batch = places(lengths, gaps)
+    return Rows(batch.lengths, batch.gaps, batch.bounds)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +39,7 @@ def test_a_layer_is_the_stock_layer(changes):
     model, _ = pair(tiny_config(**changes), torch.float64)
     module = model.wav2vec2.encoder.layers[0]
     hidden = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
-    ours = layer(module, hidden.flatten(0, 1), NINES, torch.float64).view_as(hidden)
+    ours = layer(module, hidden.flatten(0, 1), rows_of([9, 9], [0, 0]), torch.float64).view_as(hidden)
     assert_same_function(ours, module(hidden), [hidden, *module.parameters()], rtol=1e-10, atol=1e-12)
 
 
@@ -35,10 +50,14 @@ def test_positional_convolution_in_blocks_is_the_stock_one(monkeypatch, frames, 
     config = tiny_config(num_conv_pos_embeddings=taps, num_conv_pos_embedding_groups=groups)
     model, _ = pair(config, torch.float64)
     module = model.wav2vec2.encoder.pos_conv_embed
-    hidden = torch.randn(3, frames, 32, dtype=torch.float64, requires_grad=True)
+    lengths = [frames, 12, frames + 3]
+    batch = places(lengths, [1, 2, 1])
+    rows = rows_of(lengths, [1, 2, 1])
+    alone = [torch.randn(n, 32, dtype=torch.float64, requires_grad=True) for n in lengths]
+    expected = torch.cat([module(x[None])[0] for x in alone])
     for in_blocks in (True, False):
-        ours, inputs = positional(module, hidden, in_blocks), [hidden, *module.parameters()]
-        assert_same_function(ours, module(hidden), inputs, rtol=1e-10, atol=1e-11)
+        ours = torch.cat(rows.split(positional(module, rows.join(alone), batch, in_blocks)))
+        assert_same_function(ours, expected, [*alone, *module.parameters()], rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -63,39 +82,37 @@ def test_compiled_layers_change_nothing_and_need_one_graph(large):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # whatever the lengths
 
 
-def concatenated(x, lengths):
-    """Rows (B, T, …) without their padding, (N, …), and where each lies."""
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    return torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)]), Rows(lengths, ends.int())
-
-
 def inputs(B, T, H=3, d=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(B, T, H, d, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
 
 
-@pytest.mark.parametrize("lengths", [[7, 7], [7, 5, 5, 2], [3, 7, 3, 3]])
-def test_each_row_attends_to_its_own_frames_alone(lengths):
+@pytest.mark.parametrize("asked", ["all", "some"])
+@pytest.mark.parametrize("lengths", [[7, 7], [5, 7, 2, 5], [3, 7, 3, 3]])
+def test_each_row_attends_to_its_own_frames_alone(lengths, asked):
     query, key, value = inputs(len(lengths), 7)
-    packed, rows = concatenated(torch.stack([query, key, value], 2), lengths)
-    out = attend(packed, rows)
+    gaps = [1 + i % 2 for i in range(len(lengths))]
+    rows, own = rows_of(lengths, gaps), rows_of([1 + n // 2 for n in lengths], [0] * len(lengths))
+    own = rows if asked == "all" else own
+    q, k, v = (
+        place.join([row[:n] for row, n in zip(x, place.lengths, strict=True)])
+        for x, place in ((query, own), (key, rows), (value, rows))
+    )
+    out = torch.cat(own.split(attend(q, k, v, own, rows)))
     inside = torch.arange(7) < torch.tensor(lengths)[:, None]  # (B, T)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None, None]).transpose(1, 2)
-    assert_same_function(out, concatenated(expected, lengths)[0], [query, key, value])
+    expected = torch.cat([row[:n] for row, n in zip(expected, own.lengths, strict=True)])
+    assert_same_function(out, expected, [query, key, value])
 
 
 def test_dropout_zeroes_weights_after_the_softmax():
     """With the dropped weights read from what is kept for the backward pass, the output is the textbook's."""
-    query, key, value = inputs(2, 6, seed=1)
-    out = attend(*concatenated(torch.stack([query, key, value], 2), [6, 6]), dropout=0.4)
-    function = out.grad_fn
-    while "AttentionInBlocks" not in function.name():  # views lie above it
-        function = function.next_functions[0][0]
-    dropped = function.saved_tensors[-1].view(2, 3, 6, 6)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    weights = (q @ k.transpose(2, 3) / 2.0).softmax(-1) * dropped / 0.6
-    torch.testing.assert_close(out, (weights @ v).transpose(1, 2).flatten(0, 1))
+    query, key, value = (x.detach().transpose(1, 2).requires_grad_() for x in inputs(2, 6, seed=1))
+    out = attend_in_blocks(query, key, value, 0.4)
+    dropped = out.grad_fn.saved_tensors[-1].view(2, 3, 6, 6)
+    weights = (query @ key.transpose(2, 3) / 2.0).softmax(-1) * dropped / 0.6
+    torch.testing.assert_close(out, weights @ value)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -31,10 +31,10 @@ def noise_by_utterance(monkeypatch):
 
     def noise(logits):
         out = torch.zeros_like(logits)
-        for row, (key, mask) in enumerate(zip(heard["batch"].keys, heard["batch"].mask, strict=True)):
+        batch = heard["batch"]
+        for key, own in zip(batch.keys, out.split(batch.masked_lengths), strict=True):
             generator = torch.Generator().manual_seed(int(key) & 0xFFFF_FFFF)
-            own = torch.rand(int(mask.sum()), *logits.shape[2:], generator=generator, dtype=torch.float64)
-            out[row, : len(own)] = -(-own.log()).log()
+            own.copy_(-(-torch.rand(own.shape, generator=generator, dtype=torch.float64).log()).log())
         return out
 
     monkeypatch.setattr(objective, "gumbel_noise", noise)

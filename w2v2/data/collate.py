@@ -1,48 +1,55 @@
-"""Crops → one `PretrainBatch`: decode, pad, mask, in the `DataLoader`'s workers; `sound` runs on the device.
+"""Crops → one `PretrainBatch`: decode, lay side by side, mask, in the `DataLoader`'s workers; `sound` runs on the device.
 
-Shapes: B utterances, S samples of the longest, T latent frames of the longest, N latent frames of all utterances
-together, M masked frames of the row that has most.
+There is no padding. Each utterance begins on a slot of its own, as many samples as one latent frame advances (320), and
+is followed by at least one slot whose frame would look into the next utterance: the gap, which nobody hears.
+
+Shapes: B utterances, N slots, T latent frames of the longest, P masked frames of all utterances, M of the one that has
+most in its group.
 """
 
-import os
-import re
-import signal
-import threading
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+import torch.nn.functional as F
+from torch.utils.data import Dataset
 
 from w2v2.audio.crops import AudioError, read_pcm
 from w2v2.data.batching import Crops, MicroBatchPlan
 from w2v2.data.hashing import derive
-from w2v2.data.masking import kept_rows, latent_lengths, least_samples, mask_spans, masked_positions
+from w2v2.data.masking import inside_rows, kept_rows, latent_lengths, least_samples, mask_spans
 
 FULL_SCALE = 32_768  # of 16-bit samples
-TIMEOUT_SECONDS = 1_800  # without a micro-batch from a worker: hung storage, or a decoder that never ends
+SLOTS = 16  # M is a multiple of it, which gives few distinct shapes
 
 
 @dataclass
 class PretrainBatch:
     """One micro-batch, ready for the model. All shapes are known on the host, so no device has to be asked."""
 
-    waveforms: torch.Tensor  # (B, S) int16 where all files hold 16 bits, else float32; zeros past a row's end
+    samples: torch.Tensor  # (N · 320,) int16 where all files hold 16 bits, else float32; zeros in the gaps
+    row: torch.Tensor  # (N,) int64, the utterance of each slot; a gap belongs to the utterance before it
+    first: torch.Tensor  # (B,) int64, the slot where each utterance begins
     num_samples: torch.Tensor  # (B,) int64
     frames: torch.Tensor  # (B,) int64 latent frames
     keys: torch.Tensor  # (B,) int64, one an utterance and passage; the distractors follow from it
-    mask: torch.Tensor  # (B, T) bool, masked latent frames
-    positions: torch.Tensor  # (B, M) int64, the masked frames, compacted
-    num_masked: torch.Tensor  # (B,) int64, how many of the M slots hold a masked frame
-    inside: torch.Tensor  # (N,) int64, the frames that are no padding, as row · T + frame
-    kept: torch.Tensor  # (layers, B) int64, the rows that a layer is computed for, in rising order; then the others
-    # (layers + 1, B + 1) int32. A layer concatenates the frames of its kept rows (of the first row, where none is
-    # kept): where each row begins, and the end. The last line is for all rows.
+    mask: torch.Tensor  # (N,) bool, masked latent frames
+    masked: torch.Tensor  # (P,) int64, the slots of the masked frames, in rising order
+    num_masked: torch.Tensor  # (B,) int64, masked frames of each utterance
+    kept: torch.Tensor  # (layers, B) bool, whether layerdrop leaves a layer to the utterance
+    # (2 · B + 1,) int32: where utterances and gaps begin in turn among the slots, and the end; likewise, where the
+    # masked frames of each begin among all masked frames. A gap has none.
     bounds: torch.Tensor
+    masked_bounds: torch.Tensor
     lengths: tuple[int, ...]  # `frames` on the host
-    kept_rows: tuple[tuple[int, ...], ...]  # `kept` on the host, without the others
+    gaps: tuple[int, ...]  # slots of the gap behind each utterance, on the host
+    masked_lengths: tuple[int, ...]  # `num_masked` on the host
+    groups: tuple[
+        tuple[slice, int], ...
+    ]  # consecutive utterances with about as many masked frames, and M of each group
     normalize: bool  # give each row zero mean and unit variance, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
     weight: float  # 0.0 for a dummy
     plan: MicroBatchPlan
@@ -51,9 +58,24 @@ class PretrainBatch:
     skipped: list[dict[str, Any]]  # utterances that could not be read, with the reason
 
     @property
-    def uniform(self) -> bool:
-        """Every row has the same length: there is no padding."""
-        return len(set(self.lengths)) == 1
+    def inside(self) -> torch.Tensor:
+        """(N,) bool: the slots that are a latent frame of their utterance, and no gap."""
+        return torch.arange(len(self.row), device=self.row.device) - self.first[self.row] < self.frames[self.row]
+
+    @property
+    def is_masked(self) -> torch.Tensor:
+        """(P,) bool: the places of `masked` that hold a masked frame."""
+        return torch.arange(len(self.masked), device=self.masked.device) < self.num_masked.sum()
+
+    def masked_groups(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Consecutive utterances with about as many masked frames: which; the places in `masked` of each one's masked
+        frames, (b, M) int64; and which of them hold one, (b, M) bool.
+        """
+        begin = self.num_masked.cumsum(0) - self.num_masked  # (B,)
+        for rows, most in self.groups:
+            valid = inside_rows(self.num_masked[rows], most)
+            place = begin[rows, None] + torch.arange(most, device=valid.device)
+            yield rows, torch.where(valid, place, 0), valid
 
     def to(self, device: torch.device) -> "PretrainBatch":
         return self._move(lambda tensor: tensor.to(device, non_blocking=True))
@@ -79,6 +101,11 @@ class Framing:
     layerdrop: float
     sampling_rate: int
     normalize: bool  # see `PretrainBatch`
+
+    @property
+    def slot(self) -> int:
+        """Samples that a latent frame advances."""
+        return math.prod(self.strides)
 
     @property
     def min_samples(self) -> int:
@@ -126,33 +153,28 @@ def build_batch(
     plan: MicroBatchPlan, crops: Crops, waveforms: list, framing: Framing, seed: int, weight: float = 1.0
 ) -> PretrainBatch:
     """The micro-batch of these crops. `waveforms` holds their samples, one int16 or float32 array a row."""
-    # 1. Lengths and keys: (B,).
+    # 1. Lengths, keys, and where the utterances lie: (B,), (N,).
     num_samples = torch.from_numpy(crops.num_samples)
     frames = latent_lengths(num_samples, framing.kernels, framing.strides)
-    lengths = frames.tolist()
+    slots = torch.maximum(-(-num_samples // framing.slot), frames + 1)
+    first = slots.cumsum(0) - slots
     keys = derive(seed, torch.from_numpy(crops.passage), torch.from_numpy(crops.utterance))
-    # 2. Masked frames (B, T), compacted (B, M); rows that each layer is computed for (layers, B).
-    mask = mask_spans(keys, frames, framing.mask_prob, framing.mask_length, framing.min_masks)
-    positions, num_masked = masked_positions(mask)
+    # 2. Masked frames, and the utterances that each layer is computed for.
+    mask = mask_spans(keys, frames, framing.mask_prob, framing.mask_length, framing.min_masks)  # (B, T)
     kept = kept_rows(keys, framing.num_layers, framing.layerdrop)
-    rows = [torch.nonzero(flags)[:, 0].tolist() for flags in kept]
-    bounds = np.zeros((len(rows) + 1, len(lengths) + 1), np.int32)
-    for line, own in zip(bounds, [*(own or [0] for own in rows), range(len(lengths))], strict=True):
-        np.cumsum([lengths[row] for row in own], out=line[1 : len(own) + 1])
     heard = int(crops.num_samples.sum())
     return PretrainBatch(
-        waveforms=pad(waveforms),
+        samples=lay_out(waveforms, (first * framing.slot).tolist(), int(slots.sum()) * framing.slot),
+        row=torch.repeat_interleave(torch.arange(len(slots)), slots),
+        first=first,
         num_samples=num_samples,
         frames=frames,
         keys=keys,
-        mask=mask,
-        positions=positions,
-        num_masked=num_masked,
-        inside=torch.nonzero((torch.arange(mask.shape[1]) < frames[:, None]).flatten())[:, 0],
-        kept=kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True),
-        bounds=torch.from_numpy(bounds),
-        lengths=tuple(lengths),
-        kept_rows=tuple(map(tuple, rows)),
+        **place_masks(mask, first, int(slots.sum())),
+        kept=kept,
+        bounds=find_bounds(frames, slots - frames),
+        lengths=tuple(frames.tolist()),
+        gaps=tuple((slots - frames).tolist()),
         normalize=framing.normalize,
         weight=weight,
         plan=plan,
@@ -162,78 +184,63 @@ def build_batch(
     )
 
 
-def pad(waveforms: list[np.ndarray]) -> torch.Tensor:
-    """Rows of different lengths → (B, S), zeros at their ends; int16 if all rows are, else floats of full scale 1."""
+def place_masks(mask: torch.Tensor, first: torch.Tensor, num_slots: int) -> dict[str, Any]:
+    """A `PretrainBatch`'s fields of masked frames, from those of each utterance, (B, T) bool."""
+    masked = (first[:, None] + torch.arange(mask.shape[1]))[mask]  # (B, T) -> (P,)
+    num_masked = mask.sum(1)
+    return dict(
+        mask=torch.zeros(num_slots, dtype=torch.bool).index_fill_(0, masked, True),
+        masked=masked,
+        num_masked=num_masked,
+        masked_bounds=find_bounds(num_masked, torch.zeros_like(num_masked)),
+        masked_lengths=tuple(num_masked.tolist()),
+        groups=group_alike(num_masked.tolist()),
+    )
+
+
+def group_alike(num_masked: list[int]) -> tuple[tuple[slice, int], ...]:
+    """Consecutive utterances none of which has less than three quarters of the group's M masked frames, M a multiple of
+    `SLOTS`: their pairs of masked frames then fill a (b, M, M) array.
+    """
+    groups, begin = [], 0
+    while begin < len(num_masked):
+        most = num_masked[begin]
+        end = begin + 1
+        while end < len(num_masked) and 0.75 * most <= num_masked[end] <= most:
+            end += 1
+        groups.append((slice(begin, end), -(-most // SLOTS) * SLOTS))
+        begin = end
+    return tuple(groups)
+
+
+def find_bounds(own: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+    """(B,) and (B,) numbers, which follow each other in turn → where each begins, and the end: (2 · B + 1,) int32."""
+    return F.pad(torch.stack([own, behind], 1).flatten().cumsum(0), (1, 0)).int()
+
+
+def lay_out(waveforms: list[np.ndarray], starts: list[int], size: int) -> torch.Tensor:
+    """Waveforms side by side, zeros between: (size,), int16 if all of them are, else floats of full scale 1."""
     if any(w.dtype != np.int16 for w in waveforms):
         waveforms = [w / np.float32(FULL_SCALE) if w.dtype == np.int16 else w for w in waveforms]
-    padded = np.zeros((len(waveforms), max(map(len, waveforms))), np.result_type(*waveforms))
-    for row, waveform in zip(padded, waveforms, strict=True):
-        row[: len(waveform)] = waveform
-    return torch.from_numpy(padded)
+    samples = np.zeros(size, np.result_type(*waveforms))
+    for waveform, start in zip(waveforms, starts, strict=True):
+        samples[start : start + len(waveform)] = waveform
+    return torch.from_numpy(samples)
 
 
 def sound(batch: PretrainBatch) -> torch.Tensor:
-    """Waveforms as the model hears them: (B, S) floats on the batch's device, full scale 1, normalised if asked for."""
-    x = batch.waveforms.float() / FULL_SCALE if batch.waveforms.dtype == torch.int16 else batch.waveforms
+    """Samples as the model hears them: (N · 320,) floats on the batch's device, full scale 1, normalised if asked for."""
+    x = batch.samples.float() / FULL_SCALE if batch.samples.dtype == torch.int16 else batch.samples
     if not batch.normalize:
         return x
-    # Mean and variance of each row, without its padding: (B, 1).
-    inside = torch.arange(x.shape[1], device=x.device) < batch.num_samples[:, None]  # (B, S)
-    mean = x.sum(1, keepdim=True) / batch.num_samples[:, None]
-    centred = torch.where(inside, x - mean, 0.0)
-    variance = centred.pow(2).sum(1, keepdim=True) / batch.num_samples[:, None]
-    return centred * torch.rsqrt(variance + 1e-7)
+    # Mean and variance of each utterance's own samples: (N, slot) -> (B, 1) -> (N, 1).
+    x, row, device = x.view(len(batch.row), -1), batch.row, x.device
+    place = (torch.arange(len(row), device=device) - batch.first[row])[:, None] * x.shape[1]
+    inside = place + torch.arange(x.shape[1], device=device) < batch.num_samples[row, None]
 
+    def mean_of(values):
+        sums = values.new_zeros(len(batch.first), 1).index_add_(0, row, values.sum(1, keepdim=True))
+        return (sums / batch.num_samples[:, None])[row]
 
-def build_loader(
-    dataset: Dataset, plans: Iterable[MicroBatchPlan], num_workers: int, prefetch_factor: int, pin_memory: bool
-) -> DataLoader:
-    """A loader that decodes the micro-batches of `plans` ahead of time, in their order."""
-    options = {"num_workers": num_workers, "pin_memory": pin_memory}
-    if num_workers:
-        options |= {"prefetch_factor": prefetch_factor, "persistent_workers": True}
-        options |= {"worker_init_fn": shield_worker, "timeout": TIMEOUT_SECONDS}
-    return DataLoader(dataset, batch_size=None, sampler=plans, **options)
-
-
-def shield_worker(worker: int) -> None:
-    """Keep a worker alive when a scheduler or a terminal signals every process of the run: the last update needs it.
-
-    A SIGTERM from its own parent ends it, which is the loader's last resort. It also ends when its parent is gone.
-    """
-
-    def obey_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    for name in ("SIGUSR1", "SIGHUP", "SIGINT"):  # Slurm's warning, a closed terminal, Ctrl-C
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=obey_parent, name="sigterm", daemon=True).start()
-
-
-def explain_loss(error: BaseException) -> str | None:
-    """One line for a worker that was lost or hangs, with the likely cause and the remedy; None for any other error.
-
-    torch raises a bare RuntimeError from wherever the main process is when it hears of its child's death.
-    """
-    text = " ".join(f"{error.__cause__ or ''} {error}".split())  # the cause, where there is one, knows the signal
-    if hung := re.search(r"DataLoader timed out after ([\d.]+)", text):
-        return (
-            f"no audio came for {float(hung[1]):,.0f} s from the processes that decode it: the storage does not "
-            "answer, or a damaged file keeps the decoder busy"
-        )
-    lost = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) (?:is killed by signal: (\w[\w ]*))?", text)
-    if not lost:
-        return None
-    how = lost[2] or "it ended by itself"
-    cause = "memory ran out, or shared memory (in a container: --shm-size=2g): use fewer --dataloader_num_workers"
-    if re.search("egmentation|loating|Abort", how):
-        cause = "a damaged file crashed the decoder: find it and leave it out of the manifest"
-    return (
-        f"a process that decodes audio (pid {lost[1]}) was lost ({how}): probably {cause}; "
-        "--resume_from_checkpoint auto goes on from the last checkpoint"
-    )
+    centred = torch.where(inside, x - mean_of(x), 0.0)
+    return (centred * torch.rsqrt(mean_of(centred.pow(2)) + 1e-7)).flatten()

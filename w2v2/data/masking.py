@@ -3,7 +3,7 @@
 All are pure functions of an utterance's key and length: the rows beside it and padding do not matter. Source: wav2vec
 2.0, sections 3.1 and 3.2. The number of spans follows `transformers`, with one rounding an utterance.
 
-Shapes: B utterances, T latent frames of the longest, M masked frames of the row that has most, K distractors.
+Shapes: B utterances, T latent frames of the longest, M masked frames of the one that has most, K distractors.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,17 @@ import torch
 
 from w2v2.data.hashing import DISTRACTOR, LAYERDROP, MASK, below, derive, positive, uniform
 
-SLOTS = 16  # M is a multiple of it
-
 
 def latent_lengths(num_samples: torch.Tensor, kernels: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
     """Frames that the convolutions make of `num_samples` samples (any shape); never negative."""
     for kernel, stride in zip(kernels, strides, strict=True):
         num_samples = torch.div(num_samples - kernel, stride, rounding_mode="floor") + 1
     return num_samples.clamp_min(0)
+
+
+def inside_rows(counts: torch.Tensor, size: int) -> torch.Tensor:
+    """(B,) numbers → (B, size) bool: the first slots of each row, as many as it has of its own."""
+    return torch.arange(size, device=counts.device) < counts[:, None]
 
 
 def least_samples(frames: int, kernels: Sequence[int], strides: Sequence[int]) -> int:
@@ -60,22 +63,11 @@ def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: in
     return edges.cumsum(1)[:, :T] > 0
 
 
-def masked_positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the masked frames, compacted: (B, M) int64 in rising order, and their number in each row, (B,) int64.
-
-    M is the largest number of masked frames in a row, rounded up to a multiple of `SLOTS` (at most T), which gives few
-    distinct shapes. The spare slots of a row point to frames of its own that are not masked, or to padding.
-    """
-    counts = mask.sum(1)
-    slots = min(-(-int(counts.max()) // SLOTS) * SLOTS, mask.shape[1])
-    return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :slots], counts
-
-
 def distractors(keys: torch.Tensor, counts: torch.Tensor, num_slots: int, num_negatives: int) -> torch.Tensor:
     """Distractors of each masked frame: uniform, with replacement, from the *other* masked frames of its utterance.
 
     keys, counts (B,) int64: `counts` are the masked frames of each row. The only one of a row draws itself, which is a
-    collision and no distractor. `num_slots` is M, on the host. → (B, M, K) indices into the compacted masked frames
+    collision and no distractor. `num_slots` is M, on the host. → (B, M, K) numbers of the utterance's masked frames
     """
     frame = torch.arange(num_slots, device=keys.device)[:, None]  # (M, 1)
     draw = torch.arange(num_negatives, device=keys.device)  # (K,)

@@ -1,15 +1,20 @@
 """The convolutional feature encoder as matrix products on flat, channels-last memory.
 
-Every layer after the first halves the frame rate. With rows of 320 · n samples all rows and layers tile one matrix
-without gaps: a layer is the matrix of its input's frame *pairs* times its weight. A kernel of three adds the next
-pair's first frame. One frame a row looks into the next row. It lies past the row's end and feeds only such frames.
+Every layer after the first halves the frame rate. Each utterance begins on a slot of its own, as many samples as one
+latent frame advances, so all utterances and layers tile one matrix without gaps: a layer is the matrix of its input's
+frame *pairs* times its weight. A kernel of three adds the next pair's first frame. The frames past an utterance's end
+look into the next one. They feed only such frames, which nobody hears.
 
-Padding changes nothing: BASE's group norm is folded into the first convolution with the statistics of each row's own
-frames. Only the stock modules' parameters are used.
+BASE's group norm is folded into the first convolution with the statistics of each utterance's own frames. Only the
+stock modules' parameters are used.
 
-Shapes: B utterances, S samples (a multiple of the stride), T frames, N frames of all rows, C channels in, O channels
-out, k taps.
+Shapes: B utterances, N slots, S samples of a row, T frames, C channels in, O channels out, k taps, W windows of the
+first convolution in a slot (64).
 """
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,30 +62,30 @@ class _PairsWithNext(torch.autograd.Function):
         return d_pairs.view(-1, channels), d_weight  # (N/2, 2 · C) -> (N, C)
 
 
-def _windows(waveforms_BS: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
-    """Input windows of the first convolution, (B, S / stride, k): a view."""
-    B, S = waveforms_BS.shape
-    return F.pad(waveforms_BS, (0, stride)).as_strided((B, S // stride, kernel), (S + stride, stride, 1))
+class Places(NamedTuple):
+    """Where utterances lie among the slots."""
+
+    row: torch.Tensor  # (N,) int64, the utterance of each slot
+    first: torch.Tensor  # (B,) int64, the slot where each begins
+    num_samples: torch.Tensor  # (B,) int64
 
 
-def inside_rows(counts_B: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, size) bool: the first slots of each row, as many as it has of its own."""
-    return torch.arange(size, device=counts_B.device) < counts_B[:, None]
+def _fold_norm(windows: torch.Tensor, places: Places, layer: nn.Module) -> tuple[torch.Tensor, ...]:
+    """First convolution and group norm as one affine map an utterance: weight (B, C, k), offset (B, C), in float64.
 
-
-def _fold_norm(windows: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, ...]:
-    """First convolution and group norm as one affine map a row: weight (B, C, k) and offset (B, C), in float64.
-
-    A linear map w of windows with mean μ and covariance Σ has the mean wᵀμ and the variance wᵀΣw.
+    A linear map w of windows (N, W, k) with mean μ and covariance Σ has the mean wᵀμ and the variance wᵀΣw.
     """
-    conv, group_norm = layer.conv, layer.layer_norm
+    conv, group_norm, (row, first, num_samples) = layer.conv, layer.layer_norm, places
     with torch.no_grad():
-        count = latent_lengths(num_samples_B, conv.kernel_size, conv.stride)  # (B,)
-        inside = inside_rows(count, windows.shape[1])[..., None]
-        u = torch.where(inside, windows.double(), 0.0)  # (B, T, k)
-        mean = u.sum(1) / count[:, None]  # (B, k)
-        centred = torch.where(inside, u - mean[:, None], 0.0)
-        covariance = centred.transpose(1, 2) @ centred / count[:, None, None]  # (B, k, k)
+        N, W, k = windows.shape
+        count = latent_lengths(num_samples, conv.kernel_size, conv.stride)  # (B,)
+        slot, window = torch.arange(N, device=row.device), torch.arange(W, device=row.device)
+        inside = ((slot - first[row]) * W)[:, None] + window < count[row, None]  # (N, W)
+        u = torch.where(inside[..., None], windows.double(), 0.0)
+        mean = u.new_zeros(len(first), k).index_add_(0, row, u.sum(1)) / count[:, None]  # (B, k)
+        centred = torch.where(inside[..., None], u - mean[row, None], 0.0)
+        covariance = u.new_zeros(len(first), k, k).index_add_(0, row, centred.transpose(1, 2) @ centred)
+        covariance /= count[:, None, None]  # (B, k, k)
     weight = conv.weight[:, 0].double()  # (C, k)
     variance = torch.einsum("ck,bkl,cl->bc", weight, covariance, weight)
     gain = torch.rsqrt(variance + group_norm.eps) * group_norm.weight.double()  # (B, C)
@@ -88,14 +93,35 @@ def _fold_norm(windows: torch.Tensor, num_samples_B: torch.Tensor, layer: nn.Mod
     return folded, group_norm.bias.double() - (folded * mean[:, None]).sum(-1)
 
 
-def _affine(windows: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """windows (B, T, k) times weight (B, C, k) plus offset (B, C) → (B, T, C) in `dtype`.
+class _TakeRows(torch.autograd.Function):
+    """`x[row]`: (B, …) → (N, …). The gradient is summed by a product, in float32 whatever its type."""
+
+    @staticmethod
+    def forward(ctx, x, row):
+        ctx.save_for_backward(row)
+        ctx.number = len(x)
+        return x.index_select(0, row)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (row,) = ctx.saved_tensors
+        is_own = torch.arange(ctx.number, device=row.device)[:, None] == row  # (B, N)
+        return (is_own.to(gradient.dtype) @ gradient.flatten(1)).view(-1, *gradient.shape[1:]), None
+
+
+def _affine(windows, weight, offset, dtype: torch.dtype, row: torch.Tensor | None = None) -> torch.Tensor:
+    """windows (N, W, k) times weight (B, C, k) plus offset (B, C), those of `row` (N,) → (N, W, C) in `dtype`.
 
     A 16-bit type alone would round the waveform and the folded weights away. So its product is over the high and low
     half of each, [x_hi x_lo x_hi 1 1] · [w_hi w_hi w_lo b_hi b_lo], which carries twice the bits.
     """
+
+    def take(x):
+        return x if row is None else _TakeRows.apply(x, row)
+
     if dtype not in (torch.bfloat16, torch.float16):
-        return torch.baddbmm(offset[:, None].to(dtype), windows.to(dtype), weight.transpose(1, 2).to(dtype))
+        weight, offset = take(weight.to(dtype)), take(offset.to(dtype))
+        return torch.baddbmm(offset[:, None], windows.to(dtype), weight.transpose(1, 2))
 
     def halves(x):
         high = x.to(dtype)
@@ -103,30 +129,32 @@ def _affine(windows: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor, d
 
     (x_high, x_low), (w_high, w_low), (b_high, b_low) = halves(windows), halves(weight), halves(offset[..., None])
     x = torch.cat([x_high, x_low, x_high, torch.ones_like(x_high[..., :2])], -1)
-    return x @ torch.cat([w_high, w_high, w_low, b_high, b_low], -1).transpose(1, 2)
+    return x @ take(torch.cat([w_high, w_high, w_low, b_high, b_low], -1)).transpose(1, 2)
 
 
-def flat_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
-    """Latent frames (B, T, C) of each row as if it were alone, in autocast's type; past a row's end they are garbage."""
-    layers, device = extractor.conv_layers, waveforms_BS.device.type
+def flat_features(samples: torch.Tensor, places: Places, extractor: nn.Module) -> torch.Tensor:
+    """Samples (N · slot,) → latent frames (N, C), each utterance's as if it were alone, in autocast's type.
+
+    A slot past the frames of its utterance holds garbage.
+    """
+    layers, device = extractor.conv_layers, samples.device.type
     first = layers[0]
-    kernel, first_stride = first.conv.kernel_size[0], first.conv.stride[0]
-    stride = first_stride * 2 ** (len(layers) - 1)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else waveforms_BS.dtype
+    kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else samples.dtype
     with torch.autocast(device, enabled=False):
-        # 1. The first convolution, with BASE's group norm folded in: (B, S) -> (B, S / first stride, C).
-        waveforms_BS = F.pad(waveforms_BS, (0, -waveforms_BS.shape[1] % stride))
-        windows = _windows(waveforms_BS, kernel, first_stride)
+        # 1. The first convolution, with BASE's group norm folded in: (N · slot,) -> (N, W, C).
+        num_windows = len(samples) // stride
+        windows = F.pad(samples, (0, kernel - stride)).as_strided((num_windows, kernel), (stride, 1))
         if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
-            x = first.activation(_affine(windows, *_fold_norm(windows, num_samples_B, first), dtype))
+            windows = windows.view(len(places.row), -1, kernel)  # (N, W, k)
+            x = first.activation(_affine(windows, *_fold_norm(windows, places, first), dtype, places.row))
         else:
-            B, weight = len(windows), first.conv.weight[None, :, 0]  # (1, C, k)
+            weight = first.conv.weight[None, :, 0]  # (1, C, k)
             bias = weight.new_zeros(weight.shape[:2]) if first.conv.bias is None else first.conv.bias[None]
-            x = _activate(_affine(windows, weight.expand(B, -1, -1), bias.expand(B, -1), dtype), first)
+            x = _activate(_affine(windows[None], weight, bias, dtype), first)
 
-        # 2. The others halve the frames: (B · frames, C) -> (B · frames / 2, C).
-        B, frames, channels = x.shape
-        x = x.reshape(B * frames, channels)
+        # 2. The others halve the frames: (frames, C) -> (frames / 2, C).
+        x = x.flatten(0, 1)
         for layer in layers[1:]:
             weight = layer.conv.weight.to(dtype)  # (O, C, 2 or 3)
             if weight.shape[-1] == 3:
@@ -136,7 +164,7 @@ def flat_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extra
             if layer.conv.bias is not None:
                 x = x + layer.conv.bias.to(dtype)
             x = _activate(x, layer)
-    return x.view(B, -1, x.shape[-1])
+    return x
 
 
 def _activate(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -144,25 +172,16 @@ def _activate(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     return layer.activation(norm(layer.layer_norm, x) if hasattr(layer, "layer_norm") else x)
 
 
-def stock_features(waveforms_BS: torch.Tensor, num_samples_B: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
-    """The same through the stock layers, for configurations that are not flat."""
-    x, layers = waveforms_BS[:, None], list(extractor.conv_layers)
-    has_group_norm = isinstance(getattr(layers[0], "layer_norm", None), nn.GroupNorm)
-    if has_group_norm and not bool((num_samples_B == waveforms_BS.shape[1]).all()):
-        # The group norm takes its statistics over each row's own frames.
-        first = layers.pop(0)
-        x = first.conv(x)  # (B, 1, S) -> (B, C, T)
-        count = latent_lengths(num_samples_B, first.conv.kernel_size, first.conv.stride)
-        inside, count = inside_rows(count, x.shape[-1])[:, None], count[:, None, None]
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean = torch.where(inside, x, 0.0).sum(-1, keepdim=True) / count
-        variance = torch.where(inside, x - mean, 0.0).pow(2).sum(-1, keepdim=True) / count
-        gain, bias = first.layer_norm.weight[:, None], first.layer_norm.bias[:, None]
-        x = (x - mean) * torch.rsqrt(variance + first.layer_norm.eps) * gain + bias
-        x = first.activation(torch.where(inside, x, 0.0))
-    for layer in layers:
-        x = layer(x)
-    return x.transpose(1, 2)  # (B, C, T) -> (B, T, C)
+def stock_features(samples: torch.Tensor, places: Places, extractor: nn.Module) -> torch.Tensor:
+    """The same through the stock layers, one utterance at a time, for configurations that are not flat."""
+    slot, found = len(samples) // len(places.row), []
+    starts = places.first.tolist()
+    for start, stop, length in zip(starts, [*starts[1:], len(places.row)], places.num_samples.tolist(), strict=True):
+        x = samples[start * slot : start * slot + length][None, None]
+        for layer in extractor.conv_layers:
+            x = layer(x)  # (1, C, T)
+        found.append(F.pad(x[0].T, (0, 0, 0, stop - start - x.shape[-1])))
+    return torch.cat(found)
 
 
 def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
@@ -175,6 +194,11 @@ def min_samples(config: Wav2Vec2Config) -> int:
     return least_samples(1, config.conv_kernel, config.conv_stride)
 
 
+def encoder_of(config: Wav2Vec2Config) -> Callable[[torch.Tensor, Places, nn.Module], torch.Tensor]:
+    """`flat_features` where the configuration allows it."""
+    return flat_features if is_flat(config) else stock_features
+
+
 class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
     """The stock convs, but each row comes out as if alone; stock group norm over time lets padding change all frames."""
 
@@ -182,14 +206,18 @@ class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
 
     def __init__(self, config: Wav2Vec2Config):
         super().__init__(config)
-        self._features = flat_features if is_flat(config) else stock_features
+        self.encode = encoder_of(config)
         self.config = config
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         B, S = input_values.shape
-        num_samples = torch.full((B,), S, device=input_values.device) if self.num_samples is None else self.num_samples
-        features = self._features(input_values, num_samples, self)
-        return features[:, : num_frames(self.config, S)].transpose(1, 2)  # (B, T, C) -> (B, C, T)
+        device, slot = input_values.device, math.prod(self.config.conv_stride)
+        slots, T = S // slot + 1, num_frames(self.config, S)  # of a row
+        first = torch.arange(0, B * slots, slots, device=device)
+        num_samples = torch.full((B,), S, device=device) if self.num_samples is None else self.num_samples
+        places = Places(torch.arange(B, device=device).repeat_interleave(slots), first, num_samples)
+        features = self.encode(F.pad(input_values, (0, slots * slot - S)).flatten(), places, self)
+        return features.view(B, slots, -1)[:, :T].transpose(1, 2)  # (B · slots, C) -> (B, C, T)
 
 
 def hide_padding(model: PreTrainedModel) -> PreTrainedModel:

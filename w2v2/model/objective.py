@@ -3,8 +3,8 @@
 An effective batch is cut into micro-batches at will, and only sums add up to the same whole. The terms are equations 2
 to 4 of the wav2vec 2.0 paper; the feature penalty is fairseq's.
 
-Shapes: B utterances, T latent frames, M masked frames of the row that has most, K distractors, G codebook groups, V
-entries of a group, D width, d width of a codevector. `valid_BM` says which of the M slots hold a masked frame.
+Shapes: B utterances, N latent frames, P masked frames of all utterances, M of the one that has most, K distractors, G
+codebook groups, V entries of a group, D width, d width of a codevector. `valid` says which places hold a masked frame.
 """
 
 import torch
@@ -25,36 +25,36 @@ def gumbel_noise(logits: torch.Tensor) -> torch.Tensor:
     return -torch.empty_like(logits).exponential_().log()
 
 
-def choose_codes(logits_BMGV: torch.Tensor, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """One-hot weights (B, M, G, V) and codes (B, M, G) int64.
+def choose_codes(logits_PGV: torch.Tensor, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """One-hot weights (P, G, V) and codes (P, G) int64.
 
     With a temperature (training) the Gumbel softmax chooses (equation 1), and the weights have the softmax's gradient.
     Without one (evaluation) the most likely entry is chosen, without gradient.
     """
-    soft = logits_BMGV if temperature is None else ((logits_BMGV + gumbel_noise(logits_BMGV)) / temperature).softmax(-1)
+    soft = logits_PGV if temperature is None else ((logits_PGV + gumbel_noise(logits_PGV)) / temperature).softmax(-1)
     codes = soft.argmax(-1)
     one_hot = F.one_hot(codes, soft.shape[-1]).to(soft.dtype)
     return one_hot if temperature is None else one_hot + (soft - soft.detach()), codes
 
 
-def look_up(weights_BMGV: torch.Tensor, codevectors: torch.Tensor) -> torch.Tensor:
-    """Codevectors, of the module's (1, G · V, d), of the chosen entries, groups side by side: (B, M, G · d)."""
-    by_group = codevectors.view(*weights_BMGV.shape[-2:], -1)  # (G, V, d)
-    return torch.einsum("bmgv,gvd->bmgd", weights_BMGV, by_group).flatten(2)  # one small product a group
+def look_up(weights_PGV: torch.Tensor, codevectors: torch.Tensor) -> torch.Tensor:
+    """Codevectors, of the module's (1, G · V, d), of the chosen entries, groups side by side: (P, G · d)."""
+    by_group = codevectors.view(*weights_PGV.shape[-2:], -1)  # (G, V, d)
+    return torch.einsum("pgv,gvd->pgd", weights_PGV, by_group).flatten(1)  # one small product a group
 
 
-def code_statistics(logits_BMGV: torch.Tensor, valid_BM: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def code_statistics(logits_PGV: torch.Tensor, valid_P: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Sums over the valid frames: softmax of the logits without noise (G, V), which carries the gradient; how often each
     entry is the most likely one (G, V); and the softmax's entropy () in nats, averaged over groups.
     """
-    weight = valid_BM.to(logits_BMGV.dtype)
-    log_p = logits_BMGV.log_softmax(-1)
+    weight = valid_P.to(logits_PGV.dtype)
+    log_p = logits_PGV.log_softmax(-1)
     p = log_p.exp()
-    hard = torch.zeros(logits_BMGV.shape[-2:], dtype=weight.dtype, device=weight.device)  # (G, V)
-    entry = logits_BMGV.argmax(-1).flatten(0, 1).T  # (B, M, G) -> (G, B · M)
-    hard.scatter_add_(1, entry, weight.flatten().expand_as(entry))
-    entropy = -(p * log_p).detach().sum(-1).mean(-1)  # (B, M)
-    return torch.einsum("bmgv,bm->gv", p, weight), hard, (entropy * weight).sum()
+    hard = torch.zeros(logits_PGV.shape[-2:], dtype=weight.dtype, device=weight.device)  # (G, V)
+    entry = logits_PGV.argmax(-1).T  # (P, G) -> (G, P)
+    hard.scatter_add_(1, entry, weight.expand_as(entry))
+    entropy = -(p * log_p).detach().sum(-1).mean(-1)  # (P,)
+    return torch.einsum("pgv,p->gv", p, weight), hard, (entropy * weight).sum()
 
 
 def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
@@ -128,9 +128,7 @@ def contrastive_loss(
     return loss, correct, commonest, (draws.sum(-1) * weight).sum()
 
 
-def feature_penalty(features_BTD: torch.Tensor, frames_B: torch.Tensor, masked_B: torch.Tensor) -> torch.Tensor:
-    """Mean square of the convs' output over each utterance's own frames, times its masked frames, summed."""
-    inside = torch.arange(features_BTD.shape[1], device=frames_B.device) < frames_B[:, None]
-    square = features_BTD.to(torch.promote_types(features_BTD.dtype, torch.float32)).pow(2).mean(-1)  # (B, T)
-    mean = torch.where(inside, square, 0.0).sum(1) / frames_B.clamp_min(1)
-    return (mean * masked_B).sum()
+def feature_penalty(features_NC: torch.Tensor, weight_N: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of the mean squares of the convs' output frames."""
+    square = features_NC.to(torch.promote_types(features_NC.dtype, torch.float32)).pow(2).mean(-1)  # (N,)
+    return (square * weight_N).sum()

@@ -1,10 +1,10 @@
 """`Wav2Vec2ForPreTraining` with a forward pass of its own: same parameters, same keys, stock weights in and out.
 
-The stock forward computes quantizer and loss for all frames, this one for masked frames only. Nothing sees padding, so
+The stock forward computes quantizer and loss for all frames, this one for masked frames only. There is no padding, and
 the loss of a micro-batch is the sum of the stock model's losses on each of its utterances alone.
 
-Shapes: B utterances, S samples, T latent frames of the longest, N frames of all of them, M masked frames of the row
-that has most, C conv channels, D width, G codebook groups, V entries of a group.
+Shapes: B utterances, N slots, P masked frames of all utterances, M of the one that has most, K distractors, C conv
+channels, D width, G codebook groups, V entries of a group.
 """
 
 from pathlib import Path
@@ -19,9 +19,9 @@ from w2v2.data.masking import distractors
 from w2v2.errors import refuse
 from w2v2.model import objective
 from w2v2.model.cpu import dropout
-from w2v2.model.feature_encoder import flat_features, inside_rows, is_flat, stock_features
+from w2v2.model.feature_encoder import Places, encoder_of
 from w2v2.model.loading import load_weights, make_model
-from w2v2.model.transformer import Rows, after_attention, ignore, layer, linear, norm, positional, take
+from w2v2.model.transformer import Rows, after_attention, layer, linear, norm, positional, skips_rows
 
 # What a saved config.json says to those who fine-tune, as published BASE does. Pretraining's own masks are flags.
 FINETUNING_MASKS = dict(
@@ -78,37 +78,34 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             diversity_weight: default the configuration's `diversity_loss_weight`.
             mean_codes: (G, V) mean code distribution of the effective batch; by default the micro-batch's own.
         """
-        valid = inside_rows(batch.num_masked, batch.positions.shape[1])  # (B, M), slots that hold a masked frame
         num_masked = batch.num_masked.sum()
 
         # 1. Latent frames, and what the transformer and the quantizer make of them.
-        features = self._features(batch)  # (B, T, C)
+        features = self._features(batch)  # (N, C)
         with torch.autocast(features.device.type, enabled=False):
             normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
-            logits = self._code_logits(normed, batch.positions)  # (B, M, G, V)
-            context = self._context(normed, batch)  # (B, M, D)
+            logits = self._code_logits(normed, batch)  # (P, G, V)
+            context = self._context(normed, batch)  # (P, D)
 
             # 2. Quantize the masked frames.
             one_hot, codes = objective.choose_codes(logits, gumbel_temperature if self.training else None)
-            soft, hard, entropy = objective.code_statistics(logits, valid)
-            codevectors = objective.look_up(one_hot, self.quantizer.codevectors)  # (B, M, codevector_dim)
+            soft, hard, entropy = objective.code_statistics(logits, batch.is_masked)
+            codevectors = objective.look_up(one_hot, self.quantizer.codevectors)  # (P, codevector_dim)
 
             # 3. Contrast them with distractors, other masked frames of the same utterance.
-            drawn = distractors(batch.keys, batch.num_masked, valid.shape[1], self.config.num_negatives)  # (B, M, K)
             context, quantized = self.project_hid(_full(context)), self.project_q(codevectors)
-            contrastive, correct, commonest, left = objective.contrastive_loss(
-                context, quantized, codes, drawn, valid, self.config.contrastive_logits_temperature
-            )
+            contrast = self._contrast(context, quantized, codes, batch)
 
             # 4. The loss: L = L_m + α L_d (equation 2), and fairseq's feature penalty.
             if mean_codes is None:
                 diversity = objective.diversity_loss(soft, num_masked)
             else:
                 diversity = objective.shared_diversity_loss(soft, mean_codes, num_masked)
-            penalty = objective.feature_penalty(features, batch.frames, batch.num_masked)
+            share = (batch.num_masked / batch.frames.clamp_min(1))[batch.row] * batch.inside  # (N,)
+            penalty = objective.feature_penalty(features, share)
             weight = self.config.diversity_loss_weight if diversity_weight is None else diversity_weight
-            loss = contrastive + weight * diversity + self.feature_penalty_weight * penalty
-        sums = loss, contrastive, diversity, penalty, correct, commonest, left, entropy, num_masked, soft, hard
+            loss = contrast[0] + weight * diversity + self.feature_penalty_weight * penalty
+        sums = loss, contrast[0], diversity, penalty, *contrast[1:], entropy, num_masked, soft, hard
         return PretrainSums(*(batch.weight * x for x in sums))
 
     @torch.no_grad()
@@ -119,9 +116,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         features = self._features(batch)
         with torch.autocast(features.device.type, enabled=False):
             normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
-            logits = self._code_logits(normed, batch.positions)
-            valid = inside_rows(batch.num_masked, batch.positions.shape[1])
-            soft, _, _ = objective.code_statistics(logits, valid)
+            soft, _, _ = objective.code_statistics(self._code_logits(normed, batch), batch.is_masked)
         return batch.weight * soft, batch.weight * batch.num_masked.sum()
 
     def compile_layers(self) -> None:
@@ -129,13 +124,12 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         self._after_attention = torch.compile(after_attention, dynamic=True)
 
     def _features(self, batch: PretrainBatch) -> torch.Tensor:
-        """Output of the convs (B, T, C), its gradient scaled, in autocast's type. Frames past a row's end are zero."""
-        encode = flat_features if is_flat(self.config) else stock_features
-        arguments = encode, sound(batch), batch.num_samples, self.wav2vec2.feature_extractor
-        features = self._stage("convs", *arguments)[:, : batch.mask.shape[1]]
+        """Output of the convs (N, C), its gradient scaled, in autocast's type; zero in the gaps."""
+        places = Places(batch.row, batch.first, batch.num_samples)
+        features = self._stage("convs", encoder_of(self.config), sound(batch), places, self.wav2vec2.feature_extractor)
         if torch.is_autocast_enabled(features.device.type):
             features = features.to(torch.get_autocast_dtype(features.device.type))
-        return objective.scale_gradient(_zero_padding(features, batch), self.feature_grad_mult)
+        return objective.scale_gradient(torch.where(batch.inside[:, None], features, 0.0), self.feature_grad_mult)
 
     def _stage(self, name: str, function, *arguments):
         """`function(*arguments)`. If `name` is in `recomputed`, the backward pass computes its activations again."""
@@ -143,32 +137,36 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
-    def _code_logits(self, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Quantizer logits of the masked frames (B, M, G, V), at least float32. Its dropout is the first draw."""
-        masked = normed.gather(1, positions[..., None].expand(-1, -1, normed.shape[-1]))  # (B, T, C) -> (B, M, C)
-        masked = dropout(masked, self.dropout_features.p, self.training)
-        logits = _full(linear(self.quantizer.weight_proj, masked))  # (B, M, G · V)
+    def _code_logits(self, normed: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
+        """Quantizer logits of the masked frames (P, G, V), at least float32. Its dropout is the first draw."""
+        masked = dropout(normed.index_select(0, batch.masked), self.dropout_features.p, self.training)  # (P, C)
+        logits = _full(linear(self.quantizer.weight_proj, masked))  # (P, G · V)
         return logits.unflatten(-1, (self.quantizer.num_groups, self.quantizer.num_vars))
 
+    def _contrast(self, context, quantized, codes, batch: PretrainBatch) -> torch.Tensor:
+        """The sums of `objective.contrastive_loss` over all utterances, (4,): from context and quantized (P, D), codes (P, G)."""
+        sums = []
+        for rows, places, valid in batch.masked_groups():  # (b, M)
+            drawn = distractors(batch.keys[rows], batch.num_masked[rows], valid.shape[1], self.config.num_negatives)
+            own = (x.index_select(0, places.flatten()).unflatten(0, places.shape) for x in (context, quantized, codes))
+            temperature = self.config.contrastive_logits_temperature
+            sums.append(torch.stack(objective.contrastive_loss(*own, drawn, valid, temperature)))
+        return torch.stack(sums).sum(0)
+
     def _context(self, normed: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
-        """Transformer over the masked sequence: (B, M, D), the context of the masked frames. Others are not needed."""
+        """Transformer over the masked sequence: (P, D), the context of the masked frames. Others are not needed."""
         encoder, projection = self.wav2vec2.encoder, self.wav2vec2.feature_projection
 
-        # 1. Project and mask: (B, T, C) -> (B, T, D).
+        # 1. Project and mask: (N, C) -> (N, D).
         hidden = dropout(linear(projection.projection, normed), projection.dropout.p, self.training)
-        hidden = torch.where(batch.mask[..., None], self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
-        hidden = _zero_padding(hidden, batch)
+        hidden = torch.where(batch.mask[:, None], self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
+        hidden = torch.where(batch.inside[:, None], hidden, 0.0)
 
         # 2. Positions.
         in_blocks = hidden.device.type != "cpu" if self.positional_in_blocks is None else self.positional_in_blocks
-        hidden = hidden + positional(encoder.pos_conv_embed, hidden, in_blocks)
+        hidden = hidden + positional(encoder.pos_conv_embed, hidden, batch, in_blocks)
 
-        # 3. From here on without padding: (B, T, D) -> (N, D).
-        hidden = hidden.flatten(0, 1)
-        if not batch.uniform:
-            hidden = hidden.index_select(0, batch.inside)
-
-        # 4. The layers. The last one gives (B, M, D).
+        # 3. The layers. The last one gives (P, D).
         pre_norm = self.config.do_stable_layer_norm
         hidden = _full(hidden) if pre_norm else norm(encoder.layer_norm, hidden)
         hidden = dropout(hidden, encoder.dropout.p, self.training)
@@ -177,49 +175,27 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         return norm(encoder.layer_norm, hidden) if pre_norm else hidden
 
     def _layer(self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype) -> torch.Tensor:
-        """One layer on the concatenated frames (N, D) of the utterances that layerdrop leaves it. The last gives (B, M, D).
+        """One layer, for the utterances that layerdrop leaves it: (N, D) → (N, D). The last gives the masked frames (P, D)."""
+        rows, row = Rows(batch.lengths, batch.gaps, batch.bounds), batch.row
+        kept = batch.kept[index] if self.training and self.config.layerdrop > 0 else None  # (B,)
 
-        At least one utterance is computed, so that every parameter has a gradient.
-        """
-        is_last = index == self.config.num_hidden_layers - 1
+        def run(x, rows, asked=None):
+            return self._stage("encoder", layer, module, x, rows, dtype, self._after_attention, asked)
 
-        def run(x, rows, chosen=slice(None)):
-            positions = _masked_among(batch, rows, chosen) if is_last else None
-            return self._stage("encoder", layer, module, x, rows, dtype, self._after_attention, positions)
-
-        # 1. Without layerdrop all utterances go through.
-        everyone = Rows(batch.lengths, batch.bounds[-1])
-        kept = batch.kept_rows[index]
-        if not self.training or len(kept) == len(batch.lengths):
-            return run(hidden, everyone)
-
-        # 2. Compute the layer for the kept ones alone, or for the first one if there are none.
-        computed = kept or (0,)
-        chosen = batch.kept[index, : len(computed)]
-        rows = Rows([batch.lengths[row] for row in computed], batch.bounds[index, : len(computed) + 1])
-        pieces = list(hidden.split(batch.lengths))
-        out = run(torch.cat([pieces[row] for row in computed]), rows, chosen)
-
-        # 3. Put them back between the others.
-        if is_last:
-            masked = take(hidden, _masked_among(batch, everyone)).unflatten(0, batch.positions.shape)  # (B, M, D)
-            return masked.index_copy(0, chosen, out if kept else ignore(out, masked[:1]))
-        for row, piece in zip(computed, out.split(rows.lengths), strict=True):
-            pieces[row] = piece if kept else ignore(piece, pieces[row])
-        return torch.cat(pieces)
-
-
-def _zero_padding(x: torch.Tensor, batch: PretrainBatch) -> torch.Tensor:
-    """Frames (B, T, …), those past a row's end zero."""
-    return x if batch.uniform else torch.where(inside_rows(batch.frames, x.shape[1])[..., None], x, 0.0)
-
-
-def _masked_among(batch: PretrainBatch, rows: Rows, chosen: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-    """Where the masked frames of the utterances `chosen` lie among their concatenated frames `rows`: (B, M) int64.
-
-    A slot without a masked frame gets another frame of its utterance, never one of the next.
-    """
-    return rows.bounds[:-1, None] + torch.minimum(batch.positions[chosen], batch.frames[chosen, None] - 1)
+        # 1. The last layer's other frames are not needed.
+        if index == self.config.num_hidden_layers - 1:
+            out = run(
+                hidden, rows, (batch.masked, Rows(batch.masked_lengths, (0,) * len(batch.lengths), batch.masked_bounds))
+            )
+            row, hidden = row[batch.masked], hidden.index_select(0, batch.masked)
+        # 2. A CPU computes a layer for those utterances alone.
+        elif kept is not None and skips_rows(hidden) and kept.any():
+            slots = kept[row].nonzero()[:, 0]
+            return hidden.index_copy(0, slots, run(hidden.index_select(0, slots), rows.choose(kept)))
+        else:
+            out = run(hidden, rows)
+        # 3. Elsewhere it is computed for all. So shapes stay the same, and every parameter has a gradient.
+        return out if kept is None else torch.where(kept[row][:, None], out, hidden)
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:

@@ -2,23 +2,22 @@
 
 They compute what the stock modules compute, in the type that they are given; norms and softmax are float32 inside.
 
-Attention needs no mask and no padding, because it takes concatenated frames; a mask keeps the fast kernels away. On a
-GPU in 16 bits one call of the flash kernel takes utterances of any lengths. Elsewhere each run of equal lengths goes to
-the library's kernel by itself. There are few runs, because micro-batches are sorted by length and lengths lie on a grid.
+Utterances lie side by side, each followed by a gap of a slot or two. On a GPU in 16 bits one call of the flash kernel
+takes utterances of any lengths; a gap attends to itself, which nobody hears. Elsewhere each utterance goes to the
+library's kernel by itself. A mask would keep the fast kernels away.
 
-Shapes: B utterances, T latent frames of the longest, N frames of all of them, M frames of each whose output is asked
-for, D width, H heads, d width of a head, G groups of the positional convolution, k its taps, R frames that a row of its
-product gives.
+Shapes: B utterances, N slots, P masked frames, D width, H heads, d width of a head; G groups of the positional
+convolution, k its taps, R frames that a row of its product gives, Q such rows.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from w2v2.data.collate import PretrainBatch
 from w2v2.model import cpu
 from w2v2.model.cpu import attend_in_blocks, dropout
 
@@ -29,46 +28,114 @@ _FLASH = torch.ops.aten._flash_attention_forward.default
 
 
 class Rows(NamedTuple):
-    """Where each utterance lies in the concatenated frames."""
+    """Where some frames of each utterance lie, and the gaps behind them."""
 
     lengths: Sequence[int]  # frames of each, on the host
-    bounds: torch.Tensor  # (B + 1,) int32, where each begins, and the end, on the device
+    gaps: Sequence[int]  # slots of each gap, on the host
+    bounds: torch.Tensor  # (2 · B + 1,) int32, where utterances and gaps begin in turn, and the end, on the device
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(N, …) → (T, …) of each utterance. One split, because each slice would fill its gradient up with zeros."""
+        return list(x.split([n for pair in zip(self.lengths, self.gaps, strict=True) for n in pair])[::2])
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """(T, …) of each utterance → (N, …), zeros in the gaps."""
+        gaps = [parts[0].new_zeros(gap, *parts[0].shape[1:]) for gap in self.gaps]
+        return torch.cat([x for pair in zip(parts, gaps, strict=True) for x in pair])
+
+    def choose(self, kept: torch.Tensor) -> "Rows":
+        """Those utterances that are `kept`, (B,) bool, side by side: for a CPU, which needs no bounds."""
+        chosen = kept.nonzero()[:, 0].tolist()
+        return Rows([self.lengths[i] for i in chosen], [self.gaps[i] for i in chosen], self.bounds)
 
 
-def positional(module: nn.Module, hidden: torch.Tensor, in_blocks: bool) -> torch.Tensor:
-    """Convolutional position embedding (B, T, D) → (B, T, D); frames past a row's end have to be zero."""
+def positional(module: nn.Module, hidden: torch.Tensor, batch: PretrainBatch, in_blocks: bool) -> torch.Tensor:
+    """Convolutional position embedding (N, D) → (N, D), of each utterance alone; a gap's is that of zeros."""
     conv = module.conv
-    if in_blocks:
-        return module.activation(_convolve_in_blocks(hidden, conv))
     weight, bias = conv.weight.to(hidden.dtype), conv.bias.to(hidden.dtype)
-    out = F.conv1d(hidden.transpose(1, 2), weight, bias, padding=conv.padding, groups=conv.groups)
-    return module.activation(out[..., : hidden.shape[1]].transpose(1, 2))  # (B, D, T or T + 1) -> (B, T, D)
+    if in_blocks:
+        blocks = find_blocks(batch, conv.kernel_size[0])
+        return module.activation(_ConvolveInBlocks.apply(hidden, weight, blocks, conv.groups) + bias)
+    rows, found = Rows(batch.lengths, batch.gaps, batch.bounds), []
+    for x in rows.split(hidden):
+        out = F.conv1d(x.T[None], weight, bias, padding=conv.padding, groups=conv.groups)  # (1, D, T or T + 1)
+        found.append(out[0, :, : len(x)].T)
+    return module.activation(rows.join(found))
 
 
-def _convolve_in_blocks(x: torch.Tensor, conv: nn.Conv1d) -> torch.Tensor:
-    """Grouped convolution (B, T, D) as one product a group; libraries are slow at it with groups of 48 channels.
+class Blocks(NamedTuple):
+    """Slots around each R frames of an utterance, N where there is none of its own; (Q, …) int64."""
 
-    R neighbouring outputs share a window of k + R − 1 frames, of which a band matrix makes all R.
+    own: torch.Tensor  # (Q, R) those frames themselves
+    heard: torch.Tensor  # (Q, k + R - 1) those that their positions follow from
+    told: torch.Tensor  # (Q, k + R - 1) those whose positions follow from them
+
+
+def find_blocks(batch: PretrainBatch, k: int) -> Blocks:
+    """The blocks of all utterances, for a convolution of k taps."""
+    device, N = batch.row.device, len(batch.row)
+    # 1. The utterance of each block, and the slot where it begins: (Q,).
+    ends = (-(-batch.frames // BLOCK)).cumsum(0)  # (B,) numbers of blocks
+    number = torch.arange(sum(-(-length // BLOCK) for length in batch.lengths), device=device)
+    row = torch.searchsorted(ends, number, right=True)
+    blocks_before = F.pad(ends, (1, 0))[row]
+    begin = batch.first[row] + (number - blocks_before) * BLOCK
+
+    # 2. The slots around it, unless they lie beyond the utterance: (Q, width).
+    def around(before: int, width: int) -> torch.Tensor:
+        slots = begin[:, None] - before + torch.arange(width, device=device)
+        low, high = batch.first[row, None], (batch.first + batch.frames)[row, None]
+        return torch.where((slots >= low) & (slots < high), slots, N)
+
+    return Blocks(around(0, BLOCK), around(k // 2, k + BLOCK - 1), around(k - 1 - k // 2, k + BLOCK - 1))
+
+
+class _ConvolveInBlocks(torch.autograd.Function):
+    """Grouped convolution (N, D) as one product a group; libraries are slow at it with groups of 48 channels.
+
+    R neighbouring outputs share a window of k + R − 1 frames, of which a band matrix makes all R. The input's gradient
+    is the same convolution of the output's, with the taps in reverse order.
     """
-    B, T, D = x.shape
-    G, k, R = conv.groups, conv.kernel_size[0], BLOCK
-    width, blocks = k + R - 1, -(-T // R)
 
-    # 1. The band matrix: the taps, shifted by one frame for each of the R outputs.
-    w = conv.weight.to(x.dtype).view(G, D // G, D // G, k).permute(0, 3, 2, 1)  # (G, k, in, out)
-    band = torch.stack([F.pad(w, (0, 0, 0, 0, r, R - 1 - r)) for r in range(R)], dim=3)  # (G, k + R - 1, in, R, out)
+    @staticmethod
+    def forward(ctx, x, weight, blocks, groups):
+        taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (D, D / G, k) -> (G, k, in, out)
+        windows = _take_windows(x, blocks.heard, groups)
+        ctx.save_for_backward(windows, taps, *blocks)
+        return _put_blocks(windows @ _band(taps), blocks.own, len(x))
 
-    # 2. The windows, one for each R frames.
-    length = blocks * R + k - 1
-    padded = F.pad(x, (0, 0, k // 2, length - T - k // 2)).view(B, length, G, -1)
-    padded = padded.permute(2, 0, 1, 3).contiguous()  # (B, length, G, in) -> (G, B, length, in)
-    windows = padded.unfold(2, width, R).transpose(-1, -2)  # (G, B, blocks, k + R - 1, in)
+    @staticmethod
+    def backward(ctx, gradient):
+        windows, taps, *blocks = ctx.saved_tensors
+        own, _, told = blocks
+        G, k, _, _ = taps.shape
+        # 1. The taps': each output frame's share of the band.
+        product = windows.transpose(1, 2) @ _take_windows(gradient, own, G)  # (G, (k + R - 1) · in, R · out)
+        product = product.view(G, k + BLOCK - 1, taps.shape[2], BLOCK, -1)
+        d_taps = sum(product[:, r : r + k, :, r] for r in range(BLOCK))  # (G, k, in, out)
+        d_weight = d_taps.permute(0, 3, 2, 1).flatten(0, 1)  # -> (D, D / G, k)
+        # 2. The input's.
+        reverse = _band(taps.flip(1).transpose(2, 3))
+        d_x = _put_blocks(_take_windows(gradient, told, G) @ reverse, own, len(gradient))
+        return d_x, d_weight, None, None
 
-    # 3. Their product, back in the order of frames.
-    out = windows.reshape(G, B * blocks, -1) @ band.reshape(G, width * (D // G), -1)  # (G, B · blocks, R · out)
-    out = out.view(G, B, blocks * R, -1)[:, :, :T]  # (G, B, T, out)
-    out = out.permute(1, 2, 0, 3).reshape(B, T, D)
-    return out + conv.bias.to(x.dtype)
+
+def _band(taps: torch.Tensor) -> torch.Tensor:
+    """Taps (G, k, in, out), shifted by one frame for each of R outputs: (G, (k + R − 1) · in, R · out)."""
+    shifted = [F.pad(taps, (0, 0, 0, 0, r, BLOCK - 1 - r)) for r in range(BLOCK)]
+    return torch.stack(shifted, dim=3).flatten(1, 2).flatten(2)
+
+
+def _take_windows(x: torch.Tensor, slots: torch.Tensor, groups: int) -> torch.Tensor:
+    """Frames (N, D) at `slots` (Q, width), zeros at N: (G, Q, width · D / G)."""
+    x = F.pad(x, (0, 0, 0, 1)).unflatten(1, (groups, -1)).transpose(0, 1).contiguous()  # (G, N + 1, D / G)
+    return x.index_select(1, slots.flatten()).view(groups, len(slots), -1)
+
+
+def _put_blocks(out: torch.Tensor, own: torch.Tensor, number: int) -> torch.Tensor:
+    """Blocks of frames (G, Q, R · D / G) in their slots `own` (Q, R): (N, D), zeros elsewhere."""
+    frames = out.unflatten(2, (BLOCK, -1)).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (Q · R, D)
+    return frames.new_zeros(number + 1, frames.shape[1]).index_copy(0, own.flatten(), frames)[:number]
 
 
 def layer(
@@ -77,30 +144,30 @@ def layer(
     rows: Rows,
     dtype: torch.dtype,
     rest: Callable | None = None,
-    positions: torch.Tensor | None = None,
+    asked: tuple[torch.Tensor, Rows] | None = None,
 ) -> torch.Tensor:
-    """One transformer layer, post-norm (BASE) or pre-norm (LARGE), on concatenated utterances: (N, D) → (N, D).
+    """One transformer layer, post-norm (BASE) or pre-norm (LARGE): (N, D) → (N, D).
 
     Args:
         dtype: of the products, and of the post-norm residual. The pre-norm residual, a sum over layers, keeps its own.
         rest: `after_attention`, perhaps compiled.
-        positions: (B, M) int64, the frames whose output is asked for, (B, M, D). The others are only attended to.
+        asked: (P,) int64, the slots whose output is asked for, (P, D), and whose they are. The others are only
+            attended to.
     """
     attention, before = module.attention, hasattr(module, "adapter_layer")  # pre-norm layers alone have that
     x = norm(module.layer_norm, hidden).to(dtype) if before else hidden
     dropped = attention.dropout if module.training else 0.0
-    if positions is None:
+    if asked is None:
         qkv = _project(x, attention.num_heads, attention.q_proj, attention.k_proj, attention.v_proj)  # (N, 3, H, d)
-        attended = attend(qkv, rows, dropped)  # (N, H, d)
+        attended = attend(*qkv.unbind(1), rows, rows, dropped)  # (N, H, d)
     else:
-        query = _project(take(x, positions), attention.num_heads, attention.q_proj)  # (B · M, 1, H, d)
-        query = query.view(*positions.shape, -1, attention.head_dim)  # (B, M, H, d)
+        slots, own = asked
+        query = _project(x.index_select(0, slots), attention.num_heads, attention.q_proj)  # (P, 1, H, d)
         keys_values = _project(x, attention.num_heads, attention.k_proj, attention.v_proj)  # (N, 2, H, d)
-        attended = attend_from(query, keys_values, rows, dropped).flatten(0, 1)  # (B · M, H, d)
-        hidden = take(hidden, positions)
-    attended = linear(attention.out_proj, attended.flatten(-2))  # (N or B · M, H, d) -> (N or B · M, D)
-    out = (rest or after_attention)(module, hidden, attended, before)
-    return out if positions is None else out.unflatten(0, positions.shape)  # (N, D), or (B, M, D)
+        attended = attend(query[:, 0], *keys_values.unbind(1), own, rows, dropped)  # (P, H, d)
+        hidden = hidden.index_select(0, slots)
+    attended = linear(attention.out_proj, attended.flatten(-2))  # (N or P, H, d) -> (N or P, D)
+    return (rest or after_attention)(module, hidden, attended, before)
 
 
 def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Tensor, before: bool) -> torch.Tensor:
@@ -120,21 +187,11 @@ def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Ten
     return hidden
 
 
-def ignore(out: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
-    """`instead`, with a gradient of zero for `out`."""
-    return torch.where(out.new_zeros((), dtype=torch.bool), out, instead)
-
-
 def _project(x: torch.Tensor, num_heads: int, *modules: nn.Linear) -> torch.Tensor:
     """Several linear layers of the same input as one product: (…, D) → (…, layers, H, d)."""
     weight, bias = (torch.cat([getattr(m, name) for m in modules]) for name in ("weight", "bias"))
     out = cpu.linear(x, weight.to(x.dtype), bias.to(x.dtype))  # (…, layers · H · d)
     return out.unflatten(-1, (len(modules), num_heads, -1))
-
-
-def take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Frames (N, D) at `positions` (B, M) → (B · M, D)."""
-    return x.index_select(0, positions.flatten())
 
 
 def linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -145,33 +202,13 @@ def norm(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, module.normalized_shape, module.weight.to(x.dtype), module.bias.to(x.dtype), module.eps)
 
 
-def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive utterances of equal length: (number of them, length)."""
-    return [(len(list(group)), length) for length, group in groupby(lengths)]
-
-
-def attend(projections: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
-    """Attention among the frames of each utterance: query, key and value (N, 3, H, d) → (N, H, d)."""
-    if takes_any_lengths(projections):
-        bounds = rows.bounds, max(rows.lengths)
-        return _flash(*projections.unbind(1), bounds, bounds, dropout)
-    parts = _split_runs(projections, rows.lengths)  # each (B, T, 3, H, d)
-    out = [_attend_alike(*part.unbind(2), dropout).flatten(0, 1) for part in parts]
-    return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def attend_from(query: torch.Tensor, keys_values: torch.Tensor, rows: Rows, dropout: float = 0.0) -> torch.Tensor:
-    """Likewise, but M frames of each utterance ask: query (B, M, H, d), keys and values (N, 2, H, d) → (B, M, H, d)."""
-    if takes_any_lengths(keys_values):
-        B, M = query.shape[:2]
-        bounds = torch.arange(0, (B + 1) * M, M, dtype=torch.int32, device=query.device)
-        key, value = keys_values.unbind(1)
-        out = _flash(query.flatten(0, 1), key, value, (bounds, M), (rows.bounds, max(rows.lengths)), dropout)
-        return out.unflatten(0, (B, M))  # (B · M, H, d) -> (B, M, H, d)
-    queries = query.split([number for number, _ in runs(rows.lengths)])
-    parts = _split_runs(keys_values, rows.lengths)  # each (B, T, 2, H, d)
-    out = [_attend_alike(q, *part.unbind(2), dropout) for q, part in zip(queries, parts, strict=True)]
-    return out[0] if len(out) == 1 else torch.cat(out)
+def attend(query, key, value, asking: Rows, attended: Rows, dropout: float = 0.0) -> torch.Tensor:
+    """Attention within each utterance: query (P, H, d), key and value (N, H, d) → (P, H, d). Gaps get any values."""
+    if takes_any_lengths(query):
+        longest = max(*asking.lengths, *asking.gaps), max(*attended.lengths, *attended.gaps)
+        return _FLASH(query, key, value, asking.bounds, attended.bounds, *longest, dropout, False, False)[0]
+    parts = zip(asking.split(query), attended.split(key), attended.split(value), strict=True)
+    return asking.join([_attend_alone(*part, dropout) for part in parts])
 
 
 def takes_any_lengths(x: torch.Tensor) -> bool:
@@ -183,27 +220,19 @@ def takes_any_lengths(x: torch.Tensor) -> bool:
     return fits and torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
 
 
-def _flash(query, key, value, asking, attended, dropout) -> torch.Tensor:
-    """Query (n, H, d), key and value (m, H, d) → (n, H, d). `asking`, `attended`: bounds and longest length."""
-    (bounds_q, longest_q), (bounds_k, longest_k) = asking, attended
-    return _FLASH(query, key, value, bounds_q, bounds_k, longest_q, longest_k, dropout, False, False)[0]
-
-
-def _split_runs(x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-    """(N, …) → for each run (B, T, …). One split, because each slice would fill its gradient up with zeros."""
-    found = runs(lengths)
-    parts = x.split([number * length for number, length in found])
-    return [part.unflatten(0, run) for part, run in zip(parts, found, strict=True)]
-
-
-def _attend_alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Query (B, M, H, d), key and value (B, T, H, d) → (B, M, H, d): utterances of equal length."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, M or T, H, d) -> (B, H, M or T, d)
+def _attend_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Query (M, H, d), key and value (T, H, d) of one utterance → (M, H, d)."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (M or T, H, d) -> (1, H, M or T, d)
     if dropout == 0.0 or has_kernel(query.device):
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     else:
         out = attend_in_blocks(query, key, value, dropout)
-    return out.transpose(1, 2)  # (B, H, M, d) -> (B, M, H, d)
+    return out[0].transpose(0, 1)  # (1, H, M, d) -> (M, H, d)
+
+
+def skips_rows(x: torch.Tensor) -> bool:
+    """Whether layers are computed for the utterances that keep them alone, and not for all in one shape."""
+    return x.device.type == "cpu"
 
 
 def has_kernel(device: torch.device) -> bool:

@@ -13,12 +13,13 @@ from datasets import Dataset
 from transformers import Wav2Vec2ForSequenceClassification
 
 from w2v2.audio.crops import SAMPLING_RATE, AudioError, read_crop
+from w2v2.data.masking import inside_rows
 from w2v2.data.utterances import inspect_some
 from w2v2.errors import UserError
 from w2v2.finetune.classifier import HEAD
 from w2v2.finetune.ctc_data import read_utterances
 from w2v2.manifests.dataset_loading import Manifest, name_sources
-from w2v2.model.feature_encoder import hide_padding, inside_rows, min_samples
+from w2v2.model.feature_encoder import hide_padding, min_samples
 from w2v2.model.loading import load_config, load_feature_extractor, load_with_head
 from w2v2.probe.arguments import FrozenArguments
 

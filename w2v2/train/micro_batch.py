@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import LATENT_STRIDE, Crops, Cursor, EffectiveBatches, MicroBatchPlan
-from w2v2.data.collate import Framing, PretrainBatch, build_batch
-from w2v2.data.masking import masked_positions
+from w2v2.data.collate import Framing, PretrainBatch, build_batch, place_masks
+from w2v2.data.masking import inside_rows
 from w2v2.errors import UserError
 from w2v2.train.log import announce
 from w2v2.train.plan import build_batches
@@ -108,9 +108,9 @@ def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: 
     batch = build_batch(plan, crops, [noise[:length] for length in lengths], replace(framing, layerdrop=0.0), seed)
 
     spans = torch.ceil(framing.mask_prob * batch.frames / framing.mask_length).clamp_min(framing.min_masks)
-    mask = torch.arange(batch.mask.shape[1]) < torch.minimum(spans * framing.mask_length, batch.frames)[:, None]
-    positions, num_masked = masked_positions(mask)
-    return replace(batch, mask=mask, positions=positions, num_masked=num_masked)
+    masked = torch.minimum(spans * framing.mask_length, batch.frames).long()
+    mask = inside_rows(masked, int(batch.frames.max()))  # (B, T)
+    return replace(batch, **place_masks(mask, batch.first, len(batch.row)))
 
 
 def largest(fits: Callable[[int], bool], bound: int) -> int:

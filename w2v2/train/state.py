@@ -156,7 +156,7 @@ class Totals:
         sums, heard, padded = PretrainSums(*(x.detach() for x in sums)), 0, 0
         self.skipped += batch.skipped
         if batch.weight > 0:
-            heard, padded = batch.heard_samples, batch.waveforms.numel()
+            heard, padded = batch.heard_samples, len(batch.samples)
             self.losses.append((batch.plan, sums.contrastive + sums.penalty))
         counts = Counts(heard, batch.original_samples, padded, len(batch.skipped))
         self.sums = sums if self.sums is None else PretrainSums(*(a + b for a, b in zip(self.sums, sums, strict=True)))
