@@ -37,5 +37,8 @@ def declared(*extras):
 
 
 def test_imports_and_declarations_match():
-    assert set(imported(PRODUCT)) == set(declared("cluster", "demo", "describe", "kernels", "lm", "segment")) - NOT_IMPORTED.keys()
+    assert (
+        set(imported(PRODUCT))
+        == set(declared("cluster", "demo", "describe", "kernels", "lm", "segment")) - NOT_IMPORTED.keys()
+    )
     assert set(imported(PRODUCT + TOOLS)) == set(declared("test")) - NOT_IMPORTED.keys()
