@@ -248,6 +248,52 @@ def test_manifests_that_share_ids_get_them_prefixed(corpus, tmp_path):
     assert len(set(ids)) == 2
 
 
+def test_no_two_utterances_share_an_id(corpus, monkeypatch):
+    """`data` holds `data/a.wav`, and `data/data` as a folder of its own holds `a.wav`: both `data/data/a.wav`."""
+    monkeypatch.chdir(corpus)
+    for name in ("a.wav", "data/a.wav", "other/a.wav"):
+        path = corpus / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.full(16_000, 0.1, np.float32), 16_000)
+    with pytest.raises(UserError, match="^data, data/data: two utterances would have the id data/data/a.wav: give"):
+        load("data", "data/data", measure=measure_length)
+    ids = load("data/data", "data/other", measure=measure_length)["id"][:]
+    assert ids == ["data/a.wav", "other/a.wav"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_each_row_may_name_its_columns_otherwise(corpus, capsys, suffix):
+    rows = [
+        {"audio": "a.wav", "duration": 1, "text": "A", "sentence": "no"},
+        {"path": "b.wav", "duration": 2, "sentence": "B"},
+        {"path": "c.wav", "duration": 3, "transcript": "C", "sentence": "no", "spk_id": "c"},
+        {"audio": "d.wav", "duration": 4, "text": ""},
+    ]
+    path = corpus / f"m{suffix}"
+    if suffix == ".jsonl":
+        write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pa.parquet.write_table(
+            pa.Table.from_pylist(
+                rows,
+                pa.schema(
+                    {n: pa.int64() if n == "duration" else pa.string() for n in sorted({*rows[0], *rows[1], *rows[2]})}
+                ),
+            ),
+            path,
+        )
+    table, _, notes = read_manifests([path], measure=measure_nothing)
+    assert table["text"].to_pylist() == ["A", "B", "C", ""] and table["speaker"].to_pylist() == ["", "", "c", ""]
+    assert [os.path.basename(name) for name in table["audio"].to_pylist()] == ["a.wav", "b.wav", "c.wav", "d.wav"]
+    said = [line.split(": ", 1)[1] for line in notes["warnings"]]
+    row = ["row 2 (line 2)", "row 3 (line 3)"] if suffix == ".jsonl" else ["row 2", "row 3"]
+    assert said == [
+        f"2 rows have no audio: their path is read for it (the first: {row[0]})",
+        f"1 rows have no text: their transcript is read for it (the first: {row[1]})",
+        f"1 rows have no text: their sentence is read for it (the first: {row[0]})",
+    ]
+
+
 GOOD = '{"audio": "a.wav", "duration": 1}\n'
 SLIPS = [
     ("missing.csv", None, "missing.csv does not exist"),
@@ -264,6 +310,7 @@ SLIPS = [
     ("a.jsonl", GOOD + '{"audio": "b.wav", "duration": NaN}\n', r"row 2 \(line 2\): duration is nan"),
     ("a.jsonl", GOOD + '{"audio": "b.wav", "dur\n', "a.jsonl: line 2 is not valid JSON"),
     ("a.jsonl", GOOD + "[1]\n", "line 2 is not a JSON object"),
+    ("a.jsonl", GOOD + '{"audio": "b.wav", "dur": 2}\n', r"row 2 \(line 2\): dur is '2': other rows name it duration"),
     ("a.json", '[{"audio": "a.wav"},\n {"audio"}]', "a.json: line 2 is not valid JSON"),
     ("a.json", "3", "a.json: use a list of objects"),
     ("a.csv", "audio,duration\n,1\n", r"row 1 \(line 2\): audio is ''"),

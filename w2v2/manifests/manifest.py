@@ -30,8 +30,8 @@ from w2v2.manifests.dataset_loading import DatasetSource, Manifest
 from w2v2.manifests.folders import say_passed_over
 from w2v2.manifests.hub_datasets import read_dataset
 from w2v2.manifests.readers import RawTable, read_table
-from w2v2.manifests.segments import Measure, cast_text, find_extents
-from w2v2.manifests.tables import BATCH_ROWS, by_batch, fill_lengths, filter_rows, find_repeated, take_rows
+from w2v2.manifests.segments import Measure, cast_text, find_extents, merge_aliases
+from w2v2.manifests.tables import BATCH_ROWS, by_batch, fill_lengths, filter_rows, find_repeated, find_twice, take_rows
 
 ROOT_MARKER = r"^(\$?\{data_root\}|\$data_root)/+"  # at the head of SpeechBrain's paths
 LETTERS = {"L": 0, "R": 1, "LEFT": 0, "RIGHT": 1} | {letter: number for number, letter in enumerate("ABCDEFGH")}
@@ -108,10 +108,12 @@ def interpret(
     """One manifest in our columns and the `extras` (`num_samples` is null where it has to be measured), and warnings."""
     present = raw.table.column_names
     columns = {name: name for name in extras if name in present}
-    columns |= {name: found[0] for name, aliases in COLUMNS.items() if (found := [a for a in aliases if a in present])}
+    given = {name: found for name, aliases in COLUMNS.items() if (found := [a for a in aliases if a in present])}
+    columns |= {name: found[0] for name, found in given.items()}
     if "audio" not in columns:
         found, remedy = ", ".join(raw.found) or "none", f"name one of them {' or '.join(COLUMNS['audio'])}"
         raise UserError(f"manifest {raw.path} has no audio column: it has {found}; {remedy}")
+    warnings = [line for found in given.values() for line in merge_aliases(raw, found)]
     # 1. Text, and the paths of the audio.
     named = [name for name in ("id", *extras) if name in columns]
     texts = {name: by_batch(pc.utf8_trim_whitespace, cast_text(raw, columns[name])) for name in named}
@@ -125,7 +127,7 @@ def interpret(
         written = by_batch(lambda paths: pc.replace_substring_regex(paths, ROOT_MARKER, ""), written)
     audio = _resolve(raw, written, data_root)
     # 2. Which part of it.
-    start, length, warnings = find_extents(raw, audio, set(columns.values()), measure)
+    start, length, lines = find_extents(raw, audio, set(columns.values()), measure)
     parts = (length[at : at + BATCH_ROWS] for at in range(0, len(length), BATCH_ROWS))
     counts = [pa.array(np.round(part * SAMPLING_RATE), from_pandas=True).cast(pa.int64()) for part in parts]
     rows = {"audio": audio, "start": pa.array(start), "num_samples": pa.chunked_array(counts)}
@@ -133,7 +135,8 @@ def interpret(
     if "channel" in columns:
         rows["channel"] = _read_channels(raw, columns["channel"])
     _refuse_equal(raw, pa.table(rows))
-    return pa.table({"id": _name_rows(raw, texts.pop("id", None), written, rows["start"])} | rows | texts), warnings
+    names = _name_rows(raw, texts.pop("id", None), written, rows["start"])
+    return pa.table({"id": names} | rows | texts), warnings + lines
 
 
 def _read_channels(raw: RawTable, name: str) -> pa.ChunkedArray:
@@ -232,7 +235,7 @@ def _join(tables: dict[str, pa.Table], extras: Sequence[str]) -> pa.Table:
     columns = {name: whole[name] for name in OURS[:5] if name in whole.column_names}
     given = [name for name in extras if name in whole.column_names]
     columns |= {name: by_batch(lambda texts: pc.fill_null(texts, ""), whole[name]) for name in given}
-    if len(tables) > 1 and whole["id"].filter(pa.array(find_repeated(whole["id"]))).to_pandas().duplicated().any():
+    if len(tables) > 1 and find_twice(whole["id"]):
         stems = [Path(name).absolute().stem for name in tables]
         labels = stems if len(set(stems)) == len(stems) else tables
         chunks = []
@@ -240,4 +243,7 @@ def _join(tables: dict[str, pa.Table], extras: Sequence[str]) -> pa.Table:
             named = by_batch(lambda ids, label=label: pc.binary_join_element_wise(label, ids, "/"), table["id"])
             chunks += named.chunks
         columns["id"] = pa.chunked_array(chunks)
+        if twice := find_twice(columns["id"]):  # one folder lies in another of the same name
+            both = f"{', '.join(tables)}: two utterances would have the id {twice[0]}"
+            raise UserError(f"{both}: give the outer folder alone, or a sources file, where each has a name")
     return pa.table(columns)

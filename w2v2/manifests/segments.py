@@ -7,7 +7,7 @@
 - A sample of the rows is compared with the files: what does not fit is told, and refused where it is the rule.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -93,6 +93,9 @@ def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], di
             role = "stop"
         if role and role not in names:
             names[role], units[role] = name, unit
+        elif role:
+            needed = pc.and_(pc.is_null(raw.table[names[role]]), pc.is_valid(raw.table[name]))
+            raw.refuse(needed, name, raw.table[name], f"other rows name it {names[role]}: name it so in all rows")
     if {"frames", ""} & set(units.values()):
         names |= dict([("rate", name) for name in RATE_NAMES if name in columns][:1])
     unused = [name for name in columns if LOOKS_LIKE_ONE.search(name) and name not in names.values()]
@@ -103,6 +106,23 @@ def _choose_columns(raw: RawTable, others: set[str]) -> tuple[dict[str, str], di
             remedy = "it looks like a segment and is not used: write start and stop in rows of their own, or remove it"
             raw.refuse(given, f"{name} ({pc.sum(given).as_py():,} rows)", pc.utf8_slice_codeunits(cells, 0, 60), remedy)
     return names, units
+
+
+def merge_aliases(raw: RawTable, names: Sequence[str]) -> list[str]:
+    """Fill the nulls of the first of these columns from the others, for it is chosen; a line for each that is needed."""
+    lines, is_null = [], pc.is_null(raw.table[names[0]])
+    for name in names[1:] if raw.table[names[0]].null_count else ():
+        gaps = pc.and_(is_null, pc.is_valid(raw.table[name]))
+        is_null = pc.and_not(is_null, gaps)
+        if count := pc.sum(gaps).as_py():
+            texts = [cast_text(raw, column) for column in (names[0], name)]
+            merged = by_batch(lambda first, other, gap: pc.if_else(gap, other, first), *texts, gaps)
+            raw.table = raw.table.set_column(raw.table.column_names.index(names[0]), names[0], merged)
+            where = raw.where(pc.index(gaps, True).as_py())
+            lines.append(
+                f"{raw.path}: {count:,} rows have no {names[0]}: their {name} is read for it (the first: {where})"
+            )
+    return lines
 
 
 def cast_text(raw: RawTable, name: str) -> pa.ChunkedArray:

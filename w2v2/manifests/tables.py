@@ -98,6 +98,12 @@ def find_repeated(text: pa.ChunkedArray, *numbers: pa.ChunkedArray | pa.Array) -
     return np.isin(hashes, twice) if len(twice) else np.zeros(len(hashes), bool)
 
 
+def find_twice(text: pa.ChunkedArray) -> list[str]:
+    """What an earlier row says too."""
+    maybe = text.filter(pa.array(find_repeated(text))).to_pandas()
+    return maybe[maybe.duplicated()].tolist()
+
+
 def cut_table(table: pa.Table, kept: np.ndarray | None = None) -> Iterator[pa.Table]:
     """Its batches, without the rows where `kept`, (rows,) bool, is false."""
     for at in range(0, len(table), BATCH_ROWS):
