@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 import torch
 from conftest import tiny_config
 from datasets import Dataset
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
+from w2v2.errors import UserError
 from w2v2.finetune import ctc_data
 from w2v2.finetune.arguments import FineTuningArguments
 from w2v2.finetune.beam_search import BeamDecoder, Setting
@@ -97,7 +99,11 @@ def main(folder: str, out: str) -> None:
         flags = dict(batch_seconds=1_000.0, micro_batch_seconds=seconds)
         found[case] = one_update(table, Path(folder) / case, case, **flags)
     found["texts"] = transcribe(table, Path(folder) / "texts", f"{folder}/lm.arpa", per_device_eval_batch_size=3)
-    if torch.distributed.get_rank() == 0:
+    rank = torch.distributed.get_rank()
+    with pytest.raises(UserError) as refused:
+        make_trainer(table.select(range(len(table) - rank)), Path(folder) / "unequal").train()
+    found["unequal"] = str(refused.value)
+    if rank == 0:
         torch.save(found, out)
     leave_group()
     torch.distributed.destroy_process_group()

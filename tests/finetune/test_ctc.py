@@ -71,6 +71,10 @@ def test_two_processes_write_what_one_writes(table, tmp_path, two_ranks):
     assert any(texts) and len(texts) == len(table) and beams[0] != beams[1]
 
 
+def test_processes_that_read_other_utterances_are_told(two_ranks):
+    assert two_ranks["unequal"].startswith("the processes of this run read different utterances")
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_beam_search_does_not_move_with_the_batch_size(table, tmp_path, reduction):
     (tmp_path / "lm.arpa").write_text(ARPA)

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -127,3 +128,34 @@ def test_a_resumed_run_ends_with_the_same_weights(table, tmp_path, by_seconds, i
     logged = [[(e["epoch"], e["loss"]) for e in t.state.log_history if "loss" in e] for t in (whole, again)]
     assert logged[0] == logged[1] and [epoch for epoch, _ in logged[0]] == pytest.approx(np.arange(1, 8) / 4)
     assert len((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()) == 14
+
+
+CHANGES = {
+    "utterances 7 (was 8), ": lambda rows: rows[:7],
+    "other utterances, another order": lambda rows: rows[::-1],
+    "other lengths: ": lambda rows: [row | {"num_samples": row["num_samples"] - 1} for row in rows],
+    "other starts or channels: ": lambda rows: [row | {"start": 1e-3} for row in rows],
+    "other transcripts or labels: ": lambda rows: [row | {"text": "C"} for row in rows],
+}
+
+
+def test_other_data_are_refused_unless_accepted(table, tmp_path, capsys):
+    flags = dict(max_steps=2, eval_steps=1, save_steps=1, load_best_model_at_end=False)
+    make_trainer(table, tmp_path / "run", **flags).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    for said, change in CHANGES.items():
+        other = Dataset.from_list(change(table.to_list()))
+        with pytest.raises(UserError, match=f"^the batches would differ .*{re.escape(said)}.*--accept_changed_batches"):
+            make_trainer(other, tmp_path / "again", **flags).train(resume_from_checkpoint=checkpoint)
+    for said, more in (
+        ("seed 1 (was 42)", dict(seed=1)),
+        ("batch_utterances 4 (was 2)", dict(gradient_accumulation_steps=2)),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            make_trainer(table, tmp_path / "again", **flags, **more).train(resume_from_checkpoint=checkpoint)
+    trainer = make_trainer(other, tmp_path / "again", **flags, accept_changed_batches=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert (
+        trainer.state.global_step == 2
+        and "resuming: other batches from here on, as accepted: other" in capsys.readouterr().out
+    )

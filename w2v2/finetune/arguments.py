@@ -32,10 +32,9 @@ _RUN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG
               "model.safetensors", "vocab.json", _STATE_FILE, "training_args.bin", "preprocessor_config.json",
               "processor_config.json", "tokenizer_config.json", "runs", "plots", "subtitles")  # fmt: skip
 _NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "debug", "disable_tqdm", "hub_token",
-                  "gradient_checkpointing", "dataloader_pin_memory"}  # fmt: skip
-_MODEL_FLAGS = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop",
-                "final_dropout", "activation_dropout", "hidden_dropout", "attention_dropout",
-                "feat_proj_dropout")  # fmt: skip
+                  "gradient_checkpointing", "dataloader_pin_memory", "accept_changed_batches"}  # fmt: skip
+_MODEL_FLAGS = ("mask_time_prob mask_time_length mask_feature_prob mask_feature_length layerdrop final_dropout "
+                "activation_dropout hidden_dropout attention_dropout feat_proj_dropout").split()  # fmt: skip
 
 
 @dataclass
@@ -71,6 +70,7 @@ class FineTuningArguments(LabelledDatasetArguments, TrainingArguments):
     hold_fraction: float = flag(0.4, "tri_stage: fraction of the run at the peak learning rate.", min=0, max=1)
     final_lr_scale: float = flag(0.05, "tri_stage: the last learning rate over the peak.", above=0, max=1)
     overwrite_output_dir: bool = flag(False, "Delete the run that `output_dir` holds and start anew.")
+    accept_changed_batches: bool = flag(False, "Resume though data, seed or batch are others than the run had.")
 
     max_steps: int = flag(80_000, "Updates in the run; -1: as many as --num_train_epochs takes.", min=-1)
     learning_rate: float = flag(3e-5, "Peak learning rate.", min=0, max=1)

@@ -5,6 +5,7 @@ effective batches in seconds with a gradient that no cut changes, and `metrics.j
 """
 
 import contextlib
+import json
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +15,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
@@ -22,9 +24,12 @@ from w2v2.finetune.batching import LengthSampler, MicroBatches, UpdateSampler, c
 from w2v2.finetune.ctc_data import check_skipped, num_hours, read_skipped
 from w2v2.finetune.evaluation import Evaluator
 from w2v2.train.durable import match_modes
+from w2v2.train.identity import check_agreement, compare, identify_labelled
 from w2v2.train.launch import leave_group
 from w2v2.train.records import StepRecords
 from w2v2.train.schedule import lr_factor
+
+DATA_FILE = "training_data.json"  # in a checkpoint: what its batches depend on
 
 
 class FineTuner(Evaluator):
@@ -91,7 +96,8 @@ class FineTuner(Evaluator):
         return run | dict(train_utterances=len(train), train_hours=round(num_hours(train.table), 4))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """The stock training. A finished run is only loaded: `Trainer` would do an update more if it ended in an epoch."""
+        """The stock training, on the data of the checkpoint. A finished run is only loaded: `Trainer` would do an update more if it ended in an epoch."""
+        self._check_data(resume_from_checkpoint)
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
         folder = Path(resume_from_checkpoint)
@@ -106,6 +112,17 @@ class FineTuner(Evaluator):
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{folder}: its training state is not loaded, being none that Trainer wrote ({reason}): "
                             "start from its weights with --model_name_or_path") from None  # fmt: skip
+
+    def _check_data(self, checkpoint: str | None) -> None:
+        """Raises UserError where a rank, or the checkpoint's run, has other utterances, labels or batches."""
+        args, self.identity = self.args, identify_labelled(self.args, self.train_dataset.table)
+        check_agreement([self.identity, identify_labelled(args, self.eval_dataset.table)])
+        if checkpoint and not (saved := Path(checkpoint, DATA_FILE)).is_file():
+            args.print_once("     warning: the checkpoint is of an earlier version, whose data cannot be compared")
+        elif checkpoint:
+            before = json.loads(saved.read_text(encoding="utf-8"))
+            for note in compare(before, self.identity, args.accept_changed_batches):
+                args.print_once(f"     resuming: {note}")
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """By seconds: this rank's micro-batches of one update, accumulated and divided once, by the effective batch.
@@ -161,6 +178,8 @@ class FineTuner(Evaluator):
         # A processor writes another file alone.
         getattr(self.processing_class, "feature_extractor", self.processing_class).save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the flags are in finetune_config.yaml
+        if self.train_dataset is not None and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            (folder / DATA_FILE).write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
         match_modes(folder)
 
 

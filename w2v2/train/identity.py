@@ -16,10 +16,12 @@ from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.manifests.readers import PACKED_MANIFEST
 
+LABELLED_ROWS = 10_000  # that are hashed together
 MEANING = {
     "ids_sha256": "other utterances, another order or other paths (has the corpus moved?): ",
     "lengths_sha256": "other lengths: ",
     "places_sha256": "other starts or channels: ",
+    "labels_sha256": "other transcripts or labels: ",
     "draws": "other shares of the sources (weight, --sampling_alpha_corpus, --sampling_alpha_language): an epoch's ",
 }
 
@@ -27,7 +29,12 @@ MEANING = {
 def differences(before: dict[str, Any], current: dict[str, Any]) -> str:
     """`seed 43 (was 42), …`, of what both know."""
     texts = []
-    for name in ("draws", "shuffle_window_shards"):  # of another kind of order, which the other side may lack
+    for name in (
+        "draws",
+        "shuffle_window_shards",
+        "batch_seconds",
+        "batch_utterances",
+    ):  # of another kind of order, which the other side may lack
         if (name in before) != (name in current):
             before, current = {name: None} | before, {name: None} | current
     for name, value in current.items():
@@ -46,6 +53,20 @@ def identity(args, utterances: Utterances) -> dict[str, Any]:
     names = "seed batch_hours crop_seconds length_grid_seconds mask_time_prob mask_time_length mask_time_min_masks"
     values = {name: getattr(args, name) for name in names.split()}
     return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
+
+
+def identify_labelled(args, table: Dataset) -> dict[str, Any]:
+    """The same of fine-tuning, whose `table` has texts or targets; the ids of its utterances are hashed here."""
+    parts = {"ids": ("id",), "lengths": ("num_samples",), "places": ("start", "channel"), "labels": ("text", "target")}
+    digests = {name: hashlib.sha256() for name in parts}
+    for rows in table.with_format("arrow").iter(LABELLED_ROWS):
+        for name, columns in parts.items():
+            values = rows.select([column for column in columns if column in table.column_names]).to_pydict()
+            digests[name].update(json.dumps(values).encode())
+    num = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = {"batch_seconds": args.batch_seconds} if args.batch_seconds else {"batch_utterances": num}
+    hashes = {f"{name}_sha256": digest.hexdigest()[:16] for name, digest in digests.items()}
+    return {"seed": args.seed, **batch, "utterances": len(table), **hashes}
 
 
 def hash_ids(train_data: Sequence[str], table: Dataset) -> str:
@@ -73,6 +94,18 @@ def hash_places(table: Dataset) -> str:
         for first in range(0, len(column), CHUNK):
             digest.update(pc.fill_null(column.slice(first, CHUNK).cast(pa.float64()), -1.0).to_numpy())
     return digest.hexdigest()[:16]
+
+
+def compare(before: dict[str, Any], current: dict[str, Any], is_accepted: bool) -> list[str]:
+    """A note where the checkpoint's run had other batches. Raises UserError unless these are accepted."""
+    if not (changed := differences(before, current)):
+        return []
+    if not is_accepted:
+        raise UserError(
+            f"the batches would differ from those of the checkpoint's run: {changed}; use the old values, go on with other "
+            "batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
+        )
+    return [f"other batches from here on, as accepted: {changed}"]
 
 
 def check_agreement(identities: Sequence[Any]) -> None:

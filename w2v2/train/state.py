@@ -20,7 +20,7 @@ from w2v2.model import objective
 from w2v2.model.loading import check_same_architecture
 from w2v2.model.pretraining import PretrainSums
 from w2v2.train.checkpoint import read_state
-from w2v2.train.identity import differences, hash_ids, hash_places, identity
+from w2v2.train.identity import compare, differences, hash_ids, hash_places, identity
 
 VALIDATION_SEED = 42  # of its crops and masks, whatever `--seed` is: runs with other seeds can be compared
 # Flags, and keys of the model's configuration, that change the course of a run but not its batches.
@@ -89,13 +89,7 @@ class RunState:
 
     def _compare(self, saved: dict[str, Any], args) -> None:
         """Note what differs from the checkpoint's run. Raises `UserError` for other batches that are not accepted."""
-        if changed := differences(saved["identity"], self.identity):
-            if not args.accept_changed_batches:
-                raise UserError(
-                    f"the batches would differ from those of the checkpoint's run: {changed}; use the old values, go on with other "
-                    "batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
-                )
-            self.notes.append(f"other batches from here on, as accepted: {changed}")
+        self.notes += compare(saved["identity"], self.identity, args.accept_changed_batches)
         cut, found = args.micro_batch_seconds, saved.get("micro_batch_seconds")
         before = {"freeze_feature_encoder": False}  # no earlier version froze anything
         before |= saved.get("settings", {}) | {"micro_batch_seconds": found or cut}
