@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import espeakng_loader
+import measure_audio
 import numpy as np
 import pytest
 import segment
@@ -279,6 +280,25 @@ def test_worker_processes_find_the_same(corpus, tmp_path):
     cut(corpus, "--output", tmp_path / "a.csv")
     cut(corpus, "--output", tmp_path / "b.csv", workers=2)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+@pytest.mark.parametrize("order", [["1/2", "0/2"], ["3/4", "0/4", "2/4", "1/4"], ["0/3", "2/3"]])
+def test_slices_join_to_the_bytes_of_one_run(corpus, tmp_path, monkeypatch, order):
+    """The last order lacks a part: the join segments what is missing."""
+    (corpus / "broken.flac").write_bytes((corpus / "short.flac").read_bytes()[:20_000])
+    measured, output = tmp_path / "m.parquet", tmp_path / "parts.csv"
+    assert run(measure_audio, corpus, "--output", measured) == 0
+    cut(measured, "--output", tmp_path / "whole.csv")
+    find, heard = segment.find_utterances, []
+    monkeypatch.setattr(segment, "find_utterances", lambda r, **k: heard.append(Path(r.audio).stem) or find(r, **k))
+    for part in order:
+        cut(measured, "--output", output, "--slice", part)
+        assert not output.exists()
+    cut(measured, "--output", output)
+    # Only what cannot be read is tried again.
+    assert sorted(name for name in heard if name != "broken") == ["long", "noise", "short"]
+    for suffix in (".csv", ".skipped.jsonl"):
+        assert output.with_suffix(suffix).read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
 
 def test_a_worker_that_dies_is_one_line():
