@@ -28,6 +28,16 @@ LENGTHS = [24_000, 16_400, 16_400, 9_000]
 NOISY = dict.fromkeys(NO_DROPOUT, 0.1)
 
 
+def fuse(model):
+    pytest.importorskip("triton")
+    from w2v2.model import fused
+
+    fused.fuse(model)
+
+
+WAYS = {"eager": lambda model: None, "compiled": PretrainingModel.compile_layers, "fused": fuse}
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
 @pytest.mark.parametrize("in_blocks", [None, False], ids=["blocks", "stock"])
 def test_loss_and_gradient_are_those_of_the_cpu(monkeypatch, large, in_blocks):
@@ -43,27 +53,25 @@ def test_loss_and_gradient_are_those_of_the_cpu(monkeypatch, large, in_blocks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_training_in_16_bits_stays_close_to_float32(monkeypatch, large, dtype, compiled):
+@pytest.mark.parametrize("way", WAYS)
+def test_training_in_16_bits_stays_close_to_float32(monkeypatch, large, dtype, way):
     fix_codes(monkeypatch)
     config = tiny_config(large, layerdrop=0.4)
     model, _ = pair(config, feature_penalty_weight=1.0)
     batch = make_batch(config, LENGTHS)
     expected, reference = passes(model, batch, torch.device("cpu"))
-    if compiled:
-        model.compile_layers()
+    WAYS[way](model)
     found, gradient = passes(model, batch, DEVICE, dtype)
     assert found == pytest.approx(expected, rel=2e-2)
     assert 0 < distance(gradient, reference) < 0.1
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_neither_pass_waits_for_the_device(large, compiled):
+@pytest.mark.parametrize("way", WAYS)
+def test_neither_pass_waits_for_the_device(large, way):
     config = tiny_config(large, **NOISY | dict(layerdrop=0.6, num_hidden_layers=8))
     model = PretrainingModel(config).train().to(DEVICE)
-    if compiled:
-        model.compile_layers()
+    WAYS[way](model)
     waiting = make_batch(config, LENGTHS).pin_memory()
 
     def update():

@@ -1,6 +1,5 @@
 """The Triton kernels against the library in float64: on a GPU as they are, elsewhere in Triton's interpreter."""
 
-import copy
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_batch, tiny_config
-from parity import distance, fix_codes, gradients, pair
+from parity import distance, fix_codes, pair, passes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -139,21 +138,23 @@ def test_dropout_follows_the_generator(large):
     torch.testing.assert_close(run(1), run(2), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
-def test_a_model_with_kernels_is_the_model_without(monkeypatch, large):
+@pytest.mark.parametrize(
+    ("large", "dtype", "within"),
+    [(False, None, 1e-5), (True, None, 1e-5), (True, torch.bfloat16, 0.1)],
+    ids=["base", "large", "large in bf16"],
+)
+def test_a_model_with_kernels_is_the_model_without(monkeypatch, large, dtype, within):
     fix_codes(monkeypatch)
     config = tiny_config(large, layerdrop=0.3)
-    plain = pair(config, feature_penalty_weight=1.0)[0].to(DEVICE)
-    model, batch = copy.deepcopy(plain), make_batch(config, [9_000, 6_000]).to(DEVICE)
+    model, batch = pair(config, feature_penalty_weight=1.0)[0], make_batch(config, [9_000, 6_000])
+    expected, reference = passes(model, batch, DEVICE)
     fused.fuse(model)
     calls = []
     monkeypatch.setattr(kernels, "_gelu_forward", Counted(kernels._gelu_forward, calls))
-    losses = [m(batch, 1.3).loss for m in (plain, model)]
-    for loss in losses:
-        loss.backward()
+    found, gradient = passes(model, batch, DEVICE, dtype)
     assert len(calls) == 10  # seven convs, positions, two layers
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-    assert distance(gradients(model), gradients(plain)) < 1e-5
+    assert found == pytest.approx(expected, rel=within)
+    assert distance(gradient, reference) < within
 
 
 def test_what_the_kernels_do_not_take_goes_to_the_library():

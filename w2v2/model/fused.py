@@ -22,12 +22,12 @@ def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Ten
     """`transformer.after_attention` in fewer kernels: (N, D) → (N, D)."""
     if not available(attended):
         return transformer.after_attention(module, hidden, attended, before)
-    forward, training = module.feed_forward, module.training
+    forward, output, training = module.feed_forward, module.attention.out_proj, module.training
     first, last = (module.final_layer_norm, None) if before else (module.layer_norm, module.final_layer_norm)
-    seeds = torch.empty(2, 2, dtype=torch.int64, device=attended.device).random_()  # a row is 16 bytes: both alike aligned
+    seeds = torch.empty(2, 2, dtype=torch.int64, device=attended.device).random_()  # rows of 16 bytes are aligned alike
     sites = module.dropout, forward.output_dropout
     drops = [Dropout(site.p if training else 0.0, seed) for site, seed in zip(sites, seeds, strict=True)]
-    hidden, x = add_dropped(attended, None, hidden, drops[0], first)
+    hidden, x = add_dropped(_product(output, attended), output.bias, hidden, drops[0], first)
     residual = hidden if before else x
     x = gelu(_product(forward.intermediate_dense, x), forward.intermediate_dense.bias)
     x = _product(forward.output_dense, dropout(x, forward.intermediate_dropout.p, training))

@@ -20,11 +20,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: NumPy in the place of a GPU
-ROWS, COLUMNS, STEPS = (
-    16,
-    256,
-    8,
-)  # of GELU: a block's rows and columns, and blocks that a backward program goes through
+ROWS, COLUMNS = 16, 256  # of a block of GELU
+STEPS = 8  # blocks that a program of its backward pass goes through
 WARPS = 4
 MOST_PROGRAMS = 1056  # of the norm's backward pass: eight on each multiprocessor of an H100 or H200
 LEAST_ROWS = 16  # of one of them: its sums cost as much as two rows

@@ -166,13 +166,14 @@ def layer(
         keys_values = _project(x, attention.num_heads, attention.k_proj, attention.v_proj)  # (N, 2, H, d)
         attended = attend(query[:, 0], *keys_values.unbind(1), own, rows, dropped)  # (P, H, d)
         hidden = hidden.index_select(0, slots)
-    attended = linear(attention.out_proj, attended.flatten(-2))  # (N or P, H, d) -> (N or P, D)
+    attended = attended.flatten(-2)  # (N or P, H, d) -> (N or P, D)
     return (rest or after_attention)(module, hidden, attended, before)
 
 
 def after_attention(module: nn.Module, hidden: torch.Tensor, attended: torch.Tensor, before: bool) -> torch.Tensor:
     """The part of a layer that works frame by frame, (…, D) → (…, D): what a compiler can fuse. `before`: pre-norm."""
     training, forward = module.training, module.feed_forward
+    attended = linear(module.attention.out_proj, attended)
     hidden = hidden + dropout(attended, module.dropout.p, training)
     if not before:
         hidden = norm(module.layer_norm, hidden)
