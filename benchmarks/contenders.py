@@ -1,7 +1,7 @@
 """What `update.py` times: an update of this program on an effective batch, cropped, cut and padded as in training.
 
 The samples are noise: no kernel's time depends on them. `stock_loop.py` has the other side, on the same utterances.
-Shapes: B utterances, T latent frames, C conv channels, D width.
+Shapes: N slots of latent frames, P masked frames, C conv channels, D width.
 """
 
 import argparse

@@ -11,12 +11,13 @@ Each side lives in processes of its own (so that its peak of memory is its own),
 the other. On a CPU the ratio is of audio-seconds a CPU-second, which other programs disturb least; on a GPU of
 audio-seconds a second. A side's ratio is how many times as fast the first one was. Lengths `librispeech`: utterances
 of LibriSpeech's lengths; `equal`: all of one length, where there is nothing to pad. MFU counts the formula's
-operations, `MFU executed` those that this program computes of them (`flops.py`). `--contenders ours without --without
+operations, `MFU executed` those that this program executes (`flops.py`). `--contenders ours without --without
 flat_convs` shows what one lever is worth.
 """
 
 import argparse
 import copy
+import functools
 import importlib
 import os
 import re
@@ -41,7 +42,14 @@ CONTENDERS = {  # name → module and class
 }
 PROGRAM = ("ours", "without")
 SPECIFICATION = "NAME[:fp32|bf16][:PROCESSES]"
-FLAGS = ("config_name", "config_overrides", "gradient_checkpointing", "torch_compile", "positional_conv")
+FLAGS = (
+    "config_name",
+    "config_overrides",
+    "gradient_checkpointing",
+    "torch_compile",
+    "fused_kernels",
+    "positional_conv",
+)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -65,6 +73,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of the transformer, ours and stock")
     parser.add_argument("--torch_compile", action="store_true", help="ours only")
+    parser.add_argument("--fused_kernels", action="store_true", help="ours only")
     parser.add_argument("--positional_conv", default="auto", choices=["auto", "blocks", "stock"], help="ours only")
     parser.add_argument("--profile", action="store_true", help="time the stages of one micro-batch, too")
     args = parser.parse_args(argv)
@@ -150,17 +159,18 @@ def compare(args, sides: dict[str, Side], lengths: str) -> dict:
     def flops(updates, count) -> float:
         return median_spread(count(config, u["heard"]) / u["seconds"] for u in updates)["median"]
 
+    executed = functools.partial(executed_flops, on_gpu=args.device == "cuda")
     found = {}
     for name, updates in measured.items():
         top = peak and peak * sides[name].size
-        executed = flops(updates, executed_flops) if name.partition(":")[0] in PROGRAM else None
+        is_ours = name.partition(":")[0] in PROGRAM
         found[name] = {
             "audio_seconds_per_second": median_spread(rate(u, "seconds") for u in updates),
             "audio_seconds_per_cpu_second": median_spread(rate(u, "cpu_seconds") for u in updates),
             "peak_gb": updates[-1]["peak_bytes"] / 2**30,
             "tflops": flops(updates, model_flops) / 1e12,
             "mfu": top and flops(updates, model_flops) / top,
-            "mfu_executed": top and executed and executed / top,
+            "mfu_executed": flops(updates, executed) / top if top and is_ours else None,
         }
         if updates is not first:
             pairs = zip(first, updates, strict=True)
