@@ -28,10 +28,18 @@ from common import (
     speech_lengths,
 )
 from start_up import FORMATS, measure_start, write_manifest
-from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets
+from ways_to_batch import (
+    effective_batches,
+    fixed_counts,
+    measure,
+    measure_size,
+    packed_size,
+    padded_size,
+    quantile_buckets,
+)
 
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
+from w2v2.data.batching import Cursor, EffectiveBatches, find_size, plan_update
 from w2v2.data.utterances import Utterances
 from w2v2.train.identity import identity
 from w2v2.train.plan import build_batches, make_plan
@@ -44,6 +52,7 @@ RECIPE = SimpleNamespace(
 BUDGET = round(RECIPE.micro_batch_seconds * SAMPLING_RATE)
 BATCH = round(RECIPE.batch_hours * 3600 * SAMPLING_RATE)
 RANKS = (1, 8, 64)
+SIZES = ((1, 800), (1, 200), (8, 800), (8, 200), (16, 400), (32, 200), (64, 100), (64, 90), (128, 50))  # ranks, seconds
 NUM_CURSORS, NUM_UPDATES = 50, 30
 SHORT = {LIBRISPEECH: "281k", 10_000_000: "10m", 100_000_000: "100m"}
 
@@ -155,7 +164,18 @@ def compare_ways(lengths: np.ndarray, num_updates: int) -> dict[str, dict]:
             "length grouping": fixed_counts(cropped, ranks, BUDGET, BATCH, grouped=True),
             "quantile buckets": quantile_buckets(cropped, ranks, BUDGET, BATCH),
         }
-        found |= {f"{way}, {ranks} ranks": measure(steps, ranks) for way, steps in ways.items()}
+        for way, steps in ways.items():
+            found[f"{way}, {ranks} ranks"] = measure(steps, ranks, packed_size if way == "ours" else padded_size)
+    return found
+
+
+def compare_sizes(lengths: np.ndarray, num_updates: int) -> dict[str, dict]:
+    """Our micro-batches in the one size that a run gives them, by ranks and seconds of a micro-batch."""
+    batches, found = build_batches(Utterances(None, lengths, {}), RECIPE), {}
+    for ranks, seconds in SIZES:
+        steps = effective_batches(batches, ranks, seconds * SAMPLING_RATE, num_updates)
+        size = find_size(batches, ranks, seconds * SAMPLING_RATE)
+        found[f"{ranks} ranks, {seconds} s"] = measure_size(steps, ranks, size)
     return found
 
 
@@ -192,6 +212,8 @@ def main() -> None:
     ways, here = compare_ways(lengths, args.updates), environment()
     ours = ways["ours, 8 ranks"]
     print_table([[way, *found.values()] for way, found in ways.items()], ["", *ours])
+    sizes = compare_sizes(lengths, args.updates)
+    print_table([[name, *one.values()] for name, one in sizes.items()], ["", *sizes["1 ranks, 800 s"]])
     print_json({
         "benchmark": "plan", "machine": f"{here['cpu']}, {here['cores']} cores", **here,
         **{f"seconds_{SHORT.get(n, n)}": found["first_update"]["median"] for n, found in scales.items()}, **lost,
@@ -199,6 +221,7 @@ def main() -> None:
         "rank_imbalance_64": ways["ours, 64 ranks"]["rank_imbalance"],
         "bytes_per_utterance": scales[max(scales)]["peak_bytes"],
         "scales": {SHORT.get(n, str(n)): found for n, found in scales.items()}, "ways": ways,
+        "sizes": sizes,
     })  # fmt: skip
 
 

@@ -5,14 +5,14 @@ round, and so on. The rivals are the ideas of well-known samplers, set to bring 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas
 
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.data.batching import Cursor, EffectiveBatches
-from w2v2.data.cutting import cut, deal, padded_sizes
+from w2v2.data.batching import LATENT_STRIDE, Cursor, EffectiveBatches, PieceSize, count_slots
+from w2v2.data.cutting import cut, deal
 
 Step = list[np.ndarray]
 MEGABATCH = 50  # in updates
@@ -20,15 +20,15 @@ NUM_BUCKETS = 50
 
 
 def effective_batches(batches: EffectiveBatches, num_ranks: int, budget: int, num_steps: int) -> Iterator[Step]:
-    """Ours: one draw an update, cut and dealt. Dummies are rows of the shortest, marked by a negative length."""
+    """Ours: one draw an update, packed and dealt. Dummies are rows of the shortest, marked by a negative length."""
     cursor = Cursor()
     for _ in range(num_steps):
         crops, cursor = batches.draw(cursor)
         lengths = np.sort(crops.num_samples)[::-1]
-        rounds, pieces = cut(lengths, num_ranks, budget)
+        rounds, pieces = cut(count_slots(lengths), num_ranks, count_slots(budget))
         rows = [lengths[piece] for piece in pieces] + [-lengths[-1:]] * (rounds * num_ranks - len(pieces))
-        dealt = deal(padded_sizes(lengths, pieces, len(rows)), num_ranks)
-        yield [rows[piece] for piece in dealt.T.ravel()]
+        dealt = [deal(rounds, num_ranks, rank) for rank in range(num_ranks)]
+        yield [rows[piece] for column in zip(*dealt, strict=True) for piece in column]
 
 
 def fixed_counts(lengths: np.ndarray, num_ranks: int, budget: int, batch_samples: int, grouped: bool) -> Iterator[Step]:
@@ -70,8 +70,42 @@ def quantile_buckets(lengths: np.ndarray, num_ranks: int, budget: int, batch_sam
         yield shuffled[first : first + size]
 
 
-def measure(steps: Iterator[Step], num_ranks: int) -> dict[str, float]:
-    """What the steps of a way of batching are like.
+def padded_size(rows: np.ndarray) -> int:
+    """Samples that a micro-batch is computed for: all rows as long as the longest."""
+    return len(rows) * int(np.abs(rows).max())
+
+
+def packed_size(rows: np.ndarray) -> int:
+    """Ours: rows side by side, each in whole slots."""
+    return LATENT_STRIDE * int(count_slots(np.abs(rows)).sum())
+
+
+def measure_size(steps: Iterator[Step], num_ranks: int, size: PieceSize) -> dict[str, float]:
+    """What is left of the one size that all of our micro-batches are computed in.
+
+    - `filler_fraction`: share of it that no speech fills, dummies included.
+    - `idle_fraction`: `rank_imbalance` of `measure`, for where each micro-batch is computed in its own size instead.
+    - `larger_fraction`: share of updates with a micro-batch that does not fit into it.
+    """
+    table = []
+    for step in steps:
+        slots = np.array([packed_size(rows) // LATENT_STRIDE for rows in step]).reshape(-1, num_ranks)  # (m, ranks)
+        rows = [len(rows) for rows in step]
+        table.append(dict(
+            micro_batches=len(slots), rows=max(rows), larger=slots.max() > size.slots or max(rows) > size.rows,
+            heard=sum(int(rows.sum()) for rows in step if rows[0] > 0), computed=slots.size * size.slots * LATENT_STRIDE,
+            idle=1 - slots.sum(0).mean() / slots.sum(0).max(),
+        ))  # fmt: skip
+    mean = pandas.DataFrame(table).mean()
+    return {
+        "micro_batches": float(mean["micro_batches"]), "seconds": size.slots * LATENT_STRIDE / SAMPLING_RATE,
+        "rows": size.rows, "filler_fraction": float(1 - mean["heard"] / mean["computed"]),
+        "idle_fraction": float(mean["idle"]), "larger_fraction": float(mean["larger"]),
+    }  # fmt: skip
+
+
+def measure(steps: Iterator[Step], num_ranks: int, cost: Callable = padded_size) -> dict[str, float]:
+    """What the steps of a way of batching are like; `cost` of a micro-batch in samples, what pads it included.
 
     - `padded_fraction`: padding among the samples of all micro-batches, dummies left out.
     - `rank_imbalance`: 1 − mean / max over the ranks of what each computes in an update, in padded samples with
@@ -85,7 +119,7 @@ def measure(steps: Iterator[Step], num_ranks: int) -> dict[str, float]:
     updates, real_rows = [], []
     for step in steps:
         real = np.concatenate([rows for rows in step if rows[0] > 0])
-        sizes = np.array([len(rows) * int(np.abs(rows).max()) for rows in step]).reshape(-1, num_ranks)
+        sizes = np.array([cost(rows) for rows in step]).reshape(-1, num_ranks)
         load, heard = sizes.sum(0), int(real.sum(dtype=np.int64))  # (ranks,) samples that each computes
         updates.append(dict(
             micro_batches=len(sizes), heard=heard, padded=sizes.sum() + sum(int(rows[0]) for rows in step if rows[0] < 0),

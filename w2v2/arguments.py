@@ -53,7 +53,7 @@ class DataArguments(DatasetArguments):
     )
     micro_batch_seconds: float | None = flag(
         200.0,
-        "Most seconds of padded audio that a device holds at a time; `auto` tries before the first update what it can "
+        "Most seconds of audio that a device holds at a time; `auto` tries before the first update what it can "
         "hold, up to what keeps it busy (a resumed run on as many processes keeps what was found).",
         above=0,
         max=1e6,

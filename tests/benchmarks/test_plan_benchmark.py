@@ -7,9 +7,17 @@ import sys
 import numpy as np
 import pytest
 from common import ROOT, speech_lengths
-from ways_to_batch import effective_batches, fixed_counts, measure, quantile_buckets
+from ways_to_batch import (
+    effective_batches,
+    fixed_counts,
+    measure,
+    measure_size,
+    packed_size,
+    padded_size,
+    quantile_buckets,
+)
 
-from w2v2.data.batching import EffectiveBatches
+from w2v2.data.batching import EffectiveBatches, PieceSize
 
 SECOND = 16_000
 BATCH, BUDGET = 3600 * SECOND // 5, 100 * SECOND
@@ -29,13 +37,13 @@ def steps_of(way, ranks):
 @pytest.mark.parametrize("num_ranks", [1, 4])
 @pytest.mark.parametrize("way", ["ours", "random", "grouped", "buckets"])
 def test_every_way_keeps_the_budget_and_repeats_nothing(way, num_ranks):
-    steps = list(steps_of(way, num_ranks))
+    steps, cost = list(steps_of(way, num_ranks)), packed_size if way == "ours" else padded_size
     assert len(steps) >= 4
     heard = np.concatenate([rows for step in steps for rows in step if rows[0] > 0])
     assert np.isin(heard, LENGTHS).all() and len(np.unique(heard)) == len(heard)
     for step in steps:
         assert len(step) % num_ranks == 0
-        assert all(len(rows) * np.abs(rows).max() <= BUDGET for rows in step)
+        assert all(cost(rows) <= BUDGET for rows in step)
     hours = np.mean([sum(int(rows.sum()) for rows in step) for step in steps])
     assert hours == pytest.approx(BATCH, rel=0.12)
 
@@ -51,6 +59,17 @@ def test_the_figures_are_those_of_a_sum_by_hand():
     assert found["hours_spread"] == pytest.approx(4 / 3600) and found["batch_hours"] == pytest.approx(18 / 3600)
     everything = np.array([4, 2, 6, 3, 5, 8, 8])
     assert found["alikeness"] == pytest.approx(np.var([4, 8]) / (everything.var() * np.mean([1 / 5, 1 / 2])))
+
+
+def test_the_figures_of_one_size_are_those_of_a_sum_by_hand():
+    """Two ranks, two updates of one round; slots 150 and 101, then 90 and a dummy of 50. The size holds 128, in 2 rows."""
+    seconds = [[[2, 1], [2, 0.001]], [[1.8], [-1]]]
+    steps = [[np.array(rows) * SECOND for rows in step] for step in seconds]
+    found = measure_size(iter([[rows.astype(int) for rows in step] for step in steps]), 2, PieceSize(128, 2))
+    assert (found["micro_batches"], found["seconds"], found["rows"]) == (1, 2.56, 2)
+    assert found["filler_fraction"] == pytest.approx(1 - (5.001 + 1.8) / (4 * 2.56))
+    assert found["idle_fraction"] == pytest.approx(np.mean([1 - 125.5 / 150, 1 - 70 / 90]))
+    assert found["larger_fraction"] == 0.5
 
 
 def test_the_lengths_are_like_librispeechs():
@@ -73,6 +92,8 @@ def test_the_last_line_is_json():
         assert scale["arrays_bytes"] == 4
     ways = ("ours", "random padding", "length grouping", "quantile buckets")
     assert found["ways"].keys() == {f"{way}, {ranks} ranks" for way in ways for ranks in (1, 8, 64)}
+    assert found["sizes"].keys() >= {"1 ranks, 800 s", "64 ranks, 100 s"}
+    assert all(0 < size["filler_fraction"] < 1 for size in found["sizes"].values())
 
 
 @pytest.mark.parametrize("format", ["parquet", "csv"])

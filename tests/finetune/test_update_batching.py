@@ -2,10 +2,12 @@
 ranks.
 """
 
+import math
+
 import numpy as np
 import pytest
 
-from w2v2.finetune.batching import UpdateSampler
+from w2v2.finetune.batching import UpdateSampler, cut_padded
 
 SECOND = 16_000
 LENGTHS = (np.random.default_rng(0).uniform(1, 20, 400) * SECOND).astype(int)
@@ -54,6 +56,31 @@ def test_ranks_have_as_many_micro_batches_within_the_budget(num_ranks):
         for micro in (micro for part in parts for micro in part):
             assert len(micro.rows) * LENGTHS[list(micro.rows)].max() <= 60 * SECOND
             assert not micro.is_dummy or len(micro.rows) == 1
+
+
+def fewest_pieces(lengths, budget):
+    """Over *all* partitions of at most seven utterances, by subsets: fewest groups with rows × longest ≤ budget."""
+    n = len(lengths)
+    fits = [mask for mask in range(1, 1 << n)
+            if mask.bit_count() * max(lengths[i] for i in range(n) if mask >> i & 1) <= budget]  # fmt: skip
+    best = [0] + [math.inf] * ((1 << n) - 1)
+    for mask in range(1, 1 << n):
+        best[mask] = min((best[mask ^ part] + 1 for part in fits if part & mask == part), default=math.inf)
+    return best[-1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_cut_takes_fewest_rounds_then_smallest_budget(seed):
+    rng = np.random.default_rng(seed)
+    lengths = np.sort(rng.integers(5, 30, rng.integers(1, 8)))[::-1].copy()
+    budget, num_ranks = int(rng.integers(lengths[0], 80)), int(rng.integers(1, 4))
+    rounds, pieces = cut_padded(lengths, num_ranks, budget)
+    assert rounds == math.ceil(fewest_pieces(lengths.tolist(), budget) / num_ranks)
+    assert sorted(i for piece in pieces for i in range(len(lengths))[piece]) == list(range(len(lengths)))
+    sizes = [len(lengths[piece]) * int(lengths[piece][0]) for piece in pieces]
+    assert sizes == sorted(sizes, reverse=True)
+    assert fewest_pieces(lengths.tolist(), sizes[0]) <= rounds * num_ranks
+    assert fewest_pieces(lengths.tolist(), sizes[0] - 1) > rounds * num_ranks, "a smaller budget would have done"
 
 
 def test_micro_batches_are_of_like_length():

@@ -8,11 +8,11 @@ import pytest
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data import batching
-from w2v2.data.batching import Cursor, crop_length, plan_update
+from w2v2.data.batching import Cursor, crop_length, find_size, plan_update
 from w2v2.data.utterances import Utterances
 from w2v2.train import identity as identity_module
 from w2v2.train.identity import identity
-from w2v2.train.plan import build_batches, make_plan
+from w2v2.train.plan import build_batches, describe, make_plan
 
 
 def make_args(**changes):
@@ -55,14 +55,13 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     args = make_args(length_grid_seconds=grid)
     samples = np.array(in_samples(lengths))
     batches = build_batches(Utterances(None, samples.astype(np.int32), {}), args)
-    cursor, rounds, drawn, padded = Cursor(), [], [], []
+    cursor, rounds, drawn = Cursor(), [], []
     for update in range(5):
         crops, cursor = batches.draw(cursor)
         cut = dict(num_ranks=num_ranks, micro_batch_samples=30 * SAMPLING_RATE)
         plans = [p for rank in range(num_ranks) for p in plan_update(crops, update, cursor, rank=rank, **cut)]
         rounds.append(plans[0].num_rounds)
         drawn.append(crops.num_samples.sum())
-        padded.append(sum(len(p.crops.utterance) * p.crops.num_samples.max() for p in plans if not p.dummy))
     heard = crop_length(samples, 8 * SAMPLING_RATE, round(grid * SAMPLING_RATE)).sum()
 
     data = Utterances(None, samples.astype(np.int32), {"too_short": 4, "too_long": 0})
@@ -74,7 +73,14 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     assert found["updates_per_epoch"] == pytest.approx(heard / np.mean(drawn))
     assert found["epochs"] == pytest.approx(5 * np.mean(drawn) / heard)
     assert found["cropped_fraction"] == pytest.approx(1 - heard / samples.sum())
-    assert found["padded_fraction"] == pytest.approx(1 - sum(drawn) / sum(padded)) and found["padded_fraction"] > 0
+    size = find_size(batches, num_ranks, 30 * SAMPLING_RATE)
+    assert found["micro_batch_size"] == {"slots": size.slots, "rows": size.rows}
+    filler = 1 - sum(drawn) / (sum(rounds) * num_ranks * size.slots * 320)
+    assert found["filler_fraction"] == pytest.approx(filler) and 0 < filler < 0.5
+    said = (
+        f"micro-batches of at most {size.slots / 50:.1f} s on each of {num_ranks} device(s), up to {filler:.1%} filler"
+    )
+    assert said in describe(found | {"warnings": []})
 
 
 def test_lengths_in_four_bytes_are_not_copied():

@@ -11,6 +11,7 @@ from datasets import Dataset
 import pretrain
 from w2v2.arguments import PretrainArguments
 from w2v2.data.batching import EffectiveBatches
+from w2v2.data.cutting import CUT_VERSION
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.train.identity import differences, hash_ids, hash_places
@@ -109,6 +110,18 @@ def test_convs_of_an_earlier_version_were_not_frozen(checkpoint):
     (note,) = RunState.start(make_args(freeze_feature_encoder=True), *data).notes
     assert note.endswith("freeze_feature_encoder True (was False)")
     assert RunState.start(make_args(), *data).notes == []
+
+
+@pytest.mark.parametrize("saved_version", [None, CUT_VERSION + 1])
+def test_another_cut_is_told_and_changes_no_batch(checkpoint, saved_version):
+    path = checkpoint / "training_state/state.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("cut_version") == CUT_VERSION
+    path.write_text(json.dumps(saved | ({"cut_version": saved_version} if saved_version else {})))
+    state = RunState.start(make_args(), make_data(20), tiny_config(), checkpoint)
+    (note,) = state.notes
+    assert f"(cut_version {saved_version or 1}, now {CUT_VERSION}): dropout and Gumbel noise follow the new cut" in note
+    assert tuple(state.cursor) == (2, 11) and state.as_dict()["cut_version"] == CUT_VERSION
 
 
 def test_changed_settings_are_one_line_with_both_values(checkpoint):

@@ -5,8 +5,9 @@
 2. *Draw.* An effective batch is the next utterances in that order until they hold at least `batch_samples` after
    cropping. Seed, lengths and sizes decide it, not devices, workers or micro-batches. It may span two epochs.
 3. *Crop.* Its length follows from the utterance's; its start is a pure function of seed, passage and utterance.
-4. *Cut.* The crops, longest first, are cut into pieces, one a micro-batch, whose padded size is within budget. A round
-   is a piece on every rank; dummies without weight fill up the last one (`cutting.py`).
+4. *Cut.* The crops are packed into pieces, one a micro-batch, that hold about as many slots, within budget. A slot is
+   320 samples, and a crop begins on one. A round is a piece on every rank; dummies without weight fill up the last one
+   (`cutting.py`).
 
 Shapes: n positions of an epoch, N utterances of a batch; lengths and offsets are samples at 16 kHz.
 """
@@ -18,12 +19,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from w2v2.data.cutting import cut, deal, padded_sizes
+from w2v2.data.cutting import cut, deal
 from w2v2.data.hashing import CROP, ORDER, below, derive, derive_many, positive
 from w2v2.errors import UserError
 
 LATENT_STRIDE = 320  # samples between latent frames of the wav2vec 2.0 convs
 FEISTEL_ROUNDS = 6
+SLOT_STEP = 64  # the size of a run's micro-batches is a multiple of it
+SAMPLED_UPDATES = 32
 CHUNK = 1 << 16  # utterances looked at together: temporaries stay small, and in the processor's cache
 
 Hash = Callable[[np.ndarray], np.ndarray]
@@ -176,20 +179,50 @@ class EffectiveBatches:
         return Crops(*(np.concatenate(columns) for columns in zip(*drawn, strict=True))), Cursor(epoch, position)
 
 
+def count_slots(num_samples: Any) -> Any:
+    """Slots of 320 samples that a crop of `num_samples` takes; an integer or an array."""
+    return -(-num_samples // LATENT_STRIDE)
+
+
 def plan_update(
     crops: Crops, update: int, following: Cursor, *, rank: int, num_ranks: int, micro_batch_samples: int
 ) -> list[MicroBatchPlan]:
-    """This rank's micro-batches of one effective batch: larger ones first, and the last may be a dummy."""
+    """This rank's micro-batches of one effective batch: fuller ones first, and the last may be a dummy.
+
+    In each, the crops are longest first.
+    """
     # Longest first; utterances of the same length in rising order.
     crops = crops.take(np.lexsort((crops.utterance, -crops.num_samples)))
-    rounds, pieces = cut(crops.num_samples, num_ranks, micro_batch_samples)
-    sizes = padded_sizes(crops.num_samples, pieces, rounds * num_ranks)
+    rounds, pieces = cut(count_slots(crops.num_samples), num_ranks, count_slots(micro_batch_samples))
     total, num_real = int(crops.num_samples.sum()), len(pieces)
-    pieces += [slice(len(crops.utterance) - 1, None)] * (len(sizes) - len(pieces))  # dummies, of the shortest row
+    pieces += [slice(-1, None)] * (rounds * num_ranks - num_real)  # dummies, of the shortest row
     return [
         MicroBatchPlan(crops.take(pieces[piece]), update, piece, rounds, total, piece >= num_real, following)
-        for piece in deal(sizes, num_ranks)[rank].tolist()
+        for piece in deal(rounds, num_ranks, rank)
     ]
+
+
+class PieceSize(NamedTuple):
+    """What a micro-batch holds at most."""
+
+    slots: int
+    rows: int
+
+
+def find_size(batches: EffectiveBatches, num_ranks: int, micro_batch_samples: int) -> PieceSize:
+    """The one size that the micro-batches of a run fit into, so that all of them can have the same shapes.
+
+    It holds for `SAMPLED_UPDATES` updates from all over an epoch: the slots of their fullest piece, up to the next
+    multiple of `SLOT_STEP`, and the most rows with a margin as wide as they vary. A larger piece is rare, not excluded.
+    """
+    slots, rows = [], []
+    for number in range(SAMPLED_UPDATES):
+        crops, _ = batches.draw(Cursor(0, number * batches.order.n // SAMPLED_UPDATES))
+        sizes = np.sort(count_slots(crops.num_samples))[::-1]
+        _, pieces = cut(sizes, num_ranks, count_slots(micro_batch_samples))
+        slots.append(int(sizes[pieces[0]].sum()))
+        rows.append(max(map(len, pieces)))
+    return PieceSize(-(-max(slots) // SLOT_STEP) * SLOT_STEP, 2 * max(rows) - min(rows))
 
 
 class PlanStream:

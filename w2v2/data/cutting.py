@@ -1,102 +1,91 @@
-"""An effective batch's lengths → padded pieces, one a micro-batch; pieces → ranks.
+"""An effective batch → pieces, one a micro-batch; pieces → ranks.
 
-A piece costs its padded size: rows × its longest row, in samples. Lengths are always sorted, longest first.
+The utterances of a piece lie side by side, so it costs the sum of their sizes. Pieces are about equal: a run computes
+all of them in one size, and the ranks finish together.
+
+Shapes: n utterances, P pieces, K utterances of the piece that has most.
 """
 
+import heapq
 import math
 
 import numpy as np
 
-MOST_IDLE = 0.06  # unevenness that is worth another round
-EFFICIENT_SAMPLES = 40 * 16_000  # a smaller piece costs about as much overhead as it saves
-MOST_EXCHANGES = 1_000  # of pieces between ranks: updates need a few, validation sets of 100,000 utterances gain little
+CUT_VERSION = 2  # dropout and Gumbel noise follow the cut; 1 were sorted, padded pieces
+MOST_TURNS = 24  # of exchanges; few are needed
+COMPARED = 16  # utterances of a piece that an exchange chooses from
 
 
-def greedy_starts(lengths: np.ndarray, budget: int) -> list[int]:
-    """Where pieces begin whose padded size is within `budget`, or of one row that is longer than that."""
-    following = (np.arange(len(lengths)) + np.maximum(1, budget // lengths)).tolist()
-    starts, first = [], 0
-    while first < len(lengths):
-        starts.append(first)
-        first = following[first]
-    return starts
-
-
-def cut(lengths: np.ndarray, num_ranks: int, micro_batch_samples: int) -> tuple[int, list[slice]]:
+def cut(sizes: np.ndarray, num_ranks: int, budget: int) -> tuple[int, list[np.ndarray]]:
     """Cut an effective batch for `num_ranks` devices into m rounds, each of one piece a rank.
 
-    m is the fewest rounds whose pieces fit into `micro_batch_samples`. For that m, the smallest padded budget is taken
-    that gives at most m × num_ranks greedy pieces, so the pieces are as even as they can be. Where a piece has few
-    rows, the ranks can still be uneven (64 ranks share 1.6 h as six utterances each). Up to twice the rounds are then
-    tried, as long as the pieces stay large enough to keep a device busy.
-
-    Returns: m, and at most m × num_ranks pieces.
-    """
-    fewest = math.ceil(len(greedy_starts(lengths, micro_batch_samples)) / num_ranks)
-    for rounds in range(fewest, 2 * fewest + 1):
-        budget = smallest_budget(lengths, rounds * num_ranks, micro_batch_samples)
-        starts = greedy_starts(lengths, budget)
-        pieces = [slice(*ends) for ends in zip(starts, [*starts[1:], len(lengths)], strict=True)]
-        if rounds == fewest:
-            found = rounds, pieces
-        elif budget < EFFICIENT_SAMPLES:
-            break
-        if idle_fraction(padded_sizes(lengths, pieces, rounds * num_ranks), num_ranks) <= MOST_IDLE:
-            return rounds, pieces
-    return found
-
-
-def smallest_budget(lengths: np.ndarray, num_pieces: int, enough: int) -> int:
-    """The smallest budget that gives at most `num_pieces` greedy pieces, by bisection; `enough` is one that does."""
-    low, high = max(int(lengths[0]), -(-int(lengths.sum()) // num_pieces)), enough  # pieces hold all of the samples
-    while low < high:
-        middle = (low + high) // 2
-        if len(greedy_starts(lengths, middle)) <= num_pieces:
-            high = middle
-        else:
-            low = middle + 1
-    return high
-
-
-def idle_fraction(sizes: np.ndarray, num_ranks: int) -> float:
-    """Share of the time for which the average rank waits for the busiest at the end of an update."""
-    load = sizes[deal(sizes, num_ranks)].sum(1)  # (num_ranks, m) → (num_ranks,)
-    return float(1.0 - load.mean() / load.max())
-
-
-def padded_sizes(lengths: np.ndarray, pieces: list[slice], num_slots: int) -> np.ndarray:
-    """Cost of each piece, int64 of shape (num_slots,). Slots beyond the pieces are dummies of one row, the shortest."""
-    sizes = [(piece.stop - piece.start) * int(lengths[piece.start]) for piece in pieces]
-    return np.array(sizes + [int(lengths[-1])] * (num_slots - len(pieces)), dtype=np.int64)
-
-
-def deal(sizes: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Numbers of the pieces that each rank runs, shape (num_ranks, m), so that the ranks finish an update together.
-
-    A round holds pieces of about the same size, because a sharded model makes the ranks wait for each other in it.
-    Within a round, the largest piece goes to the rank with the smallest load so far. Then the ranks with the largest
-    and the smallest load exchange pieces of a round for as long as that brings them closer.
+    m is the fewest rounds whose fullest piece is within `budget`, as `pack` fills them. Beyond a thousand rounds, which
+    a large validation set has, it may be a few in a thousand more. An utterance beyond the budget stands alone.
 
     Args:
-        sizes: (m · num_ranks,) padded sizes, dummies included.
+        sizes: (n,) int64, largest first, in the unit of `budget`.
+
+    Returns: m, and at most m × num_ranks pieces, the fullest first: rising indices into `sizes`.
     """
-    rounds = np.argsort(-sizes, kind="stable").reshape(-1, num_ranks)  # (m · ranks,) → (m, ranks)
-    if num_ranks == 1:
-        return rounds.T
-    # 1. Deal each round, the largest piece to the smallest load.
-    dealt, load = np.empty((num_ranks, len(rounds)), dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
-    for column, pieces in enumerate(rounds):
-        least_first = np.argsort(load, kind="stable")
-        dealt[least_first, column] = pieces
-        load[least_first] += sizes[pieces]
-    # 2. Exchange.
-    for _ in range(MOST_EXCHANGES):
-        most, least = int(load.argmax()), int(load.argmin())
-        moved = sizes[dealt[most]] - sizes[dealt[least]]  # (m,) by an exchange in each of the rounds
-        gain = np.minimum(moved, load[most] - load[least] - moved)
-        column = int(gain.argmax())
-        if gain[column] <= 0:
+    budget, most = max(budget, int(sizes[0])), math.ceil(len(sizes) / num_ranks)  # rounds, with a piece an utterance
+    rounds = math.ceil(int(sizes.sum()) / (num_ranks * budget))
+    while True:
+        table, load = pack(sizes, min(rounds * num_ranks, len(sizes)))
+        if load.max() <= budget:
             break
-        dealt[[most, least], column] = dealt[[least, most], column]
-        load[[most, least]] += np.array([-1, 1]) * moved[column]
-    return dealt
+        rounds = min(rounds + 1 + rounds // 1_000, most)
+    fullest_first = np.sort(table[np.argsort(-load, kind="stable")])
+    counts = (fullest_first < len(sizes)).sum(1).tolist()
+    return rounds, [row[:count] for row, count in zip(fullest_first, counts, strict=True)]
+
+
+def pack(sizes: np.ndarray, num_pieces: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fill pieces evenly: the largest first, each into the emptiest piece (Graham 1969), and then by exchanges.
+
+    sizes: (n,) largest first, n ≥ P → (P, K) utterances of each piece, n in free places, and (P,) the pieces' sums
+    """
+    # 1. Longest processing time first. An entry of the heap is sum · P + piece.
+    heap, piece = list(range(num_pieces)), []
+    for size in (sizes * num_pieces).tolist():
+        piece.append(heap[0] % num_pieces)
+        heapq.heapreplace(heap, heap[0] + size)
+    # 2. A table of them, with a free place at each end.
+    counts = np.bincount(piece, minlength=num_pieces)
+    table = np.full((num_pieces, int(counts.max()) + 1), len(sizes))
+    table[np.arange(table.shape[1]) < counts[:, None]] = np.argsort(piece, kind="stable")
+    return table, exchange(table, np.append(sizes, 0))
+
+
+def exchange(table: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Even out the pieces of `table`, in place, and return their sums.
+
+    In a turn, every piece of the fuller half exchanges an utterance with one of the emptier half: the fullest with the
+    emptiest and so on, in every second turn the fullest with the middle one. They take the two utterances that bring
+    them closest; one of them may be a free place.
+    """
+    load, half = sizes[table].sum(1), len(table) // 2
+    columns = np.unique(np.linspace(0, table.shape[1] - 1, COMPARED).astype(int))  # (k,)
+    idle = 0
+    for turn in range(MOST_TURNS if half else 0):
+        order = np.argsort(-load, kind="stable")
+        more, less = order[:half], order[-half:]  # (P / 2,) each
+        less = less if turn % 2 else less[::-1]
+        gap = (load[more] - load[less])[:, None, None]
+        moved = sizes[table[more][:, columns]][:, :, None] - sizes[table[less][:, columns]][:, None]  # (P / 2, k, k)
+        gain = np.minimum(moved, gap - moved).reshape(half, -1)
+        best = gain.argmax(1)
+        pairs = np.flatnonzero(gain[np.arange(half), best] > 0)
+        more, less, best = more[pairs], less[pairs], best[pairs]
+        out, back = columns[best // len(columns)], columns[best % len(columns)]
+        table[more, out], table[less, back] = table[less, back], table[more, out]
+        before, load = load.max(), sizes[table].sum(1)
+        idle = 0 if load.max() < before else idle + 1
+        if idle == 2:
+            break
+    return load
+
+
+def deal(num_rounds: int, num_ranks: int, rank: int) -> list[int]:
+    """Numbers of the pieces that a rank runs, one a round; every second round is dealt from the last rank on."""
+    turns = (rank, num_ranks - 1 - rank)
+    return [number * num_ranks + turns[number % 2] for number in range(num_rounds)]

@@ -5,6 +5,8 @@ cut where whole effective batches are reached, into as many updates as fit best.
 epoch, no update is a small remainder, and every epoch has as many updates, as `Trainer` needs to resume.
 """
 
+import bisect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from w2v2.data.batching import EpochOrder
-from w2v2.data.cutting import cut, deal, padded_sizes
+from w2v2.data.cutting import deal
 
 BATCHES_PER_WINDOW = 50
 
@@ -83,13 +85,34 @@ class UpdateSampler(Sampler[list[MicroBatch]]):
         return np.split(order, np.searchsorted(update, np.arange(1, self.num_updates)))
 
     def micro_batches(self, rows: np.ndarray) -> list[MicroBatch]:
-        """This rank's part of an effective batch, longest first: as many micro-batches as every other rank has."""
+        """This rank's part of an effective batch, larger ones first: as many micro-batches as every other rank has."""
         rows = rows[np.lexsort((rows, -self.lengths[rows]))]
-        lengths = self.lengths[rows]
-        rounds, pieces = cut(lengths, self.num_ranks, self.micro_batch_samples)
-        dealt = deal(padded_sizes(lengths, pieces, rounds * self.num_ranks), self.num_ranks)[self.rank].tolist()
-        chosen = [rows[pieces[piece]] if piece < len(pieces) else rows[-1:] for piece in dealt]
-        return [MicroBatch(tuple(c.tolist()), piece >= len(pieces)) for c, piece in zip(chosen, dealt, strict=True)]
+        rounds, pieces = cut_padded(self.lengths[rows], self.num_ranks, self.micro_batch_samples)
+        found = [MicroBatch(tuple(rows[piece].tolist()), is_dummy=False) for piece in pieces]
+        found += [MicroBatch((int(rows[-1]),), is_dummy=True)] * (rounds * self.num_ranks - len(found))
+        return [found[piece] for piece in deal(rounds, self.num_ranks, self.rank)]
+
+
+def cut_padded(lengths: np.ndarray, num_ranks: int, budget: int) -> tuple[int, list[slice]]:
+    """Cut utterances, longest first, into m rounds of pieces whose padded size (rows × longest) is within `budget`.
+
+    m is the fewest rounds; for it, the pieces are those of the smallest budget that needs no more.
+
+    Returns: m, and at most m × num_ranks pieces, the largest first.
+    """
+
+    def pieces(budget: int) -> list[slice]:
+        found, first = [], 0
+        while first < len(lengths):
+            found.append(slice(first, first + max(1, budget // int(lengths[first]))))
+            first = found[-1].stop
+        return found
+
+    rounds = math.ceil(len(pieces(budget)) / num_ranks)
+    least = range(int(lengths[0]), budget)
+    smallest = bisect.bisect_left(least, True, key=lambda budget: len(pieces(budget)) <= rounds * num_ranks)
+    found = pieces(int(lengths[0]) + smallest)
+    return rounds, sorted(found, key=lambda piece: -len(lengths[piece]) * int(lengths[piece.start]))
 
 
 class MicroBatches(Dataset):

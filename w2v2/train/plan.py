@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from w2v2.audio.crops import MAX_SHIFT, SAMPLING_RATE
 from w2v2.audio.files import split_address
 from w2v2.audio.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
-from w2v2.data.batching import Cursor, EffectiveBatches
-from w2v2.data.cutting import cut, padded_sizes
+from w2v2.data.batching import LATENT_STRIDE, Cursor, EffectiveBatches, count_slots, find_size
+from w2v2.data.cutting import cut
 from w2v2.data.sampling import build_order
 from w2v2.data.shards import describe_shards
 from w2v2.data.utterances import Utterances
@@ -54,24 +54,24 @@ def make_plan(
     seconds = micro_batch_seconds or max(ASSUMED_SECONDS, batches.longest / SAMPLING_RATE)
     micro_batch_samples = round(seconds * SAMPLING_RATE)
     batches.check_budget(micro_batch_samples)
-    cursor, rounds, samples, padded = Cursor(), [], [], []
+    size = find_size(batches, num_ranks, micro_batch_samples)
+    cursor, rounds, samples = Cursor(), [], []
     for _ in range(min(8, args.max_steps)):
         crops, cursor = batches.draw(cursor)
-        lengths = np.sort(crops.num_samples)[::-1]
-        num_rounds, pieces = cut(lengths, num_ranks, micro_batch_samples)
-        rounds.append(num_rounds)
-        samples.append(int(lengths.sum()))
-        padded.append(int(padded_sizes(lengths, pieces, len(pieces)).sum()))
+        slots = np.sort(count_slots(crops.num_samples))[::-1]
+        rounds.append(cut(slots, num_ranks, count_slots(micro_batch_samples))[0])
+        samples.append(int(crops.num_samples.sum()))
     heard_samples, whole_samples = _epoch_samples(utterances, batches)
     updates_per_epoch = heard_samples / np.mean(samples)
     plan = summarize(utterances) | {
         "batch_hours": float(np.mean(samples)) / SAMPLING_RATE / 3600,
         "micro_batch_seconds": seconds,
         "micro_batches_per_update": float(np.mean(rounds)),
+        "micro_batch_size": size._asdict(),
         "updates_per_epoch": updates_per_epoch,
         "epochs": args.max_steps / updates_per_epoch,
         "cropped_fraction": 1.0 - heard_samples / whole_samples,
-        "padded_fraction": 1.0 - sum(samples) / float(sum(padded)),
+        "filler_fraction": 1.0 - sum(samples) / (sum(rounds) * num_ranks * size.slots * LATENT_STRIDE),
         "num_processes": num_ranks,
     }
     if utterances.sources:
@@ -149,6 +149,7 @@ def describe(plan: dict[str, Any]) -> str:
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in part["dropped"].items())
         row = f"{name:14}{part['hours']:.2f} h in {part['utterances']:,} utterances"
         rows.append(f"{row} (left out: {left_out})" if left_out else row)
+    seconds = plan["micro_batch_size"]["slots"] * LATENT_STRIDE / SAMPLING_RATE
     draws = sum(source["draws_per_epoch"] for source in plan.get("sources", []))
     epoch = f" ({draws:,} draws, about as many hours as the sources hold)" if draws else ""
     for source in plan.get("sources", []):
@@ -158,8 +159,9 @@ def describe(plan: dict[str, Any]) -> str:
             f"{source['repetitions']:,.1f} in the run"
         )
     rows += [
-        f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches on each of "
-        f"{plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, {plan['cropped_fraction']:.1%} cropped away",
+        f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches of at most "
+        f"{seconds:.1f} s on each of {plan['num_processes']} device(s), up to {plan['filler_fraction']:.1%} filler, "
+        f"{plan['cropped_fraction']:.1%} cropped away",
         f"run           {plan['updates_per_epoch']:.1f} updates an epoch{epoch}, {plan['epochs']:.1f} epochs",
     ]
     rows += [describe_shards(plan["streaming"])] if "streaming" in plan else []

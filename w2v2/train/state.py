@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, MicroBatchPlan
 from w2v2.data.collate import PretrainBatch
+from w2v2.data.cutting import CUT_VERSION
 from w2v2.data.sampling import build_order
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
@@ -52,6 +53,7 @@ class RunState:
     settings: dict[str, Any] = field(default_factory=dict)  # of optimisation, objective and model
     micro_batch_seconds: float | None = None  # their cut, which noise follows; None: not decided yet
     num_processes: int | None = None
+    cut_version: int = CUT_VERSION
     notes: list[str] = field(default_factory=list)  # on what differs from the checkpoint's run; not saved
 
     @classmethod
@@ -95,6 +97,11 @@ class RunState:
         before |= saved.get("settings", {}) | {"micro_batch_seconds": found or cut}
         if changed := differences(before, self.settings | {"micro_batch_seconds": cut or found}):
             self.notes.append(f"other settings than the checkpoint's run had: {changed}")
+        if (version := saved.get("cut_version", 1)) != CUT_VERSION:
+            self.notes.append(
+                f"the checkpoint's run cut the same effective batches in another way (cut_version {version}, now "
+                f"{CUT_VERSION}): dropout and Gumbel noise follow the new cut"
+            )
         if "ids_sha256" not in saved["identity"]:
             what = "neither the ids of the utterances nor the settings were compared with it"
             seed = "" if args.seed == VALIDATION_SEED else "; validation takes other crops and masks"
