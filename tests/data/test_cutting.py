@@ -67,6 +67,12 @@ def test_few_utterances_are_a_piece_each_and_a_giant_stands_alone():
     assert rounds == 2 and [piece.tolist() for piece in pieces] == [[0], [1, 2]]
 
 
+def test_pieces_with_giants_get_none_of_the_short():
+    """Ten giants for eight pieces: two pieces have two each, and the others share the rest."""
+    _, load = pack(np.array([700] * 10 + [5] * 400), 8)
+    assert sorted(load.tolist()) == [1030] * 2 + [1035] * 4 + [1400] * 2
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_exchanges_lose_nothing_and_lower_the_fullest(seed):
     """From pieces that were filled in turn; what they bring is near the mean where there is a choice."""
