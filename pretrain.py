@@ -133,7 +133,7 @@ def main() -> None:
             announce(accelerator, f"warning       {note}")
     run = Run(args, config, accelerator, model, optimizer, feature_extractor, framing, state, training, validation)
 
-    # 4. The size of a micro-batch: how much padded audio a device holds, and so how the effective batch is cut.
+    # 4. The size of a micro-batch: how much audio a device holds, and so how the effective batch is cut.
     state.micro_batch_seconds = args.micro_batch_seconds or find_micro_batch(run, batches)
     state.num_processes = accelerator.num_processes
     on_main_process(accelerator, lambda: present_plan(data, args, accelerator, state.micro_batch_seconds))

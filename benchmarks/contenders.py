@@ -1,4 +1,4 @@
-"""What `update.py` times: an update of this program on an effective batch, cropped, cut and padded as in training.
+"""What `update.py` times: an update of this program on an effective batch, cropped and packed as in training.
 
 The samples are noise: no kernel's time depends on them. `stock_loop.py` has the other side, on the same utterances.
 Shapes: N slots of latent frames, P masked frames, C conv channels, D width.

@@ -60,7 +60,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--config_overrides", help="as in pretrain.py")
     parser.add_argument("--pairs", type=int, default=5, help="alternating pairs of updates (after one to warm up)")
     parser.add_argument("--batch_seconds", type=float, default=update, help="speech in an update")
-    parser.add_argument("--micro_batch_seconds", type=float, default=micro_batch, help="of padded audio at a time")
+    parser.add_argument("--micro_batch_seconds", type=float, default=micro_batch, help="of audio at a time")
     parser.add_argument("--crop_seconds", type=float, default=15.38)
     parser.add_argument("--length_grid_seconds", type=float, default=0.32, help="ours only")
     parser.add_argument("--lengths", nargs="+", default=["librispeech", "equal"], choices=["librispeech", "equal"])

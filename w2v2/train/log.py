@@ -16,7 +16,7 @@ A record is one flat dictionary for one step. Names in training records, all ove
 | `gumbel_temperature`, `learning_rate`, `grad_norm` | as used in this update; the norm before clipping |
 | `masked_frames`, `batch_hours` | size of the effective batch |
 | `audio_seconds_per_second`, `data_wait_fraction` | throughput; share of the time spent waiting for data |
-| `cropped_fraction`, `padded_fraction` | share of audio cropped away; share of padding in the micro-batches |
+| `cropped_fraction`, `padded_fraction` | share of audio cropped away; share of the micro-batches that is no audio |
 | `skipped_audio` | unreadable files met so far |
 | `num_processes` | devices at work: with hours heard and throughput, the device-hours |
 | `skipped_updates` | updates so far that were not taken, because loss or gradient was not finite |
