@@ -47,6 +47,10 @@ class PretrainBatch:
     lengths: tuple[int, ...]  # `frames` on the host
     gaps: tuple[int, ...]  # slots of the gap behind each utterance, on the host
     masked_lengths: tuple[int, ...]  # `num_masked` on the host
+    masked_gaps: tuple[int, ...]  # places of `masked` behind those of each utterance that hold no masked frame: none
+    longest: int  # of `lengths` and `gaps`, and of `masked_lengths` and `masked_gaps`
+    longest_masked: int
+    is_filled: bool  # up to sizes that all micro-batches of a run have
     groups: tuple[
         tuple[slice, int], ...
     ]  # consecutive utterances with about as many masked frames, and M of each group
@@ -175,6 +179,8 @@ def build_batch(
         bounds=find_bounds(frames, slots - frames),
         lengths=tuple(frames.tolist()),
         gaps=tuple((slots - frames).tolist()),
+        longest=int(torch.maximum(frames, slots - frames).max()),
+        is_filled=False,
         normalize=framing.normalize,
         weight=weight,
         plan=plan,
@@ -194,6 +200,8 @@ def place_masks(mask: torch.Tensor, first: torch.Tensor, num_slots: int) -> dict
         num_masked=num_masked,
         masked_bounds=find_bounds(num_masked, torch.zeros_like(num_masked)),
         masked_lengths=tuple(num_masked.tolist()),
+        masked_gaps=(0,) * len(mask),
+        longest_masked=int(num_masked.max()),
         groups=group_alike(num_masked.tolist()),
     )
 

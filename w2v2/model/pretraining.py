@@ -176,7 +176,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
     def _layer(self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype) -> torch.Tensor:
         """One layer, for the utterances that layerdrop leaves it: (N, D) → (N, D). The last gives the masked frames (P, D)."""
-        rows, row = Rows(batch.lengths, batch.gaps, batch.bounds), batch.row
+        rows, row = Rows(batch.lengths, batch.gaps, batch.bounds, batch.longest), batch.row
         kept = batch.kept[index] if self.training and self.config.layerdrop > 0 else None  # (B,)
 
         def run(x, rows, asked=None):
@@ -184,9 +184,8 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
         # 1. The last layer's other frames are not needed.
         if index == self.config.num_hidden_layers - 1:
-            out = run(
-                hidden, rows, (batch.masked, Rows(batch.masked_lengths, (0,) * len(batch.lengths), batch.masked_bounds))
-            )
+            own = Rows(batch.masked_lengths, batch.masked_gaps, batch.masked_bounds, batch.longest_masked)
+            out = run(hidden, rows, (batch.masked, own))
             row, hidden = row[batch.masked], hidden.index_select(0, batch.masked)
         # 2. A CPU computes a layer for those utterances alone.
         elif kept is not None and skips_rows(hidden) and kept.any():

@@ -33,6 +33,7 @@ class Rows(NamedTuple):
     lengths: Sequence[int]  # frames of each, on the host
     gaps: Sequence[int]  # slots of each gap, on the host
     bounds: torch.Tensor  # (2 · B + 1,) int32, where utterances and gaps begin in turn, and the end, on the device
+    longest: int  # of all of them
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(N, …) → (T, …) of each utterance. One split, because each slice would fill its gradient up with zeros."""
@@ -46,7 +47,7 @@ class Rows(NamedTuple):
     def choose(self, kept: torch.Tensor) -> "Rows":
         """Those utterances that are `kept`, (B,) bool, side by side: for a CPU, which needs no bounds."""
         chosen = kept.nonzero()[:, 0].tolist()
-        return Rows([self.lengths[i] for i in chosen], [self.gaps[i] for i in chosen], self.bounds)
+        return Rows([self.lengths[i] for i in chosen], [self.gaps[i] for i in chosen], self.bounds, self.longest)
 
 
 def positional(module: nn.Module, hidden: torch.Tensor, batch: PretrainBatch, in_blocks: bool) -> torch.Tensor:
@@ -56,7 +57,7 @@ def positional(module: nn.Module, hidden: torch.Tensor, batch: PretrainBatch, in
     if in_blocks:
         blocks = find_blocks(batch, conv.kernel_size[0])
         return module.activation(_ConvolveInBlocks.apply(hidden, weight, blocks, conv.groups) + bias)
-    rows, found = Rows(batch.lengths, batch.gaps, batch.bounds), []
+    rows, found = Rows(batch.lengths, batch.gaps, batch.bounds, batch.longest), []
     for x in rows.split(hidden):
         out = F.conv1d(x.T[None], weight, bias, padding=conv.padding, groups=conv.groups)  # (1, D, T or T + 1)
         found.append(out[0, :, : len(x)].T)
@@ -74,10 +75,10 @@ class Blocks(NamedTuple):
 def find_blocks(batch: PretrainBatch, k: int) -> Blocks:
     """The blocks of all utterances, for a convolution of k taps."""
     device, N = batch.row.device, len(batch.row)
-    # 1. The utterance of each block, and the slot where it begins: (Q,).
+    # 1. The utterance of each block, and the slot where it begins: (Q,). There may be fewer blocks than Q.
     ends = (-(-batch.frames // BLOCK)).cumsum(0)  # (B,) numbers of blocks
-    number = torch.arange(sum(-(-length // BLOCK) for length in batch.lengths), device=device)
-    row = torch.searchsorted(ends, number, right=True)
+    number = torch.arange(N // BLOCK + len(ends), device=device)
+    row = torch.searchsorted(ends, number, right=True).clamp_max(len(ends) - 1)
     blocks_before = F.pad(ends, (1, 0))[row]
     begin = batch.first[row] + (number - blocks_before) * BLOCK
 
@@ -206,8 +207,8 @@ def norm(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
 def attend(query, key, value, asking: Rows, attended: Rows, dropout: float = 0.0) -> torch.Tensor:
     """Attention within each utterance: query (P, H, d), key and value (N, H, d) → (P, H, d). Gaps get any values."""
     if takes_any_lengths(query):
-        longest = max(*asking.lengths, *asking.gaps), max(*attended.lengths, *attended.gaps)
-        return _FLASH(query, key, value, asking.bounds, attended.bounds, *longest, dropout, False, False)[0]
+        bounds = asking.bounds, attended.bounds, asking.longest, attended.longest
+        return _FLASH(query, key, value, *bounds, dropout, False, False)[0]
     parts = zip(asking.split(query), attended.split(key), attended.split(value), strict=True)
     return asking.join([_attend_alone(*part, dropout) for part in parts])
 

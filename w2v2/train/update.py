@@ -28,7 +28,8 @@ from w2v2.data.batching import LATENT_STRIDE, Cursor
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.hashing import NOISE, derive, positive
 from w2v2.errors import UserError
-from w2v2.model.pretraining import PretrainingModel
+from w2v2.model.pretraining import PretrainingModel, PretrainSums
+from w2v2.train.capture import CapturedStep
 from w2v2.train.launch import StopRequest
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import Totals
@@ -119,21 +120,41 @@ def accumulate(
         micro_batches = list(micro_batches)  # read twice
         mean_codes = compute_mean_codes(accelerator, model, micro_batches, settings)
     totals, scale = Totals(), 1.0
-    for number, batch in enumerate(micro_batches, start=1):
+    step = model if isinstance(model, CapturedStep) else EagerStep(accelerator, model)
+    step.begin()
+    for batch in micro_batches:
         # The same for all micro-batches and ranks. `take_step` undoes it; it keeps fp16 in range.
         scale = batch.plan.batch_samples / LATENT_STRIDE
         batch = batch.to(accelerator.device)
         seed_noise(settings.seed, settings.step, batch.plan.piece, accelerator.device)
-        is_last = number == batch.plan.num_rounds  # only then are gradients sent
+        totals.add(step(batch, settings, scale, mean_codes), batch)
+    step.end()
+    totals.counts = totals.counts._replace(stops_asked=float(stop is not None and stop.is_asked))
+    return totals.reduced(accelerator), scale
+
+
+class EagerStep:
+    """Runs micro-batches forward and backward, and adds up their gradients; those of all ranks with the last one."""
+
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module):
+        self.accelerator, self.model, self.number = accelerator, model, 0
+
+    def begin(self) -> None:
+        pass
+
+    end = begin
+
+    def __call__(self, batch: PretrainBatch, settings: UpdateSettings, scale: float, mean_codes=None) -> PretrainSums:
+        accelerator, model = self.accelerator, self.model
+        self.number += 1
+        is_last = self.number == batch.plan.num_rounds  # only then are gradients sent
         if isinstance(model, FSDPModule):
             model.set_reshard_after_backward(is_last)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             sums = model(batch, settings.gumbel_temperature, settings.diversity_weight, mean_codes)
             # DDP averages over ranks; times their number the gradient is a sum.
             accelerator.backward(sums.loss * (accelerator.num_processes / scale))
-        totals.add(sums, batch)
-    totals.counts = totals.counts._replace(stops_asked=float(stop is not None and stop.is_asked))
-    return totals.reduced(accelerator), scale
+        return sums
 
 
 def take_step(

@@ -1,0 +1,82 @@
+"""Micro-batches of one shape: filled up with silence that nobody hears, so that a CUDA graph can take each of them.
+
+A graph is captured once and replayed with other values in the same memory. So nothing of a micro-batch may be a number
+on the host: `fill_up` makes every shape, and every number that the model reads on the host, one of `Sizes`.
+
+Shapes: B utterances, N slots, P masked frames, M of the utterance that has most, R stretches that attention is within.
+"""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from w2v2.data.collate import SLOTS, PretrainBatch
+
+
+class Sizes(NamedTuple):
+    """What every micro-batch is filled up to."""
+
+    slots: int  # N
+    utterances: int  # B
+    masked: int  # P
+    most_masked: int  # M, a multiple of `SLOTS`
+    longest: int  # slots of the longest stretch that attention is within
+
+    def hold(self, batch: PretrainBatch) -> bool:
+        """Whether the micro-batch fits; at least one slot is left over."""
+        most = -(-max(batch.masked_lengths) // SLOTS) * SLOTS
+        found = len(batch.row) + 1, len(batch.lengths), len(batch.masked), most, max(*batch.lengths, *batch.gaps)
+        return all(own <= size for own, size in zip(found, self, strict=True))
+
+
+def find_sizes(batches: list[PretrainBatch], slots: int, margin: float = 1.03) -> Sizes:
+    """Sizes that hold micro-batches like these, which follow each other in a run, on at most `slots` slots.
+
+    Masks and lengths vary: `margin` leaves room for others. One that is larger still has to go without a graph.
+    """
+    utterances = max(len(batch.lengths) for batch in batches)
+    masked = max(len(batch.masked) for batch in batches)
+    most = max(max(batch.masked_lengths) for batch in batches)
+    longest = max(max(batch.lengths) for batch in batches)
+    round_up = [math.ceil(margin * number / SLOTS) * SLOTS for number in (masked, most)]
+    return Sizes(slots, math.ceil(margin * utterances) + 1, *round_up, longest)
+
+
+def fill_up(batch: PretrainBatch, sizes: Sizes) -> PretrainBatch:
+    """The micro-batch in the shapes of `sizes`; loss and gradient stay as they are. `sizes` has to hold it."""
+    N, P, b, slot = len(batch.row), len(batch.masked), len(batch.lengths), len(batch.samples) // len(batch.row)
+    slots, rows, masked = sizes.slots - N, sizes.utterances - b, sizes.masked - P  # what is missing
+
+    def more(x: torch.Tensor, number: int, value: int) -> torch.Tensor:
+        return F.pad(x, (0, number), value=value)
+
+    # What is left over attends to itself, in stretches no longer than others. Stretches of no slot stand in for
+    # utterances that are missing. The last slot is nobody's: masked frames that are missing lie there.
+    stretches = torch.full((math.ceil(sizes.slots / sizes.longest),), sizes.longest)
+    rest = (slots - (stretches.cumsum(0) - stretches)).clamp(min=0).minimum(stretches).flip(0)  # the last is not empty
+    ends = torch.cat([torch.full((2 * rows,), N), N + rest.cumsum(0)])
+    asked = torch.full_like(ends, P).index_fill_(0, torch.tensor([len(ends) - 1]), sizes.masked)
+    return replace(
+        batch,
+        samples=more(batch.samples, slots * slot, 0),
+        row=more(batch.row, slots, b - 1),
+        first=more(batch.first, rows, sizes.slots),
+        num_samples=more(batch.num_samples, rows, slot),  # statistics of no samples would not be numbers
+        frames=more(batch.frames, rows, 0),
+        keys=more(batch.keys, rows, 0),
+        mask=more(batch.mask, slots, False),
+        masked=more(batch.masked, masked, sizes.slots - 1),
+        num_masked=more(batch.num_masked, rows, 0),
+        kept=more(batch.kept, rows, False),
+        bounds=torch.cat([batch.bounds, ends]).int(),
+        masked_bounds=torch.cat([batch.masked_bounds, asked]).int(),
+        gaps=(*batch.gaps[:-1], batch.gaps[-1] + slots),
+        masked_gaps=(*batch.masked_gaps[:-1], masked),
+        groups=((slice(0, sizes.utterances), sizes.most_masked),),
+        longest=sizes.longest,
+        longest_masked=sizes.masked,
+        is_filled=True,
+    )

@@ -1,0 +1,115 @@
+"""Forward and backward pass of a micro-batch as one CUDA graph: one launch in place of some 1,600.
+
+All micro-batches of a run then have one shape (`w2v2/data/filling.py`), gradients are added up where they are, and the
+noise is seeded before each replay as it is before each pass without a graph. DDP's hooks do not run in a replay: the
+gradients lie in one buffer, which is summed over the devices once an update.
+"""
+
+from dataclasses import fields, replace
+
+import torch
+from accelerate import Accelerator
+
+from w2v2.data.collate import FULL_SCALE, PretrainBatch
+from w2v2.errors import refuse
+from w2v2.model.pretraining import PretrainSums
+from w2v2.train.schedule import UpdateSettings
+
+WARM_UP = 3  # passes before the capture, in which libraries choose kernels and take their workspaces
+
+
+def check_capture(args, accelerator: Accelerator) -> None:
+    """Refuse what a CUDA graph cannot hold."""
+    has_flash = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+    refuse(
+        (not has_flash, "--cuda_graph needs an NVIDIA GPU and bf16: set mixed_precision: bf16, or leave it out"),
+        (accelerator.is_fsdp2, "--cuda_graph and FSDP exclude each other: leave one of them out"),
+        (args.gradient_checkpointing, "--cuda_graph and --gradient_checkpointing exclude each other"),
+        (
+            args.diversity_scope == "effective_batch",
+            "--cuda_graph takes one pass a micro-batch, --diversity_scope effective_batch two",
+        ),
+    )
+
+
+class CapturedStep:
+    """Runs micro-batches forward and backward, and adds their gradients to `.grad`.
+
+    The first micro-batch that is filled up is captured. Others of its shape are replays; one that does not fit into it
+    runs as it is, and is counted.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module):
+        self.accelerator, self.model = accelerator, accelerator.unwrap_model(model)
+        self.num_eager = 0  # micro-batches that were too large for the graph
+        self.batch: PretrainBatch | None = None  # what the graph reads
+        device = accelerator.device
+        # (3,) the factor of the loss, the Gumbel temperature and the diversity loss's weight: they vary over a run.
+        self.settings = torch.zeros(3, device=device)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.gradients = torch.zeros(sum(map(torch.numel, self.parameters)), device=device)
+
+    def begin(self) -> None:
+        """Before an update: gradients of zero, where the graph adds to them."""
+        self.gradients.zero_()
+        parts = self.gradients.split([parameter.numel() for parameter in self.parameters])
+        for parameter, gradient in zip(self.parameters, parts, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def __call__(self, batch: PretrainBatch, settings: UpdateSettings, scale: float, mean_codes=None) -> PretrainSums:
+        """The sums of a micro-batch. The gradient of its loss over `scale` is added to what there is."""
+        if not batch.weight and self.batch is not None:
+            return PretrainSums(*(torch.zeros_like(x) for x in self.sums))
+        self.settings.copy_(torch.tensor([1.0 / scale, settings.gumbel_temperature, settings.diversity_weight]))
+        batch = replace(batch, samples=_as_floats(batch.samples))
+        if not batch.is_filled or not batch.weight:
+            self.num_eager += batch.weight > 0
+            return self._run(batch)
+        if self.batch is None:
+            self._capture(batch)
+        for mine, new in zip(tensors(self.batch), tensors(batch), strict=True):
+            mine.copy_(new, non_blocking=True)
+        self.replay()
+        return PretrainSums(*(x.clone() for x in self.sums))
+
+    def end(self) -> None:
+        """After an update's micro-batches: gradients summed over all ranks."""
+        self.gradients.copy_(self.accelerator.reduce(self.gradients, reduction="sum"))
+
+    def _run(self, batch: PretrainBatch) -> PretrainSums:
+        factor, temperature, diversity_weight = self.settings.unbind()
+        with self.accelerator.autocast():
+            sums = self.model(batch, temperature, diversity_weight)
+        (sums.loss * factor).backward()
+        return PretrainSums(*(x.detach() for x in sums))
+
+    def _capture(self, batch: PretrainBatch) -> None:
+        """Capture a pass over a copy of the micro-batch; gradients and generators are then as they were."""
+        names = [f.name for f in fields(batch) if torch.is_tensor(getattr(batch, f.name))]
+        self.batch = replace(batch, **{name: getattr(batch, name).clone() for name in names})
+        kept, device = self.gradients.clone(), batch.row.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self.replay, self.sums = record(lambda: self._run(self.batch))
+        self.gradients.copy_(kept)
+
+
+def record(step):
+    """A CUDA graph of `step`: what replays it, and what `step` returned, which each replay overwrites."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    return graph.replay, out
+
+
+def tensors(batch: PretrainBatch) -> list[torch.Tensor]:
+    return [value for f in fields(batch) if torch.is_tensor(value := getattr(batch, f.name))]
+
+
+def _as_floats(samples: torch.Tensor) -> torch.Tensor:
+    return samples.float() / FULL_SCALE if samples.dtype == torch.int16 else samples
