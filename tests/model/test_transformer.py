@@ -23,13 +23,13 @@ def places(lengths, gaps):
     slots = frames + gaps
     return SimpleNamespace(
         row=torch.arange(len(lengths)).repeat_interleave(slots), first=slots.cumsum(0) - slots, frames=frames,
-        lengths=lengths, gaps=gaps.tolist(), bounds=find_bounds(frames, gaps)
+        lengths=lengths, gaps=gaps.tolist(), bounds=find_bounds(frames, gaps), longest=max(*lengths, *gaps.tolist())
     )  # fmt: skip
 
 
 def rows_of(lengths, gaps):
     batch = places(lengths, gaps)
-    return Rows(batch.lengths, batch.gaps, batch.bounds)
+    return Rows(batch.lengths, batch.gaps, batch.bounds, batch.longest)
 
 
 @pytest.mark.parametrize(

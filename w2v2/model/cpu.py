@@ -98,10 +98,10 @@ class _AttentionInBlocks(torch.autograd.Function):
     def forward(ctx, query, key, value, dropout):
         B, H, M, d = query.shape
         # (B, H, M, d) -> (B · H, M, d), and (B, H, T, d) -> (B · H, T, d)
-        query, key, value = (x.reshape(B * H, -1, d) for x in (query * d**-0.5, key, value))
+        query, key, value = (x.reshape(B * H, -1, d) for x in (query, key, value))  # no copies where B is 1
         out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
         for heads, (p, f) in _blocks(query, key, 2):
-            torch.softmax(torch.bmm(query[heads], key[heads].transpose(1, 2), out=p), -1, out=p)
+            _weigh(query[heads], key[heads], out=p)
             draw_kept(kept[heads], dropout)
             torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
         out *= 1.0 / (1.0 - dropout)
@@ -119,7 +119,7 @@ class _AttentionInBlocks(torch.autograd.Function):
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for heads, (p, dp, f) in _blocks(query, key, 3):
             # 1. The weights again, and which of them were kept.
-            torch.softmax(torch.bmm(query[heads], key[heads].transpose(1, 2), out=p), -1, out=p)
+            _weigh(query[heads], key[heads], out=p)
             f.copy_(kept[heads])
             # 2. Through dropout and softmax to the gradient of the scores.
             torch.bmm(scaled[heads], value[heads].transpose(1, 2), out=dp)
@@ -129,7 +129,14 @@ class _AttentionInBlocks(torch.autograd.Function):
             torch.bmm(dp, key[heads], out=d_query[heads])
             torch.bmm(dp.transpose(1, 2), query[heads], out=d_key[heads])
         d_query *= d**-0.5
+        d_key *= d**-0.5
         return d_query.view(B, H, M, d), d_key.view(B, H, -1, d), d_value.view(B, H, -1, d), None
+
+
+def _weigh(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
+    """Attention weights of query (h, M, d) and key (h, T, d): (h, M, T)."""
+    scale = query.shape[-1] ** -0.5
+    torch.softmax(torch.baddbmm(out, query, key.transpose(1, 2), beta=0, alpha=scale, out=out), -1, out=out)
 
 
 def _blocks(query: torch.Tensor, key: torch.Tensor, number: int):
