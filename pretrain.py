@@ -27,6 +27,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing
+from w2v2.data.filling import FilledCrops
 from w2v2.data.loader import build_loader
 from w2v2.data.streaming import FetchAhead, StreamedCrops
 from w2v2.data.utterances import Utterances, inspect_some, load_utterances
@@ -36,6 +37,7 @@ from w2v2.hub.push import HubPusher
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.model.pretraining import build_model
+from w2v2.train.capture import CapturedStep, find_run_sizes
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
 from w2v2.train.identity import check_agreement, identity
@@ -66,14 +68,15 @@ class Run:
     state: RunState
     training: Utterances
     validation: Utterances | None
+    captured: CapturedStep | None = None
 
-    def load(self, utterances: Utterances, plans: Iterable[MicroBatchPlan], seed: int) -> DataLoader:
-        """The micro-batches of `plans`, decoded ahead of time."""
-        shards = utterances.shards
+    def load(self, utterances: Utterances, plans: Iterable[MicroBatchPlan], seed: int, sizes=None) -> DataLoader:
+        """The micro-batches of `plans`, decoded ahead of time, filled up to `sizes`."""
+        shards, dataset = utterances.shards, CropDataset(utterances.table, self.framing, seed)
+        if shards:
+            dataset = StreamedCrops(utterances.table, self.framing, seed, shards)
         return build_loader(
-            StreamedCrops(utterances.table, self.framing, seed, shards)
-            if shards
-            else CropDataset(utterances.table, self.framing, seed),
+            FilledCrops(dataset, sizes) if sizes else dataset,
             FetchAhead(plans, shards) if shards else plans,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -146,11 +149,20 @@ def main() -> None:
     gc.freeze()  # a million objects of libraries and model, which every full collection would look through again
     gc.collect()
     plans = PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut_arguments)
-    feed = Feed(run.load(training, plans, args.seed))
+    sizes = None
+    if args.cuda_graph:
+        sizes, run.captured = find_run_sizes(run, batches), CapturedStep(accelerator, model)
+        seconds = sizes.slots * framing.slot / framing.sampling_rate
+        announce(accelerator, f"cuda graph    of micro-batches of {seconds:.1f} s, up to {sizes.utterances} utterances")
+    feed = Feed(run.load(training, plans, args.seed, sizes))
     with StopRequest(args.max_hours) as stop:
         train(run, feed, skipped, pusher, stop)
         if state.step == args.max_steps:
             finish(run, pusher)
+    if run.captured and run.captured.num_eager:
+        announce(
+            accelerator, f"cuda graph    {run.captured.num_eager:,} micro-batches were too large for it and ran without"
+        )
     end_training(accelerator)
     if state.step < args.max_steps:
         if pusher:
@@ -181,7 +193,9 @@ def train(run: Run, feed: Feed, skipped: dict[str, SkippedAudio], pusher: HubPus
         while state.step < args.max_steps and not is_stopping:
             # ------------------------------------------------------------------------------- one update
             settings = UpdateSettings.at(state.step, args, run.config.diversity_loss_weight)
-            metrics, totals = train_update(accelerator, run.model, run.optimizer, feed.update(), settings, stop)
+            metrics, totals = train_update(
+                accelerator, run.captured or run.model, run.optimizer, feed.update(), settings, stop
+            )
             counts = totals.counts
             state.advance(feed.cursor, int(counts.heard_samples))
             # ------------------------------------------------------------------------------- what it skipped

@@ -123,6 +123,9 @@ class OptimizationArguments:
     fused_kernels: bool = flag(
         False, "Fuse that and GELU in the project's own Triton kernels (NVIDIA GPUs only; not timed on one yet)."
     )
+    cuda_graph: bool = flag(
+        False, "Launch the passes of a micro-batch as one CUDA graph (NVIDIA GPUs, bf16; not tried on one yet)."
+    )
     positional_conv: str = flag(
         "auto",
         "The positional convolution as the library's (`stock`) or as products in `blocks` (`auto`: blocks on a GPU).",

@@ -1,5 +1,6 @@
 """One graph for all micro-batches: what is recorded of one gives the gradients of others, and reads nothing on the host."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,16 @@ import pytest
 import recorded_graph
 import torch
 from accelerate import Accelerator
-from conftest import NO_DROPOUT, make_batch, tiny_config
+from conftest import NO_DROPOUT, assert_same_run, make_batch, run_here, tiny_config, write_recipe
 from parity import assert_same_gradients, gradients, pair
 
+import pretrain
+from w2v2.data.batching import PieceSize
 from w2v2.data.collate import FULL_SCALE
 from w2v2.data.filling import Sizes, fill_up, find_sizes
 from w2v2.model import transformer
 from w2v2.train import capture
+from w2v2.train.log import read_metrics
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.update import accumulate, build_optimizer, seed_noise
 
@@ -145,9 +149,10 @@ def test_sizes_hold_the_micro_batches_they_were_found_from():
     config, rng = tiny_config(), np.random.default_rng(0)
     for _ in range(20):
         batches = [make_batch(config, rng.integers(5_000, 40_000, rng.integers(1, 9)).tolist()) for _ in range(4)]
-        sizes = find_sizes(batches, max(len(batch.row) for batch in batches) + 1)
+        slots, rows = max(len(batch.row) for batch in batches), max(len(batch.lengths) for batch in batches)
+        sizes = find_sizes(batches, PieceSize(slots, rows))
         assert all(sizes.hold(batch) for batch in batches)
-        assert not sizes._replace(slots=sizes.slots - 1).hold(max(batches, key=lambda batch: len(batch.row)))
+        assert not all(sizes._replace(slots=slots).hold(batch) for batch in batches)  # one slot is nobody's
 
 
 def test_gradients_stay_where_the_graph_adds_to_them(monkeypatch, as_on_a_gpu):
@@ -168,3 +173,27 @@ def test_gradients_stay_where_the_graph_adds_to_them(monkeypatch, as_on_a_gpu):
         optimizer.step()
         optimizer.zero_grad()
     assert places[0] == places[1] == places[2]
+
+
+def test_a_run_with_a_graph_is_the_run_without_and_resumes(monkeypatch, as_on_a_gpu, tmp_path):
+    """From the flags on. What is drawn for places that are filled up comes after the others, so noise is the same too."""
+    monkeypatch.setattr(capture, "record", recorded_graph.record)
+    monkeypatch.setattr("w2v2.train.launch.check_capture", lambda *_: None)
+    small = dict(batch_hours=0.004, micro_batch_seconds=6.0, max_steps=6, save_steps=3, eval_steps=3, use_cpu=True)
+    quiet = dict(dataloader_num_workers=0, collapse_action="none", report_to=["none"], positional_conv="blocks")
+    flags = write_recipe(tmp_path, NO_DROPOUT, **small, **quiet)
+    for name, more in (("plain", []), ("whole", ["--cuda_graph"]), ("again", ["--cuda_graph"])):
+        assert run_here(pretrain.main, flags, "--output_dir", tmp_path / name, *more) == 0
+    shutil.rmtree(tmp_path / "again" / "checkpoint-6")
+    assert (
+        run_here(
+            pretrain.main, flags, "--output_dir", tmp_path / "again", "--cuda_graph", "--resume_from_checkpoint", "auto"
+        )
+        == 0
+    )
+    assert_same_run(tmp_path / "again", tmp_path / "whole")
+    plain, whole = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "whole"))
+    assert [r["step"] for r in whole if "loss" in r] == list(range(1, 7))
+    for one, other in zip(plain, whole, strict=True):
+        for key in {"loss", "eval_loss", "grad_norm"} & set(one):
+            assert one[key] == pytest.approx(other[key], rel=1e-4), (one["step"], key)

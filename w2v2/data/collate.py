@@ -20,10 +20,9 @@ from torch.utils.data import Dataset
 from w2v2.audio.crops import AudioError, read_pcm
 from w2v2.data.batching import Crops, MicroBatchPlan
 from w2v2.data.hashing import derive
-from w2v2.data.masking import inside_rows, kept_rows, latent_lengths, least_samples, mask_spans
+from w2v2.data.masking import group_alike, inside_rows, kept_rows, latent_lengths, least_samples, mask_spans
 
 FULL_SCALE = 32_768  # of 16-bit samples
-SLOTS = 16  # M is a multiple of it, which gives few distinct shapes
 
 
 @dataclass
@@ -204,21 +203,6 @@ def place_masks(mask: torch.Tensor, first: torch.Tensor, num_slots: int) -> dict
         longest_masked=int(num_masked.max()),
         groups=group_alike(num_masked.tolist()),
     )
-
-
-def group_alike(num_masked: list[int]) -> tuple[tuple[slice, int], ...]:
-    """Consecutive utterances none of which has less than three quarters of the group's M masked frames, M a multiple of
-    `SLOTS`: their pairs of masked frames then fill a (b, M, M) array.
-    """
-    groups, begin = [], 0
-    while begin < len(num_masked):
-        most = num_masked[begin]
-        end = begin + 1
-        while end < len(num_masked) and 0.75 * most <= num_masked[end] <= most:
-            end += 1
-        groups.append((slice(begin, end), -(-most // SLOTS) * SLOTS))
-        begin = end
-    return tuple(groups)
 
 
 def find_bounds(own: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 
-from w2v2.data.collate import SLOTS, PretrainBatch
+from w2v2.data.batching import MicroBatchPlan, PieceSize
+from w2v2.data.collate import PretrainBatch
+from w2v2.data.masking import SLOTS
+
+MARGIN = 1.03
 
 
 class Sizes(NamedTuple):
@@ -32,17 +37,27 @@ class Sizes(NamedTuple):
         return all(own <= size for own, size in zip(found, self, strict=True))
 
 
-def find_sizes(batches: list[PretrainBatch], slots: int, margin: float = 1.03) -> Sizes:
-    """Sizes that hold micro-batches like these, which follow each other in a run, on at most `slots` slots.
+def find_sizes(batches: list[PretrainBatch], size: PieceSize) -> Sizes:
+    """Sizes that hold a run's micro-batches: `size` is their plan's, and their masks are like those of these `batches`.
 
-    Masks and lengths vary: `margin` leaves room for others. One that is larger still has to go without a graph.
+    Masks vary: `MARGIN` leaves room for others. A micro-batch that is larger still goes without a graph.
     """
-    utterances = max(len(batch.lengths) for batch in batches)
     masked = max(len(batch.masked) for batch in batches)
     most = max(max(batch.masked_lengths) for batch in batches)
     longest = max(max(batch.lengths) for batch in batches)
-    round_up = [math.ceil(margin * number / SLOTS) * SLOTS for number in (masked, most)]
-    return Sizes(slots, math.ceil(margin * utterances) + 1, *round_up, longest)
+    round_up = [math.ceil(MARGIN * number / SLOTS) * SLOTS for number in (masked, most)]
+    return Sizes(math.ceil((size.slots + 1) / SLOTS) * SLOTS, size.rows, *round_up, longest)
+
+
+class FilledCrops(Dataset):
+    """Maps a `MicroBatchPlan` to its `PretrainBatch`, filled up where `sizes` hold it."""
+
+    def __init__(self, crops: Dataset, sizes: Sizes):
+        self.crops, self.sizes = crops, sizes
+
+    def __getitem__(self, plan: MicroBatchPlan) -> PretrainBatch:
+        batch = self.crops[plan]
+        return fill_up(batch, self.sizes) if self.sizes.hold(batch) else batch
 
 
 def fill_up(batch: PretrainBatch, sizes: Sizes) -> PretrainBatch:

@@ -12,6 +12,8 @@ import torch
 
 from w2v2.data.hashing import DISTRACTOR, LAYERDROP, MASK, below, derive, positive, uniform
 
+SLOTS = 16  # M is a multiple of it, which gives few distinct shapes
+
 
 def latent_lengths(num_samples: torch.Tensor, kernels: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
     """Frames that the convolutions make of `num_samples` samples (any shape); never negative."""
@@ -61,6 +63,21 @@ def mask_spans(keys: torch.Tensor, frames: torch.Tensor, prob: float, length: in
     edges.scatter_add_(1, chosen, taken.int())
     edges.scatter_add_(1, chosen + length, -taken.int())
     return edges.cumsum(1)[:, :T] > 0
+
+
+def group_alike(num_masked: list[int]) -> tuple[tuple[slice, int], ...]:
+    """Consecutive utterances none of which has less than three quarters of the group's M masked frames, M a multiple of
+    `SLOTS`: their pairs of masked frames then fill a (b, M, M) array.
+    """
+    groups, begin = [], 0
+    while begin < len(num_masked):
+        most = num_masked[begin]
+        end = begin + 1
+        while end < len(num_masked) and 0.75 * most <= num_masked[end] <= most:
+            end += 1
+        groups.append((slice(begin, end), -(-most // SLOTS) * SLOTS))
+        begin = end
+    return tuple(groups)
 
 
 def distractors(keys: torch.Tensor, counts: torch.Tensor, num_slots: int, num_negatives: int) -> torch.Tensor:

@@ -7,29 +7,47 @@ gradients lie in one buffer, which is summed over the devices once an update.
 
 from dataclasses import fields, replace
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
-from w2v2.data.collate import FULL_SCALE, PretrainBatch
+from w2v2.data.batching import Cursor, EffectiveBatches, PlanStream, find_size
+from w2v2.data.collate import FULL_SCALE, PretrainBatch, build_batch
+from w2v2.data.filling import Sizes, find_sizes
 from w2v2.errors import refuse
 from w2v2.model.pretraining import PretrainSums
 from w2v2.train.schedule import UpdateSettings
 
+MASKED_UPDATES = 3  # that say how many masked frames there are
 WARM_UP = 3  # passes before the capture, in which libraries choose kernels and take their workspaces
 
 
 def check_capture(args, accelerator: Accelerator) -> None:
     """Refuse what a CUDA graph cannot hold."""
     has_flash = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    two_passes = args.diversity_scope == "effective_batch"
     refuse(
-        (not has_flash, "--cuda_graph needs an NVIDIA GPU and bf16: set mixed_precision: bf16, or leave it out"),
-        (accelerator.is_fsdp2, "--cuda_graph and FSDP exclude each other: leave one of them out"),
-        (args.gradient_checkpointing, "--cuda_graph and --gradient_checkpointing exclude each other"),
         (
-            args.diversity_scope == "effective_batch",
-            "--cuda_graph takes one pass a micro-batch, --diversity_scope effective_batch two",
+            not has_flash,
+            "--cuda_graph needs an NVIDIA GPU and mixed_precision: bf16, and here is not both: leave it out",
         ),
+        (is_sharded, "--cuda_graph and FSDP exclude one another: leave out one of them"),
+        (args.gradient_checkpointing, "--cuda_graph and --gradient_checkpointing exclude one another"),
+        (two_passes, "--cuda_graph takes a micro-batch in one pass, --diversity_scope effective_batch in two"),
     )
+
+
+def find_run_sizes(run, batches: EffectiveBatches) -> Sizes:
+    """Sizes of all micro-batches of this rank, from the first updates' masks. `run` is `pretrain.Run`."""
+    cut = run.cut_arguments
+    plans = PlanStream(batches, Cursor(), range(MASKED_UPDATES), **cut)
+    silent = []
+    for plan in plans:
+        waveforms = [np.zeros(length, np.int16) for length in plan.crops.num_samples]
+        silent.append(build_batch(plan, plan.crops, waveforms, run.framing, run.args.seed))
+    return find_sizes(silent, find_size(batches, cut["num_ranks"], cut["micro_batch_samples"]))
 
 
 class CapturedStep:

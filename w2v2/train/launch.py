@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from w2v2.errors import UserError, as_user_error, one_line
 from w2v2.model.cpu import keep_freed
+from w2v2.train.capture import check_capture
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,8 @@ def check_processes(accelerator: Accelerator, args) -> None:
     if args.fused_kernels and (not has_gpu or find_spec("triton") is None):
         missing = "the package triton" if has_gpu else "an NVIDIA GPU"
         raise UserError(f"--fused_kernels needs {missing}, and there is none here: leave it out")
+    if args.cuda_graph:
+        check_capture(args, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         configure_fsdp(accelerator, args)
 

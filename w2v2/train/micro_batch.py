@@ -27,6 +27,7 @@ from w2v2.train.schedule import UpdateSettings
 from w2v2.train.update import seed_noise
 
 DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
+GRAPH_SHARE = 0.7  # with --cuda_graph, which keeps its memory: validation needs some beside it
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
 ACCELERATOR_SECONDS = 800.0  # keep a GPU busy with BASE (docs/performance.md); fewer pieces of an update pad more
 
@@ -42,6 +43,7 @@ class Trial:
     settings: UpdateSettings
     longest: int
     grid_samples: int
+    share: float = DEVICE_SHARE
 
     def run(self, n: int) -> None:
         """Forward and backward pass of the bare model; gradients and weights are then as they were."""
@@ -78,12 +80,12 @@ class Trial:
         torch.get_device_module(self.accelerator.device).empty_cache()
 
     def search(self, bound: int) -> tuple[int, float]:
-        """The most crops up to `bound` that fit into `DEVICE_SHARE` of what is free or ours, and that in bytes."""
+        """The most crops up to `bound` that fit into `share` of what is free or ours, and that in bytes."""
         module = torch.get_device_module(self.accelerator.device)
         device = torch.device(self.accelerator.device.type, module.current_device())
         self.free()
         free, total = module.mem_get_info(device)
-        limit = DEVICE_SHARE * (free + module.memory_reserved(device))
+        limit = self.share * (free + module.memory_reserved(device))
         module.set_per_process_memory_fraction(limit / total, device)
         try:
             return largest(self.fits, bound), limit
@@ -134,10 +136,12 @@ def find_micro_batch(run, batches: EffectiveBatches) -> float:
         finding = f"{seconds:.1f} s, as before the checkpoint"
     else:
         settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
-        trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples)
-        # Beyond a device's share of an effective batch, a larger micro-batch saves no round.
-        share = math.ceil(batches.batch_samples / accelerator.num_processes / longest)
-        seconds, finding = fit(trial, share)
+        share = GRAPH_SHARE if run.args.cuda_graph else DEVICE_SHARE
+        trial = Trial(
+            accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples, share
+        )
+        # Beyond a device's part of an effective batch, a larger micro-batch saves no round.
+        seconds, finding = fit(trial, math.ceil(batches.batch_samples / accelerator.num_processes / longest))
     announce(accelerator, f"micro-batch   auto: {finding}")
     return seconds
 
@@ -156,7 +160,7 @@ def fit(trial: Trial, share: int) -> tuple[float, str]:
 
     crops, limit = min(gather_object([trial.search(bound)]))
     if crops < bound:
-        why = f"more would take above {limit / 1e9:.1f} GB, {DEVICE_SHARE:.0%} of what is free"
+        why = f"more would take above {limit / 1e9:.1f} GB, {trial.share:.0%} of what is free"
     if crops == 0:
         advice = "lower --crop_seconds, use --gradient_checkpointing, a smaller model, or a device with more memory"
         raise UserError(f"--micro_batch_seconds auto: not even one crop of {seconds:.2f} s fits: {why}; {advice}")
