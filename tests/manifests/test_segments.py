@@ -118,6 +118,8 @@ def test_parquet_holds_segments_as_numbers(folder):
         ("audio,start,end,duration", "episode.wav,1500,4000,2500", "4000 s, the file holds 20 s; are they milliseconds"),
         ("audio,duration", "episode.wav,320000", "320000 s, the file holds 20 s; are they frames"),
         ("audio,num_samples", "call.wav,160000", "10 s, the file holds 20 s; is num_samples at the file's 8,000 a second"),
+        ("audio,num_samples", "episode.wav,320000\nepisode.wav,320000\ncall.wav,160000",  # rates are mixed
+         "1 of 3 rows .*10 s, the file holds 20 s; is num_samples at the file's 8,000 a second"),
         ("audio,offset,duration", "episode.wav,18.5,3", "go beyond the end of their files .*: 21.5 s, the file holds 20 s"),
         ("audio,start,end", "episode.wav,3000,8000\nepisode.wav,9000,12000", "may be milliseconds or frames .*12000 in a file of 20 s"),
         ("audio,start,end,duration", "episode.wav,300,305,20", "go beyond the end of their files .*: 305 s"),
