@@ -70,7 +70,7 @@ def digests(batch: PretrainBatch) -> list[str]:
     samples of its crop, its mask and its distractors. None for a dummy.
     """
     found = []
-    for row, frames in enumerate(batch.lengths if batch.weight else []):
+    for row, frames in enumerate(batch.rows.lengths if batch.weight else []):
         first, slot = int(batch.first[row]), len(batch.samples) // len(batch.row)
         samples = batch.samples[first * slot :][: int(batch.num_samples[row])]
         samples = samples.float() / FULL_SCALE if samples.dtype == torch.int16 else samples

@@ -16,9 +16,9 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPr
 
 import finetune_ctc
 import pretrain
-from w2v2.data.collate import find_bounds
+from w2v2.data.rows import Rows
 from w2v2.model.pretraining import PretrainingModel
-from w2v2.model.transformer import Rows, attend, takes_any_lengths
+from w2v2.model.transformer import attend, takes_any_lengths
 from w2v2.train.log import read_metrics
 from w2v2.train.update import seed_noise
 
@@ -96,10 +96,8 @@ def test_neither_pass_waits_for_the_device(large, way):
 def test_the_flash_kernel_attends_within_each_utterance():
     """Against the library's kernel, utterance by utterance, in float64: output and gradient, of all frames and of some."""
     lengths, gaps = [80, 96, 1, 96, 64], [1, 2, 1, 1, 2]
-    rows = Rows(lengths, gaps, find_bounds(torch.tensor(lengths), torch.tensor(gaps)).to(DEVICE), 96)
-    asked = Rows(
-        [16, 30, 1, 0, 7], [0] * 5, find_bounds(torch.tensor([16, 30, 1, 0, 7]), torch.zeros(5)).to(DEVICE), 30
-    )
+    rows = Rows.build(torch.tensor(lengths), torch.tensor(gaps)).move(lambda x: x.to(DEVICE))
+    asked = Rows.build(torch.tensor([16, 30, 1, 0, 7]), torch.zeros(5, dtype=torch.int64)).move(lambda x: x.to(DEVICE))
     generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = (sum(lengths) + sum(gaps), 3, 12, 64), (sum(asked.lengths), 12, 64)
     qkv, some = (torch.randn(s, dtype=torch.bfloat16, device=DEVICE, generator=generator) for s in shapes)
@@ -116,7 +114,7 @@ def test_the_flash_kernel_attends_within_each_utterance():
 
 
 def test_attention_with_dropout_keeps_the_mean():
-    rows = Rows([64, 31], [0, 1], torch.tensor([0, 64, 64, 95, 96], dtype=torch.int32, device=DEVICE), 64)
+    rows = Rows.build(torch.tensor([64, 31]), torch.tensor([0, 1])).move(lambda x: x.to(DEVICE))
     qkv = torch.randn(96, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE).unbind(1)
     draws = []
     for seed in (*range(200), 0):

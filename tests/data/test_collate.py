@@ -75,19 +75,21 @@ def test_every_frame_has_a_slot_of_its_own():
     batch, slot, masked = make_batch(config, lengths), 0, []
     for row, length in enumerate(lengths):
         alone = make_batch(config, [length], first=row)
-        own, gap = batch.lengths[row], batch.gaps[row]
-        assert (own, gap) == (alone.lengths[0], alone.gaps[0]) and (own - 1) * 320 + 400 <= length <= (own + gap) * 320
-        assert batch.first[row] == slot == batch.bounds[2 * row] and batch.bounds[2 * row + 1] == slot + own
+        own, gap = batch.rows.lengths[row], batch.rows.gaps[row]
+        assert (own, gap) == (alone.rows.lengths[0], alone.rows.gaps[0]) and (own - 1) * 320 + 400 <= length <= (
+            own + gap
+        ) * 320
+        assert batch.first[row] == slot == batch.rows.bounds[2 * row] and batch.rows.bounds[2 * row + 1] == slot + own
         assert (batch.row[slot : slot + own + gap] == row).all()
         assert batch.inside[slot : slot + own + gap].tolist() == [True] * own + [False] * gap
         assert torch.equal(batch.mask[slot : slot + own + gap], alone.mask)
         assert torch.equal(batch.samples[slot * 320 : (slot + own + gap) * 320], alone.samples)
-        assert batch.masked_bounds[2 * row] == len(masked)
+        assert batch.masked_rows.bounds[2 * row] == len(masked)
         masked += [slot + i for i in alone.masked.tolist()]
-        assert batch.masked_bounds[2 * row + 1] == batch.masked_bounds[2 * row + 2] == len(masked)
+        assert batch.masked_rows.bounds[2 * row + 1] == batch.masked_rows.bounds[2 * row + 2] == len(masked)
         slot += own + gap
-    assert batch.masked.tolist() == masked and batch.bounds[-1] == slot == len(batch.row)
-    assert batch.masked_lengths == tuple(batch.num_masked.tolist()) and batch.is_masked.all()
+    assert batch.masked.tolist() == masked and batch.rows.bounds[-1] == slot == len(batch.row)
+    assert batch.masked_rows.lengths == tuple(batch.num_masked.tolist()) and batch.is_masked.all()
 
 
 def test_groups_hold_each_masked_frame_once():

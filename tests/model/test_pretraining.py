@@ -1,7 +1,5 @@
 """The model against the stock forward: the same loss and the same gradient, for any masks, distractors and lengths."""
 
-from dataclasses import fields, replace
-
 import pytest
 import torch
 from conftest import NO_DROPOUT, make_batch, tiny_config
@@ -120,7 +118,7 @@ def test_mixed_lengths_give_the_sum_of_the_stock_losses(monkeypatch, large, path
     total = 0.0
     for row, length in enumerate(lengths):
         alone = make_batch(config, [length], first=row, dtype=torch.float64)
-        give_stock(monkeypatch, noise[row, : alone.lengths[0]])
+        give_stock(monkeypatch, noise[row, : alone.rows.lengths[0]])
         out = run_stock(stock, alone)
         out.loss.backward()
         total += out.loss.item()
@@ -224,8 +222,7 @@ def test_neither_pass_asks_the_device_for_a_value(monkeypatch, large, in_blocks)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         model = PretrainingModel(config).train()
         model.positional_in_blocks = in_blocks
-        values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        fake = replace(batch, **{k: mode.from_tensor(v) for k, v in values.items() if torch.is_tensor(v)})
+        fake = batch.map(mode.from_tensor)
         sums = model(fake)
         sums.loss.backward()
         with pytest.raises(DataDependentOutputException):

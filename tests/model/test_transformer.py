@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from conftest import make_batch, tiny_config
 from parity import assert_same_function, gradients, pair
 
-from w2v2.data.collate import find_bounds
+from w2v2.data.rows import Rows
 from w2v2.model import transformer
 from w2v2.model.cpu import attend_in_blocks
-from w2v2.model.transformer import Rows, after_attention, attend, layer, positional
+from w2v2.model.transformer import after_attention, attend, layer, positional
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
@@ -21,15 +21,13 @@ def places(lengths, gaps):
     """What the transformer knows of utterances that lie side by side: the fields of a micro-batch."""
     frames, gaps = torch.tensor(lengths), torch.tensor(gaps)
     slots = frames + gaps
-    return SimpleNamespace(
-        row=torch.arange(len(lengths)).repeat_interleave(slots), first=slots.cumsum(0) - slots, frames=frames,
-        lengths=lengths, gaps=gaps.tolist(), bounds=find_bounds(frames, gaps), longest=max(*lengths, *gaps.tolist())
-    )  # fmt: skip
+    first = slots.cumsum(0) - slots
+    row = torch.arange(len(lengths)).repeat_interleave(slots)
+    return SimpleNamespace(row=row, first=first, frames=frames, rows=Rows.build(frames, gaps))
 
 
 def rows_of(lengths, gaps):
-    batch = places(lengths, gaps)
-    return Rows(batch.lengths, batch.gaps, batch.bounds, batch.longest)
+    return Rows.build(torch.tensor(lengths), torch.tensor(gaps))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def ends_beyond(trial, monkeypatch):
 
         def context(model, normed, batch):
             hidden = whole(model, normed, batch)
-            tried.append(len(batch.lengths))
+            tried.append(len(batch.rows.lengths))
             if tried[-1] > rows and stage == "forward":
                 raise torch.OutOfMemoryError("forward")
             if tried[-1] > rows:
@@ -142,7 +142,7 @@ def costs(batch):
     an utterance has three quarters of its group's masked frames, more than half of their pairs are its own.
     """
     pairs = sum(most * most * (rows.stop - rows.start) for rows, most in batch.groups)
-    return np.array([len(batch.row), sum(t * t for t in batch.lengths), len(batch.masked), pairs * 0.75**2])
+    return np.array([len(batch.row), sum(t * t for t in batch.rows.lengths), len(batch.masked), pairs * 0.75**2])
 
 
 @pytest.mark.parametrize("seed", range(12))

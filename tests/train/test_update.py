@@ -32,7 +32,7 @@ def noise_by_utterance(monkeypatch):
     def noise(logits):
         out = torch.zeros_like(logits)
         batch = heard["batch"]
-        for key, own in zip(batch.keys, out.split(batch.masked_lengths), strict=True):
+        for key, own in zip(batch.keys, out.split(batch.masked_rows.lengths), strict=True):
             generator = torch.Generator().manual_seed(int(key) & 0xFFFF_FFFF)
             own.copy_(-(-torch.rand(own.shape, generator=generator, dtype=torch.float64).log()).log())
         return out

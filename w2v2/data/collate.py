@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from w2v2.audio.crops import AudioError, read_pcm
 from w2v2.data.batching import Crops, MicroBatchPlan
 from w2v2.data.hashing import derive
 from w2v2.data.masking import group_alike, inside_rows, kept_rows, latent_lengths, least_samples, mask_spans
+from w2v2.data.rows import Rows
 
 FULL_SCALE = 32_768  # of 16-bit samples
 
@@ -39,20 +39,10 @@ class PretrainBatch:
     masked: torch.Tensor  # (P,) int64, the slots of the masked frames, in rising order
     num_masked: torch.Tensor  # (B,) int64, masked frames of each utterance
     kept: torch.Tensor  # (layers, B) bool, whether layerdrop leaves a layer to the utterance
-    # (2 · B + 1,) int32: where utterances and gaps begin in turn among the slots, and the end; likewise, where the
-    # masked frames of each begin among all masked frames. A gap has none.
-    bounds: torch.Tensor
-    masked_bounds: torch.Tensor
-    lengths: tuple[int, ...]  # `frames` on the host
-    gaps: tuple[int, ...]  # slots of the gap behind each utterance, on the host
-    masked_lengths: tuple[int, ...]  # `num_masked` on the host
-    masked_gaps: tuple[int, ...]  # places of `masked` behind those of each utterance that hold no masked frame: none
-    longest: int  # of `lengths` and `gaps`, and of `masked_lengths` and `masked_gaps`
-    longest_masked: int
+    rows: Rows  # where the utterances lie among the slots
+    masked_rows: Rows  # where those of each utterance lie in `masked`, without gaps
     is_filled: bool  # up to sizes that all micro-batches of a run have
-    groups: tuple[
-        tuple[slice, int], ...
-    ]  # consecutive utterances with about as many masked frames, and M of each group
+    groups: tuple[tuple[slice, int], ...]  # utterances with about as many masked frames, and M of each group
     normalize: bool  # give each row zero mean and unit variance, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
     weight: float  # 0.0 for a dummy
     plan: MicroBatchPlan
@@ -81,14 +71,16 @@ class PretrainBatch:
             yield rows, torch.where(valid, place, 0), valid
 
     def to(self, device: torch.device) -> "PretrainBatch":
-        return self._move(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PretrainBatch":
-        return self._move(torch.Tensor.pin_memory)
+        return self.map(torch.Tensor.pin_memory)
 
-    def _move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PretrainBatch":
+    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PretrainBatch":
+        """Each tensor in place of another."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: move(value) for name, value in values.items() if torch.is_tensor(value)})
+        moved = {name: move(value) for name, value in values.items() if torch.is_tensor(value)}
+        return replace(self, rows=self.rows.move(move), masked_rows=self.masked_rows.move(move), **moved)
 
 
 @dataclass
@@ -175,10 +167,7 @@ def build_batch(
         keys=keys,
         **place_masks(mask, first, int(slots.sum())),
         kept=kept,
-        bounds=find_bounds(frames, slots - frames),
-        lengths=tuple(frames.tolist()),
-        gaps=tuple((slots - frames).tolist()),
-        longest=int(torch.maximum(frames, slots - frames).max()),
+        rows=Rows.build(frames, slots - frames),
         is_filled=False,
         normalize=framing.normalize,
         weight=weight,
@@ -197,17 +186,9 @@ def place_masks(mask: torch.Tensor, first: torch.Tensor, num_slots: int) -> dict
         mask=torch.zeros(num_slots, dtype=torch.bool).index_fill_(0, masked, True),
         masked=masked,
         num_masked=num_masked,
-        masked_bounds=find_bounds(num_masked, torch.zeros_like(num_masked)),
-        masked_lengths=tuple(num_masked.tolist()),
-        masked_gaps=(0,) * len(mask),
-        longest_masked=int(num_masked.max()),
+        masked_rows=Rows.build(num_masked, torch.zeros_like(num_masked)),
         groups=group_alike(num_masked.tolist()),
     )
-
-
-def find_bounds(own: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-    """(B,) and (B,) numbers, which follow each other in turn → where each begins, and the end: (2 · B + 1,) int32."""
-    return F.pad(torch.stack([own, behind], 1).flatten().cumsum(0), (1, 0)).int()
 
 
 def lay_out(waveforms: list[np.ndarray], starts: list[int], size: int) -> torch.Tensor:

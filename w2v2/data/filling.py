@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from w2v2.data.batching import MicroBatchPlan, PieceSize
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.masking import SLOTS
+from w2v2.data.rows import Rows
 
 MARGIN = 1.03
 
@@ -32,8 +33,8 @@ class Sizes(NamedTuple):
 
     def hold(self, batch: PretrainBatch) -> bool:
         """Whether the micro-batch fits; at least one slot is left over."""
-        most = -(-max(batch.masked_lengths) // SLOTS) * SLOTS
-        found = len(batch.row) + 1, len(batch.lengths), len(batch.masked), most, max(*batch.lengths, *batch.gaps)
+        most = -(-batch.masked_rows.longest // SLOTS) * SLOTS
+        found = len(batch.row) + 1, len(batch.first), len(batch.masked), most, batch.rows.longest
         return all(own <= size for own, size in zip(found, self, strict=True))
 
 
@@ -43,8 +44,8 @@ def find_sizes(batches: list[PretrainBatch], size: PieceSize) -> Sizes:
     Masks vary: `MARGIN` leaves room for others. A micro-batch that is larger still goes without a graph.
     """
     masked = max(len(batch.masked) for batch in batches)
-    most = max(max(batch.masked_lengths) for batch in batches)
-    longest = max(max(batch.lengths) for batch in batches)
+    most = max(batch.masked_rows.longest for batch in batches)
+    longest = max(batch.rows.longest for batch in batches)
     round_up = [math.ceil(MARGIN * number / SLOTS) * SLOTS for number in (masked, most)]
     return Sizes(math.ceil((size.slots + 1) / SLOTS) * SLOTS, size.rows, *round_up, longest)
 
@@ -62,11 +63,15 @@ class FilledCrops(Dataset):
 
 def fill_up(batch: PretrainBatch, sizes: Sizes) -> PretrainBatch:
     """The micro-batch in the shapes of `sizes`; loss and gradient stay as they are. `sizes` has to hold it."""
-    N, P, b, slot = len(batch.row), len(batch.masked), len(batch.lengths), len(batch.samples) // len(batch.row)
+    N, P, b, slot = len(batch.row), len(batch.masked), len(batch.first), len(batch.samples) // len(batch.row)
     slots, rows, masked = sizes.slots - N, sizes.utterances - b, sizes.masked - P  # what is missing
 
     def more(x: torch.Tensor, number: int, value: int) -> torch.Tensor:
         return F.pad(x, (0, number), value=value)
+
+    def longer(own: Rows, gap: int, ends: torch.Tensor, longest: int) -> Rows:
+        gaps = *own.gaps[:-1], own.gaps[-1] + gap
+        return Rows(own.lengths, gaps, torch.cat([own.bounds, ends]).int(), longest)
 
     # What is left over attends to itself, in stretches no longer than others. Stretches of no slot stand in for
     # utterances that are missing. The last slot is nobody's: masked frames that are missing lie there.
@@ -86,12 +91,8 @@ def fill_up(batch: PretrainBatch, sizes: Sizes) -> PretrainBatch:
         masked=more(batch.masked, masked, sizes.slots - 1),
         num_masked=more(batch.num_masked, rows, 0),
         kept=more(batch.kept, rows, False),
-        bounds=torch.cat([batch.bounds, ends]).int(),
-        masked_bounds=torch.cat([batch.masked_bounds, asked]).int(),
-        gaps=(*batch.gaps[:-1], batch.gaps[-1] + slots),
-        masked_gaps=(*batch.masked_gaps[:-1], masked),
+        rows=longer(batch.rows, slots, ends, sizes.longest),
+        masked_rows=longer(batch.masked_rows, masked, asked, sizes.masked),
         groups=((slice(0, sizes.utterances), sizes.most_masked),),
-        longest=sizes.longest,
-        longest_masked=sizes.masked,
         is_filled=True,
     )

@@ -21,7 +21,7 @@ from w2v2.model import objective
 from w2v2.model.cpu import dropout
 from w2v2.model.feature_encoder import Places, encoder_of
 from w2v2.model.loading import load_weights, make_model
-from w2v2.model.transformer import Rows, after_attention, layer, linear, norm, positional, skips_rows
+from w2v2.model.transformer import after_attention, layer, linear, norm, positional, skips_rows
 
 # What a saved config.json says to those who fine-tune, as published BASE does. Pretraining's own masks are flags.
 FINETUNING_MASKS = dict(
@@ -176,7 +176,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
     def _layer(self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype) -> torch.Tensor:
         """One layer, for the utterances that layerdrop leaves it: (N, D) → (N, D). The last gives the masked frames (P, D)."""
-        rows, row = Rows(batch.lengths, batch.gaps, batch.bounds, batch.longest), batch.row
+        rows, row = batch.rows, batch.row
         kept = batch.kept[index] if self.training and self.config.layerdrop > 0 else None  # (B,)
 
         def run(x, rows, asked=None):
@@ -184,8 +184,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
         # 1. The last layer's other frames are not needed.
         if index == self.config.num_hidden_layers - 1:
-            own = Rows(batch.masked_lengths, batch.masked_gaps, batch.masked_bounds, batch.longest_masked)
-            out = run(hidden, rows, (batch.masked, own))
+            out = run(hidden, rows, (batch.masked, batch.masked_rows))
             row, hidden = row[batch.masked], hidden.index_select(0, batch.masked)
         # 2. A CPU computes a layer for those utterances alone.
         elif kept is not None and skips_rows(hidden) and kept.any():

@@ -10,7 +10,7 @@ Shapes: B utterances, N slots, P masked frames, D width, H heads, d width of a h
 convolution, k its taps, R frames that a row of its product gives, Q such rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from w2v2.data.collate import PretrainBatch
+from w2v2.data.rows import Rows
 from w2v2.model import cpu
 from w2v2.model.cpu import attend_in_blocks, dropout
 
@@ -27,29 +28,6 @@ BLOCK = 8  # R
 _FLASH = torch.ops.aten._flash_attention_forward.default
 
 
-class Rows(NamedTuple):
-    """Where some frames of each utterance lie, and the gaps behind them."""
-
-    lengths: Sequence[int]  # frames of each, on the host
-    gaps: Sequence[int]  # slots of each gap, on the host
-    bounds: torch.Tensor  # (2 · B + 1,) int32, where utterances and gaps begin in turn, and the end, on the device
-    longest: int  # of all of them
-
-    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(N, …) → (T, …) of each utterance. One split, because each slice would fill its gradient up with zeros."""
-        return list(x.split([n for pair in zip(self.lengths, self.gaps, strict=True) for n in pair])[::2])
-
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """(T, …) of each utterance → (N, …), zeros in the gaps."""
-        gaps = [parts[0].new_zeros(gap, *parts[0].shape[1:]) for gap in self.gaps]
-        return torch.cat([x for pair in zip(parts, gaps, strict=True) for x in pair])
-
-    def choose(self, kept: torch.Tensor) -> "Rows":
-        """Those utterances that are `kept`, (B,) bool, side by side: for a CPU, which needs no bounds."""
-        chosen = kept.nonzero()[:, 0].tolist()
-        return Rows([self.lengths[i] for i in chosen], [self.gaps[i] for i in chosen], self.bounds, self.longest)
-
-
 def positional(module: nn.Module, hidden: torch.Tensor, batch: PretrainBatch, in_blocks: bool) -> torch.Tensor:
     """Convolutional position embedding (N, D) → (N, D), of each utterance alone; a gap's is that of zeros."""
     conv = module.conv
@@ -57,11 +35,11 @@ def positional(module: nn.Module, hidden: torch.Tensor, batch: PretrainBatch, in
     if in_blocks:
         blocks = find_blocks(batch, conv.kernel_size[0])
         return module.activation(_ConvolveInBlocks.apply(hidden, weight, blocks, conv.groups) + bias)
-    rows, found = Rows(batch.lengths, batch.gaps, batch.bounds, batch.longest), []
-    for x in rows.split(hidden):
+    found = []
+    for x in batch.rows.split(hidden):
         out = F.conv1d(x.T[None], weight, bias, padding=conv.padding, groups=conv.groups)  # (1, D, T or T + 1)
         found.append(out[0, :, : len(x)].T)
-    return module.activation(rows.join(found))
+    return module.activation(batch.rows.join(found))
 
 
 class Blocks(NamedTuple):

@@ -5,7 +5,7 @@ noise is seeded before each replay as it is before each pass without a graph. DD
 gradients lie in one buffer, which is summed over the devices once an update.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -103,8 +103,7 @@ class CapturedStep:
 
     def _capture(self, batch: PretrainBatch) -> None:
         """Capture a pass over a copy of the micro-batch; gradients and generators are then as they were."""
-        names = [f.name for f in fields(batch) if torch.is_tensor(getattr(batch, f.name))]
-        self.batch = replace(batch, **{name: getattr(batch, name).clone() for name in names})
+        self.batch = batch.map(torch.Tensor.clone)
         kept, device = self.gradients.clone(), batch.row.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.replay, self.sums = record(lambda: self._run(self.batch))
@@ -126,7 +125,9 @@ def record(step):
 
 
 def tensors(batch: PretrainBatch) -> list[torch.Tensor]:
-    return [value for f in fields(batch) if torch.is_tensor(value := getattr(batch, f.name))]
+    found = []
+    batch.map(lambda tensor: found.append(tensor) or tensor)
+    return found
 
 
 def _as_floats(samples: torch.Tensor) -> torch.Tensor:
