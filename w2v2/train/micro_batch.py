@@ -1,8 +1,7 @@
 """`--micro_batch_seconds auto`: the largest micro-batch that every rank's accelerator holds, found by trying the worst.
 
-The unit is n crops of the longest length: no micro-batch within that budget has more padded samples, latent frames,
-attention weights or pairs of masked frames. A CPU's memory ends with a kill, which no trial could meet: a CPU takes
-`CPU_SECONDS`.
+The unit is n crops of the longest length: no micro-batch within that budget has more frames, attention weights or
+masked frames. A CPU's memory ends with a kill, which no trial could meet: a CPU takes `CPU_SECONDS`.
 """
 
 import bisect
