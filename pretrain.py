@@ -37,7 +37,7 @@ from w2v2.hub.push import HubPusher
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.model.pretraining import build_model
-from w2v2.train.capture import CapturedStep, find_run_sizes
+from w2v2.train.capture import CapturedStep, check_capture, find_run_sizes
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
 from w2v2.train.identity import check_agreement, identity
@@ -97,6 +97,8 @@ def main() -> None:
     (args,) = parse_command_line([PretrainArguments])
     logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     accelerator = start_accelerator(args)
+    if args.cuda_graph:
+        check_capture(args, accelerator)
     checkpoint = prepare_run_folder(args, accelerator)
 
     # 1. The model's configuration: how many frames a waveform makes, and what is masked.
@@ -128,7 +130,7 @@ def main() -> None:
     }
     set_seed(args.seed)
     model = build_model(args, config, checkpoint)
-    model, optimizer = prepare_model(accelerator, model, build_optimizer(model, args))
+    model, optimizer = prepare_model(accelerator, model, build_optimizer(model, args), bare=args.cuda_graph)
     if checkpoint:
         load_optimizer(checkpoint, accelerator, model, optimizer)
         announce(accelerator, f"resuming      {checkpoint}, after {state.step:,} updates")
@@ -161,7 +163,7 @@ def main() -> None:
             finish(run, pusher)
     if run.captured and run.captured.num_eager:
         announce(
-            accelerator, f"cuda graph    {run.captured.num_eager:,} micro-batches were too large for it and ran without"
+            accelerator, f"cuda graph    {run.captured.num_eager:,} micro-batches did not fit into it and ran without"
         )
     end_training(accelerator)
     if state.step < args.max_steps:

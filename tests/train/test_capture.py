@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +16,14 @@ import pretrain
 from w2v2.data.batching import PieceSize
 from w2v2.data.collate import FULL_SCALE
 from w2v2.data.filling import Sizes, fill_up, find_sizes
+from w2v2.errors import UserError
 from w2v2.model import transformer
 from w2v2.train import capture
 from w2v2.train.log import read_metrics
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.update import accumulate, build_optimizer, seed_noise
 
-SIZES = Sizes(slots=288, utterances=7, masked=192, most_masked=64, longest=96)
+SIZES = Sizes(slots=288, utterances=7, masked=160, most_masked=64, longest=96)
 UPDATES = [  # lengths of the utterances of each micro-batch
     [[24_000, 16_400, 9_999, 5_440], [30_000, 8_000]],
     [[16_400] * 4, [5_440, 12_000, 20_000, 5_440, 8_080], [9_000]],
@@ -53,6 +55,7 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(transformer, "_FLASH", flash)
     monkeypatch.setattr(transformer, "takes_any_lengths", lambda x: True)
+    monkeypatch.setattr(capture, "takes_any_lengths", lambda x: True)
     monkeypatch.setattr("w2v2.model.pretraining.skips_rows", lambda x: False)
     # Counts on a CPU look at the values, on a GPU they do not.
     monkeypatch.setattr(
@@ -178,7 +181,7 @@ def test_gradients_stay_where_the_graph_adds_to_them(monkeypatch, as_on_a_gpu):
 def test_a_run_with_a_graph_is_the_run_without_and_resumes(monkeypatch, as_on_a_gpu, tmp_path):
     """From the flags on. What is drawn for places that are filled up comes after the others, so noise is the same too."""
     monkeypatch.setattr(capture, "record", recorded_graph.record)
-    monkeypatch.setattr("w2v2.train.launch.check_capture", lambda *_: None)
+    monkeypatch.setattr("pretrain.check_capture", lambda *_: None)
     small = dict(batch_hours=0.004, micro_batch_seconds=6.0, max_steps=6, save_steps=3, eval_steps=3, use_cpu=True)
     quiet = dict(dataloader_num_workers=0, collapse_action="none", report_to=["none"], positional_conv="blocks")
     flags = write_recipe(tmp_path, NO_DROPOUT, **small, **quiet)
@@ -197,3 +200,20 @@ def test_a_run_with_a_graph_is_the_run_without_and_resumes(monkeypatch, as_on_a_
     for one, other in zip(plain, whole, strict=True):
         for key in {"loss", "eval_loss", "grad_norm"} & set(one):
             assert one[key] == pytest.approx(other[key], rel=1e-4), (one["step"], key)
+
+
+def test_what_a_graph_cannot_hold_is_refused():
+    class Accelerated:
+        device, mixed_precision, distributed_type = torch.device("cuda"), "bf16", None
+
+    flags = dict(gradient_checkpointing=False, torch_compile=False, diversity_scope="micro_batch")
+    flags |= dict(positional_conv="auto", gradient_compression="none")
+    capture.check_capture(SimpleNamespace(**flags), Accelerated)
+    others = dict(gradient_checkpointing=True, torch_compile=True, diversity_scope="effective_batch")
+    for name, value in (others | dict(positional_conv="stock", gradient_compression="bf16")).items():
+        with pytest.raises(UserError, match=f"--cuda_graph and --{name}"):
+            capture.check_capture(SimpleNamespace(**flags | {name: value}), Accelerated)
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        capture.check_capture(SimpleNamespace(**flags), Accelerator(cpu=True))
+    with pytest.raises(UserError, match="flash"):
+        capture.CapturedStep(Accelerator(cpu=True), pair(tiny_config())[0])

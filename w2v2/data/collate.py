@@ -46,7 +46,7 @@ class PretrainBatch:
     normalize: bool  # give each row zero mean and unit variance, as `Wav2Vec2FeatureExtractor(do_normalize=True)`
     weight: float  # 0.0 for a dummy
     plan: MicroBatchPlan
-    heard_samples: int  # samples of the rows, without padding
+    heard_samples: int  # samples of the utterances
     original_samples: int  # samples of the utterances before cropping
     skipped: list[dict[str, Any]]  # utterances that could not be read, with the reason
 

@@ -19,7 +19,7 @@ from w2v2.data.collate import PretrainBatch
 from w2v2.data.masking import SLOTS
 from w2v2.data.rows import Rows
 
-MARGIN = 1.03
+MARGIN = 1.15  # six standard deviations of the masked frames of one utterance
 
 
 class Sizes(NamedTuple):
@@ -35,7 +35,14 @@ class Sizes(NamedTuple):
         """Whether the micro-batch fits; at least one slot is left over."""
         most = -(-batch.masked_rows.longest // SLOTS) * SLOTS
         found = len(batch.row) + 1, len(batch.first), len(batch.masked), most, batch.rows.longest
-        return all(own <= size for own, size in zip(found, self, strict=True))
+        stretches = math.ceil((self.slots - len(batch.row)) / self.longest)  # of what is left over
+        fits = all(own <= size for own, size in zip(found, self, strict=True))
+        return fits and self.masked - len(batch.masked) <= stretches * self.most_asked
+
+    @property
+    def most_asked(self) -> int:
+        """Masked frames of a stretch: of an utterance, or of those that are missing."""
+        return max(self.most_masked, self.masked // 2)
 
 
 def find_sizes(batches: list[PretrainBatch], size: PieceSize) -> Sizes:
@@ -74,11 +81,13 @@ def fill_up(batch: PretrainBatch, sizes: Sizes) -> PretrainBatch:
         return Rows(own.lengths, gaps, torch.cat([own.bounds, ends]).int(), longest)
 
     # What is left over attends to itself, in stretches no longer than others. Stretches of no slot stand in for
-    # utterances that are missing. The last slot is nobody's: masked frames that are missing lie there.
+    # utterances that are missing. The last slot is nobody's: masked frames that are missing lie there,
+    # and each stretch asks for about as many.
     stretches = torch.full((math.ceil(sizes.slots / sizes.longest),), sizes.longest)
     rest = (slots - (stretches.cumsum(0) - stretches)).clamp(min=0).minimum(stretches).flip(0)  # the last is not empty
     ends = torch.cat([torch.full((2 * rows,), N), N + rest.cumsum(0)])
-    asked = torch.full_like(ends, P).index_fill_(0, torch.tensor([len(ends) - 1]), sizes.masked)
+    share = (rest > 0).cumsum(0)
+    asked = torch.cat([torch.full((2 * rows,), P), P + masked * share // share[-1]])
     return replace(
         batch,
         samples=more(batch.samples, slots * slot, 0),
@@ -92,7 +101,7 @@ def fill_up(batch: PretrainBatch, sizes: Sizes) -> PretrainBatch:
         num_masked=more(batch.num_masked, rows, 0),
         kept=more(batch.kept, rows, False),
         rows=longer(batch.rows, slots, ends, sizes.longest),
-        masked_rows=longer(batch.masked_rows, masked, asked, sizes.masked),
+        masked_rows=longer(batch.masked_rows, masked, asked, sizes.most_asked),
         groups=((slice(0, sizes.utterances), sizes.most_masked),),
         is_filled=True,
     )

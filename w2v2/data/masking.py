@@ -1,6 +1,6 @@
 """Latent lengths, mask spans, distractors and layerdrop, for all rows of a micro-batch at once.
 
-All are pure functions of an utterance's key and length: the rows beside it and padding do not matter. Source: wav2vec
+All are pure functions of an utterance's key and length: the utterances beside it do not matter. Source: wav2vec
 2.0, sections 3.1 and 3.2. The number of spans follows `transformers`, with one rounding an utterance.
 
 Shapes: B utterances, T latent frames of the longest, M masked frames of the one that has most, K distractors.

@@ -94,7 +94,7 @@ def _fold_norm(windows: torch.Tensor, places: Places, layer: nn.Module) -> tuple
 
 
 class _TakeRows(torch.autograd.Function):
-    """`x[row]`: (B, …) → (N, …). The gradient is summed by a product, in float32 whatever its type."""
+    """`x[row]`: (B, …) → (N, …). The gradient is summed by a product, which adds in float32."""
 
     @staticmethod
     def forward(ctx, x, row):

@@ -1,8 +1,8 @@
 """Forward and backward pass of a micro-batch as one CUDA graph: one launch in place of some 1,600.
 
 All micro-batches of a run then have one shape (`w2v2/data/filling.py`), gradients are added up where they are, and the
-noise is seeded before each replay as it is before each pass without a graph. DDP's hooks do not run in a replay: the
-gradients lie in one buffer, which is summed over the devices once an update.
+noise is seeded before each replay as it is before each pass without a graph. The model is not wrapped
+by DDP, whose hooks do not run in a replay: the gradients lie in one buffer, which all ranks sum once an update.
 """
 
 from dataclasses import replace
@@ -16,7 +16,9 @@ from w2v2.data.batching import Cursor, EffectiveBatches, PlanStream, find_size
 from w2v2.data.collate import FULL_SCALE, PretrainBatch, build_batch
 from w2v2.data.filling import Sizes, find_sizes
 from w2v2.errors import refuse
+from w2v2.model.feature_encoder import is_flat
 from w2v2.model.pretraining import PretrainSums
+from w2v2.model.transformer import takes_any_lengths
 from w2v2.train.schedule import UpdateSettings
 
 MASKED_UPDATES = 3  # that say how many masked frames there are
@@ -25,17 +27,18 @@ WARM_UP = 3  # passes before the capture, in which libraries choose kernels and 
 
 def check_capture(args, accelerator: Accelerator) -> None:
     """Refuse what a CUDA graph cannot hold."""
-    has_flash = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
-    is_sharded = accelerator.distributed_type == DistributedType.FSDP
-    two_passes = args.diversity_scope == "effective_batch"
+    on_gpu = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+    excluded = (
+        (accelerator.distributed_type == DistributedType.FSDP, "FSDP"),
+        (args.gradient_checkpointing, "--gradient_checkpointing"),
+        (args.torch_compile, "--torch_compile"),
+        (args.diversity_scope == "effective_batch", "--diversity_scope effective_batch, which takes two passes,"),
+        (args.positional_conv == "stock", "--positional_conv stock"),
+        (args.gradient_compression != "none", f"--gradient_compression {args.gradient_compression}"),
+    )
     refuse(
-        (
-            not has_flash,
-            "--cuda_graph needs an NVIDIA GPU and mixed_precision: bf16, and here is not both: leave it out",
-        ),
-        (is_sharded, "--cuda_graph and FSDP exclude one another: leave out one of them"),
-        (args.gradient_checkpointing, "--cuda_graph and --gradient_checkpointing exclude one another"),
-        (two_passes, "--cuda_graph takes a micro-batch in one pass, --diversity_scope effective_batch in two"),
+        (not on_gpu, "--cuda_graph needs an NVIDIA GPU and mixed_precision: bf16, and here is not both: leave it out"),
+        *((found, f"--cuda_graph and {what} exclude one another: leave out one of them") for found, what in excluded),
     )
 
 
@@ -61,7 +64,16 @@ class CapturedStep:
         self.accelerator, self.model = accelerator, accelerator.unwrap_model(model)
         self.num_eager = 0  # micro-batches that were too large for the graph
         self.batch: PretrainBatch | None = None  # what the graph reads
-        device = accelerator.device
+        device, config = accelerator.device, self.model.config
+        heads = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        has_flash = takes_any_lengths(torch.empty(0, *heads, dtype=torch.bfloat16, device=device))
+        refuse(
+            (
+                not has_flash,
+                "--cuda_graph needs the flash kernel, which this GPU or this width of heads has not: leave it out",
+            ),
+            (not is_flat(config), "--cuda_graph needs convs of strides 5, 2, 2 … and kernels of 2 or 3: leave it out"),
+        )
         # (3,) the factor of the loss, the Gumbel temperature and the diversity loss's weight: they vary over a run.
         self.settings = torch.zeros(3, device=device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -78,7 +90,9 @@ class CapturedStep:
         """The sums of a micro-batch. The gradient of its loss over `scale` is added to what there is."""
         if not batch.weight and self.batch is not None:
             return PretrainSums(*(torch.zeros_like(x) for x in self.sums))
-        self.settings.copy_(torch.tensor([1.0 / scale, settings.gumbel_temperature, settings.diversity_weight]))
+        now = 1.0 / scale, settings.gumbel_temperature, settings.diversity_weight
+        for place, value in zip(self.settings, now, strict=True):
+            place.fill_(value)  # a copy would wait for the device
         batch = replace(batch, samples=_as_floats(batch.samples))
         if not batch.is_filled or not batch.weight:
             self.num_eager += batch.weight > 0
@@ -92,7 +106,8 @@ class CapturedStep:
 
     def end(self) -> None:
         """After an update's micro-batches: gradients summed over all ranks."""
-        self.gradients.copy_(self.accelerator.reduce(self.gradients, reduction="sum"))
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(self.gradients)
 
     def _run(self, batch: PretrainBatch) -> PretrainSums:
         factor, temperature, diversity_weight = self.settings.unbind()
@@ -119,7 +134,7 @@ def record(step):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's thread pins memory meanwhile
         out = step()
     return graph.replay, out
 

@@ -23,7 +23,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from w2v2.errors import UserError, as_user_error, one_line
 from w2v2.model.cpu import keep_freed
-from w2v2.train.capture import check_capture
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +123,6 @@ def check_processes(accelerator: Accelerator, args) -> None:
     if args.fused_kernels and (not has_gpu or find_spec("triton") is None):
         missing = "the package triton" if has_gpu else "an NVIDIA GPU"
         raise UserError(f"--fused_kernels needs {missing}, and there is none here: leave it out")
-    if args.cuda_graph:
-        check_capture(args, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         configure_fsdp(accelerator, args)
 
@@ -155,8 +152,10 @@ def configure_fsdp(accelerator: Accelerator, args) -> None:
     accelerator.print(f"sharding      FSDP2, the whole model as one group over the devices{note}")
 
 
-def prepare_model(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """Model and optimizer for this launch: the model wrapped or sharded, the optimizer over its parameters."""
+def prepare_model(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, bare=False):
+    """Model and optimizer for this launch: the model wrapped or sharded, unless `bare`; the optimizer over its parameters."""
+    if bare:
+        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     if isinstance(model, FSDPModule):
         model.forward = accelerator.autocast()(model.forward)  # as Accelerate does for other wrappers

@@ -26,9 +26,9 @@ from w2v2.train.schedule import UpdateSettings
 from w2v2.train.update import seed_noise
 
 DEVICE_SHARE = 0.92  # of the memory that is free: the rest is for communication and fragmentation
-GRAPH_SHARE = 0.7  # with --cuda_graph, which keeps its memory: validation needs some beside it
+GRAPH_SHARE = 0.45  # with --cuda_graph, which keeps its memory: a micro-batch that is too large for it needs its own
 CPU_SECONDS = 60.0  # a CPU gains nothing from larger micro-batches
-ACCELERATOR_SECONDS = 800.0  # keep a GPU busy with BASE (docs/performance.md); fewer pieces of an update pad more
+ACCELERATOR_SECONDS = 800.0  # keep a GPU busy with BASE (docs/performance.md)
 
 
 @dataclass
@@ -95,8 +95,8 @@ class Trial:
 def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: int) -> PretrainBatch:
     """The micro-batch of n rows of `longest` samples (noise) that takes most memory.
 
-    No layer leaves out a row, and no two mask spans overlap. The last of several rows is a grid step shorter, so that
-    what different lengths cost is paid too.
+    No layer leaves out a row, and no two mask spans overlap. The last of several rows is a grid step shorter:
+    lengths are mixed, as in training.
     """
     lengths = np.full(n, longest, dtype=np.int64)
     shorter = longest - (grid_samples or LATENT_STRIDE)

@@ -30,7 +30,7 @@ SETTINGS = (
     "decay_norms_and_biases max_grad_norm freeze_feature_encoder feature_grad_mult feature_penalty_weight "
     "max_gumbel_temperature min_gumbel_temperature gumbel_temperature_decay diversity_delay_steps "
     "diversity_warmup_steps diversity_scope validation_data dataset_name "
-    "dataset_config_name audio_column_name"
+    "dataset_config_name audio_column_name cuda_graph fused_kernels"
 ).split()
 MODEL_SETTINGS = (
     "hidden_dropout attention_dropout activation_dropout feat_proj_dropout feat_quantizer_dropout layerdrop "
