@@ -47,7 +47,7 @@ def test_executed_operations_are_those_that_torch_counts_in_the_transformer(larg
     features = model._features(batch).detach()
     with FlopCounterMode(display=False) as counter:
         model._context(features, batch)
-    stages = forward_flops(config, 80_000, masked=int(batch.num_masked[0]) / batch.lengths[0])
+    stages = forward_flops(config, 80_000, masked=int(batch.num_masked[0]) / batch.rows.lengths[0])
     executed = sum(stages[name] for name in ("projection", "positional", "linear", "attention"))
     assert counter.get_total_flops() == pytest.approx(executed, rel=0.005)  # a gap's frame, and the stock convolution's
 
