@@ -20,11 +20,13 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.data.batching import Crops, Cursor, EffectiveBatches, MicroBatchPlan, crop_length, plan_update
+from w2v2.data.batching import Crops, Cursor, EffectiveBatches, MicroBatchPlan, PieceSize, crop_length, plan_update
 from w2v2.data.collate import PretrainBatch, build_batch
+from w2v2.data.filling import fill_up, find_sizes
 from w2v2.model import transformer
 from w2v2.model.loading import build_config, build_framing
 from w2v2.model.pretraining import build_model
+from w2v2.train.capture import CapturedStep
 from w2v2.train.launch import prepare_model, start_accelerator
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.update import build_optimizer, train_update
@@ -130,7 +132,10 @@ class Ours(Contender):
         self.accelerator = start_accelerator(args)
         self.device = self.accelerator.device
         model = build_model(args, self.config)
-        self.model, self.optimizer = prepare_model(self.accelerator, model, build_optimizer(model, args))
+        self.model, self.optimizer = prepare_model(
+            self.accelerator, model, build_optimizer(model, args), bare=args.cuda_graph
+        )
+        self.step, self.kind, self.with_graph = self.model, None, args.cuda_graph
         extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
         self.framing = build_framing(self.config, extractor)
 
@@ -142,6 +147,8 @@ class Ours(Contender):
         )  # fmt: skip
         plans = plan_update(crops, update, Cursor(), **cut)
         batches = [self.build(plan) for plan in plans]
+        if self.with_graph:
+            batches = self.fill(batches, lengths)
         self.batches = [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
         self.heard = [n for plan in plans if not plan.dummy for n in plan.crops.num_samples.tolist()]
         self.num_rows = len(plans[0].crops.num_samples)
@@ -150,12 +157,20 @@ class Ours(Contender):
             shared_diversity=False, max_grad_norm=0.0,
         )  # fmt: skip
 
+    def fill(self, batches: list[PretrainBatch], lengths: str) -> list[PretrainBatch]:
+        """In one shape for all updates of such lengths, which have a graph of their own."""
+        if lengths != self.kind:
+            slots, rows = (max(len(getattr(batch, name)) for batch in batches) for name in ("row", "first"))
+            self.kind, self.sizes = lengths, find_sizes(batches, PieceSize(round(1.01 * slots), rows + 2))
+            self.step = CapturedStep(self.accelerator, self.model)
+        return [fill_up(batch, self.sizes) if self.sizes.hold(batch) else batch for batch in batches]
+
     def build(self, plan: MicroBatchPlan) -> PretrainBatch:
         crops, weight = (plan.crops.take([0]), 0.0) if plan.dummy else (plan.crops, 1.0)
         return build_batch(plan, crops, [NOISE[:n] for n in crops.num_samples], self.framing, 0, weight)
 
     def run(self):
-        train_update(self.accelerator, self.model, self.optimizer, self.batches, self.settings)
+        train_update(self.accelerator, self.step, self.optimizer, self.batches, self.settings)
 
     def synchronize(self):
         super().synchronize()

@@ -17,6 +17,7 @@ import torch
 from common import ROOT, environment, make_parser
 
 LARGE, PROFILE, COMPILED = "--config_name large", "--profile", "--torch_compile"
+GRAPH, KERNELS = "--cuda_graph", "--fused_kernels"
 PAIR = f"--pairs 3 {PROFILE}"
 TUNED = "--contenders ours stock_tuned --micro_batch_seconds 800 --pairs 3"  # 75 GB of an H200
 GPUS = torch.cuda.device_count()
@@ -26,6 +27,13 @@ SEVERAL = "--lengths librispeech --batch_seconds 5760 --micro_batch_seconds 200 
 STEPS = {  # title → script and its flags, in the order of what is worth most, should the time run out
     "BASE, 800 s in 200 s": f"update.py --batch_seconds 800 {PAIR}",
     "BASE, 1.6 h in 800 s": f"update.py {BASE_WHOLE} {PROFILE}",
+    "BASE, 1.6 h in 800 s, kernels": f"update.py {BASE_WHOLE} {PROFILE} {KERNELS}",
+    "BASE, 1.6 h in 800 s, graph": f"update.py {BASE_WHOLE} {GRAPH}",
+    **{
+        f"BASE, 1.6 h in {n} s, graph, kernels": f"update.py {WHOLE} --micro_batch_seconds {n} {GRAPH} {KERNELS}"
+        for n in (800, 200, 91)
+    },
+    "LARGE, 1.6 h in 400 s, graph, kernels": f"update.py {LARGE_WHOLE} {GRAPH} {KERNELS}",
     "BASE, 1.6 h in 800 s, compiled": f"update.py {BASE_WHOLE} {PROFILE} {COMPILED}",
     "BASE, 1,600 s in 800 s, the stock model tuned": f"update.py {TUNED} --batch_seconds 1600 --lengths librispeech",
     "LARGE, 400 s in 100 s": f"update.py {LARGE} --batch_seconds 400 --micro_batch_seconds 100 {PAIR}",
@@ -48,6 +56,8 @@ DRY = {  # later flags override a step's own, so that any CPU manages it
 def command(step: str, dry_run: bool) -> list[str]:
     script = step.partition(" ")[0]
     flags = f"{step} {DRY[script]} --device cpu --config_name small --pairs 1" if dry_run else step
+    if dry_run:  # a CPU has neither
+        flags = flags.replace(GRAPH, "").replace(KERNELS, "")
     return [sys.executable, str(Path(__file__).with_name(script)), *shlex.split(flags)[1:]]
 
 

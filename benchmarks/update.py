@@ -48,6 +48,7 @@ FLAGS = (
     "gradient_checkpointing",
     "torch_compile",
     "fused_kernels",
+    "cuda_graph",
     "positional_conv",
 )
 
@@ -74,6 +75,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of the transformer, ours and stock")
     parser.add_argument("--torch_compile", action="store_true", help="ours only")
     parser.add_argument("--fused_kernels", action="store_true", help="ours only")
+    parser.add_argument("--cuda_graph", action="store_true", help="ours only")
     parser.add_argument("--positional_conv", default="auto", choices=["auto", "blocks", "stock"], help="ours only")
     parser.add_argument("--profile", action="store_true", help="time the stages of one micro-batch, too")
     args = parser.parse_args(argv)
