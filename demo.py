@@ -42,7 +42,8 @@ def finetune(title: str, output_dir: Path, *weights: str) -> dict[str, float]:
 
 def main() -> None:
     run("corpus", "data_scripts/make_demo_corpus.py", str(CORPUS))
-    is_fast = not torch.accelerator.is_available() and multiplies_bfloat16()
+    is_told = "ACCELERATE_MIXED_PRECISION" in os.environ
+    is_fast = not is_told and not torch.accelerator.is_available() and multiplies_bfloat16()
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if is_fast else {}
     run("pretraining", "pretrain.py", "configs/pretrain/demo.yaml", **precision)
     pretrained = RUNS / "pretrained"

@@ -135,7 +135,7 @@ class Ours(Contender):
         self.model, self.optimizer = prepare_model(
             self.accelerator, model, build_optimizer(model, args), bare=args.cuda_graph
         )
-        self.step, self.kind, self.with_graph = self.model, None, args.cuda_graph
+        self.passes, self.kind, self.with_graph = self.model, None, args.cuda_graph
         extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
         self.framing = build_framing(self.config, extractor)
 
@@ -162,7 +162,7 @@ class Ours(Contender):
         if lengths != self.kind:
             slots, rows = (max(len(getattr(batch, name)) for batch in batches) for name in ("row", "first"))
             self.kind, self.sizes = lengths, find_sizes(batches, PieceSize(round(1.01 * slots), rows + 2))
-            self.step = CapturedStep(self.accelerator, self.model)
+            self.passes = CapturedStep(self.accelerator, self.model)
         return [fill_up(batch, self.sizes) if self.sizes.hold(batch) else batch for batch in batches]
 
     def build(self, plan: MicroBatchPlan) -> PretrainBatch:
@@ -170,7 +170,7 @@ class Ours(Contender):
         return build_batch(plan, crops, [NOISE[:n] for n in crops.num_samples], self.framing, 0, weight)
 
     def run(self):
-        train_update(self.accelerator, self.step, self.optimizer, self.batches, self.settings)
+        train_update(self.accelerator, self.passes, self.optimizer, self.batches, self.settings)
 
     def synchronize(self):
         super().synchronize()

@@ -153,7 +153,7 @@ class ShardCache:
                 _check_version(shard)
         if shard.copy_size and os.path.getsize(part) != shard.copy_size:
             raise UserError(f"shard {shard.url} holds other audio than when it was listed: start again")
-        os.rename(part, shard.path)
+        os.replace(part, shard.path)
         return rows
 
     def _make_room(self, part: str, num_bytes: int) -> None:
@@ -189,7 +189,8 @@ def find_version(info: Mapping[str, Any]) -> str:
 
 
 def _spell(value: Any) -> str:
-    return str(value.timestamp() if isinstance(value, datetime) else value)  # listings and files may differ in this
+    value = value.timestamp() if isinstance(value, datetime) else value
+    return str(value).removeprefix("W/").strip('"')  # listings and files may differ in these
 
 
 def _check_version(shard: Shard, headers: Mapping[str, Any] | None = None) -> None:

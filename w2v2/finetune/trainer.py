@@ -97,12 +97,14 @@ class FineTuner(Evaluator):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """The stock training, on the data of the checkpoint. A finished run is only loaded: `Trainer` would do an update more if it ended in an epoch."""
-        self._check_data(resume_from_checkpoint)
         if resume_from_checkpoint is None:
+            self._check_data(None)
             return super().train(**kwargs)
         folder = Path(resume_from_checkpoint)
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        if 0 < self.args.max_steps <= state.global_step:
+        is_finished = 0 < self.args.max_steps <= state.global_step
+        self._check_data(None if is_finished else resume_from_checkpoint)
+        if is_finished:
             best = folder.with_name(f"checkpoint-{state.best_global_step}")
             self.state = state
             return self._load_from_checkpoint(str(best if self.best_update and best.is_dir() else folder))
@@ -115,8 +117,8 @@ class FineTuner(Evaluator):
 
     def _check_data(self, checkpoint: str | None) -> None:
         """Raises UserError where a rank, or the checkpoint's run, has other utterances, labels or batches."""
-        args, self.identity = self.args, identify_labelled(self.args, self.train_dataset.table)
-        check_agreement([self.identity, identify_labelled(args, self.eval_dataset.table)])
+        args, self.identity = self.args, identify_labelled(self.args, self.train_dataset)
+        check_agreement([self.identity, identify_labelled(args, self.eval_dataset)])
         if checkpoint and not (saved := Path(checkpoint, DATA_FILE)).is_file():
             args.print_once("     warning: the checkpoint is of an earlier version, whose data cannot be compared")
         elif checkpoint:

@@ -237,15 +237,15 @@ def _compare(raw: RawTable, start: np.ndarray, length: np.ndarray, files: Files,
         if not misfit.any():
             continue
         said, (rows, seconds, rates), hint = ends[misfit], (values[misfit] for values in files), ""
-        mixed = False  # samples are counted at 16 kHz in some rows, and at their files' rate in others
         factor, counted = said / (seconds + TOLERANCE), said * SAMPLING_RATE / rates
+        own = (np.abs(counted / seconds - 1) < 0.02) & (rates != SAMPLING_RATE)  # counted at their files' rate
         if factor.min() > 10:
             hint = f"; are they {'milliseconds' if factor.max() <= MILLISECONDS else 'frames'}? Name the column so"
-        elif names.get("frames") == "num_samples" and np.median(np.abs(counted / seconds - 1)) < 0.02:
-            hint, mixed = f"; is num_samples at the file's {rates[0]:,.0f} a second? Name it num_frames", True
+        elif names.get("frames") == "num_samples" and own.any():
+            hint = f"; is num_samples at the file's {rates[own][0]:,.0f} a second? Name it num_frames"
         example = f"{raw.where(rows[0])}: {said[0]:g} s, the file holds {seconds[0]:g} s"
         line = f"{raw.path}: {len(rows)} of {known.sum()} rows that were compared {what} ({example}{hint})"
-        if mixed or len(rows) >= RULE * known.sum():
+        if "num_frames" in hint or len(rows) >= RULE * known.sum():
             raise UserError(f"{line}: {remedy}")
         notes.append(line)
     return notes

@@ -99,9 +99,9 @@ def find_repeated(text: pa.ChunkedArray, *numbers: pa.ChunkedArray | pa.Array) -
 
 
 def find_twice(text: pa.ChunkedArray) -> list[str]:
-    """What an earlier row says too."""
+    """The first text that an earlier row says too, if there is one."""
     maybe = text.filter(pa.array(find_repeated(text))).to_pandas()
-    return maybe[maybe.duplicated()].tolist()
+    return maybe[maybe.duplicated()].head(1).tolist()
 
 
 def cut_table(table: pa.Table, kept: np.ndarray | None = None) -> Iterator[pa.Table]:

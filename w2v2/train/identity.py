@@ -26,15 +26,14 @@ MEANING = {
 }
 
 
+# Of another kind of order, which the other side may lack.
+OTHERS = ("draws", "shuffle_window_shards", "batch_seconds", "batch_utterances")
+
+
 def differences(before: dict[str, Any], current: dict[str, Any]) -> str:
     """`seed 43 (was 42), …`, of what both know."""
     texts = []
-    for name in (
-        "draws",
-        "shuffle_window_shards",
-        "batch_seconds",
-        "batch_utterances",
-    ):  # of another kind of order, which the other side may lack
+    for name in OTHERS:
         if (name in before) != (name in current):
             before, current = {name: None} | before, {name: None} | current
     for name, value in current.items():
@@ -55,8 +54,9 @@ def identity(args, utterances: Utterances) -> dict[str, Any]:
     return values | {"utterances": len(lengths), "lengths_sha256": digest.hexdigest()[:16]}
 
 
-def identify_labelled(args, table: Dataset) -> dict[str, Any]:
-    """The same of fine-tuning, whose `table` has texts or targets; the ids of its utterances are hashed here."""
+def identify_labelled(args, data) -> dict[str, Any]:
+    """The same of fine-tuning, whose `data.table` has texts or targets; the ids of its utterances are hashed here."""
+    table = data.table
     parts = {"ids": ("id",), "lengths": ("num_samples",), "places": ("start", "channel"), "labels": ("text", "target")}
     digests = {name: hashlib.sha256() for name in parts}
     for rows in table.with_format("arrow").iter(LABELLED_ROWS):
@@ -64,9 +64,11 @@ def identify_labelled(args, table: Dataset) -> dict[str, Any]:
             values = rows.select([column for column in columns if column in table.column_names]).to_pydict()
             digests[name].update(json.dumps(values).encode())
     num = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    batch = {"batch_seconds": args.batch_seconds} if args.batch_seconds else {"batch_utterances": num}
+    by_number = {"batch_utterances": num, "per_device_train_batch_size": args.per_device_train_batch_size}
+    batch = {"batch_seconds": args.batch_seconds} if args.batch_seconds else by_number
+    longest = {"longest_samples": max(data.lengths, default=0)}  # after cropping
     hashes = {f"{name}_sha256": digest.hexdigest()[:16] for name, digest in digests.items()}
-    return {"seed": args.seed, **batch, "utterances": len(table), **hashes}
+    return {"seed": args.seed, **batch, **longest, "utterances": len(table), **hashes}
 
 
 def hash_ids(train_data: Sequence[str], table: Dataset) -> str:
