@@ -43,7 +43,7 @@ def trial():
     config = tiny_config(**NOISY)
     model = PretrainingModel(config).train()
     model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER))
-    return Trial(accelerator, model, optimizer, framing(**NOISY), settings(), LONGEST, GRID)
+    return Trial(accelerator, model, optimizer, framing(**NOISY), settings(), LONGEST)
 
 
 @pytest.fixture
@@ -155,9 +155,7 @@ def test_no_micro_batch_costs_more_than_the_one_tried(seed, prob):
         lengths, batch_samples=int(lengths.sum()) // 2, crop_samples=12 * SAMPLING_RATE, grid_samples=GRID, seed=seed
     )
     n, num_ranks = int(random.integers(1, 9)), int(random.integers(1, 4))
-    # The tried one's shorter last row is there for what mixed lengths cost, and takes a little off the attention
-    # weights.
-    worst = costs(worst_case(n, batches.longest, 0, shape, seed))
+    worst = costs(worst_case(n, batches.longest, shape, seed))
     crops, following = batches.draw(Cursor())
     cut = dict(num_ranks=num_ranks, micro_batch_samples=n * batches.longest)
     for rank in range(num_ranks):

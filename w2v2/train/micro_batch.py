@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.data.batching import LATENT_STRIDE, Crops, Cursor, EffectiveBatches, MicroBatchPlan
+from w2v2.data.batching import Crops, Cursor, EffectiveBatches, MicroBatchPlan
 from w2v2.data.collate import Framing, PretrainBatch, build_batch, place_masks
 from w2v2.data.masking import inside_rows
 from w2v2.errors import UserError
@@ -41,14 +41,13 @@ class Trial:
     framing: Framing
     settings: UpdateSettings
     longest: int
-    grid_samples: int
     share: float = DEVICE_SHARE
 
     def run(self, n: int) -> None:
         """Forward and backward pass of the bare model; gradients and weights are then as they were."""
         device, bare = self.accelerator.device, self.accelerator.unwrap_model(self.model)
         try:
-            batch = worst_case(n, self.longest, self.grid_samples, self.framing, self.settings.seed).to(device)
+            batch = worst_case(n, self.longest, self.framing, self.settings.seed).to(device)
             # What an update's later micro-batches find allocated: gradients, and AdamW's moments if there are none yet.
             # Written to, so that they are really there. DDP's gradients, whose buckets exist, are counted twice.
             parameters = [parameter for parameter in bare.parameters() if parameter.requires_grad]
@@ -92,21 +91,16 @@ class Trial:
             module.set_per_process_memory_fraction(1.0, device)
 
 
-def worst_case(n: int, longest: int, grid_samples: int, framing: Framing, seed: int) -> PretrainBatch:
+def worst_case(n: int, longest: int, framing: Framing, seed: int) -> PretrainBatch:
     """The micro-batch of n rows of `longest` samples (noise) that takes most memory.
 
-    No layer leaves out a row, and no two mask spans overlap. The last of several rows is a grid step shorter:
-    lengths are mixed, as in training.
+    No layer leaves out a row, and no two mask spans overlap.
     """
-    lengths = np.full(n, longest, dtype=np.int64)
-    shorter = longest - (grid_samples or LATENT_STRIDE)
-    if n > 1 and shorter >= framing.min_samples:
-        lengths[-1] = shorter
     rows = np.arange(n, dtype=np.int64)
-    crops = Crops(rows, np.zeros_like(rows), np.zeros_like(rows), lengths)
-    plan = MicroBatchPlan(crops, 0, 0, 1, int(lengths.sum()), False, Cursor())
+    crops = Crops(rows, np.zeros_like(rows), np.zeros_like(rows), np.full_like(rows, longest))
+    plan = MicroBatchPlan(crops, 0, 0, 1, n * longest, False, Cursor())
     noise = np.random.default_rng(seed).integers(-3_000, 3_000, longest, dtype=np.int16)
-    batch = build_batch(plan, crops, [noise[:length] for length in lengths], replace(framing, layerdrop=0.0), seed)
+    batch = build_batch(plan, crops, [noise] * n, replace(framing, layerdrop=0.0), seed)
 
     spans = torch.ceil(framing.mask_prob * batch.frames / framing.mask_length).clamp_min(framing.min_masks)
     masked = torch.minimum(spans * framing.mask_length, batch.frames).long()
@@ -136,9 +130,7 @@ def find_micro_batch(run, batches: EffectiveBatches) -> float:
     else:
         settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
         share = GRAPH_SHARE if run.args.cuda_graph else DEVICE_SHARE
-        trial = Trial(
-            accelerator, run.model, run.optimizer, run.framing, settings, longest, batches.grid_samples, share
-        )
+        trial = Trial(accelerator, run.model, run.optimizer, run.framing, settings, longest, share)
         # Beyond a device's part of an effective batch, a larger micro-batch saves no round.
         seconds, finding = fit(trial, math.ceil(batches.batch_samples / accelerator.num_processes / longest))
     announce(accelerator, f"micro-batch   auto: {finding}")
