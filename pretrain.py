@@ -29,6 +29,7 @@ from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing
 from w2v2.data.filling import FilledCrops
 from w2v2.data.loader import build_loader
+from w2v2.data.sampling import build_batches
 from w2v2.data.streaming import FetchAhead, StreamedCrops
 from w2v2.data.utterances import Utterances, inspect_some, load_utterances
 from w2v2.evaluate.plots import draw_plots
@@ -37,6 +38,7 @@ from w2v2.hub.push import HubPusher
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.model.pretraining import build_model
+from w2v2.plan.plan import describe_mixture, present_plan, write_config
 from w2v2.train.capture import CapturedStep, check_capture, find_run_sizes
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
@@ -44,7 +46,6 @@ from w2v2.train.identity import check_agreement, identity
 from w2v2.train.launch import Stopped, StopRequest, end_training, on_main_process, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import find_micro_batch
-from w2v2.train.plan import build_batches, describe_mixture, present_plan, write_config
 from w2v2.train.records import SkippedAudio, SkippedUpdates, SkippedValidation
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings

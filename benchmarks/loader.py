@@ -31,12 +31,12 @@ from w2v2.cli import run_script
 from w2v2.data.batching import Cursor, MicroBatchPlan, PlanStream, plan_update
 from w2v2.data.collate import CropDataset, Framing, PretrainBatch, lay_out
 from w2v2.data.loader import build_loader
+from w2v2.data.sampling import build_batches
 from w2v2.data.streaming import StreamedCrops
 from w2v2.data.utterances import load_utterances
 from w2v2.errors import UserError
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.train.log import read_metrics
-from w2v2.train.plan import build_batches
 
 # Suffix, and FFmpeg's name of a codec that libsndfile does not write.
 FORMATS = {

@@ -40,9 +40,10 @@ from ways_to_batch import (
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, find_size, plan_update
+from w2v2.data.sampling import build_batches
 from w2v2.data.utterances import Utterances
+from w2v2.plan.plan import make_plan
 from w2v2.train.identity import identity
-from w2v2.train.plan import build_batches, make_plan
 
 PAPER_CROP_SECONDS = 15.6
 RECIPE = SimpleNamespace(

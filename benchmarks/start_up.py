@@ -18,9 +18,10 @@ from common import speech_lengths
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, plan_update
 from w2v2.data.collate import Framing
+from w2v2.data.sampling import build_batches
 from w2v2.data.utterances import Utterances, load_utterances
+from w2v2.plan.plan import make_plan
 from w2v2.train.identity import hash_ids, identity
-from w2v2.train.plan import build_batches, make_plan
 
 FORMATS = ("parquet", "csv")
 FRAMING = Framing((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), 0.65, 10, 2, 12, 0.05, SAMPLING_RATE, False)  # BASE's

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from w2v2.data.batching import FEISTEL_ROUNDS, EpochOrder, Order, find_half_bits, permute
+from w2v2.audio.crops import SAMPLING_RATE
+from w2v2.data.batching import FEISTEL_ROUNDS, EffectiveBatches, EpochOrder, Order, find_half_bits, permute
 from w2v2.data.hashing import MIX, ORDER, below, derive, derive_many, positive
 from w2v2.data.streaming import ShardOrder
 from w2v2.data.utterances import Utterances
@@ -39,6 +40,18 @@ def build_order(utterances: Utterances, args) -> Order:
         )
     shares = find_shares(utterances.sources, args.sampling_alpha_corpus, args.sampling_alpha_language)
     return MixedOrder(utterances.sources, count_draws(utterances.sources, shares), args.seed)
+
+
+def build_batches(utterances: Utterances, args, seed: int | None = None) -> EffectiveBatches:
+    """The flags in hours and seconds, as samples; drawn by the flags' seed and shares, or by `seed`, all alike."""
+    return EffectiveBatches(
+        utterances.num_samples,
+        batch_samples=round(args.batch_hours * 3600 * SAMPLING_RATE),
+        crop_samples=round(args.crop_seconds * SAMPLING_RATE),
+        grid_samples=round(args.length_grid_seconds * SAMPLING_RATE),
+        seed=args.seed if seed is None else seed,
+        order=build_order(utterances, args) if seed is None else None,
+    )
 
 
 def find_shares(sources: Sequence[Source], alpha_corpus: float, alpha_language: float) -> np.ndarray:

@@ -19,9 +19,9 @@ from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Crops, Cursor, EffectiveBatches, MicroBatchPlan
 from w2v2.data.collate import Framing, PretrainBatch, build_batch, place_masks
 from w2v2.data.masking import inside_rows
+from w2v2.data.sampling import build_batches
 from w2v2.errors import UserError
 from w2v2.train.log import announce
-from w2v2.train.plan import build_batches
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.update import seed_noise
 

@@ -9,10 +9,11 @@ import pytest
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data import batching
 from w2v2.data.batching import Cursor, crop_length, find_size, plan_update
+from w2v2.data.sampling import build_batches
 from w2v2.data.utterances import Utterances
+from w2v2.plan.plan import describe, make_plan
 from w2v2.train import identity as identity_module
 from w2v2.train.identity import identity
-from w2v2.train.plan import build_batches, describe, make_plan
 
 
 def make_args(**changes):

@@ -16,7 +16,7 @@ from w2v2.audio.files import split_address
 from w2v2.audio.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
 from w2v2.data.batching import LATENT_STRIDE, Cursor, EffectiveBatches, count_slots, find_size
 from w2v2.data.cutting import cut
-from w2v2.data.sampling import build_order
+from w2v2.data.sampling import build_batches, build_order
 from w2v2.data.shards import describe_shards
 from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
@@ -30,18 +30,6 @@ FAR_MORE = 5.0
 ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
 
 Data = dict[str, tuple[Utterances, list[dict]]]  # flag → its utterances, and the files that could not be measured
-
-
-def build_batches(utterances: Utterances, args, seed: int | None = None) -> EffectiveBatches:
-    """The flags in hours and seconds, as samples; drawn by the flags' seed and shares, or by `seed`, all alike."""
-    return EffectiveBatches(
-        utterances.num_samples,
-        batch_samples=round(args.batch_hours * 3600 * SAMPLING_RATE),
-        crop_samples=round(args.crop_seconds * SAMPLING_RATE),
-        grid_samples=round(args.length_grid_seconds * SAMPLING_RATE),
-        seed=args.seed if seed is None else seed,
-        order=build_order(utterances, args) if seed is None else None,
-    )
 
 
 def make_plan(
