@@ -27,7 +27,7 @@ from w2v2.errors import UserError
 from w2v2.train.checkpoint import checkpoints, step_of
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import METRICS_FILE, read_metrics
-from w2v2.train.schedule import num_warmup_steps, ramp
+from w2v2.train.schedule import num_warmup_steps, peak_rate, ramp
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,6 @@ LEAST_DISTRACTORS = 0.1  # of those drawn
 LOSS_SPREAD = 1e-3  # (greatest − least) / greatest
 FEWEST_RECORDS = 4  # in a window, however rarely a run logs
 MEASURES = ("codebook_perplexity_hard", "distractors_left", "accuracy", "contrastive_loss")
-
-# (seconds in an effective batch, peak learning rate) of BASE with smaller batches than the paper's: arXiv 2402.13723
-RATES = ((87.5, 7.3e-6), (150, 7.9e-5), (300, 1.1e-4), (600, 1.6e-4), (1200, 2.2e-4), (2400, 5e-4))
 
 
 class Limits(NamedTuple):
@@ -210,8 +207,7 @@ def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any
     usual_mult, coldest = 1.0 if norms_first else 0.1, 0.1 if norms_first or is_large else 0.5
     usual_hours, usual_rate, usual_warmup = 0.0045, 1e-3, min(round(0.015 * args.max_steps), 60)
     if not is_small:
-        fitting = [peak for seconds, peak in RATES if seconds <= 1.05 * 3600 * hours] or [RATES[0][1]]
-        usual_hours, usual_rate = 1.6, min(3e-4 if is_large else 5e-4, fitting[-1])
+        usual_hours, usual_rate = 1.6, min(3e-4 if is_large else 5e-4, peak_rate(hours))
         usual_warmup = min(round(0.08 * args.max_steps), 32_000)
     has_short_warmup = usual_warmup >= 10 and warmup < 0.9 * usual_warmup and since <= 4 * usual_warmup
     # A small model whose codes are all used alike: nothing is left for the contrastive loss to learn from.

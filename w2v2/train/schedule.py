@@ -4,11 +4,19 @@ import math
 from dataclasses import dataclass
 
 SCHEDULES = ("linear", "cosine", "constant", "tri_stage")
+# (seconds in an effective batch, peak learning rate) of BASE with smaller batches than the paper's: arXiv 2402.13723
+PEAK_RATES = ((87.5, 7.3e-6), (150, 7.9e-5), (300, 1.1e-4), (600, 1.6e-4), (1200, 2.2e-4), (2400, 5e-4))
 
 
 def num_warmup_steps(warmup_steps: float, total_steps: int) -> int:
     """Updates of warm-up: a number of updates, or a fraction of the run when under 1 (as `TrainingArguments` has it)."""
     return round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
+
+
+def peak_rate(batch_hours: float) -> float:
+    """The peak learning rate of BASE in `PEAK_RATES` with the largest batch that is not above this one (by over 5 %)."""
+    fitting = [peak for seconds, peak in PEAK_RATES if seconds <= 1.05 * 3600 * batch_hours]
+    return fitting[-1] if fitting else PEAK_RATES[0][1]
 
 
 def lr_factor(
