@@ -46,7 +46,7 @@ from w2v2.train.identity import check_agreement, identity
 from w2v2.train.launch import Stopped, StopRequest, end_training, on_main_process, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
 from w2v2.train.micro_batch import find_micro_batch
-from w2v2.train.records import SkippedAudio, SkippedUpdates, SkippedValidation
+from w2v2.train.records import CodebookUse, SkippedAudio, SkippedUpdates, SkippedValidation
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import VALIDATION_SEED, RunState
@@ -182,7 +182,8 @@ def train(run: Run, feed: Feed, skipped: dict[str, SkippedAudio], pusher: HubPus
     with ExitStack() as files:
         log = RunLog(args, accelerator, state.step)
         skipped_updates = SkippedUpdates(args, accelerator, run.training.table, state.step)
-        records = [log.records, skipped_updates.records, *(audio.records for audio in skipped.values())]
+        use = CodebookUse(args, accelerator, state.step)
+        records = [log.records, skipped_updates.records, use.records, *(audio.records for audio in skipped.values())]
         for close in (log.close, *(lines.sync for lines in records)):
             files.callback(close)
         watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
@@ -191,7 +192,7 @@ def train(run: Run, feed: Feed, skipped: dict[str, SkippedAudio], pusher: HubPus
             plans = plan_validation(build_batches(run.validation, args, VALIDATION_SEED), **run.cut_arguments)
             validation = run.load(run.validation, plans, VALIDATION_SEED)
             if state.step and state.is_due(args.eval_steps) and on_main_process(accelerator, log.lacks_validation):
-                run_validation(run, validation, log, skipped["validation_data"])  # it ended right after its save
+                run_validation(run, validation, log, use, skipped["validation_data"])  # it ended right after its save
         feed.restart()
         while state.step < args.max_steps and not is_stopping:
             # ------------------------------------------------------------------------------- one update
@@ -201,6 +202,8 @@ def train(run: Run, feed: Feed, skipped: dict[str, SkippedAudio], pusher: HubPus
             )
             counts = totals.counts
             state.advance(feed.cursor, int(counts.heard_samples))
+            if not validation:
+                use.add(totals)
             # ------------------------------------------------------------------------------- what it skipped
             if counts.num_skipped:
                 skipped["train_data"].add(gather_object(totals.skipped), state.step)
@@ -217,6 +220,7 @@ def train(run: Run, feed: Feed, skipped: dict[str, SkippedAudio], pusher: HubPus
                 watch.see(record)  # raises where the codes have collapsed, or nothing is learned
                 give_back()  # micro-batches of many lengths leave gaps in the heap
             if state.is_due(args.save_steps) or is_stopping:
+                use.write(state.progress())
                 for lines in records:
                     lines.sync()
                 on_failure = "stop" if is_stopping else args.save_failure
@@ -225,16 +229,18 @@ def train(run: Run, feed: Feed, skipped: dict[str, SkippedAudio], pusher: HubPus
                     pusher.push(folder, f"Weights after {state.step} updates")
                 feed.restart()  # neither saving nor validation counts as throughput
             if validation and state.is_due(args.eval_steps):
-                run_validation(run, validation, log, skipped["validation_data"])
+                run_validation(run, validation, log, use, skipped["validation_data"])
                 feed.restart()
 
 
-def run_validation(run: Run, validation: DataLoader, log: RunLog, skipped: SkippedAudio) -> None:
+def run_validation(run: Run, validation: DataLoader, log: RunLog, use: CodebookUse, skipped: SkippedAudio) -> None:
     """Log a validation after the update at hand, with that update's weight of the diversity loss."""
     weight = UpdateSettings.at(run.state.step - 1, run.args, run.config.diversity_loss_weight).diversity_weight
     metrics, totals = validate(run.accelerator, run.model, validation, weight)
     if totals.counts.num_skipped:
         skipped.add(gather_object(totals.skipped), run.state.step)
+    use.add(totals)
+    use.write(run.state.progress())
     log.write(run.state.progress() | metrics)
 
 

@@ -25,7 +25,8 @@ TRAINING_KEYS = set(
     "step epoch audio_hours loss contrastive_loss diversity_loss feature_penalty accuracy codebook_perplexity "
     "codebook_perplexity_hard gumbel_temperature learning_rate grad_norm masked_frames batch_hours audio_seconds_per_second "
     "data_wait_fraction cropped_fraction padded_fraction distractors_left code_entropy skipped_audio skipped_updates "
-    "num_processes constant_guess_accuracy".split()
+    "num_processes constant_guess_accuracy codebook_coverage_1 codebook_coverage_2 codebook_entropy_1 "
+    "codebook_entropy_2".split()
 )
 PLAN_KEYS = {"utterances", "hours", "dropped", "batch_hours", "micro_batches_per_update", "updates_per_epoch"}
 PLAN_KEYS |= {"epochs", "warnings"}
@@ -47,6 +48,12 @@ def whole_run(flags, tmp_path_factory):
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
+
+
+def counts_of(folder):
+    """(update, counts of the codes) of each validation."""
+    lines = (folder / "codebook_use.jsonl").read_text().splitlines()
+    return [(record["step"], record["counts"]) for record in map(json.loads, lines)]
 
 
 def test_a_run_leaves_the_files_that_users_touch(whole_run):
@@ -80,7 +87,7 @@ def test_metrics_have_every_name_and_add_up(whole_run):
     validation = [r for r in records if "eval_loss" in r]
     assert [r["step"] for r in validation] == [6, 12, 16]
     measures = {"loss", "contrastive_loss", "diversity_loss", "feature_penalty", "accuracy", "codebook_perplexity"}
-    measures |= {"constant_guess_accuracy"}
+    measures |= {"constant_guess_accuracy", "codebook_coverage_1", "codebook_entropy_2"}
     assert all(set(r) >= {"step", "epoch", "audio_hours"} | {f"eval_{name}" for name in measures} for r in validation)
     assert len({r["eval_masked_frames"] for r in validation}) == 1
 
@@ -100,6 +107,7 @@ def test_a_killed_run_resumes_to_the_bit(flags, whole_run):
     finish(start_run(flags, output_dir, *more), output_dir)
     assert "resuming" in log_of(output_dir)
     assert_same_run(output_dir, whole_run)
+    assert counts_of(output_dir) == counts_of(whole_run)
 
 
 @pytest.mark.parametrize("call", [2, 3], ids=["after update 12", "at the end"])
@@ -131,6 +139,8 @@ def test_two_processes_give_the_curve_of_one(flags, whole_run):
     finish(start_run(flags, output_dir, launcher=TORCHRUN), output_dir)
     assert json.loads((output_dir / "plan.json").read_text())["num_processes"] == 2
     assert_same_run(output_dir, whole_run, exactly=False)
+    ours, theirs = (np.array([counts for _, counts in counts_of(folder)]) for folder in (output_dir, whole_run))
+    assert ours.shape == (3, 2, 12) and (ours.sum(-1) == theirs.sum(-1)).all() and np.abs(ours - theirs).sum() <= 4
 
 
 def run(flags, output_dir, *more):

@@ -57,11 +57,16 @@ def code_statistics(logits_PGV: torch.Tensor, valid_P: torch.Tensor) -> tuple[to
     return torch.einsum("pgv,p->gv", p, weight), hard, (entropy * weight).sum()
 
 
-def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
-    """Perplexity of the mean code distribution, summed over groups: from G (collapsed) to G · V (every entry alike)."""
+def entropy(mean_GV: torch.Tensor) -> torch.Tensor:
+    """Entropy (G,) of each group's mean code distribution, in nats: from 0 (one entry) to log V (every entry alike)."""
     # The slope of p log p is infinite at an entry that nobody uses, its gradient not a number. The floor prevents that.
     floored = mean_GV.clamp_min(torch.finfo(mean_GV.dtype).tiny)
-    return torch.exp(-torch.xlogy(mean_GV, floored).sum(-1)).sum()
+    return -torch.xlogy(mean_GV, floored).sum(-1)
+
+
+def perplexity(mean_GV: torch.Tensor) -> torch.Tensor:
+    """Perplexity of the mean code distribution, summed over groups: from G (collapsed) to G · V (every entry alike)."""
+    return torch.exp(entropy(mean_GV)).sum()
 
 
 def diversity_loss(soft_GV: torch.Tensor, num_masked: torch.Tensor) -> torch.Tensor:

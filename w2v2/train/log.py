@@ -11,6 +11,8 @@ A record is one flat dictionary for one step. Names in training records, all ove
 | `accuracy` | share of masked frames whose own code beats every distractor |
 | `constant_guess_accuracy` | the share that always guessing the utterance's commonest codes would earn |
 | `codebook_perplexity`, `codebook_perplexity_hard` | exp of the entropy of the mean code, summed over groups |
+| `codebook_coverage_1` … `_G` | share of a group's entries that are any masked frame's most likely code |
+| `codebook_entropy_1` … `_G` | entropy of these codes' histogram in a group, in nats: log V where all are used alike |
 | `code_entropy` | mean entropy of one frame's code distribution, in nats, averaged over groups |
 | `distractors_left` | mean distractors of a frame that are not the positive's own code |
 | `gumbel_temperature`, `learning_rate`, `grad_norm` | as used in this update; the norm before clipping |

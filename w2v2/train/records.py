@@ -4,6 +4,7 @@
     skipped_audio.jsonl         training audio that cannot be read            `SkippedAudio`
     skipped_validation.jsonl    validation audio that cannot be read          `SkippedValidation`
     non_finite_updates.jsonl    updates whose loss or gradient is not finite  `SkippedUpdates`
+    codebook_use.jsonl          how often each codebook entry was used        `CodebookUse`
 
 A resumed run cuts the files back to its checkpoint and meets again what came after it: its lines are those of an
 uninterrupted run.
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -95,6 +97,30 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and type(record.get("step")) in (int, float) else None
+
+
+class CodebookUse:
+    """How often each codebook entry was a masked frame's most likely code.
+
+    A line is of a validation; without one, of the updates since the last line, at each save.
+    """
+
+    file = "codebook_use.jsonl"
+
+    def __init__(self, args, accelerator: Accelerator, first_step: int = 0):
+        self.records = StepRecords(Path(args.output_dir) / self.file, first_step, is_main=accelerator.is_main_process)
+        self._counts = 0  # (G, V), all ranks'
+
+    def add(self, totals: Totals) -> None:
+        self._counts = self._counts + totals.sums.codes_hard
+
+    def write(self, progress: Mapping[str, float]) -> None:
+        """Write what was added as a line, unless a run that was killed here has written it; then count anew."""
+        is_known = any(record["step"] == progress["step"] for record in self.records.kept)
+        if torch.is_tensor(self._counts) and not is_known:
+            counts = {"counts": self._counts.long().tolist()}
+            self.records.append({name: progress[name] for name in ("step", "audio_hours")} | counts)
+        self._counts = 0
 
 
 class SkippedAudio:
