@@ -1,6 +1,7 @@
-"""Checkpoints as fairseq and SpeechBrain lay them out, written here, come back as the stock model."""
+"""Checkpoints as fairseq and SpeechBrain lay them out, written here, come back as the stock model; and go to fairseq."""
 
 import argparse
+import json
 import subprocess
 import sys
 import types
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_here, tiny_config
-from transformers import AutoFeatureExtractor, Wav2Vec2ForPreTraining
+from conftest import refusal, run_here, tiny_config
+from transformers import AutoFeatureExtractor, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
 import convert_checkpoint
-from w2v2.convert.fairseq import conv_layers, convert_fairseq
+from w2v2.convert.fairseq import conv_layers, convert_fairseq, export_fairseq
 from w2v2.convert.speechbrain import convert_speechbrain, convert_without_positions
 from w2v2.errors import UserError
 
@@ -87,6 +88,12 @@ def outputs(model):
     with torch.no_grad():
         found = model(waveforms)
     return found.projected_states, found.projected_quantized_states
+
+
+def assert_equal(weights, others):
+    assert sorted(weights) == sorted(others)
+    for key, value in weights.items():
+        assert torch.equal(value, others[key]) and value.dtype == others[key].dtype, key
 
 
 def assert_same(model, other):
@@ -186,6 +193,51 @@ def test_a_file_that_is_no_checkpoint_is_the_users_slip(tmp_path, content):
     torch.save([1, 2], path) if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match="odd.pt"):
         convert_fairseq(path)
+
+
+def save_folder(folder, model, normalize=False):
+    model.save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=normalize).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+def test_a_folder_goes_to_fairseq_and_back(tmp_path, large):
+    model = make_model(large, layerdrop=0.05, num_negatives=100)
+    folder, there = save_folder(tmp_path / "run", model, normalize=large), tmp_path / "there"
+    assert run_here(convert_checkpoint.main, folder, "--to", "fairseq", "--output_dir", there) == 0
+    checkpoint = torch.load(there / "checkpoint.pt", weights_only=True)  # plain dictionaries and tensors
+    assert_equal(checkpoint["model"], fairseq_weights(model))
+    expected = fairseq_options(large, latent_dim=16, dropout_input=0.0, dropout_features=0.0)
+    found = checkpoint["cfg"]["model"] | {"conv_feature_layers": CONVS}
+    assert {name: found.get(name, value) for name, value in expected.items()} == expected
+    assert eval(checkpoint["cfg"]["model"]["conv_feature_layers"]) == eval(CONVS)
+
+    assert run_here(convert_checkpoint.main, there / "checkpoint.pt", "--output_dir", tmp_path / "back") == 0
+    assert_equal(Wav2Vec2ForPreTraining.from_pretrained(tmp_path / "back").state_dict(), model.state_dict())
+    same = [json.loads((path / "preprocessor_config.json").read_text()) for path in (folder, tmp_path / "back")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"), ({"hidden_act": "gelu_new"}, "hidden_act is gelu_new"),
+     ({"conv_dim": [16] * 6 + [32]}, "equally wide"), ({"mask_time_prob": 0.0}, "mask embedding")],
+    ids=str,
+)  # fmt: skip
+def test_models_that_fairseq_cannot_compute_are_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        export_fairseq(save_folder(tmp_path, Wav2Vec2ForPreTraining(tiny_config(**changes))))
+
+
+def test_only_whole_pretrained_folders_go_to_fairseq(tmp_path, capsys):
+    Wav2Vec2ForCTC(tiny_config(vocab_size=5)).save_pretrained(tmp_path / "ctc")
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("ctc", "no quantizer and projections"), ("empty", "no config.json")):
+        flags = [tmp_path / name, "--to", "fairseq", "--output_dir", tmp_path / "out"]
+        refusal(capsys, convert_checkpoint.main, *flags, named=[tmp_path / name, reason])
+    refusal(capsys, convert_checkpoint.main, *flags, "--without_positions", named=["--without_positions"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("old_names", [True, False], ids=["torch 1", "torch 2"])

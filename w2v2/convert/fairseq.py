@@ -8,33 +8,36 @@ from typing import Any
 
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.convert.weights import CONV, LAYER, feature_extractor, fill_stock, read_weights, rename
 from w2v2.errors import UserError
+from w2v2.model.loading import MASK_EMBEDDING, load_config, load_feature_extractor, load_weights
 
-_LAYER = r"encoder\.layers\.(\d+)\."
+_LAYER = "encoder.layers.{}."
 _POSITIONS = "wav2vec2.encoder.pos_conv_embed.conv."
 
-# fairseq's names as patterns, and ours.
-FAIRSEQ_KEYS = (
-    (r"mask_emb", r"wav2vec2.masked_spec_embed"),
-    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(\w+)", CONV + r"\1.conv.\2"),
-    (r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?\.(\w+)", CONV + r"\1.layer_norm.\2"),
-    (r"layer_norm\.(\w+)", r"wav2vec2.feature_projection.layer_norm.\1"),
-    (r"post_extract_proj\.(\w+)", r"wav2vec2.feature_projection.projection.\1"),
-    (r"encoder\.pos_conv\.0\.weight_g", _POSITIONS + "parametrizations.weight.original0"),
-    (r"encoder\.pos_conv\.0\.weight_v", _POSITIONS + "parametrizations.weight.original1"),
-    (r"encoder\.pos_conv\.0\.bias", _POSITIONS + "bias"),
-    (_LAYER + r"self_attn\.(q|k|v|out)_proj\.(\w+)", LAYER + r"attention.\2_proj.\3"),
-    (_LAYER + r"self_attn_layer_norm\.(\w+)", LAYER + r"layer_norm.\2"),
-    (_LAYER + r"fc1\.(\w+)", LAYER + r"feed_forward.intermediate_dense.\2"),
-    (_LAYER + r"fc2\.(\w+)", LAYER + r"feed_forward.output_dense.\2"),
-    (_LAYER + r"final_layer_norm\.(\w+)", LAYER + r"final_layer_norm.\2"),
-    (r"encoder\.layer_norm\.(\w+)", r"wav2vec2.encoder.layer_norm.\1"),
-    (r"quantizer\.vars", r"quantizer.codevectors"),
-    (r"quantizer\.weight_proj\.(\w+)", r"quantizer.weight_proj.\1"),
-    (r"project_q\.(\w+)", r"project_q.\1"),
-    (r"final_proj\.(\w+)", r"project_hid.\1"),
-)  # fmt: skip
+# fairseq's names and ours, for both directions.
+FAIRSEQ_NAMES = (
+    ("mask_emb", MASK_EMBEDDING),
+    ("feature_extractor.conv_layers.{}.0.{}", CONV + "conv.{}"),
+    ("feature_extractor.conv_layers.{}.2.1.{}", CONV + "layer_norm.{}"),  # a layer norm, between two transpositions
+    ("feature_extractor.conv_layers.{}.2.{}", CONV + "layer_norm.{}"),  # a group norm
+    ("layer_norm.{}", "wav2vec2.feature_projection.layer_norm.{}"),
+    ("post_extract_proj.{}", "wav2vec2.feature_projection.projection.{}"),
+    ("encoder.pos_conv.0.weight_g", _POSITIONS + "parametrizations.weight.original0"),
+    ("encoder.pos_conv.0.weight_v", _POSITIONS + "parametrizations.weight.original1"),
+    ("encoder.pos_conv.0.bias", _POSITIONS + "bias"),
+    (_LAYER + "self_attn.{}.{}", LAYER + "attention.{}.{}"),
+    (_LAYER + "self_attn_layer_norm.{}", LAYER + "layer_norm.{}"),
+    (_LAYER + "fc1.{}", LAYER + "feed_forward.intermediate_dense.{}"),
+    (_LAYER + "fc2.{}", LAYER + "feed_forward.output_dense.{}"),
+    (_LAYER + "final_layer_norm.{}", LAYER + "final_layer_norm.{}"),
+    ("encoder.layer_norm.{}", "wav2vec2.encoder.layer_norm.{}"),
+    ("quantizer.vars", "quantizer.codevectors"),
+    ("quantizer.weight_proj.{}", "quantizer.weight_proj.{}"),
+    ("project_q.{}", "project_q.{}"),
+    ("final_proj.{}", "project_hid.{}"),
+)
 
 # Key of Wav2Vec2Config: fairseq's option, and fairseq's default.
 _FAIRSEQ_OPTIONS = {
@@ -71,6 +74,14 @@ _FAIRSEQ_LIMITED = {
     "extractor_mode": ("default", ("default", "layer_norm")),
 }
 
+# Keys of Wav2Vec2Config that fairseq has no option for: the values that its code computes with.
+_FAIRSEQ_FIXED = {
+    "feat_extract_activation": ("gelu",),
+    "hidden_act": ("gelu", "relu"),
+    "layer_norm_eps": (1e-5,),
+    "add_adapter": (False,),
+}
+
 _CONV_TERM = r"\[(?:\(\d+,\d+,\d+\),?)+\](?:\*\d{1,2})?"
 
 
@@ -89,7 +100,7 @@ def convert_fairseq(path: Path) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2Feature
         options |= vars(part) if isinstance(part, argparse.Namespace) else part or {}
     config = fairseq_config(options, path)
     normalize = bool(options.get("normalize", config.feat_extract_norm == "layer"))
-    model = fill_stock(config, rename(weights, FAIRSEQ_KEYS, path), path)
+    model = fill_stock(config, rename(weights, FAIRSEQ_NAMES, path), path)
     return model, feature_extractor(config, normalize)
 
 
@@ -121,3 +132,53 @@ def conv_layers(text: str | None, path: Path) -> list[tuple[int, int, int]]:
     for triples, times in re.findall(r"\[([^]]*)\](?:\*(\d+))?", compact):
         layers += [tuple(map(int, triple)) for triple in re.findall(r"(\d+),(\d+),(\d+)", triples)] * int(times or 1)
     return layers
+
+
+def export_fairseq(folder: Path) -> dict[str, Any]:
+    """What `torch.save` writes as fairseq's checkpoint of a pretrained folder: plain dictionaries and tensors.
+
+    Raises UserError for a folder of another kind, or a model that fairseq's code cannot compute.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json: --to fairseq takes a folder that pretrain.py wrote")
+    config = load_config(None, str(folder))
+    if not config.mask_time_prob and not config.mask_feature_prob:
+        raise UserError(f"{folder}: mask_time_prob is 0, so the model has no mask embedding, which fairseq's has")
+    options = _export_options(config, folder)
+    model = load_weights(Wav2Vec2ForPreTraining, str(folder), config)
+    has_layer_norm = config.feat_extract_norm == "layer"
+    names = [(ours, theirs) for theirs, ours in FAIRSEQ_NAMES if has_layer_norm or ".2.1." not in theirs]
+    normalize = bool(load_feature_extractor(str(folder), config).do_normalize)
+    cfg = {
+        "common": {"tpu": False},
+        "task": {"_name": "audio_pretraining", "data": "", "sample_rate": SAMPLING_RATE, "normalize": normalize},
+        "model": {"_name": "wav2vec2", **options},
+        "criterion": {"_name": "wav2vec", "infonce": True, "loss_weights": [config.diversity_loss_weight, 10.0]},
+        "lr_scheduler": None,  # its fine-tuning sets this key, so it has to be there
+    }
+    history = {"criterion_name": "Wav2vecCriterion", "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}
+    return {
+        "args": None,
+        "cfg": cfg,
+        "model": rename(model.state_dict(), names, folder),
+        "extra_state": {},
+        "optimizer_history": [history | {"num_updates": 0}],
+    }
+
+
+def _export_options(config: Wav2Vec2Config, folder: Path) -> dict[str, Any]:
+    """fairseq's options of the same model. Raises UserError for a key whose value fairseq has no counterpart of."""
+    for name, known in _FAIRSEQ_FIXED.items():
+        if (found := getattr(config, name)) not in known:
+            raise UserError(f"{folder}: {name} is {found}; fairseq's model has {' or '.join(map(str, known))}")
+    if config.conv_dim[-1] == config.hidden_size:
+        raise UserError(f"{folder}: convs and transformer are equally wide; fairseq's model then has no projection")
+    options = {name: getattr(config, key) for key, (name, _) in _FAIRSEQ_OPTIONS.items()}
+    convs = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
+    return options | {
+        "quantize_targets": True,
+        "extractor_mode": "layer_norm" if config.feat_extract_norm == "layer" else "default",
+        "conv_feature_layers": str(list(convs)),
+        "final_dim": config.proj_codevector_dim,
+        "latent_dim": config.codevector_dim,
+    }

@@ -16,29 +16,29 @@ from w2v2.model.loading import load_config, make_model
 
 # The interface to the stock model: its own attribute in front, and weight norm as torch named it before 2.0.
 INTERFACE_KEYS = (
-    (r"model\.(.*)\.weight_g", r"\1.parametrizations.weight.original0"),
-    (r"model\.(.*)\.weight_v", r"\1.parametrizations.weight.original1"),
-    (r"model\.(.*)", r"\1"),
+    ("model.{}.weight_g", "{}.parametrizations.weight.original0"),
+    ("model.{}.weight_v", "{}.parametrizations.weight.original1"),
+    ("model.{}", "{}"),
 )
 
-_LAYER = r"latent_encoder\.latent_encoder\.layers\.(\d+)\."
+_LAYER = "latent_encoder.latent_encoder.layers.{}."
 # Its own architecture: the recoverable's name (a file each), then its keys; attention is split beforehand.
 OWN_KEYS = (
-    (r"latent_extractor\.extractor\.convblock_(\d+)\.convs\.conv_0\.conv\.(\w+)", CONV + r"\1.conv.\2"),
-    (r"latent_extractor\.extractor\.convblock_(\d+)\.convs\.norm_0\.norm\.(\w+)", CONV + r"\1.layer_norm.\2"),
-    (r"latent_extractor\.norm\.(\w+)", r"wav2vec2.feature_projection.layer_norm.\1"),
-    (r"latent_encoder\.input_projector\.(\w+)", r"wav2vec2.feature_projection.projection.\1"),
-    (r"latent_encoder\.mask_emb", r"wav2vec2.masked_spec_embed"),
-    (_LAYER + r"self_att\.att\.([qkv]_proj|out_proj)\.(\w+)", LAYER + r"attention.\2.\3"),
-    (_LAYER + r"norm1\.norm\.(\w+)", LAYER + r"layer_norm.\2"),
-    (_LAYER + r"norm2\.norm\.(\w+)", LAYER + r"final_layer_norm.\2"),
-    (_LAYER + r"pos_ffn\.ffn\.0\.(\w+)", LAYER + r"feed_forward.intermediate_dense.\2"),
-    (_LAYER + r"pos_ffn\.ffn\.3\.(\w+)", LAYER + r"feed_forward.output_dense.\2"),
-    (r"latent_encoder\.latent_encoder\.norm\.norm\.(\w+)", r"wav2vec2.encoder.layer_norm.\1"),
-    (r"target_quantiser\.quantiser\.vars", r"quantizer.codevectors"),
-    (r"target_quantiser\.quantiser\.weight_proj\.(\w+)", r"quantizer.weight_proj.\1"),
-    (r"target_quantiser\.proj\.(\w+)", r"project_q.\1"),
-    (r"feat_proj\.(\w+)", r"project_hid.\1"),
+    ("latent_extractor.extractor.convblock_{}.convs.conv_0.conv.{}", CONV + "conv.{}"),
+    ("latent_extractor.extractor.convblock_{}.convs.norm_0.norm.{}", CONV + "layer_norm.{}"),
+    ("latent_extractor.norm.{}", "wav2vec2.feature_projection.layer_norm.{}"),
+    ("latent_encoder.input_projector.{}", "wav2vec2.feature_projection.projection.{}"),
+    ("latent_encoder.mask_emb", "wav2vec2.masked_spec_embed"),
+    (_LAYER + "self_att.att.{}.{}", LAYER + "attention.{}.{}"),
+    (_LAYER + "norm1.norm.{}", LAYER + "layer_norm.{}"),
+    (_LAYER + "norm2.norm.{}", LAYER + "final_layer_norm.{}"),
+    (_LAYER + "pos_ffn.ffn.0.{}", LAYER + "feed_forward.intermediate_dense.{}"),
+    (_LAYER + "pos_ffn.ffn.3.{}", LAYER + "feed_forward.output_dense.{}"),
+    ("latent_encoder.latent_encoder.norm.norm.{}", "wav2vec2.encoder.layer_norm.{}"),
+    ("target_quantiser.quantiser.vars", "quantizer.codevectors"),
+    ("target_quantiser.quantiser.weight_proj.{}", "quantizer.weight_proj.{}"),
+    ("target_quantiser.proj.{}", "project_q.{}"),
+    ("feat_proj.{}", "project_hid.{}"),
 )
 _OWN_FILES = ("latent_extractor", "latent_encoder", "target_quantiser", "feat_proj")
 _NOT_WEIGHTS = ("latent_encoder.positional_encoding.pe", "target_quantiser.quantiser.max_ent")
@@ -93,14 +93,14 @@ def _own_config(
 ) -> Wav2Vec2Config:
     """What the shapes tell. SpeechBrain's recipe norms first, with an epsilon of 1e-6 in the transformer."""
     try:
-        convs = [weights[f"{CONV}{i}.conv.weight"] for i in range(len(conv_stride))]
+        convs = [weights[CONV.format(i) + "conv.weight"] for i in range(len(conv_stride))]
         hidden, intermediate = weights["wav2vec2.encoder.layers.0.feed_forward.output_dense.weight"].shape
         codes, code_width = weights["quantizer.codevectors"].shape[1:]
         projected, codevector_dim = weights["project_q.weight"].shape
         groups = codevector_dim // code_width
         return Wav2Vec2Config(
             feat_extract_norm="layer",
-            conv_bias=f"{CONV}0.conv.bias" in weights,
+            conv_bias=CONV.format(0) + "conv.bias" in weights,
             conv_dim=[conv.shape[0] for conv in convs],
             conv_kernel=[conv.shape[2] for conv in convs],
             conv_stride=list(conv_stride),

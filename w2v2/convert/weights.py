@@ -20,8 +20,8 @@ from w2v2.errors import UserError
 from w2v2.model.loading import first_line
 from w2v2.model.pretraining import FINETUNING_MASKS
 
-CONV, LAYER = "wav2vec2.feature_extractor.conv_layers.", r"wav2vec2.encoder.layers.\1."  # of the stock model
-Rules = Sequence[tuple[str, str]]  # a pattern that a whole key matches, and the stock key
+CONV, LAYER = "wav2vec2.feature_extractor.conv_layers.{}.", "wav2vec2.encoder.layers.{}."  # of the stock model
+Names = Sequence[tuple[str, str]]  # an old and a new key; `{}` stands for what both have in common, in order
 
 
 def _ignore(self: object, *args: object, **kwargs: object) -> None:
@@ -44,14 +44,15 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: cannot be read as weights ({first_line(error)}); give a whole checkpoint") from None
 
 
-def rename(weights: Mapping[str, torch.Tensor], rules: Rules, path: Path) -> dict[str, torch.Tensor]:
-    """The weights in 32 bits under their stock keys. Raises UserError for a key that no rule matches."""
+def rename(weights: Mapping[str, torch.Tensor], names: Names, path: Path) -> dict[str, torch.Tensor]:
+    """The weights in 32 bits under their new keys. Raises UserError for a key that is not among `names`."""
+    rules = [(re.compile(re.escape(old).replace(r"\{\}", "(.+)")), new) for old, new in names]
     renamed = {}
     for key, tensor in weights.items():
-        new = next((re.sub(old, new, key) for old, new in rules if re.fullmatch(old, key)), None)
-        if new is None:
-            raise UserError(f"{path}: the stock model has no place for {key}")
-        renamed[new] = tensor.float()
+        match, new = next(((match, new) for rule, new in rules if (match := rule.fullmatch(key))), (None, None))
+        if match is None:
+            raise UserError(f"{path}: no place for {key} in the converted model")
+        renamed[new.format(*match.groups())] = tensor.float()
     return renamed
 
 
