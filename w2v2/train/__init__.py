@@ -1,6 +1,6 @@
 """From micro-batches to a trained model in a folder that can be resumed exactly.
 
 In: micro-batches and a model. Out: checkpoints, `metrics.jsonl` and the other records of a run. In reading order:
-schedule, state, update (the training step), micro_batch, checkpoint, durable, records, log, collapse, launch,
+schedule, recipes, state, update (the training step), micro_batch, checkpoint, durable, records, log, collapse, launch,
 run_folder.
 """

@@ -27,7 +27,8 @@ from w2v2.errors import UserError
 from w2v2.train.checkpoint import checkpoints, step_of
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import METRICS_FILE, read_metrics
-from w2v2.train.schedule import num_warmup_steps, peak_rate, ramp
+from w2v2.train.recipes import SMALL_WIDTH, Recipe
+from w2v2.train.schedule import num_warmup_steps, ramp
 
 logger = logging.getLogger(__name__)
 
@@ -196,41 +197,39 @@ class CollapseWatch:
 
 def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any], args, config) -> list[str]:
     """Settings to blame for the `criteria` met `since` that update, with what is usual; `record` is the newest."""
-    few_codes, no_learning, is_small = criteria & FEW_CODES, criteria & NO_LEARNING, config.hidden_size < 512
+    few_codes, no_learning, is_small = criteria & FEW_CODES, criteria & NO_LEARNING, config.hidden_size < SMALL_WIDTH
     hours, temperature = min(args.batch_hours, record["batch_hours"]), record["gumbel_temperature"]
     rate, mult, weight = args.learning_rate, args.feature_grad_mult, config.diversity_loss_weight
     delay, ramp_steps = args.diversity_delay_steps, args.diversity_warmup_steps
     share, warmup = ramp(since, delay, ramp_steps), num_warmup_steps(args.warmup_steps, args.max_steps)
 
     # 1. What is usual for a model of this size, such an effective batch and a run of this length.
-    norms_first, is_large = config.do_stable_layer_norm, config.hidden_size >= 1024
-    usual_mult, coldest = 1.0 if norms_first else 0.1, 0.1 if norms_first or is_large else 0.5
-    usual_hours, usual_rate, usual_warmup = 0.0045, 1e-3, min(round(0.015 * args.max_steps), 60)
-    if not is_small:
-        usual_hours, usual_rate = 1.6, min(3e-4 if is_large else 5e-4, peak_rate(hours))
-        usual_warmup = min(round(0.08 * args.max_steps), 32_000)
-    has_short_warmup = usual_warmup >= 10 and warmup < 0.9 * usual_warmup and since <= 4 * usual_warmup
+    usual = Recipe.of(config, hours, args.max_steps)
+    has_short_warmup = (
+        usual.warmup_steps >= 10 and warmup < 0.9 * usual.warmup_steps and since <= 4 * usual.warmup_steps
+    )
     # A small model whose codes are all used alike: nothing is left for the contrastive loss to learn from.
     entries = config.num_codevector_groups * config.num_codevectors_per_group
     is_blurred = no_learning and is_small and weight > 0 and record["codebook_perplexity_hard"] > entries / 2
 
     # 2. The settings as the user gave them.
     batch = f"an effective batch of {hours:.4g} h (--batch_hours {args.batch_hours:g})"
-    peak = f"--learning_rate {rate:g}, where {usual_rate:g} is usual"
+    peak = f"--learning_rate {rate:g}, where {usual.learning_rate:g} is usual"
     gumbel = f"a Gumbel temperature of {temperature:.3g}"
     diversity = f"--diversity_loss_weight {weight:g}, where 0.1 is usual"
     delayed = f"--diversity_delay_steps {delay}, --diversity_warmup_steps {ramp_steps}"
 
     # 3. Whether each of them is a cause.
     causes = {
-        f"{batch}, where {usual_hours:g} h are usual": hours < 0.9 * usual_hours,
-        f"{peak} for such a model and batch": rate > 1.5 * usual_rate,
-        f"a warm-up of {warmup:,} updates (--warmup_steps), where {usual_warmup:,} are usual": has_short_warmup,
-        f"--feature_grad_mult {mult:g}, where {usual_mult:g} is usual": mult > 2 * usual_mult,
+        f"{batch}, where {usual.batch_hours:g} h are usual": hours < 0.9 * usual.batch_hours,
+        f"{peak} for such a model and batch": rate > 1.5 * usual.learning_rate,
+        f"a warm-up of {warmup:,} updates (--warmup_steps), where {usual.warmup_steps:,} are usual": has_short_warmup,
+        f"--feature_grad_mult {mult:g}, where {usual.feature_grad_mult:g} is usual": mult > 2 * usual.feature_grad_mult,
         f"{diversity}: little keeps the codes apart": few_codes and weight < 0.05,
         f"a diversity loss with {share:.0%} of its weight ({delayed})": few_codes and weight >= 0.05 and share < 1,
-        f"{gumbel} (--min_gumbel_temperature), where {coldest:g} is usual": few_codes and temperature < 0.99 * coldest,
-        peak: no_learning and rate < usual_rate / 20,
+        f"{gumbel} (--min_gumbel_temperature), where {usual.coldest:g} is usual": few_codes
+        and temperature < 0.99 * usual.coldest,
+        peak: no_learning and rate < usual.learning_rate / 20,
         f"{diversity}: it outweighs the contrastive loss": no_learning and weight > 0.5,
         f"--feature_grad_mult {mult:g}: the convolutions do not learn": no_learning and mult == 0,
         "no --diversity_delay_steps in so small a model": is_blurred and not delay,

@@ -1,0 +1,86 @@
+"""A sample of the audio of a run, opened before it begins: what is wrong with the files, and how fast they are read."""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from w2v2.audio.crops import MAX_SHIFT, SAMPLING_RATE, AudioError, read_pcm
+from w2v2.audio.files import split_address
+from w2v2.audio.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files, map_files
+from w2v2.data.utterances import Utterances, spread_rows
+
+UNUSABLE = ("missing", "unreadable", "ends_early")  # kinds of files that a run skips
+KINDS = (*UNUSABLE, "silent", "clipped", "resampled", "stereo_mixed", "antiphase")
+NUM_TIMED = 33  # odd, so that most rows are others than those that are looked at
+
+
+def inspect_manifests(
+    flag: str, utterances: Utterances, unmeasured: list[dict], max_fraction: float
+) -> tuple[dict[str, dict[str, int]], list[str], str | None]:
+    """Counts by kind for each manifest, a line for each, and why a run would stop (None: it would not)."""
+    counts, lines, unusable = {}, [], {entry["audio"]: entry["reason"] for entry in unmeasured}
+    num_looked_at = num_unusable = 0
+    for manifest, rows in utterances.samples.items():
+        found = defaultdict(list)
+        for row, facts in zip(rows, inspect_files([row["audio"] for row in rows], INSPECTED_SECONDS), strict=True):
+            for kind, detail in find_faults(row, facts):
+                found[kind].append(f"{row['audio']}: {detail}")
+                if kind in UNUSABLE:
+                    unusable[row["audio"]] = detail
+        counts[manifest] = {"files": len(rows)} | {kind: len(found[kind]) for kind in KINDS}
+        num_looked_at, num_unusable = num_looked_at + len(rows), num_unusable + sum(len(found[k]) for k in UNUSABLE)
+        said = [f"{len(found[kind])} {kind.replace('_', ' ')} ({found[kind][0]})" for kind in KINDS if found[kind]]
+        lines.append(f"looked at     {len(rows)} files of {manifest}: {'; '.join(said) or 'nothing unusual'}")
+    # A run stops where too many are known to be unusable, and sooner or later where the share of them is too large.
+    is_certain = len(unusable) > max_fraction * (len(utterances.num_samples) + len(unmeasured))
+    if not (is_certain or (num_unusable > 2 and num_unusable > max_fraction * num_looked_at)):
+        return counts, lines, None
+    (path, reason), share = next(iter(unusable.items())), f"{num_unusable} of {num_looked_at} files that were looked at"
+    limit = f"more than --max_skipped_fraction {max_fraction:g} allows"
+    return counts, lines, f"--{flag}: {path}: {reason}; {share} cannot be used, {limit}: a run would stop"
+
+
+def find_faults(row: dict[str, Any], facts: AudioFacts) -> Iterator[tuple[str, str]]:
+    """What is to be said of a row's file: the kind, and a detail for people."""
+    if reason := facts.find_reason(row.get("channel")):
+        yield "unreadable" if os.path.exists(split_address(row["audio"])[0]) else "missing", reason
+        return
+    end, length = row["start"] + (row["num_samples"] or 0) / SAMPLING_RATE, facts.num_samples
+    if length is not None and end * SAMPLING_RATE > length + MAX_SHIFT:
+        yield "ends_early", f"ends at {length / SAMPLING_RATE:.2f} s, its row at {end:.2f} s"
+    if facts.is_silent:
+        yield "silent", f"its peak is {facts.peak:.2g}"
+    if facts.is_clipped:
+        yield "clipped", f"many samples at its peak, {facts.peak:.2f}"
+    if facts.sample_rate != SAMPLING_RATE:
+        yield "resampled", f"{facts.sample_rate:,} Hz"
+    if facts.channels > 1 and row.get("channel") is None:
+        yield "stereo_mixed", f"{facts.channels} channels"
+        if facts.is_antiphase:
+            yield "antiphase", "its mix is far quieter than its channels: choose one in a column `channel`"
+
+
+def measure_reading(utterances: Utterances, crop_seconds: float) -> float | None:
+    """Seconds of audio that one process reads and decodes in a second, crop by crop; None where nothing can be read.
+
+    The files that are looked at lie in the system's cache. So call it before them; a corpus that fits into memory may
+    lie there all the same.
+    """
+    rows = spread_rows(utterances.at_hand, NUM_TIMED)
+    read = partial(_time_crop, most_samples=round(crop_seconds * SAMPLING_RATE))
+    found = list(map_files(rows, read, "Timing audio files", num_workers=1, at_once=len(rows)))
+    heard, seconds = (sum(column) for column in zip(*found, strict=True))
+    return heard / seconds if heard else None
+
+
+def _time_crop(row: dict[str, Any], most_samples: int) -> tuple[float, float]:
+    """Seconds of audio in the row's crop, and how long it took; zeros where it cannot be read."""
+    started, start = time.perf_counter(), round(row["start"] * SAMPLING_RATE)
+    try:
+        samples = read_pcm(row["audio"], start, min(row["num_samples"], most_samples), channel=row.get("channel"))
+    except AudioError:
+        return 0.0, 0.0
+    return len(samples) / SAMPLING_RATE, time.perf_counter() - started
