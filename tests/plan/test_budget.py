@@ -1,0 +1,116 @@
+"""The budget against the study that it reads: its own rows left out, and the figures that the paper prints."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from w2v2.errors import UserError
+from w2v2.plan.budget import (
+    COVERED,
+    describe_budget,
+    expect_error_rates,
+    leave_out,
+    miss_factors,
+    propose_run,
+    study_rows,
+    unseen_batches,
+)
+from w2v2.train.schedule import PEAK_RATES
+
+BASE = SimpleNamespace(hidden_size=768, num_hidden_layers=12)
+SMALL = SimpleNamespace(hidden_size=144, num_hidden_layers=4)
+
+
+def flags(**changes):
+    return SimpleNamespace(
+        **(dict(batch_hours=1.6, max_steps=400_000, learning_rate=5e-4, model_name_or_path=None) | changes)
+    )
+
+
+@pytest.mark.parametrize("what, num_rows, usual, worst", [("hours", 46, 1.02, 1.15), ("seconds", 43, 1.03, 1.15)])
+def test_rows_left_out_are_nearly_predicted(what, num_rows, usual, worst):
+    pairs = leave_out(what)
+    factors = miss_factors(pairs)
+    assert len(pairs) == num_rows  # of 48: the others have nothing on one side
+    assert np.median(factors) < usual and factors.max() < worst
+
+
+def test_range_holds_nine_of_ten_left_out():
+    factor, held = float(np.quantile(unseen_batches(), COVERED)), []
+    for row, rates in leave_out("seconds"):
+        ends = rates.widened(factor)
+        held += [low <= rate <= high for rate, (low, high) in zip((row.test_clean, row.test_other), ends, strict=True)]
+    assert np.mean(held) >= COVERED
+
+
+@pytest.mark.parametrize(
+    "hours, clean, other",
+    [
+        (4_170, 29.79, 57.52), (8_330, 22.98, 50.57), (16_700, 16.83, 40.63), (33_300, 10.94, 27.53),
+        (66_700, 9.07, 23.06), (133_000, 7.31, 18.32), (267_000, 6.26, 15.10), (267_000, 6.27, 15.85),
+    ],
+)  # fmt: skip
+def test_printed_table_lies_within(hours, clean, other):
+    rates = expect_error_rates(hours)
+    assert rates.test_clean[0] < clean < rates.test_clean[1]
+    assert rates.test_other[0] < other < rates.test_other[1]
+
+
+def test_between_two_rows_lies_their_geometric_mean():
+    first, second = [row for row in study_rows() if row.seconds == 4_800][5:7]  # hours that no other batch reached
+    rates = expect_error_rates(math.sqrt(first.hours * second.hours))
+    assert math.sqrt(math.prod(rates.test_other)) == pytest.approx(math.sqrt(first.test_other * second.test_other))
+
+
+@pytest.mark.parametrize("hours, end", [(2_000, "2,083 h"), (540_000, "533,333 h")])
+def test_nothing_is_said_outside_of_the_rows(hours, end):
+    assert expect_error_rates(hours) is None
+    budget = describe_budget(hours, flags(), BASE)
+    assert set(budget) == {"hours", "text"}
+    assert end in budget["text"]
+
+
+@pytest.mark.parametrize(
+    "config, changes, said",
+    [
+        (SMALL, {}, "BASE alone"),
+        (BASE, dict(model_name_or_path="x"), "fresh weights"),
+        (BASE, dict(batch_hours=0.02), "hardly learns"),
+    ],
+)
+def test_no_rates_for_runs_unlike_the_study(config, changes, said):
+    budget = describe_budget(20_000, flags(**changes), config)
+    assert "test_clean" not in budget
+    assert said in budget["text"]
+
+
+def test_few_large_updates_are_pointed_out():
+    assert "it has none in 10,000" in describe_budget(16_000, flags(max_steps=10_000), BASE)["text"]
+    assert "it has none in" not in describe_budget(16_000, flags(max_steps=60_000), BASE)["text"]
+
+
+@pytest.mark.parametrize("hours", [2_500, 9_000, 26_880, 90_000, 376_320])
+def test_proposal_spends_the_budget_as_the_study_did(hours):
+    run = propose_run(24, 2, hours / 24, flags(), BASE)
+    assert 0 <= hours - run.hours_heard <= run.batch_hours
+    assert run.max_steps >= 50_000  # fewer the study has never tried
+    near = [peak for seconds, peak in PEAK_RATES if seconds <= 3600 * run.batch_hours + 1]
+    assert run.learning_rate == near[-1]
+    assert run.warmup_steps == pytest.approx(0.08 * run.max_steps, abs=1)
+    assert run.rates == expect_error_rates(hours)
+    assert f"--max_steps {run.max_steps} " in run.text and "12.0 h by the clock" in run.text
+
+
+def test_proposal_for_another_model_keeps_its_batch():
+    run = propose_run(1, 1, 100, flags(batch_hours=0.5, learning_rate=1e-3), SMALL)
+    assert (run.max_steps, run.batch_hours, run.learning_rate, run.rates) == (200, 0.5, 1e-3, None)
+    assert "not at all" in run.text
+
+
+def test_budget_below_one_update_is_refused():
+    with pytest.raises(
+        UserError, match=r"--gpu_hours 0.0001 ends before the first update of 0.0417 h; give over 0.00042"
+    ):
+        propose_run(0.0001, 1, 100, flags(), BASE)

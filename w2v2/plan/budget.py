@@ -1,0 +1,221 @@
+"""What hours of audio buy: word error rates of BASE by the hours that it heard, from a published study (study.json).
+
+The study pretrained BASE on LibriSpeech with effective batches of 87.5 s to 80 min and fine-tuned it after every 50,000
+updates on 100 h of labels. Nearly the same error rate followed from the same hours, whatever the batch. So each batch
+size is a curve, read off between its rows (log hours, log rate). The answer is the range over these curves, widened by
+what such an answer misses a batch size by that was left out. Batches of 87.5 s are no curve: they needed a tenth of the
+next one's learning rate and did far worse at the same hours.
+
+All of it is of BASE with fresh weights on read English. Of other models, and before and beyond its rows, the study says
+nothing, and neither does this module.
+"""
+
+import functools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from w2v2.errors import UserError
+from w2v2.train.schedule import peak_rate
+
+STUDY = Path(__file__).with_name("study.json")
+CITATION = "arXiv 2402.13723: LibriSpeech, 100 h of labels, no language model"
+LEAST_SECONDS = 150  # in an effective batch, from which on hours decide
+FEWEST_UPDATES = 50_000  # of a row
+PAPER_BATCH_HOURS = 1.6
+WARMUP = 0.08  # of the updates: the paper's 32,000 of 400,000
+COVERED = 0.9  # of the left-out rows lie within the range
+
+
+class Row(NamedTuple):
+    """One model of the study; its word error rates are in percent."""
+
+    seconds: float  # in an effective batch
+    updates: int
+    test_clean: float
+    test_other: float
+
+    @property
+    def hours(self) -> float:
+        return self.seconds * self.updates / 3600
+
+
+class Rates(NamedTuple):
+    """Word error rates in percent: (least, greatest) to be expected."""
+
+    test_clean: tuple[float, float]
+    test_other: tuple[float, float]
+
+    def widened(self, factor: float) -> "Rates":
+        return Rates(*((low / factor, high * factor) for low, high in self))
+
+    def __str__(self) -> str:
+        return " and ".join(
+            f"{low:.1f} to {high:.1f} % on {name}"
+            for name, (low, high) in zip(("test-clean", "test-other"), self, strict=True)
+        )
+
+
+class Proposal(NamedTuple):
+    """A run for a budget of device-hours."""
+
+    max_steps: int
+    batch_hours: float
+    learning_rate: float
+    warmup_steps: int
+    hours_heard: float
+    rates: Rates | None  # None: the study says nothing
+    text: str  # lines for people
+
+
+@functools.cache
+def study_rows() -> tuple[Row, ...]:
+    """The rows of the study that hours explain."""
+    rows = (Row(*row) for row in json.loads(STUDY.read_text(encoding="utf-8"))["rows"])
+    return tuple(row for row in rows if row.seconds >= LEAST_SECONDS)
+
+
+def read_off(hours: float, rows: Sequence[Row]) -> dict[float, tuple[float, float]]:
+    """Seconds in an effective batch → rates on test-clean and test-other, where that batch's rows enclose these hours."""
+    curves, rates = defaultdict(list), {}
+    for row in sorted(rows, key=lambda row: row.hours):
+        curves[row.seconds].append(row)
+    for seconds, curve in curves.items():
+        heard = np.log([row.hours for row in curve])
+        if heard[0] - 0.01 <= math.log(hours) <= heard[-1] + 0.01:  # within 1 % of its ends
+            columns = ([row.test_clean for row in curve], [row.test_other for row in curve])
+            rates[seconds] = tuple(math.exp(np.interp(math.log(hours), heard, np.log(column))) for column in columns)
+    return rates
+
+
+def span_rates(hours: float, rows: Sequence[Row]) -> Rates | None:
+    """The range over the batch sizes; None where no batch's rows enclose these hours."""
+    rates = read_off(hours, rows).values()
+    return Rates(*((min(column), max(column)) for column in zip(*rates, strict=True))) if rates else None
+
+
+def leave_out(what: str) -> list[tuple[Row, Rates]]:
+    """Each row with its range from the rows of other `hours`, or from those of other batches (`seconds`), if enclosed."""
+    pairs = []
+    for row in study_rows():
+        others = [o for o in study_rows() if not math.isclose(getattr(o, what), getattr(row, what))]
+        if rates := span_rates(row.hours, others):
+            pairs.append((row, rates))
+    return pairs
+
+
+def miss_factors(pairs: Sequence[tuple[Row, Rates]]) -> np.ndarray:
+    """(2 · rows,) by what factor the middle of the range misses the published rate: 1 does not, 1.1 by 10 %."""
+    ratios = [
+        math.sqrt(low * high) / published
+        for row, rates in pairs
+        for published, (low, high) in ((row.test_clean, rates.test_clean), (row.test_other, rates.test_other))
+    ]
+    return np.exp(np.abs(np.log(ratios)))
+
+
+@functools.cache
+def unseen_batches() -> np.ndarray:
+    """How far the study's own rows are missed where their batch size is left out: what a new run may be off by."""
+    return miss_factors(leave_out("seconds"))
+
+
+def expect_error_rates(hours_heard: float) -> Rates | None:
+    """Word error rates of BASE after so many hours; None outside of the study's rows."""
+    rates = span_rates(hours_heard, study_rows())
+    return rates and rates.widened(float(np.quantile(unseen_batches(), COVERED)))
+
+
+def describe_certainty() -> str:
+    misses = 100 * (unseen_batches() - 1)
+    return f"the study's own rows, their batch size left out, are missed by {median(misses):.0f} % (median) to {max(misses):.0f} %"
+
+
+def describe_hours(hours_heard: float) -> str:
+    """What the study says of BASE after so many hours."""
+    if rates := expect_error_rates(hours_heard):
+        return f"{hours_heard:,.0f} h heard give BASE a word error rate of {rates} ({CITATION})"
+    rows = sorted(study_rows(), key=lambda row: row.hours)
+    end, bound = (rows[0], "less") if hours_heard < rows[0].hours else (rows[-1], "more")
+    found = f"{end.test_clean:.1f} % on test-clean and {end.test_other:.1f} % on test-other"
+    return f"of {hours_heard:,.0f} h the study says nothing; {end.hours:,.0f} h, it has no {bound}, gave BASE {found} ({CITATION})"
+
+
+def is_base(config) -> bool:
+    """Whether a configuration is of BASE's size, the only one that the study speaks of."""
+    return (config.hidden_size, config.num_hidden_layers) == (768, 12)
+
+
+def find_silence(args, config) -> str | None:
+    """Why the study says nothing of a run, whatever it hears; None: it may."""
+    what = "the study of word error rates by hours heard (arXiv 2402.13723)"
+    if not is_base(config):
+        return f"{what} is of BASE alone: it says nothing of this model"
+    return f"{what} is of fresh weights: it says nothing of a run that continues" if args.model_name_or_path else None
+
+
+def describe_budget(hours_heard: float, args, config) -> dict[str, Any]:
+    """What the study says of a run, for plan.json: `hours`, `text`, and `test_clean`, `test_other` where it says any."""
+    budget: dict[str, Any] = {"hours": hours_heard}
+    if silence := find_silence(args, config):
+        return budget | {"text": silence}
+    if 3600 * args.batch_hours < LEAST_SECONDS / 1.05:
+        text = (
+            f"with batches under {LEAST_SECONDS} s BASE hardly learns: with 87.5 s, 9,722 h gave 44.7 % on test-clean"
+        )
+        return budget | {"text": f"{text} and 70.4 % on test-other ({CITATION})"}
+    text = describe_hours(hours_heard)
+    if rates := expect_error_rates(hours_heard):
+        budget |= {"test_clean": list(rates.test_clean), "test_other": list(rates.test_other)}
+        if args.max_steps < FEWEST_UPDATES:
+            usual = 3600 * choose_batch(hours_heard)
+            text += (
+                f", in {FEWEST_UPDATES:,} updates or more (of {usual:,.0f} s, say); it has none in {args.max_steps:,}"
+            )
+        text += f"; {describe_certainty()}"
+    return budget | {"text": text}
+
+
+def choose_batch(hours_heard: float) -> float:
+    """Hours in the effective batch that did best on test-other in the study after so many hours.
+
+    Below its rows that is its smallest batch, beyond them the paper's.
+    """
+    if rates := read_off(hours_heard, study_rows()):
+        return min(rates, key=lambda seconds: rates[seconds][1]) / 3600
+    return LEAST_SECONDS / 3600 if hours_heard < min(row.hours for row in study_rows()) else PAPER_BATCH_HOURS
+
+
+def propose_run(device_hours: float, num_devices: int, hours_per_device_hour: float, args, config) -> Proposal:
+    """A run for so many device-hours in all, where a device hears `hours_per_device_hour` of audio an hour.
+
+    Where the study speaks of the run, it chooses batch and learning rate; elsewhere they stay as in `args`. Raises
+    `UserError` where the budget is less than one update.
+    """
+    silence, hours = find_silence(args, config), device_hours * hours_per_device_hour
+    batch_hours = args.batch_hours if silence else choose_batch(hours)
+    max_steps = int(hours / batch_hours * (1 + 1e-9))
+    if not max_steps:
+        least = f"{batch_hours / hours_per_device_hour:.2g}"
+        raise UserError(
+            f"--gpu_hours {device_hours:g} ends before the first update of {batch_hours:.3g} h; give over {least}"
+        )
+    rate = args.learning_rate if silence else peak_rate(batch_hours)
+    rates, warmup = None if silence else expect_error_rates(hours), round(WARMUP * max_steps)
+    sure = f"how sure      {describe_certainty()}" if rates else "how sure      not at all: no study tells"
+    if not silence and hours < study_rows()[0].hours:
+        sure += "; so few hours are for a smaller model, or for one that has learned already (--model_name_or_path)"
+    lines = [
+        f"budget        {device_hours:g} device-hours on {num_devices} device(s), {device_hours / num_devices:,.1f} h by the "
+        f"clock; at {hours_per_device_hour:,.0f} h of audio an hour on each, {hours:,.0f} h are heard",
+        f"proposed      --max_steps {max_steps} --batch_hours {batch_hours:.4g} --learning_rate {rate:g} --warmup_steps {warmup}",
+        f"expected      {silence or describe_hours(hours)}",
+        sure,
+    ]
+    return Proposal(max_steps, batch_hours, rate, warmup, max_steps * batch_hours, rates, "\n".join(lines))
