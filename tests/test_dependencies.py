@@ -20,7 +20,7 @@ NOT_IMPORTED = {
 
 
 def imported(patterns):
-    for path in (path for pattern in patterns for path in ROOT.glob(pattern)):
+    for path in (path for pattern in patterns for path in ROOT.glob(pattern) if path.name != "setup.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

@@ -193,6 +193,8 @@ class RunArguments:
 class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, DataArguments):
     """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0, section 4; fairseq's base_librispeech)."""
 
+    recipes = "pretrain"  # the folder of configs/ that a configuration's bare name stands for
+
     def __post_init__(self):
         take_back(self, "model_name_or_path", "config_name", "resume_from_checkpoint", "hub_model_id")
         self.check_dataset()

@@ -19,6 +19,7 @@ import yaml
 from torch import distributed
 from transformers import HfArgumentParser
 
+import w2v2
 from w2v2.data.loader import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
 from w2v2.train.launch import Stopped, leave_group
@@ -44,15 +45,23 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f": did you mean {close[0]}?" if close else "; --help lists what there is"
 
 
-def _yaml_as_flags(path: str, parser: HfArgumentParser, types: dict[str, Any]) -> list[str]:
+def _find_yaml(name: str, recipes: str) -> Path:
+    """The file itself, or else a shipped one: `configs/pretrain/small.yaml`, or `small` alone."""
+    shipped = w2v2.ROOT / "configs" / recipes
+    for path in (Path(name), w2v2.ROOT / name, shipped / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
+    raise UserError(f"{name}: no such configuration file{names and f', and none of those shipped: {names}'}")
+
+
+def _yaml_as_flags(path: Path, parser: HfArgumentParser, types: dict[str, Any]) -> list[str]:
     """Command-line form of a flat YAML file; keys are checked here, values by the parser.
 
     An empty value (`null`, `[]`) has no such form: it becomes the parser's default where the flag can be empty.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such configuration file")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         values, written = yaml.safe_load(text) or {}, yaml.BaseLoader(text).get_single_data()  # the latter: texts alone
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -92,7 +101,8 @@ def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | No
     hints = {name: hint for types in dataclass_types for name, hint in get_type_hints(types).items()}
     known = [f.name for types in dataclass_types for f in fields(types) if f.init]
     if argv and not argv[0].startswith("-"):
-        argv = _yaml_as_flags(argv[0], parser, {name: hints[name] for name in known}) + argv[1:]
+        path = _find_yaml(argv[0], getattr(dataclass_types[-1], "recipes", ""))
+        argv = _yaml_as_flags(path, parser, {name: hints[name] for name in known}) + argv[1:]
     if rest := parser.parse_known_args(argv)[1]:
         if not rest[0].startswith("-"):
             raise UserError(f"unexpected argument {rest[0]!r}: write [CONFIG.yaml] --flag value …, the file first")

@@ -45,6 +45,8 @@ class FineTuningArguments(LabelledDatasetArguments, TrainingArguments):
     given. Raises UserError for flags that do not go together, or are out of range.
     """
 
+    recipes = "finetune"  # the folder of configs/ that a configuration's bare name stands for
+
     train_data: list[str] = flag([], "Training manifests.")
     validation_data: list[str] = flag([], "Validation manifests: all together choose the best checkpoint.")
     test_data: list[str] = flag([], "Test manifests, each scored by itself at the end with the best checkpoint.")

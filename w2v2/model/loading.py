@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 
+import w2v2
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.collate import Framing
 from w2v2.errors import UserError
@@ -22,7 +23,7 @@ from w2v2.errors import UserError
 # Without it transformers may load, in place of a Hub repository's weights, those of a stranger's pull request to it.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
-MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
+MODELS = w2v2.ROOT / "configs" / "models"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MASK_EMBEDDING = "wav2vec2.masked_spec_embed"  # a model that masks nothing has none
 CONVS = ("conv_dim", "conv_kernel", "conv_stride")  # lists, of one number a conv
@@ -54,7 +55,7 @@ NOT_COMPUTED = {
 
 def locate(name: str) -> str:
     """A folder itself, the folder of a name in `configs/models` (with or without that prefix), or else a Hub id."""
-    folders = (Path(name), MODELS / name, MODELS.parents[1] / name)
+    folders = (Path(name), MODELS / name, w2v2.ROOT / name)
     return next((str(folder) for folder in folders if (folder / "config.json").is_file()), name)
 
 
