@@ -160,7 +160,9 @@ def test_a_file_that_is_no_list_of_flags_is_refused_by_name(config, text, found)
 
 
 def test_a_missing_binary_or_later_file_is_refused(tmp_path):
-    assert refusal("none.yaml").startswith("none.yaml: no such configuration file, and none of those shipped: base_libr")
+    assert refusal("none.yaml").startswith(
+        "none.yaml: no such configuration file, and none of those shipped: base_libr"
+    )
     (tmp_path / "a.wav").write_bytes(bytes(range(256)))
     assert refusal(str(tmp_path / "a.wav")).startswith(f"{tmp_path / 'a.wav'}: not valid YAML")
     assert "the file first" in refusal("--seed", "1", "config.yaml")

@@ -98,7 +98,7 @@ def test_a_command_runs_its_script(installed, tmp_path):
     done = call(installed, tmp_path, str(command), "--help")
     assert done.stdout.startswith("usage: w2v2-describe-data "), done.stderr
     done = call(installed, tmp_path, "-m", "w2v2", "setup")
-    assert done.returncode == 1 and str(installed / "w2v2/shipped/configs") in done.stderr
+    assert done.returncode == 2 and str(installed / "w2v2/shipped/configs") in done.stderr
 
 
 def test_a_path_that_exists_wins(tmp_path, monkeypatch):

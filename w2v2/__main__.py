@@ -25,11 +25,12 @@ def main() -> None:
     """Run what the command's name says, or else the first argument."""
     command = Path(sys.argv[0]).stem
     if not command.startswith("w2v2-"):
-        command = f"w2v2-{sys.argv[1]}" if len(sys.argv) > 1 else ""
-        sys.argv[:2] = [command]  # as the command has them: it stands in usage and errors
+        command = f"w2v2-{''.join(sys.argv[1:2])}".replace("_", "-")
+        sys.argv[:2] = [command]  # it stands in usage and errors
     name = command.removeprefix("w2v2-").replace("-", "_")
     if name not in SCRIPTS + DATA_SCRIPTS:
-        sys.exit(USAGE)
+        print(USAGE, file=sys.stderr)
+        sys.exit(2)
     sys.path.insert(
         0, str(w2v2.ROOT if name in SCRIPTS else w2v2.ROOT / "data_scripts")
     )  # as `python FOLDER/NAME.py` does
