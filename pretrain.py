@@ -39,6 +39,7 @@ from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.model.pretraining import build_model
 from w2v2.plan.plan import describe_mixture, present_plan, write_config
+from w2v2.report.page import report_at_end
 from w2v2.train.capture import CapturedStep, check_capture, find_run_sizes
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
@@ -158,7 +159,7 @@ def main() -> None:
         seconds = sizes.slots * framing.slot / framing.sampling_rate
         announce(accelerator, f"cuda graph    of micro-batches of {seconds:.1f} s, up to {sizes.utterances} utterances")
     feed = Feed(run.load(training, plans, args.seed, sizes))
-    with StopRequest(args.max_hours) as stop:
+    with report_at_end(args, accelerator.is_main_process), StopRequest(args.max_hours) as stop:
         train(run, feed, skipped, pusher, stop)
         if state.step == args.max_steps:
             finish(run, pusher)

@@ -11,7 +11,6 @@ PRODUCT, TOOLS = ("*.py", "w2v2/**/*.py", "data_scripts/*.py"), ("tests/**/*.py"
 OWN = {"w2v2"} | {path.stem for pattern in (*PRODUCT, *TOOLS) for path in ROOT.glob(pattern)}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "flashlight": "flashlight-text"}
 NOT_IMPORTED = {
-    "jinja2": "ModelCard.from_template of huggingface_hub needs it",
     "tensorboard": "the default tracker, through accelerate and Trainer",
     "ufal-flashlight-text": "flashlight-text under this name for Python 3.13",
     "pytest-xdist": "the -n of make test",

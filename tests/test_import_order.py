@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "w2v2"
-ORDER = (
-    "errors audio manifests data model train plan evaluate finetune probe hub convert arguments cli __main__".split()
-)
+ORDER = "errors audio manifests data model train plan evaluate finetune probe hub report convert arguments cli __main__".split()
 
 
 def imported_rooms(path):

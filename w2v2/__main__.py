@@ -10,7 +10,7 @@ from pathlib import Path
 
 import w2v2
 
-SCRIPTS = "pretrain finetune_ctc finetune_classification probe verify_speakers convert_checkpoint".split()
+SCRIPTS = "pretrain finetune_ctc finetune_classification probe verify_speakers report convert_checkpoint".split()
 DATA_SCRIPTS = (
     "make_demo_corpus prepare_folder prepare_librispeech prepare_libri_light prepare_common_voice prepare_voxpopuli "
     "prepare_labelled prepare_iemocap prepare_voxceleb measure_audio segment pack_audio describe_data build_ngram cluster"

@@ -59,7 +59,13 @@ def counts_of(folder):
 def test_a_run_leaves_the_files_that_users_touch(whole_run):
     model = {"config.json", "model.safetensors", "preprocessor_config.json"}
     due = {f"checkpoint-{step}" for step in range(SAVE_STEPS, STEPS + 1, SAVE_STEPS)}
-    assert names(whole_run) >= model | due | {"README.md", "pretrain_config.yaml", "metrics.jsonl", "plan.json"}
+    assert names(whole_run) >= model | due | {
+        "README.md",
+        "pretrain_config.yaml",
+        "metrics.jsonl",
+        "plan.json",
+        "report.html",
+    }
     assert not list(whole_run.glob(".unfinished-*")) and "skipped_audio.jsonl" not in names(whole_run)
     assert list((whole_run / "plots").glob("*.png")) and list((whole_run / "runs").rglob("events.*"))
     for checkpoint in due:

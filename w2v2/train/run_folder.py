@@ -18,7 +18,7 @@ from w2v2.train.launch import on_main_process
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 RUN_FILES = ("metrics.jsonl", "pretrain_config.yaml", "model.safetensors")
 BESIDE_THEM = ("skipped_audio.jsonl", "skipped_validation.jsonl", "non_finite_updates.jsonl", "codebook_use.jsonl")
-BESIDE_THEM += ("events.jsonl", "plots", "runs")
+BESIDE_THEM += ("events.jsonl", "report.html", "plots", "runs")
 _locks: dict[Path, FileLock] = {}  # held until this process ends
 
 

@@ -1,0 +1,40 @@
+"""Write one HTML page about one or several runs: curves, figures, errors, flags and events.
+
+    python report.py runs/small
+    python report.py runs/small runs/larger --output comparison.html
+
+RUN is the output_dir of pretrain.py, finetune_ctc.py, finetune_classification.py or probe.py, finished or not. The page
+needs no network and runs no script. A run writes its own at its end, as report.html.
+"""
+
+import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from w2v2.arguments import PretrainArguments
+from w2v2.cli import run_script
+from w2v2.errors import UserError
+from w2v2.report.page import REPORT_FILE, find_defaults, write_report
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the output_dir of a run")
+    parser.add_argument(
+        "--output", help=f"the page (default: {REPORT_FILE} in the run's folder; of several runs, here)"
+    )
+    args = parser.parse_args(argv)
+    output = Path(args.output or Path(args.runs[0] if len(args.runs) == 1 else ".", REPORT_FILE))
+    write_report(args.runs, output, find_defaults(PretrainArguments))
+    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    run_script(main)

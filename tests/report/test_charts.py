@@ -1,0 +1,164 @@
+"""Charts: positions against closed forms and brute force, colours against what colour-blind readers see."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from w2v2.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Band, Series, draw_lines, find_ticks, show, thin
+from w2v2.report.grids import SIDE, USE_LEVELS, draw_bars, draw_codebook, draw_confusion
+from w2v2.report.page import TEMPLATES
+
+NAN = float("nan")
+
+
+def points_of(path):
+    """The pieces of a path of straight lines."""
+    pieces = [piece for piece in path.split("M") if piece]
+    return [[tuple(map(float, point.split())) for point in piece.split("L")] for piece in pieces]
+
+
+def test_a_line_stands_where_its_values_say():
+    chart = draw_lines("t", [Series("a", [(0, 0.0), (5, 10.0), (10, 5.0)])], "x")
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    expected = [(LEFT, HEIGHT - BOTTOM), ((LEFT + WIDTH - RIGHT) / 2, TOP), (WIDTH - RIGHT, middle)]
+    assert points_of(chart.lines[0].path) == [expected]
+    assert (HEIGHT - BOTTOM, "0") in chart.y_ticks and (TOP, "10") in chart.y_ticks
+
+
+@pytest.mark.parametrize("gap", [NAN, float("inf"), None])
+def test_values_that_are_not_finite_leave_gaps(gap):
+    chart = draw_lines("t", [Series("a", [(1, 1.0), (2, 2.0), (3, gap), (4, 3.0)]), Series("b", [(1, gap)])], "x")
+    assert [len(piece) for piece in points_of(chart.lines[0].path)] == [2, 1] and len(chart.lines) == 1
+    assert "1 not finite" in chart.description and any("not finite" in text for _, _, text in chart.hovers)
+    assert draw_lines("t", [Series("b", [(1, gap)]), Series("c", [])], "x") is None
+
+
+def test_a_long_line_keeps_its_extremes_ends_and_gaps():
+    random = np.random.default_rng(0)
+    for size in (3, 240, 241, 10_000):
+        values = random.standard_normal(size).tolist()
+        if size > 3:
+            values[size // 2] = NAN
+        kept = thin(list(enumerate(values)))
+        finite = [y for _, y in kept if math.isfinite(y)]
+        assert len(kept) <= 244 and kept == sorted(kept, key=lambda point: point[0])
+        assert kept[0][0] == 0 and kept[-1][0] == size - 1
+        assert (min(finite), max(finite)) == (np.nanmin(values), np.nanmax(values))
+        assert any(not math.isfinite(y) for _, y in kept) == (size > 3)
+
+
+def test_ticks_are_few_and_round():
+    random = np.random.default_rng(0)
+    for low, width in zip(random.normal(0, 100, 300), 10 ** random.uniform(-6, 6, 300), strict=True):
+        ticks, around = (find_ticks(low, low + width, is_around=wide) for wide in (False, True))
+        step = around[1] - around[0]
+        digits = f"{step:.6e}".split("e")[0].rstrip("0").rstrip(".")
+        assert digits in ("1", "2", "5") and 2 <= len(ticks) <= 6
+        assert all(low - step / 100 <= tick <= low + width + step / 100 for tick in ticks)
+        assert around[0] <= low + step / 100 and around[-1] >= low + width - step / 100
+
+
+def test_a_band_ends_where_the_lines_end():
+    edges = [(0, 0.0, 1.0), (10, 10.0, 11.0), (20, 20.0, 21.0)]
+    chart = draw_lines("t", [Series("a", [(0, 0.0), (5, 6.0)])], "x", band=Band("others", edges))
+    name, path = chart.band
+    (corners,) = points_of(path.rstrip("Z"))
+    y = dict((label, at) for at, label in chart.y_ticks)
+    assert name == "others" and max(x for x, _ in corners) == WIDTH - RIGHT
+    assert corners[1] == (WIDTH - RIGHT, y["6"]) and corners[0] == (
+        LEFT,
+        pytest.approx(y["0"] + (y["6"] - y["0"]) / 6, abs=0.1),
+    )
+    assert draw_lines("t", [Series("a", [(0, 0.0), (5, 6.0)])], "x", band=Band("late", [(9, 0, 1)])).band is None
+
+
+def test_each_strip_tells_the_last_values_of_all_lines():
+    series = [Series("a", [(x, float(x)) for x in range(1_000)]), Series("b", [(999, 7.0)])]
+    hovers = draw_lines("t", series, "hours").hovers
+    assert len(hovers) == 40 and hovers[-1][2] == "999 hours\na: 999\nb: 7"
+
+
+@pytest.mark.parametrize("entries", [7, 64, 320])
+def test_a_heat_map_colours_each_cell_by_its_use(entries):
+    random = np.random.default_rng(0)
+    counts = [random.multinomial(500, random.dirichlet([0.2] * entries)).tolist() for _ in range(5)]
+    records = [{"audio_hours": n + 1, "counts": [[1], line]} for n, line in enumerate(counts)]
+    chart = draw_codebook(records, 1)
+    # Brute force: rows by the last record's counts, each with the mean of its entries' shares.
+    order = sorted(range(entries), key=lambda entry: -counts[-1][entry])
+    rows = np.array_split(order, min(64, entries))
+    expected = np.zeros(6)
+    for line in counts:
+        for row in rows:
+            share = np.mean([line[entry] / 500 * entries for entry in row])
+            expected[0 if share == 0 else 1 + sum(share >= limit for limit in USE_LEVELS)] += 1
+    cell = (WIDTH - LEFT - RIGHT) / 5 * (HEIGHT - TOP - BOTTOM) / len(rows)
+    for level, _, path in chart.levels:
+        corners = re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)", path)
+        area = sum((float(x1) - float(x0)) * (float(y1) - float(y0)) for x0, y0, x1, y1 in corners)
+        assert area / cell == pytest.approx(expected[level], rel=0.01, abs=0.05)
+    used = sum(count > 0 for count in counts[0])
+    assert f"{used} of {entries} entries used" in chart.hovers[0][2]
+    assert draw_codebook(records, 2) is None and draw_codebook([], 0) is None
+
+
+def test_a_confusion_matrix_has_a_cell_for_each_count():
+    chart = draw_confusion([[3, 1], [0, 4]], ["anger", "a very long name of a class"])
+    assert [(x, y, count) for x, y, _, count, _ in chart.cells] == [
+        (0, 0, 3),
+        (SIDE / 2, 0, 1),
+        (SIDE / 2, SIDE / 2, 4),
+    ]
+    assert "anger → a very long name of a class: 1 of 4 (25%)" in chart.cells[1][4]
+    assert [name for _, name, _ in chart.names] == ["anger", "a very long …"]
+    assert draw_confusion([[0] * 41] * 41, [str(n) for n in range(41)]) is None
+
+
+def test_bars_are_as_long_as_their_values():
+    chart = draw_bars("t", [("a", 4, "4"), ("b", 1, "1"), ("c", 0, "0")])
+    widths = [width for _, width, *_ in chart.rows]
+    assert widths[0] == pytest.approx(4 * widths[1], abs=0.5) and widths[2] == 0
+    assert draw_bars("t", [("a", 0, "0")]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (NAN, "not finite"), (12_345, "12,345"), (0.0, "0"), (1234.56, "1,235"), (0.000123456, "0.000123"), (3.14159, "3.142")],
+)  # fmt: skip
+def test_numbers_are_short(value, text):
+    assert show(value) == text
+
+
+# Machado, Oliveira & Fernandes (2009), severity 1, for linear RGB.
+COLOUR_BLIND = {
+    "none": np.eye(3),
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def linear(colour):
+    value = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb
+    f = np.cbrt(np.maximum(xyz / [0.9505, 1, 1.089], 1e-6))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+@pytest.mark.parametrize("sight", COLOUR_BLIND)
+def test_lines_can_be_told_apart_by_everybody(scheme, sight):
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    value = {name: re.findall(rf"--{name}: (#\w+)", style)[scheme] for name in ("paper", *(f"c{n}" for n in range(6)))}
+    luminance = {name: float(linear(colour) @ [0.2126, 0.7152, 0.0722]) for name, colour in value.items()}
+    seen = [lab(np.clip(np.array(COLOUR_BLIND[sight]) @ linear(value[f"c{n}"]), 0, 1)) for n in range(6)]
+    for n in range(6):
+        dark, light = sorted([luminance["paper"], luminance[f"c{n}"]])
+        assert (light + 0.05) / (dark + 0.05) >= 3  # WCAG 1.4.11
+        assert all(np.linalg.norm(seen[n] - seen[other]) > 20 for other in range(n))  # of CIELAB's units

@@ -1,0 +1,138 @@
+"""The page of a run: what it says, what it says of what is missing, and that nothing written by people is markup."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from conftest import error_line, run_here
+from report_runs import HOSTILE, Page, read_page, write_lines, write_pretraining
+
+import report
+from w2v2.errors import UserError
+from w2v2.report.page import report_at_end, report_run, write_report
+
+
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory):
+    return write_pretraining(tmp_path_factory.mktemp("runs") / "small")
+
+
+def test_a_pretraining_says_what_its_files_hold(pretraining):
+    page = read_page(pretraining, defaults={"learning_rate": 5e-4, "max_steps": 60})
+    assert "All 60 updates are done. On held-out speech" in page.text and "in 40.0 % of" in page.text
+    for said in ("too short", "raise --batch_hours", "no audio in it", "torch", "2.10", "2.5 h from start to end"):
+        assert said in page.text, said
+    titles = page.of("b")
+    for title in ("Contrastive loss", "Accuracy", "Coverage", "Codebook 2", "Masked", "Throughput", "Sources"):
+        assert title in titles, title
+    changed, at_defaults = page.text.split("flags that are not the defaults")[1].split("flags at their defaults")
+    assert "learning_rate 0.001 0.0005" in changed and "max_steps 60" in at_defaults
+
+
+def test_text_of_people_is_never_markup(pretraining):
+    page = read_page(pretraining)
+    names = {name for name, _ in page.elements}
+    assert "script" not in names and HOSTILE in page.text
+    assert not {key for _, attributes in page.elements for key in attributes if key.startswith("on")}
+
+
+def test_a_page_asks_nothing_of_the_network(pretraining):
+    page = read_page(pretraining)
+    links = [value for _, attributes in page.elements for key, value in attributes.items() if key in ("href", "src")]
+    assert all(value.startswith(("#", "data:")) for value in links) and "url(" not in page.source
+    pictures = [attributes for name, attributes in page.elements if name == "svg" and "aria-hidden" not in attributes]
+    assert pictures and all(attributes["role"] == "img" and attributes["aria-label"] for attributes in pictures)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("plan.json", "There is no plan.json"),
+        ("codebook_use.jsonl", "no codebook_use.jsonl"),
+        ("events.jsonl", "command and versions are not known"),
+        ("skipped_audio.jsonl", "No file was skipped"),
+        ("pretrain_config.yaml", "no file of flags"),
+        ("metrics.jsonl", "No update was logged yet"),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path, missing, said):
+    folder = write_pretraining(tmp_path / "run")
+    assert said not in read_page(folder).text
+    (folder / missing).unlink()
+    assert said in read_page(folder).text
+
+
+def test_a_run_without_validation_says_so(tmp_path):
+    folder = write_pretraining(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    write_lines(folder / "metrics.jsonl", [line for line in lines if "eval_loss" not in line])
+    text = read_page(folder).text
+    assert "No validation was run" in text and "On training speech" in text
+
+
+def test_torn_and_damaged_files_are_tolerated(tmp_path):
+    folder = write_pretraining(tmp_path / "run")
+    for name in ("metrics.jsonl", "events.jsonl", "codebook_use.jsonl"):
+        with open(folder / name, "ab") as file:
+            file.write(b'{"step": 61, "lo')
+    text = read_page(folder).text
+    assert "All 60 updates" in text and "cannot be read" not in text
+    with open(folder / "events.jsonl", "ab") as file:
+        file.write(b'\n{"event": "stop", "step": 60, "message": "\xf0\x9f\x98\x80"}\n')
+    (folder / "plan.json").write_text("[1]")
+    text = read_page(folder).text
+    assert "events.jsonl: 1 lines cannot be read, the first is line 3" in text and "plan.json cannot be read" in text
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "events", "said"),
+    [
+        (0.1, [], "nothing is learned"),
+        (0.4, [{"step": 60, "event": "collapse", "message": "one code"}], "The run collapsed: one code"),
+        (None, [], "no finite figures"),
+    ],
+)
+def test_the_verdict_follows_the_figures(tmp_path, accuracy, events, said):
+    folder = write_pretraining(tmp_path / "run", last_accuracy=accuracy or 0.4)
+    write_lines(folder / "events.jsonl", events)
+    if accuracy is None:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"step": 60, "audio_hours": 6, "eval_loss": null, "eval_accuracy": null}\n')
+    assert said in read_page(folder).text
+
+
+def test_a_long_run_is_a_small_page(tmp_path):
+    folder = write_pretraining(tmp_path / "run", updates=8_000)
+    entries = [[n % 320 for n in range(320)]] * 2
+    write_lines(
+        folder / "codebook_use.jsonl", ({"step": n, "audio_hours": n / 9, "counts": entries} for n in range(400))
+    )
+    assert len(read_page(folder).source.encode()) < 1e6
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("smal", "did you mean"), ("small/runs", "no such folder"), ("empty", "no run")]
+)
+def test_a_folder_that_is_no_run_is_refused(pretraining, name, said):
+    (pretraining.parent / "empty").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=said):
+        write_report([pretraining.parent / name], pretraining / "page.html", {})
+
+
+def test_the_script_writes_into_the_run(pretraining, capsys):
+    assert run_here(report.main) == 2 and "RUN" in error_line(capsys.readouterr().err)
+    report.main([str(pretraining)])
+    assert "small" in Page(pretraining / "report.html").of("h1") and "report.html" in capsys.readouterr().out
+
+
+@dataclass
+class Flags:
+    output_dir: str
+
+
+def test_a_page_that_fails_fails_no_run(tmp_path, capsys):
+    report_run(tmp_path)
+    assert capsys.readouterr().out.startswith("warning       report.html was not written: ")
+    with pytest.raises(KeyError), report_at_end(Flags(str(tmp_path)), is_main=True):
+        raise KeyError("the run's own error")
+    assert not (tmp_path / "report.html").exists() and capsys.readouterr().out.count("\n") == 1

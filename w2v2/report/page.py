@@ -1,0 +1,75 @@
+"""Writes the page: one HTML file that asks nothing of the network and runs no script."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+import w2v2
+from w2v2.errors import one_line
+from w2v2.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
+from w2v2.report.grids import BAR_HEIGHT, BAR_LEFT, LABELS, SIDE
+from w2v2.report.pretraining import report_pretraining
+from w2v2.report.run_files import RunFiles, name_runs, read_run
+from w2v2.report.sections import Section, Summary
+from w2v2.train.durable import write_file
+
+REPORT_FILE = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(folders: Sequence[str | os.PathLike], output: str | os.PathLike, defaults: Mapping[str, Any]) -> None:
+    """Write the page of these runs. `defaults` are those of pretrain.py's flags. Raises `UserError` for no run."""
+    runs = [read_run(folder) for folder in folders]
+    name_runs(runs)
+    page = render([summarize(run, defaults) for run in runs])
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_file(Path(output), page.encode("utf-8", "backslashreplace"))
+
+
+def summarize(run: RunFiles, defaults: Mapping[str, Any]) -> Summary:
+    return report_pretraining(run, defaults)
+
+
+def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> str:
+    """The page's text. Whatever was written by people is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sizes = dict(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP, BOTTOM=BOTTOM, SIDE=SIDE, LABELS=LABELS)
+    environment.globals |= sizes | dict(BAR_HEIGHT=BAR_HEIGHT, BAR_LEFT=BAR_LEFT)
+    return environment.get_template("page.html").render(
+        summaries=summaries, comparison=comparison, version=w2v2.__version__
+    )
+
+
+@contextlib.contextmanager
+def report_at_end(args, is_main: bool) -> Iterator[None]:
+    """Write `output_dir/report.html` when the block ends, however it does; `args` are a dataclass of flags."""
+    try:
+        yield
+    finally:
+        if is_main:
+            report_run(args.output_dir, find_defaults(type(args)))
+
+
+def find_defaults(flags: type) -> dict[str, Any]:
+    """The defaults of a dataclass of flags."""
+    return {one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(flags)}
+
+
+def report_run(output_dir: str | os.PathLike, defaults: Mapping[str, Any] | None = None) -> None:
+    """Write `output_dir/report.html`, or say in one line why there is none."""
+    try:
+        write_report([output_dir], Path(output_dir, REPORT_FILE), defaults or {})
+    except Exception as error:  # whatever a page meets, the run before it is done
+        with contextlib.suppress(OSError, ValueError):
+            print(f"warning       {REPORT_FILE} was not written: {one_line(error)}", flush=True)
