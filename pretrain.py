@@ -43,6 +43,7 @@ from w2v2.report.page import report_at_end
 from w2v2.train.capture import CapturedStep, check_capture, find_run_sizes
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
 from w2v2.train.collapse import CollapseWatch
+from w2v2.train.events import EventLog, name_device
 from w2v2.train.identity import check_agreement, identity
 from w2v2.train.launch import Stopped, StopRequest, end_training, on_main_process, prepare_model, start_accelerator
 from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
@@ -99,6 +100,12 @@ def main() -> None:
     (args,) = parse_command_line([PretrainArguments])
     logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     accelerator = start_accelerator(args)
+    with EventLog(args, accelerator) as events:
+        pretrain(args, accelerator, events)
+
+
+def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog) -> None:
+    """The run, stage by stage."""
     if args.cuda_graph:
         check_capture(args, accelerator)
     checkpoint = prepare_run_folder(args, accelerator)
@@ -149,6 +156,7 @@ def main() -> None:
         write_config(args, state.micro_batch_seconds)
 
     # 5. Updates until `max_steps`, or until the run is asked to stop.
+    events.begin(state, checkpoint)
     gc.collect()
     gc.freeze()  # a million objects of libraries and model, which every full collection would look through again
     gc.collect()
@@ -253,15 +261,13 @@ def finish(run: Run, pusher: HubPusher | None) -> None:
         return
     metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_plots(output_dir, metrics)
-    device = accelerator.device
-    device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     dropped = {reason.replace("_", " "): count for reason, count in run.training.dropped.items() if count}
     summary = dict(
         dropped=", ".join(f"{count:,} {reason}" for reason, count in dropped.items()),
         mixture=describe_mixture(run.training, args),
         utterances=len(run.training.table),
         hours=run.training.hours,
-        devices=f"{accelerator.num_processes} × {device}",
+        devices=f"{accelerator.num_processes} × {name_device(accelerator.device)}",
         num_parameters=accelerator.unwrap_model(run.model).num_parameters(),
     )
     if run.validation:

@@ -145,6 +145,8 @@ def test_two_processes_give_the_curve_of_one(flags, whole_run):
     finish(start_run(flags, output_dir, launcher=TORCHRUN), output_dir)
     assert json.loads((output_dir / "plan.json").read_text())["num_processes"] == 2
     assert_same_run(output_dir, whole_run, exactly=False)
+    events = [json.loads(line)["event"] for line in (output_dir / "events.jsonl").read_text().splitlines()]
+    assert events == ["start", "finish"]  # of the main process alone
     ours, theirs = (np.array([counts for _, counts in counts_of(folder)]) for folder in (output_dir, whole_run))
     assert ours.shape == (3, 2, 12) and (ours.sum(-1) == theirs.sum(-1)).all() and np.abs(ours - theirs).sum() <= 4
 
@@ -189,6 +191,8 @@ def test_a_full_disk_ends_a_run_or_is_waited_out(flags, tmp_path, monkeypatch, c
     assert run(flags, warned, *short, "--save_failure", "warn") == 0
     assert {f"checkpoint-{step}" for step in (2, 4, 6)} - names(warned) == {"checkpoint-4"}
     assert_same_run(warned, whole)
+    _, failure, _ = map(json.loads, (warned / "events.jsonl").read_text().splitlines())
+    assert failure["event"] == "warning" and failure["step"] == 4 and "checkpoint-4 could not" in failure["message"]
 
 
 def test_auto_holds_one_micro_batch_for_a_whole_run(flags, tmp_path, capsys):

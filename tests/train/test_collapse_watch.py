@@ -1,5 +1,6 @@
 """What a run does about a collapse: it warns, then stops, and keeps the checkpoint from before."""
 
+import json
 import logging
 import re
 from types import SimpleNamespace
@@ -162,6 +163,9 @@ def test_a_forced_collapse_stops_and_leaves_a_checkpoint(corpus, tmp_path, capsy
     assert 15 < since < 60 and "the codes have collapsed: codebook_perplexity_hard is 2." in line
     assert f"since update {since} " in warning and "for half of" in warning and "for all of" in line
     assert last - since == 24
+    *_, half, collapse, stop = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    assert (half["event"], half["message"]) == ("warning", warning)
+    assert (collapse["event"], stop["event"]) == ("collapse", "stop") and line.endswith(collapse["message"])
     assert "--diversity_loss_weight 0" in line and "--learning_rate 0.3" in line and "fp16" not in line
     before = (since - 1) // 5 * 5
     assert f"run/checkpoint-{before} is from before it" in line and (folder / f"checkpoint-{before}").is_dir()

@@ -216,6 +216,9 @@ def test_a_run_skips_and_lists_the_updates_that_hear_it(corpus, whole_run):
     found = read_curve(whole_run)
     assert [r["skipped_updates"] for r in found] == [sum(s <= step for s in skipped) for step in range(1, STEPS + 1)]
     assert [r["step"] for r in found if r["loss"] is None] == skipped
+    events = [json.loads(line) for line in (whole_run / "events.jsonl").read_text().splitlines()]
+    (told,) = [event for event in events if event["event"] == "skipped_updates"]
+    assert told["step"] == skipped[0] and "1 (listed in" in told["message"]
     for step in range(2, STEPS + 1):
         ours, before = (tensors(whole_run / f"checkpoint-{number}") for number in (step, step - 1))
         assert same(ours, before) == (step in skipped)

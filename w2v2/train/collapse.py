@@ -149,6 +149,10 @@ class Criteria:
         return since, num_counted + (step > self.counted_after[name])
 
 
+class Collapsed(UserError):
+    """The run has collapsed and is to stop."""
+
+
 class CollapseWatch:
     """Warns of a run's collapse, then ends the run, and keeps the last checkpoint from before. Every rank has one."""
 
@@ -164,13 +168,14 @@ class CollapseWatch:
             self.criteria.level = min(self.criteria.level, 1)
 
     def see(self, record: Mapping[str, Any]) -> None:
-        """Take the next record. Raises `UserError` if a collapse has lasted for a window and is to stop the run."""
+        """Take the next record. Raises `Collapsed` if a collapse has lasted for a window and is to stop the run."""
         if self.args.collapse_action == "none" or (finding := self.criteria.add(record)) is None:
             return
         if finding.is_sure and self.args.collapse_action == "stop":
-            raise UserError(self._message(finding, record))
+            raise Collapsed(self._message(finding, record))
         if self.accelerator.is_main_process:
-            logger.warning("%s", self._message(finding, record))
+            extra = {"event": "collapse" if finding.is_sure else "warning"}  # in events.jsonl
+            logger.warning("%s", self._message(finding, record), extra=extra)
 
     def keep(self, save_total_limit: int) -> int:
         """Checkpoints to keep: all of them (0) as long as the next ones may be of a collapsed model."""

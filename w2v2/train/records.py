@@ -33,8 +33,44 @@ NON_FINITE_FILE = "non_finite_updates.jsonl"
 NUM_NAMED = 5  # utterances that the error names
 
 
-class StepRecords:
-    """A file of records in the order of their steps. Lines that a full disk refuses wait in memory for the next try.
+class Lines:
+    """A file that records are added to. Those that a full disk refuses wait in memory for the next try.
+
+    Other processes than the main one never write.
+    """
+
+    def __init__(self, path: Path, *, is_main: bool = True):
+        self.path, self.is_main = Path(path), is_main
+        self.waiting, self._is_failing = b"", False  # lines that the disk has not taken yet
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record at once. A full or failing disk is a warning, once, and the line is tried again later."""
+        if self.is_main:
+            self.waiting += json_line(record)
+            self._write()
+
+    def sync(self) -> None:
+        """Wait until the disk has all lines, so that no checkpoint outlives the lines before it."""
+        if self.is_main and (self.waiting or self.path.exists()):
+            self._write(sync=True)
+
+    def _write(self, sync: bool = False) -> None:
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                while self.waiting:  # a line that the disk cut short goes on where it was cut
+                    self.waiting = self.waiting[file.write(self.waiting) :]
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            was_failing, self._is_failing = self._is_failing, True  # first: the warning may be a line of this file
+            if not was_failing:
+                logger.warning("%s cannot be written (%s): its lines are kept for later", self.path, error.strerror)
+        else:
+            self._is_failing = False
+
+
+class StepRecords(Lines):
+    """Records in the order of their steps.
 
     A run resumed at `first_step` keeps the records of steps 1 to `first_step`, byte for byte (0: it starts afresh).
     """
@@ -42,12 +78,9 @@ class StepRecords:
     def __init__(
         self, path: Path, first_step: int = 0, *, is_main: bool = True, head: Sequence[Mapping[str, Any]] = ()
     ):
-        """Cut the file back. `head` comes before all other records, and in place of those with the same `id`.
-
-        Other processes than the main one read, but never write.
-        """
-        self.path, self.is_main, self.kept = Path(path), is_main, list(head)
-        self._waiting, self._is_failing = b"", False  # lines that the disk has not taken yet
+        """Cut the file back. `head` comes before all other records, and in place of those with the same `id`."""
+        super().__init__(path, is_main=is_main)
+        self.kept = list(head)
         before = self.path.read_bytes() if self.path.exists() else b""
         content, ids = b"".join(map(json_line, head)), {record.get("id", "") for record in head}
         for line in before.splitlines():
@@ -58,34 +91,9 @@ class StepRecords:
         if is_main and content != before:
             write_file(self.path, content)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record at once. A full or failing disk is a warning, once, and the line is tried again later."""
-        if self.is_main:
-            self._waiting += json_line(record)
-            self._write()
-
-    def sync(self) -> None:
-        """Wait until the disk has all lines, so that no checkpoint outlives the lines before it."""
-        if self.is_main and (self._waiting or self.path.exists()):
-            self._write(sync=True)
-
-    def _write(self, sync: bool = False) -> None:
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                while self._waiting:  # a line that the disk cut short goes on where it was cut
-                    self._waiting = self._waiting[file.write(self._waiting) :]
-                if sync:
-                    os.fsync(file.fileno())
-        except OSError as error:
-            if not self._is_failing:
-                logger.warning("%s cannot be written (%s): its lines are kept for later", self.path, error.strerror)
-            self._is_failing = True
-        else:
-            self._is_failing = False
-
 
 def json_line(record: Mapping[str, Any]) -> bytes:
-    """A flat record as one line of JSON. JSON has no word for a number that is not finite: it becomes `null`."""
+    """A record as one line of JSON. JSON has no word for a number that is not finite: it becomes `null`."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
@@ -170,7 +178,7 @@ class SkippedValidation(SkippedAudio):
 
 
 class SkippedUpdates:
-    """Updates whose loss or gradient is not finite: not taken, listed, and too many in a row end the run.
+    """Updates whose loss or gradient is not finite: not taken, listed, told of, and too many in a row end the run.
 
     The `ids` of a line are the utterances of the micro-batches whose own loss was not finite, or of all where that does
     not tell them apart. An overflow under fp16's loss scaler says nothing of the audio: it is counted, not listed.
@@ -181,6 +189,7 @@ class SkippedUpdates:
         self.table, self.most_in_a_row, self.accelerator = table, args.max_non_finite_updates, accelerator
         self.row: list[int] = []  # the steps of the updates in a row that were not taken
         self.named: Counter[str] = Counter()  # utterances that were listed for them
+        self._met = self._told = 0  # skipped updates since the start or resume, and how many of them were told of
         path = Path(args.output_dir) / NON_FINITE_FILE
         self.records = StepRecords(path, first_step, is_main=accelerator.is_main_process)
 
@@ -197,9 +206,17 @@ class SkippedUpdates:
             ids = self._suspects(totals)
             self.named.update(ids)
             self.records.append({"step": step, "loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "ids": ids})
+        self._tell(f"fp16 overflowed at update {step}" if is_overflow else f"listed in {self.records.path}")
         if len(self.row) >= self.most_in_a_row:
             raise UserError(self._advice())
         return True
+
+    def _tell(self, detail: str) -> None:
+        self._met += 1
+        if self.records.is_main and self._met > 10 * self._told:  # the first, and whenever they are ten times more
+            text = "updates without a finite loss or gradient so far, which were not taken: %s (%s)"
+            logger.warning(text, f"{self._met:,}", detail, extra={"event": "skipped_updates"})
+            self._told = self._met
 
     def _suspects(self, totals: Totals) -> list[str]:
         """Ids of the update's utterances that may be to blame, over all ranks, in the order of the pieces."""

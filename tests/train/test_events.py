@@ -1,0 +1,100 @@
+"""What befell a run, as its events tell it: starts, warnings, ends; whatever the disk does."""
+
+import json
+import os
+import signal
+from datetime import UTC, datetime
+
+import pytest
+from conftest import NO_DROPOUT, run_here, write_recipe
+
+import pretrain
+from w2v2.cli import RESUMABLE
+from w2v2.train.events import EVENTS_FILE
+
+STEPS = 4
+AUTO = ("--resume_from_checkpoint", "auto")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    values = dict(batch_hours=0.001, micro_batch_seconds=4.0, max_steps=STEPS, save_steps=2, eval_steps=STEPS)
+    values |= dict(dataloader_num_workers=0, report_to=["none"], use_cpu=True)
+    return write_recipe(tmp_path_factory.mktemp("events"), NO_DROPOUT, **values)
+
+
+def run(flags, output_dir, *more):
+    return run_here(pretrain.main, flags, "--output_dir", output_dir, *more)
+
+
+def events_of(folder):
+    events = [json.loads(line) for line in (folder / EVENTS_FILE).read_text().splitlines()]
+    now = datetime.now(UTC)
+    assert all(0 <= (now - datetime.fromisoformat(event["time"])).total_seconds() < 600 for event in events)
+    return events
+
+
+def kinds(events):
+    return [(event["event"], event["step"]) for event in events]
+
+
+def fail_at(monkeypatch, step, what):
+    train_update = pretrain.train_update
+
+    def spoiled(accelerator, model, optimizer, micro_batches, settings, *rest):
+        if settings.step + 1 == step:
+            what()
+        return train_update(accelerator, model, optimizer, micro_batches, settings, *rest)
+
+    monkeypatch.setattr(pretrain, "train_update", spoiled)
+
+
+def test_a_run_that_is_stopped_and_resumed_tells_its_story(flags, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(flags, tmp_path / "run") == RESUMABLE
+    assert run(flags, tmp_path / "run", *AUTO, "--learning_rate", 0.002) == 0
+    events = events_of(tmp_path / "run")
+    before, after = [("start", 0), ("warning", 0), ("stop", 1)], [("resume", 1), ("warning", 1), ("finish", STEPS)]
+    assert kinds(events) == before + after
+    _, asked, stop, resume, note, finish = events
+    assert asked["message"].startswith("SIGTERM: saving") and "after update 1 of 4 (SIGTERM)" in stop["message"]
+    assert "checkpoint-1, update 1 of 4, on 1 × CPU" in resume["message"] and "0.002 (was 0.001)" in note["message"]
+    assert finish["message"].startswith("4 updates, ")
+    for event in (events[0], resume):
+        assert event["command"][0] == "pretrain.py" and str(flags) in event["command"]
+        assert set(event["versions"]) == {"python", "w2v2", "torch", "transformers", "accelerate", "datasets"}
+        assert (event["device"], event["num_processes"], event["precision"]) == ("CPU", 1, "fp32")
+
+
+def test_a_bug_is_told_and_a_torn_line_harms_none_after_it(flags, tmp_path, monkeypatch):
+    def crash():
+        raise RuntimeError("many lines\nand the last")
+
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4, crash)
+        with pytest.raises(RuntimeError, match="the last"):
+            run(flags, tmp_path / "run")
+    path = tmp_path / "run" / EVENTS_FILE
+    assert kinds(events_of(tmp_path / "run")) == [("start", 0), ("stop", 3)]
+    assert events_of(tmp_path / "run")[1]["message"] == "RuntimeError: and the last"
+    (tmp_path / "run/checkpoint-3").mkdir()  # of which nothing was written: damaged, and passed over
+    whole = path.read_text()
+    path.write_text(whole + '{"time": "20')
+    assert run(flags, tmp_path / "run", *AUTO) == 0
+    assert path.read_text().startswith(whole + '{"time": "20\n')
+    path.write_text(path.read_text().replace('{"time": "20\n', ""))
+    events = events_of(tmp_path / "run")[2:]
+    assert kinds(events) == [("warning", 2), ("resume", 2), ("finish", STEPS)]
+    assert "checkpoint-3 is damaged and passed over" in events[0]["message"]
+    assert run(flags, tmp_path / "run", "--overwrite_output_dir") == 0
+    assert kinds(events_of(tmp_path / "run")) == [("start", 0), ("finish", STEPS)]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_disk_that_takes_no_events_ends_no_run(flags, tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / EVENTS_FILE).symlink_to("/dev/full")
+    assert run(flags, tmp_path / "run") == 0
+    (warning,) = [message for message in caplog.messages if EVENTS_FILE in message]
+    assert "No space left on device" in warning

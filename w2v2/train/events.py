@@ -1,0 +1,113 @@
+"""What befell a run: `events.jsonl`, a line an event. It is history, so no resume cuts it back.
+
+| event | when |
+|---|---|
+| `start`, `resume` | before the first update; with command, versions, device, processes and precision |
+| `warning` | whatever warning is shown while the run is prepared or trains |
+| `skipped_updates` | the first update without finite loss or gradient, and whenever they are ten times more |
+| `collapse` | the codes have collapsed, or nothing is learned |
+| `stop` | the run ends before its last update, and why; after a kill there is no line |
+| `finish` | the last update is done, and the model is saved |
+
+Every line has `time` (UTC), `step` (updates done), `event` and `message`. A disk that refuses lines ends no run.
+"""
+
+import contextlib
+import logging
+import os
+import platform
+import re
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import w2v2
+from w2v2.errors import HUB_TOKEN, UserError, printable
+from w2v2.train.collapse import Collapsed
+from w2v2.train.launch import Stopped
+from w2v2.train.records import Lines
+from w2v2.train.state import RunState
+
+EVENTS_FILE = "events.jsonl"
+PACKAGES = ("torch", "transformers", "accelerate", "datasets")
+
+
+class EventLog(logging.Handler):
+    """Notes the warnings that are logged while it is entered, and how the run ends. The main process alone writes.
+
+    What is met before `begin` waits for it: until then it is not known whether the folder's run goes on or is deleted.
+    """
+
+    def __init__(self, args, accelerator: Accelerator):
+        super().__init__(logging.WARNING)
+        self.path, self.accelerator = Path(args.output_dir) / EVENTS_FILE, accelerator
+        self._lines: Lines | None = None
+        self._state: RunState | None = None
+        self._early: list[dict] = []
+
+    def __enter__(self) -> "EventLog":
+        if self.accelerator.is_main_process:
+            logging.getLogger("w2v2").addHandler(self)
+        return self
+
+    def begin(self, state: RunState, checkpoint: Path | None) -> None:
+        """The run starts, or goes on from `checkpoint`; what differs from the checkpoint's run is a warning each."""
+        self._state, self._lines = state, Lines(self.path, is_main=self.accelerator.is_main_process)
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            self._lines.waiting = b"" if file.read(1) == b"\n" else b"\n"  # a kill cut the last line short
+        for entry in self._early:
+            self._lines.append(entry | {"step": state.step})
+        precision, device = self.accelerator.mixed_precision, name_device(self.accelerator.device)
+        details = {
+            "command": [printable(word) for word in sys.argv],
+            "versions": {"python": platform.python_version(), "w2v2": w2v2.__version__}
+            | {name: version(name) for name in PACKAGES},
+            "device": device,
+            "num_processes": self.accelerator.num_processes,
+            "precision": "fp32" if precision == "no" else precision,
+        }
+        done = f"from {checkpoint}, update {state.step:,}" if checkpoint else "from the first update"
+        event, where = "resume" if checkpoint else "start", f"on {details['num_processes']} × {device}"
+        self.add(event, f"{done} of {state.max_steps:,}, {where}, {details['precision']}", **details)
+        for note in state.notes:
+            self.add("warning", note)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.add(getattr(record, "event", "warning"), record.getMessage())
+
+    def add(self, event: str, message: str, **more) -> None:
+        """Write one event at the step at hand."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        text = printable(HUB_TOKEN.sub("hf_…", " ".join(message.split())))
+        entry = {"time": now, "step": self._state.step if self._state else 0, "event": event, "message": text} | more
+        with self.lock:
+            self._lines.append(entry) if self._lines else self._early.append(entry)
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        logging.getLogger("w2v2").removeHandler(self)
+        if self._lines is None:
+            return  # it was a dry run, or ended before it began
+        if error is None:
+            self.add("finish", f"{self._state.step:,} updates, {self._state.progress()['audio_hours']:,.1f} h heard")
+        if isinstance(error, Collapsed):
+            self.add("collapse", str(error))
+        if error is not None:
+            self.add("stop", "the run collapsed" if isinstance(error, Collapsed) else _describe(error))
+        self._lines.sync()
+
+
+def name_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def _describe(error: BaseException) -> str:
+    """The last line of an error, without the traceback that a loader's worker sends along."""
+    last = (str(error).strip().splitlines() or [""])[-1]
+    if isinstance(error, UserError | Stopped):
+        return re.sub(r"^w2v2\.errors\.\w+: ", "", last)
+    return f"{type(error).__name__}: {last}".removesuffix(": ")
