@@ -5,10 +5,14 @@ transformers is always there. Tests of other tools are skipped where the tool is
 
 import dataclasses
 import importlib
+import re
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import run_here, tiny_config, write_csv, write_tones
 from test_finetune_ctc import command, write_manifest
@@ -94,6 +98,41 @@ def test_the_pipeline_recognises_as_the_model_does(recogniser):
     processor, model = AutoProcessor.from_pretrained(recogniser), AutoModelForCTC.from_pretrained(recogniser).eval()
     logits = model(**processor(WAVEFORM, sampling_rate=16_000, return_tensors="pt")).logits
     assert said == processor.batch_decode(logits.argmax(-1))[0]
+
+
+def test_the_documented_onnx_models_compute_the_same(pretrained, recogniser, tmp_path, monkeypatch):
+    """docs/onnx.md, block by block: recogniser, its text, encoder, and a recogniser with an attention mask."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "onnx.md").read_text(encoding="utf-8")
+    export, run, encode, export_masked = map(textwrap.dedent, re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    (tmp_path / "runs").mkdir()
+    for name, folder in (("mine", pretrained), ("mine_ctc", recogniser)):
+        (tmp_path / "runs" / name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("speech.wav", WAVEFORM, 16_000, "FLOAT")
+    model, processor = AutoModelForCTC.from_pretrained(recogniser).eval(), AutoProcessor.from_pretrained(recogniser)
+    scope = {}
+
+    exec(export + run, scope)
+    expected = model(**processor(WAVEFORM, sampling_rate=16_000, return_tensors="pt")).logits
+    assert_close(torch.from_numpy(scope["logits"]), expected)
+    assert scope["text"] == processor.batch_decode(expected.argmax(-1))[0]
+    for shape in ((1, 400), (1, 8_001), (3, 20_000)):
+        values = torch.randn(shape)
+        logits = scope["session"].run(["logits"], {"input_values": values.numpy()})[0]
+        assert_close(torch.from_numpy(logits), model(values).logits)
+
+    exec(encode, scope)
+    session = scope["onnxruntime"].InferenceSession("mine.onnx", providers=["CPUExecutionProvider"])
+    frames = session.run(["last_hidden_state"], {"input_values": VALUES.numpy()})[0]
+    assert_close(torch.from_numpy(frames), AutoModel.from_pretrained(pretrained).eval()(VALUES).last_hidden_state)
+
+    exec(export_masked, scope | {"model": model})
+    session = scope["onnxruntime"].InferenceSession("mine_ctc.onnx", providers=["CPUExecutionProvider"])
+    values, mask = torch.randn(3, 20_000), (torch.arange(20_000) < torch.tensor([[20_000], [9_000], [400]])).long()
+    logits = session.run(["logits"], {"input_values": values.numpy(), "attention_mask": mask.numpy()})[0]
+    assert_close(torch.from_numpy(logits), model(values, attention_mask=mask).logits)
 
 
 def test_torchaudio_imports_it(pretrained, recogniser):
