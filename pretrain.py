@@ -38,6 +38,7 @@ from w2v2.hub.push import HubPusher
 from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.model.pretraining import build_model
+from w2v2.plan.expectations import BandWatch, advise_stop
 from w2v2.plan.plan import describe_mixture, present_plan, write_config
 from w2v2.report.page import report_at_end
 from w2v2.train.capture import CapturedStep, check_capture, find_run_sizes
@@ -71,6 +72,7 @@ class Run:
     state: RunState
     training: Utterances
     validation: Utterances | None
+    band: BandWatch
     captured: CapturedStep | None = None
 
     def load(self, utterances: Utterances, plans: Iterable[MicroBatchPlan], seed: int, sizes=None) -> DataLoader:
@@ -145,7 +147,10 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
         announce(accelerator, f"resuming      {checkpoint}, after {state.step:,} updates")
         for note in state.notes:
             announce(accelerator, f"warning       {note}")
-    run = Run(args, config, accelerator, model, optimizer, feature_extractor, framing, state, training, validation)
+    band = BandWatch(args, config, accelerator, state.step)
+    run = Run(
+        args, config, accelerator, model, optimizer, feature_extractor, framing, state, training, validation, band
+    )
 
     # 4. The size of a micro-batch: how much audio a device holds, and so how the effective batch is cut.
     state.micro_batch_seconds = args.micro_batch_seconds or find_micro_batch(run, batches)
@@ -250,7 +255,9 @@ def run_validation(run: Run, validation: DataLoader, log: RunLog, use: CodebookU
         skipped.add(gather_object(totals.skipped), run.state.step)
     use.add(totals)
     use.write(run.state.progress())
-    log.write(run.state.progress() | metrics)
+    record = run.state.progress() | metrics
+    log.write(record)
+    run.band.see(record)
 
 
 def finish(run: Run, pusher: HubPusher | None) -> None:
@@ -261,6 +268,8 @@ def finish(run: Run, pusher: HubPusher | None) -> None:
         return
     metrics = read_metrics(output_dir / "metrics.jsonl")
     draw_plots(output_dir, metrics)
+    for line in advise_stop(metrics, args, run.config):
+        announce(accelerator, f"more hours    {line}")
     dropped = {reason.replace("_", " "): count for reason, count in run.training.dropped.items() if count}
     summary = dict(
         dropped=", ".join(f"{count:,} {reason}" for reason, count in dropped.items()),

@@ -19,8 +19,8 @@ from w2v2.plan.budget import (
 )
 from w2v2.train.schedule import PEAK_RATES
 
-BASE = SimpleNamespace(hidden_size=768, num_hidden_layers=12)
-SMALL = SimpleNamespace(hidden_size=144, num_hidden_layers=4)
+BASE = SimpleNamespace(hidden_size=768, num_hidden_layers=12, do_stable_layer_norm=False)
+SMALL = SimpleNamespace(hidden_size=144, num_hidden_layers=4, do_stable_layer_norm=False)
 
 
 def flags(**changes):

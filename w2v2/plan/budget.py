@@ -22,14 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from w2v2.errors import UserError
-from w2v2.train.schedule import peak_rate
+from w2v2.train.recipes import Recipe
 
 STUDY = Path(__file__).with_name("study.json")
 CITATION = "arXiv 2402.13723: LibriSpeech, 100 h of labels, no language model"
 LEAST_SECONDS = 150  # in an effective batch, from which on hours decide
 FEWEST_UPDATES = 50_000  # of a row
 PAPER_BATCH_HOURS = 1.6
-WARMUP = 0.08  # of the updates: the paper's 32,000 of 400,000
 COVERED = 0.9  # of the left-out rows lie within the range
 
 
@@ -195,7 +194,7 @@ def choose_batch(hours_heard: float) -> float:
 def propose_run(device_hours: float, num_devices: int, hours_per_device_hour: float, args, config) -> Proposal:
     """A run for so many device-hours in all, where a device hears `hours_per_device_hour` of audio an hour.
 
-    Where the study speaks of the run, it chooses batch and learning rate; elsewhere they stay as in `args`. Raises
+    Where the study speaks of the run, it chooses batch and learning rate; elsewhere they stay as `args` has them. Raises
     `UserError` where the budget is less than one update.
     """
     silence, hours = find_silence(args, config), device_hours * hours_per_device_hour
@@ -206,8 +205,9 @@ def propose_run(device_hours: float, num_devices: int, hours_per_device_hour: fl
         raise UserError(
             f"--gpu_hours {device_hours:g} ends before the first update of {batch_hours:.3g} h; give over {least}"
         )
-    rate = args.learning_rate if silence else peak_rate(batch_hours)
-    rates, warmup = None if silence else expect_error_rates(hours), round(WARMUP * max_steps)
+    recipe = Recipe.of(config, batch_hours, max_steps)
+    rate, warmup = args.learning_rate if silence else recipe.learning_rate, recipe.warmup_steps
+    rates = None if silence else expect_error_rates(hours)
     sure = f"how sure      {describe_certainty()}" if rates else "how sure      not at all: no study tells"
     if not silence and hours < study_rows()[0].hours:
         sure += "; so few hours are for a smaller model, or for one that has learned already (--model_name_or_path)"

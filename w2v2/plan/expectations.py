@@ -1,0 +1,189 @@
+"""Whether a run's curve is usual, and what more hours are worth.
+
+`reference_curves/*.json` hold curves of public runs, and of our own recipes with their seeds, against hours heard. Each
+file names its source, what its band spans and how far its measures are ours. A run is compared with curves of its own
+model (`model`: every value equals the configuration's) and of at most twice or half its effective batch. Compared is
+the accuracy of validations alone: in training, dropout and Gumbel noise lower it.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from accelerate import Accelerator
+
+from w2v2.plan.budget import find_silence, span_rates, study_rows
+from w2v2.train.collapse import TIMES_GUESS
+from w2v2.train.log import METRICS_FILE, announce, read_metrics
+
+FOLDER = Path(__file__).with_name("reference_curves")
+MEASURE, GUESS = "eval_accuracy", "eval_constant_guess_accuracy"
+NEAR = 2.0  # times the batch, or a part of it
+REPEAT_EVERY = 20  # validations after which an unchanged verdict is said again
+SEEDS_DIFFER = 0.01  # in accuracy: the standard deviation of NVIDIA's eight seeds
+
+
+class Reference(NamedTuple):
+    """One curve with its band."""
+
+    name: str
+    source: str
+    data: str
+    batch_hours: float
+    num_runs: int
+    points: dict[str, np.ndarray]  # measure of a validation record → (points, 4): hours heard, low, middle, high
+
+    def band_at(self, hours: float, measure: str = MEASURE) -> tuple[float, float] | None:
+        """(low, high) between the curve's points, straight against log hours; None outside of them."""
+        at, low, _, high = self.points[measure].T
+        if not at[0] <= hours <= at[-1]:
+            return None
+        low, high = (float(np.interp(math.log(hours), np.log(at), values)) for values in (low, high))
+        return low, high
+
+
+class Placing(NamedTuple):
+    """Where a run stands beside its reference."""
+
+    verdict: str  # `inside`, `above`, `below`, `guess` (no better than always guessing) or `unknown`
+    since_hours: float  # of the first validation of which this has been true without a break
+    text: str  # a sentence for people
+
+
+@functools.cache
+def read_references() -> tuple[tuple[dict[str, Any], Reference], ...]:
+    """Each curve of the package with the model that it is of."""
+    found = []
+    for path in sorted(FOLDER.glob("*.json")):
+        file = json.loads(path.read_text(encoding="utf-8"))
+        for curve in file["curves"]:
+            points = {measure: np.array(rows, dtype=float) for measure, rows in curve["points"].items()}
+            numbers = (curve["batch_hours"], curve["num_runs"], points)
+            found.append((file["model"], Reference(file["name"], file["source"], file["data"], *numbers)))
+    return tuple(found)
+
+
+def find_references(config, batch_hours: float) -> list[Reference]:
+    """The curves that a run may be compared with, those of the nearest batch first."""
+    own = [
+        reference
+        for model, reference in read_references()
+        if all(getattr(config, name, None) == value for name, value in model.items())
+    ]
+    distance = {id(reference): abs(math.log(batch_hours / reference.batch_hours)) for reference in own}
+    near = [reference for reference in own if distance[id(reference)] <= math.log(NEAR) + 1e-3]
+    return sorted(near, key=lambda reference: distance[id(reference)])
+
+
+def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Reference]) -> Placing | None:
+    """Where the newest validation of some records lies; of each validation, the first reference that has its hours judges.
+
+    None without validation or without a reference.
+    """
+    validations = [record for record in records if math.isfinite(record.get(MEASURE, math.nan))]
+    if not validations or not references:
+        return None
+    newest = validations[-1]
+    hours, accuracy = newest["audio_hours"], newest[MEASURE]
+    (verdict, reference), since = _judge(newest, references), hours
+    for record in reversed(validations):
+        if _judge(record, references)[0] != verdict:
+            break
+        since = record["audio_hours"]
+    if verdict == "guess":
+        text = f"accuracy {accuracy:.3f} says nothing: always guessing an utterance's commonest codes earns {newest[GUESS]:.3f}"
+    elif reference is None:
+        ends = [reference.points[MEASURE][[0, -1], 0] for reference in references]
+        first, last = min(start for start, _ in ends), max(end for _, end in ends)
+        text = f"no reference says what is usual at {_hours(hours)} h; those of such a batch have {_hours(first)} to {_hours(last)} h"
+    else:
+        low, high = reference.band_at(hours)
+        what = f"{reference.name} with batches of {_duration(reference.batch_hours)}, {low:.3f} to {high:.3f}"
+        lasting = f", since {_hours(since)} h" if since < hours else ""
+        text = f"accuracy {accuracy:.3f} at {_hours(hours)} h is {verdict} the band of {what}{lasting}"
+    return Placing(verdict, since, text)
+
+
+def _judge(record: Mapping[str, Any], references: Sequence[Reference]) -> tuple[str, Reference | None]:
+    accuracy, hours = record[MEASURE], record["audio_hours"]
+    reference = next((reference for reference in references if reference.band_at(hours)), None)
+    if accuracy < TIMES_GUESS * (record.get(GUESS) or 0.0):
+        return "guess", reference
+    if reference is None:
+        return "unknown", None
+    low, high = reference.band_at(hours)
+    return "below" if accuracy < low else "above" if accuracy > high else "inside", reference
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.2g} h" if hours >= 1 else f"{60 * hours:.3g} min" if hours >= 1 / 60 else f"{3600 * hours:.3g} s"
+
+
+class BandWatch:
+    """Says after validations where the run stands: when that changes, and now and then."""
+
+    def __init__(self, args, config, accelerator: Accelerator, first_step: int = 0):
+        """`metrics.jsonl` holds what an earlier part of the run logged, up to `first_step`."""
+        self.accelerator, self.references = accelerator, find_references(config, args.batch_hours)
+        self.records, self.said = [], None
+        path = Path(args.output_dir) / METRICS_FILE
+        if first_step and accelerator.is_main_process and path.exists():
+            self.records = [r for r in read_metrics(path) if MEASURE in r and r["step"] <= first_step]
+
+    def see(self, record: Mapping[str, Any]) -> None:
+        """Take the next validation."""
+        self.records.append(record)
+        placing = place_in_band(self.records, self.references)
+        if placing and (placing.verdict != self.said or len(self.records) % REPEAT_EVERY == 0):
+            announce(self.accelerator, f"curve         {placing.text}")
+            self.said = placing.verdict
+
+
+def advise_stop(records: Sequence[Mapping[str, Any]], args, config) -> list[str]:
+    """What the last tenth of the hours brought, and what twice the hours are worth by the study: lines for people."""
+    hours = max((record["audio_hours"] for record in records), default=0.0)
+    return [line for line in (_describe_gain(records, hours), _describe_doubling(hours, args, config)) if line]
+
+
+def _describe_gain(records: Sequence[Mapping[str, Any]], hours: float) -> str | None:
+    """Means over the last tenth of the hours against those over the tenth before; of validations where both have some."""
+    for prefix in ("eval_", ""):
+        names = (prefix + "accuracy", prefix + "contrastive_loss")
+        known = [r for r in records if all(math.isfinite(r.get(name, math.nan)) for name in names)]
+        before = [r for r in known if 0.8 * hours < r["audio_hours"] <= 0.9 * hours]
+        last = [r for r in known if r["audio_hours"] > 0.9 * hours]
+        if before and last:
+            accuracy, loss = ([float(np.mean([r[name] for r in part])) for part in (before, last)] for name in names)
+            return (
+                f"the last tenth of {_hours(hours)} h changed the {'validation' if prefix else 'training'} accuracy by "
+                f"{accuracy[1] - accuracy[0]:+.3f} to {accuracy[1]:.3f} (seeds of BASE differ by about {SEEDS_DIFFER}), the "
+                f"contrastive loss by {loss[1] - loss[0]:+.3f} to {loss[1]:.3f}"
+            )
+    return None
+
+
+def _describe_doubling(hours: float, args, config) -> str:
+    """What the study has for twice the hours, or for its last doubling where the hours are more."""
+    if silence := find_silence(args, config):
+        return silence
+    first, last = (end(row.hours for row in study_rows()) for end in (min, max))
+    if hours < first:
+        return f"of under {first:,.0f} h the study (arXiv 2402.13723) says nothing"
+    start = min(hours, last / 2)
+    clean, other = (
+        [math.sqrt(low * high) for low, high in pair]
+        for pair in zip(span_rates(start, study_rows()), span_rates(2 * start, study_rows()), strict=True)
+    )
+    what = "twice the hours" if hours == start else f"the study ends at {last:,.0f} h; its last doubling"
+    return (
+        f"{what}, from {start:,.0f} to {2 * start:,.0f} h, took BASE's word error rate from {clean[0]:.1f} to {clean[1]:.1f} % on "
+        f"test-clean, {other[0]:.1f} to {other[1]:.1f} % on test-other (arXiv 2402.13723); it takes a new run, with its own schedule"
+    )
