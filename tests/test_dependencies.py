@@ -14,6 +14,7 @@ NOT_IMPORTED = {
     "tensorboard": "the default tracker, through accelerate and Trainer",
     "ufal-flashlight-text": "flashlight-text under this name for Python 3.13",
     "pytest-xdist": "the -n of make test",
+    "ipykernel": "runs the notebook of docs/",
     "ruff": "make quality",
 }
 
