@@ -39,7 +39,8 @@ from w2v2.model.cpu import give_back
 from w2v2.model.loading import build_config, build_framing, load_feature_extractor
 from w2v2.model.pretraining import build_model
 from w2v2.plan.expectations import BandWatch, advise_stop
-from w2v2.plan.plan import describe_mixture, present_plan, write_config
+from w2v2.plan.plan import RunPlan, describe_mixture, write_config
+from w2v2.plan.speed import measure_speed
 from w2v2.report.page import report_at_end
 from w2v2.train.capture import CapturedStep, check_capture, find_run_sizes
 from w2v2.train.checkpoint import load_optimizer, save_checkpoint, save_model
@@ -126,12 +127,36 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
         }
     training, validation = data["train_data"][0], data.get("validation_data", (None, []))[0]
     batches = build_batches(training, args)
-    if args.dry_run:
-        return on_main_process(accelerator, lambda: present_plan(data, args, accelerator, args.micro_batch_seconds))
+    plan = RunPlan(args, config, accelerator, data)
+    if args.dry_run and not args.probe_updates:
+        return plan.present(args.micro_batch_seconds)
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.
     state = RunState.start(args, training, config, checkpoint, accelerator.mixed_precision)
     check_agreement([state.identity, validation and identity(args, validation)])
+    set_seed(args.seed)
+    model = build_model(args, config, checkpoint)
+    model, optimizer = prepare_model(accelerator, model, build_optimizer(model, args), bare=args.cuda_graph)
+    band = BandWatch(args, config, accelerator, state.step)
+    run = Run(
+        args, config, accelerator, model, optimizer, feature_extractor, framing, state, training, validation, band
+    )
+
+    # 4. The size of a micro-batch: how much audio a device holds, and so how the effective batch is cut; and its speed.
+    state.micro_batch_seconds = args.micro_batch_seconds or find_micro_batch(run, batches)
+    state.num_processes = accelerator.num_processes
+    sizes = None
+    if args.cuda_graph:
+        sizes, run.captured = find_run_sizes(run, batches), CapturedStep(accelerator, model)
+        seconds = sizes.slots * framing.slot / framing.sampling_rate
+        announce(accelerator, f"cuda graph    of micro-batches of {seconds:.1f} s, up to {sizes.utterances} utterances")
+    plan.present(state.micro_batch_seconds, measure_speed(run, batches, sizes))
+    if args.dry_run:
+        return
+    if checkpoint:
+        load_optimizer(checkpoint, accelerator, model, optimizer)
+        notes = "".join(f"\nwarning       {note}" for note in state.notes)
+        announce(accelerator, f"resuming      {checkpoint}, after {state.step:,} updates{notes}")
     looks = on_main_process(
         accelerator, lambda: {flag: inspect_some(found.at_hand) for flag, (found, _) in data.items()}
     )
@@ -139,23 +164,6 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
         flag: SKIPPED[flag](args, accelerator, len(found.table) + len(unread), unread + looks[flag], state.step)
         for flag, (found, unread) in data.items()
     }
-    set_seed(args.seed)
-    model = build_model(args, config, checkpoint)
-    model, optimizer = prepare_model(accelerator, model, build_optimizer(model, args), bare=args.cuda_graph)
-    if checkpoint:
-        load_optimizer(checkpoint, accelerator, model, optimizer)
-        announce(accelerator, f"resuming      {checkpoint}, after {state.step:,} updates")
-        for note in state.notes:
-            announce(accelerator, f"warning       {note}")
-    band = BandWatch(args, config, accelerator, state.step)
-    run = Run(
-        args, config, accelerator, model, optimizer, feature_extractor, framing, state, training, validation, band
-    )
-
-    # 4. The size of a micro-batch: how much audio a device holds, and so how the effective batch is cut.
-    state.micro_batch_seconds = args.micro_batch_seconds or find_micro_batch(run, batches)
-    state.num_processes = accelerator.num_processes
-    on_main_process(accelerator, lambda: present_plan(data, args, accelerator, state.micro_batch_seconds))
     pusher = HubPusher(args) if args.push_to_hub and accelerator.is_main_process else None
     if accelerator.is_main_process:
         write_config(args, state.micro_batch_seconds)
@@ -166,11 +174,6 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
     gc.freeze()  # a million objects of libraries and model, which every full collection would look through again
     gc.collect()
     plans = PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut_arguments)
-    sizes = None
-    if args.cuda_graph:
-        sizes, run.captured = find_run_sizes(run, batches), CapturedStep(accelerator, model)
-        seconds = sizes.slots * framing.slot / framing.sampling_rate
-        announce(accelerator, f"cuda graph    of micro-batches of {seconds:.1f} s, up to {sizes.utterances} utterances")
     feed = Feed(run.load(training, plans, args.seed, sizes))
     with report_at_end(args, accelerator.is_main_process), StopRequest(args.max_hours) as stop:
         train(run, feed, skipped, pusher, stop)

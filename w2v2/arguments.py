@@ -7,6 +7,8 @@ from w2v2.manifests.dataset_loading import DatasetArguments
 from w2v2.manifests.sources import is_sources_file
 from w2v2.train.schedule import SCHEDULES
 
+DEFAULT_PROBE = 10  # updates that are timed for --gpu_hours
+
 
 @dataclass
 class DataArguments(DatasetArguments):
@@ -180,6 +182,12 @@ class RunArguments:
         "warning", "Python's logging level.", choices=["debug", "info", "warning", "error", "critical"]
     )
     dry_run: bool = flag(False, "Print what the run would do, write plan.json, and stop.")
+    probe_updates: int = flag(
+        0, "Updates that are timed first, without a trace, to say how long the run takes; 0: none.", min=0, max=10_000
+    )
+    gpu_hours: float | None = flag(
+        None, "With --dry_run: device-hours to propose a run for, at the speed that a probe measures.", above=0
+    )
     use_cpu: bool = flag(False, "Stay on the CPU even where there is an accelerator.")
     push_to_hub: bool = flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.")
     hub_model_id: str | None = flag(None, "Repository on the Hub (default: the name of output_dir).")
@@ -219,6 +227,9 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
              "--gradient_checkpointing_stages needs --gradient_checkpointing"),
             (self.torch_compile and self.fused_kernels,
              "--torch_compile and --fused_kernels exclude one another: both fuse the same"),
+            (self.gpu_hours and not self.dry_run, "--gpu_hours proposes a run and starts none: give --dry_run with it"),
             (self.model_name_or_path and self.config_name,
              "--model_name_or_path and --config_name exclude one another: weights come from one place"),
         )  # fmt: skip
+        if self.gpu_hours and not self.probe_updates:
+            self.probe_updates = DEFAULT_PROBE

@@ -41,6 +41,7 @@ class Utterances:
     table: datasets.Dataset  # id, audio, start, num_samples, …
     num_samples: np.ndarray  # (n,) int32, at 16 kHz
     dropped: dict[str, int]  # how many were left out, by reason
+    dropped_hours: dict[str, float] = field(default_factory=dict)  # where their length is known
     passed_over: dict[str, int] = field(default_factory=dict)  # files of folders that are no audio, by suffix
     warnings: list[str] = field(default_factory=list)  # of the manifests
     samples: dict[str, list[dict]] = field(default_factory=dict)  # a few rows of each manifest, or source
@@ -127,6 +128,8 @@ def load_utterances(
     short, long = (num_samples < least) | (heard < framing.min_samples), num_samples > most
     kept = ~short & ~long
     dropped = {"too_short": int(short.sum()), "too_long": int(long.sum()), "unreadable": len(unmeasured)}
+    left_out = {"too_short": short, "too_long": long}
+    hours = {why: float(num_samples.sum(where=rows)) / SAMPLING_RATE / 3600 for why, rows in left_out.items()}
     if not kept.any():
         first = f", the first: {unmeasured[0]['audio']}: {unmeasured[0]['reason']}" if unmeasured else ""
         raise UserError(
@@ -144,7 +147,7 @@ def load_utterances(
     data = map_table(table, None if args.dry_run else cache_dir, None if kept.all() else kept)
     del table
     pa.default_memory_pool().release_unused()  # Arrow would keep some of it for the next table
-    return Utterances(data, lengths, dropped, **notes), unmeasured
+    return Utterances(data, lengths, dropped, hours, **notes), unmeasured
 
 
 def tell_slow_crops(table: pa.Table) -> list[str]:

@@ -48,6 +48,7 @@ class Source:
     num_rows: int = 0  # that were read
     num_utterances: int = 0  # of these rows, of a fitting length
     num_samples: int = 0  # of all its utterances, at 16 kHz
+    dropped_samples: int = 0  # of rows that were read but have no fitting length
     heard_samples: int = 0  # of a crop of each
     num_unreadable: int = 0
 
@@ -55,7 +56,8 @@ class Source:
         """What is known of it, for JSON."""
         hours = self.num_samples / SAMPLING_RATE / 3600
         size = {"name": self.name, "language": self.language, "utterances": self.num_utterances, "hours": hours}
-        return size | {"dropped": self.num_rows + self.num_unreadable - self.num_utterances}
+        dropped = {"dropped": self.num_rows + self.num_unreadable - self.num_utterances}
+        return size | dropped | {"dropped_hours": self.dropped_samples / SAMPLING_RATE / 3600}
 
 
 def is_sources_file(paths: Sequence[str]) -> bool:
@@ -111,6 +113,7 @@ def count_utterances(sources: Sequence[Source], kept: np.ndarray, num_samples: n
         rows = slice(first, first := first + source.num_rows)
         source.num_utterances = int(kept[rows].sum())
         source.num_samples = int(num_samples[rows].sum(where=kept[rows], dtype=np.int64))
+        source.dropped_samples = int(num_samples[rows].sum(dtype=np.int64)) - source.num_samples
         source.heard_samples = int(heard[rows].sum(where=kept[rows], dtype=np.int64))
         if not source.num_utterances:
             shortest, longest = num_samples[rows].min() / SAMPLING_RATE, num_samples[rows].max() / SAMPLING_RATE

@@ -1,0 +1,106 @@
+"""A plan in lines for people."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from w2v2.audio.crops import SAMPLING_RATE
+from w2v2.data.batching import LATENT_STRIDE
+from w2v2.data.shards import describe_shards
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The plan of plan.json, a line for each thing to know, and its warnings."""
+    rows = [*_describe_data(plan), *_describe_updates(plan)]
+    rows += [describe_shards(plan["streaming"])] if "streaming" in plan else []
+    rows += [_describe_resources(plan["resources"])] if "resources" in plan else []
+    rows += [describe_speed(plan["probe"])] if "probe" in plan else []
+    rows += [f"budget        {plan['budget']['text']}"] if "budget" in plan else []
+    rows += [plan["proposal"]["text"]] if "proposal" in plan else []
+    # The reader of manifests has said its warnings already.
+    for warning in plan["warnings"]:
+        message, remedy = warning["message"], warning["remedy"]
+        rows += [f"warning       {message}; {remedy}"] if remedy else []
+        rows += [f"note          {message}"] if not remedy and warning["code"] != "manifest" else []
+    return "\n".join(rows)
+
+
+def _describe_data(plan: dict[str, Any]) -> Iterator[str]:
+    for name, part in {"data": plan, "validation": plan.get("validation")}.items():
+        if part:
+            hours = part["dropped_hours"]
+            left_out = (
+                f"{count:,} {reason}" + (f", {say_hours(hours[reason])}" if reason in hours else "")
+                for reason, count in part["dropped"].items()
+            )
+            said = "; ".join(left_out)
+            row = f"{name:14}{part['hours']:.2f} h in {part['utterances']:,} utterances"
+            yield f"{row} (left out: {said})" if said else row
+    for source in plan.get("sources", []):
+        left_out = (
+            f" (left out: {source['dropped']:,}, {say_hours(source['dropped_hours'])})" if source["dropped"] else ""
+        )
+        yield (
+            f"source        {name_source(source)}: {source['share']:.2%} of what is heard; {source['hours']:.2f} h in "
+            f"{source['utterances']:,} utterances{left_out}, each heard {source['repetitions_per_epoch']:.2f} times an epoch, "
+            f"{source['repetitions']:,.1f} in the run"
+        )
+
+
+def _describe_updates(plan: dict[str, Any]) -> Iterator[str]:
+    seconds = plan["micro_batch_size"]["slots"] * LATENT_STRIDE / SAMPLING_RATE
+    draws = sum(source["draws_per_epoch"] for source in plan.get("sources", []))
+    epoch = f" ({draws:,} draws, about as many hours as the sources hold)" if draws else ""
+    yield (
+        f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches of at most "
+        f"{seconds:.1f} s on each of {plan['num_processes']} device(s), up to {plan['filler_fraction']:.1%} filler, "
+        f"{plan['cropped_fraction']:.1%} cropped away"
+    )
+    yield (
+        f"run           {plan['max_steps']:,} updates hear {say_hours(plan['hours_to_hear'])}: {plan['updates_per_epoch']:.1f} "
+        f"updates an epoch{epoch}, {plan['epochs']:.1f} epochs"
+    )
+
+
+def _describe_resources(found: dict[str, float]) -> str:
+    return (
+        f"takes         {say_size(found['disk_gb'])} of disk ({found['checkpoints']} checkpoints of {say_size(found['checkpoint_gb'])}; "
+        f"{say_size(found['free_disk_gb'])} are free), and of a device's memory {say_size(found['memory_gb'])} for "
+        f"{found['parameters'] / 1e6:,.1f} M parameters besides a micro-batch's activations"
+    )
+
+
+def describe_speed(probe: dict[str, float]) -> str:
+    """What the probe measured, and what it means for the run."""
+    validation = f" and {probe['validations']:,} validations of {say_time(probe['validation_seconds'])}"
+    return (
+        f"speed         {probe['seconds_per_update']:.3g} s an update ({probe['fastest_update']:.3g} to {probe['slowest_update']:.3g} in "
+        f"{probe['updates']}), {probe['audio_seconds_per_second']:,.0f} x real time, {probe['data_wait_fraction']:.0%} of it waiting for "
+        f"audio; {probe['updates_left']:,} updates{validation if probe['validations'] else ''} take {say_time(3600 * probe['run_hours'])}, "
+        f"{probe['device_hours']:.3g} device-hours (start and saves left out)"
+    )
+
+
+def name_source(source: dict[str, Any]) -> str:
+    return source["name"] + (f" ({source['language']})" if source["language"] else "")
+
+
+def say_hours(hours: float) -> str:
+    return f"{hours:,.2f} h" if hours < 100 else f"{hours:,.0f} h"
+
+
+def say_time(seconds: float) -> str:
+    """In the largest unit that it has two of."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def say_size(gigabytes: float) -> str:
+    return (
+        f"{gigabytes:,.0f} GB"
+        if gigabytes >= 100
+        else f"{gigabytes:.2f} GB"
+        if gigabytes >= 1
+        else f"{1e3 * gigabytes:.0f} MB"
+    )

@@ -1,0 +1,110 @@
+"""Checks of a run's settings, judged by what is usual for a model of its size (`train.recipes`).
+
+`run` is `preflight.Preflight`. A check gives what was found and what to do, or None. A run that goes on from given
+weights is spared advice that is for fresh ones.
+"""
+
+import math
+
+from w2v2.plan.budget import CITATION, LEAST_SECONDS, study_rows
+
+Found = tuple[str, str] | None
+
+LEAST_HOURS, CONTINUED_HOURS, LEAST_SMALL_HOURS = 1.6, 0.8, 0.004  # in an effective batch
+MOST_RATE = 1.5  # times the usual learning rate
+# Shares of a run: the paper warms up for 8 %, SpeechBrain advises 10 %, configs/pretrain/small.yaml and demo.yaml take 1.5
+# and 6 %. 32,000 updates are enough for a run of any length (XLS-R's of a million).
+WARMUP_SHARES = {"small": (0.005, 0.2), "BASE": (0.05, 0.15), "LARGE": (0.05, 0.15)}
+ENOUGH_WARMUP = 32_000
+SHORTEST_WARMUP = 10  # updates that would be usual: a run that is too short for them is a trial
+LONGEST_CROP = 20.0  # seconds
+MOST_EPOCHS = 1_000
+
+
+def check_batch(run) -> Found:
+    """A small model gets a note: its batch is small by BASE's measure, which does not hold for it."""
+    hours, usual = run.plan["batch_hours"], run.recipe
+    found = f"an effective batch holds {hours:.3g} h of speech (--batch_hours {run.args.batch_hours:g})"
+    advice = "(more micro-batches an update, no more memory), or give more updates: error rates follow the hours heard"
+    if usual.name == "small" and LEAST_SMALL_HOURS <= hours < LEAST_HOURS:
+        judged = f"hidden_size {run.config.hidden_size}: judged by configs/pretrain/small.yaml, not by BASE's recipe"
+        return f"{found}, enough for a small model ({judged}); BASE and larger ones need {LEAST_HOURS:g} h", ""
+    if usual.name == "small":
+        least, why = usual.batch_hours, f"the small model of configs/pretrain learns with {usual.batch_hours:g}"
+    elif run.is_continued:
+        least, why = CONTINUED_HOURS, "runs that went on from weights took 0.83 (San et al. 2024, arXiv 2402.02302)"
+    else:
+        least, why = LEAST_HOURS, f"BASE was trained with {LEAST_HOURS:g}, and {describe_study(hours)}"
+    return (f"{found}: {why}", f"raise --batch_hours to {least:g} {advice}") if hours < least else None
+
+
+def describe_study(batch_hours: float) -> str:
+    """What the study of batch sizes found for about this one, after 400,000 updates."""
+    rows = [row for row in study_rows() if row.updates == 400_000]
+    nearest = min(rows, key=lambda row: abs(math.log(row.seconds / 3600 / batch_hours)))
+    best = max(rows, key=lambda row: row.seconds)
+    if 3600 * batch_hours < LEAST_SECONDS / 1.05:
+        return f"the study found that BASE hardly learns with less than {LEAST_SECONDS} s ({CITATION})"
+    gave = f"{nearest.seconds:g} s gave it {nearest.test_clean:.1f} % on test-clean and {nearest.test_other:.1f} % on test-other"
+    more = f" where {best.seconds:g} s gave {best.test_clean:.1f} and {best.test_other:.1f}" if nearest != best else ""
+    return f"in 400,000 updates {gave}{more} ({CITATION})"
+
+
+def check_epoch(run) -> Found:
+    if (per_epoch := run.plan["updates_per_epoch"]) >= 1:
+        return None
+    found = f"an effective batch is {1 / per_epoch:.1f} times the data: it holds utterances more than once"
+    return found, "lower --batch_hours, or give more audio"
+
+
+def check_rate(run) -> Found:
+    rate, usual = run.args.learning_rate, run.recipe
+    if rate <= MOST_RATE * usual.learning_rate:
+        return None
+    return (
+        f"--learning_rate is {rate:g}: {usual.learning_rate:g} is usual for {run.model} with batches of "
+        f"{3600 * run.plan['batch_hours']:,.0f} s, and codes collapse when it is too high",
+        f"set --learning_rate {usual.learning_rate:g}, or raise --batch_hours",
+    )
+
+
+def check_warmup(run) -> Found:
+    """Below: the first updates, whose moments are of few gradients, are as large as the peak's. Above: a run that climbs
+    for most of its time learns at its full rate only briefly.
+    """
+    updates, steps, usual = run.warmup_steps, run.args.max_steps, run.recipe
+    least, most = WARMUP_SHARES[usual.name]
+    is_short, is_long = updates < min(least * steps, ENOUGH_WARMUP), most * steps < updates < steps
+    if run.is_continued or usual.warmup_steps < SHORTEST_WARMUP or not (is_short or is_long):
+        return None
+    bad = "the rate is high while gradients are still wild" if is_short else "little of the run is left at its peak"
+    advice = "0.015 to 0.1" if usual.name == "small" else "0.08 (the paper) to 0.1 (SpeechBrain)"
+    return (
+        f"warmup_steps {run.args.warmup_steps:g} is {updates / steps:.1%} of the run, where {least:.1%} to {most:.0%} is sound: {bad}",
+        f"set --warmup_steps to a fraction of the run, {advice}",
+    )
+
+
+def check_peak(run) -> Found:
+    if run.warmup_steps < run.args.max_steps:
+        return None
+    found = f"warmup_steps {run.args.warmup_steps:g} of max_steps {run.args.max_steps}: the learning rate never reaches its peak"
+    return found, "set --warmup_steps to a fraction such as 0.08, which follows the run's length"
+
+
+def check_crops(run) -> Found:
+    if (seconds := run.args.crop_seconds) <= LONGEST_CROP:
+        return None
+    found = f"crop_seconds is {seconds:g}: beyond {LONGEST_CROP:g} s memory grows and nothing is gained"
+    return found, f"set --crop_seconds to {LONGEST_CROP:g} at most; 10 may do as well (SpeechBrain)"
+
+
+def check_epochs(run) -> Found:
+    if (epochs := run.plan["epochs"]) <= MOST_EPOCHS:
+        return None
+    return (
+        f"the {run.plan['hours']:,.2f} h of data are heard {epochs:,.0f} times: BASE heard LibriSpeech's 960 h some 670 times, and "
+        "more passes than that are learned by heart",
+        f"give more audio, lower --max_steps to {int(run.args.max_steps * MOST_EPOCHS / epochs):,}, or start from trained weights "
+        "(configs/pretrain/continue_language.yaml)",
+    )

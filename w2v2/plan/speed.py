@@ -1,0 +1,87 @@
+"""The speed of a run, measured in a few of its own updates that leave no trace.
+
+They draw, decode and compute what the run's next updates will, at a learning rate of zero. So the weights stay as they
+are to the bit, and the moments are dropped afterwards.
+"""
+
+import gc
+import resource
+import sys
+import time
+from dataclasses import replace
+from statistics import mean
+
+import torch
+
+from w2v2.data.batching import EffectiveBatches, PlanStream, plan_validation
+from w2v2.data.sampling import build_batches
+from w2v2.train.schedule import UpdateSettings
+from w2v2.train.state import VALIDATION_SEED
+from w2v2.train.update import Feed, train_update, validate
+
+UNCOUNTED = 3  # updates at first, in which memory is allocated and kernels are chosen
+VALIDATED = 4  # micro-batches of a validation that are timed
+
+
+def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float] | None:
+    """Time `probe_updates` of the run's own; what they mean for all that are left, as `probe` in plan.json (0: None).
+
+    `run` is `pretrain.Run`, whose optimizer has no state yet. Call on all ranks.
+    """
+    if not (num_updates := run.args.probe_updates):
+        return None
+    state, accelerator, scaler = run.state, run.accelerator, run.accelerator.scaler
+    scale = scaler.state_dict() if scaler else None
+    settings = UpdateSettings.at(state.step, run.args, run.config.diversity_loss_weight)
+    settings = replace(settings, learning_rate=0.0)
+    # More than are taken: the last ones are decoded beside others, as in the run.
+    plans = PlanStream(batches, state.cursor, range(state.step, sys.maxsize), **run.cut_arguments)
+    feed, seconds = Feed(run.load(run.training, plans, run.args.seed, sizes)), []
+    for number in range(UNCOUNTED + num_updates):
+        if number == UNCOUNTED:
+            feed.restart()
+        started = time.perf_counter()
+        _, totals = train_update(accelerator, run.captured or run.model, run.optimizer, feed.update(), settings)
+        seconds.append(time.perf_counter() - started)
+        feed.heard_samples += int(totals.counts.heard_samples)
+    rates, seconds = feed.rates(), seconds[UNCOUNTED:]
+    del feed  # and with it the processes that decode
+    validation = time_validation(run) if run.validation else 0.0
+    if scaler:
+        scaler.load_state_dict(scale)
+    run.optimizer.state.clear()
+    gc.collect()
+
+    left, every = run.args.max_steps - state.step, run.args.eval_steps
+    validations = (-(-run.args.max_steps // every) - state.step // every) if run.validation else 0
+    hours = (left * mean(seconds) + validations * validation) / 3600
+    return rates | {
+        "updates": num_updates,
+        "seconds_per_update": mean(seconds),
+        "fastest_update": min(seconds),
+        "slowest_update": max(seconds),
+        "updates_left": left,
+        "validations": validations,
+        "validation_seconds": validation,
+        "run_hours": hours,
+        "device_hours": hours * accelerator.num_processes,
+        "peak_memory_gb": find_peak(accelerator.device) / 1e9,
+    }
+
+
+def time_validation(run) -> float:
+    """Seconds of a whole validation, from a few of its micro-batches, which are heard once before they are timed."""
+    plans = plan_validation(build_batches(run.validation, run.args, VALIDATION_SEED), **run.cut_arguments)
+    some = run.load(run.validation, plans[:VALIDATED], VALIDATION_SEED)
+    for _ in range(2):
+        started = time.perf_counter()
+        validate(run.accelerator, run.model, some, 0.0)
+    return (time.perf_counter() - started) * len(plans) / len(plans[:VALIDATED])
+
+
+def find_peak(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of the device, or of the machine on a CPU."""
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return torch.get_device_module(device).max_memory_allocated(device)
