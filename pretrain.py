@@ -48,12 +48,13 @@ from w2v2.train.collapse import CollapseWatch
 from w2v2.train.events import EventLog, name_device
 from w2v2.train.identity import check_agreement, identity
 from w2v2.train.launch import Stopped, StopRequest, end_training, on_main_process, prepare_model, start_accelerator
-from w2v2.train.log import RunLog, announce, read_metrics, start_trackers
+from w2v2.train.log import RunLog, announce, read_metrics
 from w2v2.train.micro_batch import find_micro_batch
 from w2v2.train.records import CodebookUse, SkippedAudio, SkippedUpdates, SkippedValidation
 from w2v2.train.run_folder import prepare_run_folder
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import VALIDATION_SEED, RunState
+from w2v2.train.trackers import check_trackers, start_trackers
 from w2v2.train.update import Feed, build_optimizer, train_update, validate
 
 SKIPPED = {"train_data": SkippedAudio, "validation_data": SkippedValidation}  # flag → what lists its unreadable files
@@ -102,6 +103,7 @@ class Run:
 def main() -> None:
     (args,) = parse_command_line([PretrainArguments])
     logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    check_trackers(args.report_to)
     accelerator = start_accelerator(args)
     with EventLog(args, accelerator) as events:
         pretrain(args, accelerator, events)

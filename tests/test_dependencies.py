@@ -13,6 +13,7 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "flashlight": "fla
 NOT_IMPORTED = {
     "tensorboard": "the default tracker, through accelerate and Trainer",
     "ufal-flashlight-text": "flashlight-text under this name for Python 3.13",
+    "trackio": "a tracker, through accelerate and Trainer",
     "pytest-xdist": "the -n of make test",
     "ipykernel": "runs the notebook of docs/",
     "ruff": "make quality",

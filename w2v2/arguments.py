@@ -177,6 +177,11 @@ class RunArguments:
         None, "Updates that a collapse has to last (default: a tenth of the run, but 500 to 2,000).", min=1
     )
     report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
+    project: str = flag("huggingface", "The project that trackers put the run into.")
+    run_name: str | None = flag(None, "The run's name in trackers (default: the name of output_dir).")
+    trackio_space_id: str | None = flag(
+        None, "Space of the Hub that Trackio reports to (none: this machine alone); private with --hub_private_repo."
+    )
     disable_tqdm: bool = flag(False, "No progress bar.")
     log_level: str = flag(
         "warning", "Python's logging level.", choices=["debug", "info", "warning", "error", "critical"]
@@ -204,7 +209,15 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
     recipes = "pretrain"  # the folder of configs/ that a configuration's bare name stands for
 
     def __post_init__(self):
-        take_back(self, "model_name_or_path", "config_name", "resume_from_checkpoint", "hub_model_id")
+        take_back(
+            self,
+            "model_name_or_path",
+            "config_name",
+            "resume_from_checkpoint",
+            "hub_model_id",
+            "run_name",
+            "trackio_space_id",
+        )
         self.check_dataset()
         self.require("train_data", "output_dir")
         check_ranges(self)

@@ -22,16 +22,20 @@ class Terminal(io.StringIO):
         return True
 
 
-class Trackers:
-    def __init__(self):
-        self.seen = []
+class Tracker:
+    name = "one"
+
+    def __init__(self, dies_at=None):
+        self.seen, self.dies_at = [], dies_at
 
     def log(self, values, step):
+        if step == self.dies_at:
+            raise OSError(28, "No space left on device")
         self.seen.append((step, values))
 
 
-def build(folder, trackers=None, first_step=0, **flags):
-    accelerator = SimpleNamespace(is_main_process=True, log=(trackers or Trackers()).log)
+def build(folder, *trackers, first_step=0, **flags):
+    accelerator = SimpleNamespace(is_main_process=True, trackers=trackers)
     values = dict(output_dir=folder, max_steps=400, disable_tqdm=False) | flags
     return RunLog(SimpleNamespace(**values), accelerator, first_step)
 
@@ -48,13 +52,22 @@ def test_records_are_on_disk_at_once_and_come_back(tmp_path):
     log.close()
 
 
+def test_a_tracker_that_dies_harms_no_other(tmp_path, caplog):
+    trackers = Tracker(), Tracker(dies_at=2), Tracker()
+    log = build(tmp_path, *trackers)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.5})
+    assert [[step for step, _ in tracker.seen] for tracker in trackers] == [[1, 2, 3], [1], [1, 2, 3]]
+    assert caplog.messages == ["tracker one cannot write (No space left on device): it gets nothing from step 2 on"]
+
+
 def test_trackers_get_every_flat_number(tmp_path):
-    trackers = Trackers()
-    log = build(tmp_path, trackers)
+    tracker = Tracker()
+    log = build(tmp_path, tracker)
     log.write({"step": 3, "loss": 0.5, "accuracy": 0.25, "grad_norm": np.inf})
     log.write({"step": 4, "loss": np.nan, "note": "x", "flag": True, "none": None, "deep": {"a": 1}})
     log.close()
-    (_, numbers), (_, others) = trackers.seen
+    (_, numbers), (_, others) = tracker.seen
     assert numbers == {"loss": 0.5, "accuracy": 0.25, "grad_norm": np.inf} and others.keys() == {"loss"}
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import cached_file
 
 from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
@@ -22,6 +23,7 @@ from w2v2.finetune.stock_flags import check_stock_flags, default_of
 from w2v2.manifests.dataset_loading import LabelledDatasetArguments
 from w2v2.model.loading import locate
 from w2v2.train.schedule import SCHEDULES
+from w2v2.train.trackers import check_trackers
 
 METRICS_FILE, SKIPPED_FILE, RESULTS_FILE = "metrics.jsonl", "skipped_audio.jsonl", "results.json"
 PREDICTIONS_FILE, CONFIG_FILE = "predictions.jsonl", "finetune_config.yaml"
@@ -119,6 +121,7 @@ class FineTuningArguments(LabelledDatasetArguments, TrainingArguments):
             super().__post_init__()
         except (ValueError, ImportError, TypeError, OSError) as error:  # TypeError and OSError: --accelerator_config
             raise UserError(" ".join(str(error).split())) from None
+        check_trackers(self.report_to, INTEGRATION_TO_CALLBACK)
         self.lr_scheduler_type = schedule
         # One process, one device: `Trainer` would replicate the model over all the GPUs that it sees.
         self._n_gpu = min(self.n_gpu, 1)

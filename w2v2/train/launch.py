@@ -35,7 +35,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 def start_accelerator(args) -> Accelerator:
     """Devices and processes as `accelerate launch`, torchrun or srun set them; the CPU where there is no accelerator.
 
-    Raises `UserError` for a launch that is not supported, and for a tracker whose package is missing.
+    Raises `UserError` for a launch that is not supported.
     """
     disable_progress_bar()  # transformers' bars would tear ours
     device = torch.accelerator.current_accelerator()
@@ -45,20 +45,14 @@ def start_accelerator(args) -> Accelerator:
     if cpu:
         keep_freed()
     join_group(args.ddp_timeout, cpu)
-    trackers = [name for name in args.report_to if name != "none"]
+    trackers = [name for name in args.report_to if name != "none"] or None
     # Gradients live in DDP's buckets and are sent once an update, beside the last backward pass. With `bf16` each
     # rank's part is rounded once, before the sum.
     hook = DDPCommunicationHookType.BF16 if args.gradient_compression == "bf16" else DDPCommunicationHookType.NO
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
     folder = str(Path(args.output_dir) / "runs")
-    try:
-        accelerator = Accelerator(cpu=cpu, log_with=trackers or None, project_dir=folder, kwargs_handlers=[ddp])
-    except ValueError as error:
-        raise UserError(f"--report_to {' '.join(trackers)}: {error}") from None
+    accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=folder, kwargs_handlers=[ddp])
     check_processes(accelerator, args)
-    installed = {getattr(tracker, "value", None) or tracker.name for tracker in accelerator.log_with}
-    for name in sorted({*trackers} - {"all"} - installed):
-        raise UserError(f"--report_to {name}: its package is not installed; install it, or use --report_to none")
     return accelerator
 
 

@@ -72,7 +72,7 @@ class RunLog:
     def __init__(self, args, accelerator: Accelerator, first_step: int = 0):
         """A resumed run's file is cut back to `first_step`."""
         self._total_steps, self._first_step, self._started_at = args.max_steps, first_step, time.monotonic()
-        self._is_main, self._trackers = accelerator.is_main_process, accelerator
+        self._is_main, self._trackers = accelerator.is_main_process, list(accelerator.trackers)
         self._bar = None
         self.records = StepRecords(Path(args.output_dir) / METRICS_FILE, first_step, is_main=self._is_main)
         if self._is_main and not args.disable_tqdm and sys.stderr.isatty():
@@ -91,14 +91,14 @@ class RunLog:
         if not self._is_main:
             return
         self.records.append(record)
-        if self._trackers is not None:
-            numbers = {name: value for name, value in record.items() if name != "step" and _is_number(value)}
+        numbers = {name: value for name, value in record.items() if name != "step" and _is_number(value)}
+        for tracker in [*self._trackers]:
             try:
-                self._trackers.log(numbers, step=record["step"])
+                tracker.log(numbers, step=record["step"])
             except Exception as error:  # as what TensorBoard's writing thread met; it is dead from then on
-                note = "trackers cannot write (%s): they get nothing from step %d on"
-                logger.warning(note, one_line(error), record["step"])
-                self._trackers = None
+                note = "tracker %s cannot write (%s): it gets nothing from step %d on"
+                logger.warning(note, tracker.name, one_line(error), record["step"])
+                self._trackers.remove(tracker)
         if self._bar is None or "eval_loss" in record:
             with STREAM_MAY_DIE:
                 tqdm.write(self._line(record), file=sys.stderr)
@@ -127,15 +127,6 @@ def announce(accelerator: Accelerator, text: str) -> None:
     if accelerator.is_main_process:
         with STREAM_MAY_DIE:
             print(text, flush=True)
-
-
-def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
-    """Trackers write to `output_dir/runs`; on resume TensorBoard forgets what came after the checkpoint."""
-    if not accelerator.log_with:
-        return
-    flags = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
-    options = {"tensorboard": {"purge_step": first_step + 1} if first_step else {}}
-    accelerator.init_trackers(Path(args.output_dir).resolve().name, config=flags, init_kwargs=options)
 
 
 def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
