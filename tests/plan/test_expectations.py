@@ -20,13 +20,17 @@ from w2v2.plan.expectations import (
 )
 
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_codevector_groups=2, num_codevectors_per_group=320)
-BASE |= dict(num_negatives=100, mask_time_length=10, do_stable_layer_norm=False)
+BASE |= dict(num_negatives=100, do_stable_layer_norm=False)
 POINTS = np.array([(100, 0.1, 0.2, 0.3), (10_000, 0.3, 0.4, 0.5)])
 REFERENCE = Reference("a model", "somewhere", "speech", 1.0, 3, {MEASURE: POINTS})
 
 
 def base(**changes):
     return SimpleNamespace(**(BASE | changes))
+
+
+def flags(**changes):
+    return SimpleNamespace(**(dict(batch_hours=1.6, mask_time_length=10, model_name_or_path=None) | changes))
 
 
 def validation(hours, accuracy, guess=0.005):
@@ -56,19 +60,20 @@ def test_two_sources_agree_where_both_have_points():
 
 
 @pytest.mark.parametrize(
-    "batch_hours, changes, found",
+    "changes, width, found",
     [
-        (1.6, {}, [1.5556, 1.3333]),
-        (1 / 6, {}, [0.1667]),
-        (0.01, {}, []),
-        (1.6, dict(mask_time_length=5), []),
-        (1.6, dict(hidden_size=1_024), []),
+        ({}, 768, [1.5556, 1.3333]),
+        (dict(batch_hours=1 / 6), 768, [0.1667]),
+        (dict(batch_hours=0.01), 768, []),
+        (dict(mask_time_length=5), 768, []),
+        ({}, 1_024, []),
     ],
 )
-def test_only_like_models_and_batches_are_compared(batch_hours, changes, found):
-    batches = [reference.batch_hours for reference in find_references(base(**changes), batch_hours)]
+def test_only_like_models_and_batches_are_compared(changes, width, found):
+    args = flags(**changes)
+    batches = [reference.batch_hours for reference in find_references(base(hidden_size=width), args)]
     assert batches[: len(found)] == found and bool(batches) == bool(found)
-    assert all(0.49 <= batch / batch_hours <= 2.01 for batch in batches)
+    assert all(0.49 <= batch / args.batch_hours <= 2.01 for batch in batches)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +107,14 @@ def test_hours_without_reference_are_unknown():
     assert placing.verdict == "unknown" and "100 to 10,000 h" in placing.text
     assert place_in_band([validation(50, 0.2)], []) is None
     assert place_in_band([dict(step=1, audio_hours=500.0, accuracy=0.3)], [REFERENCE]) is None  # training alone
-    assert place_in_band([validation(500, float("nan"))], [REFERENCE]) is None
+    assert (
+        place_in_band([validation(500, float("nan")), dict(validation(600, 0.3), eval_accuracy=None)], [REFERENCE])
+        is None
+    )
 
 
 def test_band_watch_speaks_at_changes_and_now_and_then(tmp_path, capsys):
-    args = SimpleNamespace(output_dir=str(tmp_path), batch_hours=1.6)
+    args = flags(output_dir=str(tmp_path))
     earlier = [validation(7_000 + n, 0.28) for n in range(3)] + [validation(90_000, 0.9)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in earlier))
     watch = BandWatch(args, base(), Accelerator(cpu=True), first_step=7_002)
@@ -121,7 +129,7 @@ def test_band_watch_speaks_at_changes_and_now_and_then(tmp_path, capsys):
 
 def test_gain_is_that_of_the_last_tenth():
     records = [validation(hours, 0.4) for hours in (82, 88)] + [validation(hours, 0.43) for hours in (92, 100)]
-    args = SimpleNamespace(model_name_or_path=None)
+    args = flags()
     gain, doubling = advise_stop([dict(step=1, audio_hours=1.0, accuracy=0.02), *records], args, base())
     assert "the last tenth of 100 h changed the validation accuracy by +0.030 to 0.430" in gain
     assert "contrastive loss by -0.120 to 3.280" in gain
@@ -130,7 +138,7 @@ def test_gain_is_that_of_the_last_tenth():
 
 def test_without_validation_training_shows_the_gain():
     records = [dict(step=n, audio_hours=float(n), accuracy=n / 200, contrastive_loss=1.0) for n in range(1, 101)]
-    gain, _ = advise_stop(records, SimpleNamespace(model_name_or_path=None), base())
+    gain, _ = advise_stop(records, flags(), base())
     assert "training accuracy by +0.050 to 0.478" in gain
 
 
@@ -143,12 +151,10 @@ def test_without_validation_training_shows_the_gain():
     ],
 )
 def test_doubling_is_the_studys(hours, said):
-    [line] = advise_stop([dict(step=1, audio_hours=hours)], SimpleNamespace(model_name_or_path=None), base())
+    [line] = advise_stop([dict(step=1, audio_hours=hours)], flags(), base())
     assert said in line
 
 
 def test_no_doubling_for_other_models():
-    [line] = advise_stop(
-        [dict(step=1, audio_hours=7e4)], SimpleNamespace(model_name_or_path=None), base(hidden_size=144)
-    )
+    [line] = advise_stop([dict(step=1, audio_hours=7e4)], flags(), base(hidden_size=144))
     assert "of BASE alone" in line

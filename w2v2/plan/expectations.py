@@ -2,8 +2,8 @@
 
 `reference_curves/*.json` hold curves of public runs, and of our own recipes with their seeds, against hours heard. Each
 file names its source, what its band spans and how far its measures are ours. A run is compared with curves of its own
-model (`model`: every value equals the configuration's) and of at most twice or half its effective batch. Compared is
-the accuracy of validations alone: in training, dropout and Gumbel noise lower it.
+model and masks (`MODEL_KEYS` of the configuration and `FLAGS` are equal) and of at most twice or half its effective
+batch. Compared is the accuracy of validations alone: in training, dropout and Gumbel noise lower it.
 """
 
 import functools
@@ -22,6 +22,8 @@ from w2v2.train.log import METRICS_FILE, announce, read_metrics
 
 FOLDER = Path(__file__).with_name("reference_curves")
 MEASURE, GUESS = "eval_accuracy", "eval_constant_guess_accuracy"
+MODEL_KEYS = "hidden_size num_hidden_layers num_codevector_groups num_codevectors_per_group num_negatives".split()
+FLAGS = ("mask_time_length",)
 NEAR = 2.0  # times the batch, or a part of it
 REPEAT_EVERY = 20  # validations after which an unchanged verdict is said again
 SEEDS_DIFFER = 0.01  # in accuracy: the standard deviation of NVIDIA's eight seeds
@@ -56,7 +58,7 @@ class Placing(NamedTuple):
 
 @functools.cache
 def read_references() -> tuple[tuple[dict[str, Any], Reference], ...]:
-    """Each curve of the package with the model that it is of."""
+    """Each curve of the package with what it shares with the runs that it is for."""
     found = []
     for path in sorted(FOLDER.glob("*.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
@@ -67,16 +69,16 @@ def read_references() -> tuple[tuple[dict[str, Any], Reference], ...]:
     return tuple(found)
 
 
-def find_references(config, batch_hours: float) -> list[Reference]:
+def find_references(config, args) -> list[Reference]:
     """The curves that a run may be compared with, those of the nearest batch first."""
-    own = [
-        reference
+    own = {name: getattr(config, name) for name in MODEL_KEYS} | {name: getattr(args, name) for name in FLAGS}
+    near = [
+        (distance, reference)
         for model, reference in read_references()
-        if all(getattr(config, name, None) == value for name, value in model.items())
+        if model == own
+        and (distance := abs(math.log(args.batch_hours / reference.batch_hours))) <= math.log(NEAR) + 1e-3
     ]
-    distance = {id(reference): abs(math.log(batch_hours / reference.batch_hours)) for reference in own}
-    near = [reference for reference in own if distance[id(reference)] <= math.log(NEAR) + 1e-3]
-    return sorted(near, key=lambda reference: distance[id(reference)])
+    return [reference for _, reference in sorted(near, key=lambda pair: pair[0])]
 
 
 def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Reference]) -> Placing | None:
@@ -84,7 +86,7 @@ def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Ref
 
     None without validation or without a reference.
     """
-    validations = [record for record in records if math.isfinite(record.get(MEASURE, math.nan))]
+    validations = [record for record in records if _has(record, MEASURE)]
     if not validations or not references:
         return None
     newest = validations[-1]
@@ -106,6 +108,11 @@ def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Ref
         lasting = f", since {_hours(since)} h" if since < hours else ""
         text = f"accuracy {accuracy:.3f} at {_hours(hours)} h is {verdict} the band of {what}{lasting}"
     return Placing(verdict, since, text)
+
+
+def _has(record: Mapping[str, Any], *names: str) -> bool:
+    """Whether a record has finite values under these names (metrics.jsonl has null for others)."""
+    return all(record.get(name) is not None and math.isfinite(record[name]) for name in names)
 
 
 def _judge(record: Mapping[str, Any], references: Sequence[Reference]) -> tuple[str, Reference | None]:
@@ -132,7 +139,7 @@ class BandWatch:
 
     def __init__(self, args, config, accelerator: Accelerator, first_step: int = 0):
         """`metrics.jsonl` holds what an earlier part of the run logged, up to `first_step`."""
-        self.accelerator, self.references = accelerator, find_references(config, args.batch_hours)
+        self.accelerator, self.references = accelerator, find_references(config, args)
         self.records, self.said = [], None
         path = Path(args.output_dir) / METRICS_FILE
         if first_step and accelerator.is_main_process and path.exists():
@@ -157,7 +164,7 @@ def _describe_gain(records: Sequence[Mapping[str, Any]], hours: float) -> str | 
     """Means over the last tenth of the hours against those over the tenth before; of validations where both have some."""
     for prefix in ("eval_", ""):
         names = (prefix + "accuracy", prefix + "contrastive_loss")
-        known = [r for r in records if all(math.isfinite(r.get(name, math.nan)) for name in names)]
+        known = [record for record in records if _has(record, *names)]
         before = [r for r in known if 0.8 * hours < r["audio_hours"] <= 0.9 * hours]
         last = [r for r in known if r["audio_hours"] > 0.9 * hours]
         if before and last:
