@@ -107,6 +107,8 @@ def test_rows_of_a_fitting_length_stay_in_their_order(tmp_path, least, most):
     assert found.num_samples.tolist() == found.table["num_samples"][:] == [samples[row] for row in kept]
     assert found.num_samples.dtype == np.int32
     assert found.dropped == {"too_short": sum(short), "too_long": sum(long), "unreadable": 0}
+    lost = [sum(n for n, is_lost in zip(samples, rows, strict=True) if is_lost) for rows in (short, long)]
+    assert [found.dropped_hours[why] * 3600 * SAMPLING_RATE for why in ("too_short", "too_long")] == pytest.approx(lost)
     assert [file["filename"] for file in found.table.cache_files] == list(map(str, (tmp_path / "run/cache").iterdir()))
 
 

@@ -130,12 +130,13 @@ def test_what_is_left_of_each_source_is_counted(tmp_path):
     first = 0
     for source in found.sources:
         own = np.array([row["num_samples"] for row in read_manifests(source.data)[0].to_pylist()])
-        own = own[own >= 3 * SECOND]
+        lost, own = own[own < 3 * SECOND], own[own >= 3 * SECOND]
         rows = slice(first, first := first + len(own))
         assert found.num_samples[rows].tolist() == own.tolist()
         assert all(name.startswith(f"{source.name}/") for name in found.table[rows]["id"])
         heard = int(crop_length(own, 8 * SECOND, round(0.32 * SECOND)).sum())
         assert (source.num_utterances, source.num_samples, source.heard_samples) == (len(own), own.sum(), heard)
+        assert source.summarize()["dropped_hours"] == pytest.approx(lost.sum() / SECOND / 3600)
     assert (
         first == len(found.table) and sum(source.summarize()["dropped"] for source in found.sources) == 55 - first > 0
     )

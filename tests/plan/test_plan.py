@@ -65,9 +65,13 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
         drawn.append(crops.num_samples.sum())
     heard = crop_length(samples, 8 * SAMPLING_RATE, round(grid * SAMPLING_RATE)).sum()
 
-    data = Utterances(None, samples.astype(np.int32), {"too_short": 4, "too_long": 0})
+    data = Utterances(
+        None, samples.astype(np.int32), {"too_short": 4, "too_long": 0}, {"too_short": 0.5, "too_long": 0}
+    )
     found = make_plan(data, build_batches(data, args), args, num_ranks, 30.0)
     assert found["utterances"] == len(samples) and found["dropped"] == {"too_short": 4}
+    assert found["dropped_hours"] == {"too_short": 0.5}
+    assert found["hours_to_hear"] == pytest.approx(sum(drawn) / SAMPLING_RATE / 3600)
     assert found["hours"] == pytest.approx(samples.sum() / SAMPLING_RATE / 3600)
     assert found["batch_hours"] == pytest.approx(np.mean(drawn) / SAMPLING_RATE / 3600)
     assert found["micro_batches_per_update"] == np.mean(rounds)
@@ -81,7 +85,8 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     said = (
         f"micro-batches of at most {size.slots / 50:.1f} s on each of {num_ranks} device(s), up to {filler:.1%} filler"
     )
-    assert said in describe(found | {"warnings": []})
+    lines = describe(found | {"warnings": []})
+    assert said in lines and "(left out: 4 too_short, 0.50 h)" in lines and "5 updates hear 0.1" in lines
 
 
 def test_lengths_in_four_bytes_are_not_copied():

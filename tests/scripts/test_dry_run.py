@@ -8,6 +8,7 @@ import soundfile
 from conftest import refusal, run_here, tiny_config, write_csv, write_tones
 
 import pretrain
+from w2v2.train.log import read_metrics
 
 RATE = 16_000
 KINDS = {"missing", "unreadable", "ends_early", "silent", "clipped", "resampled", "stereo_mixed", "antiphase"}
@@ -78,6 +79,24 @@ def test_a_dry_run_ends_as_the_run_would(flags, tmp_path, capsys, flag):
     refusal(capsys, pretrain.main, *flags, *more, named=named)
     assert look(tmp_path)[flag]  # the plan is written all the same
     refusal(capsys, pretrain.main, *(f for f in flags if f != "--dry_run"), *more, named=[f"--{flag}", "0.01"])
+
+
+def test_the_run_that_follows_is_the_one_that_was_planned(flags, tmp_path):
+    """Steps, batches and hours; every figure that a dry run can know is the run's."""
+    steps, plans = 5, []
+    more = [f for f in flags if f != "--dry_run"] + [f"--max_steps={steps}", "--logging_steps=1"]
+    for dry_run in ("true", "false"):
+        assert run_here(pretrain.main, *more, "--dry_run", dry_run) == 0
+        plans.append(json.loads((tmp_path / "run/plan.json").read_text()))
+    measured = {"looked_at", "reading", "resources"}
+    assert [{k: v for k, v in plan.items() if k not in measured} for plan in plans][0].items() <= plans[1].items()
+    records = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]
+    assert len(records) == steps == plans[0]["max_steps"]
+    assert np.mean([r["batch_hours"] for r in records]) == pytest.approx(plans[0]["batch_hours"])
+    assert records[-1]["audio_hours"] == pytest.approx(plans[0]["hours_to_hear"])
+    assert records[-1]["audio_hours"] / plans[0]["hours"] == pytest.approx(
+        plans[0]["epochs"], rel=0.1
+    )  # cropped to a grid
 
 
 def test_every_manifest_is_looked_at(flags, tmp_path):

@@ -191,5 +191,5 @@ def silent_share(utterances: Utterances) -> float:
         start = round(entry["start"] * SAMPLING_RATE) + (entry["num_samples"] - num_samples) // 2
         with contextlib.suppress(AudioError):
             samples = read_crop(entry["audio"], start, num_samples, entry.get("channel"))
-            is_silent.append(np.sqrt(np.mean(np.square(samples))) < SILENCE)
+            is_silent.append(np.sqrt(np.mean(np.square(samples, dtype=np.float64))) < SILENCE)
     return float(np.mean(is_silent)) if is_silent else 0.0
