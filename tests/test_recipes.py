@@ -84,6 +84,10 @@ RECIPES = {
         max_gumbel_temperature=0.5,  # codes that are there are kept cold, where the source starts anew at 2.0
     )),
     "small": (BASE, SMALL),
+    "medium": (BASE, GRID | dict(  # an hour of one GPU
+        conv_dim=(256,) * 7, hidden_size=384, num_hidden_layers=9, num_attention_heads=6, intermediate_size=1536,
+        crop_seconds=15.38, layerdrop=0.0, batch_hours=0.32, max_steps=20_000, warmup=2000, learning_rate=1e-3,
+    )),
     "demo": (BASE, SMALL | dict(max_steps=1000, diversity_warmup_steps=1200)),  # small, cut short
 }  # fmt: skip
 
