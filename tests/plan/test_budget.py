@@ -87,8 +87,8 @@ def test_no_rates_for_runs_unlike_the_study(config, changes, said):
 
 
 def test_few_large_updates_are_pointed_out():
-    assert "it has none in 10,000" in describe_budget(16_000, flags(max_steps=10_000), BASE)["text"]
-    assert "it has none in" not in describe_budget(16_000, flags(max_steps=60_000), BASE)["text"]
+    assert "never in 10,000" in describe_budget(16_000, flags(max_steps=10_000), BASE)["text"]
+    assert "never in" not in describe_budget(16_000, flags(max_steps=60_000), BASE)["text"]
 
 
 @pytest.mark.parametrize("hours", [2_500, 9_000, 26_880, 90_000, 376_320])

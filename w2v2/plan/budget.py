@@ -141,9 +141,10 @@ def describe_hours(hours_heard: float) -> str:
     if rates := expect_error_rates(hours_heard):
         return f"{hours_heard:,.0f} h heard give BASE a word error rate of {rates} ({CITATION})"
     rows = sorted(study_rows(), key=lambda row: row.hours)
-    end, bound = (rows[0], "less") if hours_heard < rows[0].hours else (rows[-1], "more")
+    is_early = hours_heard < rows[0].hours
+    end, where = (rows[0], "begins after") if is_early else (rows[-1], "ends before")
     found = f"{end.test_clean:.1f} % on test-clean and {end.test_other:.1f} % on test-other"
-    return f"of {hours_heard:,.0f} h the study says nothing; {end.hours:,.0f} h, it has no {bound}, gave BASE {found} ({CITATION})"
+    return f"the study {where} {hours_heard:,.0f} h: its {end.hours:,.0f} h gave BASE {found} ({CITATION})"
 
 
 def is_base(config) -> bool:
@@ -175,7 +176,7 @@ def describe_budget(hours_heard: float, args, config) -> dict[str, Any]:
         if args.max_steps < FEWEST_UPDATES:
             usual = 3600 * choose_batch(hours_heard)
             text += (
-                f", in {FEWEST_UPDATES:,} updates or more (of {usual:,.0f} s, say); it has none in {args.max_steps:,}"
+                f", heard in {FEWEST_UPDATES:,} updates or more (of {usual:,.0f} s, say), never in {args.max_steps:,}"
             )
         text += f"; {describe_certainty()}"
     return budget | {"text": text}
