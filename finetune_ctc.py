@@ -93,6 +93,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     # 4. Evaluate: every set with these weights.
     score(trainer, sets, decoder, text_args)
     hub.hand_over(args)
+    report_run(args)
     trainer.end()
 
 
@@ -126,6 +127,7 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
     score(trainer, sets, decoder, text_args)
+    report_run(args)
     trainer.end()
 
 

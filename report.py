@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import run_script
-from w2v2.errors import UserError
+from w2v2.errors import UserError, number
 from w2v2.report.page import REPORT_FILE, find_defaults, write_report
 
 
@@ -30,9 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", help=f"the page (default: {REPORT_FILE} in the run's folder; of several runs, here)"
     )
+    parser.add_argument("--embed_audio", type=number(int, min=0, max=100), default=0, metavar="N",
+                        help="let the N worst utterances of a fine-tuning be heard in the page")  # fmt: skip
     args = parser.parse_args(argv)
     output = Path(args.output or Path(args.runs[0] if len(args.runs) == 1 else ".", REPORT_FILE))
-    write_report(args.runs, output, find_defaults(PretrainArguments))
+    write_report(args.runs, output, find_defaults(PretrainArguments), args.embed_audio)
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
 
 

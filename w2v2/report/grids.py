@@ -33,6 +33,7 @@ class HeatMap:
 @dataclass
 class ConfusionMatrix:
     title: str
+    subtitle: str
     description: str
     side: float  # of a cell
     names: list[tuple[float, str, str]]  # position, short name, whole name
@@ -120,6 +121,7 @@ def draw_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> C
     hit = [f"{name}: {line[row]} of {sum(line)}" for row, (name, line) in enumerate(zip(classes, counts, strict=True))]
     return ConfusionMatrix(
         "Confusions",
+        "true classes in rows, predicted in columns",
         "Confusion matrix, true classes in rows, predicted in columns. Recognised of each: " + ", ".join(hit) + ".",
         side,
         [((row + 0.5) * side, shorten(name, 13), name) for row, name in enumerate(classes)],

@@ -12,9 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import w2v2
 from w2v2.errors import one_line
 from w2v2.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
+from w2v2.report.comparison import compare_runs
+from w2v2.report.finetuning import report_finetuning
 from w2v2.report.grids import BAR_HEIGHT, BAR_LEFT, LABELS, SIDE
 from w2v2.report.pretraining import report_pretraining
-from w2v2.report.run_files import RunFiles, name_runs, read_run
+from w2v2.report.probing import report_probe
+from w2v2.report.run_files import PRETRAINING, PROBE, RunFiles, name_runs, read_run
 from w2v2.report.sections import Section, Summary
 from w2v2.train.durable import write_file
 
@@ -22,17 +25,25 @@ REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(folders: Sequence[str | os.PathLike], output: str | os.PathLike, defaults: Mapping[str, Any]) -> None:
-    """Write the page of these runs. `defaults` are those of pretrain.py's flags. Raises `UserError` for no run."""
+def write_report(
+    folders: Sequence[str | os.PathLike], output: str | os.PathLike, defaults: Mapping[str, Any], num_audio: int = 0
+) -> None:
+    """Write the page of these runs. `defaults` are those of pretrain.py's flags; `num_audio` utterances can be heard.
+
+    Raises `UserError` for a folder that holds no run.
+    """
     runs = [read_run(folder) for folder in folders]
     name_runs(runs)
-    page = render([summarize(run, defaults) for run in runs])
+    summaries = [summarize(run, defaults, num_audio) for run in runs]
+    page = render(summaries, compare_runs(runs, summaries))
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_file(Path(output), page.encode("utf-8", "backslashreplace"))
 
 
-def summarize(run: RunFiles, defaults: Mapping[str, Any]) -> Summary:
-    return report_pretraining(run, defaults)
+def summarize(run: RunFiles, defaults: Mapping[str, Any], num_audio: int) -> Summary:
+    if run.kind == PRETRAINING:
+        return report_pretraining(run, defaults)
+    return report_probe(run) if run.kind == PROBE else report_finetuning(run, num_audio)
 
 
 def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> str:
@@ -47,7 +58,7 @@ def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> 
     sizes = dict(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP, BOTTOM=BOTTOM, SIDE=SIDE, LABELS=LABELS)
     environment.globals |= sizes | dict(BAR_HEIGHT=BAR_HEIGHT, BAR_LEFT=BAR_LEFT)
     return environment.get_template("page.html").render(
-        summaries=summaries, comparison=comparison, version=w2v2.__version__
+        summaries=summaries, comparison=comparison, is_comparison=len(summaries) > 1, version=w2v2.__version__
     )
 
 

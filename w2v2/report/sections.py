@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from w2v2.evaluate.scores import NAMES
 from w2v2.report.charts import LineChart, Series, draw_lines, show
 from w2v2.report.run_files import RunFiles
 
 MOST_REASONS, MOST_EVENTS = 12, 200
-GOOD, CAREFUL, BAD = "good", "careful", "bad"
+GOOD, PLAIN, CAREFUL, BAD = "good", "plain", "careful", "bad"
+SHOWN = NAMES | {"uar": "UAR", "accuracy": "accuracy", "macro_f1": "macro-F1"}  # measures, as they are written
 HOURS = "hours of audio heard"
-COLOURS = {"training": 0, "held out": 1}  # by the beginning of a line's name
-DASHED = ("hard", "guess")  # ends of the names of lines
+COLOURS = {"training": 0, "held out": 1} | {f"codebook {group + 1}": group for group in range(6)}  # by a name's beginning
+DASHED = ("hard", "guess", ", training")  # ends of the names of lines
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Section:
     charts: list[Any] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    alignments: list[Any] = field(default_factory=list)
+    utterances: list[Any] = field(default_factory=list)
     is_folded: bool = False
     anchor: str = ""
 
