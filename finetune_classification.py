@@ -63,6 +63,7 @@ from w2v2.hub.push import HubCallback
 from w2v2.manifests.dataset_loading import Manifest, name_sources
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_config, load_feature_extractor
+from w2v2.report.page import report_run
 from w2v2.train.launch import leave_group
 
 
@@ -96,6 +97,8 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     best = results["run"]["best_update"]
     args.print_once(f"{f'        best: update {best}; ' if best else ''}model and {RESULTS_FILE} in {args.output_dir}")
     hub.hand_over(args)
+    if args.process_index == 0:
+        report_run(args)
     leave_group()
     PartialState().destroy_process_group()
 
@@ -135,6 +138,7 @@ def label(label_args: LabelArguments, args: ClassificationArguments) -> None:
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
         write_scores(args.output_dir, results | {"run": trainer.summary()}, lines, classes)
+        report_run(args)
     for name in data:
         args.print_once(describe(name, results[name]))
     args.print_once(f"{RESULTS_FILE} in {args.output_dir}")
@@ -174,6 +178,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         lines += [{"fold": split.name, **line} for line in found if line["set"] == "test"]
     if args.process_index == 0:
         write_pooled(results, lines, classes, args, dropped)
+        report_run(args)
     leave_group()
     PartialState().destroy_process_group()
 

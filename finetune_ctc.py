@@ -34,6 +34,7 @@ from w2v2.finetune.transcription import describe_units, score
 from w2v2.hub.push import HubCallback
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_config, load_feature_extractor
+from w2v2.report.page import report_run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,7 +94,8 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     # 4. Evaluate: every set with these weights.
     score(trainer, sets, decoder, text_args)
     hub.hand_over(args)
-    report_run(args)
+    if args.process_index == 0:
+        report_run(args)
     trainer.end()
 
 
@@ -127,7 +129,8 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
     score(trainer, sets, decoder, text_args)
-    report_run(args)
+    if args.process_index == 0:
+        report_run(args)
     trainer.end()
 
 

@@ -105,7 +105,8 @@ def main() -> None:
     logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     check_trackers(args.report_to)
     accelerator = start_accelerator(args)
-    with EventLog(args, accelerator) as events:
+    events = EventLog(args, accelerator)
+    with report_at_end(args, events), events:
         pretrain(args, accelerator, events)
 
 
@@ -177,7 +178,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
     gc.collect()
     plans = PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut_arguments)
     feed = Feed(run.load(training, plans, args.seed, sizes))
-    with report_at_end(args, accelerator.is_main_process), StopRequest(args.max_hours) as stop:
+    with StopRequest(args.max_hours) as stop:
         train(run, feed, skipped, pusher, stop)
         if state.step == args.max_steps:
             finish(run, pusher)

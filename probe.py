@@ -34,6 +34,7 @@ from w2v2.model.feature_encoder import num_frames
 from w2v2.probe.arguments import ProbingArguments
 from w2v2.probe.features import FrozenModel, read_table, save_frames
 from w2v2.probe.linear import CharacterProbe, best_layer, format_table, heard_hours, hold_out, probe_layers
+from w2v2.report.page import report_run
 
 RESULTS_FILE = "probe.json"
 COLUMNS = ["id", "audio", "start", "num_samples", "target"]
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_scores(
             folder / "plots/hours.png", {"pretrained": sorted(heard)}, ("hours of audio heard", measure), levels
         )
+    report_run(args)
 
 
 def list_models(args: ProbingArguments) -> list[dict[str, Any]]:

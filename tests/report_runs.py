@@ -4,9 +4,11 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import yaml
 
+from w2v2.evaluate.scores import classification_scores, count_edits, error_rates
 from w2v2.report.page import write_report
 
 HOSTILE = "<script>alert(1)</script>\"'&"
@@ -63,6 +65,55 @@ def write_pretraining(folder: Path, updates=60, last_accuracy=0.4, **flags) -> P
     return folder
 
 
+def write_results(folder: Path, results, predictions, config, **files) -> Path:
+    """What both fine-tuning scripts leave; `files` are further ones by their stem."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (folder / "finetune_config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    write_lines(folder / "predictions.jsonl", predictions)
+    for name, records in files.items():
+        write_lines(folder / f"{name}.jsonl", records)
+    return folder
+
+
+def write_recognition(folder: Path, texts=None, **config) -> Path:
+    """A recogniser's run over `texts`: id → (reference, hypothesis) of its validation set."""
+    texts = texts or {HOSTILE: ("the cat sat", f"the {HOSTILE} sat"), "b": ("a dog", "a dog"), "c": ("one two", "")}
+    lines = [
+        {"set": "validation", "id": name, "reference": ours, "hypothesis": theirs, "wer": jiwer.wer(ours, theirs)}
+        for name, (ours, theirs) in texts.items()
+    ]
+    pairs = [line["reference"] for line in lines], [line["hypothesis"] for line in lines]
+    scores = error_rates(*pairs) | {"utterances": len(lines), "loss": 1.0, "edits": count_edits(*pairs)}
+    run = {"updates": 20, "best_update": 10, "train_hours": 1.5, "train_utterances": 40, "warnings": [HOSTILE]}
+    metrics = [{"step": 10, "loss": 3.0, "learning_rate": 1e-4}]
+    metrics.append({"step": 10, "eval_loss": 2.0, "eval_wer": 0.5, "eval_cer": 0.3})
+    return write_results(folder, {"validation": scores, "run": run}, lines, config, metrics=metrics)
+
+
+def write_classification(folder: Path, **config) -> Path:
+    truth, guesses = "anger anger joy joy joy".split(), f"anger joy joy joy {HOSTILE}".split()
+    lines = [
+        {"set": "test", "id": f"u{n}", "reference": ours, "prediction": theirs, "probability": 0.5 + n / 10}
+        for n, (ours, theirs) in enumerate(zip(truth, guesses, strict=True))
+    ]
+    scores = classification_scores(truth, guesses) | {"utterances": 5}
+    results = {"test": scores, "run": {"labels": ["anger", "joy", HOSTILE], "updates": 5, "best_update": 5}}
+    return write_results(folder, results, lines, config)
+
+
+def write_probe(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    models = [
+        {"name": name, "source": source, "hours": hours, "best_layer": 1, "uar": score,
+         "layers": [{"layer": 0, "uar": 0.2}, {"layer": 1, "uar": score}]}
+        for name, source, hours, score in ((HOSTILE, "runs/a", 3.0, 0.6), ("late", "runs/b", 9.0, 0.7), ("random weights", None, None, 0.3))
+    ]  # fmt: skip
+    whole = {"measure": "uar", "chance": 0.25, "models": models, "run": {"target": "emotion", "utterances": 80}}
+    (folder / "probe.json").write_text(json.dumps(whole), encoding="utf-8")
+    return folder
+
+
 class Page(HTMLParser):
     """A page's elements and texts; every element has to be closed in turn."""
 
@@ -96,7 +147,7 @@ class Page(HTMLParser):
         return [text for name, text in self.texts if name == tag]
 
 
-def read_page(folder: Path, *more: Path, defaults=None) -> Page:
+def read_page(folder: Path, *more: Path, defaults=None, num_audio=0) -> Page:
     output = folder / "page.html"
-    write_report([folder, *more], output, defaults or {})
+    write_report([folder, *more], output, defaults or {}, num_audio)
     return Page(output)

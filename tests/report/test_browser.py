@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from report_runs import read_page, write_pretraining
+from report_runs import read_page, write_classification, write_pretraining, write_probe, write_recognition
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
@@ -27,9 +27,13 @@ def browser():
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    run = write_pretraining(folder / "pretraining")
-    read_page(run)
-    return {"pretraining": run / "page.html"}
+    writers = [write_pretraining, write_recognition, write_classification, write_probe]
+    runs = [write(folder / write.__name__.removeprefix("write_")) for write in writers]
+    for run in runs:
+        read_page(run)
+    again = write_pretraining(folder / "again" / "pretraining", learning_rate=1.0)
+    read_page(again, *runs)
+    return {run.name: run / "page.html" for run in runs} | {"comparison": again / "page.html"}
 
 
 def look(browser, path, width=1280, scheme="light"):
@@ -44,7 +48,7 @@ def look(browser, path, width=1280, scheme="light"):
     return page, asked, said
 
 
-@pytest.mark.parametrize("kind", ["pretraining"])
+@pytest.mark.parametrize("kind", ["pretraining", "recognition", "classification", "probe", "comparison"])
 class TestPages:
     @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
     def test_it_fits_and_asks_for_nothing(self, browser, pages, kind, width, scheme):

@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from conftest import error_line, run_here
 from report_runs import HOSTILE, Page, read_page, write_lines, write_pretraining
 
 import report
+from w2v2.arguments import PretrainArguments
 from w2v2.errors import UserError
-from w2v2.report.page import report_at_end, report_run, write_report
+from w2v2.plan.expectations import find_references
+from w2v2.report.page import find_defaults, report_at_end, report_run, write_report
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +134,33 @@ class Flags:
 
 
 def test_a_page_that_fails_fails_no_run(tmp_path, capsys):
-    report_run(tmp_path)
-    assert capsys.readouterr().out.startswith("warning       report.html was not written: ")
-    with pytest.raises(KeyError), report_at_end(Flags(str(tmp_path)), is_main=True):
+    report_run(Flags(str(tmp_path)))
+    line = capsys.readouterr().out
+    assert line.startswith("warning       report.html was not written: ") and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_run_that_ends_in_an_error_has_a_page_if_it_began(tmp_path, has_begun):
+    folder = write_pretraining(tmp_path / "run")
+    with pytest.raises(KeyError), report_at_end(Flags(str(folder)), SimpleNamespace(has_begun=has_begun)):
         raise KeyError("the run's own error")
-    assert not (tmp_path / "report.html").exists() and capsys.readouterr().out.count("\n") == 1
+    assert (folder / "report.html").exists() == has_begun
+
+
+def test_a_run_stands_before_what_is_usual(tmp_path):
+    """A run of BASE's shape whose accuracy is the middle of a public run's, and one that is far above it."""
+    model = {"hidden_size": 768, "num_hidden_layers": 12, "num_codevector_groups": 2, "num_codevectors_per_group": 320}
+    model |= {"num_negatives": 100, "mask_time_length": 10}
+    reference = find_references(SimpleNamespace(**model), 1.3333)[0]
+    middle = reference.points["eval_accuracy"][:, [0, 2]].tolist()
+    for name, factor in {"inside": 1.0, "above": 1.5}.items():
+        folder = write_pretraining(tmp_path / name, batch_hours=1.3333)
+        (folder / "config.json").write_text(json.dumps(model))
+        lines = [
+            {"step": n, "audio_hours": hours, "loss": 3.0, "eval_loss": 3.0, "eval_accuracy": factor * value}
+            for n, (hours, value) in enumerate(middle, start=1)
+        ]
+        write_lines(folder / "metrics.jsonl", lines)
+        page = read_page(folder, defaults=find_defaults(PretrainArguments))
+        assert f"is {name} the band of {reference.name}" in page.text
+        assert page.source.count('class="band"') == 2  # in the accuracy's chart and its legend

@@ -20,6 +20,7 @@ from w2v2.report.probing import report_probe
 from w2v2.report.run_files import PRETRAINING, PROBE, RunFiles, name_runs, read_run
 from w2v2.report.sections import Section, Summary
 from w2v2.train.durable import write_file
+from w2v2.train.events import EventLog
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -63,13 +64,13 @@ def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> 
 
 
 @contextlib.contextmanager
-def report_at_end(args, is_main: bool) -> Iterator[None]:
-    """Write `output_dir/report.html` when the block ends, however it does; `args` are a dataclass of flags."""
+def report_at_end(args, events: EventLog) -> Iterator[None]:
+    """Write `output_dir/report.html` when the block ends, however it does, if the run had begun by then."""
     try:
         yield
     finally:
-        if is_main:
-            report_run(args.output_dir, find_defaults(type(args)))
+        if events.has_begun:
+            report_run(args)
 
 
 def find_defaults(flags: type) -> dict[str, Any]:
@@ -77,10 +78,13 @@ def find_defaults(flags: type) -> dict[str, Any]:
     return {one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(flags)}
 
 
-def report_run(output_dir: str | os.PathLike, defaults: Mapping[str, Any] | None = None) -> None:
-    """Write `output_dir/report.html`, or say in one line why there is none."""
+def report_run(args) -> None:
+    """Write `output_dir/report.html`, or say in one line why there is none: a page that fails ends no run.
+
+    `args` are a dataclass of flags, those of pretrain.py among them.
+    """
     try:
-        write_report([output_dir], Path(output_dir, REPORT_FILE), defaults or {})
-    except Exception as error:  # whatever a page meets, the run before it is done
+        write_report([args.output_dir], Path(args.output_dir, REPORT_FILE), find_defaults(type(args)))
+    except Exception as error:
         with contextlib.suppress(OSError, ValueError):
             print(f"warning       {REPORT_FILE} was not written: {one_line(error)}", flush=True)

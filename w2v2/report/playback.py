@@ -48,7 +48,7 @@ def _find_rows(run: RunFiles, sets: set[str]) -> tuple[dict, list[str]]:
     config = run.config
     if config.get("dataset_name"):
         return {}, ["No audio is embedded: it is in a data set of the Hub, which the page does not load."]
-    manifests = {"validation": config.get("validation_data") or []}
+    manifests = {"validation": config["validation_data"]} if config.get("validation_data") else {}
     manifests |= {name: [path] for name, path in name_sets(config.get("test_data") or []).items()}
     rows = {}
     for name in sorted(sets & manifests.keys()):

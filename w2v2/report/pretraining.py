@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 from w2v2.hub.card import device_hours
-from w2v2.report.charts import show
+from w2v2.plan.expectations import Reference, advise_stop, find_references, place_in_band
+from w2v2.report.charts import Band, show
 from w2v2.report.grids import draw_bars, draw_codebook
 from w2v2.report.run_files import RunFiles
 from w2v2.report.sections import (
@@ -33,8 +35,9 @@ MOST_SOURCES = 30
 def report_pretraining(run: RunFiles, defaults: Mapping[str, Any]) -> Summary:
     """Figures, verdict and sections of a pretraining; `defaults` are the flags' own values."""
     verdict, mood = judge(run)
+    references, remarks = find_expectations(run, defaults)
     sections = [
-        tell_learning(run),
+        tell_learning(run, references),
         tell_codes(run),
         tell_schedule(run),
         tell_audio(run),
@@ -44,7 +47,28 @@ def report_pretraining(run: RunFiles, defaults: Mapping[str, Any]) -> Summary:
         tell_flags(run, defaults),
         tell_environment(run),
     ]
-    return Summary("Pretraining", run.name, verdict, mood, list_figures(run), sections=sections)
+    return Summary("Pretraining", run.name, verdict, mood, list_figures(run), remarks, sections)
+
+
+def find_expectations(run: RunFiles, defaults: Mapping[str, Any]) -> tuple[list[Reference], list[str]]:
+    """The curves that the run may be compared with, and sentences on where it stands and what more hours are worth."""
+    if not (run.config.get("batch_hours") and run.model and run.trained):
+        return [], []
+    flags, model = SimpleNamespace(**{**defaults, **run.config}), SimpleNamespace(**run.model)
+    known = [{key: value for key, value in record.items() if value is not None} for record in run.metrics]
+    references = find_references(model, flags.batch_hours)
+    placing = place_in_band(known, references)
+    sentences = [*([placing.text] if placing else []), *advise_stop(known, flags, model)]
+    return references, [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
+
+
+def draw_band(run: RunFiles, references: list[Reference], measure: str) -> Band | None:
+    """The band of the nearest reference that has this measure within the hours heard."""
+    heard = max((record.get("audio_hours") or 0 for record in run.metrics), default=0)
+    for reference in references:
+        if (rows := reference.points.get(measure)) is not None and rows[0][0] < heard:
+            return Band(f"{reference.name}, held out", [(hours, low, high) for hours, low, _, high in rows.tolist()])
+    return None
 
 
 def judge(run: RunFiles) -> tuple[str, str]:
@@ -55,6 +79,8 @@ def judge(run: RunFiles) -> tuple[str, str]:
     how_far = f"All {done:,} updates are done" if done == planned else f"{done:,} updates are done"
     if planned and done < planned:
         how_far = f"{done:,} of {planned:,} updates are done"
+    if run.events and run.events[-1].get("event") == "stop":
+        how_far += f"; the run stopped: {run.events[-1].get('message', '').rstrip('.')}"
     if collapses := [event for event in run.events if event.get("event") == "collapse"]:
         return f"{how_far}. The run collapsed: {collapses[-1].get('message', 'see the events')}", BAD
     where, record = ("held-out", run.validated[-1]) if run.validated else ("training", run.trained[-1])
@@ -100,7 +126,7 @@ def parse_time(text: Any) -> datetime | None:
         return None
 
 
-def tell_learning(run: RunFiles) -> Section:
+def tell_learning(run: RunFiles, references: list[Reference]) -> Section:
     """Loss, accuracy and perplexity, against hours heard."""
     section = Section("Learning")
     prefixes = {"": "training", "eval_": "held out"}
@@ -114,10 +140,13 @@ def tell_learning(run: RunFiles) -> Section:
         f"eval_{soft}": "held out, soft",
         f"eval_{hard}": "held out, hard",
     }
+    accuracies, perplexities = (draw_band(run, references, f"eval_{measure}") for measure in ("accuracy", hard))
     section.charts = keep(
         draw_measures(run, "Contrastive loss", loss, subtitle="nats a masked frame"),
-        draw_measures(run, "Accuracy", accuracy | guess, subtitle="share of masked frames"),
-        draw_measures(run, "Codebook perplexity", perplexity, subtitle="entries in use, over all groups"),
+        draw_measures(run, "Accuracy", accuracy | guess, subtitle="share of masked frames", band=accuracies),
+        draw_measures(
+            run, "Codebook perplexity", perplexity, subtitle="entries in use, over all groups", band=perplexities
+        ),
     )
     if not run.trained:
         section.notes.append("There is no record of training.")

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from w2v2.evaluate.scores import NAMES
-from w2v2.report.charts import LineChart, Series, draw_lines, show
+from w2v2.report.charts import Band, LineChart, Series, draw_lines, show
 from w2v2.report.run_files import RunFiles
 
 MOST_REASONS, MOST_EVENTS = 12, 200
 GOOD, PLAIN, CAREFUL, BAD = "good", "plain", "careful", "bad"
 SHOWN = NAMES | {"uar": "UAR", "accuracy": "accuracy", "macro_f1": "macro-F1"}  # measures, as they are written
 HOURS = "hours of audio heard"
-COLOURS = {"training": 0, "held out": 1} | {f"codebook {group + 1}": group for group in range(6)}  # by a name's beginning
+COLOURS = {"training": 0, "held out": 1} | {
+    f"codebook {group + 1}": group for group in range(6)
+}  # by a name's beginning
 DASHED = ("hard", "guess", ", training")  # ends of the names of lines
 
 
@@ -71,6 +73,7 @@ def draw_measures(
     *,
     subtitle: str = "",
     over: tuple[str, str] = ("audio_hours", HOURS),
+    band: Band | None = None,
 ) -> LineChart | None:
     """A chart of some measures (key → name of its line), over hours heard or what `over` names.
 
@@ -80,7 +83,7 @@ def draw_measures(
         Series(name, gather(run.metrics, key, over[0]), COLOURS.get(name.partition(",")[0]), name.endswith(DASHED))
         for key, name in keys.items()
     ]
-    return draw_lines(title, series, over[1], subtitle=subtitle)
+    return draw_lines(title, series, over[1], subtitle=subtitle, band=band)
 
 
 def keep(*charts: Any) -> list[Any]:

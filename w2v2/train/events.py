@@ -54,6 +54,11 @@ class EventLog(logging.Handler):
             logging.getLogger("w2v2").addHandler(self)
         return self
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether this process has written into the run's folder."""
+        return self._lines is not None and self.accelerator.is_main_process
+
     def begin(self, state: RunState, checkpoint: Path | None) -> None:
         """The run starts, or goes on from `checkpoint`; what differs from the checkpoint's run is a warning each."""
         self._state, self._lines = state, Lines(self.path, is_main=self.accelerator.is_main_process)
