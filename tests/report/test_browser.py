@@ -36,31 +36,22 @@ def pages(tmp_path_factory):
     return {run.name: run / "page.html" for run in runs} | {"comparison": again / "page.html"}
 
 
-def look(browser, path, width=1280, scheme="light"):
-    """The page as opened, whatever it asked for, and whatever the console said."""
-    asked, said = [], []
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+@pytest.mark.parametrize("kind", ["pretraining", "recognition", "classification", "probe", "comparison"])
+def test_a_page_fits_and_asks_for_nothing(browser, pages, kind):
+    """Wide and light, then narrow and dark, with everything unfolded."""
+    asked, said, papers = [], [], set()
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto(path.as_uri())
+    page.goto(pages[kind].as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
-    return page, asked, said
-
-
-@pytest.mark.parametrize("kind", ["pretraining", "recognition", "classification", "probe", "comparison"])
-class TestPages:
-    @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-    def test_it_fits_and_asks_for_nothing(self, browser, pages, kind, width, scheme):
-        page, asked, said = look(browser, pages[kind], width, scheme)
-        assert asked == [pages[kind].as_uri()] and not said
-        assert page.evaluate(OVERFLOW) == 0
-        pictures = page.evaluate(NAMES)
-        assert pictures and all(role == "img" and label for role, label in pictures)
-
-    def test_dark_differs_from_light(self, browser, pages, kind):
-        colours = {
-            look(browser, pages[kind], scheme=scheme)[0].evaluate("getComputedStyle(document.body).backgroundColor")
-            for scheme in ("light", "dark")
-        }
-        assert len(colours) == 2
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate(OVERFLOW) == 0, width
+        papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    pictures = page.evaluate(NAMES)
+    assert pictures and all(role == "img" and label for role, label in pictures)
+    assert asked == [pages[kind].as_uri()] and not said and len(papers) == 2
+    page.close()

@@ -72,7 +72,7 @@ def command(folder, *more, output="run", validation=True):
 def test_the_folder_holds_model_extractor_results_and_pictures(data):
     names = {path.name for path in (data / "run").iterdir()}
     assert names >= {"config.json", "model.safetensors", "preprocessor_config.json", "predictions.jsonl",
-                     "results.json", "metrics.jsonl", "finetune_config.yaml", "checkpoint-4"}  # fmt: skip
+                     "results.json", "metrics.jsonl", "finetune_config.yaml", "checkpoint-4", "report.html"}  # fmt: skip
     pictures = {path.name for path in (data / "run" / "plots").iterdir()}
     assert pictures >= {"confusion_validation.png", "confusion_test.png", "loss.png", "accuracy.png"}
     assert (data / "run" / "checkpoint-4" / "preprocessor_config.json").exists()
@@ -206,6 +206,7 @@ def test_folds_test_every_utterance_of_unheard_speakers(data):
     pooled = classification_scores([line["reference"] for line in lines], [line["prediction"] for line in lines])
     assert {key: results["pooled"][key] for key in pooled} == pytest.approx(pooled)
     scores = [fold["uar"] for fold in results["folds"]]
+    assert "Scores by fold" in (data / "folds" / "report.html").read_text()
     assert results["mean"]["uar"] == pytest.approx(np.mean(scores))
     assert results["std"]["uar"] == pytest.approx(np.std(scores, ddof=1))
 

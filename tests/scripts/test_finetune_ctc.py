@@ -68,7 +68,11 @@ def read_lines(path):
 
 
 def test_the_folder_holds_model_processor_and_results(data):
-    assert {path.name for path in (data / "run").iterdir()} >= {"preprocessor_config.json", "finetune_config.yaml"}
+    assert {path.name for path in (data / "run").iterdir()} >= {
+        "preprocessor_config.json",
+        "finetune_config.yaml",
+        "report.html",
+    }
     assert (data / "run" / "checkpoint-4" / "preprocessor_config.json").exists()
     assert Wav2Vec2FeatureExtractor.from_pretrained(data / "run").do_normalize
     model, report = Wav2Vec2ForCTC.from_pretrained(data / "run", output_loading_info=True)

@@ -108,7 +108,7 @@ def _config_name(run: RunFiles) -> str:
 def _read_mapping(run: RunFiles, name: str) -> dict[str, Any]:
     """A JSON or YAML file's mapping; empty where it is missing or, with a note, where it is something else."""
     path = run.folder / name
-    if not path.exists():
+    if not path.is_file():  # a device would be read without end
         return {}
     try:
         found = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def _read_mapping(run: RunFiles, name: str) -> dict[str, Any]:
 def _read_lines(run: RunFiles, name: str) -> list[dict[str, Any]]:
     """The mappings in a file of JSON lines; others are counted in a note, but for a last line that a kill tore."""
     path = run.folder / name
-    if not path.exists():
+    if not path.is_file():
         return []
     found, torn = [], []
     lines = path.read_bytes().splitlines()
