@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing
@@ -36,7 +37,7 @@ from w2v2.evaluate.plots import draw_plots
 from w2v2.hub.card import write_model_card
 from w2v2.hub.push import HubPusher
 from w2v2.model.cpu import give_back
-from w2v2.model.loading import build_config, build_framing, load_feature_extractor
+from w2v2.model.loading import build_config, load_feature_extractor
 from w2v2.model.pretraining import build_model
 from w2v2.plan.expectations import BandWatch, advise_stop
 from w2v2.plan.plan import RunPlan, describe_mixture, write_config
@@ -96,7 +97,7 @@ class Run:
         return dict(
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
-            micro_batch_samples=round(self.state.micro_batch_seconds * self.framing.sampling_rate),
+            micro_batch_samples=round(self.state.micro_batch_seconds * SAMPLING_RATE),
         )
 
 
@@ -119,7 +120,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
     # 1. The model's configuration: how many frames a waveform makes, and what is masked.
     config = build_config(args)
     feature_extractor = load_feature_extractor(config.name_or_path, config)
-    framing = build_framing(config, feature_extractor)
+    framing = Framing(config, feature_extractor.do_normalize)
 
     # 2. The utterances, and the effective batches that are drawn from them.
     with accelerator.main_process_first():
@@ -151,7 +152,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
     sizes = None
     if args.cuda_graph:
         sizes, run.captured = find_run_sizes(run, batches), CapturedStep(accelerator, model)
-        seconds = sizes.slots * framing.slot / framing.sampling_rate
+        seconds = sizes.slots * framing.slot / SAMPLING_RATE
         announce(accelerator, f"cuda graph    of micro-batches of {seconds:.1f} s, up to {sizes.utterances} utterances")
     plan.present(state.micro_batch_seconds, measure_speed(run, batches, sizes))
     if args.dry_run:

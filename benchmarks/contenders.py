@@ -15,16 +15,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from common import speech_lengths
-from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.arguments import PretrainArguments
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Crops, Cursor, EffectiveBatches, MicroBatchPlan, PieceSize, crop_length, plan_update
-from w2v2.data.collate import PretrainBatch, build_batch
+from w2v2.data.collate import Framing, PretrainBatch, build_batch
 from w2v2.data.filling import fill_up, find_sizes
 from w2v2.model import transformer
-from w2v2.model.loading import build_config, build_framing
+from w2v2.model.loading import build_config
 from w2v2.model.pretraining import build_model
 from w2v2.train.capture import CapturedStep
 from w2v2.train.launch import prepare_model, start_accelerator
@@ -63,8 +63,11 @@ class Contender:
         return crops, num_samples
 
     def timed_update(self, lengths: str, update: int) -> dict:
-        """Seconds, CPU-seconds, the samples of each utterance heard, and the peak of memory so far in bytes."""
         self.prepare(lengths, update)
+        return self.timed_run()
+
+    def timed_run(self) -> dict:
+        """Seconds, CPU-seconds, the samples of each utterance heard, and the peak of memory so far in bytes."""
         self.synchronize()
         cpu_started, started = time.process_time(), time.perf_counter()
         self.run()
@@ -136,8 +139,7 @@ class Ours(Contender):
             self.accelerator, model, build_optimizer(model, args), bare=args.cuda_graph
         )
         self.passes, self.kind, self.with_graph = self.model, None, args.cuda_graph
-        extractor = Wav2Vec2FeatureExtractor(do_normalize=self.config.feat_extract_norm == "layer")
-        self.framing = build_framing(self.config, extractor)
+        self.framing = Framing(self.config, normalize=self.config.feat_extract_norm == "layer")
 
     def prepare(self, lengths, update):
         crops, _ = self.draw(lengths, update)
@@ -160,7 +162,7 @@ class Ours(Contender):
     def fill(self, batches: list[PretrainBatch], lengths: str) -> list[PretrainBatch]:
         """In one shape for all updates of such lengths, which have a graph of their own."""
         if lengths != self.kind:
-            slots, rows = (max(len(getattr(batch, name)) for batch in batches) for name in ("row", "first"))
+            slots, rows = (max(map(len, found)) for found in zip(*((b.rows.row, b.keys) for b in batches), strict=True))
             self.kind, self.sizes = lengths, find_sizes(batches, PieceSize(round(1.01 * slots), rows + 2))
             self.passes = CapturedStep(self.accelerator, self.model)
         return [fill_up(batch, self.sizes) if self.sizes.hold(batch) else batch for batch in batches]
@@ -193,7 +195,6 @@ class Ours(Contender):
         frames = hidden.to(dtype).requires_grad_()
         # The pre-norm residual is float32, the post-norm one of autocast's type.
         hidden = hidden.to(torch.float32 if model.config.do_stable_layer_norm else dtype).requires_grad_()
-        in_blocks = device.type != "cpu" if model.positional_in_blocks is None else model.positional_in_blocks
 
         def run_layers():
             x = hidden
@@ -212,7 +213,9 @@ class Ours(Contender):
         return {
             "convs": lambda: model._features(batch),
             "projection": plain(lambda: linear(projection.projection, norm(projection.layer_norm, features))),
-            "positional": plain(lambda: transformer.positional(encoder.pos_conv_embed, frames, batch, in_blocks)),
+            "positional": plain(
+                lambda: transformer.positional(encoder.pos_conv_embed, frames, batch.rows, model.positional_in_blocks)
+            ),
             "layers": plain(run_layers),
             "head": run_head,
             "whole": lambda: model(batch).loss,
@@ -226,10 +229,16 @@ def layer_for_all_frames(module, hidden, rows, dtype, rest=None, asked=None, lay
     return out if asked is None else out.index_select(0, asked[0])
 
 
+def attend_with_library(query, key, value, dropout):
+    """Attention of one utterance, (T, H, d), through the library, with dropout too."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1)
+
+
 # Lever of --without → where the program has it, and what takes its place.
 LEVERS = {
     "flat_convs": ("w2v2.model.feature_encoder", "is_flat", lambda config: False),
-    "cpu_attention": ("w2v2.model.transformer", "has_kernel", lambda device: True),
+    "cpu_attention": ("w2v2.model.transformer", "attend_alone", attend_with_library),
     "one_dnn": ("w2v2.model.cpu", "_ONE_DNN", None),
     "cheap_draws": ("w2v2.model.cpu", "draw_kept", lambda kept, p: kept.bernoulli_(1 - p)),
     "masked_last_layer": ("w2v2.model.pretraining", "layer", layer_for_all_frames),

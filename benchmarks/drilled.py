@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from common import ROOT, make_parser
 
-from w2v2.data.collate import FULL_SCALE, PretrainBatch
+from w2v2.data.collate import PretrainBatch, sound
 from w2v2.data.masking import distractors
 from w2v2.model import objective
 from w2v2.model.pretraining import PretrainingModel
@@ -69,16 +69,13 @@ def digests(batch: PretrainBatch) -> list[str]:
     """One for each utterance of a micro-batch, whatever stands beside it: of its key (seed, epoch and utterance), the
     samples of its crop, its mask and its distractors. None for a dummy.
     """
-    found = []
-    for row, frames in enumerate(batch.rows.lengths if batch.weight else []):
-        first, slot = int(batch.first[row]), len(batch.samples) // len(batch.row)
-        samples = batch.samples[first * slot :][: int(batch.num_samples[row])]
-        samples = samples.float() / FULL_SCALE if samples.dtype == torch.int16 else samples
-        key, masked = batch.keys[row : row + 1], batch.num_masked[row : row + 1]
-        drawn = distractors(key, masked, int(masked), NUM_NEGATIVES)
-        parts = (
-            part.contiguous().numpy().tobytes() for part in (key, samples, batch.mask[first : first + frames], drawn)
-        )
+    found, slot = [], len(batch.samples) // len(batch.rows.row)
+    masked = batch.masked_rows.split(batch.masked)
+    for row, first in enumerate(batch.rows.first.tolist() if batch.weight else []):
+        samples = sound(batch.samples[first * slot :][: int(batch.num_samples[row])])
+        key, count = batch.keys[row : row + 1], batch.masked_rows.frames[row : row + 1]
+        drawn = distractors(key, count, int(count), NUM_NEGATIVES)
+        parts = (part.contiguous().numpy().tobytes() for part in (key, samples, masked[row] - first, drawn))
         found.append(hashlib.sha256(b"".join(parts)).hexdigest()[:20])
     return found
 

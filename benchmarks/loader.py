@@ -35,7 +35,7 @@ from w2v2.data.sampling import build_batches
 from w2v2.data.streaming import StreamedCrops
 from w2v2.data.utterances import load_utterances
 from w2v2.errors import UserError
-from w2v2.model.loading import build_config, build_framing, load_feature_extractor
+from w2v2.model.loading import build_config, load_feature_extractor
 from w2v2.train.log import read_metrics
 
 # Suffix, and FFmpeg's name of a codec that libsndfile does not write.
@@ -185,7 +185,7 @@ def measure(flags, folder: Path) -> dict:
         report_to=["none"], use_cpu=not on_gpu, dataloader_num_workers=flags.num_workers,
     )  # fmt: skip
     config = build_config(args)
-    framing = build_framing(config, load_feature_extractor(config.name_or_path, config))
+    framing = Framing(config, load_feature_extractor(config.name_or_path, config).do_normalize)
     rows = common.make_rows(folder / "wav", flags.hours, flags.manifest, flags.data_root)
     manifests = {name: common.write_files(rows, folder, *kind) for name, kind in FORMATS.items()}
     manifests["packed"] = common.pack(rows, folder)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import speech_lengths
+from transformers import Wav2Vec2Config
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, plan_update
@@ -24,7 +25,7 @@ from w2v2.plan.plan import make_plan
 from w2v2.train.identity import hash_ids, identity
 
 FORMATS = ("parquet", "csv")
-FRAMING = Framing((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), 0.65, 10, 2, 12, 0.05, SAMPLING_RATE, False)  # BASE's
+FRAMING = Framing(Wav2Vec2Config(), normalize=False)  # BASE's
 SCHEMA = pa.schema({"id": pa.string(), "audio": pa.string(), "num_samples": pa.int64(), "speaker": pa.string()})
 PART = 500_000  # rows that are made at a time
 

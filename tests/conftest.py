@@ -17,12 +17,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
+from transformers import Wav2Vec2Config
 
 from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
-from w2v2.data.collate import PretrainBatch, build_batch
+from w2v2.data.collate import Framing, PretrainBatch, build_batch
 from w2v2.model import cpu
-from w2v2.model.loading import build_framing
 from w2v2.train.log import read_metrics
 
 _DROPOUTS = "hidden_dropout activation_dropout attention_dropout feat_proj_dropout feat_quantizer_dropout layerdrop"
@@ -48,9 +47,8 @@ def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, d
     noise = [np.random.default_rng([seed, int(i)]).standard_normal(n) for i, n in zip(utterances, lengths, strict=True)]
     crops = Crops(utterances, np.full_like(utterances, epoch), np.zeros_like(utterances), np.asarray(lengths))
     plan = MicroBatchPlan(crops, 0, piece, 1, sum(lengths), weight == 0.0, Cursor())
-    framing = build_framing(config, Wav2Vec2FeatureExtractor(do_normalize=False))
     waveforms = [torch.from_numpy(x * 0.3).to(dtype).numpy() for x in noise]
-    batch = build_batch(plan, crops, waveforms, framing, seed, weight)
+    batch = build_batch(plan, crops, waveforms, Framing(config, normalize=False), seed, weight)
     return replace(batch, original_samples=sum(lengths))
 
 

@@ -18,7 +18,7 @@ import finetune_ctc
 import pretrain
 from w2v2.data.rows import Rows
 from w2v2.model.pretraining import PretrainingModel
-from w2v2.model.transformer import attend, takes_any_lengths
+from w2v2.model.transformer import after_attention, attend, takes_any_lengths
 from w2v2.train.log import read_metrics
 from w2v2.train.update import seed_noise
 
@@ -35,7 +35,11 @@ def fuse(model):
     fused.fuse(model)
 
 
-WAYS = {"eager": lambda model: None, "compiled": PretrainingModel.compile_layers, "fused": fuse}
+def compile_layers(model):
+    model._after_attention = torch.compile(after_attention, dynamic=True)
+
+
+WAYS = {"eager": lambda model: None, "compiled": compile_layers, "fused": fuse}
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
@@ -96,8 +100,8 @@ def test_neither_pass_waits_for_the_device(large, way):
 def test_the_flash_kernel_attends_within_each_utterance():
     """Against the library's kernel, utterance by utterance, in float64: output and gradient, of all frames and of some."""
     lengths, gaps = [80, 96, 1, 96, 64], [1, 2, 1, 1, 2]
-    rows = Rows.build(torch.tensor(lengths), torch.tensor(gaps)).move(lambda x: x.to(DEVICE))
-    asked = Rows.build(torch.tensor([16, 30, 1, 0, 7]), torch.zeros(5, dtype=torch.int64)).move(lambda x: x.to(DEVICE))
+    rows = Rows.build(torch.tensor(lengths), torch.tensor(gaps)).map(lambda x: x.to(DEVICE))
+    asked = Rows.build(torch.tensor([16, 30, 1, 0, 7]), torch.zeros(5, dtype=torch.int64)).map(lambda x: x.to(DEVICE))
     generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = (sum(lengths) + sum(gaps), 3, 12, 64), (sum(asked.lengths), 12, 64)
     qkv, some = (torch.randn(s, dtype=torch.bfloat16, device=DEVICE, generator=generator) for s in shapes)
@@ -114,7 +118,7 @@ def test_the_flash_kernel_attends_within_each_utterance():
 
 
 def test_attention_with_dropout_keeps_the_mean():
-    rows = Rows.build(torch.tensor([64, 31]), torch.tensor([0, 1])).move(lambda x: x.to(DEVICE))
+    rows = Rows.build(torch.tensor([64, 31]), torch.tensor([0, 1])).map(lambda x: x.to(DEVICE))
     qkv = torch.randn(96, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE).unbind(1)
     draws = []
     for seed in (*range(200), 0):

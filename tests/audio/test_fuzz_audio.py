@@ -20,15 +20,13 @@ from conftest import run_here, tiny_config, write_tones
 from safetensors.torch import load_file
 from test_collate import flags_for
 from test_crops import set_flac_length
-from transformers import Wav2Vec2FeatureExtractor
 
 import pretrain
 from w2v2.audio.crops import SAMPLING_RATE, AudioError, measure_length, read_crop, read_pcm
 from w2v2.audio.inspection import measure_lengths
 from w2v2.data.batching import Crops, Cursor, MicroBatchPlan
-from w2v2.data.collate import CropDataset
+from w2v2.data.collate import CropDataset, Framing
 from w2v2.data.utterances import load_manifest
-from w2v2.model.loading import build_framing
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,7 +211,7 @@ def mixed_manifest(folder: Path) -> tuple[Path, list[str], list[str]]:
 def test_a_batch_with_bad_files_is_the_batch_without_them(tmp_path):
     manifest, good, bad = mixed_manifest(tmp_path / "audio")
     table, _ = load_manifest([str(manifest)])
-    framing = build_framing(tiny_config(layerdrop=0.3), Wav2Vec2FeatureExtractor(do_normalize=False))
+    framing = Framing(tiny_config(layerdrop=0.3), normalize=False)
     data = CropDataset(table, framing, seed=3)
     lengths = [20_000] * len(table)
     batch = data[plan_of(range(len(table)), [100] * len(table), lengths)]

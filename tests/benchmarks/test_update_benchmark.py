@@ -1,4 +1,4 @@
-"""benchmarks/update.py and gpu_session.py: what they count and say, and that every step's command line is one."""
+"""benchmarks/update.py: what it counts and says."""
 
 import importlib
 import itertools
@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import gpu_session
 import numpy as np
 import pytest
 import torch
@@ -47,7 +46,7 @@ def test_executed_operations_are_those_that_torch_counts_in_the_transformer(larg
     features = model._features(batch).detach()
     with FlopCounterMode(display=False) as counter:
         model._context(features, batch)
-    stages = forward_flops(config, 80_000, masked=int(batch.num_masked[0]) / batch.rows.lengths[0])
+    stages = forward_flops(config, 80_000, masked=len(batch.masked) / batch.rows.lengths[0])
     executed = sum(stages[name] for name in ("projection", "positional", "linear", "attention"))
     assert counter.get_total_flops() == pytest.approx(executed, rel=0.005)  # a gap's frame, and the stock convolution's
 
@@ -120,16 +119,3 @@ def test_batches_of_like_lengths_hold_every_utterance_and_fit():
 
 def test_every_lever_is_there_to_be_taken_away():
     assert all(hasattr(importlib.import_module(module), name) for module, name, _ in LEVERS.values())
-
-
-def test_update_understands_every_step_of_the_session():
-    for step in (step for step in gpu_session.STEPS.values() if step.startswith("update.py")):
-        for dry_run in (False, True):
-            args = update.parse(gpu_session.command(step, dry_run)[2:])
-            assert update.program_flags(args).torch_compile == ("compile" in step)
-            assert not dry_run or (args.device, args.config_name) == ("cpu", "small")
-
-
-def test_a_failing_step_is_reported_and_not_raised():
-    text, went_well = gpu_session.run("update.py --no_such_flag", False, 600.0)
-    assert "no_such_flag" in text and not went_well

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,17 +55,17 @@ def test_sound_is_what_the_feature_extractor_makes(normalize):
     config, lengths = tiny_config(), [9_001, 16_400, 640]
     rows = [row // 8 + 100 for row in samples(*lengths)]
     batch = make_batch(config, lengths)
-    starts = (batch.first * 320).tolist()
-    batch = replace(batch, samples=lay_out(rows, starts, len(batch.samples)), normalize=normalize)
+    starts = (batch.rows.first * 320).tolist()
     extractor = Wav2Vec2FeatureExtractor(do_normalize=normalize)
-    heard = sound(batch)
+    floats = [row / np.float32(32_768) for row in rows]
+    heard, same = (sound(lay_out(own, starts, len(batch.samples), normalize)) for own in (rows, floats))
     assert heard.dtype == torch.float32
     expected = torch.zeros_like(heard)
-    for row, start in zip(rows, starts, strict=True):
-        own = extractor(row / np.float32(32_768), sampling_rate=16_000).input_values[0]
+    for row, start in zip(floats, starts, strict=True):
+        own = extractor(row, sampling_rate=16_000).input_values[0]
         expected[start : start + len(row)] = torch.from_numpy(own)
     torch.testing.assert_close(heard, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sound(replace(batch, samples=batch.samples / 32_768.0)), heard)
+    torch.testing.assert_close(same, heard)
 
 
 def test_every_frame_has_a_slot_of_its_own():
@@ -79,17 +78,18 @@ def test_every_frame_has_a_slot_of_its_own():
         assert (own, gap) == (alone.rows.lengths[0], alone.rows.gaps[0]) and (own - 1) * 320 + 400 <= length <= (
             own + gap
         ) * 320
-        assert batch.first[row] == slot == batch.rows.bounds[2 * row] and batch.rows.bounds[2 * row + 1] == slot + own
-        assert (batch.row[slot : slot + own + gap] == row).all()
-        assert batch.inside[slot : slot + own + gap].tolist() == [True] * own + [False] * gap
-        assert torch.equal(batch.mask[slot : slot + own + gap], alone.mask)
+        rows = batch.rows
+        assert rows.first[row] == slot == rows.bounds[2 * row] and rows.bounds[2 * row + 1] == slot + own
+        assert (rows.row[slot : slot + own + gap] == row).all() and rows.frames[row] == own
+        assert rows.inside[slot : slot + own + gap].tolist() == [True] * own + [False] * gap
         assert torch.equal(batch.samples[slot * 320 : (slot + own + gap) * 320], alone.samples)
-        assert batch.masked_rows.bounds[2 * row] == len(masked)
+        assert batch.masked_rows.bounds[2 * row] == batch.masked_rows.first[row] == len(masked)
+        assert (batch.masked_rows.row[len(masked) :][: len(alone.masked)] == row).all()
         masked += [slot + i for i in alone.masked.tolist()]
         assert batch.masked_rows.bounds[2 * row + 1] == batch.masked_rows.bounds[2 * row + 2] == len(masked)
         slot += own + gap
-    assert batch.masked.tolist() == masked and batch.rows.bounds[-1] == slot == len(batch.row)
-    assert batch.masked_rows.lengths == tuple(batch.num_masked.tolist()) and batch.is_masked.all()
+    assert batch.masked.tolist() == masked and batch.rows.bounds[-1] == slot == len(batch.rows.row)
+    assert batch.masked_rows.lengths == tuple(batch.masked_rows.frames.tolist()) and batch.masked_rows.inside.all()
 
 
 def test_groups_hold_each_masked_frame_once():
@@ -99,8 +99,8 @@ def test_groups_hold_each_masked_frame_once():
         batch = make_batch(tiny_config(), sorted(lengths.tolist(), reverse=True) if trial % 2 else lengths.tolist())
         places, rows = [], []
         for own, place, valid in batch.masked_groups():
-            assert valid.sum(1).tolist() == batch.num_masked[own].tolist()
-            least, most = int(batch.num_masked[own].min()), int(batch.num_masked[own].max())
+            assert valid.sum(1).tolist() == batch.masked_rows.frames[own].tolist()
+            least, most = int(batch.masked_rows.frames[own].min()), int(batch.masked_rows.frames[own].max())
             assert least >= 0.75 * most and valid.shape[1] - most < 16
             places += place[valid].tolist()
             rows += range(len(lengths))[own]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 from conftest import write_csv
+from transformers import Wav2Vec2Config
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.collate import Framing
@@ -89,8 +90,7 @@ def load(path, framing=None, **changes):
 
 
 def make_framing(mask_length=10):
-    convs = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
-    return Framing(*convs, 0.65, mask_length, 2, 12, 0.0, SAMPLING_RATE, normalize=False)
+    return Framing(Wav2Vec2Config(mask_time_length=mask_length), normalize=False)
 
 
 @pytest.mark.parametrize("most", [None, 12.0])

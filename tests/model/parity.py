@@ -32,9 +32,9 @@ def pair(config, dtype=torch.float32, **attributes):
 
 def as_rows(batch):
     """A micro-batch of ours as the stock model takes it: waveforms (B, S) and masked frames (B, T), padded."""
-    slot = len(batch.samples) // len(batch.row)
-    waveforms = [batch.samples[f * slot :][:n] for f, n in zip(batch.first.tolist(), batch.num_samples, strict=True)]
-    mask = [batch.mask[f : f + t] for f, t in zip(batch.first.tolist(), batch.rows.lengths, strict=True)]
+    slot, rows = len(batch.samples) // len(batch.rows.row), batch.rows
+    waveforms = [batch.samples[f * slot :][:n] for f, n in zip(rows.first.tolist(), batch.num_samples, strict=True)]
+    mask = rows.split(torch.zeros(len(rows.row), dtype=torch.bool).index_fill(0, batch.masked, True))
     return [pad_sequence(x, batch_first=True) for x in (waveforms, mask)]
 
 

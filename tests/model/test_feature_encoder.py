@@ -11,7 +11,6 @@ from transformers import Wav2Vec2ForCTC
 
 from w2v2.finetune.ctc_data import collate_speech
 from w2v2.model.feature_encoder import (
-    Places,
     _affine,
     flat_features,
     hide_padding,
@@ -33,8 +32,8 @@ def test_a_product_in_halves_loses_only_the_rounding(dtype):
     weight -= weight.mean(-1, keepdim=True)  # band-pass: most of each product cancels
     offset = torch.randn(3, 8, generator=generator, dtype=torch.float64)
     windows = F.pad(waveforms, (0, 5)).unfold(1, 10, 5)  # (3, 400, 10)
-    exact = _affine(windows.double(), weight, offset, torch.float64)
-    found = _affine(windows, weight, offset, dtype)
+    exact = _affine(windows.double(), weight, offset, torch.eye(3), torch.float64)
+    found = _affine(windows, weight, offset, torch.eye(3), dtype)
     assert found.dtype == dtype
     # What the bits left over are relative to.
     size = windows.double().abs() @ weight.abs().transpose(1, 2) + offset.abs()[:, None]
@@ -44,7 +43,8 @@ def test_a_product_in_halves_loses_only_the_rounding(dtype):
     assert (plain - exact).abs().mean() > 3 * (found.double() - exact).abs().mean()
     leaves = [weight.requires_grad_(), offset.requires_grad_()]
     gradients = [
-        torch.autograd.grad(_affine(windows, *leaves, d).double().sum(), leaves) for d in (torch.float64, dtype)
+        torch.autograd.grad(_affine(windows, *leaves, torch.eye(3), d).double().sum(), leaves)
+        for d in (torch.float64, dtype)
     ]
     for exact, rough in zip(*gradients, strict=True):
         torch.testing.assert_close(rough, exact, rtol=2e-2, atol=2e-2 * float(exact.abs().max()))
@@ -58,8 +58,8 @@ def test_flat_convs_and_their_gradients_are_the_stock_ones(lengths, changes):
     model, _ = pair(config, torch.float64)
     batch = make_batch(config, lengths, dtype=torch.float64)
     extractor = model.wav2vec2.feature_extractor
-    places = Places(batch.row, batch.first, batch.num_samples)
-    flat, stock = (encode(batch.samples, places, extractor)[batch.inside] for encode in (flat_features, stock_features))
+    inputs = batch.samples, batch.rows, batch.num_samples, extractor
+    flat, stock = (encode(*inputs)[batch.rows.inside] for encode in (flat_features, stock_features))
     waveforms = as_rows(batch)[0]
     alone = [extractor(waveforms[i : i + 1, :n])[0].T for i, n in enumerate(lengths)]
     torch.testing.assert_close(stock, torch.cat(alone))

@@ -19,7 +19,7 @@ TEMPERATURE = 1.3
 def stock_negatives(batch, mask, num_negatives):
     """Our distractors as the flat (row · T + frame) indices of all frames that the stock forward wants. mask (B, T)."""
     B, T = mask.shape
-    chosen = distractors(batch.keys, batch.num_masked, T, num_negatives)  # (B, T, K)
+    chosen = distractors(batch.keys, batch.masked_rows.frames, T, num_negatives)  # (B, T, K)
     out = torch.zeros(B, T, num_negatives, dtype=torch.long)
     for row in range(B):
         frames = mask[row].nonzero()[:, 0]
@@ -160,7 +160,7 @@ def test_feature_penalty_is_that_of_the_convs_output():
     expected = 0.0
     for row, n in enumerate(lengths):
         alone = make_batch(config, [n], first=row)
-        expected += stock.wav2vec2.feature_extractor(as_rows(alone)[0]).pow(2).mean() * alone.mask.sum()
+        expected += stock.wav2vec2.feature_extractor(as_rows(alone)[0]).pow(2).mean() * len(alone.masked)
     torch.testing.assert_close(sums.penalty, expected.detach(), rtol=1e-5, atol=1e-6)
 
 

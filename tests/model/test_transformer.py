@@ -1,7 +1,6 @@
 """The transformer's functions against the stock modules whose parameters they use."""
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,19 +10,10 @@ from parity import assert_same_function, gradients, pair
 
 from w2v2.data.rows import Rows
 from w2v2.model import transformer
-from w2v2.model.cpu import attend_in_blocks
+from w2v2.model.cpu import _AttentionInBlocks, attend_alone
 from w2v2.model.transformer import after_attention, attend, layer, positional
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
-
-
-def places(lengths, gaps):
-    """What the transformer knows of utterances that lie side by side: the fields of a micro-batch."""
-    frames, gaps = torch.tensor(lengths), torch.tensor(gaps)
-    slots = frames + gaps
-    first = slots.cumsum(0) - slots
-    row = torch.arange(len(lengths)).repeat_interleave(slots)
-    return SimpleNamespace(row=row, first=first, frames=frames, rows=Rows.build(frames, gaps))
 
 
 def rows_of(lengths, gaps):
@@ -49,12 +39,11 @@ def test_positional_convolution_in_blocks_is_the_stock_one(monkeypatch, frames, 
     model, _ = pair(config, torch.float64)
     module = model.wav2vec2.encoder.pos_conv_embed
     lengths = [frames, 12, frames + 3]
-    batch = places(lengths, [1, 2, 1])
     rows = rows_of(lengths, [1, 2, 1])
     alone = [torch.randn(n, 32, dtype=torch.float64, requires_grad=True) for n in lengths]
     expected = torch.cat([module(x[None])[0] for x in alone])
     for in_blocks in (True, False):
-        ours = torch.cat(rows.split(positional(module, rows.join(alone), batch, in_blocks)))
+        ours = torch.cat(rows.split(positional(module, rows.join(alone), rows, in_blocks)))
         assert_same_function(ours, expected, [*alone, *module.parameters()], rtol=1e-10, atol=1e-11)
 
 
@@ -106,23 +95,23 @@ def test_each_row_attends_to_its_own_frames_alone(lengths, asked):
 
 def test_dropout_zeroes_weights_after_the_softmax():
     """With the dropped weights read from what is kept for the backward pass, the output is the textbook's."""
-    query, key, value = (x.detach().transpose(1, 2).requires_grad_() for x in inputs(2, 6, seed=1))
-    out = attend_in_blocks(query, key, value, 0.4)
-    dropped = out.grad_fn.saved_tensors[-1].view(2, 3, 6, 6)
-    weights = (query @ key.transpose(2, 3) / 2.0).softmax(-1) * dropped / 0.6
+    query, key, value = (x[0].transpose(0, 1) for x in inputs(1, 6, seed=1))  # (H, T, d)
+    out = _AttentionInBlocks.apply(query, key, value, 0.4)
+    dropped = out.grad_fn.saved_tensors[-1]
+    weights = (query @ key.transpose(1, 2) / 2.0).softmax(-1) * dropped / 0.6
     torch.testing.assert_close(out, weights @ value)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_gradient_with_dropout_for_any_number_of_threads(monkeypatch, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    query, key, value = (x.detach().transpose(1, 2).requires_grad_() for x in inputs(2, 5, seed=2))
+    query, key, value = (x.detach()[0].requires_grad_() for x in inputs(1, 5, H=6, seed=2))
 
     def attention(*x):
         torch.manual_seed(7)
-        return attend_in_blocks(*x, 0.3)
+        return attend_alone(*x, 0.3)
 
-    assert torch.autograd.gradcheck(attention, (query, key, value))
+    assert torch.autograd.gradcheck(attention, (query[:3], key, value))
     found = attention(query, key, value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert torch.equal(found, attention(query, key, value))

@@ -152,7 +152,7 @@ def test_sizes_hold_the_micro_batches_they_were_found_from():
     config, rng = tiny_config(), np.random.default_rng(0)
     for _ in range(20):
         batches = [make_batch(config, rng.integers(5_000, 40_000, rng.integers(1, 9)).tolist()) for _ in range(4)]
-        slots, rows = max(len(batch.row) for batch in batches), max(len(batch.rows.lengths) for batch in batches)
+        slots, rows = max(len(batch.rows.row) for batch in batches), max(len(batch.rows.lengths) for batch in batches)
         sizes = find_sizes(batches, PieceSize(slots, rows))
         assert all(sizes.hold(batch) for batch in batches)
         assert not all(sizes._replace(slots=slots).hold(batch) for batch in batches)  # one slot is nobody's

@@ -12,14 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import make_batch, tiny_config
-from transformers import Wav2Vec2FeatureExtractor
 from two_ranks import NOISY, settings
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import Cursor, EffectiveBatches, plan_update
-from w2v2.data.collate import build_batch
+from w2v2.data.collate import Framing, build_batch
 from w2v2.errors import UserError
-from w2v2.model.loading import build_framing
 from w2v2.model.pretraining import PretrainingModel
 from w2v2.train import micro_batch
 from w2v2.train.micro_batch import Trial, fit, largest, worst_case
@@ -32,7 +30,7 @@ OPTIMIZER = SimpleNamespace(
 
 
 def framing(**changes):
-    return build_framing(tiny_config(**changes), Wav2Vec2FeatureExtractor(do_normalize=False))
+    return Framing(tiny_config(**changes), normalize=False)
 
 
 @pytest.fixture
@@ -142,7 +140,7 @@ def costs(batch):
     an utterance has three quarters of its group's masked frames, more than half of their pairs are its own.
     """
     pairs = sum(most * most * (rows.stop - rows.start) for rows, most in batch.groups)
-    return np.array([len(batch.row), sum(t * t for t in batch.rows.lengths), len(batch.masked), pairs * 0.75**2])
+    return np.array([len(batch.rows.row), sum(t * t for t in batch.rows.lengths), len(batch.masked), pairs * 0.75**2])
 
 
 @pytest.mark.parametrize("seed", range(12))

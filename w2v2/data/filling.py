@@ -34,8 +34,8 @@ class Sizes(NamedTuple):
     def hold(self, batch: PretrainBatch) -> bool:
         """Whether the micro-batch fits; at least one slot is left over."""
         most = -(-batch.masked_rows.longest // SLOTS) * SLOTS
-        found = len(batch.row) + 1, len(batch.first), len(batch.masked), most, batch.rows.longest
-        stretches = math.ceil((self.slots - len(batch.row)) / self.longest)  # of what is left over
+        found = len(batch.rows.row) + 1, len(batch.keys), len(batch.masked), most, batch.rows.longest
+        stretches = math.ceil((self.slots - len(batch.rows.row)) / self.longest)  # of what is left over
         fits = all(own <= size for own, size in zip(found, self, strict=True))
         return fits and self.masked - len(batch.masked) <= stretches * self.most_asked
 
@@ -70,15 +70,22 @@ class FilledCrops(Dataset):
 
 def fill_up(batch: PretrainBatch, sizes: Sizes) -> PretrainBatch:
     """The micro-batch in the shapes of `sizes`; loss and gradient stay as they are. `sizes` has to hold it."""
-    N, P, b, slot = len(batch.row), len(batch.masked), len(batch.first), len(batch.samples) // len(batch.row)
+    N, P, b = len(batch.rows.row), len(batch.masked), len(batch.keys)
+    slot = len(batch.samples) // N
     slots, rows, masked = sizes.slots - N, sizes.utterances - b, sizes.masked - P  # what is missing
 
     def more(x: torch.Tensor, number: int, value: int) -> torch.Tensor:
         return F.pad(x, (0, number), value=value)
 
-    def longer(own: Rows, gap: int, ends: torch.Tensor, longest: int) -> Rows:
-        gaps = *own.gaps[:-1], own.gaps[-1] + gap
-        return Rows(own.lengths, gaps, torch.cat([own.bounds, ends]).int(), longest)
+    def longer(own: Rows, number: int, ends: torch.Tensor, longest: int) -> Rows:
+        return own._replace(
+            row=more(own.row, number, b - 1),
+            first=more(own.first, rows, len(own.row) + number),
+            frames=more(own.frames, rows, 0),
+            bounds=torch.cat([own.bounds, ends]).int(),
+            gaps=(*own.gaps[:-1], own.gaps[-1] + number),
+            longest=longest,
+        )
 
     # What is left over attends to itself, in stretches no longer than others. Stretches of no slot stand in for
     # utterances that are missing. The last slot is nobody's: masked frames that are missing lie there,
@@ -91,14 +98,9 @@ def fill_up(batch: PretrainBatch, sizes: Sizes) -> PretrainBatch:
     return replace(
         batch,
         samples=more(batch.samples, slots * slot, 0),
-        row=more(batch.row, slots, b - 1),
-        first=more(batch.first, rows, sizes.slots),
         num_samples=more(batch.num_samples, rows, slot),  # statistics of no samples would not be numbers
-        frames=more(batch.frames, rows, 0),
         keys=more(batch.keys, rows, 0),
-        mask=more(batch.mask, slots, False),
         masked=more(batch.masked, masked, sizes.slots - 1),
-        num_masked=more(batch.num_masked, rows, 0),
         kept=more(batch.kept, rows, False),
         rows=longer(batch.rows, slots, ends, sizes.longest),
         masked_rows=longer(batch.masked_rows, masked, asked, sizes.most_asked),

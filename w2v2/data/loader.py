@@ -17,11 +17,10 @@ def build_loader(
     dataset: Dataset, plans: Iterable[MicroBatchPlan], num_workers: int, prefetch_factor: int, pin_memory: bool
 ) -> DataLoader:
     """A loader that decodes the micro-batches of `plans` ahead of time, in their order."""
-    options = {"num_workers": num_workers, "pin_memory": pin_memory}
+    options = dict(batch_size=None, sampler=plans, num_workers=num_workers, pin_memory=pin_memory)
     if num_workers:
-        options |= {"prefetch_factor": prefetch_factor, "persistent_workers": True}
-        options |= {"worker_init_fn": shield_worker, "timeout": TIMEOUT_SECONDS}
-    return DataLoader(dataset, batch_size=None, sampler=plans, **options)
+        options |= dict(prefetch_factor=prefetch_factor, worker_init_fn=shield_worker, timeout=TIMEOUT_SECONDS)
+    return DataLoader(dataset, persistent_workers=num_workers > 0, **options)
 
 
 def shield_worker(worker: int) -> None:

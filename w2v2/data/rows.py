@@ -11,22 +11,33 @@ import torch.nn.functional as F
 
 
 class Rows(NamedTuple):
-    """Where each utterance lies, and its gap."""
+    """Where each utterance lies, and its gap. Tensors are on the device, the rest on the host."""
 
-    lengths: tuple[int, ...]  # of each utterance, on the host
-    gaps: tuple[int, ...]  # behind each, on the host
-    bounds: torch.Tensor  # (2 · B + 1,) int32, where utterances and gaps begin in turn, and the end, on the device
-    longest: int  # of all of them
+    row: torch.Tensor  # (N,) int64, the utterance of each place; a gap belongs to the utterance before it
+    first: torch.Tensor  # (B,) int64, the place where each utterance begins
+    frames: torch.Tensor  # (B,) int64, of each utterance
+    bounds: torch.Tensor  # (2 · B + 1,) int32, where utterances and gaps begin in turn, and the end
+    lengths: tuple[int, ...]  # `frames`
+    gaps: tuple[int, ...]  # behind each
+    longest: int  # of all utterances and gaps
 
     @classmethod
-    def build(cls, lengths: torch.Tensor, gaps: torch.Tensor) -> "Rows":
+    def build(cls, frames: torch.Tensor, gaps: torch.Tensor) -> "Rows":
         """Of so many frames, and places behind them: (B,) and (B,) int64."""
-        both = torch.stack([lengths, gaps], 1)  # (B, 2)
-        bounds = F.pad(both.flatten().cumsum(0), (1, 0)).int()
-        return cls(tuple(lengths.tolist()), tuple(gaps.tolist()), bounds, int(both.max()))
+        both = torch.stack([frames, gaps], 1)  # (B, 2)
+        bounds = F.pad(both.flatten().cumsum(0), (1, 0))
+        row = torch.arange(len(frames)).repeat_interleave(both.sum(1))
+        lengths, gaps = both.T.tolist()
+        return cls(row, bounds[:-1:2], frames, bounds.int(), tuple(lengths), tuple(gaps), max(lengths + gaps))
 
-    def move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
-        return self._replace(bounds=move(self.bounds))
+    @property
+    def inside(self) -> torch.Tensor:
+        """(N,) bool: the places that hold a frame of their utterance, and are no gap."""
+        return torch.arange(len(self.row), device=self.row.device) - self.first[self.row] < self.frames[self.row]
+
+    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
+        """Each tensor in place of another."""
+        return Rows(*(move(x) if torch.is_tensor(x) else x for x in self))
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(N, …) → (T, …) of each utterance. One split, because each slice would fill its gradient up with zeros."""
@@ -39,5 +50,4 @@ class Rows(NamedTuple):
 
     def choose(self, kept: torch.Tensor) -> "Rows":
         """Those utterances that are `kept`, (B,) bool, side by side."""
-        chosen = kept.nonzero()[:, 0].cpu()
-        return Rows.build(torch.tensor(self.lengths)[chosen], torch.tensor(self.gaps)[chosen])
+        return Rows.build(*torch.tensor([self.lengths, self.gaps])[:, kept.nonzero()[:, 0].cpu()])

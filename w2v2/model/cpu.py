@@ -4,7 +4,7 @@ On x86 PyTorch sends float32 products to MKL. oneDNN, which it brings along, was
 on an AMD processor, in the forward pass and for the input's gradient. oneDNN keeps what it compiles for each shape, so
 small models, which gain nothing, stay with MKL. On other devices these functions fall back to the stock ones.
 
-Shapes: B utterances, M frames that ask, T frames that are attended to, H heads, d width of a head.
+Shapes: M frames that ask, T frames that are attended to, H heads, d width of a head.
 """
 
 import ctypes
@@ -82,13 +82,21 @@ def draw_kept(kept: torch.Tensor, p: float) -> None:
     torch.ge(draws, round(p * 65_536) - 32_768, out=kept)
 
 
-def attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Query (B, H, M, d), key and value (B, H, T, d) → (B, H, M, d), with dropout: no library has a kernel for it."""
-    return _AttentionInBlocks.apply(query, key, value, dropout)
+def attend_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Attention of one utterance: query (M, H, d), key and value (T, H, d) → (M, H, d).
+
+    With dropout no library has a kernel for a CPU.
+    """
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # (M or T, H, d) -> (H, M or T, d)
+    if dropout > 0.0 and query.device.type == "cpu":
+        return _AttentionInBlocks.apply(query, key, value, dropout).transpose(0, 1)
+    out = F.scaled_dot_product_attention(query[None], key[None], value[None], dropout_p=dropout)
+    return out[0].transpose(0, 1)
 
 
 class _AttentionInBlocks(torch.autograd.Function):
-    """Computes as many heads at a time as there are threads, so that their weights stay in the cache.
+    """Query (H, M, d), key and value (H, T, d) → (H, M, d), as many heads at a time as there are threads, so that their
+    weights stay in the cache.
 
     As in flash attention (Dao et al., 2022, algorithm 4), the backward pass computes the weights again. One byte a
     weight is kept: whether it was dropped.
@@ -96,10 +104,7 @@ class _AttentionInBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, dropout):
-        B, H, M, d = query.shape
-        # (B, H, M, d) -> (B · H, M, d), and (B, H, T, d) -> (B · H, T, d)
-        query, key, value = (x.reshape(B * H, -1, d) for x in (query, key, value))  # no copies where B is 1
-        out, kept = torch.empty_like(query), torch.empty(B * H, M, value.shape[1], dtype=torch.bool)
+        out, kept = torch.empty_like(query), torch.empty(*query.shape[:2], key.shape[1], dtype=torch.bool)
         for heads, (p, f) in _blocks(query, key, 2):
             _weigh(query[heads], key[heads], out=p)
             draw_kept(kept[heads], dropout)
@@ -107,14 +112,12 @@ class _AttentionInBlocks(torch.autograd.Function):
         out *= 1.0 / (1.0 - dropout)
         ctx.save_for_backward(query, key, value, out, kept)
         ctx.dropout = dropout
-        return out.view(B, H, M, d)
+        return out
 
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, out, kept = ctx.saved_tensors
-        B, H, M, d = gradient.shape
-        gradient = gradient.reshape(B * H, M, d)
-        shift = (gradient * out).sum(-1, keepdim=True)  # (B · H, M, 1)
+        shift = (gradient * out).sum(-1, keepdim=True)  # (H, M, 1)
         scaled = gradient * (1.0 / (1.0 - ctx.dropout))
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for heads, (p, dp, f) in _blocks(query, key, 3):
@@ -128,9 +131,8 @@ class _AttentionInBlocks(torch.autograd.Function):
             torch.bmm(p.mul_(f).transpose(1, 2), scaled[heads], out=d_value[heads])
             torch.bmm(dp, key[heads], out=d_query[heads])
             torch.bmm(dp.transpose(1, 2), query[heads], out=d_key[heads])
-        d_query *= d**-0.5
-        d_key *= d**-0.5
-        return d_query.view(B, H, M, d), d_key.view(B, H, -1, d), d_value.view(B, H, -1, d), None
+        scale = query.shape[-1] ** -0.5
+        return d_query.mul_(scale), d_key.mul_(scale), d_value, None
 
 
 def _weigh(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
@@ -140,7 +142,7 @@ def _weigh(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _blocks(query: torch.Tensor, key: torch.Tensor, number: int):
-    """The heads of query (B · H, M, d) and key (B · H, T, d) that are computed together, with buffers (heads, M, T)."""
+    """The heads of query (H, M, d) and key (H, T, d) that are computed together, with buffers (heads, M, T)."""
     together = min(len(query), torch.get_num_threads())
     buffers = [query.new_empty(together, query.shape[1], key.shape[1]) for _ in range(number)]
     for first in range(0, len(query), together):

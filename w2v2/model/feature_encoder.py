@@ -14,7 +14,6 @@ first convolution in a slot (64).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 
 from w2v2.data.masking import latent_lengths, least_samples
+from w2v2.data.rows import Rows
 from w2v2.model.cpu import linear, product
 from w2v2.model.transformer import norm
 
@@ -54,74 +54,47 @@ class _PairsWithNext(torch.autograd.Function):
     def backward(ctx, gradient):
         x, first_two, third = ctx.saved_tensors
         channels, pairs = x.shape[1], x.view(len(x) // 2, -1)
-        d_weight = torch.empty(len(third), channels, 3, dtype=x.dtype, device=x.device)
-        d_weight[:, :, :2] = (gradient.T @ pairs).unflatten(1, (2, channels)).transpose(1, 2)  # (O, 2 · C) -> (O, C, 2)
-        d_weight[:, :, 2] = gradient[:-1].T @ pairs[1:, :channels]
+        d_weight = torch.cat([gradient.T @ pairs, gradient[:-1].T @ pairs[1:, :channels]], 1)  # (O, 3 · C)
         d_pairs = product(gradient, first_two.T)
         d_pairs[1:, :channels].addmm_(gradient[:-1], third)
-        return d_pairs.view(-1, channels), d_weight  # (N/2, 2 · C) -> (N, C)
+        return d_pairs.view(-1, channels), d_weight.unflatten(1, (3, -1)).transpose(1, 2)  # (N, C), (O, C, 3)
 
 
-class Places(NamedTuple):
-    """Where utterances lie among the slots."""
-
-    row: torch.Tensor  # (N,) int64, the utterance of each slot
-    first: torch.Tensor  # (B,) int64, the slot where each begins
-    num_samples: torch.Tensor  # (B,) int64
-
-
-def _fold_norm(windows: torch.Tensor, places: Places, layer: nn.Module) -> tuple[torch.Tensor, ...]:
-    """First convolution and group norm as one affine map an utterance: weight (B, C, k), offset (B, C), in float64.
+def _fold_norm(windows: torch.Tensor, rows: Rows, num_samples: torch.Tensor, layer: nn.Module) -> tuple:
+    """First convolution and group norm as one affine map an utterance: weight (B, C, k), offset (B, C), in float64; and
+    whose each slot is, (N, B).
 
     A linear map w of windows (N, W, k) with mean μ and covariance Σ has the mean wᵀμ and the variance wᵀΣw.
     """
-    conv, group_norm, (row, first, num_samples) = layer.conv, layer.layer_norm, places
+    conv, group_norm, (N, W, k) = layer.conv, layer.layer_norm, windows.shape
     with torch.no_grad():
-        N, W, k = windows.shape
         count = latent_lengths(num_samples, conv.kernel_size, conv.stride)  # (B,)
-        slot, window = torch.arange(N, device=row.device), torch.arange(W, device=row.device)
-        inside = ((slot - first[row]) * W)[:, None] + window < count[row, None]  # (N, W)
-        u = torch.where(inside[..., None], windows.double(), 0.0)
-        mean = u.new_zeros(len(first), k).index_add_(0, row, u.sum(1)) / count[:, None]  # (B, k)
-        centred = torch.where(inside[..., None], u - mean[row, None], 0.0)
-        covariance = u.new_zeros(len(first), k, k).index_add_(0, row, centred.transpose(1, 2) @ centred)
-        covariance /= count[:, None, None]  # (B, k, k)
+        slot, window, row = (torch.arange(n, device=count.device) for n in (N, W, len(count)))
+        inside = ((slot - rows.first[rows.row]) * W)[:, None] + window < count[rows.row, None]  # (N, W)
+        u, own = torch.where(inside[..., None], windows.double(), 0.0), (rows.row[:, None] == row).double()
+        mean = own.T @ u.sum(1) / count[:, None]  # (B, k)
+        squares = own.T @ (u.transpose(1, 2) @ u).flatten(1) / count[:, None]  # (B, k · k)
+        covariance = squares.view(-1, k, k) - mean[:, :, None] * mean[:, None]
     weight = conv.weight[:, 0].double()  # (C, k)
     variance = torch.einsum("ck,bkl,cl->bc", weight, covariance, weight)
     gain = torch.rsqrt(variance + group_norm.eps) * group_norm.weight.double()  # (B, C)
     folded = gain[:, :, None] * weight  # (B, C, k)
-    return folded, group_norm.bias.double() - (folded * mean[:, None]).sum(-1)
+    return folded, group_norm.bias.double() - (folded * mean[:, None]).sum(-1), own
 
 
-class _TakeRows(torch.autograd.Function):
-    """`x[row]`: (B, …) → (N, …). The gradient is summed by a product, which adds in float32."""
+def _affine(windows, weight, offset, own: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """windows (N, W, k) times weight (B, C, k) plus offset (B, C), those of a slot's `own` utterance → (N, W, C) in `dtype`.
 
-    @staticmethod
-    def forward(ctx, x, row):
-        ctx.save_for_backward(row)
-        ctx.number = len(x)
-        return x.index_select(0, row)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (row,) = ctx.saved_tensors
-        is_own = torch.arange(ctx.number, device=row.device)[:, None] == row  # (B, N)
-        return (is_own.to(gradient.dtype) @ gradient.flatten(1)).view(-1, *gradient.shape[1:]), None
-
-
-def _affine(windows, weight, offset, dtype: torch.dtype, row: torch.Tensor | None = None) -> torch.Tensor:
-    """windows (N, W, k) times weight (B, C, k) plus offset (B, C), those of `row` (N,) → (N, W, C) in `dtype`.
-
+    own: (N, B), ones and zeros. A product with it takes an utterance's rows, and sums their gradient, in float32.
     A 16-bit type alone would round the waveform and the folded weights away. So its product is over the high and low
     half of each, [x_hi x_lo x_hi 1 1] · [w_hi w_hi w_lo b_hi b_lo], which carries twice the bits.
     """
 
     def take(x):
-        return x if row is None else _TakeRows.apply(x, row)
+        return (own.to(dtype) @ x.to(dtype).flatten(1)).view(-1, *x.shape[1:])  # (B, …) -> (N, …)
 
     if dtype not in (torch.bfloat16, torch.float16):
-        weight, offset = take(weight.to(dtype)), take(offset.to(dtype))
-        return torch.baddbmm(offset[:, None], windows.to(dtype), weight.transpose(1, 2))
+        return torch.baddbmm(take(offset)[:, None], windows.to(dtype), take(weight).transpose(1, 2))
 
     def halves(x):
         high = x.to(dtype)
@@ -132,30 +105,28 @@ def _affine(windows, weight, offset, dtype: torch.dtype, row: torch.Tensor | Non
     return x @ take(torch.cat([w_high, w_high, w_low, b_high, b_low], -1)).transpose(1, 2)
 
 
-def flat_features(samples: torch.Tensor, places: Places, extractor: nn.Module) -> torch.Tensor:
+def flat_features(samples: torch.Tensor, rows: Rows, num_samples: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
     """Samples (N · slot,) → latent frames (N, C), each utterance's as if it were alone, in autocast's type.
 
     A slot past the frames of its utterance holds garbage.
     """
-    layers, device = extractor.conv_layers, samples.device.type
-    first = layers[0]
+    (first, *others), device = extractor.conv_layers, samples.device.type
     kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else samples.dtype
     with torch.autocast(device, enabled=False):
         # 1. The first convolution, with BASE's group norm folded in: (N · slot,) -> (N, W, C).
-        num_windows = len(samples) // stride
-        windows = F.pad(samples, (0, kernel - stride)).as_strided((num_windows, kernel), (stride, 1))
+        N, slot = len(rows.row), len(samples) // len(rows.row)
+        windows = F.pad(samples, (0, kernel - stride)).as_strided((N, slot // stride, kernel), (slot, stride, 1))
         if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
-            windows = windows.view(len(places.row), -1, kernel)  # (N, W, k)
-            x = first.activation(_affine(windows, *_fold_norm(windows, places, first), dtype, places.row))
+            x = first.activation(_affine(windows, *_fold_norm(windows, rows, num_samples, first), dtype))
         else:
             weight = first.conv.weight[None, :, 0]  # (1, C, k)
             bias = weight.new_zeros(weight.shape[:2]) if first.conv.bias is None else first.conv.bias[None]
-            x = _activate(_affine(windows[None], weight, bias, dtype), first)
+            x = _activate(_affine(windows.flatten(0, 1)[None], weight, bias, rows.row.new_ones(1, 1), dtype), first)
 
         # 2. The others halve the frames: (frames, C) -> (frames / 2, C).
         x = x.flatten(0, 1)
-        for layer in layers[1:]:
+        for layer in others:
             weight = layer.conv.weight.to(dtype)  # (O, C, 2 or 3)
             if weight.shape[-1] == 3:
                 x = _PairsWithNext.apply(x, weight)
@@ -172,16 +143,15 @@ def _activate(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     return layer.activation(norm(layer.layer_norm, x) if hasattr(layer, "layer_norm") else x)
 
 
-def stock_features(samples: torch.Tensor, places: Places, extractor: nn.Module) -> torch.Tensor:
+def stock_features(samples: torch.Tensor, rows: Rows, num_samples: torch.Tensor, extractor: nn.Module) -> torch.Tensor:
     """The same through the stock layers, one utterance at a time, for configurations that are not flat."""
-    slot, found = len(samples) // len(places.row), []
-    starts = places.first.tolist()
-    for start, stop, length in zip(starts, [*starts[1:], len(places.row)], places.num_samples.tolist(), strict=True):
-        x = samples[start * slot : start * slot + length][None, None]
+    slot, found = len(samples) // len(rows.row), []
+    for first, length, T in zip(rows.first.tolist(), num_samples.tolist(), rows.lengths, strict=True):
+        x = samples[first * slot :][:length][None, None]
         for layer in extractor.conv_layers:
-            x = layer(x)  # (1, C, T)
-        found.append(F.pad(x[0].T, (0, 0, 0, stop - start - x.shape[-1])))
-    return torch.cat(found)
+            x = layer(x)  # (1, C, frames)
+        found.append(F.pad(x[0].T, (0, 0, 0, T - x.shape[-1])))
+    return rows.join(found)
 
 
 def num_frames(config: Wav2Vec2Config, num_samples: int) -> int:
@@ -194,7 +164,7 @@ def min_samples(config: Wav2Vec2Config) -> int:
     return least_samples(1, config.conv_kernel, config.conv_stride)
 
 
-def encoder_of(config: Wav2Vec2Config) -> Callable[[torch.Tensor, Places, nn.Module], torch.Tensor]:
+def encoder_of(config: Wav2Vec2Config) -> Callable[[torch.Tensor, Rows, torch.Tensor, nn.Module], torch.Tensor]:
     """`flat_features` where the configuration allows it."""
     return flat_features if is_flat(config) else stock_features
 
@@ -202,22 +172,17 @@ def encoder_of(config: Wav2Vec2Config) -> Callable[[torch.Tensor, Places, nn.Mod
 class LoneRowsFeatureEncoder(Wav2Vec2FeatureEncoder):
     """The stock convs, but each row comes out as if alone; stock group norm over time lets padding change all frames."""
 
+    config: Wav2Vec2Config
     num_samples: torch.Tensor | None = None  # (B,) of the batch at hand; None: no padding
 
-    def __init__(self, config: Wav2Vec2Config):
-        super().__init__(config)
-        self.encode = encoder_of(config)
-        self.config = config
-
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        B, S = input_values.shape
-        device, slot = input_values.device, math.prod(self.config.conv_stride)
-        slots, T = S // slot + 1, num_frames(self.config, S)  # of a row
-        first = torch.arange(0, B * slots, slots, device=device)
-        num_samples = torch.full((B,), S, device=device) if self.num_samples is None else self.num_samples
-        places = Places(torch.arange(B, device=device).repeat_interleave(slots), first, num_samples)
-        features = self.encode(F.pad(input_values, (0, slots * slot - S)).flatten(), places, self)
-        return features.view(B, slots, -1)[:, :T].transpose(1, 2)  # (B · slots, C) -> (B, C, T)
+        (B, S), slot = input_values.shape, math.prod(self.config.conv_stride)
+        frames = torch.full((B,), num_frames(self.config, S))
+        rows = Rows.build(frames, S // slot + 1 - frames).map(lambda x: x.to(input_values.device))
+        num_samples = torch.full_like(rows.first, S) if self.num_samples is None else self.num_samples
+        samples = F.pad(input_values, (0, slot - S % slot)).flatten()
+        features = encoder_of(self.config)(samples, rows, num_samples, self)
+        return torch.stack(rows.split(features)).transpose(1, 2)  # B times (T, C) -> (B, C, T)
 
 
 def hide_padding(model: PreTrainedModel) -> PreTrainedModel:
@@ -227,6 +192,7 @@ def hide_padding(model: PreTrainedModel) -> PreTrainedModel:
     """
     base = model.wav2vec2
     encoder = LoneRowsFeatureEncoder(model.config)
+    encoder.config = model.config
     encoder.load_state_dict(base.feature_extractor.state_dict())
     base.feature_extractor = encoder.to(base.device, base.dtype)
     base.register_forward_pre_hook(_before_forward, with_kwargs=True)

@@ -17,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 
 import w2v2
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.data.collate import Framing
 from w2v2.errors import UserError
 
 # Without it transformers may load, in place of a Hub repository's weights, those of a stranger's pull request to it.
@@ -232,18 +231,3 @@ def load_feature_extractor(source: str, config: PretrainedConfig) -> Wav2Vec2Fea
     if extractor.sampling_rate != SAMPLING_RATE:
         raise UserError(f"{source}: made for {extractor.sampling_rate} Hz; this program feeds {SAMPLING_RATE} Hz")
     return extractor
-
-
-def build_framing(config: Wav2Vec2Config, feature_extractor: Wav2Vec2FeatureExtractor) -> Framing:
-    """What the data has to know of the model."""
-    return Framing(
-        kernels=tuple(config.conv_kernel),
-        strides=tuple(config.conv_stride),
-        mask_prob=config.mask_time_prob,
-        mask_length=config.mask_time_length,
-        min_masks=config.mask_time_min_masks,
-        num_layers=config.num_hidden_layers,
-        layerdrop=config.layerdrop,
-        sampling_rate=SAMPLING_RATE,
-        normalize=bool(feature_extractor.do_normalize),
-    )

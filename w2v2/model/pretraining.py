@@ -19,7 +19,7 @@ from w2v2.data.masking import distractors
 from w2v2.errors import refuse
 from w2v2.model import objective
 from w2v2.model.cpu import dropout
-from w2v2.model.feature_encoder import Places, encoder_of
+from w2v2.model.feature_encoder import encoder_of
 from w2v2.model.loading import load_weights, make_model
 from w2v2.model.transformer import after_attention, layer, linear, norm, positional, skips_rows
 
@@ -78,7 +78,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             diversity_weight: default the configuration's `diversity_loss_weight`.
             mean_codes: (G, V) mean code distribution of the effective batch; by default the micro-batch's own.
         """
-        num_masked = batch.num_masked.sum()
+        rows, num_masked = batch.rows, batch.masked_rows.frames.sum()
 
         # 1. Latent frames, and what the transformer and the quantizer make of them.
         features = self._features(batch)  # (N, C)
@@ -89,7 +89,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
             # 2. Quantize the masked frames.
             one_hot, codes = objective.choose_codes(logits, gumbel_temperature if self.training else None)
-            soft, hard, entropy = objective.code_statistics(logits, batch.is_masked)
+            soft, hard, entropy = objective.code_statistics(logits, batch.masked_rows.inside)
             codevectors = objective.look_up(one_hot, self.quantizer.codevectors)  # (P, codevector_dim)
 
             # 3. Contrast them with distractors, other masked frames of the same utterance.
@@ -101,7 +101,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
                 diversity = objective.diversity_loss(soft, num_masked)
             else:
                 diversity = objective.shared_diversity_loss(soft, mean_codes, num_masked)
-            share = (batch.num_masked / batch.frames.clamp_min(1))[batch.row] * batch.inside  # (N,)
+            share = (batch.masked_rows.frames / rows.frames.clamp_min(1))[rows.row] * rows.inside  # (N,)
             penalty = objective.feature_penalty(features, share)
             weight = self.config.diversity_loss_weight if diversity_weight is None else diversity_weight
             loss = contrast[0] + weight * diversity + self.feature_penalty_weight * penalty
@@ -116,20 +116,16 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         features = self._features(batch)
         with torch.autocast(features.device.type, enabled=False):
             normed = norm(self.wav2vec2.feature_projection.layer_norm, features)
-            soft, _, _ = objective.code_statistics(self._code_logits(normed, batch), batch.is_masked)
-        return batch.weight * soft, batch.weight * batch.num_masked.sum()
-
-    def compile_layers(self) -> None:
-        """Fuse what a layer does frame by frame. One graph serves all shapes."""
-        self._after_attention = torch.compile(after_attention, dynamic=True)
+            soft, _, _ = objective.code_statistics(self._code_logits(normed, batch), batch.masked_rows.inside)
+        return batch.weight * soft, batch.weight * batch.masked_rows.frames.sum()
 
     def _features(self, batch: PretrainBatch) -> torch.Tensor:
         """Output of the convs (N, C), its gradient scaled, in autocast's type; zero in the gaps."""
-        places = Places(batch.row, batch.first, batch.num_samples)
-        features = self._stage("convs", encoder_of(self.config), sound(batch), places, self.wav2vec2.feature_extractor)
+        inputs = sound(batch.samples), batch.rows, batch.num_samples, self.wav2vec2.feature_extractor
+        features = self._stage("convs", encoder_of(self.config), *inputs)
         if torch.is_autocast_enabled(features.device.type):
             features = features.to(torch.get_autocast_dtype(features.device.type))
-        return objective.scale_gradient(torch.where(batch.inside[:, None], features, 0.0), self.feature_grad_mult)
+        return objective.scale_gradient(torch.where(batch.rows.inside[:, None], features, 0.0), self.feature_grad_mult)
 
     def _stage(self, name: str, function, *arguments):
         """`function(*arguments)`. If `name` is in `recomputed`, the backward pass computes its activations again."""
@@ -147,7 +143,8 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         """The sums of `objective.contrastive_loss` over all utterances, (4,): from context and quantized (P, D), codes (P, G)."""
         sums = []
         for rows, places, valid in batch.masked_groups():  # (b, M)
-            drawn = distractors(batch.keys[rows], batch.num_masked[rows], valid.shape[1], self.config.num_negatives)
+            counts = batch.masked_rows.frames[rows]
+            drawn = distractors(batch.keys[rows], counts, valid.shape[1], self.config.num_negatives)
             own = (x.index_select(0, places.flatten()).unflatten(0, places.shape) for x in (context, quantized, codes))
             temperature = self.config.contrastive_logits_temperature
             sums.append(torch.stack(objective.contrastive_loss(*own, drawn, valid, temperature)))
@@ -157,14 +154,14 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         """Transformer over the masked sequence: (P, D), the context of the masked frames. Others are not needed."""
         encoder, projection = self.wav2vec2.encoder, self.wav2vec2.feature_projection
 
-        # 1. Project and mask: (N, C) -> (N, D).
+        # 1. Project and mask: (N, C) -> (N, D). Masked frames that are only filled up with lie in a gap.
         hidden = dropout(linear(projection.projection, normed), projection.dropout.p, self.training)
-        hidden = torch.where(batch.mask[:, None], self.wav2vec2.masked_spec_embed.to(hidden.dtype), hidden)
-        hidden = torch.where(batch.inside[:, None], hidden, 0.0)
+        embedding = self.wav2vec2.masked_spec_embed.to(hidden.dtype).expand(len(batch.masked), -1)  # (P, D)
+        hidden = hidden.index_copy(0, batch.masked, embedding)
+        hidden = torch.where(batch.rows.inside[:, None], hidden, 0.0)
 
         # 2. Positions.
-        in_blocks = hidden.device.type != "cpu" if self.positional_in_blocks is None else self.positional_in_blocks
-        hidden = hidden + positional(encoder.pos_conv_embed, hidden, batch, in_blocks)
+        hidden = hidden + positional(encoder.pos_conv_embed, hidden, batch.rows, self.positional_in_blocks)
 
         # 3. The layers. The last one gives (P, D).
         pre_norm = self.config.do_stable_layer_norm
@@ -176,7 +173,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
     def _layer(self, module, hidden: torch.Tensor, batch: PretrainBatch, index: int, dtype) -> torch.Tensor:
         """One layer, for the utterances that layerdrop leaves it: (N, D) → (N, D). The last gives the masked frames (P, D)."""
-        rows, row = batch.rows, batch.row
+        rows, row = batch.rows, batch.rows.row
         kept = batch.kept[index] if self.training and self.config.layerdrop > 0 else None  # (B,)
 
         def run(x, rows, asked=None):
@@ -185,7 +182,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         # 1. The last layer's other frames are not needed.
         if index == self.config.num_hidden_layers - 1:
             out = run(hidden, rows, (batch.masked, batch.masked_rows))
-            row, hidden = row[batch.masked], hidden.index_select(0, batch.masked)
+            row, hidden = batch.masked_rows.row, hidden.index_select(0, batch.masked)
         # 2. A CPU computes a layer for those utterances alone.
         elif kept is not None and skips_rows(hidden) and kept.any():
             slots = kept[row].nonzero()[:, 0]
@@ -212,10 +209,9 @@ def build_model(args, config: Wav2Vec2Config, checkpoint: Path | None = None) ->
     model.feature_penalty_weight = args.feature_penalty_weight
     if args.gradient_checkpointing:
         model.recomputed = frozenset(args.gradient_checkpointing_stages)
-    if args.positional_conv != "auto":
-        model.positional_in_blocks = args.positional_conv == "blocks"
+    model.positional_in_blocks = {"auto": None, "blocks": True, "stock": False}[args.positional_conv]
     if args.torch_compile:
-        model.compile_layers()
+        model._after_attention = torch.compile(after_attention, dynamic=True)  # one graph serves all shapes
     if args.fused_kernels:
         from w2v2.model.fused import fuse  # needs triton
 

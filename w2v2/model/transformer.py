@@ -7,20 +7,18 @@ takes utterances of any lengths; a gap attends to itself, which nobody hears. El
 library's kernel by itself. A mask would keep the fast kernels away.
 
 Shapes: B utterances, N slots, P masked frames, D width, H heads, d width of a head; G groups of the positional
-convolution, k its taps, R frames that a row of its product gives, Q such rows.
+convolution, k its taps, R frames that a block of its product gives, Q blocks.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from w2v2.data.collate import PretrainBatch
 from w2v2.data.rows import Rows
 from w2v2.model import cpu
-from w2v2.model.cpu import attend_in_blocks, dropout
+from w2v2.model.cpu import attend_alone, dropout
 
 BLOCK = 8  # R
 # The function behind nested tensors' `scaled_dot_product_attention`. It is differentiable and has dropout, which the
@@ -28,80 +26,67 @@ BLOCK = 8  # R
 _FLASH = torch.ops.aten._flash_attention_forward.default
 
 
-def positional(module: nn.Module, hidden: torch.Tensor, batch: PretrainBatch, in_blocks: bool) -> torch.Tensor:
-    """Convolutional position embedding (N, D) → (N, D), of each utterance alone; a gap's is that of zeros."""
+def positional(module: nn.Module, hidden: torch.Tensor, rows: Rows, in_blocks: bool | None) -> torch.Tensor:
+    """Convolutional position embedding (N, D) → (N, D), of each utterance alone; a gap's is that of zeros.
+
+    in_blocks: None where it pays, on an accelerator.
+    """
     conv = module.conv
     weight, bias = conv.weight.to(hidden.dtype), conv.bias.to(hidden.dtype)
-    if in_blocks:
-        blocks = find_blocks(batch, conv.kernel_size[0])
-        return module.activation(_ConvolveInBlocks.apply(hidden, weight, blocks, conv.groups) + bias)
+    if hidden.device.type != "cpu" if in_blocks is None else in_blocks:
+        return module.activation(_ConvolveInBlocks.apply(hidden, weight, find_blocks(rows, weight.shape[-1])) + bias)
     found = []
-    for x in batch.rows.split(hidden):
+    for x in rows.split(hidden):
         out = F.conv1d(x.T[None], weight, bias, padding=conv.padding, groups=conv.groups)  # (1, D, T or T + 1)
         found.append(out[0, :, : len(x)].T)
-    return module.activation(batch.rows.join(found))
+    return module.activation(rows.join(found))
 
 
-class Blocks(NamedTuple):
-    """Slots around each R frames of an utterance, N where there is none of its own; (Q, …) int64."""
-
-    own: torch.Tensor  # (Q, R) those frames themselves
-    heard: torch.Tensor  # (Q, k + R - 1) those that their positions follow from
-    told: torch.Tensor  # (Q, k + R - 1) those whose positions follow from them
-
-
-def find_blocks(batch: PretrainBatch, k: int) -> Blocks:
-    """The blocks of all utterances, for a convolution of k taps."""
-    device, N = batch.row.device, len(batch.row)
-    # 1. The utterance of each block, and the slot where it begins: (Q,). There may be fewer blocks than Q.
-    ends = (-(-batch.frames // BLOCK)).cumsum(0)  # (B,) numbers of blocks
+def find_blocks(rows: Rows, k: int) -> torch.Tensor:
+    """The slots of each R frames of an utterance, with k / 2 before and behind; N beyond it: (Q, k + R) int64."""
+    device, N = rows.row.device, len(rows.row)
+    # 1. The utterance of each block, and the slot where its window begins: (Q,). There may be fewer blocks than Q.
+    ends = (-(-rows.frames // BLOCK)).cumsum(0)  # (B,) numbers of blocks
     number = torch.arange(N // BLOCK + len(ends), device=device)
     row = torch.searchsorted(ends, number, right=True).clamp_max(len(ends) - 1)
-    blocks_before = F.pad(ends, (1, 0))[row]
-    begin = batch.first[row] + (number - blocks_before) * BLOCK
-
-    # 2. The slots around it, unless they lie beyond the utterance: (Q, width).
-    def around(before: int, width: int) -> torch.Tensor:
-        slots = begin[:, None] - before + torch.arange(width, device=device)
-        low, high = batch.first[row, None], (batch.first + batch.frames)[row, None]
-        return torch.where((slots >= low) & (slots < high), slots, N)
-
-    return Blocks(around(0, BLOCK), around(k // 2, k + BLOCK - 1), around(k - 1 - k // 2, k + BLOCK - 1))
+    begin = rows.first[row] + (number - F.pad(ends, (1, 0))[row]) * BLOCK - k // 2
+    # 2. The slots from there on, unless they lie beyond the utterance.
+    slots, first = begin[:, None] + torch.arange(k + BLOCK, device=device), rows.first[row, None]
+    return torch.where((slots >= first) & (slots < first + rows.frames[row, None]), slots, N)
 
 
 class _ConvolveInBlocks(torch.autograd.Function):
     """Grouped convolution (N, D) as one product a group; libraries are slow at it with groups of 48 channels.
 
-    R neighbouring outputs share a window of k + R − 1 frames, of which a band matrix makes all R. The input's gradient
+    R neighbouring outputs share a window of k + R frames, of which a band matrix makes all R. The input's gradient
     is the same convolution of the output's, with the taps in reverse order.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, blocks, groups):
-        taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (D, D / G, k) -> (G, k, in, out)
-        windows = _take_windows(x, blocks.heard, groups)
-        ctx.save_for_backward(windows, taps, *blocks)
-        return _put_blocks(windows @ _band(taps), blocks.own, len(x))
+    def forward(ctx, x, weight, slots):  # weight (D, D / G, k)
+        taps = weight.unflatten(0, (x.shape[1] // weight.shape[1], -1)).permute(0, 3, 2, 1)  # -> (G, k, in, out)
+        windows = _take_windows(x, slots, len(taps))
+        ctx.save_for_backward(windows, taps, slots)
+        return _put_blocks(windows @ _band(taps, 0), slots, taps.shape[1], len(x))
 
     @staticmethod
     def backward(ctx, gradient):
-        windows, taps, *blocks = ctx.saved_tensors
-        own, _, told = blocks
-        G, k, _, _ = taps.shape
+        windows, taps, slots = ctx.saved_tensors
+        G, k, _, width = taps.shape
+        around = _take_windows(gradient, slots, G)
         # 1. The taps': each output frame's share of the band.
-        product = windows.transpose(1, 2) @ _take_windows(gradient, own, G)  # (G, (k + R - 1) · in, R · out)
-        product = product.view(G, k + BLOCK - 1, taps.shape[2], BLOCK, -1)
+        own = around[..., k // 2 * width : (k // 2 + BLOCK) * width]  # (G, Q, R · out)
+        product = (windows.transpose(1, 2) @ own).view(G, k + BLOCK, -1, BLOCK, width)  # (G, k + R, in, R, out)
         d_taps = sum(product[:, r : r + k, :, r] for r in range(BLOCK))  # (G, k, in, out)
         d_weight = d_taps.permute(0, 3, 2, 1).flatten(0, 1)  # -> (D, D / G, k)
-        # 2. The input's.
-        reverse = _band(taps.flip(1).transpose(2, 3))
-        d_x = _put_blocks(_take_windows(gradient, told, G) @ reverse, own, len(gradient))
-        return d_x, d_weight, None, None
+        # 2. The input's. An even number of taps hears one frame more before its output than behind it.
+        reverse = _band(taps.flip(1).transpose(2, 3), 1 - k % 2)
+        return _put_blocks(around @ reverse, slots, k, len(gradient)), d_weight, None
 
 
-def _band(taps: torch.Tensor) -> torch.Tensor:
-    """Taps (G, k, in, out), shifted by one frame for each of R outputs: (G, (k + R − 1) · in, R · out)."""
-    shifted = [F.pad(taps, (0, 0, 0, 0, r, BLOCK - 1 - r)) for r in range(BLOCK)]
+def _band(taps: torch.Tensor, later: int) -> torch.Tensor:
+    """Taps (G, k, in, out), shifted by one frame for each of R outputs: (G, (k + R) · in, R · out)."""
+    shifted = [F.pad(taps, (0, 0, 0, 0, later + r, BLOCK - later - r)) for r in range(BLOCK)]
     return torch.stack(shifted, dim=3).flatten(1, 2).flatten(2)
 
 
@@ -111,10 +96,11 @@ def _take_windows(x: torch.Tensor, slots: torch.Tensor, groups: int) -> torch.Te
     return x.index_select(1, slots.flatten()).view(groups, len(slots), -1)
 
 
-def _put_blocks(out: torch.Tensor, own: torch.Tensor, number: int) -> torch.Tensor:
-    """Blocks of frames (G, Q, R · D / G) in their slots `own` (Q, R): (N, D), zeros elsewhere."""
+def _put_blocks(out: torch.Tensor, slots: torch.Tensor, k: int, number: int) -> torch.Tensor:
+    """Blocks of frames (G, Q, R · D / G) in the middle of their `slots` (Q, k + R): (N, D), zeros elsewhere."""
     frames = out.unflatten(2, (BLOCK, -1)).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (Q · R, D)
-    return frames.new_zeros(number + 1, frames.shape[1]).index_copy(0, own.flatten(), frames)[:number]
+    own = slots[:, k // 2 : k // 2 + BLOCK].flatten()
+    return frames.new_zeros(number + 1, frames.shape[1]).index_copy(0, own, frames)[:number]
 
 
 def layer(
@@ -188,7 +174,7 @@ def attend(query, key, value, asking: Rows, attended: Rows, dropout: float = 0.0
         bounds = asking.bounds, attended.bounds, asking.longest, attended.longest
         return _FLASH(query, key, value, *bounds, dropout, False, False)[0]
     parts = zip(asking.split(query), attended.split(key), attended.split(value), strict=True)
-    return asking.join([_attend_alone(*part, dropout) for part in parts])
+    return asking.join([attend_alone(*part, dropout) for part in parts])
 
 
 def takes_any_lengths(x: torch.Tensor) -> bool:
@@ -200,21 +186,6 @@ def takes_any_lengths(x: torch.Tensor) -> bool:
     return fits and torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
 
 
-def _attend_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Query (M, H, d), key and value (T, H, d) of one utterance → (M, H, d)."""
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (M or T, H, d) -> (1, H, M or T, d)
-    if dropout == 0.0 or has_kernel(query.device):
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-    else:
-        out = attend_in_blocks(query, key, value, dropout)
-    return out[0].transpose(0, 1)  # (1, H, M, d) -> (M, H, d)
-
-
 def skips_rows(x: torch.Tensor) -> bool:
     """Whether layers are computed for the utterances that keep them alone, and not for all in one shape."""
     return x.device.type == "cpu"
-
-
-def has_kernel(device: torch.device) -> bool:
-    """Whether the library has a fused kernel for attention with dropout."""
-    return device.type != "cpu"

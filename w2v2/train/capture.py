@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from w2v2.data.batching import Cursor, EffectiveBatches, PlanStream, find_size
-from w2v2.data.collate import FULL_SCALE, PretrainBatch, build_batch
+from w2v2.data.collate import PretrainBatch, build_batch, sound
 from w2v2.data.filling import Sizes, find_sizes
 from w2v2.errors import refuse
 from w2v2.model.feature_encoder import is_flat
@@ -93,7 +93,7 @@ class CapturedStep:
         now = 1.0 / scale, settings.gumbel_temperature, settings.diversity_weight
         for place, value in zip(self.settings, now, strict=True):
             place.fill_(value)  # a copy would wait for the device
-        batch = replace(batch, samples=_as_floats(batch.samples))
+        batch = replace(batch, samples=sound(batch.samples))
         if not batch.is_filled or not batch.weight:
             self.num_eager += batch.weight > 0
             return self._run(batch)
@@ -119,7 +119,7 @@ class CapturedStep:
     def _capture(self, batch: PretrainBatch) -> None:
         """Capture a pass over a copy of the micro-batch; gradients and generators are then as they were."""
         self.batch = batch.map(torch.Tensor.clone)
-        kept, device = self.gradients.clone(), batch.row.device
+        kept, device = self.gradients.clone(), batch.keys.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.replay, self.sums = record(lambda: self._run(self.batch))
         self.gradients.copy_(kept)
@@ -143,7 +143,3 @@ def tensors(batch: PretrainBatch) -> list[torch.Tensor]:
     found = []
     batch.map(lambda tensor: found.append(tensor) or tensor)
     return found
-
-
-def _as_floats(samples: torch.Tensor) -> torch.Tensor:
-    return samples.float() / FULL_SCALE if samples.dtype == torch.int16 else samples

@@ -100,12 +100,13 @@ def worst_case(n: int, longest: int, framing: Framing, seed: int) -> PretrainBat
     crops = Crops(rows, np.zeros_like(rows), np.zeros_like(rows), np.full_like(rows, longest))
     plan = MicroBatchPlan(crops, 0, 0, 1, n * longest, False, Cursor())
     noise = np.random.default_rng(seed).integers(-3_000, 3_000, longest, dtype=np.int16)
-    batch = build_batch(plan, crops, [noise] * n, replace(framing, layerdrop=0.0), seed)
+    batch = build_batch(plan, crops, [noise] * n, framing, seed)
 
-    spans = torch.ceil(framing.mask_prob * batch.frames / framing.mask_length).clamp_min(framing.min_masks)
-    masked = torch.minimum(spans * framing.mask_length, batch.frames).long()
-    mask = inside_rows(masked, int(batch.frames.max()))  # (B, T)
-    return replace(batch, **place_masks(mask, batch.first, len(batch.row)))
+    prob, length, least = (getattr(framing.config, f"mask_time_{name}") for name in ("prob", "length", "min_masks"))
+    spans = torch.ceil(prob * batch.rows.frames / length).clamp_min(least)
+    masked = torch.minimum(spans * length, batch.rows.frames).long()
+    mask = inside_rows(masked, max(batch.rows.lengths))  # (B, T)
+    return replace(batch, kept=torch.ones_like(batch.kept), **place_masks(mask, batch.rows))
 
 
 def largest(fits: Callable[[int], bool], bound: int) -> int:
