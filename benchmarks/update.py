@@ -134,8 +134,12 @@ def start_side(name: str, flags, launch: dict[str, str]) -> None:
     """One process of a side: `ask` calls its contender's methods there."""
     global contender
     os.environ.update(launch)
+    contender = start_contender(name, flags)
+
+
+def start_contender(name: str, flags):
     module, kind = CONTENDERS[name]
-    contender = getattr(importlib.import_module(module), kind)(program_flags(flags), flags)
+    return getattr(importlib.import_module(module), kind)(program_flags(flags), flags)
 
 
 def ask(method: str, *values) -> dict:
@@ -147,6 +151,25 @@ def rate(measured: dict, clock: str) -> float:
     return sum(measured["heard"]) / SAMPLING_RATE / measured[clock]
 
 
+def describe(args, updates: list[dict], is_ours: bool, size: int = 1) -> dict:
+    """Rates, memory and MFU of a side of so many processes, from its timed updates."""
+    config, top = build_config(program_flags(args)), peak_flops()
+    top = top and top * size
+
+    def flops(count) -> float:
+        return median_spread(count(config, u["heard"]) / u["seconds"] for u in updates)["median"]
+
+    executed = functools.partial(executed_flops, on_gpu=args.device == "cuda")
+    return {
+        "audio_seconds_per_second": median_spread(rate(u, "seconds") for u in updates),
+        "audio_seconds_per_cpu_second": median_spread(rate(u, "cpu_seconds") for u in updates),
+        "peak_gb": updates[-1]["peak_bytes"] / 2**30,
+        "tflops": flops(model_flops) / 1e12,
+        "mfu": top and flops(model_flops) / top,
+        "mfu_executed": flops(executed) / top if top and is_ours else None,
+    }
+
+
 def compare(args, sides: dict[str, Side], lengths: str) -> dict:
     """Updates in turns: each side's rates, the first one's over each other's in the same turn, and peaks of memory."""
     clock = "seconds" if args.device == "cuda" else "cpu_seconds"
@@ -154,26 +177,11 @@ def compare(args, sides: dict[str, Side], lengths: str) -> dict:
     for turn in range(args.pairs + 1):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             measured[name].append(sides[name].timed_update(lengths, turn))
-    config, peak = build_config(program_flags(args)), peak_flops()
     measured = {name: updates[1:] for name, updates in measured.items()}  # the first warms up
     first = measured[next(iter(sides))]
-
-    def flops(updates, count) -> float:
-        return median_spread(count(config, u["heard"]) / u["seconds"] for u in updates)["median"]
-
-    executed = functools.partial(executed_flops, on_gpu=args.device == "cuda")
     found = {}
     for name, updates in measured.items():
-        top = peak and peak * sides[name].size
-        is_ours = name.partition(":")[0] in PROGRAM
-        found[name] = {
-            "audio_seconds_per_second": median_spread(rate(u, "seconds") for u in updates),
-            "audio_seconds_per_cpu_second": median_spread(rate(u, "cpu_seconds") for u in updates),
-            "peak_gb": updates[-1]["peak_bytes"] / 2**30,
-            "tflops": flops(updates, model_flops) / 1e12,
-            "mfu": top and flops(updates, model_flops) / top,
-            "mfu_executed": flops(updates, executed) / top if top and is_ours else None,
-        }
+        found[name] = describe(args, updates, is_ours=name.partition(":")[0] in PROGRAM, size=sides[name].size)
         if updates is not first:
             pairs = zip(first, updates, strict=True)
             found[name]["ratio"] = median_spread(rate(a, clock) / rate(b, clock) for a, b in pairs)
