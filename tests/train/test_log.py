@@ -36,7 +36,7 @@ class Tracker:
 
 def build(folder, *trackers, first_step=0, **flags):
     accelerator = SimpleNamespace(is_main_process=True, trackers=trackers)
-    values = dict(output_dir=folder, max_steps=400, disable_tqdm=False) | flags
+    values = dict(output_dir=folder, max_steps=400, disable_tqdm=False, eval_steps=50, save_steps=100) | flags
     return RunLog(SimpleNamespace(**values), accelerator, first_step)
 
 
@@ -98,17 +98,52 @@ def test_without_a_bar_a_logged_step_is_one_line(tmp_path, monkeypatch, disable_
     assert validation == "step 120/400 | eval_loss 3.500 | eval_acc 0.250 | 2.1 h heard"
 
 
-def test_the_bar_fits_a_terminal_and_validation_has_a_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("columns", [40, 60, 80, 120, 160])
+def test_the_bar_fits_a_terminal_and_validation_has_a_line(tmp_path, monkeypatch, columns):
+    """The time that is left is always there, and no part is cut."""
     console = Terminal()
     monkeypatch.setattr("sys.stderr", console)
-    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (100, 24))
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (columns, 24))
     log = build(tmp_path, first_step=119, max_steps=400_000)
     log.update({**RECORD, "audio_hours": 12_345.6, "audio_seconds_per_second": 3_800.0})
     log._bar.refresh()
     shown = re.split("[\r\n]", console.getvalue())[-1].strip()
     log.write(VALIDATION)
     log.close()
-    for part in ("120/400000", "loss 3.912", "acc 0.183", "ppl 41.2", "12346 h heard", "3800 x real time", "left"):
-        assert part in shown
-    assert len(shown) <= 100
+    (described,) = re.fullmatch(r"120/400000 \|.{10}\| (.*)", shown).groups()
+    left, *parts = described.split(" | ")
+    assert left.endswith(" left") and len(shown) <= columns
+    every = ["loss 3.912", "acc 0.183", "ppl 41.2", "12346 h heard", "3800 x real time"]
+    assert parts == every[: len(parts)] and (len(parts) == 5) == (columns >= 120) and len(parts) >= (columns > 40)
     assert any("eval_loss 3.500" in line for line in re.split("[\r\n]", console.getvalue()))
+
+
+def test_the_time_left_is_that_of_a_steady_pace(tmp_path, monkeypatch):
+    """A resumed run: a slow first update, then 1 s each, a validation of 10 s every 50, a save of 30 s every 100."""
+    console, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("sys.stderr", console)
+    monkeypatch.setattr("w2v2.train.log.time.monotonic", lambda: clock[0])
+    log, ends = build(tmp_path, first_step=100, max_steps=1_000), {}
+    for step in range(101, 1_001):
+        clock[0] += 50.0 if step == 101 else 1.0
+        log.update({"step": step, "loss": 0.5})
+        if step % 10 == 0 or step == 101:
+            log.write({"step": step, "loss": 0.5})
+            text = re.search(r"([\d:]+) left\n$", console.getvalue())[1]
+            ends[step] = clock[0] + sum(int(x) * 60**i for i, x in enumerate(reversed(text.split(":"))))
+        clock[0] += 10.0 * (step % 50 == 0) + 30.0 * (step % 100 == 0)
+    assert ends[101] == 50 * 900  # nothing but the first update is known
+    assert ends[150] == 50 + 899  # neither a validation nor a save is known
+    last = clock[0] - 40  # what follows the last update is no part of it
+    assert all(abs(end - last) <= 40 for step, end in ends.items() if step > 200)
+
+
+def test_days_that_are_left_are_no_minutes(tmp_path, monkeypatch):
+    console, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("sys.stderr", console)
+    monkeypatch.setattr("w2v2.train.log.time.monotonic", lambda: clock[0])
+    log = build(tmp_path, max_steps=100_001)
+    clock[0] = 4.5
+    log.update({"step": 1})
+    log.write({"step": 1})
+    assert console.getvalue() == "step 1/100001 | 5 d 5 h left\n"

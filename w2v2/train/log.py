@@ -29,6 +29,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 # Around writing to a terminal, which a run outlives: closed, on a full disk, or a pipe without a reader.
 STREAM_MAY_DIE = contextlib.suppress(OSError, ValueError)
-_BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar}| {desc} | {remaining} left"
+_BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
+_LONGEST_WINDOW = 10_000  # updates whose pace is looked at
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -71,7 +73,10 @@ class RunLog:
 
     def __init__(self, args, accelerator: Accelerator, first_step: int = 0):
         """A resumed run's file is cut back to `first_step`."""
-        self._total_steps, self._first_step, self._started_at = args.max_steps, first_step, time.monotonic()
+        self._total_steps, self._first_step = args.max_steps, first_step
+        # (updates done, when) of a window that holds as many validations and saves as are due within it.
+        window = min(max(args.eval_steps, args.save_steps), _LONGEST_WINDOW)
+        self._started, self._marks = (first_step, time.monotonic()), deque(maxlen=window + 1)
         self._is_main, self._trackers = accelerator.is_main_process, list(accelerator.trackers)
         self._bar = None
         self.records = StepRecords(Path(args.output_dir) / METRICS_FILE, first_step, is_main=self._is_main)
@@ -80,10 +85,16 @@ class RunLog:
             self._bar = tqdm(total=args.max_steps, initial=first_step, **options)
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Advance the bar to this update."""
+        """Advance the clock and the bar to this update. What a narrow terminal has no room for is left out."""
+        self._marks.append((record["step"], time.monotonic()))
         if self._bar is not None:
             with STREAM_MAY_DIE:
-                self._bar.set_description_str(_describe(record), refresh=False)
+                parts = [f"{self._time_left(record['step'])} left", *_describe(record)]
+                bar = self._bar.format_dict
+                room = (bar["ncols"] or 80) - len(f"{bar['total']}/{bar['total']} |{'':10}| ")
+                while len(parts) > 1 and len(" | ".join(parts)) > room:
+                    parts.pop()
+                self._bar.set_description_str(" | ".join(parts), refresh=False)
                 self._bar.update(record["step"] - self._bar.n)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -113,13 +124,20 @@ class RunLog:
                 self._bar.close()
 
     def _line(self, record: Mapping[str, Any]) -> str:
-        if "eval_loss" in record:
-            end = [_describe(record, prefix="eval_")]
-        else:
-            done, to_do = record["step"] - self._first_step, max(self._total_steps - record["step"], 0)
-            seconds = (time.monotonic() - self._started_at) / done * to_do if done else 0
-            end = [_describe(record), f"{tqdm.format_interval(seconds)} left"]
-        return " | ".join([f"step {record['step']}/{self._total_steps}", *end])
+        is_validation = "eval_loss" in record
+        parts = _describe(record, prefix="eval_" if is_validation else "")
+        end = [] if is_validation else [f"{self._time_left(record['step'])} left"]
+        return " | ".join([f"step {record['step']}/{self._total_steps}", *parts, *end])
+
+    def _time_left(self, step: int) -> str:
+        """At the pace of the newest updates, with the validations and saves among them.
+
+        The first update, which compiles and fills caches, counts only as long as there is no other.
+        """
+        since, started = self._marks[0] if len(self._marks) > 1 else self._started
+        seconds = (time.monotonic() - started) / max(step - since, 1) * max(self._total_steps - step, 0)
+        days, rest = divmod(round(seconds), 86_400)
+        return f"{days} d {rest // 3600} h" if days else tqdm.format_interval(rest)
 
 
 def announce(accelerator: Accelerator, text: str) -> None:
@@ -129,8 +147,8 @@ def announce(accelerator: Accelerator, text: str) -> None:
             print(text, flush=True)
 
 
-def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
-    """`loss 3.912 | acc 0.183 | guess 0.071 | ppl 41.2 | 2.1 h heard | 38 x real time`, from the values that are there."""
+def _describe(record: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """loss 3.912, acc 0.183, guess 0.071, ppl 41.2, 2.1 h heard, 38 x real time: of the values that are there."""
     parts = {
         prefix + "loss": prefix + "loss {:.3f}",
         prefix + "accuracy": prefix + "acc {:.3f}",
@@ -139,7 +157,7 @@ def _describe(record: Mapping[str, Any], prefix: str = "") -> str:
         "audio_hours": "{:.1f} h heard" if (record.get("audio_hours") or 0) < 1000 else "{:.0f} h heard",
         "audio_seconds_per_second": "{:.0f} x real time",
     }
-    return " | ".join(form.format(record[name]) for name, form in parts.items() if _is_number(record.get(name)))
+    return [form.format(record[name]) for name, form in parts.items() if _is_number(record.get(name))]
 
 
 def _is_number(value: Any) -> bool:
