@@ -3,6 +3,7 @@ them.
 """
 
 import io
+import logging
 import re
 from types import SimpleNamespace
 
@@ -116,6 +117,20 @@ def test_the_bar_fits_a_terminal_and_validation_has_a_line(tmp_path, monkeypatch
     every = ["loss 3.912", "acc 0.183", "ppl 41.2", "12346 h heard", "3800 x real time"]
     assert parts == every[: len(parts)] and (len(parts) == 5) == (columns >= 120) and len(parts) >= (columns > 40)
     assert any("eval_loss 3.500" in line for line in re.split("[\r\n]", console.getvalue()))
+
+
+def test_a_warning_beside_the_bar_has_a_line_of_its_own(tmp_path, monkeypatch):
+    console = Terminal()
+    monkeypatch.setattr("sys.stderr", console)
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(console)])
+    log = build(tmp_path)
+    log.update(RECORD)
+    log._bar.refresh()
+    logging.getLogger("w2v2").warning("a tracker died")
+    log.close()
+    logging.getLogger("w2v2").warning("after the bar")
+    lines = [re.split("\r", line)[-1] for line in console.getvalue().split("\n")]
+    assert "a tracker died" in lines and "after the bar" in lines
 
 
 def test_the_time_left_is_that_of_a_steady_pace(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from w2v2.errors import UserError, one_line
 from w2v2.train.records import StepRecords, parse_record
@@ -78,11 +79,12 @@ class RunLog:
         window = min(max(args.eval_steps, args.save_steps), _LONGEST_WINDOW)
         self._started, self._marks = (first_step, time.monotonic()), deque(maxlen=window + 1)
         self._is_main, self._trackers = accelerator.is_main_process, list(accelerator.trackers)
-        self._bar = None
+        self._bar, self._redirection = None, contextlib.ExitStack()
         self.records = StepRecords(Path(args.output_dir) / METRICS_FILE, first_step, is_main=self._is_main)
         if self._is_main and not args.disable_tqdm and sys.stderr.isatty():
             options = dict(bar_format=_BAR_FORMAT, dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
             self._bar = tqdm(total=args.max_steps, initial=first_step, **options)
+            self._redirection.enter_context(logging_redirect_tqdm())  # a warning has a line of its own
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance the clock and the bar to this update. What a narrow terminal has no room for is left out."""
@@ -119,6 +121,7 @@ class RunLog:
         return not any(r["step"] == self._first_step and "eval_loss" in r for r in self.records.kept)
 
     def close(self) -> None:
+        self._redirection.close()
         if self._bar is not None:
             with STREAM_MAY_DIE:
                 self._bar.close()
