@@ -6,6 +6,8 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
+from transformers import Wav2Vec2Config
+
 from w2v2.hub.card import device_hours
 from w2v2.plan.expectations import Reference, advise_stop, find_references, place_in_band
 from w2v2.report.charts import Band, show
@@ -54,9 +56,9 @@ def find_expectations(run: RunFiles, defaults: Mapping[str, Any]) -> tuple[list[
     """The curves that the run may be compared with, and sentences on where it stands and what more hours are worth."""
     if not (run.config.get("batch_hours") and run.model and run.trained):
         return [], []
-    flags, model = SimpleNamespace(**{**defaults, **run.config}), SimpleNamespace(**run.model)
+    flags, model = SimpleNamespace(**{**defaults, **run.config}), Wav2Vec2Config.from_dict(run.model)
     known = [{key: value for key, value in record.items() if value is not None} for record in run.metrics]
-    references = find_references(model, flags.batch_hours)
+    references = find_references(model, flags)
     placing = place_in_band(known, references)
     sentences = [*([placing.text] if placing else []), *advise_stop(known, flags, model)]
     return references, [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
@@ -76,9 +78,7 @@ def judge(run: RunFiles) -> tuple[str, str]:
     if not run.trained:
         return "No update was logged yet: the folder holds a plan alone.", CAREFUL
     done, planned = run.trained[-1]["step"], run.config.get("max_steps")
-    how_far = f"All {done:,} updates are done" if done == planned else f"{done:,} updates are done"
-    if planned and done < planned:
-        how_far = f"{done:,} of {planned:,} updates are done"
+    how_far = f"All {done:,} updates are done" if done == planned else f"{done:,} of {show(planned)} updates are done"
     if run.events and run.events[-1].get("event") == "stop":
         how_far += f"; the run stopped: {run.events[-1].get('message', '').rstrip('.')}"
     if collapses := [event for event in run.events if event.get("event") == "collapse"]:
@@ -109,8 +109,8 @@ def list_figures(run: RunFiles) -> list[tuple[str, str, str]]:
     guess = record.get(f"{prefix}constant_guess_accuracy")
     remark = f"{where}; constant guess {percent(guess)}" if guess is not None else where
     figures.append(("Accuracy", percent(record.get(f"{prefix}accuracy")), remark))
-    groups, entries = run.model.get("num_codevector_groups"), run.model.get("num_codevectors_per_group")
-    of = f"of {groups * entries} entries, {where}" if groups and entries else where
+    model = run.model and Wav2Vec2Config.from_dict(run.model)  # the file leaves the library's defaults out
+    of = f"of {model.num_codevector_groups * model.num_codevectors_per_group} entries, {where}" if model else where
     figures.append(("Codebook perplexity", show(record.get(f"{prefix}codebook_perplexity")), of))
     hours = device_hours([record for record in run.trained if "num_processes" in record])
     times = [time for event in run.events if (time := parse_time(event.get("time")))]

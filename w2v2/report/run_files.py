@@ -57,7 +57,10 @@ def read_run(folder: str | os.PathLike) -> RunFiles:
         run.metrics = read_metrics(folder / METRICS_FILE)
     for name in ("plan", "results", "probe"):
         setattr(run, name, _read_mapping(run, f"{name}.json"))
-    run.model = _read_mapping(run, "config.json")
+    saved = sorted(folder.glob("checkpoint-[0-9]*/config.json"), key=lambda path: path.stat().st_mtime)
+    run.model = _read_mapping(run, "config.json") or _read_mapping(
+        run, str(Path(*saved[-1].parts[-2:])) if saved else ""
+    )
     for name in ("events", "codebook_use", "predictions"):
         setattr(run, name, _read_lines(run, f"{name}.jsonl"))
     run.non_finite = _read_lines(run, "non_finite_updates.jsonl")
