@@ -55,6 +55,7 @@ def write_pretraining(folder: Path, updates=60, last_accuracy=0.4, **flags) -> P
     skipped = [{"id": HOSTILE, "audio": f"/data/{HOSTILE}.wav", "reason": "no audio in it", "step": 3}]
     write_lines(folder / "skipped_audio.jsonl", skipped)
     plan = {"utterances": 100, "hours": 6.0, "dropped": {"too_short": 4}, "validation": {"utterances": 5, "hours": 0.5}}
+    plan["lengths"] = {"seconds": [0.0, 5.0, 10.0], "utterances": [70, 30]}
     plan["sources"] = [{"name": HOSTILE, "share": 0.75}, {"name": "other", "share": 0.25}]
     plan["warnings"] = [{"code": "small_batch", "message": "the batch is small", "remedy": "raise --batch_hours"}]
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")

@@ -72,6 +72,9 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     assert found["utterances"] == len(samples) and found["dropped"] == {"too_short": 4}
     assert found["dropped_hours"] == {"too_short": 0.5}
     assert found["hours_to_hear"] == pytest.approx(sum(drawn) / SAMPLING_RATE / 3600)
+    edges, counts = found["lengths"]["seconds"], found["lengths"]["utterances"]
+    assert (sum(counts), edges[0], edges[-1]) == (61, min(lengths), max(lengths)) and len(edges) == len(counts) + 1
+    assert counts[0] == sum(length < edges[1] for length in lengths)
     assert found["hours"] == pytest.approx(samples.sum() / SAMPLING_RATE / 3600)
     assert found["batch_hours"] == pytest.approx(np.mean(drawn) / SAMPLING_RATE / 3600)
     assert found["micro_batches_per_update"] == np.mean(rounds)

@@ -2,11 +2,13 @@
 
 import math
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from w2v2.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Band, Series, draw_lines, find_ticks, show, thin
+from w2v2.report.corpus import draw_lengths
 from w2v2.report.grids import SIDE, USE_LEVELS, draw_bars, draw_codebook, draw_confusion
 from w2v2.report.page import TEMPLATES
 
@@ -72,6 +74,18 @@ def test_a_band_ends_where_the_lines_end():
         pytest.approx(y["0"] + (y["6"] - y["0"]) / 6, abs=0.1),
     )
     assert draw_lines("t", [Series("a", [(0, 0.0), (5, 6.0)])], "x", band=Band("late", [(9, 0, 1)])).band is None
+
+
+def test_a_histogram_is_the_outline_of_its_columns():
+    random = np.random.default_rng(0)
+    counts, edges = np.histogram(random.uniform(5, 9, 500), 24)
+    chart = draw_lengths({"seconds": edges.tolist(), "utterances": counts.tolist()})
+    ((first, *corners, last),) = points_of(chart.lines[0].path)
+    area = sum((x1 - x0) * (first[1] - y0) for (x0, y0), (x1, y1) in pairwise(corners) if y0 == y1)
+    unit = {int(label): at for at, label in chart.y_ticks if label in ("0", "20")}
+    scale = (unit[0] - unit[20]) / 20 * (WIDTH - LEFT - RIGHT) / 24
+    assert first[1] == last[1] == unit[0] and area / scale == pytest.approx(500, rel=0.01)
+    assert draw_lengths(None) is None
 
 
 def test_each_strip_tells_the_last_values_of_all_lines():

@@ -28,6 +28,7 @@ from w2v2.plan.spot_checks import inspect_manifests, measure_reading
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import announce
 
+NUM_LENGTHS = 24  # bins of a histogram
 ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
 FEWEST_UPDATES, FEWEST_UTTERANCES = 8, 2_000  # that the figures of a batch are means over
 GIGABYTE = 1e9
@@ -139,6 +140,8 @@ def summarize(utterances: Utterances) -> dict[str, Any]:
     dropped = {reason: count for reason, count in utterances.dropped.items() if count}
     hours = {reason: hours for reason, hours in utterances.dropped_hours.items() if reason in dropped}
     size = {"utterances": len(utterances.num_samples), "hours": utterances.hours}
+    counts, edges = np.histogram(utterances.num_samples / SAMPLING_RATE, NUM_LENGTHS)
+    size |= {"lengths": {"seconds": edges.round(3).tolist(), "utterances": counts.tolist()}}
     size |= {"dropped": dropped, "dropped_hours": hours, "passed_over": utterances.passed_over}
     return size | ({"sources": [s.summarize() for s in utterances.sources]} if utterances.sources else {})
 

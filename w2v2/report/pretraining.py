@@ -11,7 +11,8 @@ from transformers import Wav2Vec2Config
 from w2v2.hub.card import device_hours
 from w2v2.plan.expectations import Reference, advise_stop, find_references, place_in_band
 from w2v2.report.charts import Band, show
-from w2v2.report.grids import draw_bars, draw_codebook
+from w2v2.report.corpus import tell_audio
+from w2v2.report.grids import draw_codebook
 from w2v2.report.run_files import RunFiles
 from w2v2.report.sections import (
     BAD,
@@ -19,7 +20,6 @@ from w2v2.report.sections import (
     GOOD,
     Section,
     Summary,
-    Table,
     draw_measures,
     keep,
     percent,
@@ -29,9 +29,6 @@ from w2v2.report.sections import (
     tell_skipped,
 )
 from w2v2.train.collapse import TIMES_GUESS
-
-FRAMES_PER_HOUR = 50 * 3600  # latent frames
-MOST_SOURCES = 30
 
 
 def report_pretraining(run: RunFiles, defaults: Mapping[str, Any]) -> Summary:
@@ -201,39 +198,6 @@ def tell_schedule(run: RunFiles) -> Section:
     skipped = run.trained[-1].get("skipped_updates") if run.trained else None
     notes += [f"{skipped:,} updates were skipped: their loss or gradient was not finite."] if skipped else []
     return Section("Schedule and gradient", charts, notes=notes)
-
-
-def tell_audio(run: RunFiles) -> Section:
-    """What there was to hear, and how much of it was cropped and masked."""
-    section = Section("Audio, crops and masks")
-    rows = []
-    for name, part in {"training": run.plan, "validation": run.plan.get("validation", {})}.items():
-        if "utterances" in part:
-            dropped = ", ".join(
-                f"{count:,} {reason.replace('_', ' ')}" for reason, count in (part.get("dropped") or {}).items()
-            )
-            rows.append((name, show(part.get("hours")), show(part["utterances"]), dropped or "none"))
-    if rows:
-        section.tables.append(Table("What there was to hear", ["Set", "Hours", "Utterances", "Left out"], rows))
-    else:
-        section.notes.append("There is no plan.json: how much there was to hear is not known.")
-    if sources := run.plan.get("sources"):
-        most = sorted(sources, key=lambda source: -source.get("share", 0))[:MOST_SOURCES]
-        items = [(source["name"], source.get("share", 0), f"{percent(source.get('share'))}") for source in most]
-        section.charts += keep(draw_bars("Sources", items, "share of what is heard"))
-    masked = [record | {"masked_share": _share_masked(record)} for record in run.trained if "masked_frames" in record]
-    shares = RunFiles(run.folder, run.name, run.kind, masked)
-    section.charts += keep(
-        draw_measures(shares, "Masked", {"masked_share": "masked frames"}, subtitle="share of the latent frames"),
-        draw_measures(run, "Cropped and filled", {"cropped_fraction": "cropped away", "padded_fraction": "filler in micro-batches"}, subtitle="share of the audio"),
-        draw_measures(run, "Effective batch", {"batch_hours": "hours an update"}, subtitle="hours of cropped speech"),
-    )  # fmt: skip
-    return section
-
-
-def _share_masked(record: Mapping[str, Any]) -> float | None:
-    hours = record.get("batch_hours")
-    return record["masked_frames"] / (hours * FRAMES_PER_HOUR) if hours else None
 
 
 def tell_speed(run: RunFiles) -> Section:
