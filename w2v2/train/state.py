@@ -181,7 +181,8 @@ class Totals:
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Means over masked frames, and the batch's composition."""
         sums, counts, masked = self.sums, self.counts, max(float(self.sums.num_masked), 1.0)
-        soft, hard = sums.codes_soft / masked, sums.codes_hard / masked
+        coverage = (sums.codes_hard > 0).double().mean(-1).tolist()  # (G,)
+        entropy = objective.entropy(sums.codes_hard / masked)  # (G,)
         values = {
             "loss": float(sums.loss) / masked,
             "contrastive_loss": float(sums.contrastive) / masked,
@@ -189,8 +190,8 @@ class Totals:
             "feature_penalty": float(sums.penalty) / masked,
             "accuracy": float(sums.correct) / masked,
             "constant_guess_accuracy": float(sums.commonest) / masked,
-            "codebook_perplexity": objective.perplexity(soft).item(),
-            "codebook_perplexity_hard": objective.perplexity(hard).item(),
+            "codebook_perplexity": objective.perplexity(sums.codes_soft / masked).item(),
+            "codebook_perplexity_hard": entropy.exp().sum().item(),
             "code_entropy": float(sums.code_entropy) / masked,
             "distractors_left": float(sums.distractors_left) / masked,
             "masked_frames": int(sums.num_masked),
@@ -198,6 +199,6 @@ class Totals:
             "cropped_fraction": 1.0 - counts.heard_samples / max(counts.original_samples, 1.0),
             "padded_fraction": 1.0 - counts.heard_samples / max(counts.padded_samples, 1.0),
         }
-        for g, (used, entropy) in enumerate(zip(hard > 0, objective.entropy(hard).tolist(), strict=True), start=1):
-            values |= {f"codebook_coverage_{g}": used.double().mean().item(), f"codebook_entropy_{g}": entropy}
+        values |= {f"codebook_coverage_{g}": share for g, share in enumerate(coverage, start=1)}
+        values |= {f"codebook_entropy_{g}": nats for g, nats in enumerate(entropy.tolist(), start=1)}
         return {prefix + name: value for name, value in values.items()}
