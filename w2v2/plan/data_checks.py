@@ -36,7 +36,8 @@ def check_dropped(run) -> Found:
     num_dropped = sum(run.plan["dropped"].values())
     if num_dropped <= MOST_DROPPED * (total := run.plan["utterances"] + num_dropped):
         return None
-    found = f"{num_dropped:,} of {total:,} utterances are left out: {run.plan['dropped']}"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in run.plan["dropped"].items())
+    found = f"{num_dropped:,} of {total:,} utterances are left out: {reasons}"
     return found, "lower --min_seconds, raise --max_seconds or mend the files, unless that is meant"
 
 

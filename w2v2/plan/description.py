@@ -9,17 +9,17 @@ from w2v2.data.shards import describe_shards
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """The plan of plan.json, a line for each thing to know, and its warnings."""
+    """The plan of plan.json: a line for each thing to know, two for a warning, the second with what to do."""
     rows = [*_describe_data(plan), *_describe_updates(plan)]
     rows += [describe_shards(plan["streaming"])] if "streaming" in plan else []
     rows += [_describe_resources(plan["resources"])] if "resources" in plan else []
-    rows += [describe_speed(plan["probe"])] if "probe" in plan else []
+    rows += _describe_speed(plan["probe"]) if "probe" in plan else []
     rows += [f"budget        {plan['budget']['text']}"] if "budget" in plan else []
     rows += [plan["proposal"]["text"]] if "proposal" in plan else []
     # The reader of manifests has said its warnings already.
     for warning in plan["warnings"]:
         message, remedy = warning["message"], warning["remedy"]
-        rows += [f"warning       {message}; {remedy}"] if remedy else []
+        rows += [f"warning       {message}", f"{'':14}{remedy}"] if remedy else []
         rows += [f"note          {message}"] if not remedy and warning["code"] != "manifest" else []
     return "\n".join(rows)
 
@@ -69,14 +69,17 @@ def _describe_resources(found: dict[str, float]) -> str:
     )
 
 
-def describe_speed(probe: dict[str, float]) -> str:
+def _describe_speed(probe: dict[str, float]) -> Iterator[str]:
     """What the probe measured, and what it means for the run."""
-    validation = f" and {probe['validations']:,} validations of {say_time(probe['validation_seconds'])}"
-    return (
+    yield (
         f"speed         {probe['seconds_per_update']:.3g} s an update ({probe['fastest_update']:.3g} to {probe['slowest_update']:.3g} in "
         f"{probe['updates']}), {probe['audio_seconds_per_second']:,.0f} x real time, {probe['data_wait_fraction']:.0%} of it waiting for "
-        f"audio; {probe['updates_left']:,} updates{validation if probe['validations'] else ''} take {say_time(3600 * probe['run_hours'])}, "
-        f"{probe['device_hours']:.3g} device-hours (start and saves left out)"
+        f"audio; {say_size(probe['peak_memory_gb'])} of memory at most"
+    )
+    validations = f" and {probe['validations']:,} validations of {say_time(probe['validation_seconds'])}"
+    yield (
+        f"time          {say_time(3600 * probe['run_hours'])} for {probe['updates_left']:,} updates"
+        f"{validations if probe['validations'] else ''}: {probe['device_hours']:.3g} device-hours; start and saves are left out"
     )
 
 

@@ -104,7 +104,7 @@ def check_epochs(run) -> Found:
         return None
     return (
         f"the {run.plan['hours']:,.2f} h of data are heard {epochs:,.0f} times: BASE heard LibriSpeech's 960 h some 670 times, and "
-        "more passes than that are learned by heart",
+        "nobody has shown what more passes are worth",
         f"give more audio, lower --max_steps to {int(run.args.max_steps * MOST_EPOCHS / epochs):,}, or start from trained weights "
         "(configs/pretrain/continue_language.yaml)",
     )
