@@ -154,6 +154,9 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
         sizes, run.captured = find_run_sizes(run, batches), CapturedStep(accelerator, model)
         seconds = sizes.slots * framing.slot / SAMPLING_RATE
         announce(accelerator, f"cuda graph    of micro-batches of {seconds:.1f} s, up to {sizes.utterances} utterances")
+    gc.collect()
+    gc.freeze()  # a million objects of libraries and model, which every full collection would look through again
+    gc.collect()
     plan.present(state.micro_batch_seconds, measure_speed(run, batches, sizes))
     if args.dry_run:
         return
@@ -174,9 +177,6 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
 
     # 5. Updates until `max_steps`, or until the run is asked to stop.
     events.begin(state, checkpoint)
-    gc.collect()
-    gc.freeze()  # a million objects of libraries and model, which every full collection would look through again
-    gc.collect()
     plans = PlanStream(batches, state.cursor, range(state.step, args.max_steps), **run.cut_arguments)
     feed = Feed(run.load(training, plans, args.seed, sizes))
     with StopRequest(args.max_hours) as stop:

@@ -60,7 +60,7 @@ def test_a_dry_run_is_probed_and_adds_up(flags, whole_run, tmp_path, capsys):
     # Batches hold at least `batch_hours`, and the first three are not the mean of all.
     heard = probe["audio_seconds_per_second"] * probe["seconds_per_update"]
     assert heard == pytest.approx(3600 * plan["batch_hours"], rel=0.2)
-    assert f"for {STEPS} updates and 3 validations" in capsys.readouterr().out
+    assert f"for {STEPS} updates and 3 validation(s)" in capsys.readouterr().out
 
 
 def test_device_hours_become_a_run(flags, tmp_path, capsys):

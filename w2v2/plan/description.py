@@ -76,7 +76,7 @@ def _describe_speed(probe: dict[str, float]) -> Iterator[str]:
         f"{probe['updates']}), {probe['audio_seconds_per_second']:,.0f} x real time, {probe['data_wait_fraction']:.0%} of it waiting for "
         f"audio; {say_size(probe['peak_memory_gb'])} of memory at most"
     )
-    validations = f" and {probe['validations']:,} validations of {say_time(probe['validation_seconds'])}"
+    validations = f" and {probe['validations']:,} validation(s) of {say_time(probe['validation_seconds'])}"
     yield (
         f"time          {say_time(3600 * probe['run_hours'])} for {probe['updates_left']:,} updates"
         f"{validations if probe['validations'] else ''}: {probe['device_hours']:.3g} device-hours; start and saves are left out"
