@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         extractor.save_pretrained(folder)
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors keeps others out
         publish(folder, args.output_dir)
-    norm = "normalised" if extractor.do_normalize else "as they are"
+    norm = "normalised" if extractor.do_normalize else "not normalised"
     print(f"{args.output_dir}: {model.num_parameters():,} parameters, waveforms {norm}")
 
 

@@ -58,16 +58,19 @@ def build(args) -> None:
     rules = TextRules(args.target_unit, case, args.drop_characters, args.keep_characters, *folds, drop_tokens)
     sentences = [words for line in lines if (words := rules(line).split())]
     if not sentences:
-        raise UserError(f"{files}: no words in there: give transcripts or text")
+        raise UserError(f"{files}: no words found: give manifests with a column `text`, or text files")
     if reserved := {BEGIN, END, UNKNOWN}.intersection(chain.from_iterable(sentences)):
-        raise UserError(f"{files}: holds the word {min(reserved)}, which an n-gram keeps for itself: take it out")
+        raise UserError(f"{files}: holds the word {min(reserved)}, which an n-gram reserves: remove it from the text")
     model = estimate(sentences, args.order)
     with open_atomic(args.output) as file:
         write_arpa(model, file)
     sizes = ", ".join(f"{len(table)} {n}-grams" for n, table in enumerate(model.probabilities, 1))
     print(f"{args.output}: {len(sentences)} sentences, {sum(map(len, sentences))} words; {sizes}")
     if model.fallbacks:
-        print(f"too little text for the discounts of order {model.fallbacks}: fixed ones were taken", file=sys.stderr)
+        print(
+            f"too little text to estimate the discounts of order {model.fallbacks}: fixed discounts are used",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -77,10 +77,10 @@ def check_flags(args) -> None:
     is_slurm = args.executor == "slurm"
     refuse(
         (not args.arguments, f"give the flags of {SCRIPTS[args.step]} after {args.step}"),
-        ("--slice" in given_flags(args), "--slice is what the tasks are given: leave it out"),
+        ("--slice" in given_flags(args), "--slice is set for each task: leave it out"),
         (
             "--overwrite" in given_flags(args),
-            "--overwrite in every task would delete what others wrote: remove the output",
+            "--overwrite in every task would delete what others wrote: leave it out, and remove the output yourself",
         ),
         (not importlib.util.find_spec("datatrove"), "the package datatrove is missing: pip install datatrove"),
         (args.executor == "ray" and not importlib.util.find_spec("ray"), "the package ray is missing: pip install ray"),
@@ -89,7 +89,7 @@ def check_flags(args) -> None:
             is_slurm and not shutil.which("sbatch"),
             "--executor slurm: there is no sbatch here: start it on a login node",
         ),
-        (args.slurm and not is_slurm, "--slurm belongs to --executor slurm"),
+        (args.slurm and not is_slurm, "--slurm needs --executor slurm: add it, or leave --slurm out"),
     )
 
 
@@ -101,7 +101,7 @@ def run(args) -> None:
     if args.executor == "slurm":
         join.run()  # submits both, the one to start after the other
         if join.job_id == -1:
-            raise UserError(f"all tasks are completed, by {logs}: remove it to run them again")
+            raise UserError(f"{logs} says that all tasks are completed: remove that folder to run them again")
         print(f"submitted: {args.tasks} tasks, and one that joins their parts as job {join.job_id}; logs in {logs}")
         return
     slices.run()

@@ -122,9 +122,7 @@ def _find_misfit(row: dict, seconds: float) -> str | None:
     """Why what a row says does not fit its file: `duration` of all of it, or what ends at `start` + it, or at `stop`."""
     stop = row.get("stop", row.get("start", 0.0) + row.get("duration", seconds))
     is_short = stop < seconds - TOLERANCE and not {"start", "stop"} & row.keys()
-    return (
-        f"lasts {seconds:.2f} s, where {stop:.2f} s are said of it" if is_short or stop > seconds + TOLERANCE else None
-    )
+    return f"lasts {seconds:.2f} s, but its list says {stop:.2f} s" if is_short or stop > seconds + TOLERANCE else None
 
 
 def measure_usable(rows: list[dict], args, unusable: Sequence[AudioError] = ()) -> list[dict]:
@@ -132,7 +130,9 @@ def measure_usable(rows: list[dict], args, unusable: Sequence[AudioError] = ()) 
     found, errors = measure(rows, args.folder, args.output, args.num_workers)
     errors = [*unusable, *errors]
     if not found:
-        raise UserError(f"{args.folder}: none of {len(errors)} files can be used; the first: {errors[0]}")
+        raise UserError(
+            f"{args.folder}: none of {len(errors)} files can be used: mend them, or give another folder; the first: {errors[0]}"
+        )
     list_unusable(args.output, errors)
     return found
 

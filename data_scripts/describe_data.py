@@ -116,7 +116,9 @@ def describe_content(table: pa.Table, sample: int) -> tuple[dict, list[dict], li
 def describe(args) -> None:
     """The whole job. UserError for a user's slip."""
     if args.max_seconds is not None and args.max_seconds < args.min_seconds:
-        raise UserError(f"--max_seconds {args.max_seconds:g} is below --min_seconds {args.min_seconds:g}")
+        raise UserError(
+            f"--max_seconds {args.max_seconds:g} is below --min_seconds {args.min_seconds:g}: change one of them"
+        )
     options = {"data_root": args.data_root, "cache_dir": args.output_dir and args.output_dir / "cache"}
     table, unmeasured, _ = read_manifests(args.manifests, **options, further=["language"])
     # 1. All utterances and files.

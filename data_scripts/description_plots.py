@@ -19,7 +19,7 @@ def draw_description(path: Path, seconds: np.ndarray, rows: list[dict], looks: l
     try:
         import librosa.display  # compiles on first use
     except ImportError:
-        print(f"{path}: without spectrograms, for the package librosa is missing: pip install librosa", file=sys.stderr)
+        print(f"{path}: without spectrograms: the package librosa is missing; pip install librosa", file=sys.stderr)
         shown = []
     else:
         shown = pick_typical(looks) + pick_suspicious(looks)

@@ -148,7 +148,7 @@ def make_corpus(args) -> None:
     train_minutes = sum(voice.seconds for voice in voices if voice.split == "train") / 60
     if not 0 < args.labelled_minutes <= train_minutes:
         found = f"--labelled_minutes {args.labelled_minutes}: train holds {train_minutes:.1f} minutes"
-        raise UserError(f"{found}: give up to that")
+        raise UserError(f"{found}: give at most that")
     output_dir.mkdir(parents=True, exist_ok=True)
     voices_rows = speak_all(voices, output_dir, args.num_workers)
     by_split = {s: [rows for v, rows in zip(voices, voices_rows, strict=True) if v.split == s] for s in SPLITS}

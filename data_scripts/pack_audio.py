@@ -85,7 +85,9 @@ def pack(args) -> None:
     total = len(table) + len(unmeasured)
     if len(skipped) > args.max_skipped_fraction * total or len(skipped) == total:
         limit = f"--max_skipped_fraction {args.max_skipped_fraction:g}"
-        raise UserError(f"{len(skipped)} of {total} utterances cannot be read, more than {limit} allows: mend them")
+        raise UserError(
+            f"{len(skipped)} of {total} utterances cannot be read, more than {limit} allows: mend them ({SKIPPED} lists them), or raise it"
+        )
     lengths = np.concatenate([record["num_samples"] for record in records])  # (rows,)
     write_index(folder, table, shards, records, lengths)
     print(f"{folder}: {total - len(skipped):,} utterances in {len(shards):,} shards; {len(skipped):,} left out")
@@ -102,12 +104,14 @@ def check_flags(args) -> None:
     if not args.manifests or not folder:
         raise UserError("give manifests and --output_dir, or --verify FOLDER")
     if args.slice and args.overwrite:
-        raise UserError("--overwrite with --slice would delete what other slices wrote: remove the folder")
+        raise UserError(
+            "--overwrite with --slice would delete what other slices wrote: leave it out, and remove the folder yourself"
+        )
     sources = [Path(name).expanduser().resolve() for name in args.manifests]
     is_taken = folder.exists() and not folder.is_dir()
     is_taken |= folder.is_dir() and not all(path.name.startswith(LOG[:7]) for path in folder.iterdir())
     if is_taken and not find_logs(folder / LOG) or any(folder.resolve() in (path, path.parent) for path in sources):
-        raise UserError(f"--output_dir {folder}: something else is in the way: name a new folder")
+        raise UserError(f"--output_dir {folder}: is a file, or holds other files or a source: name a new folder")
 
 
 def cut_shards(num_samples: Iterable[int], shard_hours: float) -> dict[str, range]:

@@ -48,7 +48,7 @@ def find_languages(args) -> list[Path]:
         remedy = "give the folder of a release, cv-corpus-VERSION-DATE, that the archives unpack to"
         raise UserError(f"{args.folder}: holds no LANGUAGE/validated.tsv: {remedy}")
     if missing := [name for name in args.languages or () if name not in there]:
-        raise UserError(f"--languages {missing[0]}: {args.folder} has {', '.join(there)}")
+        raise UserError(f"--languages {missing[0]}: not in {args.folder}, which has {', '.join(there)}")
     return [there[name] for name in args.languages or there]
 
 
@@ -79,7 +79,9 @@ class Language:
         has_durations = (folder / DURATIONS).exists() and not measure_all
         self.durations = read_durations(folder / DURATIONS) if has_durations else {}
         if not has_durations:
-            print(f"{self.name}: no {DURATIONS} is used, so every clip is decoded once", file=sys.stderr)
+            print(
+                f"{self.name}: no {DURATIONS} can be used, so every clip is decoded once to measure it", file=sys.stderr
+            )
         self.sample = NUM_INSPECTED if has_durations else None
 
     def read(self, name: str) -> list[dict]:
@@ -139,7 +141,7 @@ def find_parts(args) -> Iterator[Part]:
                 part.columns = PRETRAIN
                 part.faults += [f"{name}.tsv is missing" for name in args.pretrain_from if name in language.missing]
                 unknown = [f"{name}.tsv" for name in ("dev", "test") if name in language.missing]
-                part.add_fault(unknown, "lists are missing whose clips and speakers pretraining may not hear")
+                part.add_fault(unknown, "missing lists, so their clips and speakers cannot be kept out of pretraining")
             else:
                 part.faults += [f"{name}.tsv is missing"] * (name in language.missing)
                 part.check_text()

@@ -39,11 +39,11 @@ def compile_pattern(args) -> tuple[re.Pattern, dict[str, str]]:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise UserError(f"--pattern {text}: is no regular expression ({error}): mend it") from None
+        raise UserError(f"--pattern {text}: is not a regular expression ({error}): mend it") from None
     if not {"label", "speaker"} & pattern.groupindex.keys():
         raise UserError(f"--pattern {text}: names neither a label nor a speaker: write (?P<label>…) around one")
     if taken := RESERVED & pattern.groupindex.keys():
-        raise UserError(f"--pattern {text}: the name {min(taken)} is taken: call the group otherwise")
+        raise UserError(f"--pattern {text}: the column {min(taken)} exists already: rename that group")
     return pattern, parse_label_map([*names, *args.label_map])
 
 

@@ -97,7 +97,9 @@ def scan_recordings(root: Path, name: str, args) -> Part:
     silent = {path.with_suffix(".flac") for path in (root / name).glob("*/*/*.json")} - {*files}
     part.add_fault(sorted(path.relative_to(root).as_posix() for path in silent), "recordings missing, with a .json")
     if mute:
-        print(f"{name}: {mute:,} of {len(files):,} recordings hold no speech by their .json", file=sys.stderr)
+        print(
+            f"{name}: {mute:,} of {len(files):,} recordings hold no speech, according to their .json", file=sys.stderr
+        )
     return part
 
 
@@ -116,7 +118,7 @@ def prepare(args) -> None:
     root = find_root(args.folder, [*KNOWN, LABELLED], "librilight")
     written = write_parts(find_parts(root, args), args, COMBINED if (root / LABELLED).is_dir() else {})
     if args.whole_files and (recordings := [str(path) for path in written if path.stem in KNOWN]):
-        print(f"cut these whole recordings by data_scripts/segment.py: {', '.join(recordings)}")
+        print(f"cut these whole recordings with data_scripts/segment.py: {', '.join(recordings)}")
 
 
 def main(argv: list[str] | None = None) -> int:

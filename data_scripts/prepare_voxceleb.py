@@ -26,7 +26,7 @@ def read_split(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         part, _, audio = line.strip().partition(" ")
         if part not in SETS or audio.count("/") != 2 or " " in audio:
-            found = f"{line[:80]!r} is no `1 SPEAKER/VIDEO/UTTERANCE.wav`"
+            found = f"{line[:80]!r} is not of the form `1 SPEAKER/VIDEO/UTTERANCE.wav`"
             raise UserError(f"--split {path}, line {number}: {found}: give VoxCeleb1's own list")
         rows.append({"set": part, "id": audio.removesuffix(".wav"), "audio": audio, "speaker": audio.split("/")[0]})
     return rows

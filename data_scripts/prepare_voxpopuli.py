@@ -103,7 +103,7 @@ def find_languages(root: Path, args) -> list[str]:
     folders = [path for name in (CUT, WHOLE, TRANSCRIBED) for path in (root / name).glob("*") if path.is_dir()]
     there = sorted({path.name for path in folders} - {"original"})
     if missing := [name for name in args.languages or () if name not in there]:
-        raise UserError(f"--languages {missing[0]}: {args.folder} has {', '.join(there) or 'none'}")
+        raise UserError(f"--languages {missing[0]}: not in {args.folder}, which has {', '.join(there) or 'none'}")
     return args.languages or there
 
 
@@ -125,7 +125,7 @@ def find_parts(root: Path, args) -> Iterator[Part]:
             if not folder.is_dir():
                 print(f"{language}: no {folder}, so the sessions of dev and test are not left out", file=sys.stderr)
             part = build_unlabelled(root, language, held_out, args)
-            part.add_fault(missing, "lists are missing whose sessions pretraining may not hear")
+            part.add_fault(missing, "missing lists, so their sessions cannot be kept out of pretraining")
             yield part
 
 

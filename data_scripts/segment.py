@@ -183,10 +183,10 @@ def tell_left_out(table: pa.Table, found: dict, unmeasured: list[dict], args) ->
 def segment(args) -> None:
     """The whole job. UserError for a user's slip, and where no speech is found."""
     refuse(
-        (args.slice and args.overwrite, "--overwrite with --slice would delete what other slices found"),
+        (args.slice and args.overwrite, "--overwrite with --slice would delete what other slices found: leave it out, and remove the output yourself"),
         (not args.output and not args.output_dir, "give --output FILE.csv, or --output_dir FOLDER for WAV shards"),
         (args.max_seconds < 2 * args.min_seconds + 0.04,
-         f"--max_seconds {args.max_seconds:g} is below twice --min_seconds and 0.04: longer speech could not be cut"),
+         f"--max_seconds {args.max_seconds:g} is below twice --min_seconds plus 0.04, so longer speech could not be cut: raise it"),
     )  # fmt: skip
     args.output = args.output or args.output_dir.with_name(f"{args.output_dir.name}.csv")
     is_source = args.output.resolve() in [Path(name).expanduser().resolve() for name in args.manifests]

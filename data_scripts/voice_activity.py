@@ -90,7 +90,9 @@ def load_detector() -> SpeechDetector:
         if np.allclose(detector.find_probabilities([noise])[0], expected, atol=1e-4):
             return detector
     version = silero_vad.__version__
-    raise UserError(f"silero-vad {version} computes otherwise than version 6.2.3: pip install silero-vad==6.2.3")
+    raise UserError(
+        f"silero-vad {version} gives other values than version 6.2.3, which this script follows: pip install silero-vad==6.2.3"
+    )
 
 
 def read_blocks(path: str, channel: int | None, stop: int) -> Iterator[np.ndarray]:

@@ -299,7 +299,7 @@ def test_speechbrains_own_model_but_for_its_positions(tmp_path):
     assert extractor.do_normalize
     norm = converted.wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight
     assert norm.original1.norm() > 0  # where the gradient of the zero norm comes from
-    with pytest.raises(UserError, match="strides"):
+    with pytest.raises(UserError, match="--conv_stride"):
         convert_without_positions(tmp_path, 2, [5] * 8)
     with pytest.raises(UserError, match="sinusoidal positions"):
         convert_speechbrain(tmp_path, "base")

@@ -165,7 +165,7 @@ def test_a_data_set_is_streamed_by_its_parquet_files(corpus, tmp_path, column):
     for said, changes in refusals.items():
         with pytest.raises(UserError, match=said):
             read(make_args(tmp_path, DatasetSource(str(corpus / "parquet"), **changes)))
-    with pytest.raises(UserError, match=r"reads Parquet files, and .*tone.*\.wav is none"):
+    with pytest.raises(UserError, match=r"reads Parquet files, and .*tone.*\.wav is not one"):
         read(make_args(tmp_path, DatasetSource(str(corpus / "audio"))))
 
 
@@ -193,9 +193,9 @@ def write_bad(folder: Path, name: str) -> None:
     ("name", "said"),
     [
         ("text.tar", "tar"), ("empty.tar", "empty"), ("zipped.tar", "compress"), ("audioless.tar", "no audio"),
-        ("noise.tar", "no audio could be measured"), ("text.parquet", "no Parquet file"), ("empty.parquet", "no Parquet file"),
-        ("rowless.parquet", "no rows"), ("paths.parquet", "has no column `audio` with the bytes"),
-        ("text.csv", "is no shard"), ("text.tar.gz", "is no shard"),
+        ("noise.tar", "no audio could be measured"), ("text.parquet", "cannot be read as a Parquet"), ("empty.parquet", "cannot be read as a Parquet"),
+        ("rowless.parquet", "is empty"), ("paths.parquet", "has no column `audio` with the bytes"),
+        ("text.csv", "is not a shard"), ("text.tar.gz", "is not a shard"),
     ],
 )  # fmt: skip
 def test_what_is_no_shard_is_named(tmp_path, name, said):
@@ -241,7 +241,7 @@ def test_a_shard_that_fails_is_tried_again_then_named(corpus, hub, tmp_path, mon
         crops.read(rows[0], 0, 5_000)
     monkeypatch.setattr(hub, "failures", {})
     monkeypatch.setitem(hub.files, "train-00.tar", hub.files["train-00.tar"] + b"x")
-    with pytest.raises(LocalError, match=r"train-00.tar cannot be fetched.*bytes came of.*changed"):
+    with pytest.raises(LocalError, match=r"train-00.tar cannot be fetched.*bytes arrived.*changed"):
         crops.read(rows[0], 0, 5_000)
     assert not list(copy.parent.glob("*train-00.tar"))
 

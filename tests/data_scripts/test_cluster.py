@@ -67,12 +67,12 @@ def test_a_slip_is_not_tried_again(start, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "more", "said"),
     [
-        ([], ["--slice", "0/2"], "--slice is what the tasks are given"),
+        ([], ["--slice", "0/2"], "--slice is set for each task"),
         ([], ["--overwrite"], "would delete what others wrote"),
         (["--executor", "slurm", "--slurm", "time=1:00:00"], [], "give --slurm partition=…"),
         (["--executor", "slurm", "--slurm", "time=1:00:00", "--slurm", "partition=cpu"], [], "there is no sbatch here"),
         (["--executor", "ray"], [], "pip install ray"),
-        (["--slurm", "time=1:00:00"], [], "belongs to --executor slurm"),
+        (["--slurm", "time=1:00:00"], [], "--slurm needs --executor slurm"),
     ],
 )
 def test_slips_are_told_before_anything_starts(start, monkeypatch, capsys, flags, more, said):

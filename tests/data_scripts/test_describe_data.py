@@ -151,7 +151,7 @@ def test_a_sample_is_spread_and_said(corpus, tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert found["sample"]["utterances"] == 4 and found["utterances"] == 23
     assert "30 s of each of 4 utterances (a repetition's chance to be among these is 17.39%)" in out
-    assert "the package librosa is missing: pip install librosa" in err and "Traceback" not in err
+    assert "the package librosa is missing; pip install librosa" in err and "Traceback" not in err
     assert imread(tmp_path / "description.png").shape[0] < 500  # histograms alone
 
 

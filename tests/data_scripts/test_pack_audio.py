@@ -217,8 +217,8 @@ def test_other_input_or_settings_are_refused(manifest, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        ("train.jsonl --output_dir audio --overwrite", "is in the way"),
-        ("packed --output_dir packed --overwrite", "is in the way"),
+        ("train.jsonl --output_dir audio --overwrite", "holds other files or a source"),
+        ("packed --output_dir packed --overwrite", "holds other files or a source"),
         ("none.csv --output_dir new", "none.csv"),
         ("train.jsonl", "give manifests and --output_dir"),
     ],

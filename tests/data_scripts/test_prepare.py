@@ -52,7 +52,7 @@ def test_folder_lists_usable_files_once_and_others_apart(tmp_path, caplog):
     assert run(prepare_folder, audio, "--output", output) == 0
     durations = {row["id"]: float(row["duration"]) for row in rows_of(output)}
     assert durations == {"a.wav": 1.0, "a.flac": 0.75, "deep/er/b": 2.0, "c": pytest.approx(1.0, abs=0.03)}
-    assert f"{audio}: passed over, hidden or no audio by their suffix: 1 .txt, 1 hidden" in caplog.text
+    assert f"{audio}: skipped files, hidden or with a suffix that is not of audio: 1 .txt, 1 hidden" in caplog.text
     assert set(rows_of(output)[0]) == {"id", "audio", "duration"}
     skipped = [json.loads(line) for line in (tmp_path / "lists" / "all.skipped.jsonl").read_text().splitlines()]
     assert {Path(entry["audio"]).name for entry in skipped} == {"broken.flac", "empty.wav"}
@@ -192,9 +192,9 @@ def test_voxceleb_follows_the_official_split(tmp_path, capsys, monkeypatch):
         (prepare_folder, "flat --output m.csv --valid_fraction 2", "--valid_fraction: 2"),
         (prepare_folder, "flat --output m.txt", "end in .csv"),
         (prepare_labelled, "flat --output m.csv", "one of the arguments --corpus --pattern"),
-        (prepare_labelled, "flat --output m.csv --pattern (", "no regular expression"),
+        (prepare_labelled, "flat --output m.csv --pattern (", "not a regular expression"),
         (prepare_labelled, "flat --output m.csv --pattern (?P<word>.)", "neither a label nor a speaker"),
-        (prepare_labelled, "flat --output m.csv --pattern (?P<label>.)(?P<audio>.)", "audio is taken"),
+        (prepare_labelled, "flat --output m.csv --pattern (?P<label>.)(?P<audio>.)", "column audio exists already"),
         (prepare_labelled, "flat --output m.csv --corpus emodb", "1 of 1 names do not match"),
         (prepare_librispeech, "flat --output_dir m.csv", "holds none of train-clean-100"),
         (prepare_iemocap, "partial --output m.csv", "has no Session1, Session2, Session4, Session5"),

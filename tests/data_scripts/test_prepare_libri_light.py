@@ -19,7 +19,7 @@ def test_libri_light_cuts_recordings_where_its_speech_pauses(libri_light, tmp_pa
     lists = tmp_path / "lists"
     flags = ["--most_seconds", "12", "--most_pause", "0.75"]
     assert run(prepare_libri_light, libri_light, "--output_dir", lists, *flags) == 0
-    assert "small: 1 of 3 recordings hold no speech by their .json" in capsys.readouterr().err
+    assert "small: 1 of 3 recordings hold no speech, according to their .json" in capsys.readouterr().err
     found = defaultdict(list)
     for row in rows_of(lists / "small.csv"):
         book, _, number = row["id"].partition("/")[2].rpartition("-")
@@ -73,7 +73,7 @@ SMALL = "small/100/book_one/chapter_01"
         (f"{SMALL}.json", lambda path: path.write_text('{"voice_activity": [1]}'), f"damaged (--whole_files needs none), the first: {SMALL}.json"),
         (f"{SMALL}.flac", Path.unlink, f"1 recordings missing, with a .json, the first: {SMALL}.flac"),
         (f"{SMALL}.flac", lambda path: path.write_bytes(b"cut off"), "1 unusable files, the first: "),
-        (f"{SMALL}.flac", lambda path: write_audio(path, 20.0), "lasts 20.00 s, where 38.00 s are said of it"),
+        (f"{SMALL}.flac", lambda path: write_audio(path, 20.0), "lasts 20.00 s, but its list says 38.00 s"),
         ("small/100/book_one/chapter_02.flac", lambda path: write_audio(path, 9.0), "hours found where"),
         ("librispeech_finetuning/1h/3/clean/103/7/103-7.trans.txt", lambda path: path.write_text("\n"), "lists/10min-3: 1 utterances without transcript, the first: 103-7-0000"),
         ("librispeech_finetuning/1h/3/clean/103/7/103-7-0000.flac", Path.unlink, "lists/10min-3: 1 transcribed utterances without audio"),

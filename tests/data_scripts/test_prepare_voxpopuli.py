@@ -55,7 +55,7 @@ RECORDING = "raw_audios/de/2019/20190205-AGRI-1_de.ogg"
     [
         (RECORDING, Path.unlink, "de/unlabelled: 1 unusable files, the first: "),
         (RECORDING, lambda path: path.write_bytes(b"OggS cut off"), "de/unlabelled: 1 unusable files, the first: "),
-        ("transcribed_data/en/asr_test.tsv", Path.unlink, "en/unlabelled: 1 lists are missing whose sessions pretraining may not hear, the first: asr_test.tsv"),
+        ("transcribed_data/en/asr_test.tsv", Path.unlink, "en/unlabelled: 1 missing lists, so their sessions cannot be kept out of pretraining, the first: asr_test.tsv"),
         ("transcribed_data/en/asr_dev.tsv", replace("\ta word", "\t"), "en/dev: 1 utterances without transcript"),
         ("transcribed_data/en/2018", lambda path: next(path.iterdir()).unlink(), "en/dev: 1 unusable files"),
     ],

@@ -318,7 +318,7 @@ def test_a_worker_that_dies_is_one_line():
         (["--output", "s.csv", "--threshold", 1], "--threshold"),
         (["--output", "s.csv", "--min_seconds", 20, "--max_seconds", 60], "no speech of 20 s or more"),
         (["--output", "done.csv", "--pad_seconds", 0.2], "give --overwrite, or another output"),
-        (["--output_dir", "audio"], "something else is in the way"),
+        (["--output_dir", "audio"], "or holds other files or a source"),
     ],
 )  # fmt: skip
 def test_a_slip_is_one_line(corpus, tmp_path, capsys, monkeypatch, flags, complaint):

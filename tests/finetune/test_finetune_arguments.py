@@ -154,7 +154,7 @@ def test_auto_keeps_checkpoints_saved_without_a_state(tmp_path, missing):
     kept = make_checkpoint(tmp_path / "run" / "checkpoint-5", leave_out=missing)
     make_checkpoint(tmp_path / "run" / "checkpoint-6", leave_out="trainer_state.json")
     for wanted in ("auto", str(kept)):
-        with pytest.raises(UserError, match=f"checkpoint-5 is no whole .* without {missing}"):
+        with pytest.raises(UserError, match=f"checkpoint-5 is not a whole .* lacks {missing}"):
             prepare_output_dir(arguments(tmp_path, resume_from_checkpoint=wanted))
     prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="auto", overwrite_output_dir=True))
     assert not kept.exists()

@@ -165,7 +165,7 @@ ARRAYS = pa.array([{"array": [0.1, 0.2], "path": "a.wav", "sampling_rate": 16_00
 @pytest.mark.parametrize(
     ("columns", "named"),
     [
-        ({"audio": ARRAYS}, ["the column audio holds", "no encoded audio", "datasets.Audio"]),
+        ({"audio": ARRAYS}, ["the column audio holds", "not encoded audio", "datasets.Audio"]),
         ({"speech": pa.array([[0.1, 0.2]])}, ["has no column of audio: it has speech", "--audio_column_name"]),
         ({"audio": pa.array([None], datasets.Audio.pa_type)}, ["no row has audio"]),
     ],

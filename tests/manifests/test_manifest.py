@@ -194,7 +194,7 @@ def test_a_packed_folder_is_read_from_its_manifest(corpus, tmp_path):
 
 def test_a_packing_that_was_not_finished_is_a_slip(corpus):
     (corpus / "a b.wav").rename(corpus / "shard-00000.wav")
-    with pytest.raises(UserError, match="my corpus was not packed to its end: run the same pack_audio.py command"):
+    with pytest.raises(UserError, match="my corpus is an unfinished packing: run the same pack_audio.py command"):
         load(corpus)
 
 
@@ -312,7 +312,7 @@ SLIPS = [
     ("a.jsonl", GOOD + "[1]\n", "line 2 is not a JSON object"),
     ("a.jsonl", GOOD + '{"audio": "b.wav", "dur": 2}\n', r"row 2 \(line 2\): dur is '2': other rows name it duration"),
     ("a.json", '[{"audio": "a.wav"},\n {"audio"}]', "a.json: line 2 is not valid JSON"),
-    ("a.json", "3", "a.json: use a list of objects"),
+    ("a.json", "3", "a.json: found another JSON; use a list of objects"),
     ("a.csv", "audio,duration\n,1\n", r"row 1 \(line 2\): audio is ''"),
     ("a.jsonl", GOOD + '{"audio": null, "duration": 1}\n', r"row 2 \(line 2\): audio is ''"),
     ("a.csv", "audio,duration,text\na.wav,1,hi, you\n", r"row 1 \(line 2\) has 4 cells where the header has 3"),
@@ -333,7 +333,7 @@ SLIPS = [
     (
         "a.csv",
         "audio,duration\na,1\nb,1\na,1\na,1\n",
-        r"2 rows say the same audio, .* the first: row 3 \(line 4\), .*/a:",
+        r"2 rows repeat the audio, .* the first: row 3 \(line 4\), .*/a:",
     ),
     (
         "a.csv",
@@ -401,7 +401,10 @@ def test_what_a_folder_holds_beside_audio_is_counted(corpus, caplog):
     soundfile.write(corpus / ".Trash" / "old.wav", np.zeros(16_000), 16_000)
     table, _, notes = read_manifests([corpus])
     assert len(table) == 2 and notes["passed_over"] == {".txt": 2, "no suffix": 1, "hidden": 1, "hidden folder": 1}
-    assert "passed over, hidden or no audio by their suffix: 2 .txt, 1 hidden, 1 hidden folder, 1 no suf" in caplog.text
+    assert (
+        "skipped files, hidden or with a suffix that is not of audio: 2 .txt, 1 hidden, 1 hidden folder, 1 no suf"
+        in caplog.text
+    )
 
 
 def test_a_stray_quote_after_many_cells_is_found_at_once(corpus):
@@ -481,5 +484,5 @@ def test_audio_of_two_manifests_is_told(tmp_path):
     for name, rows in (("a.csv", "x,f.wav,1\n"), ("b.csv", "y,f.wav,1\nz,g.wav,1\n")):
         (tmp_path / name).write_text("id,audio,duration\n" + rows)
     both = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
-    assert ["1 rows say audio" in line for line in read_manifests(both)[2]["warnings"]] == [True]
+    assert ["1 rows name audio" in line for line in read_manifests(both)[2]["warnings"]] == [True]
     assert read_manifests(both[1:])[2]["warnings"] == []

@@ -165,13 +165,15 @@ def test_reading_draws_no_random_number(folder):
 
 def test_what_was_found_out_is_told(folder, caplog):
     notes = read(folder, "audio,start,end,duration\nepisode.wav,1500,4000,2.5\n")[1]
-    assert notes["warnings"] == [f"{folder}/a.csv: start is read as milliseconds, as the durations tell"]
+    assert notes["warnings"] == [f"{folder}/a.csv: start is read as milliseconds, which fits the durations"]
     notes = read(folder, "audio,start_frame,end_frame,sample_rate\ncall.wav,16000,32000,16000\n")[1]
-    assert "counted by sample_rate, which is not that of the files (row 1 (line 2): 16000, the file has 8000)" in str(
-        notes
+    assert (
+        "sample_rate, which counts frames, differs from the files' sampling rate (row 1 (line 2): 16000, the file has 8000)"
+        in str(notes)
     )
     notes = read(folder, "audio,start,end,duration\nepisode.wav,1.5,4,20\n")[1]
     assert (
-        "1 rows last from start to stop, not their duration (row 1 (line 2): 2.5 s, not 20 s)" in notes["warnings"][0]
+        "1 rows have a duration other than stop − start, which is used (row 1 (line 2): 2.5 s, not 20 s)"
+        in notes["warnings"][0]
     )
     assert notes["warnings"][0] in caplog.text

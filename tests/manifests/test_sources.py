@@ -106,7 +106,7 @@ def test_what_is_no_text_or_not_there_is_named(tmp_path):
 
 def test_a_sources_file_stands_alone():
     assert is_sources_file(["a.yaml"]) and is_sources_file(["a.YML"]) and not is_sources_file(["a.csv", "b"])
-    with pytest.raises(UserError, match=r"a\.yaml is a sources file and stands alone"):
+    with pytest.raises(UserError, match=r"a\.yaml is a sources file and has to stand alone"):
         is_sources_file(["b.csv", "a.yaml"])
 
 

@@ -63,4 +63,4 @@ def test_a_shard_that_is_no_tar_is_named(recipe, tmp_path, capsys):
     shutil.copy(recipe / "train_data-000.tar", tmp_path / "a-0.tar")
     (tmp_path / "a-1.tar").write_text("not found")
     flags = ["--output_dir", tmp_path / "run", "--train_data", f"{tmp_path}/a-*.tar"]
-    refusal(capsys, pretrain.main, recipe / "tars.yaml", *flags, named=[tmp_path / "a-1.tar", "is no tar"])
+    refusal(capsys, pretrain.main, recipe / "tars.yaml", *flags, named=[tmp_path / "a-1.tar", "is not a tar"])

@@ -263,7 +263,7 @@ BAD_FLAGS = {
     "--fold=speaker": "did you mean folds",
     "--folds=speaker": "--folds takes all from the training data",
     "--metric_for_best_model=f1": "--metric_for_best_model f1",
-    "--do_train=false": "pretrained labels nothing",
+    "--do_train=false": "pretrained has no classifier",
     "--num_folds=3": "--num_folds needs --folds",
 }
 

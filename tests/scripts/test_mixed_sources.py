@@ -148,7 +148,7 @@ def test_slips_of_shares_are_one_line(config, tmp_path, capsys):
     flags = (config, "--output_dir", tmp_path / "run", "--train_data")
     named = ("--sampling_alpha_language and --sampling_alpha_corpus are of sources",)
     refusal(capsys, pretrain.main, *flags, config.with_name("train.csv"), named=named)
-    refusal(capsys, pretrain.main, *flags, config.with_name("mixed.yaml"), "a.csv", named=("stands alone",))
+    refusal(capsys, pretrain.main, *flags, config.with_name("mixed.yaml"), "a.csv", named=("has to stand alone",))
     (tmp_path / "a.yaml").write_text(f"- data: {config.with_name('train.csv')}\n")
     refusal(capsys, pretrain.main, *flags, tmp_path / "a.yaml", named=("no source of", "names its language"))
     (tmp_path / "b.yaml").write_text("- data: absent.csv\n")

@@ -128,7 +128,7 @@ def test_verification_by_a_list_and_a_models_projection(data):
 @pytest.mark.parametrize(
     ("run", "flags", "message"),
     [
-        (run_probe, ["--folds", "speaker"], "one of --test_data and --folds"),
+        (run_probe, ["--folds", "speaker"], "on --test_data or on --folds"),
         (run_probe, ["--target", "mood"], "'mood'"),
         (run_probe, ["--labels", "low"], "single class"),
         (run_probe, ["--config_nam", "x"], "config_name"),

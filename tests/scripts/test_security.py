@@ -189,7 +189,7 @@ def test_fine_tuning_resumes_from_no_planted_state(resume, tmp_path, capsys, wit
         plant(tmp_path / "run" / "checkpoint-2" / planted, witness, kind)
     assert resume() == 2
     line = error_line(capsys.readouterr().err)
-    assert "checkpoint-2" in line and "training state is not loaded" in line
+    assert "checkpoint-2" in line and "training state is not one that Trainer wrote" in line
 
 
 def test_fine_tuning_resumes_and_leaves_no_pickled_flags(resume, tmp_path):

@@ -109,5 +109,10 @@ def test_flags_that_do_not_fit_are_refused(recipe, tmp_path, capsys):
     more = ["--streaming", "false", "--shard_cache_gb", 3]
     refusal(capsys, pretrain.main, recipe, *flags, "a.csv", *more, named=["need --streaming"])
     refusal(
-        capsys, pretrain.main, recipe, *flags, recipe.parent / "train.csv", named=["train.csv is no shard", "manifests"]
+        capsys,
+        pretrain.main,
+        recipe,
+        *flags,
+        recipe.parent / "train.csv",
+        named=["train.csv is not a shard", "manifests"],
     )

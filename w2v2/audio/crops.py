@@ -113,7 +113,7 @@ def mix_down(frames: np.ndarray, channel: int | None = None) -> np.ndarray:
 def check_peak(path: str, peak: float) -> None:
     """AudioError for float samples that no recording has."""
     if not peak <= MAX_AMPLITUDE:
-        loud = f"samples up to {peak:.3g}, where full scale is 1: damaged"
+        loud = f"samples up to {peak:.3g}, where full scale is 1: it is damaged"
         raise AudioError(path, f"holds {loud if np.isfinite(peak) else 'NaN or infinite samples'}")
 
 

@@ -126,7 +126,7 @@ class DecodedFile:
         """All frames, once."""
         for frame in chain([self._first], self._frames):
             if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
-                raise AudioError(self.path, "changes its sampling rate or channels on its way: split it")
+                raise AudioError(self.path, "changes its sampling rate or channels midway: split it there")
             yield frame
 
     def samples(self, frame: av.AudioFrame, dtype: str = "float32") -> np.ndarray:
@@ -168,7 +168,7 @@ def open_sound(path: str, start: int = 0, stop: int | None = None) -> Iterator[S
         sound = _open_seekable(path, source, start, stop) or _open_decoded(path, source)
         try:
             if sound.rate not in SAMPLING_RATES:
-                raise AudioError(path, f"claims {sound.rate} samples a second, as no recording has: it is damaged")
+                raise AudioError(path, f"claims {sound.rate} samples a second, which no recording has: it is damaged")
             yield sound
         finally:
             sound.file.close()
@@ -180,7 +180,7 @@ def _open_seekable(path: str, source: AudioFile, start: int, stop: int | None) -
     if head.startswith(COMPRESSED):
         return None
     if head[:4] == b"RIFF" == source.peek(4, 8 + int.from_bytes(head[4:], "little")):
-        raise AudioError(path, "holds several WAV files joined, and every tool hears the first: join them anew")
+        raise AudioError(path, "holds several WAV files joined, of which tools hear only the first: join them anew")
     is_range = isinstance(source, AudioRange)  # libsndfile reads these through Python
     try:
         file = soundfile.SoundFile(source if is_range else source.fileno(), closefd=False)

@@ -109,7 +109,7 @@ def open_regular(path: str) -> AudioFile:
     elif not status.st_size:
         fault = "is an empty file"
     elif not file.size:
-        fault = "is to give 0 bytes of it: an address ends with :OFFSET:SIZE, both in bytes"
+        fault = "is asked for 0 bytes: an address ends with :OFFSET:SIZE, both in bytes"
     elif offset + file.size > status.st_size:
         fault = f"holds {status.st_size:,} bytes: it is cut short, or was written anew since its content was listed"
     if fault:

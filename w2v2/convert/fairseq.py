@@ -90,7 +90,7 @@ def convert_fairseq(path: Path) -> tuple[Wav2Vec2ForPreTraining, Wav2Vec2Feature
     checkpoint = read_weights(path)
     weights = checkpoint.get("model")
     if not isinstance(weights, Mapping):
-        raise UserError(f"{path}: no fairseq checkpoint: it holds no `model`")
+        raise UserError(f"{path}: not a fairseq checkpoint, as it has no `model`: give the .pt file that fairseq saved")
     if any(key.startswith("w2v_encoder.") for key in weights):
         raise UserError(f"{path}: a fine-tuned model, whose quantizer is gone: give the pretraining checkpoint")
     # Options in one flat dictionary, from `cfg` (0.10.2 and later) or `args`; the model's own win.
@@ -108,7 +108,9 @@ def fairseq_config(options: Mapping[str, Any], path: Path) -> Wav2Vec2Config:
     """The stock configuration of the same model. Raises UserError for an option without a counterpart."""
     for name, (default, known) in _FAIRSEQ_LIMITED.items():
         if (found := options.get(name, default)) not in known:
-            raise UserError(f"{path}: made with {name}={found}, which the stock model has no counterpart of")
+            raise UserError(
+                f"{path}: made with {name}={found}: the stock model has no counterpart, so it cannot be converted"
+            )
     values = {key: options.get(name, default) for key, (name, default) in _FAIRSEQ_OPTIONS.items()}
     width = options.get("final_dim") or values["hidden_size"]
     if weights := options.get("loss_weights"):
@@ -127,7 +129,7 @@ def conv_layers(text: str | None, path: Path) -> list[tuple[int, int, int]]:
     """(channels, kernel, stride) of each conv, read from fairseq's Python: `[(512, 10, 5)] + [(512, 3, 2)] * 4`."""
     compact = re.sub(r"\s", "", text) if isinstance(text, str) else ""
     if not re.fullmatch(rf"{_CONV_TERM}(\+{_CONV_TERM})*", compact):
-        raise UserError(f"{path}: conv_feature_layers {text!r} is no list of (channels, kernel, stride)")
+        raise UserError(f"{path}: conv_feature_layers {text!r} is not a list of (channels, kernel, stride)")
     layers = []
     for triples, times in re.findall(r"\[([^]]*)\](?:\*(\d+))?", compact):
         layers += [tuple(map(int, triple)) for triple in re.findall(r"(\d+),(\d+),(\d+)", triples)] * int(times or 1)
@@ -143,7 +145,7 @@ def export_fairseq(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no config.json: --to fairseq takes a folder that pretrain.py wrote")
     config = load_config(None, str(folder))
     if not config.mask_time_prob and not config.mask_feature_prob:
-        raise UserError(f"{folder}: mask_time_prob is 0, so the model has no mask embedding, which fairseq's has")
+        raise UserError(f"{folder}: mask_time_prob is 0, so the model has no mask embedding; fairseq's model needs one")
     options = _export_options(config, folder)
     model = load_weights(Wav2Vec2ForPreTraining, str(folder), config)
     has_layer_norm = config.feat_extract_norm == "layer"
@@ -172,7 +174,9 @@ def _export_options(config: Wav2Vec2Config, folder: Path) -> dict[str, Any]:
         if (found := getattr(config, name)) not in known:
             raise UserError(f"{folder}: {name} is {found}; fairseq's model has {' or '.join(map(str, known))}")
     if config.conv_dim[-1] == config.hidden_size:
-        raise UserError(f"{folder}: convs and transformer are equally wide; fairseq's model then has no projection")
+        raise UserError(
+            f"{folder}: convs and transformer are equally wide; fairseq's model then has no place for the projection"
+        )
     options = {name: getattr(config, key) for key, (name, _) in _FAIRSEQ_OPTIONS.items()}
     convs = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
     return options | {

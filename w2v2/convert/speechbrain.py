@@ -116,4 +116,6 @@ def _own_config(
             proj_codevector_dim=projected,
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{folder}: no wav2vec 2.0 of SpeechBrain's: {error} does not fit these strides") from None
+        raise UserError(
+            f"{folder}: not SpeechBrain's wav2vec 2.0, or other --conv_stride than its recipe's ({error})"
+        ) from None

@@ -80,7 +80,9 @@ class ShardCache:
             with FileLock(folder / LOCK):
                 pass
         except (OSError, NotImplementedError) as error:
-            raise UserError(f"--shard_cache_dir {folder} cannot be written or locked ({one_line(error)})") from None
+            raise UserError(
+                f"--shard_cache_dir {folder} cannot be written or locked ({one_line(error)}): give another folder"
+            ) from None
 
     def fetch_all(self, shards: Sequence[Shard], title: str) -> None:
         """`fetch` each, several at once, with a bar."""
@@ -141,7 +143,7 @@ class ShardCache:
                 out.truncate()
                 headers = file.headers if _is_http(shard.url) else None
             if (found := os.path.getsize(part)) != shard.size:
-                raise OSError(f"{found:,} bytes came of {shard.size:,}: cut short, or changed since it was listed")
+                raise OSError(f"{found:,} of {shard.size:,} bytes arrived: cut short, or changed since it was listed")
             _check_version(shard, headers)
         if shard.is_parquet:
             part = shard.path + UNPACKED + PART

@@ -134,9 +134,11 @@ def unpack_parquet(shard: Shard, source: str, part: str) -> RawTable:
                 tables.append(pa.table({"audio": addresses} | named | {n.lower(): rest[n] for n in others}))
             out.truncate()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"shard {shard.url} is no Parquet file that can be read ({one_line(error)})") from None
+        raise UserError(
+            f"shard {shard.url} cannot be read as a Parquet file ({one_line(error)}): fetch it again, or leave it out"
+        ) from None
     if not tables:
-        raise UserError(f"shard {shard.url} is empty: it has no rows")
+        raise UserError(f"shard {shard.url} is empty: leave it out of --train_data")
     table = pa.concat_tables(tables)
     return RawTable(Path(shard.path), table, table.column_names)
 

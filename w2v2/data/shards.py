@@ -97,7 +97,9 @@ def read_shards(manifests: Sequence[Manifest], args) -> tuple[pa.Table, list[dic
     table = table.filter(is_read).drop_columns("reason")
     if not len(table):
         first = f"{skipped[0]['audio']}, which {skipped[0]['reason']}" if skipped else shards[0].url
-        raise UserError(f"{title}: no audio could be measured, beginning with {first}")
+        raise UserError(
+            f"{title}: no audio could be measured, beginning with {first}: mend these shards, or give others"
+        )
     # 2. Room for the copies, now that their sizes are known, and how many windows an effective batch takes.
     hours_a_shard = pc.sum(table["num_samples"]).as_py() / SAMPLING_RATE / 3600 / len(shards)
     windows_a_batch = math.ceil(args.batch_hours / hours_a_shard / args.shuffle_window_shards)
@@ -176,12 +178,14 @@ def list_shards(manifests: Sequence[Manifest], copies: Path) -> list[Shard]:
         for url, info in _list_manifest(manifest):
             if find_suffix(url) not in SUFFIXES:
                 raise UserError(
-                    f"{url} is no shard: --streaming reads {' and '.join(SUFFIXES)} files, neither manifests nor compressed tars"
+                    f"{url} is not a shard: --streaming reads {' and '.join(SUFFIXES)} files, neither manifests nor compressed tars"
                 )
             if url in found:
                 raise UserError(f"shard {url} is given twice: name each once")
             if info.get("size") is None:
-                raise UserError(f"shard {url}: its place does not tell its size, so a copy could not be checked")
+                raise UserError(
+                    f"shard {url}: its server does not tell its size, so a copy could not be checked: copy it to a disk, and name that"
+                )
             found[url] = info | {"column": column}
     urls = sorted(found)
     shards = []
@@ -238,7 +242,7 @@ def _list_name(name: str) -> list[tuple[str, dict]]:
         shards = [(as_url(info["name"]), info) for info in entries if info["name"].lower().endswith(SUFFIXES)]
         if passed_over := len(entries) - len(shards):
             tell(
-                f"{name}: {passed_over:,} of its {len(entries):,} entries are no shards and are passed over, folders too"
+                f"{name}: {passed_over:,} of its {len(entries):,} entries are not shards (folders are not searched) and are skipped"
             )
         return shards
     return [(as_url(path), info)]

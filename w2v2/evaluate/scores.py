@@ -106,10 +106,14 @@ def read_trials(path: str | os.PathLike) -> list[Trial]:
         if not (fields := line.split()):
             continue
         if len(fields) != 3 or fields[0] not in ("0", "1"):
-            raise UserError(f"{path}, line {number}: {line[:80]!r} is no `1 a.wav b.wav` or `0 a.wav b.wav`: mend it")
+            raise UserError(
+                f"{path}, line {number}: {line[:80]!r} is not of the form `1 a.wav b.wav` or `0 a.wav b.wav`: mend it"
+            )
         trials.append(Trial(int(fields[0]), fields[1], fields[2]))
     if len({trial.target for trial in trials}) < 2:
-        raise UserError(f"--trials {path}: an equal error rate needs pairs of one speaker (1) and of two (0)")
+        raise UserError(
+            f"--trials {path}: an equal error rate needs pairs of one speaker (1) and of two (0): add what is missing"
+        )
     return trials
 
 

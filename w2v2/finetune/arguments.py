@@ -143,7 +143,7 @@ class FineTuningArguments(LabelledDatasetArguments, TrainingArguments):
             (not self.do_train and self.push_to_hub, "--do_train false with --push_to_hub: there is no new model to push"),
             (bool(model) == bool(config), "give one of --model_name_or_path (pretrained) and --config_name (random)"),
             (self.max_steps == 0, "--max_steps is 0: give 1 or more, or -1 to count --num_train_epochs"),
-            (most is not None and most < least, f"--max_seconds {most} is below --min_seconds {least}"),
+            (most is not None and most < least, f"--max_seconds {most} is below --min_seconds {least}: change one of them"),
             (self.batch_seconds and not self.micro_batch_seconds,
              "--batch_seconds needs --micro_batch_seconds: how much of it a device takes at once"),
             (self.hub_token, "--hub_token: flags are written to files; set the environment variable HF_TOKEN instead"),
@@ -189,8 +189,8 @@ def _find_checkpoint(wanted: str, folder: Path) -> str | None:
         newest = max(saved, key=lambda path: int(path.name.removeprefix("checkpoint-")))
     for name in _CHECKPOINT_FILES:
         if not (newest / name).is_file():
-            raise UserError(f"--resume_from_checkpoint {wanted}: {newest} is no whole checkpoint of a fine-tuning run, "
-                            f"being without {name} (--save_only_model?): start from it with --model_name_or_path in "
+            raise UserError(f"--resume_from_checkpoint {wanted}: {newest} is not a whole checkpoint of a fine-tuning run: "
+                            f"it lacks {name} (--save_only_model?). Start from it with --model_name_or_path in "
                             "another --output_dir")  # fmt: skip
     return str(newest)
 

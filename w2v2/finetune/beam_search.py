@@ -70,7 +70,9 @@ class BeamDecoder:
             self._lm = KenLM(self.lm_path, Dictionary(self.words if self.has_tokens else [*self.words, UNKNOWN]))
         except RuntimeError as error:
             reason = " ".join(str(error).split("threw")[-1].split())
-            raise UserError(f"--lm {self.lm_path}: not an n-gram that KenLM reads: {reason}") from None
+            raise UserError(
+                f"--lm {self.lm_path}: not an n-gram that KenLM reads ({reason}): give an ARPA file or a KenLM binary"
+            ) from None
         if self.has_tokens:
             return
         self._trie = Trie(len(self.vocabulary), self.vocabulary[WORD_DELIMITER])
@@ -198,11 +200,11 @@ def choose_words(words: Sequence[str], vocabulary: dict[str, int], source: str) 
     if unit_of(vocabulary) == TOKENS:
         missing = sorted(units - set(words))
         refuse((2 * len(missing) > len(units), f"--lm {source}: lacks {len(missing)} of the model's {len(units)} tokens, "
-                f"such as {missing[:1]}: make it from the same tokens"))  # fmt: skip
+                f"such as {missing[0] if missing else ''!r}: make it from the same tokens"))  # fmt: skip
         return sorted(vocabulary, key=vocabulary.__getitem__)
     kept = [word for word in words if units.issuperset(word)]
     strange = [word for word in words if not units.issuperset(word)]
     refuse((len(kept) < len(strange) or not kept, f"{source}: {len(strange)} of its {len(words)} words, such as "
-            f"{strange[0] if strange else ''!r}, have characters that the model lacks ({''.join(sorted(units))[:40]}): "
-            "make it from text normalised alike (--text_case?)"))  # fmt: skip
+            f"{strange[0] if strange else ''!r}, have characters that the model does not write (it writes {''.join(sorted(units))[:40]}): "
+            "make it from text normalised in the same way (--text_case?)"))  # fmt: skip
     return kept

@@ -142,7 +142,7 @@ def load_classifier(source: str) -> Wav2Vec2ForSequenceClassification:
     """A fine-tuned model as it is."""
     if not folder_labels(source):
         raise UserError(
-            f"--do_train false: {source} labels nothing: give a folder that finetune_classification.py made"
+            f"--do_train false: {source} has no classifier: give a folder that finetune_classification.py made"
         )
     return hide_padding(load_with_head(Wav2Vec2ForSequenceClassification, source, load_config(source, None), head=()))
 

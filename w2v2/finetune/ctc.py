@@ -74,7 +74,7 @@ def load_recogniser(source: str, vocabulary: dict[str, int]) -> Wav2Vec2ForCTC:
     found, expected = (config.vocab_size, config.pad_token_id), (len(vocabulary), vocabulary[BLANK])
     if found != expected:
         raise UserError(f"--model_name_or_path {source}: vocab.json has {expected[0]} entries, the blank at {expected[1]}, "
-                        f"but config.json {found[0]} outputs, the blank at {found[1]}: not of one model")  # fmt: skip
+                        f"but config.json {found[0]} outputs, the blank at {found[1]}: they are not of one model; fetch or make the folder again")  # fmt: skip
     return hide_padding(load_with_head(Wav2Vec2ForCTC, source, config, head=()))
 
 
@@ -151,7 +151,9 @@ class CTCTrainer(FineTuner):
         """By default the first error rate, but that of characters where the text has no spaces between words."""
         measure, train = RATES[unit_of(self.vocabulary)][0], self.train_dataset
         if measure == "wer" and train is not None and lacks_spaces(train.table["text"]):
-            self.args.print_once("     measure: the lowest CER is the best, for the text has no spaces between words")
+            self.args.print_once(
+                "     measure: the lowest CER is the best, because the text has no spaces between words"
+            )
             return "cer"
         return measure
 

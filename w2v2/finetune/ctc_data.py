@@ -101,7 +101,7 @@ def read_sets(
             args.print_once(f"     dropped: from the text of {name}: {describe_counts(dropped)}")
         if text_args.target_unit == CHARACTERS and (tags := count_tags(written)):
             args.print_once(
-                f"     warning: the letters of marks count as speech in {name}: {describe_counts(tags, 10)}"
+                f"     warning: marks in the text of {name} are learnt as spoken letters: {describe_counts(tags, 10)}"
             )
     return tables, text_args, left_out
 

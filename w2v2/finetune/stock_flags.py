@@ -20,8 +20,8 @@ REFUSED = {  # flag → why, and what to do instead
     "label_smoothing_factor": "CTC has no labels to smooth: leave it out",
     "neftune_noise_alpha": "it is for models of text: leave it out",
     "use_liger_kernel": "it is for models of text: leave it out",
-    "dataloader_in_order": "an order that follows the workers' speed makes no run again: leave it out",
-    "dataloader_persistent_workers": "workers would not learn of a new epoch and crop alike in all: leave it out",
+    "dataloader_in_order": "the order would follow the workers' speed, and no run could be repeated: leave it out",
+    "dataloader_persistent_workers": "workers would repeat the first epoch's crops: leave it out",
 }
 NO_EFFECT = (  # the evaluation loop and the samplers are ours
     "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "train_sampling_strategy",

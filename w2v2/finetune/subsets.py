@@ -36,7 +36,12 @@ def select_training(
     kept = kept.select(np.flatnonzero(fits))
     dropped = {"by their length": num_others, "with a text longer than their audio": len(fits) - len(kept)}
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    refuse((not len(kept), f"--train_data: every utterance was dropped ({counts}): see --min_seconds, --max_seconds"))
+    refuse(
+        (
+            not len(kept),
+            f"--train_data: every utterance was dropped ({counts}): lower --min_seconds or raise --max_seconds",
+        )
+    )
     if len(kept) < len(train):
         args.print_once(f"     dropped: {counts} (training)")
     if text_args.train_hours is not None:
@@ -51,7 +56,10 @@ def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None
     seconds = np.array(table["num_samples"]) / SAMPLING_RATE
     kept = np.flatnonzero((seconds >= min_seconds) & (seconds <= (np.inf if max_seconds is None else max_seconds)))
     refuse(
-        (not len(kept), "--train_data: every utterance was dropped by its length: see --min_seconds and --max_seconds")
+        (
+            not len(kept),
+            "--train_data: every utterance was dropped by its length: lower --min_seconds or raise --max_seconds",
+        )
     )
     return table.select(kept), len(table) - len(kept)
 

@@ -112,7 +112,7 @@ class FineTuner(Evaluator):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except UnpicklingError as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{folder}: its training state is not loaded, being none that Trainer wrote ({reason}): "
+            raise UserError(f"{folder}: its training state is not one that Trainer wrote ({reason}), so it is not loaded: "
                             "start from its weights with --model_name_or_path") from None  # fmt: skip
 
     def _check_data(self, checkpoint: str | None) -> None:

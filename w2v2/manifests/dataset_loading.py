@@ -121,7 +121,7 @@ def list_parquet(source: DatasetSource) -> list[str]:
         found += map(str, files[name])
     if others := [path for path in found if not path.lower().endswith(".parquet")]:
         remedy = "leave --streaming out, so that the data set is loaded"
-        raise UserError(f"{source}: --streaming reads Parquet files, and {others[0]} is none: {remedy}")
+        raise UserError(f"{source}: --streaming reads Parquet files, and {others[0]} is not one: {remedy}")
     return found
 
 

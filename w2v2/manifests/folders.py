@@ -39,7 +39,7 @@ def say_passed_over(folder: Path, passed_over: dict[str, int]) -> None:
     """Log what was no audio, unless nothing was."""
     if passed_over:
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in passed_over.items())
-        tell(f"{folder}: passed over, hidden or no audio by their suffix: {counts}")
+        tell(f"{folder}: skipped files, hidden or with a suffix that is not of audio: {counts}")
 
 
 def read_kaldi(folder: Path) -> list[dict]:

@@ -54,7 +54,7 @@ def read_dataset(source: DatasetSource, known: Collection[str], cache_dir: str |
     names = [*(table[name].cast(pa.string()) for name in given), _shorten(table["path"]), table["row"]]
     found = (ids for ids in names if not ids.null_count and pc.count_distinct(ids).as_py() == len(ids))
     unique = next(found, None)
-    refuse((unique is None, f"{source}: its splits overlap: name each row once"))
+    refuse((unique is None, f"{source}: its splits share rows: name splits that do not overlap"))
     table = table.drop_columns(["path", "row", *given]).append_column("id", unique)
     return RawTable(Path(source.name).expanduser() / "+".join(source.splits), table, list(parts[0][2].features))
 
@@ -106,7 +106,7 @@ def _choose_columns(source: DatasetSource, features: datasets.Features, known: C
         test(stored) for test in (*STRINGS, *BINARIES)
     ):
         remedy = "write its encoded bytes or paths as a column of datasets.Audio, or name another --audio_column_name"
-        raise UserError(f"{source}: the column {columns['audio']} holds {kind}, no encoded audio: {remedy}")
+        raise UserError(f"{source}: the column {columns['audio']} holds {kind}, not encoded audio: {remedy}")
     return columns
 
 

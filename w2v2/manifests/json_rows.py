@@ -55,7 +55,9 @@ def _read_entries(path: Path, file: IO[str]) -> Iterator[Row]:
         by_id = content and all(isinstance(row, dict) for row in content.values())
         content = [{"id": name, **row} for name, row in content.items()] if by_id else [content]
     if not isinstance(content, list):
-        raise UserError(f"manifest {path}: use a list of objects, an object of id → object, or an object a line")
+        raise UserError(
+            f"manifest {path}: found another JSON; use a list of objects, an object of id → object, or an object a line"
+        )
     yield from ((None, row) for row in content)
 
 

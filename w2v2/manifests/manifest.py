@@ -166,7 +166,7 @@ def count_channels(tables: dict[str, pa.Table]) -> list[str]:
         from_zero = pc.subtract(written, pa.scalar(first, pa.int32()))
         counted = pc.if_else(pc.less(written, 0), letters, from_zero)
         tables[name] = tables[name].set_column(tables[name].column_names.index("channel"), "channel", counted)
-    return [f"{where}: channel is read as counted from 1, for it is {spelled}, never 0"] if first else []
+    return [f"{where}: channel is read as counted from 1, because it is {spelled}, never 0"] if first else []
 
 
 def _count_shared(table: pa.Table) -> list[str]:
@@ -175,9 +175,7 @@ def _count_shared(table: pa.Table) -> list[str]:
     again = filter_rows(rows, find_repeated(*rows.columns)).to_pandas().duplicated()
     if not again.any():
         return []
-    return [
-        f"{again.sum():,} rows say audio that another of the manifests says too: it is heard as often as it is named"
-    ]
+    return [f"{again.sum():,} rows name audio that another manifest names too: it is heard once for each"]
 
 
 def _refuse_equal(raw: RawTable, rows: pa.Table) -> None:
@@ -187,7 +185,7 @@ def _refuse_equal(raw: RawTable, rows: pa.Table) -> None:
     if again.any():
         row = int(np.flatnonzero(maybe)[again.argmax()])
         raise UserError(
-            f"{raw.path}: {again.sum():,} rows say the same audio, start and length as a row before, the first: {raw.where(row)}, "
+            f"{raw.path}: {again.sum():,} rows repeat the audio, start and length of an earlier row, the first: {raw.where(row)}, "
             f"{rows['audio'][row]}: remove them, or name the columns of their segments start and stop"
         )
 

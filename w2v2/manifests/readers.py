@@ -225,7 +225,7 @@ def _read_folder(folder: Path, wanted: Callable[[str], bool]) -> RawTable:
     elif (folder / PACKED_MANIFEST).exists():
         return _read_parquet(folder / PACKED_MANIFEST, wanted, root)
     elif next(folder.glob("shard-*.wav"), None):
-        raise UserError(f"folder {folder} was not packed to its end: run the same pack_audio.py command again")
+        raise UserError(f"folder {folder} is an unfinished packing: run the same pack_audio.py command again")
     else:
         paths, passed_over = find_audio(folder)
         rows = [{"audio": path} for path in paths]

@@ -66,7 +66,7 @@ def find_extents(
         if (odd := np.abs(rates[files.rows] - files.rates) > 0.5).any() and "rate" in names:
             example = f"{raw.where(row := files.rows[odd][0])}: {rates[row]:g}, the file has {files.rates[odd][0]:g}"
             notes.append(
-                f"{raw.path}: frames are counted by {names['rate']}, which is not that of the files ({example})"
+                f"{raw.path}: its column {names['rate']}, which counts frames, differs from the files' sampling rate ({example})"
             )
     # 2. Everything in seconds.
     start = np.nan_to_num(start) / per_second[units["start"]] if "start" in names else np.zeros(len(audio))
@@ -78,7 +78,9 @@ def find_extents(
         raw.refuse(early, names["stop"], column, "it has to come after the start")
         if (differs := np.abs(between - length) > 0.1).any():
             example = f"{raw.where(row := int(differs.argmax()))}: {between[row]:g} s, not {length[row]:g} s"
-            notes.append(f"{raw.path}: {differs.sum():,} rows last from start to stop, not their duration ({example})")
+            notes.append(
+                f"{raw.path}: {differs.sum():,} rows have a duration other than stop − start, which is used ({example})"
+            )
         own = ~np.isnan(between) & (np.isnan(length) | differs | (units["stop"] == "frames"))
         length = np.where(own, between, length)
     return start, length, notes + _compare(raw, start, length, files, names)
@@ -191,12 +193,12 @@ def _tell_unit(raw: RawTable, times: tuple[np.ndarray, ...], files: Files) -> tu
         return "s", None, ""
     rate = _find_usual_rate(between[known], duration[known]) if known.any() else 0
     if rate == MILLISECONDS:
-        return "ms", None, "milliseconds, as the durations tell"
+        return "ms", None, "milliseconds, which fits the durations"
     rows, seconds, own = (values[~np.isnan(files.seconds)] for values in files)
     are_whole = (np.abs(duration[rows] - seconds) < TOLERANCE).sum() > len(rows) / 2
     if rate and (rate in own or not are_whole):
         others = "" if rate in own or not len(own) else f", where the files have {own[0]:g}"
-        return "frames", rate, f"frames, {rate:,} a second, as the durations tell{others}"
+        return "frames", rate, f"frames, {rate:,} a second, which fits the durations{others}"
     is_speechbrain = {"wav", "start", "stop"} <= set(raw.table.column_names)
     last, span = (np.where(np.isnan(stop), start, values)[rows] for values in (stop, between))
     rest = np.where(np.isnan(stop), np.nan_to_num(duration), 0)[rows]  # seconds that follow `last`
@@ -214,7 +216,7 @@ def _tell_unit(raw: RawTable, times: tuple[np.ndarray, ...], files: Files) -> tu
         example = f"{raw.where(rows[nth := int(last.argmax())])}: {last[nth]:g} in a file of {seconds[nth]:g} s"
         remedy = "name the columns start_ms and end_ms, or start_frame and end_frame"
         raise UserError(f"{raw.path}: starts and stops may be milliseconds or frames ({example}): {remedy}")
-    return "frames", None, "frames, as the length of the files tells"
+    return "frames", None, "frames, which fits the lengths of the files"
 
 
 def _find_usual_rate(between: np.ndarray, duration: np.ndarray) -> int:

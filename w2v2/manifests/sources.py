@@ -65,7 +65,7 @@ def is_sources_file(paths: Sequence[str]) -> bool:
     files = [path for path in paths if Path(str(path)).suffix.lower() in SUFFIXES]
     if files and len(paths) > 1:
         raise UserError(
-            f"{files[0]} is a sources file and stands alone: list the other manifests in it, as `- data: …`"
+            f"{files[0]} is a sources file and has to stand alone: list the other manifests in it, as `- data: …`"
         )
     return bool(files)
 
@@ -186,7 +186,9 @@ def _build_source(found: dict[str, Any], beside: Path, where: str) -> Source:
         raise UserError(f"{where}: {of_other[0]} does not go with {'data' if 'data' in found else 'dataset_name'}")
     root, name = found.get("data_root"), found.get("name", name)
     if "/" in name:
-        raise UserError(f"{where}: the name {name!r} holds a slash: it stands before ids, as `name/id`")
+        raise UserError(
+            f"{where}: the name {name!r} holds a slash, which separates it from ids (`name/id`): leave it out"
+        )
     return Source(name, data, root and _resolve(beside, root), found.get("language", ""), found.get("weight", 1.0))
 
 

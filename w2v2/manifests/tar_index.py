@@ -33,7 +33,7 @@ DAMAGED = (tarfile.TarError, ValueError, OverflowError)  # what tarfile raises o
 FORMAT = 1  # of a kept index: raise it when the same tar would give another
 NOTES = {  # on a tar that is not as it should be
     "cut": "are cut short or damaged at a byte, and what lies behind it is missing",
-    "empty": "hold no audio, by the suffixes of their members",
+    "empty": "hold no audio, judged by the suffixes of their members",
     "again": "hold members of the same name, of which the last counts",
     "several": "hold several audio members of one key, of which each is an utterance",
     "unread": "hold .json, .txt, .transcript or .cls members that are no JSON object or no UTF-8 text, and are not read",
@@ -62,7 +62,7 @@ def index_tar(path: str, cache_dir: str | Path | None = None) -> pa.Table | str:
         kept = _find_kept(path, cache_dir) if cache_dir is not None else None
         index = _scan(path)
     except DAMAGED as error:
-        return f"is no tar ({one_line(error)}): check the path, or fetch it again"
+        return f"is not a tar ({one_line(error)}): check the path, or fetch it again"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     if kept and not isinstance(index, str) and kept == _find_kept(path, cache_dir):  # nobody wrote to it meanwhile

@@ -74,7 +74,7 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
         wrong = "no such folder or Hub id, or its configuration cannot be read"
         raise UserError(f"{where}: {wrong} ({reason[:300]})") from None
     if not isinstance(config, Wav2Vec2Config):
-        raise UserError(f"{where}: this is a {config.model_type} model; a wav2vec2 one is needed")
+        raise UserError(f"{where}: this is a {config.model_type} model: give a wav2vec2 one")
 
     # Configurations accept any key. Refuse one that is nearly a known one; others may be another program's.
     path, known = Path(locate(source), "config.json"), Wav2Vec2Config().to_dict()
@@ -124,7 +124,7 @@ def build_config(args) -> Wav2Vec2Config:
         if key in (*MASKING_FLAGS, "diversity_loss_weight"):
             raise UserError(f"--config_overrides {pair}: use the flag --{key}, which would overrule it")
         if not separator or key not in config.to_dict():
-            raise UserError(f"--config_overrides {pair}: no key of Wav2Vec2Config (write key=value,key=value)")
+            raise UserError(f"--config_overrides {pair}: not a key of Wav2Vec2Config (write key=value,key=value)")
         try:
             config.update_from_string(pair)
         except (ValueError, TypeError) as error:
@@ -161,7 +161,7 @@ def make_model(model_class: type[PreTrainedModel], config: Wav2Vec2Config) -> Pr
         return model_class(config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         source, reason = config.name_or_path, first_line(error)
-        raise UserError(f"{source}: its config.json makes no model ({reason}): mend it") from None
+        raise UserError(f"{source}: no model can be built from its config.json ({reason}): mend it") from None
 
 
 def load_with_head(
@@ -229,5 +229,7 @@ def load_feature_extractor(source: str, config: PretrainedConfig) -> Wav2Vec2Fea
         norm = config.feat_extract_norm == "layer"
         return Wav2Vec2FeatureExtractor(sampling_rate=SAMPLING_RATE, do_normalize=norm, return_attention_mask=norm)
     if extractor.sampling_rate != SAMPLING_RATE:
-        raise UserError(f"{source}: made for {extractor.sampling_rate} Hz; this program feeds {SAMPLING_RATE} Hz")
+        raise UserError(
+            f"{source}: made for {extractor.sampling_rate} Hz; this program needs one for {SAMPLING_RATE} Hz"
+        )
     return extractor
