@@ -225,13 +225,13 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
         by_source = self.sampling_alpha_language != 1 or self.sampling_alpha_corpus != 1
         refuse(
             (by_source and not is_sources_file(self.train_data),
-             "--sampling_alpha_language and --sampling_alpha_corpus are of sources: give --train_data one YAML list of them"),
+             "--sampling_alpha_language and --sampling_alpha_corpus need sources: give --train_data one YAML list of them"),
             (self.streaming and is_sources_file(self.train_data),
-             "--streaming reads one set of shards, no sources file: name its tars or Parquet files in --train_data"),
+             "--streaming reads one set of shards, not a sources file: name its tars or Parquet files in --train_data"),
             ((self.shard_cache_gb or self.shard_cache_dir) and not self.streaming,
              "--shard_cache_gb and --shard_cache_dir need --streaming"),
             (self.max_seconds is not None and self.max_seconds < self.min_seconds,
-             f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}"),
+             f"--max_seconds {self.max_seconds} is below --min_seconds {self.min_seconds}: change one of them"),
             (self.min_gumbel_temperature > self.max_gumbel_temperature,
              f"--max_gumbel_temperature {self.max_gumbel_temperature} is below --min_gumbel_temperature "
              f"{self.min_gumbel_temperature}"),
@@ -239,10 +239,10 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
             (stages != ["encoder"] and not self.gradient_checkpointing,
              "--gradient_checkpointing_stages needs --gradient_checkpointing"),
             (self.torch_compile and self.fused_kernels,
-             "--torch_compile and --fused_kernels exclude one another: both fuse the same"),
+             "--torch_compile and --fused_kernels exclude one another, because both fuse the same: leave one out"),
             (self.gpu_hours and not self.dry_run, "--gpu_hours proposes a run and starts none: give --dry_run with it"),
             (self.model_name_or_path and self.config_name,
-             "--model_name_or_path and --config_name exclude one another: weights come from one place"),
+             "--model_name_or_path and --config_name exclude one another, because weights come from one place: leave one out"),
         )  # fmt: skip
         if self.gpu_hours and not self.probe_updates:
             self.probe_updates = DEFAULT_PROBE

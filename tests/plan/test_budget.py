@@ -111,6 +111,6 @@ def test_proposal_for_another_model_keeps_its_batch():
 
 def test_budget_below_one_update_is_refused():
     with pytest.raises(
-        UserError, match=r"--gpu_hours 0.0001 ends before the first update of 0.0417 h; give over 0.00042"
+        UserError, match=r"--gpu_hours 0.0001 ends before the first update of 0.0417 h; give more than 0.00042"
     ):
         propose_run(0.0001, 1, 100, flags(), BASE)

@@ -114,7 +114,7 @@ def test_a_long_run_is_a_small_page(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("smal", "did you mean"), ("small/runs", "no such folder"), ("empty", "no run")]
+    ("name", "said"), [("smal", "did you mean"), ("small/runs", "no such folder"), ("empty", "not a run's folder")]
 )
 def test_a_folder_that_is_no_run_is_refused(pretraining, name, said):
     (pretraining.parent / "empty").mkdir(exist_ok=True)

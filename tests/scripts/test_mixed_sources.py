@@ -91,7 +91,7 @@ def test_what_is_repeated_very_often_is_said(config, tmp_path, capsys):
         line for line in printed.splitlines() if "utterances are repeated very often of source swahili (" in line
     ]
     assert line.startswith("warning ") and "english" not in line
-    assert "weights of --validation_data play no part: every utterance is heard once" in printed
+    assert "weights of --validation_data have no effect: every utterance is heard once" in printed
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert plan["validation"]["utterances"] == 23 and len(plan["validation"]["sources"]) == 2
 
@@ -146,7 +146,7 @@ def test_other_shares_are_refused_or_accepted(config, whole_run, tmp_path, capsy
 
 def test_slips_of_shares_are_one_line(config, tmp_path, capsys):
     flags = (config, "--output_dir", tmp_path / "run", "--train_data")
-    named = ("--sampling_alpha_language and --sampling_alpha_corpus are of sources",)
+    named = ("--sampling_alpha_language and --sampling_alpha_corpus need sources",)
     refusal(capsys, pretrain.main, *flags, config.with_name("train.csv"), named=named)
     refusal(capsys, pretrain.main, *flags, config.with_name("mixed.yaml"), "a.csv", named=("has to stand alone",))
     (tmp_path / "a.yaml").write_text(f"- data: {config.with_name('train.csv')}\n")

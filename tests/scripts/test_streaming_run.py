@@ -105,7 +105,7 @@ def test_a_shard_that_stays_away_ends_the_run_in_one_line(recipe, hub, tmp_path,
 def test_flags_that_do_not_fit_are_refused(recipe, tmp_path, capsys):
     flags = ["--output_dir", tmp_path / "run", "--train_data"]
     (tmp_path / "sources.yaml").write_text("- data: a.csv\n")
-    refusal(capsys, pretrain.main, recipe, *flags, tmp_path / "sources.yaml", named=["no sources file"])
+    refusal(capsys, pretrain.main, recipe, *flags, tmp_path / "sources.yaml", named=["not a sources file"])
     more = ["--streaming", "false", "--shard_cache_gb", 3]
     refusal(capsys, pretrain.main, recipe, *flags, "a.csv", *more, named=["need --streaming"])
     refusal(

@@ -86,7 +86,7 @@ def test_a_bug_is_told_and_a_torn_line_harms_none_after_it(flags, tmp_path, monk
     path.write_text(path.read_text().replace('{"time": "20\n', ""))
     events = events_of(tmp_path / "run")[2:]
     assert kinds(events) == [("warning", 2), ("resume", 2), ("finish", STEPS)]
-    assert "checkpoint-3 is damaged and passed over" in events[0]["message"]
+    assert "checkpoint-3 is damaged, so the one before it is tried" in events[0]["message"]
     assert run(flags, tmp_path / "run", "--overwrite_output_dir") == 0
     assert kinds(events_of(tmp_path / "run")) == [("start", 0), ("finish", STEPS)]
 

@@ -59,7 +59,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, vari
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv(variable, "2")
     made = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
-    with pytest.raises(UserError, match="2 processes were launched but each believes to be one of 1"):
+    with pytest.raises(UserError, match="2 processes were launched but each takes itself for one of 1"):
         launch.check_processes(made, SimpleNamespace(gradient_compression="none", fused_kernels=False))
 
 

@@ -204,7 +204,7 @@ def propose_run(device_hours: float, num_devices: int, hours_per_device_hour: fl
     if not max_steps:
         least = f"{batch_hours / hours_per_device_hour:.2g}"
         raise UserError(
-            f"--gpu_hours {device_hours:g} ends before the first update of {batch_hours:.3g} h; give over {least}"
+            f"--gpu_hours {device_hours:g} ends before the first update of {batch_hours:.3g} h; give more than {least}"
         )
     recipe = Recipe.of(config, batch_hours, max_steps)
     rate, warmup = args.learning_rate if silence else recipe.learning_rate, recipe.warmup_steps

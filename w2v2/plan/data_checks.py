@@ -57,7 +57,7 @@ def check_overlap(run) -> Found:
 def check_weights(run) -> Found:
     if not run.validation or all(source.weight == 1 for source in run.validation.sources):
         return None
-    return "weights of --validation_data play no part: every utterance is heard once", "leave them out there"
+    return "weights of --validation_data have no effect: every utterance is heard once", "leave them out there"
 
 
 def check_speaker(run) -> Found:

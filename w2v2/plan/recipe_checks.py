@@ -77,10 +77,14 @@ def check_warmup(run) -> Found:
     is_short, is_long = updates < min(least * steps, ENOUGH_WARMUP), most * steps < updates < steps
     if run.is_continued or usual.warmup_steps < SHORTEST_WARMUP or not (is_short or is_long):
         return None
-    bad = "the rate is high while gradients are still wild" if is_short else "little of the run is left at its peak"
+    bad = (
+        "the rate is high while gradients are still large and noisy"
+        if is_short
+        else "little of the run is left at its peak"
+    )
     advice = "0.015 to 0.1" if usual.name == "small" else "0.08 (the paper) to 0.1 (SpeechBrain)"
     return (
-        f"warmup_steps {run.args.warmup_steps:g} is {updates / steps:.1%} of the run, where {least:.1%} to {most:.0%} is sound: {bad}",
+        f"warmup_steps {run.args.warmup_steps:g} is {updates / steps:.1%} of the run, where {least:.1%} to {most:.0%} is usual: {bad}",
         f"set --warmup_steps to a fraction of the run, {advice}",
     )
 

@@ -87,7 +87,7 @@ def _explain_folder(folder: Path) -> str:
         return "no such folder" + (
             f": did you mean {folder.parent / close[0]}?" if close else ": give a run's output_dir"
         )
-    return f"no run: it holds none of {', '.join(_MARKS)}; give the output_dir of a run"
+    return f"not a run's folder, as it holds none of {', '.join(_MARKS)}: give the output_dir of a run"
 
 
 def _find_kind(run: RunFiles) -> str:

@@ -37,7 +37,10 @@ def check_capture(args, accelerator: Accelerator) -> None:
         (args.gradient_compression != "none", f"--gradient_compression {args.gradient_compression}"),
     )
     refuse(
-        (not on_gpu, "--cuda_graph needs an NVIDIA GPU and mixed_precision: bf16, and here is not both: leave it out"),
+        (
+            not on_gpu,
+            "--cuda_graph needs an NVIDIA GPU and mixed_precision: bf16, and one of them is missing here: leave it out",
+        ),
         *((found, f"--cuda_graph and {what} exclude one another: leave out one of them") for found, what in excluded),
     )
 
@@ -70,7 +73,7 @@ class CapturedStep:
         refuse(
             (
                 not has_flash,
-                "--cuda_graph needs the flash kernel, which this GPU or this width of heads has not: leave it out",
+                "--cuda_graph needs the flash kernel, which does not support this GPU or this width of heads: leave it out",
             ),
             (not is_flat(config), "--cuda_graph needs convs of strides 5, 2, 2 … and kernels of 2 or 3: leave it out"),
         )

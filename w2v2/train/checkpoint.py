@@ -70,7 +70,9 @@ def save_checkpoint(output_dir: Path, run, keep: int, on_failure: str = "stop") 
             try:
                 remove(old)
             except OSError as error:
-                logger.warning("%s is not needed any more but cannot be removed: %s", old, one_line(error))
+                logger.warning(
+                    "%s is no longer needed but cannot be removed (%s): remove it by hand", old, one_line(error)
+                )
     return final
 
 
@@ -144,11 +146,11 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
     for folder in reversed(_numbered(output_dir)) if resume_from else ():
         if (damage := find_damage(folder)) is None:
             return folder
-        logger.warning("%s is damaged and passed over: %s", folder, damage)
+        logger.warning("%s is damaged, so the one before it is tried: %s", folder, damage)
         newest = newest or f"{folder.name}, whose {damage}"
     if newest:
         advice = "mend that, or start anew with --overwrite_output_dir"
-        raise UserError(f"{flag}: no checkpoint in {output_dir} is whole, the newest being {newest}; {advice}")
+        raise UserError(f"{flag}: no checkpoint in {output_dir} is whole; the newest is {newest}; {advice}")
     return None
 
 

@@ -105,7 +105,7 @@ def compare(before: dict[str, Any], current: dict[str, Any], is_accepted: bool) 
     if not is_accepted:
         raise UserError(
             f"the batches would differ from those of the checkpoint's run: {changed}; use the old values, go on with other "
-            "batches by --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
+            "batches with --accept_changed_batches, or start a new run from the weights with --model_name_or_path"
         )
     return [f"other batches from here on, as accepted: {changed}"]
 
@@ -114,5 +114,5 @@ def check_agreement(identities: Sequence[Any]) -> None:
     """Raises UserError where the processes of a run found other utterances."""
     if len(set(gather_object([json.dumps(identities, sort_keys=True)]))) > 1:
         raise UserError(
-            "the processes of this run read different utterances: is the corpus whole, and the same, on every machine?"
+            "the processes of this run read different utterances: give every machine the same, whole corpus"
         )

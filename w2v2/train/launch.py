@@ -98,8 +98,8 @@ def join_group(timeout_seconds: float, cpu: bool) -> None:
     except RuntimeError as error:
         raise UserError(
             f"rank {environment['RANK']} of {environment['WORLD_SIZE']} cannot meet the others at {environment['MASTER_ADDR']}:"
-            f"{environment['MASTER_PORT']} ({str(error).strip().splitlines()[0]}): is every process running, the port free, and the "
-            "address that of rank 0's machine?"
+            f"{environment['MASTER_PORT']} ({str(error).strip().splitlines()[0]}): check that every process runs, that the port is free, and that "
+            "the address is that of rank 0's machine"
         ) from None
 
 
@@ -108,7 +108,7 @@ def check_processes(accelerator: Accelerator, args) -> None:
     expected = expected_processes(os.environ)
     if accelerator.num_processes != expected:
         raise UserError(
-            f"{expected} processes were launched but each believes to be one of {accelerator.num_processes}: launch with one of "
+            f"{expected} processes were launched but each takes itself for one of {accelerator.num_processes}: launch with one of "
             f"configs/accelerate, or set {', '.join(MEETING)} for each (docs/training.md); WORLD_SIZE=1 makes each a run of its own"
         )
     if args.gradient_compression != "none" and accelerator.device.type == "cpu":

@@ -62,7 +62,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     records = [(row, parse_record(line)) for row, line in enumerate(lines, start=1) if line.strip()]
     for row, record in records:
         if record is None and row < len(lines):
-            raise UserError(f"{path}: row {row} is no record with a step; remove that line")
+            raise UserError(f"{path}: row {row} is not a record with a step; remove that line")
     return [record for _, record in records if record is not None]
 
 

@@ -108,7 +108,7 @@ def _obey_flags(args) -> None:
         for flag in ("model_name_or_path", "config_name"):
             source = Path(getattr(args, flag) or "/").resolve()
             if source.exists() and source.is_relative_to(output_dir.resolve()):
-                problem = f"{output_dir} holds {source}, which --{flag} names; give another --output_dir"
+                problem = f"{output_dir} holds {source}, which --{flag} names and which would be deleted; give another --output_dir"
                 raise UserError(f"--overwrite_output_dir: {problem}")
         for path in [*remains, *(output_dir / name for name in BESIDE_THEM)]:
             remove(path)

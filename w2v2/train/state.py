@@ -84,7 +84,7 @@ class RunState:
                 setattr(state, name, saved.get(name, getattr(state, name)))
             if state.step > state.max_steps:
                 found = f"--max_steps {state.max_steps}: {checkpoint} has {state.step} updates already"
-                raise UserError(f"{found}; give as many at least, or start from its weights with --model_name_or_path")
+                raise UserError(f"{found}; give at least as many, or start from its weights with --model_name_or_path")
             if state.position >= state.epoch_draws:
                 state.epoch, state.position = state.epoch + 1, 0
         return state
