@@ -87,9 +87,7 @@ def test_what_is_repeated_very_often_is_said(config, tmp_path, capsys):
         == 0
     )
     printed = capsys.readouterr().out
-    (line,) = [
-        line for line in printed.splitlines() if "utterances are repeated very often of source swahili (" in line
-    ]
+    (line,) = [line for line in printed.splitlines() if "some sources are repeated very often: swahili (" in line]
     assert line.startswith("warning ") and "english" not in line
     assert "weights of --validation_data have no effect: every utterance is heard once" in printed
     plan = json.loads((tmp_path / "run/plan.json").read_text())

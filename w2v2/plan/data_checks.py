@@ -28,7 +28,7 @@ def check_repetitions(run) -> Found:
     ]
     if not repeated:
         return None
-    found = f"utterances are repeated very often of source {', '.join(repeated)}: the model may learn them by heart"
+    found = f"some sources are repeated very often: {', '.join(repeated)}; the model may learn them by heart"
     return found, "lower the weight, or raise --sampling_alpha_corpus or --sampling_alpha_language"
 
 
@@ -51,7 +51,10 @@ def check_validation(run) -> Found:
 def check_overlap(run) -> Found:
     if not run.validation or not (found := describe_overlap(run.training, run.validation)):
         return None
-    return f"{found}: validation looks better than unheard speech would", "keep apart what is trained and validated on"
+    return (
+        f"{found}: validation looks better than unheard speech would",
+        "leave these out of the training data, or validate on others",
+    )
 
 
 def check_weights(run) -> Found:

@@ -183,7 +183,7 @@ def _describe_doubling(hours: float, args, config) -> str:
         return silence
     first, last = (end(row.hours for row in study_rows()) for end in (min, max))
     if hours < first:
-        return f"of under {first:,.0f} h the study (arXiv 2402.13723) says nothing"
+        return f"the study (arXiv 2402.13723) says nothing of less than {first:,.0f} h"
     start = min(hours, last / 2)
     clean, other = (
         [math.sqrt(low * high) for low, high in pair]
