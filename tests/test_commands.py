@@ -97,8 +97,9 @@ def test_a_command_runs_its_script(installed, tmp_path):
     command.write_text("import sys\nfrom w2v2.__main__ import main\nsys.exit(main())\n")
     done = call(installed, tmp_path, str(command), "--help")
     assert done.stdout.startswith("usage: w2v2-describe-data "), done.stderr
-    done = call(installed, tmp_path, "-m", "w2v2", "setup")
+    done = call(installed, tmp_path, "-m", "w2v2", "pretrian")
     assert done.returncode == 2 and str(installed / "w2v2/shipped/configs") in done.stderr
+    assert done.stderr.endswith("no script 'pretrian': did you mean pretrain?\n")
 
 
 def test_a_path_that_exists_wins(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ w2v2-pretrain CONFIG.yaml --flag value …
 accelerate launch -m w2v2 pretrain CONFIG.yaml --flag value …        (what a launcher starts is a module)
 """
 
+import difflib
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +30,9 @@ def main() -> None:
         sys.argv[:2] = [command]  # it stands in usage and errors
     name = command.removeprefix("w2v2-").replace("-", "_")
     if name not in SCRIPTS + DATA_SCRIPTS:
-        print(USAGE, file=sys.stderr)
+        close = difflib.get_close_matches(name, SCRIPTS + DATA_SCRIPTS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see the list above"
+        print(USAGE + (f"\nerror: no script {name!r}: {hint}" if name else ""), file=sys.stderr)
         sys.exit(2)
     sys.path.insert(
         0, str(w2v2.ROOT if name in SCRIPTS else w2v2.ROOT / "data_scripts")
