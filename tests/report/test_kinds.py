@@ -54,7 +54,7 @@ def test_a_recogniser_tells_scores_errors_and_warnings(tmp_path):
     page = read_page(write_recognition(tmp_path / "run"))
     assert "WER is 42.9 % on validation, with the weights of update 10 of 20." in page.text  # 3 errors in 7 words
     titles = page.of("b")
-    for title in ("Error rates", "Errors by type", "Substituted words", "Deleted letters", "WER 100%", "WER 33%"):
+    for title in ("Error rates", "validation", "Substituted words", "Deleted letters", "WER 100%", "WER 33%"):
         assert title in titles, title
     assert "script" not in {name for name, _ in page.elements} and "WER 0%" not in titles
     assert f"cat → {HOSTILE}"[:10] in page.text and HOSTILE in page.text
@@ -64,6 +64,12 @@ def test_a_script_without_spaces_is_aligned_by_letters(tmp_path):
     page = read_page(write_recognition(tmp_path / "run", texts={"a": ("天地人山", "天土人山"), "b": ("水火", "水火")}))
     assert "Substituted letters" in page.of("b") and "Substituted words" not in page.of("b")
     assert page.source.count('<span class="equal">') == 3
+
+
+def test_tokens_are_no_words(tmp_path):
+    lines = [{"set": "test", "id": "a", "reference": "ae t", "hypothesis": "ae d", "per": 0.5}]
+    titles = read_page(write_results(tmp_path / "run", {"test": {"per": 0.5}}, lines, {})).of("b")
+    assert "Substituted tokens" in titles and "PER 50%" in titles and "Substituted letters" not in titles
 
 
 def test_a_run_without_results_says_so(tmp_path):

@@ -124,6 +124,8 @@ def test_a_folder_that_is_no_run_is_refused(pretraining, name, said):
 
 def test_the_script_writes_into_the_run(pretraining, capsys):
     assert run_here(report.main) == 2 and "RUN" in error_line(capsys.readouterr().err)
+    assert run_here(report.main, pretraining, "--output", pretraining) == 2  # a folder
+    assert "name another file with --output" in error_line(capsys.readouterr().err)
     report.main([str(pretraining)])
     assert "small" in Page(pretraining / "report.html").of("h1") and "report.html" in capsys.readouterr().out
 

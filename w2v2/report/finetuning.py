@@ -6,7 +6,7 @@ from typing import Any
 
 from w2v2.evaluate.scores import MEASURES, NAMES, confusion_counts
 from w2v2.report.charts import show
-from w2v2.report.grids import draw_bars, draw_confusion
+from w2v2.report.grids import draw_confusion
 from w2v2.report.playback import embed_audio
 from w2v2.report.run_files import RECOGNITION, RunFiles
 from w2v2.report.sections import (
@@ -18,6 +18,7 @@ from w2v2.report.sections import (
     Section,
     Summary,
     Table,
+    Utterance,
     draw_measures,
     keep,
     percent,
@@ -26,28 +27,22 @@ from w2v2.report.sections import (
     tell_flags,
     tell_skipped,
 )
-from w2v2.report.transcripts import (
-    MOST_CONFUSED,
-    Utterance,
-    align,
-    count_confusions,
-    find_worst,
-    lacks_spaces,
-    scored_lines,
-)
+from w2v2.report.transcripts import MOST_CONFUSED, MOST_WORST, tell_commonest, tell_errors, tell_worst
 
 NOT_SETS = {"run", "mean", "std", "folds"}
 UPDATES = ("step", "updates")
-MOST_WORST = 10
 HOPELESS = 0.95  # word error rate from which next to nothing is recognised
-EDITS = ("substitutions", "deletions", "insertions")
 
 
 def report_finetuning(run: RunFiles, num_audio: int = 0) -> Summary:
     """Figures, verdict and sections of a recogniser or a classifier, with the audio of its worst utterances."""
     is_recogniser = run.kind == RECOGNITION
     verdict, mood = judge(run)
-    told = [tell_errors(run), tell_worst(run, num_audio)] if is_recogniser else [*tell_confusions(run, num_audio)]
+    told = (
+        [tell_errors(scored_sets(run)), tell_commonest(run), tell_worst(run, num_audio)]
+        if is_recogniser
+        else [*tell_confusions(run, num_audio)]
+    )
     sections = [tell_scores(run), tell_curves(run), *told, tell_events(run), tell_skipped(run), tell_flags(run, {})]
     kind = "Fine-tuning for speech recognition" if is_recogniser else "Fine-tuning for classification"
     return Summary(kind, run.name, verdict, mood, list_figures(run), sections=[*sections, tell_environment(run)])
@@ -72,7 +67,7 @@ def flatten(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_measure(measure: str) -> str:
-    return SHOWN[measure.removeprefix("lm_")] + (" with the language model" if measure.startswith("lm_") else "")
+    return SHOWN[measure.removeprefix("lm_")] + (" with LM" if measure.startswith("lm_") else "")
 
 
 def judge(run: RunFiles) -> tuple[str, str]:
@@ -161,49 +156,6 @@ def tell_curves(run: RunFiles) -> Section:
         section.notes.append("There is no metrics.jsonl: nothing was trained in this folder.")
     elif not run.validated:
         section.notes.append("No validation was run.")
-    return section
-
-
-def tell_errors(run: RunFiles) -> Section:
-    """Errors by type and by set, and the most confused words and letters of all sets."""
-    section = Section("Errors")
-    edits = {name: scores["edits"] for name, scores in scored_sets(run).items() if "edits" in scores}
-    if edits:
-        rows = [(name, *(counts.get(key) for key in ("words", "hits", *EDITS))) for name, counts in edits.items()]
-        section.tables.append(
-            Table("Errors by type, greedy decoding", ["Set", "Words", "Right", *map(str.title, EDITS)], rows)
-        )
-        name, counts = list(edits.items())[-1]
-        shares = {key: counts.get(key, 0) / (counts.get("words") or 1) for key in EDITS}
-        items = [(key, share, percent(share)) for key, share in shares.items()]
-        section.charts += keep(draw_bars("Errors by type", items, f"per word of the reference, {name}"))
-    lines, key = scored_lines(run.predictions)
-    if not lines:
-        section.notes.append("There are no predictions with references (predictions.jsonl).")
-        return section
-    texts = [line["reference"] for line in lines], [line[key] for line in lines]
-    units = {"letters": True} if lacks_spaces(lines) else {"words": False, "letters": True}
-    for unit, by_letters in units.items():
-        found = count_confusions(align(*texts, by_letters))
-        for title, counts in {"Substituted": found.pairs, "Deleted": found.left_out, "Inserted": found.put_in}.items():
-            items = [(name, count, f"{count:,}") for name, count in counts.most_common(MOST_CONFUSED)]
-            section.charts += keep(draw_bars(f"{title} {unit}", items, "commonest, over all sets"))
-    if not any(one["reference"] != one[key] for one in lines):
-        section.notes.append("Every transcript is right.")
-    return section
-
-
-def tell_worst(run: RunFiles, num_audio: int) -> Section:
-    """The worst utterances, aligned."""
-    section = Section("Worst utterances")
-    lines, key = scored_lines(run.predictions)
-    section.utterances = find_worst(lines, key, max(MOST_WORST, num_audio))
-    if not section.utterances:
-        section.notes.append("There are none.")
-    elif num_audio:
-        section.notes += embed_audio(run, section.utterances[:num_audio])
-    else:
-        section.notes.append("Their audio is put into the page by report.py --embed_audio 10.")
     return section
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import w2v2
-from w2v2.errors import one_line
+from w2v2.errors import UserError, one_line
 from w2v2.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from w2v2.report.comparison import compare_runs
 from w2v2.report.finetuning import report_finetuning
@@ -31,14 +31,17 @@ def write_report(
 ) -> None:
     """Write the page of these runs. `defaults` are those of pretrain.py's flags; `num_audio` utterances can be heard.
 
-    Raises `UserError` for a folder that holds no run.
+    Raises `UserError` for a folder that holds no run, and for a page that cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
     name_runs(runs)
     summaries = [summarize(run, defaults, num_audio) for run in runs]
     page = render(summaries, compare_runs(runs, summaries))
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    write_file(Path(output), page.encode("utf-8", "backslashreplace"))
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        write_file(Path(output), page.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}): name another file with --output") from None
 
 
 def summarize(run: RunFiles, defaults: Mapping[str, Any], num_audio: int) -> Summary:

@@ -11,7 +11,7 @@ from w2v2.errors import UserError
 from w2v2.finetune.ctc_data import name_sets
 from w2v2.manifests.manifest import read_manifests
 from w2v2.report.run_files import RunFiles
-from w2v2.report.transcripts import Utterance
+from w2v2.report.sections import Utterance
 
 MOST_SECONDS = 10.0  # of an utterance
 MOST_LETTERS = 1_300_000  # of all data URIs together: the page stays below 2 MB

@@ -30,6 +30,17 @@ class Table:
 
 
 @dataclass
+class Utterance:
+    """An utterance with errors, aligned (pairs of transcripts.py) or only labelled; `audio` is a data URI."""
+
+    set: str
+    id: str
+    score: str
+    pairs: Sequence[Any] = ()
+    audio: str | None = None
+
+
+@dataclass
 class Section:
     """A heading with what is below it; `is_folded` hides that until it is asked for."""
 
@@ -37,7 +48,7 @@ class Section:
     charts: list[Any] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    utterances: list[Any] = field(default_factory=list)
+    utterances: list[Utterance] = field(default_factory=list)
     is_folded: bool = False
     anchor: str = ""
 

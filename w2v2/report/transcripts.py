@@ -8,8 +8,13 @@ from typing import Any, NamedTuple
 import jiwer
 
 from w2v2.evaluate.scores import worst_utterances
+from w2v2.report.grids import draw_bars
+from w2v2.report.playback import embed_audio
+from w2v2.report.run_files import RunFiles
+from w2v2.report.sections import Section, Table, Utterance, keep, percent
 
-MOST_CONFUSED = 12
+MOST_CONFUSED, MOST_WORST = 12, 10
+EDITS = ("substitutions", "deletions", "insertions")  # as results.json names them
 SPACE = "␣"
 FEW_WORDS = 1.5  # in a reference, on average: a script without spaces
 EQUAL, SUBSTITUTE, DELETE, INSERT = "equal", "substitute", "delete", "insert"  # jiwer's names
@@ -21,17 +26,6 @@ class Pair(NamedTuple):
     kind: str
     reference: str
     hypothesis: str
-
-
-@dataclass
-class Utterance:
-    """An utterance with errors, aligned or only labelled; `audio` is a data URI."""
-
-    set: str
-    id: str
-    score: str
-    pairs: Sequence[Pair] = ()
-    audio: str | None = None
 
 
 @dataclass
@@ -91,3 +85,55 @@ def find_worst(lines: Sequence[dict[str, Any]], key: str, most: int) -> list[Utt
         Utterance(str(line.get("set", "")), str(line["id"]), f"{name} {line[rate]:.0%}", aligned)
         for line, aligned in zip(worst, pairs, strict=True)
     ]
+
+
+def tell_errors(sets: Mapping[str, Mapping[str, Any]]) -> Section:
+    """Errors by type and by set."""
+    section = Section("Errors by type")
+    edits = {name: scores["edits"] for name, scores in sets.items() if "edits" in scores}
+    if not edits:
+        section.notes.append("No set with references was scored.")
+        return section
+    rows = [(name, *(counts.get(key) for key in ("words", "hits", *EDITS))) for name, counts in edits.items()]
+    section.tables.append(Table("Counts, greedy decoding", ["Set", "Words", "Right", *map(str.title, EDITS)], rows))
+    for name, counts in edits.items():
+        shares = {key: counts.get(key, 0) / (counts.get("words") or 1) for key in EDITS}
+        items = [(key, share, percent(share)) for key, share in shares.items()]
+        section.charts += keep(draw_bars(name, items, "per word of the reference"))
+    return section
+
+
+def tell_commonest(run: RunFiles) -> Section:
+    """The commonest errors of words and letters, over all sets."""
+    section = Section("Commonest errors")
+    lines, key = scored_lines(run.predictions)
+    if not lines:
+        section.notes.append("There are no predictions with references (predictions.jsonl).")
+        return section
+    texts = [line["reference"] for line in lines], [line[key] for line in lines]
+    subtitle = "over all sets" + (", with LM" if key.startswith("lm_") else "")
+    units = {"letters": True} if lacks_spaces(lines) else {"words": False, "letters": True}
+    if "per" in lines[0]:
+        units = {"tokens": False}
+    for unit, by_letters in units.items():
+        found = count_confusions(align(*texts, by_letters))
+        for title, counts in {"Substituted": found.pairs, "Deleted": found.left_out, "Inserted": found.put_in}.items():
+            items = [(name, count, f"{count:,}") for name, count in counts.most_common(MOST_CONFUSED)]
+            section.charts += keep(draw_bars(f"{title} {unit}", items, subtitle))
+    if not section.charts:
+        section.notes.append("Every transcript is right.")
+    return section
+
+
+def tell_worst(run: RunFiles, num_audio: int) -> Section:
+    """The worst utterances, aligned."""
+    section = Section("Worst utterances")
+    lines, key = scored_lines(run.predictions)
+    section.utterances = find_worst(lines, key, max(MOST_WORST, num_audio))
+    if not section.utterances:
+        section.notes.append("There are none.")
+    elif num_audio:
+        section.notes += embed_audio(run, section.utterances[:num_audio])
+    else:
+        section.notes.append("Their audio is put into the page by report.py --embed_audio 10.")
+    return section
