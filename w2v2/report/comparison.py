@@ -5,7 +5,8 @@ from itertools import groupby
 from typing import Any
 
 from w2v2.report.charts import LineChart, Series, draw_lines
-from w2v2.report.run_files import PRETRAINING, PROBE, RunFiles
+from w2v2.report.finetuning import list_scores
+from w2v2.report.run_files import CLASSIFICATION, PRETRAINING, PROBE, RECOGNITION, RunFiles
 from w2v2.report.sections import HOURS, SHOWN, Section, Summary, Table, gather, keep, tell_value
 
 # Names of a run's own, which every comparison would list.
@@ -37,12 +38,15 @@ def compare_runs(runs: Sequence[RunFiles], summaries: Sequence[Summary]) -> list
 
 
 def tell_finals(runs: Sequence[RunFiles], summaries: Sequence[Summary], title: str) -> Section:
-    """The headline figures of all runs in one table."""
-    names = list(dict.fromkeys(label for summary in summaries for label, *_ in summary.figures))
-    rows = []
-    for summary in summaries:
-        found = {label: value for label, value, _ in summary.figures}
-        rows.append((summary.name, *(found.get(name, "–") for name in names)))
+    """The headline figures of all runs in one table; of fine-tunings every score of every set."""
+    figures = [{label: value for label, value, _ in summary.figures} for summary in summaries]
+    if runs[0].kind in (RECOGNITION, CLASSIFICATION):
+        figures = [list_scores(run) for run in runs]
+    names = list(dict.fromkeys(name for found in figures for name in found))
+    rows = [
+        (summary.name, *(found.get(name, "–") for name in names))
+        for summary, found in zip(summaries, figures, strict=True)
+    ]
     return Section(
         f"{title}final figures".capitalize(), tables=[Table("At the end of each run", ["Run", *names], rows)]
     )

@@ -114,6 +114,15 @@ def list_figures(run: RunFiles) -> list[tuple[str, str, str]]:
     return figures
 
 
+def list_scores(run: RunFiles) -> dict[str, str]:
+    """`WER, test` → its value, for every measure of every set."""
+    sets = {name: flatten(scores) for name, scores in scored_sets(run).items()}
+    keys = (*SHOWN, *(f"lm_{name}" for name in NAMES))
+    return {
+        f"{name_measure(key)}, {name}": percent(sets[name][key]) for name in sets for key in keys if key in sets[name]
+    }
+
+
 def tell_scores(run: RunFiles) -> Section:
     """Every measure of every set, and of every fold."""
     section = Section("Scores")
