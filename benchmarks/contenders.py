@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from common import speech_lengths
 
 from w2v2.arguments import PretrainArguments
@@ -24,6 +23,7 @@ from w2v2.data.batching import Crops, Cursor, EffectiveBatches, MicroBatchPlan, 
 from w2v2.data.collate import Framing, PretrainBatch, build_batch
 from w2v2.data.filling import fill_up, find_sizes
 from w2v2.model import transformer
+from w2v2.model.cpu import attend_with_library
 from w2v2.model.loading import build_config
 from w2v2.model.pretraining import build_model
 from w2v2.train.capture import CapturedStep
@@ -229,16 +229,10 @@ def layer_for_all_frames(module, hidden, rows, dtype, rest=None, asked=None, lay
     return out if asked is None else out.index_select(0, asked[0])
 
 
-def attend_with_library(query, key, value, dropout):
-    """Attention of one utterance, (T, H, d), through the library, with dropout too."""
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1)
-
-
 # Lever of --without → where the program has it, and what takes its place.
 LEVERS = {
     "flat_convs": ("w2v2.model.feature_encoder", "is_flat", lambda config: False),
-    "cpu_attention": ("w2v2.model.transformer", "attend_alone", attend_with_library),
+    "cpu_attention": ("w2v2.model.transformer", "attend_in_blocks", attend_with_library),
     "one_dnn": ("w2v2.model.cpu", "_ONE_DNN", None),
     "cheap_draws": ("w2v2.model.cpu", "draw_kept", lambda kept, p: kept.bernoulli_(1 - p)),
     "masked_last_layer": ("w2v2.model.pretraining", "layer", layer_for_all_frames),

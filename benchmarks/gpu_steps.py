@@ -40,7 +40,8 @@ class Step(NamedTuple):
         return BUILD[flags.config_name] + added + (1 + UPDATES) * flags.batch_seconds / self.rate
 
     def limit(self) -> float:
-        return 3 * self.expected() + START
+        """Seconds after which it is stopped, with the start of a process."""
+        return 3 * self.expected() + 2 * START
 
 
 SESSIONS = {  # in the order of what is worth most, should the time run out

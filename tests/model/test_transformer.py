@@ -10,7 +10,7 @@ from parity import assert_same_function, gradients, pair
 
 from w2v2.data.rows import Rows
 from w2v2.model import transformer
-from w2v2.model.cpu import _AttentionInBlocks, attend_alone
+from w2v2.model.cpu import attend_in_blocks
 from w2v2.model.transformer import after_attention, attend, layer, positional
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
@@ -95,23 +95,28 @@ def test_each_row_attends_to_its_own_frames_alone(lengths, asked):
 
 def test_dropout_zeroes_weights_after_the_softmax():
     """With the dropped weights read from what is kept for the backward pass, the output is the textbook's."""
-    query, key, value = (x[0].transpose(0, 1) for x in inputs(1, 6, seed=1))  # (H, T, d)
-    out = _AttentionInBlocks.apply(query, key, value, 0.4)
-    dropped = out.grad_fn.saved_tensors[-1]
-    weights = (query @ key.transpose(1, 2) / 2.0).softmax(-1) * dropped / 0.6
-    torch.testing.assert_close(out, weights @ value)
+    lengths, rows = [6, 4], rows_of([6, 4], [1, 2])
+    q, k, v = (rows.join([x[:n] for x, n in zip(own, lengths, strict=True)]) for own in inputs(2, 6, seed=1))
+    out = attend_in_blocks(q, k, v, rows, rows, 0.4)
+    masks, parts = out.grad_fn.saved_tensors[4:], [rows.split(x) for x in (q, k, v, out)]
+    for dropped, *part in zip(masks, *parts, strict=True):
+        q, k, v, o = (x.transpose(0, 1) for x in part)  # (T, H, d) -> (H, T, d)
+        weights = (q @ k.transpose(1, 2) / 2.0).softmax(-1) * dropped / 0.6
+        torch.testing.assert_close(o, weights @ v)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_gradient_with_dropout_for_any_number_of_threads(monkeypatch, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    query, key, value = (x.detach()[0].requires_grad_() for x in inputs(1, 5, H=6, seed=2))
+    rows, own = rows_of([4, 2], [1, 2]), rows_of([2, 1], [0, 0])
+    q, k, v = (x.detach()[0].requires_grad_() for x in inputs(1, 9, H=6, seed=2))
 
     def attention(*x):
         torch.manual_seed(7)
-        return attend_alone(*x, 0.3)
+        return attend_in_blocks(*x, own, rows, 0.3)
 
-    assert torch.autograd.gradcheck(attention, (query[:3], key, value))
-    found = attention(query, key, value)
+    query = q.detach()[:3].requires_grad_()
+    assert torch.autograd.gradcheck(attention, (query, k, v))
+    found = attention(query, k, v)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert torch.equal(found, attention(query, key, value))
+    assert torch.equal(found, attention(query, k, v))

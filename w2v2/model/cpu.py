@@ -4,13 +4,15 @@ On x86 PyTorch sends float32 products to MKL. oneDNN, which it brings along, was
 on an AMD processor, in the forward pass and for the input's gradient. oneDNN keeps what it compiles for each shape, so
 small models, which gain nothing, stay with MKL. On other devices these functions fall back to the stock ones.
 
-Shapes: M frames that ask, T frames that are attended to, H heads, d width of a head.
+Shapes: P frames that ask, M of an utterance; N frames that are attended to, T of an utterance;, H heads, d width of a head.
 """
 
 import ctypes
 
 import torch
 import torch.nn.functional as F
+
+from w2v2.data.rows import Rows
 
 _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 SMALLEST_WEIGHT = 2**17  # elements: below the narrowest projection of BASE, above the widest of `configs/models/small`
@@ -82,57 +84,63 @@ def draw_kept(kept: torch.Tensor, p: float) -> None:
     torch.ge(draws, round(p * 65_536) - 32_768, out=kept)
 
 
-def attend_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Attention of one utterance: query (M, H, d), key and value (T, H, d) → (M, H, d).
-
-    With dropout no library has a kernel for a CPU.
-    """
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # (M or T, H, d) -> (H, M or T, d)
-    if dropout > 0.0 and query.device.type == "cpu":
-        return _AttentionInBlocks.apply(query, key, value, dropout).transpose(0, 1)
-    out = F.scaled_dot_product_attention(query[None], key[None], value[None], dropout_p=dropout)
-    return out[0].transpose(0, 1)
+def attend_with_library(query, key, value, asking: Rows, attended: Rows, dropout: float) -> torch.Tensor:
+    """Attention within each utterance, one after another: query (P, H, d), key and value (N, H, d) → (P, H, d)."""
+    found = []
+    for part in zip(asking.split(query), attended.split(key), attended.split(value), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in part)  # (M or T, H, d) -> (1, H, M or T, d)
+        found.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)[0].transpose(0, 1))
+    return asking.join(found)
 
 
 class _AttentionInBlocks(torch.autograd.Function):
-    """Query (H, M, d), key and value (H, T, d) → (H, M, d), as many heads at a time as there are threads, so that their
-    weights stay in the cache.
+    """Computes as many heads of an utterance at a time as there are threads, so that their weights stay in the cache.
 
     As in flash attention (Dao et al., 2022, algorithm 4), the backward pass computes the weights again. One byte a
     weight is kept: whether it was dropped.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, dropout):
-        out, kept = torch.empty_like(query), torch.empty(*query.shape[:2], key.shape[1], dtype=torch.bool)
-        for heads, (p, f) in _blocks(query, key, 2):
-            _weigh(query[heads], key[heads], out=p)
-            draw_kept(kept[heads], dropout)
-            torch.bmm(p.mul_(f.copy_(kept[heads])), value[heads], out=out[heads])
+    def forward(ctx, query, key, value, asking, attended, dropout):
+        out, masks = query.new_zeros(query.shape), []
+        for part in zip(*map(asking.split, (query, out)), *map(attended.split, (key, value)), strict=True):
+            q, o, k, v = (x.transpose(0, 1) for x in part)  # (M or T, H, d) -> (H, M or T, d)
+            masks.append(torch.empty(len(q), q.shape[1], k.shape[1], dtype=torch.bool))
+            for heads, (p, f) in _blocks(q, k, 2):
+                _weigh(q[heads], k[heads], out=p)
+                draw_kept(masks[-1][heads], dropout)
+                torch.bmm(p.mul_(f.copy_(masks[-1][heads])), v[heads], out=o[heads])
         out *= 1.0 / (1.0 - dropout)
-        ctx.save_for_backward(query, key, value, out, kept)
-        ctx.dropout = dropout
+        ctx.save_for_backward(query, key, value, out, *masks)
+        ctx.rows, ctx.dropout = (asking, attended), dropout
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, out, kept = ctx.saved_tensors
-        shift = (gradient * out).sum(-1, keepdim=True)  # (H, M, 1)
+        query, key, value, out, *masks = ctx.saved_tensors
+        shift = (gradient * out).sum(-1, keepdim=True)  # (P, H, 1)
         scaled = gradient * (1.0 / (1.0 - ctx.dropout))
-        d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        for heads, (p, dp, f) in _blocks(query, key, 3):
-            # 1. The weights again, and which of them were kept.
-            _weigh(query[heads], key[heads], out=p)
-            f.copy_(kept[heads])
-            # 2. Through dropout and softmax to the gradient of the scores.
-            torch.bmm(scaled[heads], value[heads].transpose(1, 2), out=dp)
-            dp.mul_(f).sub_(shift[heads]).mul_(p)
-            # 3. The gradients of value, query and key.
-            torch.bmm(p.mul_(f).transpose(1, 2), scaled[heads], out=d_value[heads])
-            torch.bmm(dp, key[heads], out=d_query[heads])
-            torch.bmm(dp.transpose(1, 2), query[heads], out=d_key[heads])
+        d_query, d_key, d_value = (x.new_zeros(x.shape) for x in (query, key, value))
+        asking, attended = ctx.rows
+        own, others = (query, d_query, scaled, shift), (key, d_key, value, d_value)
+        for kept, *part in zip(masks, *map(asking.split, own), *map(attended.split, others), strict=True):
+            q, d_q, g, s, k, d_k, v, d_v = (x.transpose(0, 1) for x in part)
+            for heads, (p, dp, f) in _blocks(q, k, 3):
+                # 1. The weights again, and which of them were kept.
+                _weigh(q[heads], k[heads], out=p)
+                f.copy_(kept[heads])
+                # 2. Through dropout and softmax to the gradient of the scores.
+                torch.bmm(g[heads], v[heads].transpose(1, 2), out=dp)
+                dp.mul_(f).sub_(s[heads]).mul_(p)
+                # 3. The gradients of value, query and key.
+                torch.bmm(p.mul_(f).transpose(1, 2), g[heads], out=d_v[heads])
+                torch.bmm(dp, k[heads], out=d_q[heads])
+                torch.bmm(dp.transpose(1, 2), q[heads], out=d_k[heads])
         scale = query.shape[-1] ** -0.5
-        return d_query.mul_(scale), d_key.mul_(scale), d_value, None
+        return d_query.mul_(scale), d_key.mul_(scale), d_value, None, None, None
+
+
+attend_in_blocks = _AttentionInBlocks.apply  # as `attend_with_library`, which has no kernel for dropout on a CPU
 
 
 def _weigh(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor) -> None:

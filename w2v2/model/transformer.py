@@ -18,7 +18,7 @@ from torch import nn
 
 from w2v2.data.rows import Rows
 from w2v2.model import cpu
-from w2v2.model.cpu import attend_alone, dropout
+from w2v2.model.cpu import attend_in_blocks, attend_with_library, dropout
 
 BLOCK = 8  # R
 # The function behind nested tensors' `scaled_dot_product_attention`. It is differentiable and has dropout, which the
@@ -173,8 +173,8 @@ def attend(query, key, value, asking: Rows, attended: Rows, dropout: float = 0.0
     if takes_any_lengths(query):
         bounds = asking.bounds, attended.bounds, asking.longest, attended.longest
         return _FLASH(query, key, value, *bounds, dropout, False, False)[0]
-    parts = zip(asking.split(query), attended.split(key), attended.split(value), strict=True)
-    return asking.join([attend_alone(*part, dropout) for part in parts])
+    way = attend_in_blocks if dropout > 0.0 and query.device.type == "cpu" else attend_with_library
+    return way(query, key, value, asking, attended, dropout)
 
 
 def takes_any_lengths(x: torch.Tensor) -> bool:
