@@ -91,13 +91,18 @@ def test_torn_and_damaged_files_are_tolerated(tmp_path):
     ("accuracy", "events", "said"),
     [
         (0.1, [], "nothing is learned"),
-        (0.4, [{"step": 60, "event": "collapse", "message": "one code"}], "The run collapsed: one code"),
+        (0.4, ["start", "collapse", "stop"], "57 of 60 updates are done. The run collapsed: by collapse"),
+        (0.4, ["start", "collapse", "stop", "resume", "finish"], "All 60 updates are done. On held-out"),
+        (0.4, ["start", "stop"], "57 of 60 updates are done; the run stopped: by stop."),
+        (0.4, ["start", "stop", "resume"], "All 60 updates are done. On held-out"),
         (None, [], "no finite figures"),
     ],
 )
 def test_the_verdict_follows_the_figures(tmp_path, accuracy, events, said):
     folder = write_pretraining(tmp_path / "run", last_accuracy=accuracy or 0.4)
-    write_lines(folder / "events.jsonl", events)
+    steps = {"start": 0, "stop": 57, "resume": 50}
+    lines = [{"step": steps.get(event, 60), "event": event, "message": f"by {event}"} for event in events]
+    write_lines(folder / "events.jsonl", lines)
     if accuracy is None:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('{"step": 60, "audio_hours": 6, "eval_loss": null, "eval_accuracy": null}\n')

@@ -74,12 +74,15 @@ def judge(run: RunFiles) -> tuple[str, str]:
     """One verdict on how far the run came and whether it learns, and its colour."""
     if not run.trained:
         return "No update was logged yet: the folder holds a plan alone.", CAREFUL
-    done, planned = run.trained[-1]["step"], run.config.get("max_steps")
+    begins = [n for n, event in enumerate(run.events) if event.get("event") in ("start", "resume")]
+    events = {event.get("event"): event for event in run.events[begins[-1] :]} if begins else {}
+    end = events.get("finish") or events.get("stop") or run.trained[-1]  # records are only of every so many updates
+    done, planned = end["step"], run.config.get("max_steps")
     how_far = f"All {done:,} updates are done" if done == planned else f"{done:,} of {show(planned)} updates are done"
-    if run.events and run.events[-1].get("event") == "stop":
-        how_far += f"; the run stopped: {run.events[-1].get('message', '').rstrip('.')}"
-    if collapses := [event for event in run.events if event.get("event") == "collapse"]:
-        return f"{how_far}. The run collapsed: {collapses[-1].get('message', 'see the events')}", BAD
+    if "collapse" in events:
+        return f"{how_far}. The run collapsed: {events['collapse'].get('message', 'see the events')}", BAD
+    if "stop" in events:
+        how_far += f"; the run stopped: {events['stop'].get('message', '').rstrip('.')}"
     where, record = ("held-out", run.validated[-1]) if run.validated else ("training", run.trained[-1])
     prefix = "eval_" if run.validated else ""
     accuracy, guess = record.get(f"{prefix}accuracy"), record.get(f"{prefix}constant_guess_accuracy")
