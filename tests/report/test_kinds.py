@@ -168,6 +168,15 @@ def test_runs_of_a_kind_are_compared(tmp_path):
     assert finals.count("40.0") == 2 and page.text.count("The whole report of") == 3
 
 
+def test_many_runs_leave_their_own_charts_out(tmp_path, monkeypatch):
+    runs = [write_pretraining(tmp_path / name) for name in ("one", "two")]
+    whole = read_page(*runs)
+    monkeypatch.setattr("w2v2.report.page.MOST_LETTERS", 50_000)
+    page = read_page(*runs)
+    assert page.text.count("make its own report") == 2 and "Flags that differ" not in page.text
+    assert len(page.of("desc")) == 6 < len(whole.of("desc"))
+
+
 def test_the_same_flags_are_said_to_be_the_same(tmp_path):
     first, second = write_pretraining(tmp_path / "one"), write_pretraining(tmp_path / "two")
     for folder in (first, second):

@@ -23,6 +23,7 @@ from w2v2.train.durable import write_file
 from w2v2.train.events import EventLog
 
 REPORT_FILE = "report.html"
+MOST_LETTERS = 1_900_000  # of a page of several runs
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -36,7 +37,13 @@ def write_report(
     runs = [read_run(folder) for folder in folders]
     name_runs(runs)
     summaries = [summarize(run, defaults, num_audio) for run in runs]
-    page = render(summaries, compare_runs(runs, summaries))
+    comparison = compare_runs(runs, summaries)
+    page = render(summaries, comparison)
+    if len(page) > MOST_LETTERS and len(runs) > 1:
+        for summary in summaries:
+            summary.sections = []
+            summary.remarks.append("Its own charts are left out, as the page would pass 2 MB: make its own report.")
+        page = render(summaries, comparison)
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         write_file(Path(output), page.encode("utf-8", "backslashreplace"))

@@ -58,7 +58,7 @@ def find_expectations(run: RunFiles, defaults: Mapping[str, Any]) -> tuple[list[
     references = find_references(model, flags)
     placing = place_in_band(known, references)
     sentences = [*([placing.text] if placing else []), *advise_stop(known, flags, model)]
-    return references, [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
+    return references, [f"{text[0].upper()}{text[1:]}.".replace(" %", "\u00a0%") for text in sentences]
 
 
 def draw_band(run: RunFiles, references: list[Reference], measure: str) -> Band | None:
@@ -197,7 +197,7 @@ def tell_schedule(run: RunFiles) -> Section:
         draw_measures(run, "Diversity loss", {"diversity_loss": "training", "eval_diversity_loss": "held out"}, subtitle="1 − perplexity / entries"),
         draw_measures(run, "Feature penalty", {"feature_penalty": "training", "eval_feature_penalty": "held out"}, subtitle="mean square of the convs' output"),
     )  # fmt: skip
-    notes = [] if charts else ["There is no record of training."]
+    notes = [] if charts else ["Learning rate and gradient were not logged."]
     skipped = run.trained[-1].get("skipped_updates") if run.trained else None
     notes += [f"{skipped:,} updates were skipped: their loss or gradient was not finite."] if skipped else []
     return Section("Schedule and gradient", charts, notes=notes)
@@ -213,5 +213,5 @@ def tell_speed(run: RunFiles) -> Section:
         if any(record.get("skipped_audio") for record in run.trained) else None,
     )  # fmt: skip
     if not section.charts:
-        section.notes.append("There is no record of training.")
+        section.notes.append("Throughput was not logged.")
     return section
