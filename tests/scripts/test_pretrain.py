@@ -66,6 +66,8 @@ def test_a_run_leaves_the_files_that_users_touch(whole_run):
         "plan.json",
         "report.html",
     }
+    page = (whole_run / "report.html").read_text(encoding="utf-8")
+    assert f"All {STEPS} updates are done" in page and "What was planned" in page and "Codebook 2" in page
     assert not list(whole_run.glob(".unfinished-*")) and "skipped_audio.jsonl" not in names(whole_run)
     assert list((whole_run / "plots").glob("*.png")) and list((whole_run / "runs").rglob("events.*"))
     for checkpoint in due:

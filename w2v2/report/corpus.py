@@ -24,11 +24,10 @@ def tell_audio(run: RunFiles) -> Section:
                 f"{count:,} {reason.replace('_', ' ')}" for reason, count in (part.get("dropped") or {}).items()
             )
             rows.append((name, show(part.get("hours")), show(part["utterances"]), dropped or "none"))
-    if rows:
-        section.tables.append(Table("What there was to hear", ["Set", "Hours", "Utterances", "Left out"], rows))
-    else:
+    heard = [Table("What there was to hear", ["Set", "Hours", "Utterances", "Left out"], rows)] if rows else []
+    section.tables += tell_plan(run.plan) or heard
+    if not section.tables:
         section.notes.append("There is no plan.json: how much there was to hear is not known.")
-    section.tables += tell_plan(run.plan)
     section.charts += keep(draw_lengths(run.plan.get("lengths")))
     if sources := run.plan.get("sources"):
         most = sorted(sources, key=lambda source: -source.get("share", 0))[:MOST_SOURCES]
