@@ -9,8 +9,11 @@ import shutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from conftest import NO_DROPOUT, TIMINGS, make_batch, run_here, tiny_config, write_recipe
-from parity import distance, fix_codes, pair, passes
+from parity import distance, fix_codes, gradients, pair, passes
+from test_capture import SIZES, batches_of, settings
 from test_finetune_ctc import command, write_manifest
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining
 
@@ -19,8 +22,9 @@ import pretrain
 from w2v2.data.rows import Rows
 from w2v2.model.pretraining import PretrainingModel
 from w2v2.model.transformer import after_attention, attend, takes_any_lengths
+from w2v2.train.capture import CapturedStep
 from w2v2.train.log import read_metrics
-from w2v2.train.update import seed_noise
+from w2v2.train.update import accumulate, seed_noise
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -129,6 +133,28 @@ def test_attention_with_dropout_keeps_the_mean():
     assert float((mean - exact).norm() / exact.norm()) < 0.15
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("way", ["eager", "fused"])
+def test_replays_of_a_graph_are_the_passes_themselves(large, way):
+    """With dropout, noise and layerdrop. The flash kernel and sums by index add in any order."""
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    accelerator, config = Accelerator(mixed_precision="bf16"), tiny_config(large, **NOISY)
+    model = PretrainingModel(config).train()
+    WAYS[way](model)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    captured = CapturedStep(accelerator, model)
+    for update in (0, 1):
+        found = []
+        for step in (captured, model):
+            model.zero_grad()
+            totals, _ = accumulate(accelerator, step, batches_of(config, update, SIZES), settings(update))
+            found.append((float(totals.sums.loss), gradients(model)))
+        (loss, gradient), (expected, reference) = found
+        assert loss == pytest.approx(expected, rel=1e-3) and distance(gradient, reference) < 1e-2
+    assert captured.num_eager == 0
+
+
 # -- the scripts
 
 
@@ -163,6 +189,21 @@ def test_a_run_is_whole_and_goes_on_from_its_checkpoint(monkeypatch, flags, tmp_
     for ours, theirs in zip(resumed, records, strict=True):
         for name in names & theirs.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), (name, ours["step"])
+
+
+@pytest.mark.parametrize("kernels", [[], ["--fused_kernels"]], ids=["library", "kernels"])
+def test_a_run_with_a_graph_goes_on_from_its_checkpoint(monkeypatch, flags, tmp_path, kernels):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = [flags, "--output_dir", tmp_path, "--cuda_graph", *kernels]
+    assert run_here(pretrain.main, *run) == 0
+    expected = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    assert run_here(pretrain.main, *run, "--resume_from_checkpoint", "auto") == 0
+    found = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in found] == list(range(1, 9))
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("loss", "grad_norm", "masked_frames"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-2), (name, ours["step"])
 
 
 def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(flags, tmp_path):
