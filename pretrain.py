@@ -132,7 +132,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
     training, validation = data["train_data"][0], data.get("validation_data", (None, []))[0]
     batches = build_batches(training, args)
     plan = RunPlan(args, config, accelerator, data)
-    if args.dry_run and not args.probe_updates:
+    if args.dry_run and not args.num_probed:
         return plan.present(args.micro_batch_seconds)
 
     # 3. Model and optimizer: fresh, from given weights, or as the checkpoint has them.

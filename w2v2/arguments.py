@@ -244,5 +244,8 @@ class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, Dat
             (self.model_name_or_path and self.config_name,
              "--model_name_or_path and --config_name exclude one another, because weights come from one place: leave one out"),
         )  # fmt: skip
-        if self.gpu_hours and not self.probe_updates:
-            self.probe_updates = DEFAULT_PROBE
+
+    @property
+    def num_probed(self) -> int:
+        """Updates that are timed before the run."""
+        return self.probe_updates or (DEFAULT_PROBE if self.gpu_hours else 0)

@@ -7,6 +7,7 @@ import pytest
 from conftest import NOISY, assert_same_run, refusal, run_here, write_recipe
 
 import pretrain
+from w2v2.plan import speed
 from w2v2.train.log import read_metrics
 
 STEPS, SAVE_STEPS, EVAL_STEPS = 7, 4, 3
@@ -61,6 +62,12 @@ def test_a_dry_run_is_probed_and_adds_up(flags, whole_run, tmp_path, capsys):
     heard = probe["audio_seconds_per_second"] * probe["seconds_per_update"]
     assert heard == pytest.approx(3600 * plan["batch_hours"], rel=0.2)
     assert f"for {STEPS} updates and 3 validation(s)" in capsys.readouterr().out
+
+
+def test_slow_updates_are_fewer(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "MOST_SECONDS", 0)
+    assert run(flags, tmp_path / "run", "--probe_updates", 3, "--dry_run") == 0
+    assert read_plan(tmp_path / "run")["probe"]["updates"] == 1
 
 
 def test_device_hours_become_a_run(flags, tmp_path, capsys):

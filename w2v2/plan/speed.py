@@ -15,20 +15,24 @@ import torch
 
 from w2v2.data.batching import EffectiveBatches, PlanStream, plan_validation
 from w2v2.data.sampling import build_batches
+from w2v2.train.launch import StopRequest
+from w2v2.train.log import announce
 from w2v2.train.schedule import UpdateSettings
 from w2v2.train.state import VALIDATION_SEED
 from w2v2.train.update import Feed, train_update, validate
 
 UNCOUNTED = 3  # updates at first, in which memory is allocated and kernels are chosen
+MOST_SECONDS = 120  # after which no further update is begun
 VALIDATED = 4  # micro-batches of a validation that are timed
 
 
 def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float] | None:
-    """Time `probe_updates` of the run's own; what they mean for all that are left, as `probe` in plan.json (0: None).
+    """Time `num_probed` of the run's own; what they mean for all that are left, as `probe` in plan.json (0: None).
 
+    Slow updates are fewer: after two minutes the last one is all that counts, or those that were counted by then.
     `run` is `pretrain.Run`, whose optimizer has no state yet. Call on all ranks.
     """
-    if not (num_updates := run.args.probe_updates):
+    if not (num_updates := run.args.num_probed):
         return None
     state, accelerator, scaler = run.state, run.accelerator, run.accelerator.scaler
     scale = scaler.state_dict() if scaler else None
@@ -37,14 +41,18 @@ def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float
     # More than are taken: the last ones are decoded beside others, as in the run.
     plans = PlanStream(batches, state.cursor, range(state.step, sys.maxsize), **run.cut_arguments)
     feed, seconds = Feed(run.load(run.training, plans, run.args.seed, sizes)), []
+    announce(accelerator, f"probe         times up to {num_updates} updates, after {UNCOUNTED} that do not count")
+    limit = StopRequest(MOST_SECONDS / 3600)
     for number in range(UNCOUNTED + num_updates):
         if number == UNCOUNTED:
             feed.restart()
         started = time.perf_counter()
-        _, totals = train_update(accelerator, run.captured or run.model, run.optimizer, feed.update(), settings)
+        _, totals = train_update(accelerator, run.captured or run.model, run.optimizer, feed.update(), settings, limit)
         seconds.append(time.perf_counter() - started)
         feed.heard_samples += int(totals.counts.heard_samples)
-    rates, seconds = feed.rates(), seconds[UNCOUNTED:]
+        if totals.counts.stops_asked:
+            break
+    rates, seconds = feed.rates(), seconds[UNCOUNTED:] or seconds[-1:]
     del feed  # and with it the processes that decode
     validation = time_validation(run) if run.validation else 0.0
     if scaler:
@@ -56,7 +64,7 @@ def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float
     validations = (-(-run.args.max_steps // every) - state.step // every) if run.validation else 0
     hours = (left * mean(seconds) + validations * validation) / 3600
     return rates | {
-        "updates": num_updates,
+        "updates": len(seconds),
         "seconds_per_update": mean(seconds),
         "fastest_update": min(seconds),
         "slowest_update": max(seconds),
