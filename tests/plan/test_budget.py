@@ -9,6 +9,7 @@ import pytest
 from w2v2.errors import UserError
 from w2v2.plan.budget import (
     COVERED,
+    Measured,
     describe_budget,
     expect_error_rates,
     leave_out,
@@ -93,7 +94,7 @@ def test_few_large_updates_are_pointed_out():
 
 @pytest.mark.parametrize("hours", [2_500, 9_000, 26_880, 90_000, 376_320])
 def test_proposal_spends_the_budget_as_the_study_did(hours):
-    run = propose_run(24, 2, hours / 24, flags(), BASE)
+    run = propose_run(24, Measured(2, hours / 24), flags(), BASE)
     assert 0 <= hours - run.hours_heard <= run.batch_hours
     assert run.max_steps >= 50_000  # fewer the study has never tried
     near = [peak for seconds, peak in PEAK_RATES if seconds <= 3600 * run.batch_hours + 1]
@@ -104,7 +105,7 @@ def test_proposal_spends_the_budget_as_the_study_did(hours):
 
 
 def test_proposal_for_another_model_keeps_its_batch():
-    run = propose_run(1, 1, 100, flags(batch_hours=0.5, learning_rate=1e-3), SMALL)
+    run = propose_run(1, Measured(1, 100), flags(batch_hours=0.5, learning_rate=1e-3), SMALL)
     assert (run.max_steps, run.batch_hours, run.learning_rate, run.rates) == (200, 0.5, 1e-3, None)
     assert "not at all" in run.text
 
@@ -113,4 +114,9 @@ def test_budget_below_one_update_is_refused():
     with pytest.raises(
         UserError, match=r"--gpu_hours 0.0001 ends before the first update of 0.0417 h; give more than 0.00042"
     ):
-        propose_run(0.0001, 1, 100, flags(), BASE)
+        propose_run(0.0001, Measured(1, 100), flags(), BASE)
+
+
+def test_batches_that_hold_more_than_was_asked_for_are_fewer():
+    run = propose_run(1, Measured(1, 100, overshoot_hours=0.125), flags(batch_hours=0.5), SMALL)
+    assert (run.max_steps, run.batch_hours, run.hours_heard) == (160, 0.5, 100)

@@ -61,6 +61,14 @@ class Rates(NamedTuple):
         )
 
 
+class Measured(NamedTuple):
+    """What a budget is spent on."""
+
+    num_devices: int
+    hours_per_device_hour: float  # of audio
+    overshoot_hours: float = 0.0  # by which an effective batch exceeds --batch_hours: its last utterance is heard whole
+
+
 class Proposal(NamedTuple):
     """A run for a budget of device-hours."""
 
@@ -192,17 +200,18 @@ def choose_batch(hours_heard: float) -> float:
     return LEAST_SECONDS / 3600 if hours_heard < min(row.hours for row in study_rows()) else PAPER_BATCH_HOURS
 
 
-def propose_run(device_hours: float, num_devices: int, hours_per_device_hour: float, args, config) -> Proposal:
-    """A run for so many device-hours in all, where a device hears `hours_per_device_hour` of audio an hour.
+def propose_run(device_hours: float, measured: Measured, args, config) -> Proposal:
+    """A run for so many device-hours in all.
 
     Where the study speaks of the run, it chooses batch and learning rate; elsewhere they stay as `args` has them. Raises
     `UserError` where the budget is less than one update.
     """
-    silence, hours = find_silence(args, config), device_hours * hours_per_device_hour
+    num_devices, speed, overshoot = measured
+    silence, hours = find_silence(args, config), device_hours * speed
     batch_hours = args.batch_hours if silence else choose_batch(hours)
-    max_steps = int(hours / batch_hours * (1 + 1e-9))
+    max_steps = int(hours / (batch_hours + overshoot) * (1 + 1e-9))
     if not max_steps:
-        least = f"{batch_hours / hours_per_device_hour:.2g}"
+        least = f"{(batch_hours + overshoot) / speed:.2g}"
         raise UserError(
             f"--gpu_hours {device_hours:g} ends before the first update of {batch_hours:.3g} h; give more than {least}"
         )
@@ -214,9 +223,10 @@ def propose_run(device_hours: float, num_devices: int, hours_per_device_hour: fl
         sure += "; so few hours are for a smaller model, or for one that has learned already (--model_name_or_path)"
     lines = [
         f"budget        {device_hours:g} device-hours on {num_devices} device(s), {device_hours / num_devices:,.1f} h by the "
-        f"clock; at {hours_per_device_hour:,.0f} h of audio an hour on each, {hours:,.0f} h are heard",
+        f"clock; at {speed:,.0f} h of audio an hour on each, {hours:,.0f} h are heard",
         f"proposed      --max_steps {max_steps} --batch_hours {batch_hours:.4g} --learning_rate {rate:g} --warmup_steps {warmup}",
         f"expected      {silence or describe_hours(hours)}",
         sure,
     ]
-    return Proposal(max_steps, batch_hours, rate, warmup, max_steps * batch_hours, rates, "\n".join(lines))
+    heard = max_steps * (batch_hours + overshoot)
+    return Proposal(max_steps, batch_hours, rate, warmup, heard, rates, "\n".join(lines))

@@ -14,8 +14,10 @@ def describe(plan: dict[str, Any]) -> str:
     rows += [describe_shards(plan["streaming"])] if "streaming" in plan else []
     rows += [_describe_resources(plan["resources"])] if "resources" in plan else []
     rows += _describe_speed(plan["probe"]) if "probe" in plan else []
-    rows += [f"budget        {plan['budget']['text']}"] if "budget" in plan else []
-    rows += [plan["proposal"]["text"]] if "proposal" in plan else []
+    if "proposal" in plan:
+        rows.append(plan["proposal"]["text"])
+    elif "budget" in plan:
+        rows.append(f"budget        {plan['budget']['text']}")
     # The reader of manifests has said its warnings already.
     for warning in plan["warnings"]:
         message, remedy = warning["message"], warning["remedy"]

@@ -21,7 +21,7 @@ from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.model.loading import make_model
 from w2v2.model.pretraining import PretrainingModel
-from w2v2.plan.budget import describe_budget, propose_run
+from w2v2.plan.budget import Measured, describe_budget, propose_run
 from w2v2.plan.description import describe, name_source
 from w2v2.plan.preflight import Machine, Preflight, find_warnings
 from w2v2.plan.spot_checks import inspect_manifests, measure_reading
@@ -77,7 +77,8 @@ class RunPlan:
         plan |= {"probe": probe} if probe else {}
         if args.gpu_hours and probe:
             speed = probe["audio_seconds_per_second"] / num_ranks
-            plan["proposal"] = propose_run(args.gpu_hours, num_ranks, speed, args, config)._asdict()
+            measured = Measured(num_ranks, speed, plan["batch_hours"] - args.batch_hours)
+            plan["proposal"] = propose_run(args.gpu_hours, measured, args, config)._asdict()
         plan |= {"reading": measure_reading(training, args.crop_seconds)} if args.dry_run else {}
         run = Preflight(plan, args, config, Machine.find(self.accelerator), training, validation)
         run.size_is_found = micro_batch_seconds is not None
