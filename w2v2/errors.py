@@ -18,6 +18,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
+_LOGIN = re.compile(r"(?<=://)[^\s/]*@")  # of a URL
+_QUERY = re.compile(r"(://[^\s?]*\?)\S*?(?=[:;,.)'\"\]]*(?:\s|$))")  # of a URL: a signature is in it; up to punctuation
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 LIMITS = {
     "min": (operator.ge, "{:.15g} or more"),
@@ -56,9 +58,14 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def hide_secrets(text: str) -> str:
+    """The text without tokens of the Hub, and its URLs without name, password and query."""
+    return _QUERY.sub(r"\1…", _LOGIN.sub("", HUB_TOKEN.sub("hf_…", text)))
+
+
 def error_line(message: object) -> str:
-    """`script.py: error: …`, the line that a script ends with. A token of the Hub is blotted out."""
-    return printable(HUB_TOKEN.sub("hf_…", f"{Path(sys.argv[0]).name}: error: {message}"))
+    """`script.py: error: …`, the line that a script ends with. Secrets are blotted out."""
+    return printable(hide_secrets(f"{Path(sys.argv[0]).name}: error: {message}"))
 
 
 def as_user_error(error: OSError) -> UserError | None:
@@ -81,7 +88,7 @@ def one_line(error: BaseException) -> str:
 def tell(line: str) -> None:
     """Log a warning for people, on the first rank alone."""
     if os.environ.get("RANK", "0") == "0":
-        logger.warning("%s", line)
+        logger.warning("%s", hide_secrets(line))
 
 
 def flag(

@@ -23,7 +23,7 @@ import finetune_ctc
 import pretrain
 from w2v2.errors import UserError
 from w2v2.finetune.text import CTCArguments, follow_text, read_vocabulary
-from w2v2.hub.push import HubCallback, HubPusher
+from w2v2.hub.push import HubCallback, HubPusher, set_aside
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "SecretOfTheTest" * 2
@@ -51,7 +51,8 @@ PUBLIC = {
     "plots/loss.png",
 }
 PRIVATE = ("checkpoint-7/training_state/optimizer.safetensors", "checkpoint-7/config.json", "optimizer.safetensors",
-           "trainer_state.json", "plan.json", "skipped_audio.jsonl", "runs/events.out.tfevents.1.host")  # fmt: skip
+           "trainer_state.json", "plan.json", "dry_run.json", "skipped_audio.jsonl",
+           "runs/events.out.tfevents.1.host")  # fmt: skip
 
 
 def flags(output_dir, **changes):
@@ -84,6 +85,13 @@ def test_a_push_comes_down_byte_for_byte(tmp_path, hub, monkeypatch, large):
     downloaded = Path(snapshot_download("speech-lab/tiny", cache_dir=tmp_path / "cache"))
     assert all((downloaded / name).read_bytes() == (run / name).read_bytes() for name in PUBLIC)
     assert {path.name for path in run.iterdir()} == before
+
+
+def test_pushed_urls_have_no_secrets(tmp_path):
+    run, secret = make_folder(tmp_path / "run"), "https://me:s3cret@host/{0..9}.tar?sign=hid/den"
+    (run / "pretrain_config.yaml").write_text(yaml.safe_dump({"train_data": [secret], "learning_rate": 0.1}))
+    staged = yaml.safe_load((set_aside(run, run) / "pretrain_config.yaml").read_text())
+    assert staged == {"train_data": ["https://host/{0..9}.tar?…"], "learning_rate": 0.1}
 
 
 def test_the_last_push_waits_its_turn_a_checkpoint_does_not(tmp_path, hub, monkeypatch):

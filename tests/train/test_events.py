@@ -4,13 +4,15 @@ import json
 import os
 import signal
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 from conftest import NO_DROPOUT, run_here, write_recipe
 
 import pretrain
 from w2v2.cli import RESUMABLE
-from w2v2.train.events import EVENTS_FILE
+from w2v2.train.events import EVENTS_FILE, EventLog
 
 STEPS = 4
 AUTO = ("--resume_from_checkpoint", "auto")
@@ -89,6 +91,17 @@ def test_a_bug_is_told_and_a_torn_line_harms_none_after_it(flags, tmp_path, monk
     assert "checkpoint-3 is damaged, so the one before it is tried" in events[0]["message"]
     assert run(flags, tmp_path / "run", "--overwrite_output_dir") == 0
     assert kinds(events_of(tmp_path / "run")) == [("start", 0), ("finish", STEPS)]
+
+
+def test_urls_are_told_without_their_secrets(flags, tmp_path, caplog):
+    """By the events and the page; the file that repeats the run has them whole."""
+    secret = "https://me:s3cret@host/{0..9}.tar?sign=s3cret"
+    assert run(flags, tmp_path / "run", "--data_description", secret) == 0
+    log = EventLog(SimpleNamespace(output_dir=tmp_path / "run"), Accelerator(cpu=True))
+    log.add("warning", f"{secret}: no such file")
+    told = [str(log._early), str(events_of(tmp_path / "run")), (tmp_path / "run/report.html").read_text()]
+    assert all("https://host/{0..9}.tar?…" in text and "s3cret" not in text for text in told)
+    assert "tar?…: no such file" in told[0] and secret in (tmp_path / "run/pretrain_config.yaml").read_text()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

@@ -56,16 +56,20 @@ def test_trackio_and_tensorboard_hold_the_records(flags, tmp_path):
 
 def test_wandb_draws_all_curves_against_hours_heard(flags, tmp_path, monkeypatch):
     """A stand-in of its package: what is asked of it."""
-    run, asked = SimpleNamespace(logged=[], config={}, finish=lambda: None), []
+    run, asked, told = SimpleNamespace(logged=[], config={}, finish=lambda: None), [], []
     run.define_metric = lambda name, step_metric: asked.append((name, step_metric))
     run.log = lambda values, step: run.logged.append(dict(values, step=step))
-    package = SimpleNamespace(__spec__=ModuleSpec("wandb", None), config=SimpleNamespace(update=lambda *_, **__: None))
+    package = SimpleNamespace(
+        __spec__=ModuleSpec("wandb", None), config=SimpleNamespace(update=lambda values, **_: told.append(values))
+    )
     package.init = lambda **options: asked.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
     more = ["--report_to", "wandb", "--project", "speech", "--run_name", "first"]
+    more += ["--data_description", "https://me:s3cret@host/{0..9}.tar?sign=s3cret"]
     assert run_here(pretrain.main, flags, "--output_dir", tmp_path / "run", *more) == 0
     assert asked == [{"project": "speech", "name": "first"}, ("*", "audio_hours")]
+    assert "'https://host/{0..9}.tar?…'" in str(told) and "s3cret" not in str(told)
     records = read_metrics(tmp_path / "run/metrics.jsonl")
     assert run.logged == [numbers(r) | {"step": r["step"]} for r in records] and "audio_hours" in run.logged[-1]
 

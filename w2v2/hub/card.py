@@ -1,7 +1,7 @@
 """Model cards: what a run did and measured, and nothing that it did not.
 
 The text is in templates/*.md; this file gathers the facts that fill it. Anybody may read a card, so paths of this
-machine are shortened to their last part and nothing named a token is written.
+machine are shortened to their last part, URLs lose logins and queries, and nothing named a token is written.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from w2v2.errors import printable
+from w2v2.errors import hide_secrets, printable
 from w2v2.evaluate.plots import FINETUNING_PICTURES, PICTURES, Pictures, model_config
 
 Facts = Mapping[str, Any]
@@ -120,7 +120,7 @@ def _cell(text: str) -> str:
 
 
 def publishable(value: Any) -> Any:
-    """Resolved flags without tokens and without paths of this machine but their last part, at any depth."""
+    """Resolved flags without secrets and without paths of this machine but their last part, at any depth."""
     if isinstance(value, Mapping):
         kept = {name: item for name, item in value.items() if not str(name).endswith("token")}
         return {name: item if name == "data_description" else publishable(item) for name, item in kept.items()}
@@ -128,7 +128,7 @@ def publishable(value: Any) -> Any:
         return [publishable(item) for item in value]
     if isinstance(value, str) and (value.startswith(("/", "~", "..")) or PureWindowsPath(value).is_absolute()):
         return PureWindowsPath(value).name  # it splits at both kinds of slash
-    return value
+    return hide_secrets(value) if isinstance(value, str) else value
 
 
 def device_hours(metrics: Sequence[Facts]) -> float | None:

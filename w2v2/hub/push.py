@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers import TrainerCallback, TrainingArguments
 
-from w2v2.errors import HUB_TOKEN, UserError, one_line
+from w2v2.errors import UserError, hide_secrets, one_line
 from w2v2.evaluate.plots import FINETUNING_PICTURES, draw_plots
 from w2v2.hub.card import publishable, write_finetuned_card
 from w2v2.train.log import read_metrics
@@ -27,7 +27,7 @@ from w2v2.train.log import read_metrics
 logger = logging.getLogger(__name__)
 
 PUBLISHED = ("*.safetensors", "*.json", "*_config.yaml", "README.md", "LICENSE", "metrics.jsonl", "plots/*.png")
-UNPUBLISHED = ("optimizer*", "trainer_state*", "plan.json")
+UNPUBLISHED = ("optimizer*", "trainer_state*", "plan.json", "dry_run.json")
 NAMES_PATHS = ("pretrain_config.yaml", "finetune_config.yaml", "results.json")  # sent without tokens and paths
 SILENCE_SECONDS = 300  # of the Hub, after which a request has failed; huggingface_hub itself would wait for ever
 _STAGED = ".hub_push-"
@@ -100,7 +100,7 @@ class HubPusher:
             job = self._jobs.get()
 
     def _warn(self, what: str, error: BaseException) -> None:
-        why = HUB_TOKEN.sub("…", f"{type(error).__name__}: {one_line(error)[:300]}")
+        why = hide_secrets(f"{type(error).__name__}: {one_line(error)}")[:300]
         logger.warning("Hub: %s (%s): %s; the run goes on", what, self._repo_id, why)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import w2v2
-from w2v2.errors import UserError, one_line
+from w2v2.errors import UserError, hide_secrets, one_line
 from w2v2.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from w2v2.report.comparison import compare_runs
 from w2v2.report.finetuning import report_finetuning
@@ -58,10 +58,11 @@ def summarize(run: RunFiles, defaults: Mapping[str, Any], num_audio: int) -> Sum
 
 
 def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> str:
-    """The page's text. Whatever was written by people is escaped."""
+    """The page's text. Whatever was written by people is escaped, and has no secrets."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
+        finalize=lambda value: hide_secrets(value) if type(value) is str else value,  # what macros return is no str
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

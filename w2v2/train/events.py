@@ -3,7 +3,7 @@
 | event | when |
 |---|---|
 | `start`, `resume` | before the first update; with command, versions, device, processes and precision |
-| `warning` | whatever warning is shown while the run is prepared or trains |
+| `warning` | what the program itself logs as a warning, and what a resumed run does differently |
 | `skipped_updates` | the first update without finite loss or gradient, and whenever they are ten times more |
 | `collapse` | the codes have collapsed, or nothing is learned |
 | `stop` | the run ends before its last update, and why; after a kill there is no line |
@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 
 import w2v2
-from w2v2.errors import HUB_TOKEN, UserError, printable
+from w2v2.errors import UserError, hide_secrets, printable
 from w2v2.train.collapse import Collapsed
 from w2v2.train.launch import Stopped
 from w2v2.train.records import Lines
@@ -69,7 +69,7 @@ class EventLog(logging.Handler):
             self._lines.append(entry | {"step": state.step})
         precision, device = self.accelerator.mixed_precision, name_device(self.accelerator.device)
         details = {
-            "command": [printable(word) for word in sys.argv],
+            "command": [printable(hide_secrets(word)) for word in sys.argv],
             "versions": {"python": platform.python_version(), "w2v2": w2v2.__version__}
             | {name: version(name) for name in PACKAGES},
             "device": device,
@@ -88,7 +88,7 @@ class EventLog(logging.Handler):
     def add(self, event: str, message: str, **more) -> None:
         """Write one event at the step at hand."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        text = printable(HUB_TOKEN.sub("hf_…", " ".join(message.split())))
+        text = printable(hide_secrets(" ".join(message.split())))
         entry = {"time": now, "step": self._state.step if self._state else 0, "event": event, "message": text} | more
         with self.lock:
             self._lines.append(entry) if self._lines else self._early.append(entry)

@@ -38,7 +38,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from w2v2.errors import UserError, one_line
+from w2v2.errors import UserError, hide_secrets, one_line
 from w2v2.train.records import StepRecords, parse_record
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def announce(accelerator: Accelerator, text: str) -> None:
     """Print a line for people, once for all ranks. A dead stream ends no run."""
     if accelerator.is_main_process:
         with STREAM_MAY_DIE:
-            print(text, flush=True)
+            print(hide_secrets(text), flush=True)
 
 
 def _describe(record: Mapping[str, Any], prefix: str = "") -> list[str]:

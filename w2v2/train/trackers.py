@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, get_available_trackers
 
-from w2v2.errors import UserError, one_line
+from w2v2.errors import UserError, hide_secrets, one_line
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import announce
 
@@ -53,7 +53,7 @@ def start_trackers(accelerator: Accelerator, args, first_step: int) -> None:
         TensorBoardTracker(run_name, accelerator.logging_dir, **purge) if str(tracker) == "tensorboard" else tracker
         for tracker in accelerator.log_with
     ]
-    flags = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
+    flags = {k: v if isinstance(v, int | float) else hide_secrets(str(v)) for k, v in vars(args).items()}
 
     def start() -> None:
         try:
