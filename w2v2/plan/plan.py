@@ -25,8 +25,10 @@ from w2v2.plan.budget import Measured, describe_budget, propose_run
 from w2v2.plan.description import describe, name_source
 from w2v2.plan.preflight import Machine, Preflight, find_warnings
 from w2v2.plan.spot_checks import inspect_manifests, measure_reading
+from w2v2.train.durable import write_file
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import announce
+from w2v2.train.run_folder import find_remains
 
 NUM_LENGTHS = 24  # bins of a histogram
 ASSUMED_SECONDS = 200.0  # of a micro-batch whose size is still to be found
@@ -48,7 +50,8 @@ class RunPlan:
     def present(self, micro_batch_seconds: float | None, probe: dict[str, float] | None = None) -> None:
         """Print the plan, and write plan.json into the run's folder. Call on all ranks.
 
-        A dry run looks into a sample of the files of every manifest besides. Raises `UserError` where the run would stop.
+        A dry run looks into a sample of the files of every manifest besides, and writes dry_run.json where a run lies
+        whose plan.json is to stay. Raises `UserError` where the run would stop.
         """
         on_main_process(self.accelerator, lambda: self._present(micro_batch_seconds, probe))
 
@@ -58,10 +61,13 @@ class RunPlan:
         if args.dry_run:
             looks = [inspect_manifests(flag, *found, args.max_skipped_fraction) for flag, found in self.data.items()]
             plan["looked_at"] = {flag: counts for flag, (counts, _, _) in zip(self.data, looks, strict=True)}
-        announce(self.accelerator, "\n".join([describe(plan), *(line for _, lines, _ in looks for line in lines)]))
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        path = folder / ("dry_run.json" if args.dry_run and find_remains(folder) else "plan.json")
+        lines = [describe(plan), *(line for _, lines, _ in looks for line in lines)]
+        lines += [f"written       {path}: a run lies there, whose plan.json stays"] if path.stem == "dry_run" else []
+        announce(self.accelerator, "\n".join(lines))
+        write_file(path, (json.dumps(plan, indent=2) + "\n").encode())
         for _, _, problem in looks:
             if problem:
                 raise UserError(problem)

@@ -18,7 +18,7 @@ from w2v2.train.launch import on_main_process
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 RUN_FILES = ("metrics.jsonl", "pretrain_config.yaml", "model.safetensors")
 BESIDE_THEM = ("skipped_audio.jsonl", "skipped_validation.jsonl", "non_finite_updates.jsonl", "codebook_use.jsonl")
-BESIDE_THEM += ("events.jsonl", "report.html", "plots", "runs")
+BESIDE_THEM += ("events.jsonl", "report.html", "dry_run.json", "plots", "runs")
 _locks: dict[Path, FileLock] = {}  # held until this process ends
 
 
@@ -61,6 +61,11 @@ def _prepare(args, is_restarted: bool) -> Path | None:
     return find_checkpoint(output_dir, resume_from)
 
 
+def find_remains(folder: Path) -> list[Path]:
+    """What a run left in `folder`; its checkpoints come last."""
+    return [p for name in RUN_FILES if (p := folder / name).exists()] + sorted(folder.glob("checkpoint-*"))
+
+
 def lock_folder(folder: Path, wait_seconds: float = 15.0) -> dict[str, Any]:
     """Keep other runs out of `folder` until this process ends; returns what the last holder noted.
 
@@ -96,7 +101,7 @@ def _obey_flags(args) -> None:
     `--overwrite_output_dir` wins over `auto`: whoever asks for both, the one perhaps in a YAML file, starts anew.
     """
     output_dir, resume_from = Path(args.output_dir), args.resume_from_checkpoint
-    remains = [p for name in RUN_FILES if (p := output_dir / name).exists()] + sorted(output_dir.glob("checkpoint-*"))
+    remains = find_remains(output_dir)
     # A checkpoint of another folder does not make the run in this one ours.
     if resume_from not in (None, "auto") and Path(resume_from).resolve().parent == output_dir.resolve():
         # Going back leaves later checkpoints of another past behind, which `auto` would take for its own.
