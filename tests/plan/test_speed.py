@@ -7,6 +7,7 @@ import pytest
 from conftest import NOISY, assert_same_run, refusal, run_here, write_recipe
 
 import pretrain
+from w2v2.errors import UserError
 from w2v2.plan import speed
 from w2v2.train.log import read_metrics
 
@@ -67,7 +68,29 @@ def test_a_dry_run_is_probed_and_adds_up(flags, whole_run, tmp_path, capsys):
 def test_slow_updates_are_fewer(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "MOST_SECONDS", 0)
     assert run(flags, tmp_path / "run", "--probe_updates", 3, "--dry_run") == 0
-    assert read_plan(tmp_path / "run")["probe"]["updates"] == 1
+    plan = read_plan(tmp_path / "run")
+    assert plan["probe"]["updates"] == 1
+    heard = plan["probe"]["audio_seconds_per_second"] * plan["probe"]["seconds_per_update"]
+    assert heard == pytest.approx(3600 * plan["batch_hours"], rel=0.3)  # its rate is of that update alone
+
+
+def test_a_dry_run_leaves_a_runs_plan_alone(flags, whole_run, tmp_path, capsys):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    before = (folder / "plan.json").read_bytes()
+    assert run(flags, folder, "--dry_run", "--max_steps", 99) == 0
+    assert (folder / "plan.json").read_bytes() == before
+    assert json.loads((folder / "dry_run.json").read_text())["max_steps"] == 99
+    assert "dry_run.json: a run lies there" in capsys.readouterr().out
+
+
+def test_unreadable_validation_does_not_end_a_run(flags, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("none of the validation audio can be read any more")
+
+    monkeypatch.setattr(speed, "validate", refuse)
+    assert run(flags, tmp_path / "run", "--probe_updates", 1, "--dry_run") == 0
+    assert read_plan(tmp_path / "run")["probe"]["validation_seconds"] == 0
+    assert "any more" in capsys.readouterr().out
 
 
 def test_device_hours_become_a_run(flags, tmp_path, capsys):

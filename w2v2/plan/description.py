@@ -76,7 +76,7 @@ def _describe_speed(probe: dict[str, float]) -> Iterator[str]:
     yield (
         f"speed         {probe['seconds_per_update']:.3g} s an update ({probe['fastest_update']:.3g} to {probe['slowest_update']:.3g} in "
         f"{probe['updates']}), {probe['audio_seconds_per_second']:,.0f} x real time, {probe['data_wait_fraction']:.0%} of it waiting for "
-        f"audio; {say_size(probe['peak_memory_gb'])} of memory at most"
+        f"audio; this process held {say_size(probe['peak_memory_gb'])} of memory at most"
     )
     validations = f" and {probe['validations']:,} validation(s) of {say_time(probe['validation_seconds'])}"
     yield (

@@ -15,6 +15,7 @@ import torch
 
 from w2v2.data.batching import EffectiveBatches, PlanStream, plan_validation
 from w2v2.data.sampling import build_batches
+from w2v2.errors import UserError
 from w2v2.train.launch import StopRequest
 from w2v2.train.log import announce
 from w2v2.train.schedule import UpdateSettings
@@ -29,7 +30,7 @@ VALIDATED = 4  # micro-batches of a validation that are timed
 def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float] | None:
     """Time `num_probed` of the run's own; what they mean for all that are left, as `probe` in plan.json (0: None).
 
-    Slow updates are fewer: after two minutes the last one is all that counts, or those that were counted by then.
+    After two minutes no further update begins. Where none counted by then, the last one does.
     `run` is `pretrain.Run`, whose optimizer has no state yet. Call on all ranks.
     """
     if not (num_updates := run.args.num_probed):
@@ -42,10 +43,12 @@ def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float
     plans = PlanStream(batches, state.cursor, range(state.step, sys.maxsize), **run.cut_arguments)
     feed, seconds = Feed(run.load(run.training, plans, run.args.seed, sizes)), []
     announce(accelerator, f"probe         times up to {num_updates} updates, after {UNCOUNTED} that do not count")
+    if accelerator.device.type != "cpu":
+        torch.get_device_module(accelerator.device).reset_peak_memory_stats(accelerator.device)
     limit = StopRequest(MOST_SECONDS / 3600)
     for number in range(UNCOUNTED + num_updates):
-        if number == UNCOUNTED:
-            feed.restart()
+        if number <= UNCOUNTED:
+            feed.restart()  # so its rates are of the updates that count, or else of the last one
         started = time.perf_counter()
         _, totals = train_update(accelerator, run.captured or run.model, run.optimizer, feed.update(), settings, limit)
         seconds.append(time.perf_counter() - started)
@@ -58,6 +61,8 @@ def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float
     if scaler:
         scaler.load_state_dict(scale)
     run.optimizer.state.clear()
+    if run.captured:
+        run.captured.num_eager = 0  # the run counts its own
     gc.collect()
 
     left, every = run.args.max_steps - state.step, run.args.eval_steps
@@ -78,17 +83,25 @@ def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float
 
 
 def time_validation(run) -> float:
-    """Seconds of a whole validation, from a few of its micro-batches, which are heard once before they are timed."""
+    """Seconds of a whole validation, from micro-batches out of all of it, heard once before they are timed.
+
+    0 where none of them can be read: the run may read others.
+    """
     plans = plan_validation(build_batches(run.validation, run.args, VALIDATION_SEED), **run.cut_arguments)
-    some = run.load(run.validation, plans[:VALIDATED], VALIDATION_SEED)
-    for _ in range(2):
-        started = time.perf_counter()
-        validate(run.accelerator, run.model, some, 0.0)
-    return (time.perf_counter() - started) * len(plans) / len(plans[:VALIDATED])
+    some = plans[:: -(-len(plans) // VALIDATED)]
+    loader = run.load(run.validation, some, VALIDATION_SEED)
+    try:
+        for _ in range(2):
+            started = time.perf_counter()
+            validate(run.accelerator, run.model, loader, 0.0)
+    except UserError as error:
+        announce(run.accelerator, f"probe         takes no time of validations into account: {error}")
+        return 0.0
+    return (time.perf_counter() - started) * len(plans) / len(some)
 
 
 def find_peak(device: torch.device) -> int:
-    """Most bytes that this process has held so far: of the device, or of the machine on a CPU."""
+    """Most bytes that this process has held: of the device since its peak was reset, or of the machine on a CPU."""
     if device.type == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
