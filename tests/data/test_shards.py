@@ -383,6 +383,11 @@ def test_a_window_is_fetched_before_it_is_heard(corpus, hub, tmp_path):
         )
         wait_until(lambda here=here: set(coming[: here + 2]) <= set(fetched))
     assert fetched[:3] == coming[:3] and plan.following.epoch >= 2
+    before, given_up = set(threading.enumerate()), iter(FetchAhead(stream, shards))
+    next(given_up)
+    assert set(threading.enumerate()) - before
+    given_up.close()
+    wait_until(lambda: not set(threading.enumerate()) - before)
 
 
 def wait_until(holds) -> None:

@@ -8,6 +8,7 @@
 Shapes: N shards, P positions of an epoch.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -104,14 +105,19 @@ class FetchAhead:
         self.shards.cache.fetch_all([self.shards.list[number] for number in numbers], "Fetching the first shards")
         for _ in range(FETCHED_AT_ONCE):
             threading.Thread(target=self._work, name="shards", daemon=True).start()
-        for plan in self.stream:
-            while window <= order.find_window(plan.following):
-                self._queue(numbers)  # what is there counts as used, so others are evicted before it
-                window, numbers = next(windows)
-                self._queue(numbers)
-            yield plan
-        for _ in range(FETCHED_AT_ONCE):
-            self.waiting.put(None)
+        try:
+            for plan in self.stream:
+                while window <= order.find_window(plan.following):
+                    self._queue(numbers)  # what is there counts as used, so others are evicted before it
+                    window, numbers = next(windows)
+                    self._queue(numbers)
+                yield plan
+        finally:  # heard to its end, or given up
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self.waiting.get_nowait()
+            for _ in range(FETCHED_AT_ONCE):
+                self.waiting.put(None)
 
     def _queue(self, numbers: list[int]) -> None:
         for number in numbers:
