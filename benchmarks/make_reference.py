@@ -24,7 +24,7 @@ from w2v2.train.log import METRICS_FILE, read_metrics
 from w2v2.train.state import SETTINGS
 
 MEASURES = ("accuracy", "contrastive_loss", "diversity_loss", "codebook_perplexity", "codebook_perplexity_hard")
-SAME = (*SETTINGS, "train_data", "batch_hours", "crop_seconds", "mask_time_prob", *FLAGS)
+SAME = (*SETTINGS, "train_data", "batch_hours", "crop_seconds", *FLAGS)
 MOST_POINTS, DEVIATIONS = 40, 2.0
 BAND = "Mean of the seeds, plus and minus two standard deviations, pooled over five validations, times √(1 + 1/n)."
 COMPARE = "Hours, accuracy, losses and perplexities are this program's own, of the validation data named above."

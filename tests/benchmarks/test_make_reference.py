@@ -12,7 +12,15 @@ from w2v2.errors import UserError
 from w2v2.plan import expectations
 
 MODEL = dict.fromkeys(expectations.MODEL_KEYS, 2)
-FLAGS = dict(batch_hours=0.0045, learning_rate=1e-3, mask_time_length=5, max_steps=400, seed=1)
+FLAGS = dict(
+    batch_hours=0.0045,
+    learning_rate=1e-3,
+    mask_time_prob=0.65,
+    mask_time_length=5,
+    model_name_or_path=None,
+    max_steps=400,
+    seed=1,
+)
 
 
 def records(seed, num=40, noise=0.01):

@@ -30,7 +30,9 @@ def base(**changes):
 
 
 def flags(**changes):
-    return SimpleNamespace(**(dict(batch_hours=1.6, mask_time_length=10, model_name_or_path=None) | changes))
+    return SimpleNamespace(
+        **(dict(batch_hours=1.6, mask_time_prob=0.65, mask_time_length=10, model_name_or_path=None) | changes)
+    )
 
 
 def validation(hours, accuracy, guess=0.005):
@@ -62,10 +64,12 @@ def test_two_sources_agree_where_both_have_points():
 @pytest.mark.parametrize(
     "changes, width, found",
     [
-        ({}, 768, [1.5556, 1.3333]),
+        ({}, 768, [1.3333, 1.2963]),
         (dict(batch_hours=1 / 6), 768, [0.1667]),
         (dict(batch_hours=0.01), 768, []),
         (dict(mask_time_length=5), 768, []),
+        (dict(mask_time_prob=0.5), 768, []),
+        (dict(model_name_or_path="weights"), 768, []),
         ({}, 1_024, []),
     ],
 )
@@ -98,7 +102,7 @@ def test_since_is_the_start_of_the_unbroken_verdict():
     placing = place_in_band([validation(*pair) for pair in hours_and_accuracies], [REFERENCE])
     assert (placing.verdict, placing.since_hours) == ("below", 500)
     assert placing.text == (
-        "accuracy 0.060 at 2,000 h is below the band of a model with batches of 1 h, 0.230 to 0.430, since 500 h"
+        "accuracy 0.060 at 2,000 h is below the band of a model (speech) with batches of 1 h, 0.230 to 0.430, since 500 h"
     )
 
 
@@ -107,10 +111,9 @@ def test_hours_without_reference_are_unknown():
     assert placing.verdict == "unknown" and "100 to 10,000 h" in placing.text
     assert place_in_band([validation(50, 0.2)], []) is None
     assert place_in_band([dict(step=1, audio_hours=500.0, accuracy=0.3)], [REFERENCE]) is None  # training alone
-    assert (
-        place_in_band([validation(500, float("nan")), dict(validation(600, 0.3), eval_accuracy=None)], [REFERENCE])
-        is None
-    )
+    diverged = [validation(500, 0.3), dict(validation(600, 0.3), eval_accuracy=None)]
+    assert place_in_band(diverged, [REFERENCE]) is None  # an older validation is not the newest
+    assert place_in_band([diverged[1], validation(700, 0.3)], [REFERENCE]).verdict == "inside"
 
 
 def test_band_watch_speaks_at_changes_and_now_and_then(tmp_path, capsys):

@@ -158,7 +158,7 @@ def test_a_run_stands_before_what_is_usual(tmp_path):
     """A run of BASE's shape whose accuracy is the middle of a public run's, and one that is far above it."""
     model = {"hidden_size": 768, "num_hidden_layers": 12, "num_codevector_groups": 2, "num_codevectors_per_group": 320}
     model |= {"num_negatives": 100}
-    flags = SimpleNamespace(batch_hours=1.3333, mask_time_length=10)
+    flags = SimpleNamespace(batch_hours=1.3333, mask_time_prob=0.65, mask_time_length=10, model_name_or_path=None)
     reference = find_references(SimpleNamespace(**model), flags)[0]
     middle = reference.points["eval_accuracy"][:, [0, 2]].tolist()
     for name, factor in {"inside": 1.0, "above": 1.5}.items():

@@ -2,8 +2,8 @@
 
 `reference_curves/*.json` hold curves of public runs, and of our own recipes with their seeds, against hours heard. Each
 file names its source, what its band spans and how far its measures are ours. A run is compared with curves of its own
-model and masks (`MODEL_KEYS` of the configuration and `FLAGS` are equal) and of at most twice or half its effective
-batch. Compared is the accuracy of validations alone: in training, dropout and Gumbel noise lower it.
+model and masks (`MODEL_KEYS` of the configuration and `FLAGS` are equal), from fresh weights, and of at most twice or
+half its effective batch. Compared is the accuracy of validations alone: in training, dropout and Gumbel noise lower it.
 """
 
 import functools
@@ -18,12 +18,13 @@ from accelerate import Accelerator
 
 from w2v2.plan.budget import find_silence, span_rates, study_rows
 from w2v2.train.collapse import TIMES_GUESS
+from w2v2.train.launch import on_main_process
 from w2v2.train.log import METRICS_FILE, announce, read_metrics
 
 FOLDER = Path(__file__).with_name("reference_curves")
 MEASURE, GUESS = "eval_accuracy", "eval_constant_guess_accuracy"
 MODEL_KEYS = "hidden_size num_hidden_layers num_codevector_groups num_codevectors_per_group num_negatives".split()
-FLAGS = ("mask_time_length",)
+FLAGS = ("mask_time_prob", "mask_time_length")
 NEAR = 2.0  # times the batch, or a part of it
 REPEAT_EVERY = 20  # validations after which an unchanged verdict is said again
 SEEDS_DIFFER = 0.01  # in accuracy: the standard deviation of NVIDIA's eight seeds
@@ -70,7 +71,9 @@ def read_references() -> tuple[tuple[dict[str, Any], Reference], ...]:
 
 
 def find_references(config, args) -> list[Reference]:
-    """The curves that a run may be compared with, those of the nearest batch first."""
+    """The curves that a run may be compared with, those of the nearest batch first; none for continued weights."""
+    if args.model_name_or_path:
+        return []
     own = {name: getattr(config, name) for name in MODEL_KEYS} | {name: getattr(args, name) for name in FLAGS}
     near = [
         (distance, reference)
@@ -84,12 +87,12 @@ def find_references(config, args) -> list[Reference]:
 def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Reference]) -> Placing | None:
     """Where the newest validation of some records lies; of each validation, the first reference that has its hours judges.
 
-    None without validation or without a reference.
+    None without validation or without a reference, and where the newest validation has no finite accuracy.
     """
-    validations = [record for record in records if _has(record, MEASURE)]
-    if not validations or not references:
+    validations = [record for record in records if any(name.startswith("eval_") for name in record)]
+    if not validations or not references or not _has(validations[-1], MEASURE):
         return None
-    newest = validations[-1]
+    newest, validations = validations[-1], [record for record in validations if _has(record, MEASURE)]
     hours, accuracy = newest["audio_hours"], newest[MEASURE]
     (verdict, reference), since = _judge(newest, references), hours
     for record in reversed(validations):
@@ -104,7 +107,7 @@ def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Ref
         text = f"no reference says what is usual at {_hours(hours)} h; those of such a batch have {_hours(first)} to {_hours(last)} h"
     else:
         low, high = reference.band_at(hours)
-        what = f"{reference.name} with batches of {_duration(reference.batch_hours)}, {low:.3f} to {high:.3f}"
+        what = f"{reference.name} ({reference.data}) with batches of {_duration(reference.batch_hours)}, {low:.3f} to {high:.3f}"
         lasting = f", since {_hours(since)} h" if since < hours else ""
         text = f"accuracy {accuracy:.3f} at {_hours(hours)} h is {verdict} the band of {what}{lasting}"
     return Placing(verdict, since, text)
@@ -138,12 +141,13 @@ class BandWatch:
     """Says after validations where the run stands: when that changes, and now and then."""
 
     def __init__(self, args, config, accelerator: Accelerator, first_step: int = 0):
-        """`metrics.jsonl` holds what an earlier part of the run logged, up to `first_step`."""
+        """`metrics.jsonl` holds what an earlier part of the run logged, up to `first_step`. Call on all ranks."""
         self.accelerator, self.references = accelerator, find_references(config, args)
         self.records, self.said = [], None
         path = Path(args.output_dir) / METRICS_FILE
-        if first_step and accelerator.is_main_process and path.exists():
-            self.records = [r for r in read_metrics(path) if MEASURE in r and r["step"] <= first_step]
+        if first_step:
+            logged = on_main_process(accelerator, lambda: read_metrics(path) if path.exists() else [])
+            self.records = [r for r in logged if MEASURE in r and r["step"] <= first_step]
 
     def see(self, record: Mapping[str, Any]) -> None:
         """Take the next validation."""
