@@ -12,7 +12,10 @@ import report
 from w2v2.arguments import PretrainArguments
 from w2v2.errors import UserError
 from w2v2.plan.expectations import find_references
+from w2v2.report.corpus import tell_plan
 from w2v2.report.page import find_defaults, report_at_end, report_run, write_report
+from w2v2.report.pretraining import list_figures
+from w2v2.report.run_files import read_run
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,23 @@ def test_a_pretraining_says_what_its_files_hold(pretraining):
         assert title in titles, title
     changed, at_defaults = page.text.split("flags that are not the defaults")[1].split("flags at their defaults")
     assert "learning_rate 0.001 0.0005" in changed and "max_steps 60" in at_defaults
+
+
+def test_the_plan_is_told_without_its_warnings():
+    plan = {"hours": 6.0, "utterances": 100, "dropped": {"short": 4}, "dropped_hours": {}, "batch_hours": 0.1}
+    plan |= {
+        "micro_batch_size": {"slots": 1_000},
+        "num_processes": 2,
+        "max_steps": 60,
+        "hours_to_hear": 6.0,
+        "epochs": 1,
+    }
+    plan |= dict.fromkeys(("micro_batches_per_update", "filler_fraction", "cropped_fraction", "updates_per_epoch"), 1)
+    plan["warnings"] = [{"code": "small_batch", "message": "it is small", "remedy": "raise --batch_hours"}]
+    plan["proposal"] = {"text": f"{'budget':14}10 device-hours\n{'how sure':14}not at all"}
+    [table] = tell_plan(plan)
+    assert [part for part, _ in table.rows] == ["data", "update", "run", "budget", "how sure"]
+    assert table.rows[0][1] == "6.00 h in 100 utterances (left out: 4 short)" and table.rows[-1][1] == "not at all"
 
 
 def test_text_of_people_is_never_markup(pretraining):
@@ -73,6 +93,20 @@ def test_a_run_without_validation_says_so(tmp_path):
     assert "No validation was run" in text and "On training speech" in text
 
 
+def test_device_hours_are_known_whole_or_not(tmp_path):
+    folder = write_pretraining(tmp_path / "run")
+    figures = {label: (value, remark) for label, value, remark in list_figures(read_run(folder))}
+    assert figures["Device-hours"] == ("0.24", "2.5 h from start to end")  # 6 h heard at 50 times real time, twice
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:5]:
+        line.pop("num_processes")
+    write_lines(folder / "metrics.jsonl", lines)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    write_lines(folder / "events.jsonl", [events[0], events[0] | {"event": "resume"}, events[1]])
+    figures = {label: (value, remark) for label, value, remark in list_figures(read_run(folder))}
+    assert figures["Device-hours"] == ("–", "2.5 h from start to end, with its pauses")
+
+
 def test_torn_and_damaged_files_are_tolerated(tmp_path):
     folder = write_pretraining(tmp_path / "run")
     for name in ("metrics.jsonl", "events.jsonl", "codebook_use.jsonl"):
@@ -93,6 +127,7 @@ def test_torn_and_damaged_files_are_tolerated(tmp_path):
         (0.1, [], "nothing is learned"),
         (0.4, ["start", "collapse", "stop"], "57 of 60 updates are done. The run collapsed: by collapse"),
         (0.4, ["start", "collapse", "stop", "resume", "finish"], "All 60 updates are done. On held-out"),
+        (0.4, ["start", "collapse", "finish"], "updates are done; a collapse was seen at update 30. On held-out"),
         (0.4, ["start", "stop"], "57 of 60 updates are done; the run stopped: by stop."),
         (0.4, ["start", "stop", "resume"], "All 60 updates are done. On held-out"),
         (None, [], "no finite figures"),
@@ -100,7 +135,7 @@ def test_torn_and_damaged_files_are_tolerated(tmp_path):
 )
 def test_the_verdict_follows_the_figures(tmp_path, accuracy, events, said):
     folder = write_pretraining(tmp_path / "run", last_accuracy=accuracy or 0.4)
-    steps = {"start": 0, "stop": 57, "resume": 50}
+    steps = {"start": 0, "stop": 57, "resume": 50, "collapse": 30}
     lines = [{"step": steps.get(event, 60), "event": event, "message": f"by {event}"} for event in events]
     write_lines(folder / "events.jsonl", lines)
     if accuracy is None:

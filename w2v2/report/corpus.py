@@ -11,7 +11,6 @@ from w2v2.report.sections import Section, Table, draw_measures, keep, percent
 
 FRAMES_PER_HOUR = 50 * 3600  # latent frames
 MOST_SOURCES = 30
-TOLD_ELSEWHERE = ("warning", "note")
 
 
 def tell_audio(run: RunFiles) -> Section:
@@ -49,13 +48,12 @@ def _share_masked(record: Mapping[str, Any]) -> float | None:
 
 
 def tell_plan(plan: Mapping[str, Any]) -> list[Table]:
-    """The plan as the run printed it; none of an earlier version, whose plan lacks something."""
+    """The plan as the run printed it, but for its warnings; none of an earlier version, whose plan lacks something."""
     try:
-        lines = describe(dict(plan)).splitlines()
+        lines = describe({**plan, "warnings": []}).splitlines()
     except KeyError:
         return []
-    rows = [line.split(maxsplit=1) for line in lines]
-    return [Table("What was planned", ["Part", "Plan"], [row for row in rows if row[0] not in TOLD_ELSEWHERE])]
+    return [Table("What was planned", ["Part", "Plan"], [(line[:14].strip(), line[14:]) for line in lines])]
 
 
 def draw_lengths(lengths: Mapping[str, Sequence[float]] | None) -> LineChart | None:

@@ -79,8 +79,10 @@ def judge(run: RunFiles) -> tuple[str, str]:
     end = events.get("finish") or events.get("stop") or run.trained[-1]  # records are only of every so many updates
     done, planned = end["step"], run.config.get("max_steps")
     how_far = f"All {done:,} updates are done" if done == planned else f"{done:,} of {show(planned)} updates are done"
-    if "collapse" in events:
+    if "collapse" in events and "finish" not in events:
         return f"{how_far}. The run collapsed: {events['collapse'].get('message', 'see the events')}", BAD
+    if "collapse" in events:
+        how_far += f"; a collapse was seen at update {show(events['collapse'].get('step'))}"
     if "stop" in events:
         how_far += f"; the run stopped: {events['stop'].get('message', '').rstrip('.')}"
     where, record = ("held-out", run.validated[-1]) if run.validated else ("training", run.trained[-1])
@@ -93,7 +95,7 @@ def judge(run: RunFiles) -> tuple[str, str]:
         return f"{found}; the constant guess was not measured.", CAREFUL
     if accuracy < TIMES_GUESS * guess:
         return f"{found}, no better than the constant guess with {percent(guess)}: nothing is learned.", BAD
-    return f"{found}, the constant guess in {percent(guess)}.", GOOD
+    return f"{found}, the constant guess in {percent(guess)}.", CAREFUL if "collapse" in events else GOOD
 
 
 def list_figures(run: RunFiles) -> list[tuple[str, str, str]]:
@@ -112,9 +114,10 @@ def list_figures(run: RunFiles) -> list[tuple[str, str, str]]:
     model = run.model and Wav2Vec2Config.from_dict(run.model)  # the file leaves the library's defaults out
     of = f"of {model.num_codevector_groups * model.num_codevectors_per_group} entries, {where}" if model else where
     figures.append(("Codebook perplexity", show(record.get(f"{prefix}codebook_perplexity")), of))
-    hours = device_hours([record for record in run.trained if "num_processes" in record])
+    hours = device_hours(run.trained)
     times = [time for event in run.events if (time := parse_time(event.get("time")))]
     span = f"{(times[-1] - times[0]).total_seconds() / 3600:.3g} h from start to end" if len(times) > 1 else ""
+    span += ", with its pauses" if span and any(event.get("event") == "resume" for event in run.events) else ""
     figures.append(("Device-hours", show(hours), span))
     return figures
 
