@@ -64,6 +64,7 @@ from w2v2.manifests.dataset_loading import Manifest, name_sources
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_config, load_feature_extractor
 from w2v2.report.page import report_run
+from w2v2.train.events import note_finish, note_start
 from w2v2.train.launch import leave_group
 
 
@@ -98,6 +99,7 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     args.print_once(f"{f'        best: update {best}; ' if best else ''}model and {RESULTS_FILE} in {args.output_dir}")
     hub.hand_over(args)
     if args.process_index == 0:
+        note_finish(args, results["run"]["updates"])
         report_run(args)
     leave_group()
     PartialState().destroy_process_group()
@@ -134,10 +136,13 @@ def label(label_args: LabelArguments, args: ClassificationArguments) -> None:
     trainer = ClassificationTrainer(
         model, args, data_collator=collate_labelled, eval_dataset=next(iter(data.values())), processing_class=extractor
     )
-    results, lines = score(trainer, data, classes)
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
+        note_start(args)
+    results, lines = score(trainer, data, classes)
+    if args.process_index == 0:
         write_scores(args.output_dir, results | {"run": trainer.summary()}, lines, classes)
+        note_finish(args)
         report_run(args)
     for name in data:
         args.print_once(describe(name, results[name]))
@@ -159,6 +164,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
     check_folds(splits, table, groups, args)
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
+        note_start(args)
 
     results, lines = [], []
     for split in splits:
@@ -178,6 +184,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         lines += [{"fold": split.name, **line} for line in found if line["set"] == "test"]
     if args.process_index == 0:
         write_pooled(results, lines, classes, args, dropped)
+        note_finish(args)
         report_run(args)
     leave_group()
     PartialState().destroy_process_group()
@@ -226,6 +233,7 @@ def run(
     trainer.describe(checkpoint)
     if args.process_index == 0 and not args.folds:
         write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
+        note_start(args, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 

@@ -35,6 +35,7 @@ from w2v2.hub.push import HubCallback
 from w2v2.model.feature_encoder import min_samples
 from w2v2.model.loading import load_config, load_feature_extractor
 from w2v2.report.page import report_run
+from w2v2.train.events import note_finish, note_start
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,6 +89,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     describe_units(sets, trainer)
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
+        note_start(args, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
@@ -95,6 +97,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     score(trainer, sets, decoder, text_args)
     hub.hand_over(args)
     if args.process_index == 0:
+        note_finish(args, trainer.state.global_step)
         report_run(args)
     trainer.end()
 
@@ -128,8 +131,10 @@ def evaluate(text_args: CTCArguments, args: FineTuningArguments) -> None:
     describe_units(sets, trainer)
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
+        note_start(args)
     score(trainer, sets, decoder, text_args)
     if args.process_index == 0:
+        note_finish(args)
         report_run(args)
     trainer.end()
 

@@ -35,6 +35,7 @@ from w2v2.probe.arguments import ProbingArguments
 from w2v2.probe.features import FrozenModel, read_table, save_frames
 from w2v2.probe.linear import CharacterProbe, best_layer, format_table, heard_hours, hold_out, probe_layers
 from w2v2.report.page import report_run
+from w2v2.train.events import EVENTS_FILE, note_finish, note_start
 
 RESULTS_FILE = "probe.json"
 COLUMNS = ["id", "audio", "start", "num_samples", "target"]
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     counts = f"{len(first.train)}, {len(first.validation)}, {len(first.test)} (train, validation, test)"
     what = f"{len(splits)} folds by {args.folds}, the first of" if args.folds else "split into"
     print(f"{args.target}: {len(table)} utterances, {hours:.2f} h, {what} {counts}", flush=True)
+
+    (folder / EVENTS_FILE).unlink(missing_ok=True)  # of the results that are replaced
+    note_start(args)
 
     # 2. Probes: features of all utterances once a model, then every layer by itself.
     models = list_models(args)
@@ -87,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_scores(
             folder / "plots/hours.png", {"pretrained": sorted(heard)}, ("hours of audio heard", measure), levels
         )
+    note_finish(args)
     report_run(args)
 
 

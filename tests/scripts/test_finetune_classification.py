@@ -1,6 +1,7 @@
 """The real script, end to end, on a few seconds of tones: what it writes, and what it refuses."""
 
 import csv
+import json
 import shutil
 
 import numpy as np
@@ -223,12 +224,15 @@ def test_folds_on_two_processes_are_those_of_one(data, capsys):
 
 
 def test_folds_go_on_where_they_were(data):
-    before = {path: path.read_bytes() for path in (data / "folds").rglob("*.jsonl")}
+    history = data / "folds" / "events.jsonl"
+    before = {path: path.read_bytes() for path in {*(data / "folds").rglob("*.jsonl")} - {history}}
     again = command(data, "--folds", "speaker", output="folds", validation=False)
     with pytest.raises(UserError, match="already holds a run"):
         finetune_classification.main(again)
     finetune_classification.main([*again, "--resume_from_checkpoint", "auto"])
-    assert {path: path.read_bytes() for path in (data / "folds").rglob("*.jsonl")} == before
+    assert {path: path.read_bytes() for path in {*(data / "folds").rglob("*.jsonl")} - {history}} == before
+    events = [json.loads(line)["event"] for line in history.read_text().splitlines()]
+    assert events == ["start", "finish", "resume", "finish"]
     with pytest.raises(UserError, match="other folds"):
         finetune_classification.main([*again, "--num_folds", "3", "--resume_from_checkpoint", "auto"])
 

@@ -123,6 +123,12 @@ def test_a_second_run_in_the_folder_is_refused_and_auto_goes_on(data):
     assert [line["step"] for line in lines if "eval_wer" in line] == [2, 4]
     finetune_ctc.main(command(data, "--resume_from_checkpoint", "auto", "--test_data", str(data / "test.csv")))
     assert (data / "run" / "metrics.jsonl").read_text() == before
+    events = read_lines(data / "run" / "events.jsonl")
+    expected = [("start", 0), ("finish", 4), ("resume", 4), ("finish", 4)]
+    assert [(event["event"], event["step"]) for event in events] == expected
+    assert all({"command", "versions", "device", "num_processes", "precision"} <= event.keys() for event in events[::2])
+    page = (data / "run" / "report.html").read_text()
+    assert "command and versions are not known" not in page and "resume at update 4" in page
 
 
 def test_the_same_command_gives_the_same_run(data):

@@ -67,7 +67,8 @@ def test_probes_of_a_label_stand_beside_random_weights(data, capsys):
     printed = capsys.readouterr().out
     assert "layer" in printed and "checkpoint-10" in printed and "chance 33.3%" in printed
     assert {path.name for path in (data / "label" / "plots").iterdir()} == {"layers.png", "hours.png"}
-    assert "UAR by layer" in (data / "label" / "report.html").read_text()
+    page = (data / "label" / "report.html").read_text()
+    assert "UAR by layer" in page and "start at update 0" in page and "transformers" in page
 
     # Results are not replaced unasked; the same command gives the same figures.
     with pytest.raises(UserError, match="already holds probe.json"):

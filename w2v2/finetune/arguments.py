@@ -32,7 +32,8 @@ _STATE_FILE = "trainer_state.json"  # what `Trainer` writes last into a checkpoi
 _CHECKPOINT_FILES = (_STATE_FILE, "model.safetensors", "optimizer.pt", "scheduler.pt")
 _RUN_FILES = (METRICS_FILE, SKIPPED_FILE, RESULTS_FILE, PREDICTIONS_FILE, CONFIG_FILE, "config.json",
               "model.safetensors", "vocab.json", _STATE_FILE, "training_args.bin", "preprocessor_config.json",
-              "processor_config.json", "tokenizer_config.json", "runs", "plots", "subtitles", "report.html")  # fmt: skip
+              "processor_config.json", "tokenizer_config.json", "runs", "plots", "subtitles",
+              "report.html", "events.jsonl")  # fmt: skip
 _NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "debug", "disable_tqdm", "hub_token",
                   "gradient_checkpointing", "dataloader_pin_memory", "accept_changed_batches"}  # fmt: skip
 _MODEL_FLAGS = ("mask_time_prob mask_time_length mask_feature_prob mask_feature_length layerdrop final_dropout "

@@ -10,9 +10,11 @@
 | `finish` | the last update is done, and the model is saved |
 
 Every line has `time` (UTC), `step` (updates done), `event` and `message`. A disk that refuses lines ends no run.
+Fine-tunings and probes tell `start`, `resume` and `finish` alone.
 """
 
 import contextlib
+import json
 import logging
 import os
 import platform
@@ -21,6 +23,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -67,18 +70,10 @@ class EventLog(logging.Handler):
             self._lines.waiting = b"" if file.read(1) == b"\n" else b"\n"  # a kill cut the last line short
         for entry in self._early:
             self._lines.append(entry | {"step": state.step})
-        precision, device = self.accelerator.mixed_precision, name_device(self.accelerator.device)
-        details = {
-            "command": [printable(hide_secrets(word)) for word in sys.argv],
-            "versions": {"python": platform.python_version(), "w2v2": w2v2.__version__}
-            | {name: version(name) for name in PACKAGES},
-            "device": device,
-            "num_processes": self.accelerator.num_processes,
-            "precision": "fp32" if precision == "no" else precision,
-        }
+        precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
+        where, details = describe_process(self.accelerator.device, self.accelerator.num_processes, precision)
         done = f"from {checkpoint}, update {state.step:,}" if checkpoint else "from the first update"
-        event, where = "resume" if checkpoint else "start", f"on {details['num_processes']} × {device}"
-        self.add(event, f"{done} of {state.max_steps:,}, {where}, {details['precision']}", **details)
+        self.add("resume" if checkpoint else "start", f"{done} of {state.max_steps:,}, {where}", **details)
         for note in state.notes:
             self.add("warning", note)
 
@@ -87,9 +82,7 @@ class EventLog(logging.Handler):
 
     def add(self, event: str, message: str, **more) -> None:
         """Write one event at the step at hand."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        text = printable(hide_secrets(" ".join(message.split())))
-        entry = {"time": now, "step": self._state.step if self._state else 0, "event": event, "message": text} | more
+        entry = make_event(event, message, self._state.step if self._state else 0) | more
         with self.lock:
             self._lines.append(entry) if self._lines else self._early.append(entry)
 
@@ -104,6 +97,42 @@ class EventLog(logging.Handler):
         if error is not None:
             self.add("stop", "the run collapsed" if isinstance(error, Collapsed) else _describe(error))
         self._lines.sync()
+
+
+def make_event(event: str, message: str, step: int) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"time": now, "step": step, "event": event, "message": printable(hide_secrets(" ".join(message.split())))}
+
+
+def describe_process(device: torch.device, num_processes: int, precision: str) -> tuple[str, dict[str, Any]]:
+    """The devices in words, and what a start or resume tells beside its message."""
+    details = {
+        "command": [printable(hide_secrets(word)) for word in sys.argv],
+        "versions": {"python": platform.python_version(), "w2v2": w2v2.__version__}
+        | {name: version(name) for name in PACKAGES},
+        "device": name_device(device),
+        "num_processes": num_processes,
+        "precision": precision,
+    }
+    return f"on {num_processes} × {details['device']}, {precision}", details
+
+
+def note_start(args, checkpoint: str | None = None) -> None:
+    """The start of a fine-tuning or probe, or that it goes on. Call on the main process, when the folder is ready."""
+    path, step = Path(args.output_dir, EVENTS_FILE), 0
+    if checkpoint:
+        step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    precision = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "fp32")
+    where, details = describe_process(torch.device(args.device), getattr(args, "world_size", 1), precision)
+    event, since = ("resume", f"from {checkpoint}, ") if checkpoint else ("resume" if path.exists() else "start", "")
+    Lines(path).append(make_event(event, f"{since}{where}", step) | details)
+
+
+def note_finish(args, step: int = 0) -> None:
+    """The end of such a run, after so many updates. Call on the main process."""
+    Lines(Path(args.output_dir, EVENTS_FILE)).append(
+        make_event("finish", f"{step:,} updates" if step else "done", step)
+    )
 
 
 def name_device(device: torch.device) -> str:
