@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import tiny_config
 from datasets import Dataset
 
@@ -12,6 +13,7 @@ from w2v2.arguments import PretrainArguments
 from w2v2.data.utterances import Utterances
 from w2v2.manifests.sources import Source
 from w2v2.plan.preflight import CHECKS, Machine, Preflight, find_warnings
+from w2v2.train.launch import WORLD_SIZES
 
 SECOND = 16_000
 
@@ -102,6 +104,7 @@ CASES = [
     ("fp16_without_need", dict(machine=CUDA | dict(precision="fp16")), dict(machine=CUDA)),
     ("omp_threads", dict(machine=CUDA | dict(omp_threads=None)), dict(machine=CUDA)),
     ("omp_threads", dict(machine=dict(processes_here=2)), dict(machine=dict(processes_here=1))),
+    ("omp_threads", dict(machine=dict(processes_here=2)), dict(machine=dict(processes_here=None))),
     ("omp_threads", dict(machine=dict(omp_threads=3, processes_here=2)), dict(machine=dict(omp_threads=2, processes_here=2))),
     ("slow_disk", dict(machine=CUDA, plan=dict(reading=549.0)), dict(machine=CUDA, plan=dict(reading=551.0))),
     ("slow_disk", dict(machine=CUDA, plan=dict(reading=549.0)), dict(plan=dict(reading=549.0))),
@@ -151,3 +154,23 @@ def test_a_tiny_model_is_small(sounds):
     run = preflight(sounds)
     run.config = tiny_config()
     assert run.recipe.name == "small"
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores", "here"),
+    [
+        ({}, 48, 1),
+        (dict(WORLD_SIZE="16", LOCAL_WORLD_SIZE="8"), 48, 8),
+        (dict(WORLD_SIZE="16"), 48, None),  # on how many machines is not known
+        (dict(WORLD_SIZE="16", LOCAL_WORLD_SIZE="8"), 6, 1),  # a scheduler bound each process to cores of its own
+    ],
+)
+def test_processes_that_share_cores_are_counted(monkeypatch, environment, cores, here):
+    for name in (*WORLD_SIZES, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 48)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    assert Machine.find(accelerator).processes_here == here

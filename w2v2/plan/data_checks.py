@@ -68,7 +68,7 @@ def check_speaker(run) -> Found:
     if not found or found[1] <= MOST_OF_ONE:
         return None
     said = f"speaker {found[0]} speaks {found[1]:.0%} of the hours: the model learns that voice more than speech"
-    return said, "add other speakers, or give them more weight in a sources file (configs/data/mixed.yaml)"
+    return said, "add other speakers, or leave out some of that one's"
 
 
 def check_silence(run) -> Found:

@@ -31,7 +31,7 @@ class Machine:
     device: str  # its type
     precision: str = "no"  # Accelerate's mixed precision
     has_bf16: bool = True
-    processes_here: int = 1  # of this run, on this machine
+    processes_here: int | None = 1  # of this run, that share the cores; None: not known
     cores: int = 1
     omp_threads: int | None = None  # OMP_NUM_THREADS; None: not set
 
@@ -39,8 +39,11 @@ class Machine:
     def find(cls, accelerator: Accelerator) -> "Machine":
         device, threads = accelerator.device.type, os.environ.get("OMP_NUM_THREADS", "")
         has_bf16 = device == "cpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or expected_processes(os.environ))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        all_cores = os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or (1 if expected_processes(os.environ) == 1 else None)
+        if cores < all_cores:
+            here = 1  # a scheduler gave this process its own
         omp_threads = int(threads) if threads.isdecimal() else None
         return cls(device, accelerator.mixed_precision, has_bf16, here, cores, omp_threads)
 
@@ -97,10 +100,12 @@ def check_precision(run: Preflight) -> Found:
 
 def check_threads(run: Preflight) -> Found:
     here, threads = run.machine, run.machine.omp_threads
+    if here.processes_here is None:
+        return None  # of several machines, perhaps
     if threads is None:
         if here.device == "cpu" and here.processes_here == 1:
             return None  # as many threads as cores
-        found = f"OMP_NUM_THREADS is not set: each of {here.processes_here} process(es) and their loaders may start {here.cores} threads"
+        found = f"OMP_NUM_THREADS is not set: each of {here.processes_here} process(es) may start {here.cores} threads"
         return (
             f"{found}, which wait for one another",
             f"export OMP_NUM_THREADS={max(1, here.cores // (2 * here.processes_here))}",
