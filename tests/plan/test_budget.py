@@ -26,7 +26,10 @@ SMALL = SimpleNamespace(hidden_size=144, num_hidden_layers=4, do_stable_layer_no
 
 def flags(**changes):
     return SimpleNamespace(
-        **(dict(batch_hours=1.6, max_steps=400_000, learning_rate=5e-4, model_name_or_path=None) | changes)
+        **(
+            dict(batch_hours=1.6, max_steps=400_000, learning_rate=5e-4, warmup_steps=0.08, model_name_or_path=None)
+            | changes
+        )
     )
 
 
@@ -105,9 +108,30 @@ def test_proposal_spends_the_budget_as_the_study_did(hours):
 
 
 def test_proposal_for_another_model_keeps_its_batch():
-    run = propose_run(1, Measured(1, 100), flags(batch_hours=0.5, learning_rate=1e-3), SMALL)
+    args = flags(batch_hours=0.5, learning_rate=1e-3, max_steps=1_000, warmup_steps=250)
+    run = propose_run(1, Measured(1, 100), args, SMALL)
     assert (run.max_steps, run.batch_hours, run.learning_rate, run.rates) == (200, 0.5, 1e-3, None)
-    assert "not at all" in run.text
+    assert run.warmup_steps == 50  # a quarter, as of the thousand
+    assert "no study covers this run" in run.text
+
+
+def test_each_device_has_a_micro_batch():
+    """Smaller batches than were measured would be slower; the learning rate is that of the batch."""
+    few, many = (propose_run(24, Measured(8, 200, least_batch_hours=least), flags(), BASE) for least in (0, 0.5))
+    assert few.batch_hours < 0.5 == many.batch_hours and many.learning_rate > few.learning_rate
+    assert many.hours_heard == pytest.approx(24 * 200, rel=0.01)
+
+
+def test_validations_are_paid_for():
+    run = propose_run(1, Measured(1, 100, validation_hours=0.005), flags(batch_hours=0.5), SMALL)
+    assert (run.max_steps, run.hours_heard) == (100, 50) and "validations take 50% of the time" in run.text
+    with pytest.raises(UserError, match="more than 0.01"):
+        propose_run(0.009, Measured(1, 100, validation_hours=0.005), flags(batch_hours=0.5), SMALL)
+
+
+def test_a_probe_that_heard_nothing_is_refused():
+    with pytest.raises(UserError, match="none of the audio"):
+        propose_run(1, Measured(1, 0), flags(), BASE)
 
 
 def test_budget_below_one_update_is_refused():

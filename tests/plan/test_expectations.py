@@ -108,7 +108,7 @@ def test_since_is_the_start_of_the_unbroken_verdict():
 
 def test_hours_without_reference_are_unknown():
     placing = place_in_band([validation(50, 0.2)], [REFERENCE])
-    assert placing.verdict == "unknown" and "100 to 10,000 h" in placing.text
+    assert placing.verdict == "unknown" and "begin at 100 and end at 10,000 h" in placing.text
     assert place_in_band([validation(50, 0.2)], []) is None
     assert place_in_band([dict(step=1, audio_hours=500.0, accuracy=0.3)], [REFERENCE]) is None  # training alone
     diverged = [validation(500, 0.3), dict(validation(600, 0.3), eval_accuracy=None)]
@@ -159,5 +159,4 @@ def test_doubling_is_the_studys(hours, said):
 
 
 def test_no_doubling_for_other_models():
-    [line] = advise_stop([dict(step=1, audio_hours=7e4)], flags(), base(hidden_size=144))
-    assert "of BASE alone" in line
+    assert not advise_stop([dict(step=1, audio_hours=7e4)], flags(), base(hidden_size=144))

@@ -1,17 +1,20 @@
 """What is known before the first update: a chunk at a time, it is what one pass over everything would give."""
 
 import hashlib
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data import batching
 from w2v2.data.batching import Cursor, crop_length, find_size, plan_update
 from w2v2.data.sampling import build_batches
 from w2v2.data.utterances import Utterances
-from w2v2.plan.plan import describe, make_plan
+from w2v2.plan.plan import describe, find_resources, make_plan
 from w2v2.train import identity as identity_module
 from w2v2.train.identity import identity
 
@@ -95,3 +98,22 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
 def test_lengths_in_four_bytes_are_not_copied():
     lengths = np.full(10, 3 * SAMPLING_RATE, np.int32)
     assert build_batches(Utterances(None, lengths, {}), make_args()).num_samples is lengths
+
+
+def test_copies_of_shards_count_on_the_runs_disk_alone(tmp_path, monkeypatch):
+    """What they take comes on top, and what lies there already is as good as free."""
+    args = make_args(output_dir=str(tmp_path / "run"), freeze_feature_encoder=False, save_steps=5, save_total_limit=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    accelerator = SimpleNamespace(num_processes=1, distributed_type=None)
+
+    def find(**streaming):
+        found = find_resources(args, tiny_config(), {"streaming": streaming}, accelerator)
+        return found["disk_gb"], found["free_disk_gb"]
+
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "shard.tar").write_bytes(bytes(1_000_000))
+    in_place, here = find(cache_dir=None, cache_gigabytes=0.0), find(cache_dir=str(cache), cache_gigabytes=0.5)
+    assert here == pytest.approx((in_place[0] + 0.5, 0.001)) and in_place[1] == 0
+    if Path("/dev/shm").is_dir() and Path("/dev/shm").stat().st_dev != tmp_path.stat().st_dev:
+        assert find(cache_dir="/dev/shm/no_such_cache", cache_gigabytes=0.5) == in_place

@@ -98,8 +98,8 @@ def test_device_hours_become_a_run(flags, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert run(flags, tmp_path / "run", "--gpu_hours", 2, "--dry_run") == 0
     plan, said = read_plan(tmp_path / "run"), capsys.readouterr().out
-    heard = plan["proposal"]["max_steps"] * plan["batch_hours"]
-    assert plan["proposal"]["batch_hours"] == 0.004 and heard == pytest.approx(
-        2 * plan["probe"]["audio_seconds_per_second"], rel=0.01
-    )
+    steps, probe = plan["proposal"]["max_steps"], plan["probe"]
+    hours = steps * plan["batch_hours"] / probe["audio_seconds_per_second"]
+    hours += steps / EVAL_STEPS * probe["validation_seconds"] / 3600
+    assert plan["proposal"]["batch_hours"] == 0.004 and hours == pytest.approx(2, rel=0.01)
     assert f"--max_steps {plan['proposal']['max_steps']} " in said and "how sure" in said

@@ -2,9 +2,9 @@
 
 The study pretrained BASE on LibriSpeech with effective batches of 87.5 s to 80 min and fine-tuned it after every 50,000
 updates on 100 h of labels. Nearly the same error rate followed from the same hours, whatever the batch. So each batch
-size is a curve, read off between its rows (log hours, log rate). The answer is the range over these curves, widened by
-what such an answer misses a batch size by that was left out. Batches of 87.5 s are no curve: they needed a tenth of the
-next one's learning rate and did far worse at the same hours.
+size is a curve, read off between its rows (log hours, log rate). The answer is the range over these curves. It is
+widened by how far such answers miss a batch size of the study whose own rows are left out. Batches of 87.5 s are no
+curve: they needed a tenth of the next one's learning rate and did far worse at the same hours.
 
 All of it is of BASE with fresh weights on read English. Of other models, and before and beyond its rows, the study says
 nothing, and neither does this module.
@@ -23,6 +23,7 @@ import numpy as np
 
 from w2v2.errors import UserError
 from w2v2.train.recipes import Recipe
+from w2v2.train.schedule import num_warmup_steps
 
 STUDY = Path(__file__).with_name("study.json")
 CITATION = "arXiv 2402.13723: LibriSpeech, 100 h of labels, no language model"
@@ -65,8 +66,22 @@ class Measured(NamedTuple):
     """What a budget is spent on."""
 
     num_devices: int
-    hours_per_device_hour: float  # of audio
+    hours_per_device_hour: float  # of audio, while updates run
     overshoot_hours: float = 0.0  # by which an effective batch exceeds --batch_hours: its last utterance is heard whole
+    least_batch_hours: float = 0.0  # that fill a micro-batch on each device: smaller ones are slower than was measured
+    validation_hours: float = 0.0  # of all devices, for each update on average
+
+    @classmethod
+    def of(cls, plan: dict[str, Any], args) -> "Measured":
+        """What the probe of a plan found."""
+        probe, num_devices = plan["probe"], plan["num_processes"]
+        return cls(
+            num_devices,
+            probe["audio_seconds_per_second"] / num_devices,
+            overshoot_hours=plan["batch_hours"] - args.batch_hours,
+            least_batch_hours=num_devices * plan["micro_batch_seconds"] / 3600,
+            validation_hours=num_devices * probe["validation_seconds"] / 3600 / args.eval_steps,
+        )
 
 
 class Proposal(NamedTuple):
@@ -141,7 +156,7 @@ def expect_error_rates(hours_heard: float) -> Rates | None:
 
 def describe_certainty() -> str:
     misses = 100 * (unseen_batches() - 1)
-    return f"the study's own rows, their batch size left out, are missed by {median(misses):.0f} % (median) to {max(misses):.0f} %"
+    return f"predicted from the other batch sizes, the study's own results are off by {median(misses):.0f} % in the median, {max(misses):.0f} % at worst"
 
 
 def describe_hours(hours_heard: float) -> str:
@@ -155,15 +170,10 @@ def describe_hours(hours_heard: float) -> str:
     return f"the study {where} {hours_heard:,.0f} h: its {end.hours:,.0f} h gave BASE {found} ({CITATION})"
 
 
-def is_base(config) -> bool:
-    """Whether a configuration is of BASE's size, the only one that the study speaks of."""
-    return (config.hidden_size, config.num_hidden_layers) == (768, 12)
-
-
-def find_silence(args, config) -> str | None:
+def why_unknown(args, config) -> str | None:
     """Why the study says nothing of a run, whatever it hears; None: it may."""
     what = "the study of word error rates by hours heard (arXiv 2402.13723)"
-    if not is_base(config):
+    if (config.hidden_size, config.num_hidden_layers) != (768, 12):
         return f"{what} is of BASE alone: it says nothing of this model"
     return f"{what} is of fresh weights: it says nothing of a run that continues" if args.model_name_or_path else None
 
@@ -171,8 +181,8 @@ def find_silence(args, config) -> str | None:
 def describe_budget(hours_heard: float, args, config) -> dict[str, Any]:
     """What the study says of a run, for plan.json: `hours`, `text`, and `test_clean`, `test_other` where it says any."""
     budget: dict[str, Any] = {"hours": hours_heard}
-    if silence := find_silence(args, config):
-        return budget | {"text": silence}
+    if unknown := why_unknown(args, config):
+        return budget | {"text": unknown}
     if 3600 * args.batch_hours < LEAST_SECONDS / 1.05:
         text = (
             f"with batches under {LEAST_SECONDS} s BASE hardly learns: with 87.5 s, 9,722 h gave 44.7 % on test-clean"
@@ -203,29 +213,36 @@ def choose_batch(hours_heard: float) -> float:
 def propose_run(device_hours: float, measured: Measured, args, config) -> Proposal:
     """A run for so many device-hours in all.
 
-    Where the study speaks of the run, it chooses batch and learning rate; elsewhere they stay as `args` has them. Raises
-    `UserError` where the budget is less than one update.
+    Where the study speaks of the run, it chooses batch, learning rate and warm-up; elsewhere they stay as `args` has them,
+    the warm-up as its share of the run. Raises `UserError` where the budget is less than one update.
     """
-    num_devices, speed, overshoot = measured
-    silence, hours = find_silence(args, config), device_hours * speed
-    batch_hours = args.batch_hours if silence else choose_batch(hours)
+    num_devices, speed, overshoot, least_batch, validation = measured
+    if not speed:
+        raise UserError("--gpu_hours: the probe could read none of the audio; mend the paths in --train_data")
+    unknown = why_unknown(args, config)
+    batch_hours = args.batch_hours if unknown else max(choose_batch(device_hours * speed), least_batch)
+    validation_share = validation * speed / (batch_hours + overshoot)  # of the time of updates
+    hours = device_hours * speed / (1 + validation_share)
     max_steps = int(hours / (batch_hours + overshoot) * (1 + 1e-9))
     if not max_steps:
-        least = f"{(batch_hours + overshoot) / speed:.2g}"
+        least = f"{(batch_hours + overshoot) / speed * (1 + validation_share):.2g}"
         raise UserError(
             f"--gpu_hours {device_hours:g} ends before the first update of {batch_hours:.3g} h; give more than {least}"
         )
     recipe = Recipe.of(config, batch_hours, max_steps)
-    rate, warmup = args.learning_rate if silence else recipe.learning_rate, recipe.warmup_steps
-    rates = None if silence else expect_error_rates(hours)
-    sure = f"how sure      {describe_certainty()}" if rates else "how sure      not at all: no study tells"
-    if not silence and hours < study_rows()[0].hours:
+    rate, warmup, rates = recipe.learning_rate, recipe.warmup_steps, expect_error_rates(hours)
+    if unknown:
+        share = num_warmup_steps(args.warmup_steps, args.max_steps) / args.max_steps
+        rate, warmup, rates = args.learning_rate, round(share * max_steps), None
+    sure = f"how sure      {describe_certainty()}" if rates else "how sure      unknown: no study covers this run"
+    if not unknown and hours < study_rows()[0].hours:
         sure += "; so few hours are for a smaller model, or for one that has learned already (--model_name_or_path)"
     lines = [
         f"budget        {device_hours:g} device-hours on {num_devices} device(s), {device_hours / num_devices:,.1f} h by the "
-        f"clock; at {speed:,.0f} h of audio an hour on each, {hours:,.0f} h are heard",
+        f"clock; at {speed:,.0f} h of audio an hour on each, {hours:,.0f} h are heard"
+        + (f", and validations take {validation_share / (1 + validation_share):.0%} of the time" if validation else ""),
         f"proposed      --max_steps {max_steps} --batch_hours {batch_hours:.4g} --learning_rate {rate:g} --warmup_steps {warmup}",
-        f"expected      {silence or describe_hours(hours)}",
+        f"expected      {unknown or describe_hours(hours)}",
         sure,
     ]
     heard = max_steps * (batch_hours + overshoot)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from accelerate import Accelerator
 
-from w2v2.plan.budget import find_silence, span_rates, study_rows
+from w2v2.plan.budget import span_rates, study_rows, why_unknown
 from w2v2.train.collapse import TIMES_GUESS
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import METRICS_FILE, announce, read_metrics
@@ -104,7 +104,7 @@ def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Ref
     elif reference is None:
         ends = [reference.points[MEASURE][[0, -1], 0] for reference in references]
         first, last = min(start for start, _ in ends), max(end for _, end in ends)
-        text = f"no reference says what is usual at {_hours(hours)} h; those of such a batch have {_hours(first)} to {_hours(last)} h"
+        text = f"{_hours(hours)} h are outside of the curves for this batch, which begin at {_hours(first)} and end at {_hours(last)} h"
     else:
         low, high = reference.band_at(hours)
         what = f"{reference.name} ({reference.data}) with batches of {_duration(reference.batch_hours)}, {low:.3f} to {high:.3f}"
@@ -181,10 +181,10 @@ def _describe_gain(records: Sequence[Mapping[str, Any]], hours: float) -> str | 
     return None
 
 
-def _describe_doubling(hours: float, args, config) -> str:
+def _describe_doubling(hours: float, args, config) -> str | None:
     """What the study has for twice the hours, or for its last doubling where the hours are more."""
-    if silence := find_silence(args, config):
-        return silence
+    if why_unknown(args, config):
+        return None
     first, last = (end(row.hours for row in study_rows()) for end in (min, max))
     if hours < first:
         return f"the study (arXiv 2402.13723) says nothing of less than {first:,.0f} h"

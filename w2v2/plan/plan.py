@@ -1,5 +1,6 @@
 """The plan of a run: all that is known before its first update."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -82,13 +83,11 @@ class RunPlan:
         plan["budget"] = describe_budget(plan["hours_to_hear"], args, config)
         plan |= {"probe": probe} if probe else {}
         if args.gpu_hours and probe:
-            speed = probe["audio_seconds_per_second"] / num_ranks
-            measured = Measured(num_ranks, speed, plan["batch_hours"] - args.batch_hours)
+            measured = Measured.of(plan, args)
             plan["proposal"] = propose_run(args.gpu_hours, measured, args, config)._asdict()
         plan |= {"reading": measure_reading(training, args.crop_seconds)} if args.dry_run else {}
         run = Preflight(plan, args, config, Machine.find(self.accelerator), training, validation)
         run.size_is_found = micro_batch_seconds is not None
-        plan["judged_by"] = run.recipe.name
         notes = [line for found, _ in self.data.values() for line in found.warnings]
         plan["warnings"] = find_warnings(run)
         plan["warnings"] += [{"code": "manifest", "message": line, "remedy": ""} for line in notes]
@@ -157,7 +156,7 @@ def find_resources(args, config, plan: dict[str, Any], accelerator: Accelerator)
     """What the run takes of the disk, and at least of a device's memory: weights, gradients and two moments in float32.
 
     A checkpoint holds weights and moments. While one is written, the one that it replaces is still there. What earlier
-    checkpoints of this run hold counts as free.
+    checkpoints of this run and copies of shards hold counts as free. Copies count where they share the run's disk.
     """
     with torch.device("meta"):
         model = make_model(PretrainingModel, config)
@@ -167,10 +166,14 @@ def find_resources(args, config, plan: dict[str, Any], accelerator: Accelerator)
     checkpoint = (4 * number + 8 * trained) / GIGABYTE
     saves = math.ceil(args.max_steps / args.save_steps)
     kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves
-    copies = plan.get("streaming", {}).get("cache_gigabytes", 0.0)
-    folder = Path(args.output_dir).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free / GIGABYTE + len(list(folder.glob("checkpoint-*"))) * checkpoint
+    folder, streaming, copies = Path(args.output_dir), plan.get("streaming", {}), 0.0
+    disk = find_existing(folder)
+    free = shutil.disk_usage(disk).free / GIGABYTE + len(list(folder.glob("checkpoint-*"))) * checkpoint
+    cache = Path(streaming.get("cache_dir") or folder)
+    if streaming.get("cache_dir") and find_existing(cache).stat().st_dev == disk.stat().st_dev:
+        copies = streaming["cache_gigabytes"]
+        with contextlib.suppress(FileNotFoundError):  # another run may evict one meanwhile
+            free += min(copies, sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) / GIGABYTE)
     shards = accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1
     return {
         "parameters": number,
@@ -180,6 +183,11 @@ def find_resources(args, config, plan: dict[str, Any], accelerator: Accelerator)
         "free_disk_gb": free,
         "memory_gb": (4 * number + 12 * trained) / GIGABYTE / shards,
     }
+
+
+def find_existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 def describe_mixture(utterances: Utterances, args) -> str:
