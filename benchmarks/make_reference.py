@@ -9,6 +9,7 @@ deviation is pooled over five validations in a row: a few seeds alone say little
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,20 +77,28 @@ def check_alike(runs: Sequence[Path]) -> tuple[dict, dict]:
     return flags[0], {name: models[0][name] for name in MODEL_KEYS} | {name: flags[0][name] for name in FLAGS}
 
 
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def find_band(runs: Sequence[Sequence[dict]]) -> dict[str, list[list[float]]]:
     """Measure → (hours, low, mean, high) of the runs' validations, at the hours of the first run's that all have heard.
 
-    Raises `UserError` where a run has no validations.
+    Raises `UserError` where a run has no validations without NaN.
     """
-    validations = [[record for record in records if "eval_accuracy" in record] for records in runs]
+    names = [f"eval_{name}" for name in MEASURES]
+    found = [[record for record in records if "eval_accuracy" in record] for records in runs]
+    validations = [[record for record in records if all(_is_finite(record[n]) for n in names)] for records in found]
+    if left_out := sum(map(len, found)) - sum(map(len, validations)):
+        print(f"{left_out} validations are left out, as not all of their measures are finite")
     if not all(validations):
-        raise UserError("a run has no validations: give runs with --validation_data")
+        raise UserError("a run has no finite validations: give runs with --validation_data")
     heard = [np.array([record["audio_hours"] for record in records]) for records in validations]
     start, end = max(hours[0] for hours in heard), min(hours[-1] for hours in heard)
     grid = heard[0][(heard[0] >= start * 0.999) & (heard[0] <= end * 1.001)]  # seeds crop a little differently
     grid = grid[np.unique(np.linspace(0, len(grid) - 1, min(MOST_POINTS, len(grid))).round().astype(int))]
     n, points = len(runs), {}
-    for measure in (f"eval_{name}" for name in MEASURES):
+    for measure in names:
         values = np.array(
             [
                 np.interp(np.log(grid), np.log(hours), [record[measure] for record in records])

@@ -61,6 +61,17 @@ def test_band_holds_most_further_seeds():
     assert points[:, 2] == pytest.approx(0.1 * np.log1p(points[:, 0]), abs=0.03)
 
 
+def test_validations_without_finite_measures_are_left_out(capsys):
+    runs = [records(seed, noise=0.0) for seed in range(3)]
+    damaged = [[*run] for run in runs]
+    damaged[1][19] = damaged[1][19] | {"eval_accuracy": None}
+    damaged[2][9] = damaged[2][9] | {"eval_contrastive_loss": float("nan")}
+    assert np.allclose(find_band(damaged)["eval_accuracy"], find_band(runs)["eval_accuracy"], atol=2e-3)
+    assert capsys.readouterr().out.startswith("2 validations are left out")
+    with pytest.raises(UserError, match="no finite validations"):
+        find_band([runs[0], [record | {"eval_accuracy": None} for record in runs[1]]])
+
+
 def test_written_file_is_a_reference(tmp_path, monkeypatch):
     runs = [write_run(tmp_path / f"run{seed}", seed) for seed in (1, 2, 3)]
     monkeypatch.setattr(expectations, "FOLDER", tmp_path)

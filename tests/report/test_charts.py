@@ -29,6 +29,12 @@ def test_a_line_stands_where_its_values_say():
     assert (HEIGHT - BOTTOM, "0") in chart.y_ticks and (TOP, "10") in chart.y_ticks
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-13, 1e-12, 1e30])
+def test_a_lines_form_does_not_depend_on_its_scale(scale):
+    charts = [draw_lines("t", [Series("a", [(0, 2 * s), (5, 4 * s), (10, 3 * s)])], "x") for s in (1, scale)]
+    assert charts[0].lines[0].path == charts[1].lines[0].path and len({label for _, label in charts[1].y_ticks}) > 2
+
+
 @pytest.mark.parametrize("gap", [NAN, float("inf"), None])
 def test_values_that_are_not_finite_leave_gaps(gap):
     chart = draw_lines("t", [Series("a", [(1, 1.0), (2, 2.0), (3, gap), (4, 3.0)]), Series("b", [(1, gap)])], "x")

@@ -13,6 +13,7 @@ from report_runs import (
     HOSTILE,
     read_page,
     write_classification,
+    write_lines,
     write_pretraining,
     write_probe,
     write_recognition,
@@ -106,7 +107,7 @@ def test_embedded_audio_is_the_files(heard):
 
 
 def test_audio_that_would_make_the_page_large_is_left_out(heard, monkeypatch):
-    monkeypatch.setattr("w2v2.report.playback.MOST_LETTERS", 100_000)
+    monkeypatch.setattr("w2v2.report.playback.MOST_BYTES", 100_000)
     page = read_page(heard[0], num_audio=10)
     assert "the page would pass 2 MB" in page.text and len(page.source) < 200_000
 
@@ -164,14 +165,29 @@ def test_runs_of_a_kind_are_compared(tmp_path):
         "0.01",
         "0.02",
     ]
-    (finals,) = re.findall(r"<caption>At the end of each run</caption>.*?</table>", page.source, re.S)
+    (finals,) = re.findall(
+        r"<caption>At the end of each run, on held-out speech</caption>.*?</table>", page.source, re.S
+    )
     assert finals.count("40.0") == 2 and page.text.count("The whole report of") == 3
+
+
+def test_held_out_figures_stand_beside_no_training_ones(tmp_path):
+    runs = [write_pretraining(tmp_path / name) for name in ("one", "two")]
+    for folder, is_validated in zip(runs, (True, False), strict=True):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [line | ({"eval_accuracy": 0.9} if "eval_loss" in line else {}) for line in lines]
+        write_lines(folder / "metrics.jsonl", [line for line in lines if is_validated or "loss" in line])
+    page = read_page(*runs)
+    (finals,) = re.findall(
+        r"<caption>At the end of each run, on training speech</caption>.*?</table>", page.source, re.S
+    )
+    assert finals.count("40.0") == 2 and "90.0" not in finals and "90.0" in page.source
 
 
 def test_many_runs_leave_their_own_charts_out(tmp_path, monkeypatch):
     runs = [write_pretraining(tmp_path / name) for name in ("one", "two")]
     whole = read_page(*runs)
-    monkeypatch.setattr("w2v2.report.page.MOST_LETTERS", 50_000)
+    monkeypatch.setattr("w2v2.report.page.MOST_BYTES", len(whole.source.encode()) - 1)
     page = read_page(*runs)
     assert page.text.count("make its own report") == 2 and "Flags that differ" not in page.text
     assert len(page.of("desc")) == 6 < len(whole.of("desc"))

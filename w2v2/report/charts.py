@@ -82,7 +82,8 @@ def find_ticks(low: float, high: float, most: int = 5, is_around: bool = False) 
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
     if is_around:
         first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    return [round(n * step, 12) for n in range(first, last + 1)]
+    digits = 1 - math.floor(math.log10(step))
+    return [round(n * step, digits) for n in range(first, last + 1)]
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

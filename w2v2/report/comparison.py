@@ -6,6 +6,7 @@ from typing import Any
 
 from w2v2.report.charts import LineChart, Series, draw_lines
 from w2v2.report.finetuning import list_scores
+from w2v2.report.pretraining import list_figures
 from w2v2.report.run_files import CLASSIFICATION, PRETRAINING, PROBE, RECOGNITION, RunFiles
 from w2v2.report.sections import HOURS, SHOWN, Section, Summary, Table, gather, keep, tell_value
 
@@ -38,8 +39,12 @@ def compare_runs(runs: Sequence[RunFiles], summaries: Sequence[Summary]) -> list
 
 
 def tell_finals(runs: Sequence[RunFiles], summaries: Sequence[Summary], title: str) -> Section:
-    """The headline figures of all runs in one table; of fine-tunings every score of every set."""
-    figures = [{label: value for label, value, _ in summary.figures} for summary in summaries]
+    """The headline figures of all runs in one table, all held out or all of training; of fine-tunings every score."""
+    figures, caption = [{label: value for label, value, _ in summary.figures} for summary in summaries], ""
+    if runs[0].kind == PRETRAINING:
+        is_held_out = all(run.validated for run in runs)
+        figures = [{label: value for label, value, _ in list_figures(run, is_held_out)} for run in runs]
+        caption = ", on held-out speech" if is_held_out else ", on training speech"
     if runs[0].kind in (RECOGNITION, CLASSIFICATION):
         figures = [list_scores(run) for run in runs]
     names = list(dict.fromkeys(name for found in figures for name in found))
@@ -48,7 +53,7 @@ def tell_finals(runs: Sequence[RunFiles], summaries: Sequence[Summary], title: s
         for summary, found in zip(summaries, figures, strict=True)
     ]
     return Section(
-        f"{title}final figures".capitalize(), tables=[Table("At the end of each run", ["Run", *names], rows)]
+        f"{title}final figures".capitalize(), tables=[Table(f"At the end of each run{caption}", ["Run", *names], rows)]
     )
 
 

@@ -23,7 +23,7 @@ from w2v2.train.durable import write_file
 from w2v2.train.events import EventLog
 
 REPORT_FILE = "report.html"
-MOST_LETTERS = 1_900_000  # of a page of several runs
+MOST_BYTES = 1_900_000  # of a page of several runs
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -39,14 +39,14 @@ def write_report(
     summaries = [summarize(run, defaults, num_audio) for run in runs]
     comparison = compare_runs(runs, summaries)
     page = render(summaries, comparison)
-    if len(page) > MOST_LETTERS and len(runs) > 1:
+    if len(page) > MOST_BYTES and len(runs) > 1:
         for summary in summaries:
             summary.sections = []
             summary.remarks.append("Its own charts are left out, as the page would pass 2 MB: make its own report.")
         page = render(summaries, comparison)
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_file(Path(output), page.encode("utf-8", "backslashreplace"))
+        write_file(Path(output), page)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): name another file with --output") from None
 
@@ -57,8 +57,8 @@ def summarize(run: RunFiles, defaults: Mapping[str, Any], num_audio: int) -> Sum
     return report_probe(run) if run.kind == PROBE else report_finetuning(run, num_audio)
 
 
-def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> str:
-    """The page's text. Whatever was written by people is escaped, and has no secrets."""
+def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> bytes:
+    """The page in UTF-8. Whatever was written by people is escaped, and has no secrets."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -69,9 +69,10 @@ def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> 
     )
     sizes = dict(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP, BOTTOM=BOTTOM, SIDE=SIDE, LABELS=LABELS)
     environment.globals |= sizes | dict(BAR_HEIGHT=BAR_HEIGHT, BAR_LEFT=BAR_LEFT)
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         summaries=summaries, comparison=comparison, is_comparison=len(summaries) > 1, version=w2v2.__version__
     )
+    return page.encode("utf-8", "backslashreplace")
 
 
 @contextlib.contextmanager

@@ -13,14 +13,14 @@ from w2v2.manifests.manifest import read_manifests
 from w2v2.report.run_files import RunFiles
 from w2v2.report.sections import Utterance
 
-MOST_SECONDS = 10.0  # of an utterance
-MOST_LETTERS = 1_300_000  # of all data URIs together: the page stays below 2 MB
+SECONDS_PLAYED = 10.0  # of an utterance
+MOST_BYTES = 1_300_000  # of all data URIs together: the page stays below 2 MB
 
 
 def embed_audio(run: RunFiles, utterances: Sequence[Utterance]) -> list[str]:
     """Give the utterances their audio, as FLAC at 16 kHz. Returns what has to be said about those that have none."""
     rows, notes = _find_rows(run, {utterance.set for utterance in utterances})
-    left, num_large, num_lost, is_cut = MOST_LETTERS, 0, 0, False
+    left, num_large, num_lost, is_cut = MOST_BYTES, 0, 0, False
     for utterance in utterances:
         row = rows.get((utterance.set, utterance.id))
         try:
@@ -35,12 +35,12 @@ def embed_audio(run: RunFiles, utterances: Sequence[Utterance]) -> list[str]:
         else:
             utterance.audio, left = found, left - len(found)
             length = row["num_samples"]
-            is_cut |= length is None or length > MOST_SECONDS * SAMPLING_RATE
+            is_cut |= length is None or length > SECONDS_PLAYED * SAMPLING_RATE
     if num_lost and rows:
         notes.append(f"{num_lost} utterances are not in the run's manifests any more.")
     if num_large:
         notes.append(f"The audio of {num_large} utterances was left out: the page would pass 2 MB.")
-    return notes + [f"Of long utterances the first {MOST_SECONDS:g} s can be heard."] * is_cut
+    return notes + [f"Of long utterances the first {SECONDS_PLAYED:g} s can be heard."] * is_cut
 
 
 def _find_rows(run: RunFiles, sets: set[str]) -> tuple[dict, list[str]]:
@@ -62,7 +62,7 @@ def _find_rows(run: RunFiles, sets: set[str]) -> tuple[dict, list[str]]:
 
 def _encode(row: dict) -> str:
     """A data URI. Raises `AudioError` where the file cannot be read."""
-    most, length = round(MOST_SECONDS * SAMPLING_RATE), row["num_samples"]
+    most, length = round(SECONDS_PLAYED * SAMPLING_RATE), row["num_samples"]
     start = round(row["start"] * SAMPLING_RATE)
     samples = read_crop(row["audio"], start, length and min(length, most), channel=row.get("channel"))[:most]
     file = io.BytesIO()

@@ -98,14 +98,14 @@ def judge(run: RunFiles) -> tuple[str, str]:
     return f"{found}, the constant guess in {percent(guess)}.", CAREFUL if "collapse" in events else GOOD
 
 
-def list_figures(run: RunFiles) -> list[tuple[str, str, str]]:
-    """The headline: label, value, remark."""
+def list_figures(run: RunFiles, is_held_out: bool = True) -> list[tuple[str, str, str]]:
+    """The headline: label, value, remark; of the last validation, where there is one and it `is_held_out`."""
     figures = []
     heard = max((record.get("audio_hours") or 0 for record in run.metrics), default=None)
     trained, validated = (records[-1] if records else {} for records in (run.trained, run.validated))
     epochs = f"{trained['epoch']:.1f} epochs" if trained.get("epoch") is not None else ""
     figures.append(("Hours heard", show(heard), epochs))
-    where, record, prefix = ("held out", validated, "eval_") if validated else ("training", trained, "")
+    where, record, prefix = ("held out", validated, "eval_") if validated and is_held_out else ("training", trained, "")
     loss = record.get(f"{prefix}contrastive_loss", record.get(f"{prefix}loss"))
     figures.append(("Contrastive loss", show(loss), where))
     guess = record.get(f"{prefix}constant_guess_accuracy")
