@@ -22,7 +22,7 @@ from w2v2.plan.expectations import (
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_codevector_groups=2, num_codevectors_per_group=320)
 BASE |= dict(num_negatives=100, do_stable_layer_norm=False)
 POINTS = np.array([(100, 0.1, 0.2, 0.3), (10_000, 0.3, 0.4, 0.5)])
-REFERENCE = Reference("a model", "somewhere", "speech", 1.0, 3, {MEASURE: POINTS})
+REFERENCE = Reference("a model", "speech", 1.0, {MEASURE: POINTS})
 
 
 def base(**changes):
@@ -100,15 +100,15 @@ def test_verdict_follows_the_band(accuracy, guess, verdict):
 def test_since_is_the_start_of_the_unbroken_verdict():
     hours_and_accuracies = [(200, 0.05), (300, 0.3), (500, 0.01), (1_000, 0.05), (2_000, 0.06)]
     placing = place_in_band([validation(*pair) for pair in hours_and_accuracies], [REFERENCE])
-    assert (placing.verdict, placing.since_hours) == ("below", 500)
+    assert placing.verdict == "below"
     assert placing.text == (
-        "accuracy 0.060 at 2,000 h is below the band of a model (speech) with batches of 1 h, 0.230 to 0.430, since 500 h"
+        "accuracy 0.060 at 2,000 h is below the band of a model (speech) with batches of 60.0 min, 0.230 to 0.430, since 500 h"
     )
 
 
 def test_hours_without_reference_are_unknown():
     placing = place_in_band([validation(50, 0.2)], [REFERENCE])
-    assert placing.verdict == "unknown" and "begin at 100 and end at 10,000 h" in placing.text
+    assert placing.verdict == "unknown" and "begin at 100 h and end at 10,000 h" in placing.text
     assert place_in_band([validation(50, 0.2)], []) is None
     assert place_in_band([dict(step=1, audio_hours=500.0, accuracy=0.3)], [REFERENCE]) is None  # training alone
     diverged = [validation(500, 0.3), dict(validation(600, 0.3), eval_accuracy=None)]

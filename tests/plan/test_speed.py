@@ -66,7 +66,7 @@ def test_a_dry_run_is_probed_and_adds_up(flags, whole_run, tmp_path, capsys):
 
 
 def test_slow_updates_are_fewer(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "MOST_SECONDS", 0)
+    monkeypatch.setattr(speed, "LONGEST_PROBE", 0)
     assert run(flags, tmp_path / "run", "--probe_updates", 3, "--dry_run") == 0
     plan = read_plan(tmp_path / "run")
     assert plan["probe"]["updates"] == 1

@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from w2v2.data.utterances import Utterances, silent_share
-
-Found = tuple[str, str] | None
+from w2v2.plan.recipe_checks import Found
+from w2v2.train.collapse import MOST_SILENCE
 
 MOST_REPETITIONS = 100  # in a run, of a source that is heard far more often than it would be by its hours
 FAR_MORE = 5.0
 MOST_DROPPED = 0.1  # of the utterances
 MOST_OF_ONE = 0.5  # of the hours, by one speaker
-MOST_SILENCE = 0.25  # of the utterances looked at
 
 
 def check_repetitions(run) -> Found:

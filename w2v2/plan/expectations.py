@@ -17,6 +17,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from w2v2.plan.budget import span_rates, study_rows, why_unknown
+from w2v2.plan.description import say_hours, say_time
 from w2v2.train.collapse import TIMES_GUESS
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import METRICS_FILE, announce, read_metrics
@@ -34,10 +35,8 @@ class Reference(NamedTuple):
     """One curve with its band."""
 
     name: str
-    source: str
     data: str
     batch_hours: float
-    num_runs: int
     points: dict[str, np.ndarray]  # measure of a validation record → (points, 4): hours heard, low, middle, high
 
     def band_at(self, hours: float, measure: str = MEASURE) -> tuple[float, float] | None:
@@ -53,7 +52,6 @@ class Placing(NamedTuple):
     """Where a run stands beside its reference."""
 
     verdict: str  # `inside`, `above`, `below`, `guess` (no better than always guessing) or `unknown`
-    since_hours: float  # of the first validation of which this has been true without a break
     text: str  # a sentence for people
 
 
@@ -65,8 +63,7 @@ def read_references() -> tuple[tuple[dict[str, Any], Reference], ...]:
         file = json.loads(path.read_text(encoding="utf-8"))
         for curve in file["curves"]:
             points = {measure: np.array(rows, dtype=float) for measure, rows in curve["points"].items()}
-            numbers = (curve["batch_hours"], curve["num_runs"], points)
-            found.append((file["model"], Reference(file["name"], file["source"], file["data"], *numbers)))
+            found.append((file["model"], Reference(file["name"], file["data"], curve["batch_hours"], points)))
     return tuple(found)
 
 
@@ -104,13 +101,13 @@ def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Ref
     elif reference is None:
         ends = [reference.points[MEASURE][[0, -1], 0] for reference in references]
         first, last = min(start for start, _ in ends), max(end for _, end in ends)
-        text = f"{_hours(hours)} h are outside of the curves for this batch, which begin at {_hours(first)} and end at {_hours(last)} h"
+        text = f"{say_hours(hours)} are outside of the curves for this batch, which begin at {say_hours(first)} and end at {say_hours(last)}"
     else:
         low, high = reference.band_at(hours)
-        what = f"{reference.name} ({reference.data}) with batches of {_duration(reference.batch_hours)}, {low:.3f} to {high:.3f}"
-        lasting = f", since {_hours(since)} h" if since < hours else ""
-        text = f"accuracy {accuracy:.3f} at {_hours(hours)} h is {verdict} the band of {what}{lasting}"
-    return Placing(verdict, since, text)
+        what = f"{reference.name} ({reference.data}) with batches of {say_time(3600 * reference.batch_hours)}, {low:.3f} to {high:.3f}"
+        lasting = f", since {say_hours(since)}" if since < hours else ""
+        text = f"accuracy {accuracy:.3f} at {say_hours(hours)} is {verdict} the band of {what}{lasting}"
+    return Placing(verdict, text)
 
 
 def _has(record: Mapping[str, Any], *names: str) -> bool:
@@ -127,14 +124,6 @@ def _judge(record: Mapping[str, Any], references: Sequence[Reference]) -> tuple[
         return "unknown", None
     low, high = reference.band_at(hours)
     return "below" if accuracy < low else "above" if accuracy > high else "inside", reference
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
-
-
-def _duration(hours: float) -> str:
-    return f"{hours:.2g} h" if hours >= 1 else f"{60 * hours:.3g} min" if hours >= 1 / 60 else f"{3600 * hours:.3g} s"
 
 
 class BandWatch:
@@ -174,7 +163,7 @@ def _describe_gain(records: Sequence[Mapping[str, Any]], hours: float) -> str | 
         if before and last:
             accuracy, loss = ([float(np.mean([r[name] for r in part])) for part in (before, last)] for name in names)
             return (
-                f"the last tenth of {_hours(hours)} h changed the {'validation' if prefix else 'training'} accuracy by "
+                f"the last tenth of {say_hours(hours)} changed the {'validation' if prefix else 'training'} accuracy by "
                 f"{accuracy[1] - accuracy[0]:+.3f} to {accuracy[1]:.3f} (seeds of BASE differ by about {SEEDS_DIFFER}), the "
                 f"contrastive loss by {loss[1] - loss[0]:+.3f} to {loss[1]:.3f}"
             )

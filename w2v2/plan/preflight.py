@@ -13,12 +13,11 @@ from accelerate import Accelerator
 
 from w2v2.data.utterances import Utterances
 from w2v2.plan import data_checks, recipe_checks
+from w2v2.plan.recipe_checks import Found
 from w2v2.plan.spot_checks import NUM_TIMED
 from w2v2.train.launch import expected_processes
 from w2v2.train.recipes import Recipe
 from w2v2.train.schedule import num_warmup_steps
-
-Found = tuple[str, str] | None  # what was found, and what to do; "" where a note is all
 
 MOST_WAITING = 0.1  # of the time of the probe's updates
 GPU_SPEED = 1_100.0  # seconds of audio a second: BASE on an A100, by NVIDIA's figures

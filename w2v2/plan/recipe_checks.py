@@ -7,11 +7,11 @@ weights is spared advice that is for fresh ones.
 import math
 
 from w2v2.plan.budget import CITATION, LEAST_SECONDS, study_rows
+from w2v2.train.collapse import MOST_RATE
 
-Found = tuple[str, str] | None
+Found = tuple[str, str] | None  # what was found, and what to do; "" where a note is all
 
 LEAST_HOURS, CONTINUED_HOURS, LEAST_SMALL_HOURS = 1.6, 0.8, 0.004  # in an effective batch
-MOST_RATE = 1.5  # times the usual learning rate
 # Shares of a run: the paper warms up for 8 %, SpeechBrain advises 10 %, configs/pretrain/small.yaml and demo.yaml take 1.5
 # and 6 %. 32,000 updates are enough for a run of any length (XLS-R's of a million).
 WARMUP_SHARES = {"small": (0.005, 0.2), "BASE": (0.05, 0.15), "LARGE": (0.05, 0.15)}

@@ -23,7 +23,7 @@ from w2v2.train.state import VALIDATION_SEED
 from w2v2.train.update import Feed, train_update, validate
 
 UNCOUNTED = 3  # updates at first, in which memory is allocated and kernels are chosen
-MOST_SECONDS = 120  # after which no further update is begun
+LONGEST_PROBE = 120  # seconds, after which no further update is begun
 VALIDATED = 4  # micro-batches of a validation that are timed
 
 
@@ -45,7 +45,7 @@ def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float
     announce(accelerator, f"probe         times up to {num_updates} updates, after {UNCOUNTED} that do not count")
     if accelerator.device.type != "cpu":
         torch.get_device_module(accelerator.device).reset_peak_memory_stats(accelerator.device)
-    limit = StopRequest(MOST_SECONDS / 3600)
+    limit = StopRequest(LONGEST_PROBE / 3600)
     for number in range(UNCOUNTED + num_updates):
         if number <= UNCOUNTED:
             feed.restart()  # so its rates are of the updates that count, or else of the last one

@@ -36,6 +36,8 @@ FEW_CODES, NO_LEARNING = {"codes", "distractors"}, {"accuracy", "loss"}  # the c
 CODES_PER_GROUP, TIMES_CHANCE, TIMES_GUESS = 2, 3, 1.1
 LEAST_DISTRACTORS = 0.1  # of those drawn
 LOSS_SPREAD = 1e-3  # (greatest − least) / greatest
+MOST_SILENCE = 0.25  # of the utterances looked at, and
+MOST_RATE = 1.5  # times the usual learning rate: beyond them, a plan warns too
 FEWEST_RECORDS = 4  # in a window, however rarely a run logs
 MEASURES = ("codebook_perplexity_hard", "distractors_left", "accuracy", "contrastive_loss")
 
@@ -189,7 +191,7 @@ class CollapseWatch:
         causes = likely_causes(finding.criteria, finding.since, record, self.args, self.config)
         if self.accelerator.mixed_precision == "fp16":
             causes.append(f"fp16, with {record['skipped_updates']} updates skipped (bf16 and fp32 do not overflow)")
-        if (silent := silent_share(self.utterances)) >= 0.25:
+        if (silent := silent_share(self.utterances)) >= MOST_SILENCE:
             causes.append(f"{silent:.0%} of the utterances looked at are silence")
         why = f"Likely here: {'; '.join(causes)}" if causes else "No setting of this run is unusual: listen to its data"
         before = [folder for folder in checkpoints(self.args.output_dir) if step_of(folder) < finding.since]
@@ -227,7 +229,7 @@ def likely_causes(criteria: frozenset[str], since: int, record: Mapping[str, Any
     # 3. Whether each of them is a cause.
     causes = {
         f"{batch}, where {usual.batch_hours:g} h are usual": hours < 0.9 * usual.batch_hours,
-        f"{peak} for such a model and batch": rate > 1.5 * usual.learning_rate,
+        f"{peak} for such a model and batch": rate > MOST_RATE * usual.learning_rate,
         f"a warm-up of {warmup:,} updates (--warmup_steps), where {usual.warmup_steps:,} are usual": has_short_warmup,
         f"--feature_grad_mult {mult:g}, where {usual.feature_grad_mult:g} is usual": mult > 2 * usual.feature_grad_mult,
         f"{diversity}: little keeps the codes apart": few_codes and weight < 0.05,
