@@ -18,8 +18,9 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
-_LOGIN = re.compile(r"(?<=://)[^\s/]*@")  # of a URL
-_QUERY = re.compile(r"(://[^\s?]*\?)\S*?(?=[:;,.)'\"\]]*(?:\s|$))")  # of a URL: a signature is in it; up to punctuation
+# Parts of a URL, whose second slash a `Path` drops; a query ends before a sentence's punctuation.
+_LOGIN = re.compile(r"(?<=\w\w:/)(/?)[^\s/]*@")
+_QUERY = re.compile(r"(?<=\w\w:/)([^\s?]*\?)\S*?(?=[:;,.)'\"\]]*(?:\s|$))")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 LIMITS = {
     "min": (operator.ge, "{:.15g} or more"),
@@ -60,7 +61,7 @@ def printable(text: object) -> str:
 
 def hide_secrets(text: str) -> str:
     """The text without tokens of the Hub, and its URLs without name, password and query."""
-    return _QUERY.sub(r"\1…", _LOGIN.sub("", HUB_TOKEN.sub("hf_…", text)))
+    return _QUERY.sub(r"\1…", _LOGIN.sub(r"\1", HUB_TOKEN.sub("hf_…", text)))
 
 
 def error_line(message: object) -> str:

@@ -402,6 +402,14 @@ def test_a_token_pasted_into_a_flag_is_refused_and_not_repeated(tmp_path, refuse
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_error_names_urls_without_their_secrets(corpus, tmp_path, capsys, streaming):
+    url = "http://me:s3cret@127.0.0.1:1/{0..1}.tar?sign=s3cret"
+    argv = flags("pretrain", corpus, tmp_path / "run", train_data=url, streaming=streaming)
+    line = refusal(capsys, pretrain.main, *argv, named=("/127.0.0.1:1/", ".tar?… "))
+    assert "s3cret" not in line
+
+
 def test_fine_tuning_takes_no_token_as_a_flag(corpus, tmp_path, capsys):
     argv = flags("finetune_ctc", corpus, tmp_path / "run", hub_token="of another form")
     assert "of another form" not in refusal(capsys, finetune_ctc.main, *argv, named=("--hub_token", "HF_TOKEN"))
