@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from conftest import NOISY, assert_same_run, refusal, run_here, write_recipe
@@ -65,8 +66,21 @@ def test_a_dry_run_is_probed_and_adds_up(flags, whole_run, tmp_path, capsys):
     assert f"for {STEPS} updates and 3 validation(s)" in capsys.readouterr().out
 
 
+class StopAfterTwo:
+    """Stands in for the time limit; the first update takes two seconds longer than the second."""
+
+    def __init__(self, hours):
+        self.num_asked = 0
+
+    @property
+    def is_asked(self):
+        self.num_asked += 1
+        time.sleep(2 * (self.num_asked == 1))
+        return self.num_asked == 2
+
+
 def test_slow_updates_are_fewer(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "LONGEST_PROBE", 0)
+    monkeypatch.setattr(speed, "StopRequest", StopAfterTwo)
     assert run(flags, tmp_path / "run", "--probe_updates", 3, "--dry_run") == 0
     plan = read_plan(tmp_path / "run")
     assert plan["probe"]["updates"] == 1
