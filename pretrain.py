@@ -29,7 +29,7 @@ from w2v2.cli import parse_command_line, run_script
 from w2v2.data.batching import MicroBatchPlan, PlanStream, plan_validation
 from w2v2.data.collate import CropDataset, Framing
 from w2v2.data.filling import FilledCrops
-from w2v2.data.loader import build_loader
+from w2v2.data.loader import build_loader, end_workers
 from w2v2.data.sampling import build_batches
 from w2v2.data.streaming import FetchAhead, StreamedCrops
 from w2v2.data.utterances import Utterances, inspect_some, load_utterances
@@ -205,13 +205,14 @@ def train(run: Run, feed: Feed, skipped: dict[str, SkippedAudio], pusher: HubPus
         skipped_updates = SkippedUpdates(args, accelerator, run.training.table, state.step)
         use = CodebookUse(args, accelerator, state.step)
         records = [log.records, skipped_updates.records, use.records, *(audio.records for audio in skipped.values())]
-        for close in (log.close, *(lines.sync for lines in records)):
+        for close in (feed.close, log.close, *(lines.sync for lines in records)):
             files.callback(close)
         watch = CollapseWatch(args, run.config, run.training, accelerator, first_step=state.step)
         validation, is_stopping = None, False
         if run.validation:
             plans = plan_validation(build_batches(run.validation, args, VALIDATION_SEED), **run.cut_arguments)
             validation = run.load(run.validation, plans, VALIDATION_SEED)
+            files.callback(end_workers, validation)
             if state.step and state.is_due(args.eval_steps) and on_main_process(accelerator, log.lacks_validation):
                 run_validation(run, validation, log, use, skipped["validation_data"])  # it ended right after its save
         feed.restart()

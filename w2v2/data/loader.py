@@ -23,6 +23,17 @@ def build_loader(
     return DataLoader(dataset, persistent_workers=num_workers > 0, **options)
 
 
+def end_workers(loader: Iterable) -> None:
+    """End the processes that decode at once.
+
+    The garbage collector would close their queues while a thread of theirs does, and so perhaps files of others.
+    """
+    iterator = getattr(loader, "_iterator", None)  # of persistent workers; torch has no public names for this
+    if iterator is not None:
+        iterator._shutdown_workers()
+        loader._iterator = None
+
+
 def shield_worker(worker: int) -> None:
     """Keep a worker alive when a scheduler or a terminal signals every process of the run: the last update needs it.
 

@@ -92,24 +92,26 @@ def _permute(order: EpochOrder, epoch: int, positions: np.ndarray) -> np.ndarray
 class FetchAhead:
     """The plans of `stream`; while a window is heard, threads fetch the shards of the next.
 
-    What they fail to fetch is told, and tried again by the worker that needs it.
+    The first window is here once this is made, before a loader starts its processes. What threads fail to fetch is
+    told, and tried again by the worker that needs it.
     """
 
     def __init__(self, stream: PlanStream, shards: Shards):
         self.stream, self.shards, self.waiting = stream, shards, queue.SimpleQueue()
+        self.windows = stream.batches.order.windows(stream.cursor)
+        self.first = next(self.windows)
+        shards.cache.fetch_all([shards.list[number] for number in self.first[1]], "Fetching the first shards")
 
     def __iter__(self) -> Iterator[MicroBatchPlan]:
         order: ShardOrder = self.stream.batches.order
-        windows = order.windows(self.stream.cursor)
-        window, numbers = next(windows)
-        self.shards.cache.fetch_all([self.shards.list[number] for number in numbers], "Fetching the first shards")
+        window, numbers = self.first
         for _ in range(FETCHED_AT_ONCE):
             threading.Thread(target=self._work, name="shards", daemon=True).start()
         try:
             for plan in self.stream:
                 while window <= order.find_window(plan.following):
                     self._queue(numbers)  # what is there counts as used, so others are evicted before it
-                    window, numbers = next(windows)
+                    window, numbers = next(self.windows)
                     self._queue(numbers)
                 yield plan
         finally:  # heard to its end, or given up

@@ -14,6 +14,7 @@ from statistics import mean
 import torch
 
 from w2v2.data.batching import EffectiveBatches, PlanStream, plan_validation
+from w2v2.data.loader import end_workers
 from w2v2.data.sampling import build_batches
 from w2v2.errors import UserError
 from w2v2.train.launch import StopRequest
@@ -56,7 +57,7 @@ def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float
         if totals.counts.stops_asked:
             break
     rates, seconds = feed.rates(), seconds[UNCOUNTED:] or seconds[-1:]
-    del feed  # and with it the processes that decode
+    feed.close()
     validation = time_validation(run) if run.validation else 0.0
     if scaler:
         scaler.load_state_dict(scale)
@@ -94,10 +95,13 @@ def time_validation(run) -> float:
         for _ in range(2):
             started = time.perf_counter()
             validate(run.accelerator, run.model, loader, 0.0)
+            seconds = time.perf_counter() - started
     except UserError as error:
         announce(run.accelerator, f"probe         takes no time of validations into account: {error}")
         return 0.0
-    return (time.perf_counter() - started) * len(plans) / len(some)
+    finally:
+        end_workers(loader)
+    return seconds * len(plans) / len(some)
 
 
 def find_peak(device: torch.device) -> int:

@@ -27,6 +27,7 @@ from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.data.batching import LATENT_STRIDE, Cursor
 from w2v2.data.collate import PretrainBatch
 from w2v2.data.hashing import NOISE, derive, positive
+from w2v2.data.loader import end_workers
 from w2v2.errors import UserError
 from w2v2.model.pretraining import PretrainingModel, PretrainSums
 from w2v2.train.capture import CapturedStep
@@ -39,7 +40,7 @@ class Feed:
     """Hands out a loader's micro-batches update by update, and measures throughput since it was last restarted."""
 
     def __init__(self, loader: Iterable[PretrainBatch]):
-        self.iterator = iter(loader)
+        self.loader, self.iterator = loader, iter(loader)
         self.cursor: Cursor | None = None  # where the data stands after the update that was handed out last
         self.restart()
 
@@ -54,6 +55,10 @@ class Feed:
         yield batch
         for _ in range(1, batch.plan.num_rounds):
             yield self._next()
+
+    def close(self) -> None:
+        end_workers(self.loader)
+        self.iterator = iter(())
 
     def _next(self) -> PretrainBatch:
         asked = time.perf_counter()
