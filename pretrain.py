@@ -272,6 +272,7 @@ def finish(run: Run, pusher: HubPusher | None) -> None:
     """The folder that users load, with its card, curves and resolved configuration; then the last push."""
     args, accelerator, output_dir = run.args, run.accelerator, Path(run.args.output_dir)
     save_model(output_dir, accelerator, run.model, run.feature_extractor)
+    announce(accelerator, f"model         {output_dir}, for AutoModel.from_pretrained")
     if not accelerator.is_main_process:
         return
     metrics = read_metrics(output_dir / "metrics.jsonl")

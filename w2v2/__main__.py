@@ -29,6 +29,8 @@ def main() -> None:
         command = f"w2v2-{''.join(sys.argv[1:2])}".replace("_", "-")
         sys.argv[:2] = [command]  # it stands in usage and errors
     name = command.removeprefix("w2v2-").replace("-", "_")
+    if name in ("__help", "_h"):
+        return print(USAGE)
     if name not in SCRIPTS + DATA_SCRIPTS:
         close = difflib.get_close_matches(name, SCRIPTS + DATA_SCRIPTS, n=1)
         hint = f"did you mean {close[0]}?" if close else "see the list above"

@@ -158,7 +158,9 @@ class RunArguments:
     logging_steps: int = flag(10, "Updates between two lines of metrics.jsonl.", min=1)
     eval_steps: int = flag(1_000, "Updates between two validations.", min=1)
     save_steps: int = flag(1_000, "Updates between two checkpoints.", min=1)
-    save_total_limit: int = flag(3, "Checkpoints that are kept; 0 keeps all.", min=0)
+    save_total_limit: int = flag(
+        3, "Checkpoints that are kept; 0 keeps all, as the run does while it looks like a collapse.", min=0
+    )
     max_hours: float | None = flag(
         None,
         "Hours of training (without start-up) after which to save and leave with status 75, as on SIGTERM.",

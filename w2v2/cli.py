@@ -24,6 +24,7 @@ from w2v2.data.loader import explain_loss
 from w2v2.errors import HUB_TOKEN, LocalError, UserError, as_user_error, error_line
 from w2v2.train.launch import Stopped, leave_group
 
+INTERRUPTED = 130  # exit status after a Ctrl-C that nothing else heeded, as of shells
 RESUMABLE = 75  # exit status of a run that stopped when asked and can go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -123,7 +124,7 @@ def run_script(main: Callable[[], Any]) -> None:
 
     A user's slip, a full disk or memory, or a lost loader process is one line on standard error and status 2; a rank
     that lost another one says so and ends with status 1. `Stopped` gives status 75, or 0 under torchrun's
-    `--max_restarts`, which starts other statuses again. Any other error is a bug and keeps its traceback.
+    `--max_restarts`, which starts other statuses again. A Ctrl-C that nothing else heeded is one line and status 130. Any other error is a bug and keeps its traceback.
     """
     logging.raiseExceptions = False  # a stream that cannot be written any more ends no run
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -133,6 +134,9 @@ def run_script(main: Callable[[], Any]) -> None:
         if is_first:
             _print_line(f"{os.path.basename(sys.argv[0])}: {stopped}")
         sys.exit(0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else RESUMABLE)
+    except KeyboardInterrupt:
+        _print_line(f"{os.path.basename(sys.argv[0])}: interrupted")
+        sys.exit(INTERRUPTED)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         lost = _lost_rank(error)
         message = lost or _explain(error)

@@ -242,7 +242,8 @@ def _compare(raw: RawTable, start: np.ndarray, length: np.ndarray, files: Files,
         factor, counted = said / (seconds + TOLERANCE), said * SAMPLING_RATE / rates
         own = (np.abs(counted / seconds - 1) < 0.02) & (rates != SAMPLING_RATE)  # counted at their files' rate
         if factor.min() > 10:
-            hint = f"; are they {'milliseconds' if factor.max() <= MILLISECONDS else 'frames'}? Name the column so"
+            unit, name = ("milliseconds", "duration_ms") if factor.max() <= MILLISECONDS else ("frames", "num_frames")
+            hint = f"; are they {unit}? Name the column {name}"
         elif names.get("frames") == "num_samples" and own.any():
             hint = f"; is num_samples at the file's {rates[own][0]:,.0f} a second? Name it num_frames"
         example = f"{raw.where(rows[0])}: {said[0]:g} s, the file holds {seconds[0]:g} s"

@@ -43,7 +43,10 @@ def measure_speed(run, batches: EffectiveBatches, sizes=None) -> dict[str, float
     # More than are taken: the last ones are decoded beside others, as in the run.
     plans = PlanStream(batches, state.cursor, range(state.step, sys.maxsize), **run.cut_arguments)
     feed, seconds = Feed(run.load(run.training, plans, run.args.seed, sizes)), []
-    announce(accelerator, f"probe         times up to {num_updates} updates, after {UNCOUNTED} that do not count")
+    announce(
+        accelerator,
+        f"probe         times up to {num_updates} updates of {run.args.batch_hours:g} h, after {UNCOUNTED} that do not count; Ctrl-C leaves",
+    )
     if accelerator.device.type != "cpu":
         torch.get_device_module(accelerator.device).reset_peak_memory_stats(accelerator.device)
     limit = StopRequest(LONGEST_PROBE / 3600)

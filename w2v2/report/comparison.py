@@ -8,7 +8,7 @@ from w2v2.report.charts import LineChart, Series, draw_lines
 from w2v2.report.finetuning import list_scores
 from w2v2.report.pretraining import list_figures
 from w2v2.report.run_files import CLASSIFICATION, PRETRAINING, PROBE, RECOGNITION, RunFiles
-from w2v2.report.sections import HOURS, SHOWN, Section, Summary, Table, gather, keep, tell_value
+from w2v2.report.sections import HOURS, SHOWN, Section, Summary, Table, gather, keep, percent, tell_value
 
 # Names of a run's own, which every comparison would list.
 OWN_FLAGS = {"output_dir", "hub_model_id", "run_name", "logging_dir", "resume_from_checkpoint"}
@@ -44,6 +44,9 @@ def tell_finals(runs: Sequence[RunFiles], summaries: Sequence[Summary], title: s
     if runs[0].kind == PRETRAINING:
         is_held_out = all(run.validated for run in runs)
         figures = [{label: value for label, value, _ in list_figures(run, is_held_out)} for run in runs]
+        for run, found in zip(runs, figures, strict=True):
+            record = (run.validated if is_held_out else run.trained)[-1:] or [{}]
+            found["Constant guess"] = percent(record[0].get("eval_" * is_held_out + "constant_guess_accuracy"))
         caption = ", on held-out speech" if is_held_out else ", on training speech"
     if runs[0].kind in (RECOGNITION, CLASSIFICATION):
         figures = [list_scores(run) for run in runs]

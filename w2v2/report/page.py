@@ -96,7 +96,10 @@ def report_run(args) -> None:
     `args` are a dataclass of flags, those of pretrain.py among them.
     """
     try:
-        write_report([args.output_dir], Path(args.output_dir, REPORT_FILE), find_defaults(type(args)))
+        path = Path(args.output_dir, REPORT_FILE)
+        write_report([args.output_dir], path, find_defaults(type(args)))
+        with contextlib.suppress(OSError, ValueError):
+            print(f"report        {path}", flush=True)
     except Exception as error:
         with contextlib.suppress(OSError, ValueError):
             print(f"warning       {REPORT_FILE} was not written: {one_line(error)}", flush=True)

@@ -208,8 +208,12 @@ class StopRequest:
         if self._num_interrupts > 2:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
-        hint = "; a third Ctrl-C leaves at once" if number == signal.SIGINT else ""
-        logger.warning("%s: saving after this update, then leaving%s", self.signal_name, hint)
+        more = (
+            f"; Ctrl-C {3 - self._num_interrupts} more time(s) leaves at once, unsaved"
+            if number == signal.SIGINT
+            else ""
+        )
+        logger.warning("%s: saving after this update, then leaving%s", self.signal_name, more)
 
     @property
     def is_asked(self) -> bool:
