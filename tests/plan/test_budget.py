@@ -144,3 +144,18 @@ def test_budget_below_one_update_is_refused():
 def test_batches_that_hold_more_than_was_asked_for_are_fewer():
     run = propose_run(1, Measured(1, 100, overshoot_hours=0.125), flags(batch_hours=0.5), SMALL)
     assert (run.max_steps, run.batch_hours, run.hours_heard) == (160, 0.5, 100)
+
+
+def test_a_proposal_of_too_many_passes_says_so():
+    """A thousand times 0.01 h are a tenth of what is heard, and of the budget."""
+    few, many = (propose_run(1, Measured(1, 100, epoch_hours=hours), flags(), SMALL) for hours in (0.1, 0.01))
+    assert "passes" not in few.text
+    assert "heard 9,920 times, where 1,000 passes are the limit" in many.text  # 62 updates of 1.6 h
+    assert "give more speech, or a budget of 0.1 device-hours" in many.text
+    assert many.max_steps == few.max_steps
+
+
+@pytest.mark.parametrize("hours, batch_hours", [(2_000, 1.6), (20_000, 1.6), (540_000, 1.6), (20_000, 0.02)])
+def test_percentages_are_word_error_rates(hours, batch_hours):
+    text = describe_budget(hours, flags(batch_hours=batch_hours), BASE)["text"]
+    assert all("word error rate" in part for part in text.split("; ") if "%" in part)

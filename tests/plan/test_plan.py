@@ -93,6 +93,9 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     )
     lines = describe(found | {"warnings": []})
     assert said in lines and "(left out: 4 too_short, 0.50 h)" in lines and "5 updates hear 0.1" in lines
+    assert f": {found['updates_per_epoch']:.1f} updates an epoch" in lines
+    lines = describe(found | {"warnings": [], "updates_per_epoch": 1 / 2_000, "epochs": 10_000.0})
+    assert ": 2,000.0 epochs an update, 10,000.0 epochs" in lines
 
 
 def test_lengths_in_four_bytes_are_not_copied():

@@ -143,11 +143,38 @@ def test_every_other_check_has_a_case(sounds):
 
 @pytest.mark.parametrize(
     ("batch_hours", "figures"),
-    [(87.5, "hardly learns"), (300, "300 s gave it 12.2 % on test-clean and 31.5 %"), (4_000, "4800 s gave it 6.0 %")],
+    [
+        (87.5, "hardly learns"),
+        (300, "300 s gave it a word error rate of 12.2 % on test-clean and 31.5 %"),
+        (4_000, "4800 s gave it a word error rate of 6.0 %"),
+    ],
 )
 def test_a_small_batch_is_told_what_the_study_found(sounds, batch_hours, figures):
     (warning,) = find_warnings(preflight(sounds, plan=dict(batch_hours=batch_hours / 3600), learning_rate=1e-6))
     assert figures in warning["message"] and "2402.13723" in warning["message"]
+    assert ("or give more updates" in warning["remedy"]) == (batch_hours >= 150)
+
+
+def test_a_rate_below_the_study_is_judged_by_its_smallest_batch(sounds):
+    tiny, small = (find_warnings(preflight(sounds, plan=dict(batch_hours=s / 3600))) for s in (10, 87.5))
+    tiny, small = ({one["code"]: one["message"] for one in found}["learning_rate_for_batch"] for found in (tiny, small))
+    assert "batches of 10 s: the study's smallest batch, 87.5 s, had 7.3e-06" in tiny and "usual" not in tiny
+    assert "7.3e-06 is usual for BASE with batches of 8" in small
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup_steps", "said"),
+    [
+        (4_000, 0.08, "lower --max_steps to 100,000, or"),
+        (4_000, 15_000, "lower --max_steps to 100,000, or"),
+        (4_000, 15_001, "lower --max_steps to 100,000 with --warmup_steps 0.08 (a warm-up of 15,001 updates"),
+        (1e9, 32_000, "lower --batch_hours, or"),  # a single update is too much
+    ],
+)
+def test_a_shorter_run_keeps_its_warm_up(sounds, epochs, warmup_steps, said):
+    run = preflight(sounds, plan=dict(epochs=epochs), max_steps=400_000, warmup_steps=warmup_steps)
+    (found,) = [one for one in find_warnings(run) if one["code"] == "many_epochs"]
+    assert said in found["remedy"] and "1,000 passes are the limit" in found["message"]
 
 
 def test_a_tiny_model_is_small(sounds):

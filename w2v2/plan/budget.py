@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from w2v2.errors import UserError
-from w2v2.train.recipes import Recipe
+from w2v2.train.recipes import MOST_EPOCHS, Recipe, judge_epochs
 from w2v2.train.schedule import num_warmup_steps
 
 STUDY = Path(__file__).with_name("study.json")
@@ -70,6 +70,7 @@ class Measured(NamedTuple):
     overshoot_hours: float = 0.0  # by which an effective batch exceeds --batch_hours: its last utterance is heard whole
     least_batch_hours: float = 0.0  # that fill a micro-batch on each device: smaller ones are slower than was measured
     validation_hours: float = 0.0  # of all devices, for each update on average
+    epoch_hours: float = math.inf  # in one pass over the data
 
     @classmethod
     def of(cls, plan: dict[str, Any], args) -> "Measured":
@@ -81,6 +82,7 @@ class Measured(NamedTuple):
             overshoot_hours=plan["batch_hours"] - args.batch_hours,
             least_batch_hours=num_devices * plan["micro_batch_seconds"] / 3600,
             validation_hours=num_devices * probe["validation_seconds"] / 3600 / args.eval_steps,
+            epoch_hours=plan["updates_per_epoch"] * plan["batch_hours"],
         )
 
 
@@ -156,7 +158,7 @@ def expect_error_rates(hours_heard: float) -> Rates | None:
 
 def describe_certainty() -> str:
     misses = 100 * (unseen_batches() - 1)
-    return f"predicted from the other batch sizes, the study's own results are off by {median(misses):.0f} % in the median, {max(misses):.0f} % at worst"
+    return f"predicted from the other batch sizes, the study's own word error rates are off by {median(misses):.0f} % in the median, {max(misses):.0f} % at worst"
 
 
 def describe_hours(hours_heard: float) -> str:
@@ -167,7 +169,7 @@ def describe_hours(hours_heard: float) -> str:
     is_early = hours_heard < rows[0].hours
     end, where = (rows[0], "begins after") if is_early else (rows[-1], "ends before")
     found = f"{end.test_clean:.1f} % on test-clean and {end.test_other:.1f} % on test-other"
-    return f"the study {where} {hours_heard:,.0f} h: its {end.hours:,.0f} h gave BASE {found} ({CITATION})"
+    return f"the study {where} {hours_heard:,.0f} h: its {end.hours:,.0f} h gave BASE a word error rate of {found} ({CITATION})"
 
 
 def why_unknown(args, config) -> str | None:
@@ -184,18 +186,13 @@ def describe_budget(hours_heard: float, args, config) -> dict[str, Any]:
     if unknown := why_unknown(args, config):
         return budget | {"text": unknown}
     if 3600 * args.batch_hours < LEAST_SECONDS / 1.05:
-        text = (
-            f"with batches under {LEAST_SECONDS} s BASE hardly learns: with 87.5 s, 9,722 h gave 44.7 % on test-clean"
-        )
+        text = f"with batches under {LEAST_SECONDS} s BASE hardly learns: with 87.5 s, 9,722 h gave a word error rate of 44.7 % on test-clean"
         return budget | {"text": f"{text} and 70.4 % on test-other ({CITATION})"}
     text = describe_hours(hours_heard)
     if rates := expect_error_rates(hours_heard):
         budget |= {"test_clean": list(rates.test_clean), "test_other": list(rates.test_other)}
         if args.max_steps < FEWEST_UPDATES:
-            usual = 3600 * choose_batch(hours_heard)
-            text += (
-                f", heard in {FEWEST_UPDATES:,} updates or more (of {usual:,.0f} s, say), never in {args.max_steps:,}"
-            )
+            text += f", heard in {FEWEST_UPDATES:,} updates or more (of {3600 * choose_batch(hours_heard):,.0f} s, say), never in {args.max_steps:,}"
         text += f"; {describe_certainty()}"
     return budget | {"text": text}
 
@@ -216,7 +213,7 @@ def propose_run(device_hours: float, measured: Measured, args, config) -> Propos
     Where the study speaks of the run, it chooses batch, learning rate and warm-up; elsewhere they stay as `args` has them,
     the warm-up as its share of the run. Raises `UserError` where the budget is less than one update.
     """
-    num_devices, speed, overshoot, least_batch, validation = measured
+    num_devices, speed, overshoot, least_batch, validation, epoch_hours = measured
     if not speed:
         raise UserError("--gpu_hours: the probe could read none of the audio; mend the paths in --train_data")
     unknown = why_unknown(args, config)
@@ -246,4 +243,7 @@ def propose_run(device_hours: float, measured: Measured, args, config) -> Propos
         sure,
     ]
     heard = max_steps * (batch_hours + overshoot)
+    if found := judge_epochs(heard / epoch_hours, epoch_hours):
+        most = f"{device_hours * MOST_EPOCHS * epoch_hours / heard:.2g}"
+        lines.append(f"passes        {found}\n{'':14}give more speech, or a budget of {most} device-hours at most")
     return Proposal(max_steps, batch_hours, rate, warmup, heard, rates, "\n".join(lines))

@@ -21,7 +21,7 @@ MOST_OF_ONE = 0.5  # of the hours, by one speaker
 
 def check_repetitions(run) -> Found:
     repeated = [
-        f"{source['name']} ({source['repetitions']:,.0f} times in the run, {source['repetitions_per_epoch']:.0f} an epoch)"
+        f"{source['name']} ({source['repetitions']:,.0f} times in the run, {source['repetitions_per_epoch']:,.0f} an epoch)"
         for source in run.plan.get("sources", [])
         if source["repetitions"] > MOST_REPETITIONS and source["repetitions_per_epoch"] >= FAR_MORE
     ]

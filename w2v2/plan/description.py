@@ -35,15 +35,15 @@ def _describe_data(plan: dict[str, Any]) -> Iterator[str]:
                 for reason, count in part["dropped"].items()
             )
             said = "; ".join(left_out)
-            row = f"{name:14}{part['hours']:.2f} h in {part['utterances']:,} utterances"
+            row = f"{name:14}{part['hours']:,.2f} h in {part['utterances']:,} utterances"
             yield f"{row} (left out: {said})" if said else row
     for source in plan.get("sources", []):
         left_out = (
             f" (left out: {source['dropped']:,}, {say_hours(source['dropped_hours'])})" if source["dropped"] else ""
         )
         yield (
-            f"source        {name_source(source)}: {source['share']:.2%} of what is heard; {source['hours']:.2f} h in "
-            f"{source['utterances']:,} utterances{left_out}, each heard {source['repetitions_per_epoch']:.2f} times an epoch, "
+            f"source        {name_source(source)}: {source['share']:.2%} of what is heard; {source['hours']:,.2f} h in "
+            f"{source['utterances']:,} utterances{left_out}, each heard {source['repetitions_per_epoch']:,.2f} times an epoch, "
             f"{source['repetitions']:,.1f} in the run"
         )
 
@@ -57,9 +57,15 @@ def _describe_updates(plan: dict[str, Any]) -> Iterator[str]:
         f"{seconds:.1f} s on each of {plan['num_processes']} device(s), up to {plan['filler_fraction']:.1%} filler, "
         f"{plan['cropped_fraction']:.1%} cropped away"
     )
+    per_epoch = plan["updates_per_epoch"]
+    pace = (
+        f"{per_epoch:,.1f} updates an epoch{epoch}"
+        if per_epoch >= 1
+        else f"{1 / per_epoch:,.1f} epochs{epoch} an update"
+    )
     yield (
-        f"run           {plan['max_steps']:,} updates hear {say_hours(plan['hours_to_hear'])}: {plan['updates_per_epoch']:.1f} "
-        f"updates an epoch{epoch}, {plan['epochs']:.1f} epochs"
+        f"run           {plan['max_steps']:,} updates hear {say_hours(plan['hours_to_hear'])}: {pace}, "
+        f"{plan['epochs']:,.1f} epochs"
     )
 
 

@@ -8,6 +8,8 @@ import math
 
 from w2v2.plan.budget import CITATION, LEAST_SECONDS, study_rows
 from w2v2.train.collapse import MOST_RATE
+from w2v2.train.recipes import MOST_EPOCHS, judge_epochs
+from w2v2.train.schedule import PEAK_RATES
 
 Found = tuple[str, str] | None  # what was found, and what to do; "" where a note is all
 
@@ -18,14 +20,12 @@ WARMUP_SHARES = {"small": (0.005, 0.2), "BASE": (0.05, 0.15), "LARGE": (0.05, 0.
 ENOUGH_WARMUP = 32_000
 SHORTEST_WARMUP = 10  # updates that would be usual: a run that is too short for them is a trial
 LONGEST_CROP = 20.0  # seconds
-MOST_EPOCHS = 1_000
 
 
 def check_batch(run) -> Found:
     """A small model gets a note: its batch is small by BASE's measure, which does not hold for it."""
     hours, usual = run.plan["batch_hours"], run.recipe
     found = f"an effective batch holds {hours:.3g} h of speech (--batch_hours {run.args.batch_hours:g})"
-    advice = "(more micro-batches an update, no more memory), or give more updates: error rates follow the hours heard"
     if usual.name == "small" and LEAST_SMALL_HOURS <= hours < LEAST_HOURS:
         judged = f"hidden_size {run.config.hidden_size}: judged by configs/pretrain/small.yaml, not by BASE's recipe"
         return f"{found}, enough for a small model ({judged}); BASE and larger ones need {LEAST_HOURS:g} h", ""
@@ -35,7 +35,14 @@ def check_batch(run) -> Found:
         least, why = CONTINUED_HOURS, "runs that went on from weights took 0.83 (San et al. 2024, arXiv 2402.02302)"
     else:
         least, why = LEAST_HOURS, f"BASE was trained with {LEAST_HOURS:g}, and {describe_study(hours)}"
-    return (f"{found}: {why}", f"raise --batch_hours to {least:g} {advice}") if hours < least else None
+    if hours >= least:
+        return None
+    remedy = f"raise --batch_hours to {least:g} (more micro-batches an update, no more memory)"
+    if 3600 * hours >= LEAST_SECONDS / 1.05:
+        remedy += ", or give more updates: word error rates follow the hours heard"
+    elif least == LEAST_HOURS:
+        remedy += ", or train a smaller model (configs/pretrain/small.yaml): more updates do not make up for it"
+    return f"{found}: {why}", remedy
 
 
 def describe_study(batch_hours: float) -> str:
@@ -45,7 +52,7 @@ def describe_study(batch_hours: float) -> str:
     best = max(rows, key=lambda row: row.seconds)
     if 3600 * batch_hours < LEAST_SECONDS / 1.05:
         return f"the study found that BASE hardly learns with less than {LEAST_SECONDS} s ({CITATION})"
-    gave = f"{nearest.seconds:g} s gave it {nearest.test_clean:.1f} % on test-clean and {nearest.test_other:.1f} % on test-other"
+    gave = f"{nearest.seconds:g} s gave it a word error rate of {nearest.test_clean:.1f} % on test-clean and {nearest.test_other:.1f} % on test-other"
     more = f" where {best.seconds:g} s gave {best.test_clean:.1f} and {best.test_other:.1f}" if nearest != best else ""
     return f"in 400,000 updates {gave}{more} ({CITATION})"
 
@@ -53,7 +60,7 @@ def describe_study(batch_hours: float) -> str:
 def check_epoch(run) -> Found:
     if (per_epoch := run.plan["updates_per_epoch"]) >= 1:
         return None
-    found = f"an effective batch is {1 / per_epoch:.1f} times the data: it holds utterances more than once"
+    found = f"an effective batch is {1 / per_epoch:,.1f} times the data: it holds utterances more than once"
     return found, "lower --batch_hours, or give more audio"
 
 
@@ -61,9 +68,16 @@ def check_rate(run) -> Found:
     rate, usual = run.args.learning_rate, run.recipe
     if rate <= MOST_RATE * usual.learning_rate:
         return None
+    (seconds, peak), heard = PEAK_RATES[0], 3600 * run.plan["batch_hours"]
+    if usual.name != "small" and heard < seconds / 1.05:
+        return (
+            f"--learning_rate is {rate:g} with batches of {heard:,.0f} s: the study's smallest batch, {seconds:g} s, had {peak:g} "
+            f"({CITATION}), and codes collapse when the rate is too high",
+            f"raise --batch_hours, or set --learning_rate {peak:g} at most",
+        )
     return (
         f"--learning_rate is {rate:g}: {usual.learning_rate:g} is usual for {run.model} with batches of "
-        f"{3600 * run.plan['batch_hours']:,.0f} s, and codes collapse when it is too high",
+        f"{heard:,.0f} s, and codes collapse when it is too high",
         f"set --learning_rate {usual.learning_rate:g}, or raise --batch_hours",
     )
 
@@ -104,11 +118,11 @@ def check_crops(run) -> Found:
 
 
 def check_epochs(run) -> Found:
-    if (epochs := run.plan["epochs"]) <= MOST_EPOCHS:
+    args, epochs = run.args, run.plan["epochs"]
+    if not (found := judge_epochs(epochs, run.plan["updates_per_epoch"] * run.plan["batch_hours"])):
         return None
-    return (
-        f"the {run.plan['hours']:,.2f} h of data are heard {epochs:,.0f} times: BASE heard LibriSpeech's 960 h some 670 times, and "
-        "nobody has shown what more passes are worth",
-        f"give more audio, lower --max_steps to {int(run.args.max_steps * MOST_EPOCHS / epochs):,}, or start from trained weights "
-        "(configs/pretrain/continue_language.yaml)",
-    )
+    most = int(args.max_steps * MOST_EPOCHS / epochs)
+    shorter = f"lower --max_steps to {most:,}" if most else "lower --batch_hours"
+    if most and args.warmup_steps >= 1 and args.warmup_steps > WARMUP_SHARES[run.recipe.name][1] * most:
+        shorter += f" with --warmup_steps 0.08 (a warm-up of {args.warmup_steps:,.0f} updates would not fit)"
+    return found, f"give more audio, {shorter}, or start from trained weights (configs/pretrain/continue_language.yaml)"

@@ -103,7 +103,7 @@ def list_figures(run: RunFiles, is_held_out: bool = True) -> list[tuple[str, str
     figures = []
     heard = max((record.get("audio_hours") or 0 for record in run.metrics), default=None)
     trained, validated = (records[-1] if records else {} for records in (run.trained, run.validated))
-    epochs = f"{trained['epoch']:.1f} epochs" if trained.get("epoch") is not None else ""
+    epochs = f"{trained['epoch']:,.1f} epochs" if trained.get("epoch") is not None else ""
     figures.append(("Hours heard", show(heard), epochs))
     where, record, prefix = ("held out", validated, "eval_") if validated and is_held_out else ("training", trained, "")
     loss = record.get(f"{prefix}contrastive_loss", record.get(f"{prefix}loss"))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from w2v2.train.schedule import peak_rate
 
 SMALL_WIDTH, LARGE_WIDTH = 512, 1024  # hidden_size below which a model is small, and from which it is large
+MOST_EPOCHS = 1_000  # passes over the data
 
 
 class Recipe(NamedTuple):
@@ -30,3 +31,13 @@ class Recipe(NamedTuple):
             return cls("small", 0.0045, 1e-3, min(round(0.015 * max_steps), 60), mult, coldest)
         rate = min(3e-4 if is_large else 5e-4, peak_rate(batch_hours))
         return cls("LARGE" if is_large else "BASE", 1.6, rate, min(round(0.08 * max_steps), 32_000), mult, coldest)
+
+
+def judge_epochs(epochs: float, hours: float) -> str:
+    """What is to be said of so many passes over data of so many hours after cropping; "" where they are not too many."""
+    if epochs <= MOST_EPOCHS:
+        return ""
+    return (
+        f"the data ({hours:,.2f} h after cropping) are heard {epochs:,.0f} times, where {MOST_EPOCHS:,} passes are the limit: BASE heard "
+        "LibriSpeech's 960 h some 670 times, and nobody has shown what more are worth"
+    )
