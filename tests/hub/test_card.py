@@ -26,6 +26,8 @@ CONFIG = {
     "validation_data": ["/home/somebody/corpus/dev.csv"],
     "output_dir": "/home/somebody/runs/tiny",
     "batch_hours": 0.25,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 10.0,
     "max_steps": 400,
     "learning_rate": 0.0005,
     "mask_time_prob": None,
@@ -75,6 +77,7 @@ def test_a_card_tells_recipe_data_and_results(tmp_path):
     card = card_of(tmp_path)
     for row in (
         "| Effective batch | 0.25 h of audio |",
+        "| Schedule | linear, warm-up 10 |",
         "| Updates | 20 of 400 |",
         "| Distractors | 9 |",
         "| Masks | probability 0.05, spans of 10 frames |",

@@ -165,9 +165,9 @@ def test_a_rate_below_the_study_is_judged_by_its_smallest_batch(sounds):
 @pytest.mark.parametrize(
     ("epochs", "warmup_steps", "said"),
     [
-        (4_000, 0.08, "lower --max_steps to 100,000, or"),
-        (4_000, 15_000, "lower --max_steps to 100,000, or"),
-        (4_000, 15_001, "lower --max_steps to 100,000 with --warmup_steps 0.08 (a warm-up of 15,001 updates"),
+        (4_000, 0.08, "lower --max_steps to 100000, or"),
+        (4_000, 15_000, "lower --max_steps to 100000, or"),
+        (4_000, 15_001, "lower --max_steps to 100000 with --warmup_steps 0.08 (a warm-up of 15,001 updates"),
         (1e9, 32_000, "lower --batch_hours, or"),  # a single update is too much
     ],
 )

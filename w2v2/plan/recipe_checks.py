@@ -122,7 +122,7 @@ def check_epochs(run) -> Found:
     if not (found := judge_epochs(epochs, run.plan["updates_per_epoch"] * run.plan["batch_hours"])):
         return None
     most = int(args.max_steps * MOST_EPOCHS / epochs)
-    shorter = f"lower --max_steps to {most:,}" if most else "lower --batch_hours"
+    shorter = f"lower --max_steps to {most}" if most else "lower --batch_hours"
     if most and args.warmup_steps >= 1 and args.warmup_steps > WARMUP_SHARES[run.recipe.name][1] * most:
         shorter += f" with --warmup_steps 0.08 (a warm-up of {args.warmup_steps:,.0f} updates would not fit)"
     return found, f"give more audio, {shorter}, or start from trained weights (configs/pretrain/continue_language.yaml)"
