@@ -162,8 +162,6 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, events: EventLog
         return
     if checkpoint:
         load_optimizer(checkpoint, accelerator, model, optimizer)
-        notes = "".join(f"\nwarning       {note}" for note in state.notes)
-        announce(accelerator, f"resuming      {checkpoint}, after {state.step:,} updates{notes}")
     looks = on_main_process(
         accelerator, lambda: {flag: inspect_some(found.at_hand) for flag, (found, _) in data.items()}
     )

@@ -98,13 +98,19 @@ def test_a_run_told_to_warn_alone_warns_twice_and_goes_on(build, caplog):
     assert "goes on" in caplog.messages[0]
 
 
-def test_no_checkpoint_is_removed_during_a_suspicion(build):
+@pytest.mark.parametrize(("num_saved", "limit", "told"), [(3, 3, 1), (2, 3, 0), (3, 0, 0)])
+def test_no_checkpoint_is_removed_during_a_suspicion(build, tmp_path, caplog, num_saved, limit, told):
+    """It is told once, and only where the next one is more than asked for."""
+    for step in range(num_saved):
+        checkpoint(tmp_path, step + 1)
     watch = build("warn")
     kept = []
     for entry in records():
         watch.see(entry)
-        kept.append(watch.keep(3))
-    assert kept == [3] * 10 + [0] * 10 + [3] * 10  # all of them from the first bad record until the matter is settled
+        kept.append(watch.keep(limit))
+    # All of them from the first bad record until the matter is settled.
+    assert kept == [limit] * 10 + [0] * 10 + [limit] * 10
+    assert sum(f"more checkpoints than --save_total_limit {limit} are kept" in message for message in caplog.messages) == told
 
 
 def test_a_resumed_run_has_seen_what_was_logged(build, tmp_path):
@@ -158,7 +164,8 @@ def test_a_forced_collapse_stops_and_leaves_a_checkpoint(corpus, tmp_path, capsy
     assert run(corpus, folder, max_steps=15) == 0
     assert run(corpus, folder, resume_from_checkpoint="auto", **ABSURD) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    (warning,) = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+    kept, warning = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+    assert "more checkpoints than --save_total_limit 1 are kept" in kept
     since, last = int(re.search(r"since update (\d+)", line)[1]), read_metrics(folder / "metrics.jsonl")[-1]["step"]
     assert 15 < since < 60 and "the codes have collapsed: codebook_perplexity_hard is 2." in line
     assert f"since update {since} " in warning and "for half of" in warning and "for all of" in line

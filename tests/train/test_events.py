@@ -13,6 +13,8 @@ from conftest import NO_DROPOUT, run_here, write_recipe
 import pretrain
 from w2v2.cli import RESUMABLE
 from w2v2.train.events import EVENTS_FILE, EventLog
+from w2v2.train.log import METRICS_FILE
+from w2v2.train.records import json_line
 
 STEPS = 4
 AUTO = ("--resume_from_checkpoint", "auto")
@@ -62,7 +64,7 @@ def test_a_run_that_is_stopped_and_resumed_tells_its_story(flags, tmp_path, monk
     _, asked, stop, resume, note, finish = events
     assert asked["message"].startswith("SIGTERM: saving") and "after update 1 of 4 (SIGTERM)" in stop["message"]
     assert "checkpoint-1, update 1 of 4, on 1 × CPU" in resume["message"] and "0.002 (was 0.001)" in note["message"]
-    assert finish["message"].startswith("4 updates, ")
+    assert finish["message"].startswith("4 updates, ") and "without a word" not in resume["message"]
     for event in (events[0], resume):
         assert event["command"][0] == "pretrain.py" and str(flags) in event["command"]
         assert set(event["versions"]) == {"python", "w2v2", "torch", "transformers", "accelerate", "datasets"}
@@ -111,3 +113,19 @@ def test_a_disk_that_takes_no_events_ends_no_run(flags, tmp_path, caplog):
     assert run(flags, tmp_path / "run") == 0
     (warning,) = [message for message in caplog.messages if EVENTS_FILE in message]
     assert "No space left on device" in warning
+
+
+@pytest.mark.parametrize("heard_of", [2, 3])
+def test_a_resume_tells_of_a_kill(flags, tmp_path, monkeypatch, capsys, heard_of):
+    """Whose last sign is a record or the checkpoint: a kill leaves no event."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(flags, tmp_path / "run") == RESUMABLE
+    path, metrics = tmp_path / "run" / EVENTS_FILE, tmp_path / "run" / METRICS_FILE
+    if heard_of > 2:
+        metrics.write_bytes(metrics.read_bytes() + json_line({"step": heard_of}) + b'{"step": 9')
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    capsys.readouterr()
+    assert run(flags, tmp_path / "run", *AUTO) == 0
+    for text in (capsys.readouterr().out, events_of(tmp_path / "run")[1]["message"]):
+        assert f"; the run before ended without a word after update {heard_of} at 20" in text

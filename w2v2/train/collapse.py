@@ -23,7 +23,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from w2v2.data.utterances import Utterances, silent_share
-from w2v2.errors import UserError
+from w2v2.errors import UserError, tell
 from w2v2.train.checkpoint import checkpoints, step_of
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import METRICS_FILE, read_metrics
@@ -161,7 +161,7 @@ class CollapseWatch:
     def __init__(self, args, config, utterances: Utterances, accelerator: Accelerator, first_step: int = 0):
         """`metrics.jsonl` holds what an earlier part of the run logged, up to `first_step`. Call on all ranks."""
         self.args, self.config, self.utterances, self.accelerator = args, config, utterances, accelerator
-        self.criteria = Criteria(Limits.of(args, config))
+        self.criteria, self._keeps_more = Criteria(Limits.of(args, config)), False
         if args.collapse_action != "none" and first_step:
             path = Path(args.output_dir) / METRICS_FILE
             for record in on_main_process(accelerator, lambda: read_metrics(path) if path.exists() else []):
@@ -181,7 +181,12 @@ class CollapseWatch:
 
     def keep(self, save_total_limit: int) -> int:
         """Checkpoints to keep: all of them (0) as long as the next ones may be of a collapsed model."""
-        return 0 if self.criteria.is_suspicious else save_total_limit
+        if not self.criteria.is_suspicious:
+            return save_total_limit
+        if 0 < save_total_limit <= len(checkpoints(self.args.output_dir)) and not self._keeps_more:
+            self._keeps_more = True
+            tell(f"more checkpoints than --save_total_limit {save_total_limit} are kept while the run looks collapsed")
+        return 0
 
     def _message(self, finding: Finding, record: Mapping[str, Any]) -> str:
         what = "the codes have collapsed" if finding.criteria & FEW_CODES else "the run learns nothing"

@@ -6,7 +6,7 @@
 | `warning` | what the program itself logs as a warning, and what a resumed run does differently |
 | `skipped_updates` | the first update without finite loss or gradient, and whenever they are ten times more |
 | `collapse` | the codes have collapsed, or nothing is learned |
-| `stop` | the run ends before its last update, and why; after a kill there is no line |
+| `stop` | the run ends before its last update, and why; after a kill there is no line, and a resume says so |
 | `finish` | the last update is done, and the model is saved |
 
 Every line has `time` (UTC), `step` (updates done), `event` and `message`. A disk that refuses lines ends no run.
@@ -32,7 +32,8 @@ import w2v2
 from w2v2.errors import UserError, hide_secrets, printable
 from w2v2.train.collapse import Collapsed
 from w2v2.train.launch import Stopped
-from w2v2.train.records import Lines
+from w2v2.train.log import METRICS_FILE, announce
+from w2v2.train.records import Lines, parse_record
 from w2v2.train.state import RunState
 
 EVENTS_FILE = "events.jsonl"
@@ -72,8 +73,12 @@ class EventLog(logging.Handler):
             self._lines.append(entry | {"step": state.step})
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         where, details = describe_process(self.accelerator.device, self.accelerator.num_processes, precision)
-        done = f"from {checkpoint}, update {state.step:,}" if checkpoint else "from the first update"
-        self.add("resume" if checkpoint else "start", f"{done} of {state.max_steps:,}, {where}", **details)
+        done, ending = "from the first update", ""
+        if checkpoint:
+            done, ending = f"from {checkpoint}, update {state.step:,}", _tell_kill(self.path, state.step)
+            notes = "".join(f"\nwarning       {note}" for note in state.notes)
+            announce(self.accelerator, f"resuming      {checkpoint}, after {state.step:,} updates{ending}{notes}")
+        self.add("resume" if checkpoint else "start", f"{done} of {state.max_steps:,}, {where}{ending}", **details)
         for note in state.notes:
             self.add("warning", note)
 
@@ -97,6 +102,17 @@ class EventLog(logging.Handler):
         if error is not None:
             self.add("stop", "the run collapsed" if isinstance(error, Collapsed) else _describe(error))
         self._lines.sync()
+
+
+def _tell_kill(path: Path, step: int) -> str:
+    """What a resume at `step` says of a run that wrote no end, with its last event or record; else nothing."""
+    files = [file for file in (path, path.with_name(METRICS_FILE)) if file.is_file()]
+    last = [next(filter(None, map(parse_record, reversed(file.read_bytes().splitlines()))), {}) for file in files]
+    if path not in files or last[0].get("event") in ("stop", "finish"):
+        return ""
+    step = max(step, *(record.get("step", 0) for record in last))
+    when = datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat(timespec="seconds")
+    return f"; the run before ended without a word after update {step:,} at {when}: killed, or out of memory?"
 
 
 def make_event(event: str, message: str, step: int) -> dict[str, Any]:
