@@ -1,7 +1,9 @@
 """The command line: a YAML file's values, overridden by flags; each slip is one line that names the flag or key."""
 
 import errno
+import inspect
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -15,6 +17,11 @@ from torch.utils.data import DataLoader
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import parse_command_line, run_script
 from w2v2.errors import UserError
+from w2v2.finetune.arguments import FineTuningArguments
+from w2v2.finetune.classifier import ClassificationArguments
+from w2v2.finetune.labels import LabelArguments
+from w2v2.finetune.text import CTCArguments
+from w2v2.probe.arguments import ProbingArguments, VerificationArguments
 
 GIVEN = ["--train_data", "train.csv", "--output_dir", "run"]
 
@@ -108,10 +115,18 @@ def test_resolved_flags_as_yaml_parse_to_the_same_run(config):
                                             ("train_dat", "train_data"), ("zzqx", None)])  # fmt: skip
 def test_an_unknown_name_is_refused_with_the_nearest(config, wrong, nearest):
     path = config(f"{wrong}: 1\n")
-    advice = f": did you mean {nearest}?" if nearest else "; --help lists what there is"
-    assert refusal(path) == f"{path}: unknown key '{wrong}'{advice}"
-    for flag in ([f"--{wrong}", "1"], [f"--{wrong}=1"], [f"--{wrong.replace('_', '-')}", "1"]):
-        assert refusal(*flag) == f"unknown flag {flag[0].split('=')[0]}{advice}"
+    advice = " (did you mean {}?)" if nearest else "; --help lists what there is"
+    assert refusal(path) == f"{path}: unknown key {wrong}{advice.format(nearest)}"
+    for flag in ([f"--{wrong}", "1"], [f"--{wrong}=1"], [f"--{wrong.replace('_', '-')}", "-1"]):
+        assert refusal(*flag) == f"unknown flag {flag[0].split('=')[0]}{advice.format(f'--{nearest}')}"
+
+
+def test_all_unknown_names_are_refused_at_once(config):
+    told = "--lerning_rate (did you mean --learning_rate?), --zzqx, --max-step (did you mean --max_steps?)"
+    wrong = ["--lerning_rate", "1", "--zzqx=a", "--seed", "1", "--max-step", "-.5", "--lerning_rate", "2"]
+    assert refusal(*wrong) == f"unknown flags {told}; --help lists what there is"
+    path = config("sed: 1\nseed: 2\nmax_step: 3\n")
+    assert refusal(path) == f"{path}: unknown keys sed (did you mean seed?), max_step (did you mean max_steps?)"
 
 
 @pytest.mark.parametrize("text, name", [("max_steps: many\n", "max_steps"), ("learning_rate: fast\n", "learning_rate"),
@@ -180,6 +195,29 @@ def test_help_lists_every_flag_with_a_help_text(capsys):
         assert f"--{f.name} " in shown or f"--{f.name}, " in shown, f.name  # Python 3.13 names the value once
         assert len(f.metadata.get("help", "")) > 10, f"{f.name} has no help text"
         assert " ".join(f.metadata["help"].split())[:25] in shown, f.name
+
+
+SCRIPTS = [(PretrainArguments,), (CTCArguments, FineTuningArguments), (LabelArguments, ClassificationArguments),
+           (ProbingArguments,), (VerificationArguments,)]  # fmt: skip
+
+
+@pytest.mark.parametrize("types", SCRIPTS)
+def test_help_has_headings_and_the_librarys_flags_last(capsys, types):
+    with pytest.raises(SystemExit):
+        parse_command_line(types, ["--help"])
+    shown = capsys.readouterr().out
+    headings = re.findall(r"^(\S.*):$", shown, re.MULTILINE)
+    assert len(headings) > 2 and len(set(headings)) == len(headings) and "TrainingArguments" not in str(headings[:-1])
+    ours, _, theirs = shown.partition("\nFurther flags of TrainingArguments:\n")
+    for name in (f.name for kind in types for f in fields(kind) if f.init):
+        owners = [
+            owner.__module__ for kind in types for owner in kind.__mro__ if name in inspect.get_annotations(owner)
+        ]
+        is_ours = any(owner.startswith("w2v2.") for owner in owners)
+        assert [bool(re.search(rf"^  --{name}\b", part, re.MULTILINE)) for part in (ours, theirs)] == [
+            is_ours,
+            not is_ours,
+        ]
 
 
 def end_of(error):

@@ -11,17 +11,26 @@ DEFAULT_PROBE = 10  # updates that are timed for --gpu_hours
 
 
 @dataclass
-class DataArguments(DatasetArguments):
-    """What is heard, and how an effective batch is drawn, cropped and cut."""
+class PretrainArguments(DatasetArguments):
+    """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0, section 4; fairseq's base_librispeech)."""
+
+    recipes = "pretrain"  # the folder of configs/ that a configuration's bare name stands for
+    split_flags = {"train_data": "dataset_split_names", "validation_data": "eval_split_name"}
 
     train_data: list[str] = flag(
         [],
         "Training manifests (CSV, TSV, JSON, JSONL, Parquet, Lhotse, Kaldi or audio folders, tars as "
         "'shards/*.tar' or 'shards/{000..012}.tar'), or one YAML list of sources (configs/data/mixed.yaml).",
+        heading="Data",
     )
     validation_data: list[str] = flag([], "Validation manifests; none: no validation.")
     dataset_split_names: list[str] = flag([], "Splits of the data set to train on (default: train).")
     data_root: str | None = flag(None, "What `$data_root` and relative paths in the manifests stand for.")
+    min_seconds: float = flag(2.0, "Shorter utterances are left out.", min=0)
+    max_seconds: float | None = flag(None, "Longer utterances are left out (none: cropped, never dropped).", above=0)
+    max_skipped_fraction: float = flag(
+        0.01, "Largest fraction of unreadable files; beyond it the run stops.", min=0, max=1
+    )
     sampling_alpha_language: float = flag(
         1.0, "Of a sources file: a language's share ∝ (its hours)^alpha; 0: all alike, 1: as they are.", min=0, max=1
     )
@@ -44,14 +53,9 @@ class DataArguments(DatasetArguments):
     shard_cache_dir: str | None = flag(
         None, "Streaming: folder of these copies, one a machine (default: in `output_dir`/cache)."
     )
-    min_seconds: float = flag(2.0, "Shorter utterances are left out.", min=0)
-    max_seconds: float | None = flag(None, "Longer utterances are left out (none: cropped, never dropped).", above=0)
-    crop_seconds: float = flag(
-        15.38, "Longest crop of an utterance, drawn anew each epoch (768 latent frames).", above=0
-    )
-    length_grid_seconds: float = flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few lengths.", min=0)
+
     batch_hours: float = flag(
-        1.6, "Effective batch: hours of cropped speech in one update of all devices.", above=0, max=1e4
+        1.6, "Effective batch: hours of cropped speech in an update.", above=0, max=1e4, heading="Batches"
     )
     micro_batch_seconds: float | None = flag(
         200.0,
@@ -61,20 +65,12 @@ class DataArguments(DatasetArguments):
         max=1e6,
         words={"auto": None},
     )
-    max_skipped_fraction: float = flag(
-        0.01, "Largest fraction of unreadable files; beyond it the run stops.", min=0, max=1
+    crop_seconds: float = flag(
+        15.38, "Longest crop of an utterance, drawn anew each epoch (768 latent frames).", above=0
     )
-    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0: the main process.", min=0, max=1000)
-    dataloader_prefetch_factor: int = flag(4, "Micro-batches that each worker decodes ahead.", min=1)
+    length_grid_seconds: float = flag(0.32, "Crops are rounded down to this grid (+ 0.02 s): few lengths.", min=0)
 
-    split_flags = {"train_data": "dataset_split_names", "validation_data": "eval_split_name"}
-
-
-@dataclass
-class ModelArguments:
-    """The model and its objective."""
-
-    model_name_or_path: str | None = flag(None, "Start from the weights of this folder or Hub id (a fresh optimizer).")
+    model_name_or_path: str | None = flag(None, "Start from these weights: a folder or Hub id.", heading="Model")
     config_name: str | None = flag(
         None, "Start from random weights: a folder, a Hub id or a name in configs/models (default: base)."
     )
@@ -102,12 +98,7 @@ class ModelArguments:
     min_gumbel_temperature: float = flag(0.5, "Gumbel temperature below which it does not fall.", above=0)
     gumbel_temperature_decay: float = flag(0.999995, "Factor of the Gumbel temperature at each update.", above=0, max=1)
 
-
-@dataclass
-class OptimizationArguments:
-    """The update."""
-
-    max_steps: int = flag(400_000, "Updates in the run.", min=1)
+    max_steps: int = flag(400_000, "Updates in the run.", min=1, heading="Optimisation")
     learning_rate: float = flag(5e-4, "Peak learning rate.", above=0, max=1)
     lr_scheduler_type: str = flag("linear", "What follows the warm-up.", choices=list(SCHEDULES))
     warmup_steps: float = flag(32_000, "Updates of warm-up; under 1: a fraction of the run.", min=0)
@@ -117,6 +108,62 @@ class OptimizationArguments:
     weight_decay: float = flag(0.01, "Decoupled weight decay.", min=0)
     decay_norms_and_biases: bool = flag(True, "Apply weight decay to norms and biases too, as fairseq does.")
     max_grad_norm: float = flag(0.0, "Clip the gradient's norm (per masked frame) to this; 0 does not clip.", min=0)
+    max_non_finite_updates: int = flag(
+        20, "Updates in a row without finite loss or gradient that stop the run; a single one is skipped.", min=1
+    )
+    seed: int = flag(42, "Seed of everything random.", **SEEDS)
+
+    output_dir: str | None = flag(None, "Folder of the run.", heading="Saving and resuming")
+    overwrite_output_dir: bool = flag(False, "Delete the run that `output_dir` holds and start anew.")
+    resume_from_checkpoint: str | None = flag(None, "`auto` (newest whole checkpoint, or none yet), or its path.")
+    accept_changed_batches: bool = flag(
+        False, "Resume though data, seed, batch_hours, crops or masks are others than the checkpoint's run had."
+    )
+    save_steps: int = flag(1_000, "Updates between two checkpoints.", min=1)
+    save_total_limit: int = flag(
+        3, "Checkpoints that are kept; 0 keeps all, as the run does while it looks like a collapse.", min=0
+    )
+    save_failure: str = flag(
+        "stop", "A full or failing disk at a save: `stop`, or `warn` and try at the next.", choices=["stop", "warn"]
+    )
+    max_hours: float | None = flag(
+        None,
+        "Hours of training (without start-up) after which to save and leave with status 75, as on SIGTERM.",
+        above=0,
+    )
+
+    dry_run: bool = flag(False, "Print what the run would do, write plan.json, and stop.", heading="Watching")
+    probe_updates: int = flag(
+        0, "Updates that are timed first, without a trace, to say how long the run takes; 0: none.", min=0, max=10_000
+    )
+    gpu_hours: float | None = flag(
+        None, "With --dry_run: device-hours to propose a run for, at the speed that a probe measures.", above=0
+    )
+    logging_steps: int = flag(10, "Updates between two lines of metrics.jsonl.", min=1)
+    eval_steps: int = flag(1_000, "Updates between two validations.", min=1)
+    collapse_action: str = flag(
+        "stop",
+        "Codes collapse or nothing is learned: `warn` half-way through the window and `stop` at its end, only `warn`, "
+        "or `none`.",
+        choices=["stop", "warn", "none"],
+    )
+    collapse_window_steps: int | None = flag(
+        None, "Updates that a collapse has to last (default: a tenth of the run, but 500 to 2,000).", min=1
+    )
+    report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
+    project: str = flag("huggingface", "The project that trackers put the run into.")
+    run_name: str | None = flag(None, "The run's name in trackers (default: the name of output_dir).")
+    trackio_space_id: str | None = flag(
+        None, "Space of the Hub that Trackio reports to (none: this machine alone); private with --hub_private_repo."
+    )
+    disable_tqdm: bool = flag(False, "No progress bar.")
+    log_level: str = flag(
+        "warning", "Python's logging level.", choices=["debug", "info", "warning", "error", "critical"]
+    )
+
+    use_cpu: bool = flag(False, "Stay on the CPU even where there is an accelerator.", heading="Machine")
+    dataloader_num_workers: int = flag(2, "Processes that decode audio; 0: the main process.", min=0, max=1000)
+    dataloader_prefetch_factor: int = flag(4, "Micro-batches that each worker decodes ahead.", min=1)
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, slower.")
     gradient_checkpointing_stages: list[str] = flag(
         ["encoder"], "Whose activations: the `encoder`'s (transformer), the `convs`'.", choices=["encoder", "convs"]
@@ -139,76 +186,13 @@ class OptimizationArguments:
     ddp_timeout: int = flag(
         1800, "Seconds without a step after which a device counts as hung and all end.", min=1, max=1e8
     )
-    max_non_finite_updates: int = flag(
-        20, "Updates in a row without finite loss or gradient that stop the run; a single one is skipped.", min=1
-    )
-    seed: int = flag(42, "Seed of everything random.", **SEEDS)
 
-
-@dataclass
-class RunArguments:
-    """Where the run lives, and when it logs, validates and saves."""
-
-    output_dir: str | None = flag(None, "Folder of the run.")
-    overwrite_output_dir: bool = flag(False, "Delete the run that `output_dir` holds and start anew.")
-    resume_from_checkpoint: str | None = flag(None, "`auto` (newest whole checkpoint, or none yet), or its path.")
-    accept_changed_batches: bool = flag(
-        False, "Resume though data, seed, batch_hours, crops or masks are others than the checkpoint's run had."
-    )
-    logging_steps: int = flag(10, "Updates between two lines of metrics.jsonl.", min=1)
-    eval_steps: int = flag(1_000, "Updates between two validations.", min=1)
-    save_steps: int = flag(1_000, "Updates between two checkpoints.", min=1)
-    save_total_limit: int = flag(
-        3, "Checkpoints that are kept; 0 keeps all, as the run does while it looks like a collapse.", min=0
-    )
-    max_hours: float | None = flag(
-        None,
-        "Hours of training (without start-up) after which to save and leave with status 75, as on SIGTERM.",
-        above=0,
-    )
-    save_failure: str = flag(
-        "stop", "A full or failing disk at a save: `stop`, or `warn` and try at the next.", choices=["stop", "warn"]
-    )
-    collapse_action: str = flag(
-        "stop",
-        "Codes collapse or nothing is learned: `warn` half-way through the window and `stop` at its end, only `warn`, "
-        "or `none`.",
-        choices=["stop", "warn", "none"],
-    )
-    collapse_window_steps: int | None = flag(
-        None, "Updates that a collapse has to last (default: a tenth of the run, but 500 to 2,000).", min=1
-    )
-    report_to: list[str] = flag(["tensorboard"], "Trackers (tensorboard, wandb, trackio, …), `all` or `none`.")
-    project: str = flag("huggingface", "The project that trackers put the run into.")
-    run_name: str | None = flag(None, "The run's name in trackers (default: the name of output_dir).")
-    trackio_space_id: str | None = flag(
-        None, "Space of the Hub that Trackio reports to (none: this machine alone); private with --hub_private_repo."
-    )
-    disable_tqdm: bool = flag(False, "No progress bar.")
-    log_level: str = flag(
-        "warning", "Python's logging level.", choices=["debug", "info", "warning", "error", "critical"]
-    )
-    dry_run: bool = flag(False, "Print what the run would do, write plan.json, and stop.")
-    probe_updates: int = flag(
-        0, "Updates that are timed first, without a trace, to say how long the run takes; 0: none.", min=0, max=10_000
-    )
-    gpu_hours: float | None = flag(
-        None, "With --dry_run: device-hours to propose a run for, at the speed that a probe measures.", above=0
-    )
-    use_cpu: bool = flag(False, "Stay on the CPU even where there is an accelerator.")
-    push_to_hub: bool = flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.")
+    push_to_hub: bool = flag(False, "Push the folder to the Hub at the end, and as `hub_strategy` says.", heading="Hub")
     hub_model_id: str | None = flag(None, "Repository on the Hub (default: the name of output_dir).")
     hub_license: str | None = flag(None, "Licence of the weights, stated in the model card.")
     data_description: str | None = flag(None, "The training audio and its source in your words, for the model card.")
     hub_private_repo: bool = flag(False, "Create the repository as a private one.")
     hub_strategy: str = flag("end", "When to push: at the `end`, or at `every_save`.", choices=["end", "every_save"])
-
-
-@dataclass
-class PretrainArguments(RunArguments, OptimizationArguments, ModelArguments, DataArguments):
-    """All flags of pretrain.py. The defaults are BASE's (wav2vec 2.0, section 4; fairseq's base_librispeech)."""
-
-    recipes = "pretrain"  # the folder of configs/ that a configuration's bare name stands for
 
     def __post_init__(self):
         take_back(

@@ -6,12 +6,13 @@ wins and both go through the same checks.
 
 import contextlib
 import difflib
+import inspect
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -31,19 +32,40 @@ RESUMABLE = 75  # exit status of a run that stopped when asked and can go on (EX
 class _Parser(HfArgumentParser):
     """`HfArgumentParser` whose errors are one line. It leaves the fields' limits to `check_ranges`."""
 
-    def add_argument(self, *names: str, limits: dict | None = None, words: dict | None = None, **options) -> Any:
+    _group: Any = None  # that arguments are added to
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        """Flags by their headings: those of a class before those of its subclasses, and the library's last."""
+        hints, left = get_type_hints(dtype), {f.name: f for f in fields(dtype) if f.init}
+        owners = filter(is_dataclass, reversed(dtype.__mro__))
+        for owner in sorted(owners, key=lambda owner: not owner.__module__.startswith("w2v2.")):
+            own = {f.name: f for f in fields(owner)}
+            heading = f"Further flags of {owner.__name__}"
+            for name in filter(left.__contains__, inspect.get_annotations(owner)):
+                heading, field = own[name].metadata.get("heading", heading), left.pop(name)
+                known = (group for group in self._action_groups if group.title == heading)
+                self._group = next(known, None) or self.add_argument_group(heading)
+                field.type = hints[name]
+                self._parse_dataclass_field(self, field)
+
+    def add_argument(self, *names: str, limits=None, words: dict | None = None, heading=None, **options) -> Any:
         if words:
             options["type"] = lambda text: words[text] if text in words else float(text)
             options["type"].__name__ = f"number or `{'`, `'.join(words)}`"  # argparse names it: invalid … value
-        return super().add_argument(*names, **options)
+        return (self._group or super()).add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {close[0]}?" if close else "; --help lists what there is"
+def _name_unknown(kind: str, names: Iterable[str], known: Sequence[str]) -> str:
+    """All of them at once, each with the nearest that there is."""
+    told, ending = [], ""
+    for name in dict.fromkeys(names):
+        close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1, cutoff=0.5)
+        told += [f"{name} (did you mean {'--' * (kind == 'flag')}{close[0]}?)" if close else name]
+        ending = ending if close else "; --help lists what there is"
+    return f"unknown {kind}{'s' * (len(told) > 1)} {', '.join(told)}{ending}"
 
 
 def _find_yaml(name: str, recipes: str) -> Path:
@@ -68,10 +90,10 @@ def _yaml_as_flags(path: Path, parser: HfArgumentParser, types: dict[str, Any]) 
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `flag: value` lines, found a {type(values).__name__}")
+    if unknown := [str(name) for name in values if name not in types]:
+        raise UserError(f"{path}: {_name_unknown('key', unknown, list(types))}")
     flags = []
     for name, value in values.items():
-        if name not in types:
-            raise UserError(f"{path}: unknown key {name!r}{_nearest(str(name), list(types))}")
         if isinstance(value, dict):
             raise UserError(f"{path}: key {name!r} holds a mapping: a flag takes a value or a list")
         if value is None or value == []:
@@ -94,7 +116,7 @@ def _is_text(hint: Any) -> bool:
 def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
     """Instances of `dataclass_types` from `[CONFIG.yaml] --flag value …` (default: the process's own arguments).
 
-    Raises `UserError` for an unknown flag or key (with the nearest name), a wrong value, a missing required one.
+    Raises `UserError` for unknown flags or keys (with the nearest names), a wrong value, a missing required one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     options = dict(allow_abbrev=False, conflict_handler="resolve")
@@ -107,8 +129,8 @@ def parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str] | No
     if rest := parser.parse_known_args(argv)[1]:
         if not rest[0].startswith("-"):
             raise UserError(f"unexpected argument {rest[0]!r}: write [CONFIG.yaml] --flag value …, the file first")
-        name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
-        raise UserError(f"unknown flag {rest[0].split('=')[0]}{_nearest(name, known)}")
+        unknown = (word.split("=")[0] for word in rest if re.match("-+[^-\\d.]", word))  # the others are their values
+        raise UserError(_name_unknown("flag", unknown, known))
     for index, value in enumerate(argv):
         if HUB_TOKEN.search(value):
             name = next((text.split("=")[0] for text in argv[index::-1] if text.startswith("--")), "an argument")

@@ -97,13 +97,14 @@ def flag(
     help: str,
     choices: Sequence[str] | None = None,
     words: dict[str, Any] | None = None,
+    heading: str | None = None,
     **limits: float,
 ) -> Any:
     """A field for `cli.parse_command_line`. `limits` are some of `LIMITS`; None is always allowed.
 
-    `words` are texts that stand for values.
+    `words` are texts that stand for values. `heading` is, in --help, that of this flag and of those after it.
     """
-    metadata = {"help": help, "limits": limits}
+    metadata = {"help": help, "limits": limits} | ({"heading": heading} if heading else {})
     metadata |= ({"choices": list(choices)} if choices else {}) | ({"words": words} if words else {})
     start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**start, metadata=metadata)

@@ -60,7 +60,7 @@ def accepted(corpus, output_dir, **changes):
 def test_the_script_itself_exits_with_2_and_one_line(corpus, tmp_path):
     process = start_run("--learning_rat=0.1", tmp_path / "run", *flags(corpus, tmp_path / "run"))
     assert process.wait(SECONDS) == 2
-    said = "pretrain.py: error: unknown flag --learning_rat: did you mean learning_rate?\n"
+    said = "pretrain.py: error: unknown flag --learning_rat (did you mean --learning_rate?)\n"
     assert log_of(tmp_path / "run") == said and not (tmp_path / "run").exists()
 
 

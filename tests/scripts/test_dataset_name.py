@@ -133,7 +133,7 @@ def test_a_probe_reads_a_data_set(spoken):
         (["--validation_data=a.csv", "--dataset_name=b", "--eval_split_name=c"], ["--validation_data and --eval_split_"]),
         (["--train_data=a.csv", "--eval_split_name=c"], ["--eval_split_name needs --dataset_name"]),
         (["--train_data=a.csv", "--dataset_config_name=c"], ["--dataset_config_name needs --dataset_name"]),
-        (["--dataset_nmae=b"], ["--dataset_nmae: did you mean dataset_name?"]),
+        (["--dataset_nmae=b"], ["--dataset_nmae (did you mean --dataset_name?)"]),
         (["--dataset_name={folder}/sett"], ["did you mean", "/set?", "no folder has this name"]),
         (["--dataset_name={folder}/train.csv"], ["train.csv is a file", "--train_data"]),
         (["--dataset_name={folder}/set", "--dataset_split_names", "trian"], ["no split 'trian'", "did you mean train?"]),

@@ -37,7 +37,10 @@ class ClassificationArguments(FineTuningArguments):
     """`FineTuningArguments` with the defaults of transformers' audio classification example."""
 
     mode: str = flag(
-        "finetune", "`probe`: only a linear head on the layers' sum learns.", choices=["finetune", "probe"]
+        "finetune",
+        "`probe`: a linear head on the layers' sum.",
+        choices=["finetune", "probe"],
+        heading="Classification",
     )
     classifier_proj_size: int = flag(256, "Width of the head's projection, which is averaged over time.", min=1)
     crop_seconds: float = flag(20.0, "Longest piece that training hears, another each epoch; 0: all.", min=0)

@@ -32,7 +32,7 @@ LEAST_FOLDS = 3  # one to train on, one to validate, one to test
 class LabelArguments:
     """Which labels the utterances have."""
 
-    label_column: str = flag("label", "The manifests' column that holds the label: label, speaker or any other.")
+    label_column: str = flag("label", "The manifests' column that holds the label: label, speaker, …", heading="Labels")
     label_column_name: str | None = flag(None, "The same as label_column, as the examples of transformers call it.")
     label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW: exc=hap counts excited as happy.")
     labels: list[str] = flag([], "Only these labels (after --label_map), in this order; other utterances are left out.")

@@ -40,7 +40,17 @@ TEXT_FLAGS = {"target_unit", "text_case", "drop_characters", "keep_characters", 
 class CTCArguments:
     """Transcripts, which of them a run learns from, and the beam search."""
 
-    target_unit: str = flag(CHARACTERS, "What is written: characters, or tokens as phonemes.", choices=TARGET_UNITS)
+    train_hours: float | None = flag(
+        None, "Learn from so many hours, evenly over speakers; 0: all.", min=0, heading="Data"
+    )
+    subset_seed: int = flag(
+        0, "Another number draws other hours; with one, small draws are part of large ones.", **SEEDS
+    )
+    train_list: str | None = flag(None, "Learn from these alone: a list of ids or paths, or a folder (Libri-Light's).")
+    text_column_name: str | None = flag(None, "Column of the data set with the transcripts (default: as in manifests).")
+    target_unit: str = flag(
+        CHARACTERS, "Characters, or tokens as phonemes.", choices=TARGET_UNITS, heading="Transcripts"
+    )
     text_case: str = flag("auto", "Case of the transcripts; auto: capitals, if training text has both.", choices=CASES)
     drop_characters: str | None = flag(None, "Left out of the transcripts (default: punctuation and symbols).")
     keep_characters: str = flag("", "Characters that stay all the same, as \\u200c (in YAML) for Persian.")
@@ -49,21 +59,17 @@ class CTCArguments:
         False, "Write ﬁ as fi, Ａ as A (Unicode NFKC); takes letters of some scripts apart."
     )
     drop_tokens: list[str] = flag([], "Tokens that are left out of the transcripts, such as sil spn.")
-    ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.")
+    ctc_zero_infinity: bool = flag(True, "Infinite losses (text longer than the frames) count as zero.", heading="Loss")
     ctc_loss_reduction: str = flag(
         "mean", "`mean` over utterances of the loss a character; `sum` over the characters of an update with "
         "--batch_seconds, of a micro-batch without.", choices=["mean", "sum"]
     )  # fmt: skip
-    train_hours: float | None = flag(None, "Learn from so many hours, drawn evenly over speakers; 0: all.", min=0)
-    subset_seed: int = flag(
-        0, "Another number draws other hours; with one, small draws are part of large ones.", **SEEDS
-    )
-    text_column_name: str | None = flag(None, "Column of the data set with the transcripts (default: as in manifests).")
-    train_list: str | None = flag(None, "Learn from these alone: a list of ids or paths, or a folder (Libri-Light's).")
     blank_warning_steps: int = flag(
         1_000, "Warn of nothing but blanks so long after the encoder began to learn; 0: not.", min=0
     )
-    chunk_seconds: float = flag(40.0, "Longer recordings are transcribed in overlapping chunks of this length.", min=10)
+    chunk_seconds: float = flag(
+        40.0, "Longer recordings are transcribed in overlapping chunks of this length.", min=10, heading="Recognition"
+    )
     subtitles: str | None = flag(None, "Write subtitles of each audio file into output_dir.", choices=["srt", "vtt"])
     lm: str | None = flag(None, "n-gram to search with at the end: an ARPA file (also .gz) or a KenLM binary.")
     lexicon: str | None = flag(None, "Words that may be recognised, one a line; left out: those of the n-gram.")

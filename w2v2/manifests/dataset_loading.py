@@ -41,7 +41,9 @@ class DatasetArguments:
     """A data set of Hugging Face in the place of manifests; flags are named as in its examples."""
 
     dataset_name: str | None = flag(
-        None, "A data set in place of manifests: a Hub id, or a folder (save_to_disk, Parquet, audiofolder)."
+        None,
+        "A data set in place of manifests: a Hub id, or a folder (save_to_disk, Parquet, audiofolder).",
+        heading="Data",
     )
     dataset_config_name: str | None = flag(None, "Configuration of the data set, such as a language.")
     audio_column_name: str | None = flag(None, "Column of the data set that holds audio (default: the one that does).")
@@ -91,7 +93,7 @@ class LabelledDatasetArguments(DatasetArguments):
     """What is trained, validated and tested on a data set with texts or labels."""
 
     train_split_name: str | None = flag(
-        None, "Split of the data set to train on, as train+validation (default: train)."
+        None, "Split of the data set to train on, as train+validation (default: train).", heading="Data"
     )
     test_split_names: list[str] = flag([], "Splits of the data set to test on.")
 

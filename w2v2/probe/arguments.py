@@ -14,7 +14,7 @@ from w2v2.manifests.dataset_loading import LabelledDatasetArguments
 class FrozenArguments:
     """What both have."""
 
-    output_dir: str | None = flag(None, "Folder for the results.")
+    output_dir: str | None = flag(None, "Folder for the results.", heading="Run")
     data_root: str | None = flag(None, "What `$data_root` and relative paths stand for.")
     max_skipped_fraction: float = flag(0.01, "Largest unreadable fraction of a set's utterances.", min=0, max=1)
     config_name: str | None = flag(None, "Configuration of the random weights.")
@@ -43,19 +43,19 @@ class FrozenArguments:
 class ProbingArguments(LabelledDatasetArguments, FrozenArguments):
     """Linear probes of every layer."""
 
-    checkpoints: list[str] = flag([], "Pretrained folders or Hub ids: runs/x/checkpoint-*.")
+    checkpoints: list[str] = flag([], "Pretrained folders or Hub ids: runs/x/checkpoint-*.", heading="Probe")
     random_weights: bool = flag(True, "Probe random weights too, of --config_name or the first checkpoint's shape.")
     target: str = flag("label", f"The manifests' column that is read: label, speaker, any other, or `{CHARACTERS}`.")
     label_map: list[str] = flag([], "Labels to rename or merge, as OLD=NEW.")
     labels: list[str] = flag([], "Only these labels (after --label_map); other utterances are left out.")
-    train_data: list[str] = flag([], "Training manifests.")
+    train_data: list[str] = flag([], "Training manifests.", heading="Data")
     validation_data: list[str] = flag([], "Validation manifests (default: a fifth of the training utterances).")
     test_data: list[str] = flag([], "Test manifests, scored together.")
     folds: str | None = flag(None, "Cross-validation over --train_data alone, by this column: speaker, session, …")
     num_folds: int | None = flag(None, "Even folds of whole groups (default: each group is a fold).", min=2)
     min_seconds: float = flag(0.2, "Shorter utterances are left out of training.", min=0)
     max_seconds: float | None = flag(None, "Longer utterances are left out of training.", above=0)
-    classifier: str = flag("logistic", "Ridge is faster with many classes.", choices=["logistic", "ridge"])
+    classifier: str = flag("logistic", "Ridge is faster with many classes.", ["logistic", "ridge"], heading="Probe")
     measure: str = flag("uar", "What chooses the penalty and is shown.", choices=["uar", "accuracy", "macro_f1"])
     ctc_updates: int = flag(1_500, f"Updates of 16 utterances for each layer's CTC head ({CHARACTERS}).", min=1)
 
@@ -82,7 +82,9 @@ class ProbingArguments(LabelledDatasetArguments, FrozenArguments):
 class VerificationArguments(FrozenArguments):
     """Speaker verification."""
 
-    model_name_or_path: str | None = flag(None, "A pretrained or fine-tuned folder, or a Hub id.")
+    model_name_or_path: str | None = flag(
+        None, "A pretrained or fine-tuned folder, or a Hub id.", heading="Verification"
+    )
     trials: str | None = flag(None, "`1 a.wav b.wav` lines (0: two speakers); paths under --data_root or beside it.")
     manifest: list[str] = flag([], "Instead of --trials: utterances with speakers, among which trials are drawn.")
     speaker_column: str = flag("speaker", "The manifest's column that tells speakers apart.")
