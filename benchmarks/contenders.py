@@ -47,7 +47,7 @@ class Contender:
     def __init__(self, args: PretrainArguments, flags: argparse.Namespace):
         self.args, self.flags, self.device = args, flags, torch.device(flags.device)
         self.config = build_config(args)
-        torch.manual_seed(0)
+        torch.manual_seed(args.seed)
 
     def draw(self, lengths: str, update: int) -> tuple[Crops, np.ndarray]:
         """The effective batch of this update, from utterances of `librispeech`'s lengths or `equal` ones; and those."""

@@ -1,11 +1,11 @@
-"""SpeechBrain's own wav2vec 2.0, as `update.py` times it: `pip install speechbrain` brings it.
+"""SpeechBrain's own wav2vec 2.0, as `update.py` times it and `train_rival.py` trains it: `pip install speechbrain`.
 
 The modules and their order are those of its recipe for LibriSpeech, with this configuration's sizes. What differs from
 the stock model by design: every conv has a layer norm, positions are sinusoids, layers are pre-norm, and there is no
 penalty of features. As its loader does, batches hold like lengths, and masks are drawn outside the clock.
 """
 
-import functools
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,9 +22,12 @@ from speechbrain.nnet.losses import ContrastiveLoss
 from torch.nn.functional import layer_norm
 
 from w2v2.audio.crops import SAMPLING_RATE
+from w2v2.convert.speechbrain import OWN_FILES, convert_without_positions
 
 
 class SpeechBrain(Contender):
+    by_length = True  # micro-batches hold like lengths
+
     def __init__(self, args, flags):
         super().__init__(args, flags)
         config = self.config
@@ -50,11 +53,15 @@ class SpeechBrain(Contender):
         (crops, num_samples), longest = self.draw(lengths, update), round(self.flags.crop_seconds * SAMPLING_RATE)
         rows = group_by_length(np.minimum(num_samples[crops.utterance], longest), self.flags.micro_batch_seconds)
         self.heard, self.num_rows = np.concatenate(rows).tolist(), len(rows[0])
-        collate = functools.partial(
-            w2v_mask_collate_fn, get_out_len_fn=self.extractor.get_output_lengths,
+        self.batches = [self.collate([NOISE[:n] / np.float32(32_768) for n in samples]) for samples in rows]
+
+    def collate(self, waveforms: list[np.ndarray]) -> tuple[torch.Tensor, ...]:
+        """Padded waveforms (B, S), the shares of each row that are no padding (B,), and masks (B, T)."""
+        signals = [layer_norm(torch.from_numpy(waveform), waveform.shape) for waveform in waveforms]
+        return w2v_mask_collate_fn(
+            [{"id": "", "sig": signal} for signal in signals], get_out_len_fn=self.extractor.get_output_lengths,
             mask_prob=self.config.mask_time_prob, mask_length=self.config.mask_time_length,
         )  # fmt: skip
-        self.batches = [collate([{"id": "", "sig": normalised(n)} for n in samples]) for samples in rows]
 
     def run(self):
         for batch in self.batches:
@@ -80,7 +87,14 @@ class SpeechBrain(Contender):
         batch = [x.to(self.device) for x in self.batches[0]]
         return {"whole": lambda: self.loss(*batch), "optimizer": self.step}
 
+    def set_temperature(self, temperature: float) -> None:
+        self.quantiser.quantiser.curr_temp = temperature
 
-def normalised(num_samples: int) -> torch.Tensor:
-    waveform = torch.from_numpy(NOISE[:num_samples] / np.float32(32_768))
-    return layer_norm(waveform, waveform.shape)
+    def save(self, folder: Path) -> None:
+        """As SpeechBrain does, a file each; and for stock classes, whose positional convolution then begins at zero."""
+        for name, part in zip(OWN_FILES, (self.extractor, self.encoder, self.quantiser, self.project), strict=True):
+            torch.save(part.state_dict(), folder / f"{name}.ckpt")
+        config = self.config
+        model, extractor = convert_without_positions(folder, config.num_attention_heads, config.conv_stride)
+        model.save_pretrained(folder)
+        extractor.save_pretrained(folder)

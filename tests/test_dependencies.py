@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PRODUCT, TOOLS = ("*.py", "w2v2/**/*.py", "data_scripts/*.py"), ("tests/**/*.py", "benchmarks/*.py")
+PRODUCT, TOOLS = ("*.py", "w2v2/**/*.py", "data_scripts/*.py"), ("tests/**/*.py", "benchmarks/**/*.py")
 OWN = {"w2v2"} | {path.stem for pattern in (*PRODUCT, *TOOLS) for path in ROOT.glob(pattern)}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "flashlight": "flashlight-text"}
 NOT_IMPORTED = {

@@ -9,116 +9,66 @@ Finished runs are kept, and a run that was cut short goes on: give the same comm
 results.json and labels.png. What follows `--` goes to finetune_ctc.py as it is.
 """
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import environment, make_parser, print_table
+from studies import ERRORS, fine_tune, group, keep, parse_words, show, start_parser
 
 from w2v2.cli import run_script
-from w2v2.errors import UserError
 from w2v2.evaluate.plots import make_figure, save_figure
 
-ROOT = Path(__file__).resolve().parents[2]
 STARTS = ("pretrained", "random weights")
+DATA = ("train_data", "validation_data", "test_data", "data_root")
 
 
-def fine_tune(args, passed: list[str], start: str, number: int, share: float, rate: float) -> dict:
+def learn(args, flags: list[str], start: str, number: int, share: float, rate: float) -> dict:
     """One run's scores; the hours of labels that it may use are a share of `args.hours`."""
     folder = args.output_dir / f"{start.split()[0]}_{number}_{share:g}_{rate:g}"
-    if not (folder / "results.json").exists():
-        model = args.pretrained[number - 1]
-        weights = (
-            ["--model_name_or_path", model]
-            if start == STARTS[0]
-            else ["--model_name_or_path=", "--config_name", args.config_name]
-        )
-        data = [word for name in ("train_data", "validation_data", "test_data", "data_root") if getattr(args, name)
-                for word in (f"--{name}", getattr(args, name))]  # fmt: skip
-        hours = ["--train_hours", f"{share * args.hours:.4f}"] if share < 1 else []
-        flags = ["--seed", str(number), *hours, "--learning_rate", str(rate), "--output_dir", str(folder)]
-        command = ["finetune_ctc.py", args.recipe, *weights, *data, *flags, "--resume_from_checkpoint", "auto", *passed]
-        print("$ python", *command, flush=True)
-        with open(args.output_dir / f"{folder.name}.log", "a") as log:
-            status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log).returncode
-        if status:
-            raise UserError(f"finetune_ctc.py ended with status {status}: see {log.name}")
-    scores = json.loads((folder / "results.json").read_text())
-    test = next(name for name in scores if name not in ("validation", "run"))
-    return dict(start=start, number=number, share=share, rate=rate, hours=scores["run"]["train_hours"],
-                validation=scores["validation"]["wer"], wer=scores[test]["wer"], cer=scores[test]["cer"],
-                lm_wer=scores[test].get("lm", {}).get("wer"))  # fmt: skip
+    random = ["--model_name_or_path=", "--config_name", args.config_name]
+    weights = ["--model_name_or_path", args.pretrained[number - 1]] if start == STARTS[0] else random
+    data = [word for name in DATA if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+    hours = ["--train_hours", f"{share * args.hours:.4f}"] if share < 1 else []
+    own = ["--seed", str(number), *hours, "--learning_rate", str(rate)]
+    found = fine_tune(folder, args.finetune_ctc, [*data, *own, *flags], *weights)
+    return dict(start=start, number=number, share=share, rate=rate) | found
 
 
 def choose(runs: list[dict]) -> list[dict]:
     """Of each model and share the learning rate that validated best."""
-    best = {}
-    for run in sorted(runs, key=lambda run: -run["validation"]):
-        best[run["start"], run["number"], run["share"]] = run
-    return list(best.values())
+    return [min(some, key=lambda run: run["validation"]) for some in group(runs, "start", "number", "share").values()]
 
 
-def tabulate(chosen: list[dict]) -> list[list[str]]:
-    """A row for each start and share: mean and range of the error rates over the models."""
-    rows = []
-    for start, share in sorted({(run["start"], run["share"]) for run in chosen}, key=lambda key: (-key[1], key[0])):
-        some = [run for run in chosen if (run["start"], run["share"]) == (start, share)]
-        row = [f"{share:.0%}", f"{60 * some[0]['hours']:.1f}", start, str(len(some))]
-        for measure in ("cer", "wer", "lm_wer"):
-            values = [run[measure] for run in some if run[measure] is not None]
-            row.append(f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})" if values else "")
-        rows.append(row)
-    return rows
-
-
-def draw(chosen: list[dict], path: Path) -> None:
+def draw_shares(chosen: list[dict], path: Path) -> None:
     figure = make_figure(6, 4)
     axes = figure.subplots()
-    for start in STARTS:
-        shares = sorted({run["share"] for run in chosen if run["start"] == start})
-        some = [[run for run in chosen if (run["start"], run["share"]) == (start, share)] for share in shares]
-        minutes = [60 * runs[0]["hours"] for runs in some]
-        axes.plot(
-            minutes, [100 * statistics.mean(run["wer"] for run in runs) for runs in some], marker="o", label=start
-        )
+    for (start,), some in group(chosen, "start").items():
+        shares = sorted(group(some, "share").items())
+        minutes = [60 * runs[0]["hours"] for _, runs in shares]
+        means = [100 * statistics.mean(run["wer"] for run in runs) for _, runs in shares]
+        axes.plot(minutes, means, marker="o", label=start)
     axes.set(xscale="log", xlabel="minutes of labelled speech", ylabel="test WER, %", ylim=(0, None))
     axes.legend()
     save_figure(figure, path)
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("recipe", help="YAML file of finetune_ctc.py")
+    parser = start_parser(__doc__, "finetune_ctc")
     parser.add_argument("--pretrained", nargs="+", required=True, help="pretrained folders, one a seed")
     parser.add_argument("--config_name", default="small", help="shape of the random weights")
-    for name in ("train_data", "validation_data", "test_data"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--data_root")
+    for name in DATA:
+        parser.add_argument(f"--{name}", required=name != "data_root")
     parser.add_argument("--hours", type=float, required=True, help="hours of all the labels")
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.3, 0.1])
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[7e-4, 3e-4])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    args, passed = parser.parse_args(words[:cut]), words[cut + 1 :]
-    args.output_dir = Path(os.path.abspath(args.output_dir))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    args, (flags,) = parse_words(parser, num=1)
     runs = []
     for share in args.shares:
         for number in range(1, len(args.pretrained) + 1):
-            runs += [
-                fine_tune(args, passed, start, number, share, rate) for start in STARTS for rate in args.learning_rates
-            ]
-            chosen = choose(runs)
-            (args.output_dir / "results.json").write_text(
-                json.dumps(dict(runs=runs, environment=environment()), indent=2)
-            )
-            draw(chosen, args.output_dir / "labels.png")
-    print_table(tabulate(chosen), ["labels", "minutes", "start", "models", "CER", "WER", "WER with n-gram"])
+            runs += [learn(args, flags, start, number, share, rate) for start in STARTS for rate in args.learning_rates]
+            keep(runs, args.output_dir)
+            draw_shares(choose(runs), args.output_dir / "labels.png")
+    rows = [run | {"labels": f"{run['share']:.0%}", "minutes": 60 * run["hours"]} for run in choose(runs)]
+    show(rows, {"labels": "labels", "start": "start"}, {"minutes": "minutes"} | ERRORS)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ OWN_KEYS = (
     ("target_quantiser.proj.{}", "project_q.{}"),
     ("feat_proj.{}", "project_hid.{}"),
 )
-_OWN_FILES = ("latent_extractor", "latent_encoder", "target_quantiser", "feat_proj")
+OWN_FILES = ("latent_extractor", "latent_encoder", "target_quantiser", "feat_proj")
 _NOT_WEIGHTS = ("latent_encoder.positional_encoding.pe", "target_quantiser.quantiser.max_ent")
 
 
@@ -71,7 +71,7 @@ def convert_without_positions(
     """
     # 1. One file a module; their keys get the stock names.
     weights = {}
-    for name in _OWN_FILES:
+    for name in OWN_FILES:
         weights |= {f"{name}.{key}": tensor for key, tensor in read_weights(folder / f"{name}.ckpt").items()}
     for key in [key for key in weights if "in_proj_" in key]:  # (3 × D, …): queries, keys and values
         parts = zip("qkv", weights.pop(key).chunk(3), strict=True)
