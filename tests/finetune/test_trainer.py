@@ -67,6 +67,24 @@ def test_the_learning_rate_is_tri_stage(table, tmp_path):
     assert rates[:5] == [1e-3] * 5 and rates[-1] < 2e-4
 
 
+def test_each_record_is_a_line_on_the_console(table, tmp_path, capsys):
+    make_trainer(table, tmp_path, max_steps=4, eval_steps=2, save_steps=2, logging_steps=2).train()
+    expected = []
+    for r in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        if "loss" in r:
+            found = (
+                rf"loss {r['loss']:.3f} \| rate {r['learning_rate']:.2e} \| epoch {r['epoch']:.2f} \| \d\d:\d\d left"
+            )
+        else:
+            rates = rf"WER {r['eval_wer']:.1%} \| CER {r['eval_cer']:.1%}"
+            found = rf"validation loss {r['eval_loss']:.3f} \| {rates}"
+        expected.append(rf"step {r['step']}/4 \| {found}")
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("step ")]
+    assert len(expected) == 4 and all(map(re.fullmatch, expected, lines)) and len(lines) == 4, lines
+    assert "{" not in captured.out + captured.err
+
+
 def test_a_finished_run_is_resumed_to_no_effect(table, tmp_path):
     flags = dict(max_steps=3, eval_steps=1, save_steps=1, load_best_model_at_end=False)  # an epoch has four updates
     whole, again = (make_trainer(table, tmp_path / name, **flags) for name in ("whole", "again"))

@@ -4,21 +4,24 @@ Shapes: B utterances of a batch, N of the set.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.evaluate.scores import MEASURES
+from w2v2.evaluate.scores import MEASURES, NAMES, describe_scores
 from w2v2.finetune.batching import cut_evaluation
 from w2v2.finetune.ctc_data import SpeechDataset, check_skipped
+from w2v2.train.log import STREAM_MAY_DIE, Pace
 
 
 def check_metric(name: str | None, measures: Iterable[str]) -> None:
@@ -26,6 +29,36 @@ def check_metric(name: str | None, measures: Iterable[str]) -> None:
     known = [*measures, "loss"]
     if name and name.removeprefix("eval_") not in known:
         raise UserError(f"--metric_for_best_model {name}: not measured here; give one of {', '.join(known)}")
+
+
+class _Console(TrainerCallback):
+    """A line a record, as pretraining prints it, in place of the library's dictionaries."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.pace = Pace(state.max_steps, state.global_step, state.eval_steps, state.save_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.pace.mark(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
+            return  # the summary at the end
+        if "loss" in logs:
+            parts = [f"loss {logs['loss']:.3f}", f"rate {logs['learning_rate']:.2e}", f"epoch {logs['epoch']:.2f}"]
+            parts.append(self.pace.time_left(state.global_step))
+        else:
+            found = {name.removeprefix("eval_"): value for name, value in logs.items()}
+            parts = [f"{NAMES[name]} {found[name]:.1%}" for name in NAMES if name in found]
+            parts += [describe_scores(found)] if "uar" in found else []
+            parts[0:0] = [f"validation loss {found['loss']:.3f}"] if found["loss"] is not None else ["validation"]
+        with STREAM_MAY_DIE:
+            tqdm.write(" | ".join([f"step {state.global_step}/{state.max_steps}", *parts]), file=sys.stderr)
+
+
+class _Bar(ProgressCallback):
+    """The library's bar of progress alone."""
+
+    on_log = TrainerCallback.on_log
 
 
 class Evaluator(Trainer):
@@ -40,6 +73,10 @@ class Evaluator(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(_Bar)
+        self.add_callback(_Console)
         self.measure = self.args.metric_for_best_model.removeprefix("eval_")  # that says which update is the best
 
     def make_loader(self, data, batch_sampler, collate_fn) -> DataLoader:

@@ -66,6 +66,30 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [record for _, record in records if record is not None]
 
 
+class Pace:
+    """How long a run takes yet."""
+
+    def __init__(self, total_steps: int, first_step: int, *cycles: int):
+        """`cycles` are the updates between two validations, and between two saves."""
+        self.total_steps, self._started = total_steps, (first_step, time.monotonic())
+        # (updates done, when) of a window that holds as many validations and saves as are due within it.
+        self._marks = deque(maxlen=min(max(cycles), _LONGEST_WINDOW) + 1)
+
+    def mark(self, step: int) -> None:
+        """An update is done."""
+        self._marks.append((step, time.monotonic()))
+
+    def time_left(self, step: int) -> str:
+        """At the pace of the newest updates, with the validations and saves among them.
+
+        The first update, which compiles and fills caches, counts only as long as there is no other.
+        """
+        since, started = self._marks[0] if len(self._marks) > 1 else self._started
+        seconds = (time.monotonic() - started) / max(step - since, 1) * max(self.total_steps - step, 0)
+        days, rest = divmod(round(seconds), 86_400)
+        return (f"{days} d {rest // 3600} h" if days else tqdm.format_interval(rest)) + " left"
+
+
 class RunLog:
     """Console, `metrics.jsonl` and trackers of one run; on processes other than the main one it does nothing.
 
@@ -74,10 +98,7 @@ class RunLog:
 
     def __init__(self, args, accelerator: Accelerator, first_step: int = 0):
         """A resumed run's file is cut back to `first_step`."""
-        self._total_steps, self._first_step = args.max_steps, first_step
-        # (updates done, when) of a window that holds as many validations and saves as are due within it.
-        window = min(max(args.eval_steps, args.save_steps), _LONGEST_WINDOW)
-        self._started, self._marks = (first_step, time.monotonic()), deque(maxlen=window + 1)
+        self._first_step, self._pace = first_step, Pace(args.max_steps, first_step, args.eval_steps, args.save_steps)
         self._is_main, self._trackers = accelerator.is_main_process, list(accelerator.trackers)
         self._bar, self._redirection = None, contextlib.ExitStack()
         self.records = StepRecords(Path(args.output_dir) / METRICS_FILE, first_step, is_main=self._is_main)
@@ -88,10 +109,10 @@ class RunLog:
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance the clock and the bar to this update. What a narrow terminal has no room for is left out."""
-        self._marks.append((record["step"], time.monotonic()))
+        self._pace.mark(record["step"])
         if self._bar is not None:
             with STREAM_MAY_DIE:
-                parts = [f"{self._time_left(record['step'])} left", *_describe(record)]
+                parts = [self._pace.time_left(record["step"]), *_describe(record)]
                 bar = self._bar.format_dict
                 room = (bar["ncols"] or 80) - len(f"{bar['total']}/{bar['total']} |{'':10}| ")
                 while len(parts) > 1 and len(" | ".join(parts)) > room:
@@ -129,18 +150,8 @@ class RunLog:
     def _line(self, record: Mapping[str, Any]) -> str:
         is_validation = "eval_loss" in record
         parts = _describe(record, prefix="eval_" if is_validation else "")
-        end = [] if is_validation else [f"{self._time_left(record['step'])} left"]
-        return " | ".join([f"step {record['step']}/{self._total_steps}", *parts, *end])
-
-    def _time_left(self, step: int) -> str:
-        """At the pace of the newest updates, with the validations and saves among them.
-
-        The first update, which compiles and fills caches, counts only as long as there is no other.
-        """
-        since, started = self._marks[0] if len(self._marks) > 1 else self._started
-        seconds = (time.monotonic() - started) / max(step - since, 1) * max(self._total_steps - step, 0)
-        days, rest = divmod(round(seconds), 86_400)
-        return f"{days} d {rest // 3600} h" if days else tqdm.format_interval(rest)
+        end = [] if is_validation else [self._pace.time_left(record["step"])]
+        return " | ".join([f"step {record['step']}/{self._pace.total_steps}", *parts, *end])
 
 
 def announce(accelerator: Accelerator, text: str) -> None:
