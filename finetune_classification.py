@@ -208,8 +208,9 @@ def run(
         args.print_once(f"     dropped: {num_dropped} by their length (training)")
     extractor = load_feature_extractor(config.name_or_path, config)
     shared = dict(min_samples=min_samples(config), skip_log=Path(args.output_dir, SKIPPED_FILE))
+    perturbed = dict(speeds=args.speed_perturbation, seed=args.seed)
     train_set = LabelledDataset(
-        train, classes, extractor, substitute=True, crop_seconds=args.crop_seconds, seed=args.seed, **shared
+        train, classes, extractor, substitute=True, crop_seconds=args.crop_seconds, **perturbed, **shared
     )
     data = {
         name: LabelledDataset(longest_first(table), classes, extractor, substitute=False, **shared)

@@ -66,7 +66,8 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     decoder = load_decoder(text_args, vocabulary, args)
     extractor = load_feature_extractor(config.name_or_path, config)
     shared = dict(min_samples=min_samples(config), skip_log=Path(args.output_dir, SKIPPED_FILE))
-    train_set = SpeechDataset(train_table, vocabulary, extractor, substitute=True, **shared)
+    perturbed = dict(speeds=args.speed_perturbation, seed=args.seed)
+    train_set = SpeechDataset(train_table, vocabulary, extractor, substitute=True, **perturbed, **shared)
     sets = {
         name: SpeechDataset(longest_first(table), vocabulary, extractor, substitute=False, **shared)
         for name, table in tables.items()

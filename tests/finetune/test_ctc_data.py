@@ -133,6 +133,24 @@ def test_a_window_of_a_file_is_read(audio):
     np.testing.assert_array_equal(data[0]["input_values"], expected)
 
 
+def test_speed_moves_pitch_and_length_and_is_drawn_anew_each_epoch(tmp_path):
+    soundfile.write(tmp_path / "tone.wav", 0.5 * np.sin(2 * np.pi * 400 / 16_000 * np.arange(32_000)), 16_000)
+    rows = table([{"audio": str(tmp_path / "tone.wav"), "num_samples": 32_000, "text": "A"}])
+    shared = dict(min_samples=400, skip_log=tmp_path / "skipped.jsonl", substitute=True)
+    plain = ctc_data.SpeechDataset(rows, VOCABULARY, RAW, **shared)
+    data = ctc_data.SpeechDataset(rows, VOCABULARY, RAW, speeds=[0.5, 1.0, 2.0], seed=3, **shared)
+    lengths = []
+    for data.epoch in range(30):
+        values = data[0]["input_values"]
+        np.testing.assert_array_equal(values, data[0]["input_values"])
+        peak = np.abs(np.fft.rfft(values * np.hanning(len(values)))).argmax() * 16_000 / len(values)
+        assert peak == pytest.approx(400 * 32_000 / len(values), abs=1)
+        lengths.append(len(values))
+        if len(values) == 32_000:
+            np.testing.assert_array_equal(values, plain[0]["input_values"])
+    assert set(lengths) == {16_000, 32_000, 64_000}
+
+
 def test_batches_are_masked_only_where_lengths_differ():
     items = [{"input_values": np.ones(n, np.float32), "labels": labels} for n, labels in ((5, [3]), (3, [4, 5]))]
     batch = ctc_data.collate_speech(items)

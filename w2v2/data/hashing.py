@@ -18,7 +18,7 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 # Streams: the purposes of a hash. They are negative, so none equals an epoch, an utterance or a counter.
-SHARDS, WINDOW, MIX, ORDER, CROP, MASK, DISTRACTOR, LAYERDROP, NOISE = range(-10, -1)
+SPEED, SHARDS, WINDOW, MIX, ORDER, CROP, MASK, DISTRACTOR, LAYERDROP, NOISE = range(-11, -1)
 
 
 def _shift_right(x: torch.Tensor, n: int) -> torch.Tensor:

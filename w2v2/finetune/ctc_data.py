@@ -9,12 +9,14 @@ Shapes: B utterances, S samples, U units of a transcript.
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soxr
 import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +24,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from w2v2.audio.crops import SAMPLING_RATE, AudioError, measure_length, read_crop
 from w2v2.audio.inspection import measure_lengths
+from w2v2.data.hashing import SPEED, below, derive
 from w2v2.data.utterances import inspect_some, load_manifest
 from w2v2.errors import UserError, refuse
 from w2v2.evaluate.scores import CHARACTERS, TOKENS
@@ -154,15 +157,17 @@ class SpeechDataset(torch.utils.data.Dataset):
     """Items {"input_values": (S,) float32, "labels": (U,) ids}, decoded when asked for. `lengths` are in samples.
 
     Audio that turns out to be unreadable is listed in `skip_log`. In its place comes the next utterance that reads
-    where `substitute` (training), else a silence without labels, which is not scored (evaluation).
+    where `substitute` (training), else a silence without labels, which is not scored (evaluation). `speeds`: each
+    utterance is played at one of them, pitch and all, a pure function of (seed, epoch, utterance).
     """
 
     def __init__(
         self, table: Dataset, vocabulary: dict[str, int], feature_extractor: Wav2Vec2FeatureExtractor, *,
-        min_samples: int, skip_log: str | os.PathLike, substitute: bool,
+        min_samples: int, skip_log: str | os.PathLike, substitute: bool, speeds: Sequence[float] = (), seed: int = 0,
     ):  # fmt: skip
         self.table, self.vocabulary, self.feature_extractor = table, vocabulary, feature_extractor
         self.min_samples, self.skip_log, self.substitute = min_samples, skip_log, substitute
+        self.speeds, self.seed = speeds, seed
         self.lengths, self.epoch = list(table["num_samples"]), 0
 
     def __len__(self) -> int:
@@ -172,7 +177,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         for candidate in range(row, row + (len(self) if self.substitute else 1)):
             utterance = self.table[candidate % len(self)]
             try:
-                return self._item(self._decode(utterance), self._labels(utterance))
+                samples = self._change_speed(self._decode(utterance), utterance["id"])
+                return self._item(samples, self._labels(utterance))
             except AudioError as error:
                 log_skipped(self.skip_log, [{"id": utterance["id"], "audio": error.path, "reason": error.reason}])
         if self.substitute:
@@ -182,6 +188,12 @@ class SpeechDataset(torch.utils.data.Dataset):
     def _decode(self, utterance: dict[str, Any]) -> np.ndarray:
         start, channel = round(utterance["start"] * SAMPLING_RATE), utterance.get("channel")
         return read_crop(utterance["audio"], start, utterance["num_samples"], channel)
+
+    def _change_speed(self, samples: np.ndarray, id: str) -> np.ndarray:
+        if not self.speeds:
+            return samples
+        drawn = below(derive(self.seed, SPEED, self.epoch, zlib.crc32(id.encode())), len(self.speeds))
+        return soxr.resample(samples, self.speeds[int(drawn)] * SAMPLING_RATE, SAMPLING_RATE)
 
     def _labels(self, utterance: dict[str, Any]) -> list[int]:
         """Of a text that is not known: a single unknown, to tell it from audio that cannot be read."""

@@ -158,9 +158,9 @@ class LabelledDataset(SpeechDataset):
     utterance).
     """
 
-    def __init__(self, table: Dataset, labels: Sequence[str], *args, crop_seconds: float = 0.0, seed=0, **kwargs):
+    def __init__(self, table: Dataset, labels: Sequence[str], *args, crop_seconds: float = 0.0, **kwargs):
         super().__init__(table, {label: i for i, label in enumerate(labels)}, *args, **kwargs)
-        self.crop, self.seed = round(crop_seconds * SAMPLING_RATE), seed
+        self.crop = round(crop_seconds * SAMPLING_RATE)
         if self.crop:
             self.lengths = [min(length, self.crop) for length in self.lengths]
 

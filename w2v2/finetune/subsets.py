@@ -26,13 +26,14 @@ def select_training(
 ) -> tuple[Dataset, dict[str, int]]:
     """What a run learns from: the utterances listed, of fitting length, and so many hours; and what is left out, and why.
 
-    CTC's loss is infinite where an utterance has fewer latent frames than its text needs.
+    CTC's loss is infinite where an utterance, at its highest speed, has fewer latent frames than its text needs.
     """
     if text_args.train_list:
         train = take_listed(train, text_args.train_list)
     kept, num_others = select_lengths(train, args.min_seconds, args.max_seconds)
     needed = [frames_needed(split_units(text, text_args.target_unit)) for text in kept["text"]]
-    fits = [num_frames(config, n) >= least for n, least in zip(kept["num_samples"], needed, strict=True)]
+    fastest = max(args.speed_perturbation, default=1)
+    fits = [num_frames(config, int(n / fastest)) >= least for n, least in zip(kept["num_samples"], needed, strict=True)]
     kept = kept.select(np.flatnonzero(fits))
     dropped = {"by their length": num_others, "with a text longer than their audio": len(fits) - len(kept)}
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())

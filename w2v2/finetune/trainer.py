@@ -57,7 +57,9 @@ class FineTuner(Evaluator):
         args, lengths = self.args, self.train_dataset.lengths
         if not args.batch_seconds:
             return LengthSampler(lengths, args.per_device_train_batch_size, args.seed)
-        samples = [round(seconds * SAMPLING_RATE) for seconds in (args.batch_seconds, args.micro_batch_seconds)]
+        slowest = min([1, *args.speed_perturbation])  # which makes utterances longer
+        batch, micro_batch = args.batch_seconds, args.micro_batch_seconds * slowest
+        samples = [round(seconds * SAMPLING_RATE) for seconds in (batch, micro_batch)]
         return UpdateSampler(lengths, *samples, args.seed, rank=args.process_index, num_ranks=args.world_size)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:

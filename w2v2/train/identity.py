@@ -68,7 +68,8 @@ def identify_labelled(args, data) -> dict[str, Any]:
     batch = {"batch_seconds": args.batch_seconds} if args.batch_seconds else by_number
     longest = {"longest_samples": max(data.lengths, default=0)}  # after cropping
     hashes = {f"{name}_sha256": digest.hexdigest()[:16] for name, digest in digests.items()}
-    return {"seed": args.seed, **batch, **longest, "utterances": len(table), **hashes}
+    speeds = {"speed_perturbation": list(args.speed_perturbation)}
+    return {"seed": args.seed, **batch, **speeds, **longest, "utterances": len(table), **hashes}
 
 
 def hash_ids(train_data: Sequence[str], table: Dataset) -> str:
