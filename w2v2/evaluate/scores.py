@@ -22,6 +22,7 @@ CHARACTERS, TOKENS = TARGET_UNITS = ("characters", "tokens")
 RATES = {CHARACTERS: ("wer", "cer"), TOKENS: ("per",)}  # the first says which checkpoint is best
 NAMES = {"wer": "WER", "cer": "CER", "per": "PER"}
 MEASURES = ("accuracy", "uar", "macro_f1")
+SHOWN = NAMES | {"uar": "UAR", "accuracy": "accuracy", "macro_f1": "macro-F1"}  # measures, as they are written
 MOST_PAIRS = 2_000_000  # that are listed, to draw from
 
 
@@ -69,7 +70,7 @@ def classification_scores(references: Sequence, predictions: Sequence) -> dict[s
 
 
 def describe_scores(scores: Mapping[str, float]) -> str:
-    return f"accuracy {scores['accuracy']:.1%}, UAR {scores['uar']:.1%}, macro-F1 {scores['macro_f1']:.1%}"
+    return ", ".join(f"{SHOWN[name]} {scores[name]:.1%}" for name in MEASURES)
 
 
 def confusion_counts(references: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> list[list[int]]:

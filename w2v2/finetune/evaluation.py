@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.evaluate.scores import MEASURES, NAMES, describe_scores
+from w2v2.evaluate.scores import MEASURES, SHOWN
 from w2v2.finetune.batching import cut_evaluation
 from w2v2.finetune.ctc_data import SpeechDataset, check_skipped
 from w2v2.train.log import STREAM_MAY_DIE, Pace
@@ -48,8 +48,7 @@ class _Console(TrainerCallback):
             parts.append(self.pace.time_left(state.global_step))
         else:
             found = {name.removeprefix("eval_"): value for name, value in logs.items()}
-            parts = [f"{NAMES[name]} {found[name]:.1%}" for name in NAMES if name in found]
-            parts += [describe_scores(found)] if "uar" in found else []
+            parts = [f"{SHOWN[name]} {found[name]:.1%}" for name in SHOWN if name in found]
             parts[0:0] = [f"validation loss {found['loss']:.3f}"] if found["loss"] is not None else ["validation"]
         with STREAM_MAY_DIE:
             tqdm.write(" | ".join([f"step {state.global_step}/{state.max_steps}", *parts]), file=sys.stderr)
