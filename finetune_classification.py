@@ -178,6 +178,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         scores, found = run(train, sets, classes, label_args, fold_args, checkpoint=checkpoint)
         if args.process_index == 0:
             write_scores(fold_args.output_dir, scores, found, classes)
+            note_finish(fold_args, scores["run"]["updates"])
         args.print_once(describe("test", scores["test"]))
         best_update = scores["run"]["best_update"]
         results.append({"fold": split.name, "groups": held, **scores["test"], "best_update": best_update})
@@ -232,9 +233,10 @@ def run(
     )  # fmt: skip
     trainer.dropped = {"by their length": num_dropped}
     trainer.describe(checkpoint)
-    if args.process_index == 0 and not args.folds:
-        write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
+    if args.process_index == 0:
         note_start(args, checkpoint)
+        if not args.folds:
+            write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 

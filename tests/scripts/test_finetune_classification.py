@@ -1,7 +1,6 @@
 """The real script, end to end, on a few seconds of tones: what it writes, and what it refuses."""
 
 import csv
-import json
 import shutil
 
 import numpy as np
@@ -224,15 +223,16 @@ def test_folds_on_two_processes_are_those_of_one(data, capsys):
 
 
 def test_folds_go_on_where_they_were(data):
-    history = data / "folds" / "events.jsonl"
-    before = {path: path.read_bytes() for path in {*(data / "folds").rglob("*.jsonl")} - {history}}
+    histories = {*(data / "folds").rglob("events.jsonl")}
+    before = {path: path.read_bytes() for path in {*(data / "folds").rglob("*.jsonl")} - histories}
     again = command(data, "--folds", "speaker", output="folds", validation=False)
     with pytest.raises(UserError, match="already holds a run"):
         finetune_classification.main(again)
     finetune_classification.main([*again, "--resume_from_checkpoint", "auto"])
-    assert {path: path.read_bytes() for path in {*(data / "folds").rglob("*.jsonl")} - {history}} == before
-    events = [json.loads(line)["event"] for line in history.read_text().splitlines()]
-    assert events == ["start", "finish", "resume", "finish"]
+    assert {path: path.read_bytes() for path in {*(data / "folds").rglob("*.jsonl")} - histories} == before
+    assert len(histories) == 5  # of the whole and of each fold
+    for events in map(read_lines, histories):
+        assert [event["event"] for event in events] == ["start", "finish", "resume", "finish"] and events[0]["command"]
     with pytest.raises(UserError, match="other folds"):
         finetune_classification.main([*again, "--num_folds", "3", "--resume_from_checkpoint", "auto"])
 

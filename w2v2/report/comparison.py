@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from w2v2.evaluate.scores import SHOWN
 from w2v2.report.charts import LineChart, Series, draw_lines
 from w2v2.report.finetuning import list_scores
 from w2v2.report.pretraining import list_figures
 from w2v2.report.run_files import CLASSIFICATION, PRETRAINING, PROBE, RECOGNITION, RunFiles
-from w2v2.report.sections import HOURS, Section, Summary, Table, gather, keep, percent, tell_value
+from w2v2.report.sections import HOURS, SHOWN, Section, Summary, Table, gather, keep, percent, tell_value
 
 # Names of a run's own, which every comparison would list.
 OWN_FLAGS = {"output_dir", "hub_model_id", "run_name", "logging_dir", "resume_from_checkpoint"}

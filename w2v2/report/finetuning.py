@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from w2v2.evaluate.scores import MEASURES, NAMES, SHOWN, confusion_counts
+from w2v2.evaluate.scores import MEASURES, NAMES, confusion_counts
 from w2v2.report.charts import show
 from w2v2.report.grids import draw_confusion
 from w2v2.report.playback import embed_audio
@@ -14,6 +14,7 @@ from w2v2.report.sections import (
     CAREFUL,
     GOOD,
     PLAIN,
+    SHOWN,
     Section,
     Summary,
     Table,

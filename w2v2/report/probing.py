@@ -1,9 +1,8 @@
 """The page of a probe: what each layer of which model knows."""
 
-from w2v2.evaluate.scores import SHOWN
 from w2v2.report.charts import Series, draw_lines, show
 from w2v2.report.run_files import RunFiles
-from w2v2.report.sections import BAD, GOOD, Section, Summary, Table, keep, percent, tell_environment, tell_events
+from w2v2.report.sections import BAD, GOOD, SHOWN, Section, Summary, Table, keep, percent, tell_environment, tell_events
 
 LOWER_IS_BETTER = {"cer", "wer", "per"}
 

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from w2v2.evaluate.scores import NAMES
 from w2v2.report.charts import Band, LineChart, Series, draw_lines, show
 from w2v2.report.run_files import RunFiles
 
 MOST_REASONS, MOST_EVENTS = 12, 200
 GOOD, PLAIN, CAREFUL, BAD = "good", "plain", "careful", "bad"
+SHOWN = NAMES | {"uar": "UAR", "accuracy": "accuracy", "macro_f1": "macro-F1"}  # measures, as they are written
 HOURS = "hours of audio heard"
 COLOURS = {"training": 0, "held out": 1} | {
     f"codebook {group + 1}": group for group in range(6)
