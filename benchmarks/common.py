@@ -71,11 +71,12 @@ def speech_lengths(n: int, seed: int = 0) -> np.ndarray:
     return lengths
 
 
-def make_rows(folder: Path, hours: float, manifest: str | None = None, data_root: str | None = None) -> list[dict]:
-    """Rows for about `hours` of speech: spread evenly over `manifest`, or made up as WAV files in `folder`."""
-    if manifest is None:
+def make_rows(folder: Path, hours: float, manifests: str | Sequence[str] | None, data_root: str | None) -> list[dict]:
+    """Rows for about `hours` of speech: spread evenly over manifests, or made up as WAV files in `folder`."""
+    if manifests is None:
         return synthesize(folder, hours)
-    table = read_manifests([manifest], data_root=data_root)[0].select(["id", "audio", "start", "num_samples"])
+    manifests = [manifests] if isinstance(manifests, str) else manifests
+    table = read_manifests(manifests, data_root=data_root)[0].select(["id", "audio", "start", "num_samples"])
     share = hours * 3600 * SAMPLING_RATE / table["num_samples"].to_numpy().sum()
     count = max(1, min(len(table), int(len(table) * share)))
     return table.take(np.linspace(0, len(table) - 1, count).astype(int)).to_pylist()

@@ -13,9 +13,8 @@ results.json and rivals.png.
 """
 
 from importlib.util import find_spec
-from pathlib import Path
 
-from studies import ACCURACY, DRAWN, ERRORS, draw, fine_tune, keep, parse_words, run, show, start_parser, validate
+from studies import ACCURACY, DRAWN, ERRORS, draw, judge, keep, parse_words, pretrain, run, show, start_parser
 
 from w2v2.cli import run_script
 
@@ -27,14 +26,6 @@ SIDES = {
 }
 
 
-def pretrain(folder: Path, side: str, args, flags: list[str]) -> None:
-    if side == "ours":
-        run(folder, "model.safetensors", "pretrain.py", args.pretrain, "--collapse_action", "warn", *flags)
-    else:
-        rival = ["benchmarks/learning/train_rival.py", side, args.accumulation]
-        run(folder, "model.safetensors", *rival, args.pretrain, *flags)
-
-
 def main() -> None:
     parser = start_parser(__doc__, "pretrain", "finetune_ctc")
     installed = [side for side in SIDES if side != "speechbrain" or find_spec(side)]
@@ -42,17 +33,20 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of an update in the other loops")
     args, (pretraining, finetuning) = parse_words(parser)
-    runs, folder = [], args.output_dir
+    if "speechbrain" in args.sides and not find_spec("speechbrain"):
+        parser.error("--sides speechbrain: the package is missing: pip install speechbrain")
+    runs = []
     for seed in args.seeds:
         for side in args.sides:
-            model, seeded = folder / f"{side}_{seed}", ["--seed", str(seed)]
-            pretrain(model, side, args, pretraining + seeded)
-            found = validate(model, args.pretrain, pretraining + seeded)
-            start = ["--model_name_or_path", model]
-            found |= fine_tune(folder / f"{side}_{seed}_ctc", args.finetune_ctc, finetuning + seeded, *start)
-            runs.append(dict(side=SIDES[side], seed=seed) | found)
-            keep(runs, folder)
-            draw(runs, "side", DRAWN, folder / "rivals.png")
+            model, flags = args.output_dir / f"{side}_{seed}", [*pretraining, "--seed", str(seed)]
+            if side == "ours":
+                pretrain(model, args.pretrain, flags)
+            else:
+                rival = ["benchmarks/learning/train_rival.py", side, args.accumulation]
+                run(model, "model.safetensors", *rival, args.pretrain, *flags)
+            runs.append(dict(side=SIDES[side], seed=seed) | judge(model, args, pretraining, finetuning, seed))
+            keep(runs, args.output_dir)
+            draw(runs, "side", DRAWN, args.output_dir / "rivals.png")
     show(runs, {"side": "loop"}, ACCURACY | ERRORS)
 
 

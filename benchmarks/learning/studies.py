@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ROOT, environment, make_parser, print_table
+from common import ROOT, environment, make_parser, make_rows, print_table, write_lines
 
 from w2v2.arguments import PretrainArguments
+from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.cli import parse_command_line
 from w2v2.errors import UserError
 from w2v2.evaluate.plots import make_figure, save_figure
@@ -81,6 +82,11 @@ def run(folder: Path, product: str, *words) -> None:
             raise UserError(f"{command[0]} ended with status {status}: see {log.name}")
 
 
+def pretrain(folder: Path, recipe: str, flags: Sequence[str]) -> None:
+    """Collapsed codes are a result: they end no run."""
+    run(folder, "model.safetensors", "pretrain.py", recipe, "--collapse_action", "warn", *flags)
+
+
 def validate(folder: Path, recipe: str, flags: Sequence[str]) -> dict[str, float]:
     """A model's figures on held-out speech by the masks and distractors of recipe and flags, not by its own.
 
@@ -104,6 +110,27 @@ def fine_tune(folder: Path, recipe: str, flags: Sequence[str], *start) -> dict[s
     test = next(name for name in scores if name not in ("validation", "run"))
     found = dict(validation=scores["validation"]["wer"], wer=scores[test]["wer"], cer=scores[test]["cer"])
     return found | dict(lm_wer=scores[test].get("lm", {}).get("wer"), hours=scores["run"]["train_hours"])
+
+
+def list_hours(hours: float, args: PretrainArguments, folder: Path) -> str:
+    """A manifest of so many hours of --train_data. Raises UserError where it holds fewer."""
+    rows = make_rows(folder, hours, args.train_data, args.data_root)
+    found = sum(row["num_samples"] for row in rows) / SAMPLING_RATE / 3600
+    if found < 0.95 * hours:
+        raise UserError(
+            f"--train_data holds {found:.2f} h, the study asks for {hours:g}: give more, or leave --variants out"
+        )
+    return write_lines(folder / f"{hours:g}_hours.jsonl", rows)
+
+
+def judge(model: Path, args: argparse.Namespace, pretraining: list[str], finetuning: list[str], seed: int) -> dict:
+    """What a pretrained model is worth: validated, and fine-tuned if a recipe says how."""
+    seeded = ["--seed", str(seed)]
+    found = validate(model, args.pretrain, pretraining + seeded)
+    if args.finetune_ctc:
+        where, start = model.with_name(model.name + "_ctc"), ["--model_name_or_path", model]
+        found |= fine_tune(where, args.finetune_ctc, finetuning + seeded, *start)
+    return found
 
 
 # -- what they found

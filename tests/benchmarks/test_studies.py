@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import label_efficiency
 import numpy as np
 import pandas
+import pretraining
 import pytest
 import rivals
 import studies
@@ -23,6 +24,7 @@ import finetune_ctc
 import pretrain
 from w2v2.arguments import PretrainArguments
 from w2v2.errors import UserError
+from w2v2.train.log import read_metrics
 
 SCRIPTS = {"pretrain.py": pretrain, "finetune_ctc.py": finetune_ctc, "benchmarks/learning/train_rival.py": train_rival}
 PRETRAINING = dict(batch_hours=0.003, crop_seconds=2.0, max_steps=3, mask_time_length=5, dataloader_num_workers=0,
@@ -108,6 +110,38 @@ def test_labels_are_saved_where_validation_chose(corpus, study, tmp_path, capsys
     ]
     for row, some in zip(rows, zip(runs[::2], runs[1::2], strict=True), strict=True):
         assert f"{min(some, key=lambda run: run['validation'])['cer']:.1%}" in row
+
+
+STUDIES = """
+short: {batch × 2: {batch_hours: x2, max_steps: x0.5, warmup_steps: x0.5}, few: {config_overrides: num_negatives=5}}
+hours: {half: {hours: 0.008}, too much: {hours: 1}}
+"""
+
+
+def test_variants_of_a_recipe_are_compared(corpus, study, tmp_path, capsys):
+    (corpus / "studies.yaml").write_text(STUDIES)
+    words = [corpus / "config.yaml", "--studies", corpus / "studies.yaml", "--seeds", 1, 2, "--output_dir", tmp_path]
+    study(pretraining, *words, "--study", "short", "--", "--max_steps", 4)
+    runs = read_runs(tmp_path / "short")
+    names = ["batch × 2", "few"]
+    assert [(run["variant"], run["seed"]) for run in runs] == [(name, seed) for seed in (1, 2) for name in names]
+    table = capsys.readouterr().out
+    losses = [run["loss"] for run in runs if run["variant"] == "few"]
+    assert f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" in table and min(losses) > 2.5  # of 20
+    flags = yaml.safe_load((tmp_path / "batch_2_1" / "pretrain_config.yaml").read_text())
+    assert (flags["max_steps"], flags["batch_hours"], flags["warmup_steps"]) == (2, 0.006, 2.0)
+    assert (tmp_path / "short" / "short.png").stat().st_size > 1000
+    study(pretraining, *words, "--study", "hours", "--variants", "half")
+    listed = [json.loads(line) for line in (tmp_path / "0.008_hours.jsonl").read_text().splitlines()]
+    assert sum(row["num_samples"] for row in listed) / 16_000 == pytest.approx(0.008 * 3600, abs=1.0)
+    assert read_metrics(tmp_path / "half_1" / "metrics.jsonl")[-1]["epoch"] > 0
+    for given, said in {
+        "hours": "holds 0.01 h",
+        "shor": "has short, hours",
+        "short --variants new": "new: short in",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            study(pretraining, *words, "--study", *given.split())
 
 
 def rival_flags(corpus, folder, **flags):
