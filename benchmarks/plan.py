@@ -49,6 +49,7 @@ PAPER_CROP_SECONDS = 15.6
 RECIPE = SimpleNamespace(
     batch_hours=1.6, crop_seconds=15.38, length_grid_seconds=0.32, micro_batch_seconds=200.0, seed=0, max_steps=400_000,
     warmup_steps=32_000, validation_data=["dev"], eval_split_name=None, mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2,
+    cuda_graph=False,
 )  # fmt: skip
 BUDGET = round(RECIPE.micro_batch_seconds * SAMPLING_RATE)
 BATCH = round(RECIPE.batch_hours * 3600 * SAMPLING_RATE)

@@ -54,9 +54,14 @@ def write_pretraining(folder: Path, updates=60, last_accuracy=0.4, **flags) -> P
     write_lines(folder / "events.jsonl", [start | {"num_processes": 2, "precision": "no"}, finish])
     skipped = [{"id": HOSTILE, "audio": f"/data/{HOSTILE}.wav", "reason": "no audio in it", "step": 3}]
     write_lines(folder / "skipped_audio.jsonl", skipped)
-    plan = {"utterances": 100, "hours": 6.0, "dropped": {"too_short": 4}, "validation": {"utterances": 5, "hours": 0.5}}
+    heard = {"utterances": 100, "hours": 6.0, "dropped": {"too_short": 4}, "dropped_hours": {"too_short": 0.01}}
+    plan = heard | {"validation": heard, "micro_batch_size": {"slots": 1_000}, "num_processes": 2, "max_steps": updates}
+    plan |= dict.fromkeys(("micro_batches_per_update", "padded_fraction", "cropped_fraction", "updates_per_epoch"), 1)
+    plan |= {"batch_hours": 0.1, "hours_to_hear": 6.0, "epochs": 1, "proposal": {"text": f"{'how sure':14}not at all"}}
     plan["lengths"] = {"seconds": [0.0, 5.0, 10.0], "utterances": [70, 30]}
-    plan["sources"] = [{"name": HOSTILE, "share": 0.75}, {"name": "other", "share": 0.25}]
+    source = heard | dict.fromkeys(("repetitions", "repetitions_per_epoch", "draws_per_epoch"), 1) | {"language": ""}
+    source |= {"dropped": 0, "dropped_hours": 0.0}
+    plan["sources"] = [source | {"name": HOSTILE, "share": 0.75}, source | {"name": "other", "share": 0.25}]
     plan["warnings"] = [{"code": "small_batch", "message": "the batch is small", "remedy": "raise --batch_hours"}]
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     config = {"max_steps": updates, "learning_rate": 1e-3, "train_data": [HOSTILE], "output_dir": str(folder)}

@@ -9,14 +9,12 @@ import pytest
 from w2v2.errors import UserError
 from w2v2.plan.budget import (
     COVERED,
-    Measured,
     describe_budget,
     expect_error_rates,
+    find_misses,
     leave_out,
-    miss_factors,
     propose_run,
     study_rows,
-    unseen_batches,
 )
 from w2v2.train.schedule import PEAK_RATES
 
@@ -25,24 +23,27 @@ SMALL = SimpleNamespace(hidden_size=144, num_hidden_layers=4, do_stable_layer_no
 
 
 def flags(**changes):
-    return SimpleNamespace(
-        **(
-            dict(batch_hours=1.6, max_steps=400_000, learning_rate=5e-4, warmup_steps=0.08, model_name_or_path=None)
-            | changes
-        )
-    )
+    values = dict(batch_hours=1.6, max_steps=400_000, learning_rate=5e-4, warmup_steps=0.08, eval_steps=1)
+    return SimpleNamespace(**values | dict(model_name_or_path=None) | changes)
+
+
+def propose(device_hours, num_devices, speed, args, config, overshoot=0.0, least_hours=0.0, validation=0.0, epoch=1e9):
+    """A proposal at `speed` hours heard in a device-hour; an update's validations cost `validation` device-hours."""
+    plan = dict(num_processes=num_devices, batch_hours=args.batch_hours + overshoot)
+    plan |= dict(micro_batch_seconds=3600 * least_hours / num_devices, updates_per_epoch=epoch / plan["batch_hours"])
+    probe = dict(audio_seconds_per_second=speed * num_devices, validation_seconds=3600 * validation / num_devices)
+    return SimpleNamespace(**propose_run(device_hours, plan | {"probe": probe}, args, config))
 
 
 @pytest.mark.parametrize("what, num_rows, usual, worst", [("hours", 46, 1.02, 1.15), ("seconds", 43, 1.03, 1.15)])
 def test_rows_left_out_are_nearly_predicted(what, num_rows, usual, worst):
-    pairs = leave_out(what)
-    factors = miss_factors(pairs)
-    assert len(pairs) == num_rows  # of 48: the others have nothing on one side
+    factors = find_misses(what)
+    assert len(factors) == 2 * num_rows  # of 48: the others have nothing on one side
     assert np.median(factors) < usual and factors.max() < worst
 
 
 def test_range_holds_nine_of_ten_left_out():
-    factor, held = float(np.quantile(unseen_batches(), COVERED)), []
+    factor, held = float(np.quantile(find_misses(), COVERED)), []
     for row, rates in leave_out("seconds"):
         ends = rates.widened(factor)
         held += [low <= rate <= high for rate, (low, high) in zip((row.test_clean, row.test_other), ends, strict=True)]
@@ -97,7 +98,7 @@ def test_few_large_updates_are_pointed_out():
 
 @pytest.mark.parametrize("hours", [2_500, 9_000, 26_880, 90_000, 376_320])
 def test_proposal_spends_the_budget_as_the_study_did(hours):
-    run = propose_run(24, Measured(2, hours / 24), flags(), BASE)
+    run = propose(24, 2, hours / 24, flags(), BASE)
     assert 0 <= hours - run.hours_heard <= run.batch_hours
     assert run.max_steps >= 50_000  # fewer the study has never tried
     near = [peak for seconds, peak in PEAK_RATES if seconds <= 3600 * run.batch_hours + 1]
@@ -109,7 +110,7 @@ def test_proposal_spends_the_budget_as_the_study_did(hours):
 
 def test_proposal_for_another_model_keeps_its_batch():
     args = flags(batch_hours=0.5, learning_rate=1e-3, max_steps=1_000, warmup_steps=250)
-    run = propose_run(1, Measured(1, 100), args, SMALL)
+    run = propose(1, 1, 100, args, SMALL)
     assert (run.max_steps, run.batch_hours, run.learning_rate, run.rates) == (200, 0.5, 1e-3, None)
     assert run.warmup_steps == 50  # a quarter, as of the thousand
     assert "no study covers this run" in run.text
@@ -117,38 +118,37 @@ def test_proposal_for_another_model_keeps_its_batch():
 
 def test_each_device_has_a_micro_batch():
     """Smaller batches than were measured would be slower; the learning rate is that of the batch."""
-    few, many = (propose_run(24, Measured(8, 200, least_batch_hours=least), flags(), BASE) for least in (0, 0.5))
+    few, many = (propose(24, 8, 200, flags(), BASE, least_hours=least) for least in (0, 0.5))
     assert few.batch_hours < 0.5 == many.batch_hours and many.learning_rate > few.learning_rate
     assert many.hours_heard == pytest.approx(24 * 200, rel=0.01)
 
 
 def test_validations_are_paid_for():
-    run = propose_run(1, Measured(1, 100, validation_hours=0.005), flags(batch_hours=0.5), SMALL)
+    run = propose(1, 1, 100, flags(batch_hours=0.5), SMALL, validation=0.005)
     assert (run.max_steps, run.hours_heard) == (100, 50) and "validations take 50% of the time" in run.text
     with pytest.raises(UserError, match="more than 0.01"):
-        propose_run(0.009, Measured(1, 100, validation_hours=0.005), flags(batch_hours=0.5), SMALL)
+        propose(0.009, 1, 100, flags(batch_hours=0.5), SMALL, validation=0.005)
 
 
 def test_a_probe_that_heard_nothing_is_refused():
     with pytest.raises(UserError, match="none of the audio"):
-        propose_run(1, Measured(1, 0), flags(), BASE)
+        propose(1, 1, 0, flags(), BASE)
 
 
 def test_budget_below_one_update_is_refused():
-    with pytest.raises(
-        UserError, match=r"--gpu_hours 0.0001 ends before the first update of 0.0417 h; give more than 0.00042"
-    ):
-        propose_run(0.0001, Measured(1, 100), flags(), BASE)
+    said = r"--gpu_hours 0.0001 ends before the first update of 0.0417 h; give more than 0.00042"
+    with pytest.raises(UserError, match=said):
+        propose(0.0001, 1, 100, flags(), BASE)
 
 
 def test_batches_that_hold_more_than_was_asked_for_are_fewer():
-    run = propose_run(1, Measured(1, 100, overshoot_hours=0.125), flags(batch_hours=0.5), SMALL)
+    run = propose(1, 1, 100, flags(batch_hours=0.5), SMALL, overshoot=0.125)
     assert (run.max_steps, run.batch_hours, run.hours_heard) == (160, 0.5, 100)
 
 
 def test_a_proposal_of_too_many_passes_says_so():
     """A thousand times 0.01 h are a tenth of what is heard, and of the budget."""
-    few, many = (propose_run(1, Measured(1, 100, epoch_hours=hours), flags(), SMALL) for hours in (0.1, 0.01))
+    few, many = (propose(1, 1, 100, flags(), SMALL, epoch=hours) for hours in (0.1, 0.01))
     assert "passes" not in few.text
     assert "heard 9,920 times, where 1,000 passes are the limit" in many.text  # 62 updates of 1.6 h
     assert "give more speech, or a budget of 0.1 device-hours" in many.text

@@ -30,9 +30,8 @@ def base(**changes):
 
 
 def flags(**changes):
-    return SimpleNamespace(
-        **(dict(batch_hours=1.6, mask_time_prob=0.65, mask_time_length=10, model_name_or_path=None) | changes)
-    )
+    values = dict(batch_hours=1.6, mask_time_prob=0.65, mask_time_length=10, model_name_or_path=None)
+    return SimpleNamespace(**values | changes)
 
 
 def validation(hours, accuracy, guess=0.005):
@@ -92,28 +91,27 @@ def test_only_like_models_and_batches_are_compared(changes, width, found):
 )
 def test_verdict_follows_the_band(accuracy, guess, verdict):
     # Half-way between 100 and 10,000 h, in log hours, the band is 0.2 to 0.4.
-    placing = place_in_band([validation(1_000, accuracy, guess)], [REFERENCE])
-    assert placing.verdict == verdict
-    assert "since" not in placing.text
+    found, text = place_in_band([validation(1_000, accuracy, guess)], [REFERENCE])
+    assert found == verdict and "since" not in text
 
 
 def test_since_is_the_start_of_the_unbroken_verdict():
     hours_and_accuracies = [(200, 0.05), (300, 0.3), (500, 0.01), (1_000, 0.05), (2_000, 0.06)]
     placing = place_in_band([validation(*pair) for pair in hours_and_accuracies], [REFERENCE])
-    assert placing.verdict == "below"
-    assert placing.text == (
-        "accuracy 0.060 at 2,000 h is below the band of a model (speech) with batches of 60.0 min, 0.230 to 0.430, since 500 h"
+    assert placing == (
+        "below",
+        "accuracy 0.060 at 2,000 h is below the band of a model (speech) with batches of 60.0 min, 0.230 to 0.430, since 500 h",
     )
 
 
 def test_hours_without_reference_are_unknown():
-    placing = place_in_band([validation(50, 0.2)], [REFERENCE])
-    assert placing.verdict == "unknown" and "begin at 100 h and end at 10,000 h" in placing.text
+    verdict, text = place_in_band([validation(50, 0.2)], [REFERENCE])
+    assert verdict == "unknown" and "begin at 100 h and end at 10,000 h" in text
     assert place_in_band([validation(50, 0.2)], []) is None
     assert place_in_band([dict(step=1, audio_hours=500.0, accuracy=0.3)], [REFERENCE]) is None  # training alone
     diverged = [validation(500, 0.3), dict(validation(600, 0.3), eval_accuracy=None)]
     assert place_in_band(diverged, [REFERENCE]) is None  # an older validation is not the newest
-    assert place_in_band([diverged[1], validation(700, 0.3)], [REFERENCE]).verdict == "inside"
+    assert place_in_band([diverged[1], validation(700, 0.3)], [REFERENCE])[0] == "inside"
 
 
 def test_band_watch_speaks_at_changes_and_now_and_then(tmp_path, capsys):

@@ -22,7 +22,7 @@ from w2v2.train.identity import identity
 def make_args(**changes):
     values = dict(crop_seconds=8.0, length_grid_seconds=0.32, batch_hours=0.02, micro_batch_seconds=30.0, seed=3)
     values |= dict(max_steps=5, warmup_steps=1, validation_data=None, eval_split_name=None)
-    values |= dict(mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2)
+    values |= dict(cuda_graph=False, mask_time_prob=0.65, mask_time_length=10, mask_time_min_masks=2)
     return SimpleNamespace(**values | changes)
 
 
@@ -59,18 +59,18 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     args = make_args(length_grid_seconds=grid)
     samples = np.array(in_samples(lengths))
     batches = build_batches(Utterances(None, samples.astype(np.int32), {}), args)
-    cursor, rounds, drawn = Cursor(), [], []
+    cursor, rounds, drawn, slots = Cursor(), [], [], 0
     for update in range(5):
         crops, cursor = batches.draw(cursor)
         cut = dict(num_ranks=num_ranks, micro_batch_samples=30 * SAMPLING_RATE)
         plans = [p for rank in range(num_ranks) for p in plan_update(crops, update, cursor, rank=rank, **cut)]
         rounds.append(plans[0].num_rounds)
         drawn.append(crops.num_samples.sum())
+        slots += sum(-(-int(length) // 320) for length in crops.num_samples)
     heard = crop_length(samples, 8 * SAMPLING_RATE, round(grid * SAMPLING_RATE)).sum()
 
-    data = Utterances(
-        None, samples.astype(np.int32), {"too_short": 4, "too_long": 0}, {"too_short": 0.5, "too_long": 0}
-    )
+    left_out = {"too_short": 4, "too_long": 0}, {"too_short": 0.5, "too_long": 0}
+    data = Utterances(None, samples.astype(np.int32), *left_out)
     found = make_plan(data, build_batches(data, args), args, num_ranks, 30.0)
     assert found["utterances"] == len(samples) and found["dropped"] == {"too_short": 4}
     assert found["dropped_hours"] == {"too_short": 0.5}
@@ -86,11 +86,12 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
     assert found["cropped_fraction"] == pytest.approx(1 - heard / samples.sum())
     size = find_size(batches, num_ranks, 30 * SAMPLING_RATE)
     assert found["micro_batch_size"] == {"slots": size.slots, "rows": size.rows}
-    filler = 1 - sum(drawn) / (sum(rounds) * num_ranks * size.slots * 320)
-    assert found["filler_fraction"] == pytest.approx(filler) and 0 < filler < 0.5
-    said = (
-        f"micro-batches of at most {size.slots / 50:.1f} s on each of {num_ranks} device(s), up to {filler:.1%} filler"
-    )
+    padding = 1 - sum(drawn) / (320 * slots)
+    assert found["padded_fraction"] == pytest.approx(padding) and 0 <= padding < 0.01 and (grid or padding)
+    filled = make_plan(data, batches, make_args(length_grid_seconds=grid, cuda_graph=True), num_ranks, 30.0)
+    num_pieces = sum(rounds) * num_ranks  # no dummy is among them here
+    assert filled["padded_fraction"] == pytest.approx(1 - sum(drawn) / (320 * num_pieces * size.slots))
+    said = f"micro-batches of at most {size.slots / 50:.1f} s on each of {num_ranks} device(s), {padding:.1%} padding"
     lines = describe(found | {"warnings": []})
     assert said in lines and "(left out: 4 too_short, 0.50 h)" in lines and "5 updates hear 0.1" in lines
     assert f": {found['updates_per_epoch']:.1f} updates an epoch" in lines

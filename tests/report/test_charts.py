@@ -3,43 +3,63 @@
 import math
 import re
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from w2v2.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Band, Series, draw_lines, find_ticks, show, thin
-from w2v2.report.corpus import draw_lengths
-from w2v2.report.grids import SIDE, USE_LEVELS, draw_bars, draw_codebook, draw_confusion
+from w2v2.report.grids import LABELS, SIDE, USE_LEVELS, draw_bars, draw_codebook, draw_confusion
 from w2v2.report.page import TEMPLATES
+from w2v2.report.pretraining import draw_lengths
 
 NAN = float("nan")
 
 
-def points_of(path):
-    """The pieces of a path of straight lines."""
-    pieces = [piece for piece in path.split("M") if piece]
-    return [[tuple(map(float, point.split())) for point in piece.split("L")] for piece in pieces]
+def find(chart, name, classes=""):
+    """The elements of this name that have all these classes."""
+    every = ElementTree.fromstring(chart.svg).iter(name)
+    return [one for one in every if set(classes.split()) <= set(one.get("class", "").split())]
+
+
+def texts(chart, name):
+    return [one.text for one in find(chart, name)]
+
+
+def lines_of(chart, classes="line"):
+    """The pieces of each path of straight lines, as points."""
+    paths = [one.get("d").rstrip("Z").split("M")[1:] for one in find(chart, "path", classes)]
+    return [[[tuple(map(float, point.split())) for point in piece.split("L")] for piece in path] for path in paths]
+
+
+def y_ticks(chart):
+    """Label of the y axis → its position."""
+    return {
+        one.text: float(one.get("y")) - 3.5 for one in find(chart, "text", "tick") if one.get("text-anchor") == "end"
+    }
 
 
 def test_a_line_stands_where_its_values_say():
     chart = draw_lines("t", [Series("a", [(0, 0.0), (5, 10.0), (10, 5.0)])], "x")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     expected = [(LEFT, HEIGHT - BOTTOM), ((LEFT + WIDTH - RIGHT) / 2, TOP), (WIDTH - RIGHT, middle)]
-    assert points_of(chart.lines[0].path) == [expected]
-    assert (HEIGHT - BOTTOM, "0") in chart.y_ticks and (TOP, "10") in chart.y_ticks
+    assert lines_of(chart) == [[expected]] and not chart.legend
+    assert y_ticks(chart)["0"] == HEIGHT - BOTTOM and y_ticks(chart)["10"] == TOP
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e-13, 1e-12, 1e30])
 def test_a_lines_form_does_not_depend_on_its_scale(scale):
     charts = [draw_lines("t", [Series("a", [(0, 2 * s), (5, 4 * s), (10, 3 * s)])], "x") for s in (1, scale)]
-    assert charts[0].lines[0].path == charts[1].lines[0].path and len({label for _, label in charts[1].y_ticks}) > 2
+    assert lines_of(charts[0]) == lines_of(charts[1]) and len(y_ticks(charts[1])) > 2
 
 
 @pytest.mark.parametrize("gap", [NAN, float("inf"), None])
 def test_values_that_are_not_finite_leave_gaps(gap):
     chart = draw_lines("t", [Series("a", [(1, 1.0), (2, 2.0), (3, gap), (4, 3.0)]), Series("b", [(1, gap)])], "x")
-    assert [len(piece) for piece in points_of(chart.lines[0].path)] == [2, 1] and len(chart.lines) == 1
-    assert "1 not finite" in chart.description and any("not finite" in text for _, _, text in chart.hovers)
+    assert [[len(piece) for piece in line] for line in lines_of(chart)] == [[2, 1]]
+    assert "1 not finite" in texts(chart, "desc")[0] and any(
+        f"a: {show(gap)}" in text for text in texts(chart, "title")
+    )
     assert draw_lines("t", [Series("b", [(1, gap)]), Series("c", [])], "x") is None
 
 
@@ -71,33 +91,28 @@ def test_ticks_are_few_and_round():
 def test_a_band_ends_where_the_lines_end():
     edges = [(0, 0.0, 1.0), (10, 10.0, 11.0), (20, 20.0, 21.0)]
     chart = draw_lines("t", [Series("a", [(0, 0.0), (5, 6.0)])], "x", band=Band("others", edges))
-    name, path = chart.band
-    (corners,) = points_of(path.rstrip("Z"))
-    y = dict((label, at) for at, label in chart.y_ticks)
-    assert name == "others" and max(x for x, _ in corners) == WIDTH - RIGHT
-    assert corners[1] == (WIDTH - RIGHT, y["6"]) and corners[0] == (
-        LEFT,
-        pytest.approx(y["0"] + (y["6"] - y["0"]) / 6, abs=0.1),
-    )
-    assert draw_lines("t", [Series("a", [(0, 0.0), (5, 6.0)])], "x", band=Band("late", [(9, 0, 1)])).band is None
+    (((first, second, *_),),), y = lines_of(chart, "band"), y_ticks(chart)
+    assert chart.legend[-1] == ("band", "others") and second == (WIDTH - RIGHT, y["6"])
+    assert first == (LEFT, pytest.approx(y["0"] + (y["6"] - y["0"]) / 6, abs=0.1))
+    late = draw_lines("t", [Series("a", [(0, 0.0), (5, 6.0)])], "x", band=Band("late", [(9, 0, 1)]))
+    assert not find(late, "path", "band")
 
 
 def test_a_histogram_is_the_outline_of_its_columns():
     random = np.random.default_rng(0)
     counts, edges = np.histogram(random.uniform(5, 9, 500), 24)
     chart = draw_lengths({"seconds": edges.tolist(), "utterances": counts.tolist()})
-    ((first, *corners, last),) = points_of(chart.lines[0].path)
+    (((first, *corners, last),),), y = lines_of(chart), y_ticks(chart)
     area = sum((x1 - x0) * (first[1] - y0) for (x0, y0), (x1, y1) in pairwise(corners) if y0 == y1)
-    unit = {int(label): at for at, label in chart.y_ticks if label in ("0", "20")}
-    scale = (unit[0] - unit[20]) / 20 * (WIDTH - LEFT - RIGHT) / 24
-    assert first[1] == last[1] == unit[0] and area / scale == pytest.approx(500, rel=0.01)
+    scale = (y["0"] - y["20"]) / 20 * (WIDTH - LEFT - RIGHT) / 24
+    assert first[1] == last[1] == y["0"] and area / scale == pytest.approx(500, rel=0.01)
     assert draw_lengths(None) is None
 
 
 def test_each_strip_tells_the_last_values_of_all_lines():
     series = [Series("a", [(x, float(x)) for x in range(1_000)]), Series("b", [(999, 7.0)])]
-    hovers = draw_lines("t", series, "hours").hovers
-    assert len(hovers) == 40 and hovers[-1][2] == "999 hours\na: 999\nb: 7"
+    _, *hovers = texts(draw_lines("t", series, "hours"), "title")
+    assert len(hovers) == 40 and hovers[-1] == "999 hours\na: 999\nb: 7"
 
 
 @pytest.mark.parametrize("entries", [7, 64, 320])
@@ -115,30 +130,30 @@ def test_a_heat_map_colours_each_cell_by_its_use(entries):
             share = np.mean([line[entry] / 500 * entries for entry in row])
             expected[0 if share == 0 else 1 + sum(share >= limit for limit in USE_LEVELS)] += 1
     cell = (WIDTH - LEFT - RIGHT) / 5 * (HEIGHT - TOP - BOTTOM) / len(rows)
-    for level, _, path in chart.levels:
-        corners = re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)", path)
+    for level in range(6):
+        (path,) = find(chart, "path", f"q{level}")
+        corners = re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)", path.get("d"))
         area = sum((float(x1) - float(x0)) * (float(y1) - float(y0)) for x0, y0, x1, y1 in corners)
         assert area / cell == pytest.approx(expected[level], rel=0.01, abs=0.05)
     used = sum(count > 0 for count in counts[0])
-    assert f"{used} of {entries} entries used" in chart.hovers[0][2]
+    assert f"{used} of {entries} entries used" in texts(chart, "title")[1]
     assert draw_codebook(records, 2) is None and draw_codebook([], 0) is None
 
 
 def test_a_confusion_matrix_has_a_cell_for_each_count():
-    chart = draw_confusion([[3, 1], [0, 4]], ["anger", "a very long name of a class"])
-    assert [(x, y, count) for x, y, _, count, _ in chart.cells] == [
-        (0, 0, 3),
-        (SIDE / 2, 0, 1),
-        (SIDE / 2, SIDE / 2, 4),
-    ]
-    assert "anger → a very long name of a class: 1 of 4 (25%)" in chart.cells[1][4]
-    assert [name for _, name, _ in chart.names] == ["anger", "a very long …"]
-    assert draw_confusion([[0] * 41] * 41, [str(n) for n in range(41)]) is None
+    chart = draw_confusion("t", [[3, 1], [0, 4]], ["anger", "a very long name of a class"])
+    _, *cells = find(chart, "rect")  # after the frame
+    places = [(float(cell.get("x")) - LABELS, float(cell.get("y")) - 2) for cell in cells]
+    assert places == [(0, 0), (SIDE / 2, 0), (SIDE / 2, SIDE / 2)]
+    assert [one.text for one in find(chart, "text", "count")] == ["3", "1", "4"]
+    assert "anger → a very long name of a class: 1 of 4 (25%)" in texts(chart, "title")
+    assert [one.text for one in find(chart, "text", "tick")] == ["anger"] * 2 + ["a very long …"] * 2
+    assert draw_confusion("t", [[0] * 41] * 41, [str(n) for n in range(41)]) is None
 
 
 def test_bars_are_as_long_as_their_values():
     chart = draw_bars("t", [("a", 4, "4"), ("b", 1, "1"), ("c", 0, "0")])
-    widths = [width for _, width, *_ in chart.rows]
+    widths = [float(bar.get("width")) for bar in find(chart, "rect", "bar")]
     assert widths[0] == pytest.approx(4 * widths[1], abs=0.5) and widths[2] == 0
     assert draw_bars("t", [("a", 0, "0")]) is None
 

@@ -62,42 +62,6 @@ class Rates(NamedTuple):
         )
 
 
-class Measured(NamedTuple):
-    """What a budget is spent on."""
-
-    num_devices: int
-    hours_per_device_hour: float  # of audio, while updates run
-    overshoot_hours: float = 0.0  # by which an effective batch exceeds --batch_hours: its last utterance is heard whole
-    least_batch_hours: float = 0.0  # that fill a micro-batch on each device: smaller ones are slower than was measured
-    validation_hours: float = 0.0  # of all devices, for each update on average
-    epoch_hours: float = math.inf  # in one pass over the data
-
-    @classmethod
-    def of(cls, plan: dict[str, Any], args) -> "Measured":
-        """What the probe of a plan found."""
-        probe, num_devices = plan["probe"], plan["num_processes"]
-        return cls(
-            num_devices,
-            probe["audio_seconds_per_second"] / num_devices,
-            overshoot_hours=plan["batch_hours"] - args.batch_hours,
-            least_batch_hours=num_devices * plan["micro_batch_seconds"] / 3600,
-            validation_hours=num_devices * probe["validation_seconds"] / 3600 / args.eval_steps,
-            epoch_hours=plan["updates_per_epoch"] * plan["batch_hours"],
-        )
-
-
-class Proposal(NamedTuple):
-    """A run for a budget of device-hours."""
-
-    max_steps: int
-    batch_hours: float
-    learning_rate: float
-    warmup_steps: int
-    hours_heard: float
-    rates: Rates | None  # None: the study says nothing
-    text: str  # lines for people
-
-
 @functools.cache
 def study_rows() -> tuple[Row, ...]:
     """The rows of the study that hours explain."""
@@ -126,38 +90,35 @@ def span_rates(hours: float, rows: Sequence[Row]) -> Rates | None:
 
 def leave_out(what: str) -> list[tuple[Row, Rates]]:
     """Each row with its range from the rows of other `hours`, or from those of other batches (`seconds`), if enclosed."""
-    pairs = []
-    for row in study_rows():
-        others = [o for o in study_rows() if not math.isclose(getattr(o, what), getattr(row, what))]
-        if rates := span_rates(row.hours, others):
-            pairs.append((row, rates))
+    rows, pairs = study_rows(), []
+    for row in rows:
+        others = [other for other in rows if not math.isclose(getattr(other, what), getattr(row, what))]
+        pairs += [(row, rates)] if (rates := span_rates(row.hours, others)) else []
     return pairs
 
 
-def miss_factors(pairs: Sequence[tuple[Row, Rates]]) -> np.ndarray:
-    """(2 · rows,) by what factor the middle of the range misses the published rate: 1 does not, 1.1 by 10 %."""
+@functools.cache
+def find_misses(what: str = "seconds") -> np.ndarray:
+    """(2 · rows,) by what factor the middle of the range misses each left-out rate: 1 does not, 1.1 by 10 %."""
     ratios = [
         math.sqrt(low * high) / published
-        for row, rates in pairs
-        for published, (low, high) in ((row.test_clean, rates.test_clean), (row.test_other, rates.test_other))
+        for row, rates in leave_out(what)
+        for published, (low, high) in zip((row.test_clean, row.test_other), rates, strict=True)
     ]
     return np.exp(np.abs(np.log(ratios)))
 
 
-@functools.cache
-def unseen_batches() -> np.ndarray:
-    """How far the study's own rows are missed where their batch size is left out: what a new run may be off by."""
-    return miss_factors(leave_out("seconds"))
-
-
 def expect_error_rates(hours_heard: float) -> Rates | None:
-    """Word error rates of BASE after so many hours; None outside of the study's rows."""
+    """Word error rates of BASE after so many hours; None outside of the study's rows.
+
+    They are as wide as the study's own rows are missed where their batch size is left out: what a new run may be off by.
+    """
     rates = span_rates(hours_heard, study_rows())
-    return rates and rates.widened(float(np.quantile(unseen_batches(), COVERED)))
+    return rates and rates.widened(float(np.quantile(find_misses(), COVERED)))
 
 
 def describe_certainty() -> str:
-    misses = 100 * (unseen_batches() - 1)
+    misses = 100 * (find_misses() - 1)
     return f"predicted from the other batch sizes, the study's own word error rates are off by {median(misses):.0f} % in the median, {max(misses):.0f} % at worst"
 
 
@@ -207,43 +168,48 @@ def choose_batch(hours_heard: float) -> float:
     return LEAST_SECONDS / 3600 if hours_heard < min(row.hours for row in study_rows()) else PAPER_BATCH_HOURS
 
 
-def propose_run(device_hours: float, measured: Measured, args, config) -> Proposal:
-    """A run for so many device-hours in all.
+def propose_run(device_hours: float, plan: dict[str, Any], args, config) -> dict[str, Any]:
+    """A run for so many device-hours in all, at the speed that the probe of `plan` found, for plan.json.
 
     Where the study speaks of the run, it chooses batch, learning rate and warm-up; elsewhere they stay as `args` has them,
     the warm-up as its share of the run. Raises `UserError` where the budget is less than one update.
     """
-    num_devices, speed, overshoot, least_batch, validation, epoch_hours = measured
+    probe, num_devices = plan["probe"], plan["num_processes"]
+    speed = probe["audio_seconds_per_second"] / num_devices  # hours heard in a device-hour of updates
     if not speed:
         raise UserError("--gpu_hours: the probe could read none of the audio; mend the paths in --train_data")
-    unknown = why_unknown(args, config)
-    batch_hours = args.batch_hours if unknown else max(choose_batch(device_hours * speed), least_batch)
-    validation_share = validation * speed / (batch_hours + overshoot)  # of the time of updates
-    hours = device_hours * speed / (1 + validation_share)
-    max_steps = int(hours / (batch_hours + overshoot) * (1 + 1e-9))
+    unknown, batch_hours = why_unknown(args, config), args.batch_hours
+    if not unknown:  # smaller batches than fill a micro-batch on each device would be slower than was measured
+        batch_hours = max(choose_batch(device_hours * speed), num_devices * plan["micro_batch_seconds"] / 3600)
+    each = batch_hours + (plan["batch_hours"] - args.batch_hours)  # the last utterance of a batch is heard whole
+    validation = num_devices * probe["validation_seconds"] / 3600 / args.eval_steps  # device-hours for each update
+    share = validation * speed / each  # of the time of updates
+    hours = device_hours * speed / (1 + share)
+    max_steps = int(hours / each * (1 + 1e-9))
     if not max_steps:
-        least = f"{(batch_hours + overshoot) / speed * (1 + validation_share):.2g}"
         raise UserError(
-            f"--gpu_hours {device_hours:g} ends before the first update of {batch_hours:.3g} h; give more than {least}"
+            f"--gpu_hours {device_hours:g} ends before the first update of {batch_hours:.3g} h; give more than "
+            f"{each / speed * (1 + share):.2g}"
         )
-    recipe = Recipe.of(config, batch_hours, max_steps)
+    recipe, heard = Recipe.of(config, batch_hours, max_steps), max_steps * each
     rate, warmup, rates = recipe.learning_rate, recipe.warmup_steps, expect_error_rates(hours)
     if unknown:
-        share = num_warmup_steps(args.warmup_steps, args.max_steps) / args.max_steps
-        rate, warmup, rates = args.learning_rate, round(share * max_steps), None
+        warmup = round(num_warmup_steps(args.warmup_steps, args.max_steps) / args.max_steps * max_steps)
+        rate, rates = args.learning_rate, None
     sure = f"how sure      {describe_certainty()}" if rates else "how sure      unknown: no study covers this run"
     if not unknown and hours < study_rows()[0].hours:
         sure += "; so few hours are for a smaller model, or for one that has learned already (--model_name_or_path)"
     lines = [
         f"budget        {device_hours:g} device-hours on {num_devices} device(s), {device_hours / num_devices:,.1f} h by the "
         f"clock; at {speed:,.0f} h of audio an hour on each, {hours:,.0f} h are heard"
-        + (f", and validations take {validation_share / (1 + validation_share):.0%} of the time" if validation else ""),
+        + (f", and validations take {share / (1 + share):.0%} of the time" if validation else ""),
         f"proposed      --max_steps {max_steps} --batch_hours {batch_hours:.4g} --learning_rate {rate:g} --warmup_steps {warmup}",
         f"expected      {unknown or describe_hours(hours)}",
         sure,
     ]
-    heard = max_steps * (batch_hours + overshoot)
+    epoch_hours = plan["updates_per_epoch"] * plan["batch_hours"]
     if found := judge_epochs(heard / epoch_hours, epoch_hours):
         most = f"{device_hours * MOST_EPOCHS * epoch_hours / heard:.2g}"
         lines.append(f"passes        {found}\n{'':14}give more speech, or a budget of {most} device-hours at most")
-    return Proposal(max_steps, batch_hours, rate, warmup, heard, rates, "\n".join(lines))
+    flags = dict(max_steps=max_steps, batch_hours=batch_hours, learning_rate=rate, warmup_steps=warmup)
+    return flags | {"hours_heard": heard, "rates": rates, "text": "\n".join(lines)}

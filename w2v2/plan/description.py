@@ -18,32 +18,30 @@ def describe(plan: dict[str, Any]) -> str:
         rows.append(plan["proposal"]["text"])
     elif "budget" in plan:
         rows.append(f"budget        {plan['budget']['text']}")
-    # The reader of manifests has said its warnings already.
     for warning in plan["warnings"]:
         message, remedy = warning["message"], warning["remedy"]
-        rows += [f"warning       {message}", f"{'':14}{remedy}"] if remedy else []
-        rows += [f"note          {message}"] if not remedy and warning["code"] != "manifest" else []
+        if remedy:
+            rows += [f"warning       {message}", f"{'':14}{remedy}"]
+        elif warning["code"] != "manifest":  # the reader of manifests has said its own already
+            rows.append(f"note          {message}")
     return "\n".join(rows)
 
 
 def _describe_data(plan: dict[str, Any]) -> Iterator[str]:
     for name, part in {"data": plan, "validation": plan.get("validation")}.items():
         if part:
-            hours = part["dropped_hours"]
-            left_out = (
-                f"{count:,} {reason}" + (f", {say_hours(hours[reason])}" if reason in hours else "")
+            left_out = [
+                f"{count:,} {reason}" + _say_more(part["dropped_hours"].get(reason))
                 for reason, count in part["dropped"].items()
-            )
-            said = "; ".join(left_out)
-            row = f"{name:14}{part['hours']:,.2f} h in {part['utterances']:,} utterances"
-            yield f"{row} (left out: {said})" if said else row
+            ]
+            said = f" (left out: {'; '.join(left_out)})" if left_out else ""
+            yield f"{name:14}{part['hours']:,.2f} h in {part['utterances']:,} utterances{said}"
     for source in plan.get("sources", []):
-        left_out = (
-            f" (left out: {source['dropped']:,}, {say_hours(source['dropped_hours'])})" if source["dropped"] else ""
-        )
+        left_out = f"{source['dropped']:,}{_say_more(source['dropped_hours'])}"
+        said = f" (left out: {left_out})" if source["dropped"] else ""
         yield (
             f"source        {name_source(source)}: {source['share']:.2%} of what is heard; {source['hours']:,.2f} h in "
-            f"{source['utterances']:,} utterances{left_out}, each heard {source['repetitions_per_epoch']:,.2f} times an epoch, "
+            f"{source['utterances']:,} utterances{said}, each heard {source['repetitions_per_epoch']:,.2f} times an epoch, "
             f"{source['repetitions']:,.1f} in the run"
         )
 
@@ -54,19 +52,13 @@ def _describe_updates(plan: dict[str, Any]) -> Iterator[str]:
     epoch = f" ({draws:,} draws, about as many hours as the sources hold)" if draws else ""
     yield (
         f"update        {plan['batch_hours']:.3f} h of speech in {plan['micro_batches_per_update']:.1f} micro-batches of at most "
-        f"{seconds:.1f} s on each of {plan['num_processes']} device(s), up to {plan['filler_fraction']:.1%} filler, "
+        f"{seconds:.1f} s on each of {plan['num_processes']} device(s), {plan['padded_fraction']:.1%} padding, "
         f"{plan['cropped_fraction']:.1%} cropped away"
     )
-    per_epoch = plan["updates_per_epoch"]
-    pace = (
-        f"{per_epoch:,.1f} updates an epoch{epoch}"
-        if per_epoch >= 1
-        else f"{1 / per_epoch:,.1f} epochs{epoch} an update"
-    )
-    yield (
-        f"run           {plan['max_steps']:,} updates hear {say_hours(plan['hours_to_hear'])}: {pace}, "
-        f"{plan['epochs']:,.1f} epochs"
-    )
+    each = plan["updates_per_epoch"]
+    pace = f"{each:,.1f} updates an epoch{epoch}" if each >= 1 else f"{1 / each:,.1f} epochs{epoch} an update"
+    heard = f"{plan['max_steps']:,} updates hear {say_hours(plan['hours_to_hear'])}"
+    yield f"run           {heard}: {pace}, {plan['epochs']:,.1f} epochs"
 
 
 def _describe_resources(found: dict[str, float]) -> str:
@@ -91,6 +83,10 @@ def _describe_speed(probe: dict[str, float]) -> Iterator[str]:
     )
 
 
+def _say_more(hours: float | None) -> str:
+    return "" if hours is None else f", {say_hours(hours)}"
+
+
 def name_source(source: dict[str, Any]) -> str:
     return source["name"] + (f" ({source['language']})" if source["language"] else "")
 
@@ -108,10 +104,6 @@ def say_time(seconds: float) -> str:
 
 
 def say_size(gigabytes: float) -> str:
-    return (
-        f"{gigabytes:,.0f} GB"
-        if gigabytes >= 100
-        else f"{gigabytes:.2f} GB"
-        if gigabytes >= 1
-        else f"{1e3 * gigabytes:.0f} MB"
-    )
+    if gigabytes < 1:
+        return f"{1e3 * gigabytes:.0f} MB"
+    return f"{gigabytes:,.0f} GB" if gigabytes >= 100 else f"{gigabytes:.2f} GB"

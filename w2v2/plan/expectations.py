@@ -10,6 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,20 +40,13 @@ class Reference(NamedTuple):
     batch_hours: float
     points: dict[str, np.ndarray]  # measure of a validation record → (points, 4): hours heard, low, middle, high
 
-    def band_at(self, hours: float, measure: str = MEASURE) -> tuple[float, float] | None:
-        """(low, high) between the curve's points, straight against log hours; None outside of them."""
-        at, low, _, high = self.points[measure].T
+    def band_at(self, hours: float) -> tuple[float, float] | None:
+        """(low, high) of accuracy between the curve's points, straight against log hours; None outside of them."""
+        at, low, _, high = self.points[MEASURE].T
         if not at[0] <= hours <= at[-1]:
             return None
         low, high = (float(np.interp(math.log(hours), np.log(at), values)) for values in (low, high))
         return low, high
-
-
-class Placing(NamedTuple):
-    """Where a run stands beside its reference."""
-
-    verdict: str  # `inside`, `above`, `below`, `guess` (no better than always guessing) or `unknown`
-    text: str  # a sentence for people
 
 
 @functools.cache
@@ -81,33 +75,33 @@ def find_references(config, args) -> list[Reference]:
     return [reference for _, reference in sorted(near, key=lambda pair: pair[0])]
 
 
-def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Reference]) -> Placing | None:
-    """Where the newest validation of some records lies; of each validation, the first reference that has its hours judges.
+def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Reference]) -> tuple[str, str] | None:
+    """Where the newest validation of some records lies: a verdict, and a sentence for people.
 
-    None without validation or without a reference, and where the newest validation has no finite accuracy.
+    The verdict is `inside`, `above`, `below`, `guess` (no better than always guessing) or `unknown`. Of each validation
+    the first reference judges that has its hours. None without validation or without a reference, and where the newest validation has no finite accuracy.
     """
     validations = [record for record in records if any(name.startswith("eval_") for name in record)]
     if not validations or not references or not _has(validations[-1], MEASURE):
         return None
-    newest, validations = validations[-1], [record for record in validations if _has(record, MEASURE)]
-    hours, accuracy = newest["audio_hours"], newest[MEASURE]
-    (verdict, reference), since = _judge(newest, references), hours
-    for record in reversed(validations):
-        if _judge(record, references)[0] != verdict:
-            break
-        since = record["audio_hours"]
+    newest = validations[-1]
+    hours, accuracy, (verdict, reference) = newest["audio_hours"], newest[MEASURE], _judge(newest, references)
+    alike = takewhile(
+        lambda one: _judge(one, references)[0] == verdict, (r for r in reversed(validations) if _has(r, MEASURE))
+    )
+    since = [record["audio_hours"] for record in alike][-1]
     if verdict == "guess":
         text = f"accuracy {accuracy:.3f} says nothing: always guessing an utterance's commonest codes earns {newest[GUESS]:.3f}"
     elif reference is None:
         ends = [reference.points[MEASURE][[0, -1], 0] for reference in references]
-        first, last = min(start for start, _ in ends), max(end for _, end in ends)
-        text = f"{say_hours(hours)} are outside of the curves for this batch, which begin at {say_hours(first)} and end at {say_hours(last)}"
+        first, last = (say_hours(choose(end)) for choose, end in zip((min, max), zip(*ends, strict=True), strict=True))
+        text = f"{say_hours(hours)} are outside of the curves for this batch, which begin at {first} and end at {last}"
     else:
         low, high = reference.band_at(hours)
         what = f"{reference.name} ({reference.data}) with batches of {say_time(3600 * reference.batch_hours)}, {low:.3f} to {high:.3f}"
         lasting = f", since {say_hours(since)}" if since < hours else ""
         text = f"accuracy {accuracy:.3f} at {say_hours(hours)} is {verdict} the band of {what}{lasting}"
-    return Placing(verdict, text)
+    return verdict, text
 
 
 def _has(record: Mapping[str, Any], *names: str) -> bool:
@@ -141,10 +135,10 @@ class BandWatch:
     def see(self, record: Mapping[str, Any]) -> None:
         """Take the next validation."""
         self.records.append(record)
-        placing = place_in_band(self.records, self.references)
-        if placing and (placing.verdict != self.said or len(self.records) % REPEAT_EVERY == 0):
-            announce(self.accelerator, f"curve         {placing.text}")
-            self.said = placing.verdict
+        verdict, text = place_in_band(self.records, self.references) or (self.said, "")
+        if text and (verdict != self.said or len(self.records) % REPEAT_EVERY == 0):
+            announce(self.accelerator, f"curve         {text}")
+            self.said = verdict
 
 
 def advise_stop(records: Sequence[Mapping[str, Any]], args, config) -> list[str]:
@@ -155,7 +149,7 @@ def advise_stop(records: Sequence[Mapping[str, Any]], args, config) -> list[str]
 
 def _describe_gain(records: Sequence[Mapping[str, Any]], hours: float) -> str | None:
     """Means over the last tenth of the hours against those over the tenth before; of validations where both have some."""
-    for prefix in ("eval_", ""):
+    for prefix, where in (("eval_", "validation"), ("", "training")):
         names = (prefix + "accuracy", prefix + "contrastive_loss")
         known = [record for record in records if _has(record, *names)]
         before = [r for r in known if 0.8 * hours < r["audio_hours"] <= 0.9 * hours]
@@ -163,9 +157,9 @@ def _describe_gain(records: Sequence[Mapping[str, Any]], hours: float) -> str | 
         if before and last:
             accuracy, loss = ([float(np.mean([r[name] for r in part])) for part in (before, last)] for name in names)
             return (
-                f"the last tenth of {say_hours(hours)} changed the {'validation' if prefix else 'training'} accuracy by "
-                f"{accuracy[1] - accuracy[0]:+.3f} to {accuracy[1]:.3f} (seeds of BASE differ by about {SEEDS_DIFFER}), the "
-                f"contrastive loss by {loss[1] - loss[0]:+.3f} to {loss[1]:.3f}"
+                f"the last tenth of {say_hours(hours)} changed the {where} accuracy by {accuracy[1] - accuracy[0]:+.3f} to "
+                f"{accuracy[1]:.3f} (seeds of BASE differ by about {SEEDS_DIFFER}), the contrastive loss by "
+                f"{loss[1] - loss[0]:+.3f} to {loss[1]:.3f}"
             )
     return None
 
@@ -178,12 +172,11 @@ def _describe_doubling(hours: float, args, config) -> str | None:
     if hours < first:
         return f"the study (arXiv 2402.13723) says nothing of less than {first:,.0f} h"
     start = min(hours, last / 2)
-    clean, other = (
-        [math.sqrt(low * high) for low, high in pair]
-        for pair in zip(span_rates(start, study_rows()), span_rates(2 * start, study_rows()), strict=True)
+    before, after = (
+        [math.sqrt(low * high) for low, high in span_rates(heard, study_rows())] for heard in (start, 2 * start)
     )
     what = "twice the hours" if hours == start else f"the study ends at {last:,.0f} h; its last doubling"
     return (
-        f"{what}, from {start:,.0f} to {2 * start:,.0f} h, took BASE's word error rate from {clean[0]:.1f} to {clean[1]:.1f} % on "
-        f"test-clean, {other[0]:.1f} to {other[1]:.1f} % on test-other (arXiv 2402.13723); it takes a new run, with its own schedule"
+        f"{what}, from {start:,.0f} to {2 * start:,.0f} h, took BASE's word error rate from {before[0]:.1f} to {after[0]:.1f} % on "
+        f"test-clean, {before[1]:.1f} to {after[1]:.1f} % on test-other (arXiv 2402.13723); it takes a new run, with its own schedule"
     )

@@ -22,7 +22,7 @@ from w2v2.data.utterances import Utterances
 from w2v2.errors import UserError
 from w2v2.model.loading import make_model
 from w2v2.model.pretraining import PretrainingModel
-from w2v2.plan.budget import Measured, describe_budget, propose_run
+from w2v2.plan.budget import describe_budget, propose_run
 from w2v2.plan.description import describe, name_source
 from w2v2.plan.preflight import Machine, Preflight, find_warnings
 from w2v2.plan.spot_checks import inspect_manifests, measure_reading
@@ -54,24 +54,25 @@ class RunPlan:
         A dry run looks into a sample of the files of every manifest besides, and writes dry_run.json where a run lies
         whose plan.json is to stay. Raises `UserError` where the run would stop.
         """
-        on_main_process(self.accelerator, lambda: self._present(micro_batch_seconds, probe))
+        on_main_process(self.accelerator, lambda: self._present(self.make(micro_batch_seconds, probe)))
 
-    def _present(self, micro_batch_seconds: float | None, probe: dict[str, float] | None) -> None:
-        args, looks = self.args, []
-        plan = self.make(micro_batch_seconds, probe)
+    def _present(self, plan: dict[str, Any]) -> None:
+        args, looks, folder, name = self.args, {}, Path(self.args.output_dir), "plan.json"
         if args.dry_run:
-            looks = [inspect_manifests(flag, *found, args.max_skipped_fraction) for flag, found in self.data.items()]
-            plan["looked_at"] = {flag: counts for flag, (counts, _, _) in zip(self.data, looks, strict=True)}
-        folder = Path(args.output_dir)
+            looks = {
+                flag: inspect_manifests(flag, *found, args.max_skipped_fraction) for flag, found in self.data.items()
+            }
+            plan["looked_at"] = {flag: counts for flag, (counts, _, _) in looks.items()}
+            name = "dry_run.json" if find_remains(folder) else name
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / ("dry_run.json" if args.dry_run and find_remains(folder) else "plan.json")
-        lines = [describe(plan), *(line for _, lines, _ in looks for line in lines)]
-        lines += [f"written       {path}: a run lies there, whose plan.json stays"] if path.stem == "dry_run" else []
+        lines = [describe(plan), *(line for _, lines, _ in looks.values() for line in lines)]
+        lines += (
+            [f"written       {folder / name}: a run lies there, whose plan.json stays"] if name != "plan.json" else []
+        )
         announce(self.accelerator, "\n".join(lines))
-        write_file(path, (json.dumps(plan, indent=2) + "\n").encode())
-        for _, _, problem in looks:
-            if problem:
-                raise UserError(problem)
+        write_file(folder / name, (json.dumps(plan, indent=2) + "\n").encode())
+        for problem in filter(None, (problem for _, _, problem in looks.values())):
+            raise UserError(problem)
 
     def make(self, micro_batch_seconds: float | None, probe: dict[str, float] | None = None) -> dict[str, Any]:
         """The plan, as in plan.json."""
@@ -83,8 +84,7 @@ class RunPlan:
         plan["budget"] = describe_budget(plan["hours_to_hear"], args, config)
         plan |= {"probe": probe} if probe else {}
         if args.gpu_hours and probe:
-            measured = Measured.of(plan, args)
-            plan["proposal"] = propose_run(args.gpu_hours, measured, args, config)._asdict()
+            plan["proposal"] = propose_run(args.gpu_hours, plan, args, config)
         plan |= {"reading": measure_reading(training, args.crop_seconds)} if args.dry_run else {}
         run = Preflight(plan, args, config, Machine.find(self.accelerator), training, validation)
         run.size_is_found = micro_batch_seconds is not None
@@ -105,12 +105,14 @@ def make_plan(
     micro_batch_samples = round(seconds * SAMPLING_RATE)
     batches.check_budget(micro_batch_samples)
     size = find_size(batches, num_ranks, micro_batch_samples)
-    cursor, rounds, samples, num_drawn = Cursor(), [], [], 0
+    cursor, rounds, samples, computed, num_drawn = Cursor(), [], [], 0, 0
     while len(rounds) < args.max_steps and (len(rounds) < FEWEST_UPDATES or num_drawn < FEWEST_UTTERANCES):
         crops, cursor = batches.draw(cursor)
         slots = np.sort(count_slots(crops.num_samples))[::-1]
-        rounds.append(cut(slots, num_ranks, count_slots(micro_batch_samples))[0])
+        num_rounds, pieces = cut(slots, num_ranks, count_slots(micro_batch_samples))
+        rounds.append(num_rounds)
         samples.append(int(crops.num_samples.sum()))
+        computed += LATENT_STRIDE * (len(pieces) * size.slots if args.cuda_graph else int(slots.sum()))
         num_drawn += len(slots)
     heard_samples, whole_samples = _epoch_samples(utterances, batches)
     updates_per_epoch, batch_hours = heard_samples / np.mean(samples), float(np.mean(samples)) / SAMPLING_RATE / 3600
@@ -124,7 +126,7 @@ def make_plan(
         "updates_per_epoch": updates_per_epoch,
         "epochs": args.max_steps / updates_per_epoch,
         "cropped_fraction": 1.0 - heard_samples / whole_samples,
-        "filler_fraction": 1.0 - sum(samples) / (sum(rounds) * num_ranks * size.slots * LATENT_STRIDE),
+        "padded_fraction": 1.0 - sum(samples) / computed,
         "num_processes": num_ranks,
     }
     if utterances.sources:

@@ -4,7 +4,7 @@ Settings are judged by the recipe for the model's size: a small model is not hel
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from w2v2.data.utterances import Utterances
-from w2v2.plan import data_checks, recipe_checks
-from w2v2.plan.recipe_checks import Found
+from w2v2.plan.data_checks import check_data
+from w2v2.plan.recipe_checks import Found, check_recipe
 from w2v2.plan.spot_checks import NUM_TIMED
 from w2v2.train.launch import expected_processes
 from w2v2.train.recipes import Recipe
-from w2v2.train.schedule import num_warmup_steps
 
 MOST_WAITING = 0.1  # of the time of the probe's updates
 GPU_SPEED = 1_100.0  # seconds of audio a second: BASE on an A100, by NVIDIA's figures
@@ -64,103 +63,58 @@ class Preflight:
         return Recipe.of(self.config, self.plan["batch_hours"], self.args.max_steps)
 
     @property
-    def model(self) -> str:
-        return "a small model" if self.recipe.name == "small" else self.recipe.name
-
-    @property
     def is_continued(self) -> bool:
         """Whether it goes on from given weights of a size that published runs have."""
         return bool(self.args.model_name_or_path) and self.recipe.name != "small"
 
-    @property
-    def warmup_steps(self) -> int:
-        return num_warmup_steps(self.args.warmup_steps, self.args.max_steps)
-
 
 def find_warnings(run: Preflight) -> list[dict[str, str]]:
     """The warnings of all checks, as in plan.json."""
-    found = {code: check(run) for code, check in CHECKS.items()}
-    return [{"code": code, "message": two[0], "remedy": two[1]} for code, two in found.items() if two]
+    found = [*check_recipe(run), *check_data(run), *check_machine(run)]
+    return [{"code": code, "message": message, "remedy": remedy} for code, message, remedy in found]
 
 
-def check_size(run: Preflight) -> Found:
-    if run.size_is_found:
-        return None
-    found = f"micro_batch_seconds is auto: planned with {run.plan['micro_batch_seconds']:g} s; the run tries what its devices hold"
-    return found, ""
+def check_machine(run: Preflight) -> Iterator[Found]:
+    if not run.size_is_found:
+        found = f"micro_batch_seconds is auto: planned with {run.plan['micro_batch_seconds']:g} s; the run tries what its devices hold"
+        yield "micro_batch_auto", found, ""
+    if run.machine.precision == "fp16" and run.machine.has_bf16:
+        found = "mixed precision is fp16, which overflows and skips updates, on a device that computes in bf16 too"
+        yield "fp16_without_need", found, "launch with --mixed_precision bf16"
+    yield from check_threads(run.machine)
+    yield from check_reading(run)
+    resources = run.plan["resources"]
+    if resources["disk_gb"] > resources["free_disk_gb"]:
+        found = f"the run writes {resources['disk_gb']:.3g} GB to --output_dir, where {resources['free_disk_gb']:.3g} GB are free"
+        yield "disk_space", found, "free space, lower --save_total_limit (0 keeps all), or give another --output_dir"
 
 
-def check_precision(run: Preflight) -> Found:
-    if run.machine.precision != "fp16" or not run.machine.has_bf16:
-        return None
-    found = "mixed precision is fp16, which overflows and skips updates, on a device that computes in bf16 too"
-    return found, "launch with --mixed_precision bf16"
-
-
-def check_threads(run: Preflight) -> Found:
-    here, threads = run.machine, run.machine.omp_threads
-    if here.processes_here is None:
-        return None  # of several machines, perhaps
+def check_threads(here: Machine) -> Iterator[Found]:
+    threads, processes = here.omp_threads, here.processes_here
+    if processes is None or (threads is None and here.device == "cpu" and processes == 1):
+        return  # of several machines, perhaps; as many threads as cores
     if threads is None:
-        if here.device == "cpu" and here.processes_here == 1:
-            return None  # as many threads as cores
-        found = f"OMP_NUM_THREADS is not set: each of {here.processes_here} process(es) may start {here.cores} threads"
-        return (
-            f"{found}, which wait for one another",
-            f"export OMP_NUM_THREADS={max(1, here.cores // (2 * here.processes_here))}",
-        )
-    if threads * here.processes_here <= here.cores:
-        return None
-    found = (
-        f"OMP_NUM_THREADS={threads} for {here.processes_here} process(es) is more than the machine's {here.cores} cores"
-    )
-    return found, f"export OMP_NUM_THREADS={max(1, here.cores // here.processes_here)}"
+        found = f"OMP_NUM_THREADS is not set: each of {processes} process(es) may start {here.cores} threads, which wait for one another"
+        yield "omp_threads", found, f"export OMP_NUM_THREADS={max(1, here.cores // (2 * processes))}"
+    elif threads * processes > here.cores:
+        found = f"OMP_NUM_THREADS={threads} for {processes} process(es) is more than the machine's {here.cores} cores"
+        yield "omp_threads", found, f"export OMP_NUM_THREADS={max(1, here.cores // processes)}"
 
 
-def check_reading(run: Preflight) -> Found:
+def check_reading(run: Preflight) -> Iterator[Found]:
     workers, waiting = max(1, run.args.dataloader_num_workers), run.plan.get("probe", {}).get("data_wait_fraction")
     speed = run.plan.get("reading")
     remedy = f"raise --dataloader_num_workers ({run.machine.cores} cores are here), or keep the data on a local disk, packed "
     remedy += "(data_scripts/pack_audio.py)"
     if waiting is not None:
         found = f"the probe's updates waited for audio during {waiting:.0%} of their time"
-        return (found, remedy) if waiting > MOST_WAITING else None
-    if not speed or run.machine.device == "cpu" or speed * workers >= GPU_SPEED:
-        return None
-    return (
-        f"one process reads and decodes {speed:,.0f} s of audio a second ({NUM_TIMED} crops, nothing else at work, perhaps from the "
-        f"system's cache): --dataloader_num_workers {workers} give {speed * workers:,.0f}, and a GPU may hear {GPU_SPEED:,.0f} (BASE "
-        "on an A100, by NVIDIA)",
-        remedy,
-    )
-
-
-def check_disk(run: Preflight) -> Found:
-    resources = run.plan["resources"]
-    if resources["disk_gb"] <= resources["free_disk_gb"]:
-        return None
-    found = f"the run writes {resources['disk_gb']:.3g} GB to --output_dir, where {resources['free_disk_gb']:.3g} GB are free"
-    return found, "free space, lower --save_total_limit (0 keeps all), or give another --output_dir"
-
-
-CHECKS: dict[str, Callable[[Preflight], Found]] = {
-    "micro_batch_auto": check_size,
-    "small_effective_batch": recipe_checks.check_batch,
-    "batch_exceeds_epoch": recipe_checks.check_epoch,
-    "learning_rate_for_batch": recipe_checks.check_rate,
-    "warmup_share": recipe_checks.check_warmup,
-    "warmup_exceeds_run": recipe_checks.check_peak,
-    "long_crops": recipe_checks.check_crops,
-    "many_epochs": recipe_checks.check_epochs,
-    "often_repeated": data_checks.check_repetitions,
-    "many_dropped": data_checks.check_dropped,
-    "no_validation": data_checks.check_validation,
-    "validation_in_training": data_checks.check_overlap,
-    "validation_weights": data_checks.check_weights,
-    "one_speaker_dominates": data_checks.check_speaker,
-    "silence": data_checks.check_silence,
-    "fp16_without_need": check_precision,
-    "omp_threads": check_threads,
-    "slow_disk": check_reading,
-    "disk_space": check_disk,
-}
+        is_slow = waiting > MOST_WAITING
+    else:
+        is_slow = speed and run.machine.device != "cpu" and speed * workers < GPU_SPEED
+        found = (
+            f"one process reads and decodes {speed or 0:,.0f} s of audio a second ({NUM_TIMED} crops, nothing else at work, perhaps "
+            f"from the system's cache): --dataloader_num_workers {workers} give {(speed or 0) * workers:,.0f}, and a GPU may hear "
+            f"{GPU_SPEED:,.0f} (BASE on an A100, by NVIDIA)"
+        )
+    if is_slow:
+        yield "slow_disk", found, remedy

@@ -22,25 +22,24 @@ def inspect_manifests(
 ) -> tuple[dict[str, dict[str, int]], list[str], str | None]:
     """Counts by kind for each manifest, a line for each, and why a run would stop (None: it would not)."""
     counts, lines, unusable = {}, [], {entry["audio"]: entry["reason"] for entry in unmeasured}
-    num_looked_at = num_unusable = 0
     for manifest, rows in utterances.samples.items():
         found = defaultdict(list)
         for row, facts in zip(rows, inspect_files([row["audio"] for row in rows], INSPECTED_SECONDS), strict=True):
             for kind, detail in find_faults(row, facts):
                 found[kind].append(f"{row['audio']}: {detail}")
-                if kind in UNUSABLE:
-                    unusable[row["audio"]] = detail
+                unusable |= {row["audio"]: detail} if kind in UNUSABLE else {}
         counts[manifest] = {"files": len(rows)} | {kind: len(found[kind]) for kind in KINDS}
-        num_looked_at, num_unusable = num_looked_at + len(rows), num_unusable + sum(len(found[k]) for k in UNUSABLE)
         said = [f"{len(found[kind])} {kind.replace('_', ' ')} ({found[kind][0]})" for kind in KINDS if found[kind]]
         lines.append(f"looked at     {len(rows)} files of {manifest}: {'; '.join(said) or 'nothing unusual'}")
     # A run stops where too many are known to be unusable, and sooner or later where the share of them is too large.
+    looked_at = sum(found["files"] for found in counts.values())
+    bad = sum(found[kind] for found in counts.values() for kind in UNUSABLE)
     is_certain = len(unusable) > max_fraction * (len(utterances.num_samples) + len(unmeasured))
-    if not (is_certain or (num_unusable > 2 and num_unusable > max_fraction * num_looked_at)):
+    if not (is_certain or (bad > 2 and bad > max_fraction * looked_at)):
         return counts, lines, None
-    (path, reason), share = next(iter(unusable.items())), f"{num_unusable} of {num_looked_at} files that were looked at"
-    limit = f"more than --max_skipped_fraction {max_fraction:g} allows"
-    return counts, lines, f"--{flag}: {path}: {reason}; {share} cannot be used, {limit}: a run would stop"
+    path, reason = next(iter(unusable.items()))
+    share = f"{bad} of {looked_at} files that were looked at cannot be used, more than --max_skipped_fraction {max_fraction:g} allows"
+    return counts, lines, f"--{flag}: {path}: {reason}; {share}: a run would stop"
 
 
 def find_faults(row: dict[str, Any], facts: AudioFacts) -> Iterator[tuple[str, str]]:

@@ -1,205 +1,161 @@
 """The page of a fine-tuning: scores by set, curves, and what the model gets wrong."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from w2v2.evaluate.scores import MEASURES, NAMES, confusion_counts
+from w2v2.evaluate.scores import MEASURES as LABEL_MEASURES
+from w2v2.evaluate.scores import confusion_counts
 from w2v2.report.charts import show
 from w2v2.report.grids import draw_confusion
 from w2v2.report.playback import embed_audio
 from w2v2.report.run_files import RECOGNITION, RunFiles
 from w2v2.report.sections import (
-    BAD,
-    CAREFUL,
-    GOOD,
-    PLAIN,
+    NORM,
+    RATE,
     SHOWN,
+    UPDATES,
+    Measure,
     Section,
     Summary,
     Table,
     Utterance,
-    draw_measures,
-    keep,
+    draw_measure,
     percent,
-    tell_environment,
-    tell_events,
-    tell_flags,
-    tell_skipped,
+    tell_folder,
 )
 from w2v2.report.transcripts import MOST_CONFUSED, MOST_WORST, tell_commonest, tell_errors, tell_worst
 
 NOT_SETS = {"run", "mean", "std", "folds"}
-UPDATES = ("step", "updates")
+MAIN = ("lm_wer", "lm_per", "wer", "per", "uar", "accuracy", "cer")  # what a set is judged by: the first that it has
 HOPELESS = 0.95  # word error rate from which next to nothing is recognised
+RATES = {"wer": "WER", "cer": "CER", "per": "PER", "empty_fraction": "empty transcripts"}
+MEASURES = [
+    Measure("Error rates", "as fractions", RATES),
+    Measure(
+        "Scores", "as fractions; UAR: mean recall of the classes", {key: SHOWN[key] for key in LABEL_MEASURES[::-1]}
+    ),
+    Measure("Loss", "of an update", {"loss": ""}),
+    RATE,
+    NORM,
+]
 
 
 def report_finetuning(run: RunFiles, num_audio: int = 0) -> Summary:
     """Figures, verdict and sections of a recogniser or a classifier, with the audio of its worst utterances."""
-    is_recogniser = run.kind == RECOGNITION
-    verdict, mood = judge(run)
-    told = (
-        [tell_errors(scored_sets(run)), tell_commonest(run), tell_worst(run, num_audio)]
-        if is_recogniser
-        else [*tell_confusions(run, num_audio)]
-    )
-    sections = [tell_scores(run), tell_curves(run), *told, tell_events(run), tell_skipped(run), tell_flags(run, {})]
-    kind = "Fine-tuning for speech recognition" if is_recogniser else "Fine-tuning for classification"
-    return Summary(kind, run.name, verdict, mood, list_figures(run), sections=[*sections, tell_environment(run)])
+    sets = scored_sets(run)
+    verdict, mood = judge(run, sets)
+    curves = Section("Curves", (draw_measure(run.metrics, measure, UPDATES) for measure in MEASURES))
+    curves.notes += [] if run.validated else ["No validation was run."]
+    if run.kind == RECOGNITION:
+        kind, told = "Fine-tuning for speech recognition", [tell_errors(sets), tell_commonest(run)]
+        told.append(tell_worst(run, num_audio))
+    else:
+        kind, told = "Fine-tuning for classification", [tell_confusions(run), tell_mistakes(run, num_audio)]
+    sections = [tell_scores(run, sets), curves, *told, *tell_folder(run, {})]
+    return Summary(kind, run.name, verdict, mood, list_figures(run, sets), sections=sections)
 
 
 def scored_sets(run: RunFiles) -> dict[str, dict[str, Any]]:
-    """Name → scores, tests last; what was only transcribed or labelled has none."""
+    """Name → scores, with a language model's as `lm_wer`, tests last; what was only transcribed or labelled has none."""
     sets = {name: found for name, found in run.results.items() if name not in NOT_SETS and isinstance(found, dict)}
-    return {name: found for name, found in sets.items() if SHOWN.keys() & found.keys()}
+    flat = {
+        name: found | {f"lm_{key}": value for key, value in (found.get("lm") or {}).items()}
+        for name, found in sets.items()
+    }
+    return {name: found for name, found in flat.items() if SHOWN.keys() & found.keys()}
 
 
 def main_measure(scores: Mapping[str, Any]) -> str:
-    """What a set is judged by: the word error rate, with a language model where there is one, or the recall."""
-    return next(
-        name for name in ("lm_wer", "lm_per", "wer", "per", "uar", "accuracy", "cer") if name in flatten(scores)
-    )
+    return next(key for key in MAIN if key in scores)
 
 
-def flatten(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores with those of the language model beside them, as `lm_wer`."""
-    return dict(scores) | {f"lm_{name}": value for name, value in (scores.get("lm") or {}).items()}
-
-
-def name_measure(measure: str) -> str:
-    return SHOWN[measure.removeprefix("lm_")] + (" with LM" if measure.startswith("lm_") else "")
-
-
-def judge(run: RunFiles) -> tuple[str, str]:
-    sets = scored_sets(run)
+def judge(run: RunFiles, sets: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     if not sets:
         done = f" {run.metrics[-1]['step']:,} updates are logged." if run.metrics else ""
-        return f"There are no scores yet (no results.json with scores).{done}", CAREFUL
+        return f"There are no scores yet (no results.json with scores).{done}", "careful"
     name, scores = list(sets.items())[-1]
-    measure, value = main_measure(scores), flatten(scores)[main_measure(scores)]
-    facts = run.results.get("run", {})
-    best = (
-        f", with the weights of update {facts['best_update']:,} of {facts['updates']:,}"
-        if facts.get("best_update")
-        else ""
-    )
-    text = f"{name_measure(measure)} is {percent(value)} on {name}{best}."
-    if measure.endswith(("wer", "per", "cer")):
-        if value >= HOPELESS:
-            return f"{text} Next to nothing is recognised.", BAD
-        return text, PLAIN
-    classes = len(facts.get("labels") or [])
+    measure, facts = main_measure(scores), run.results.get("run", {})
+    value, classes = scores[measure], len(facts.get("labels") or [])
+    text = f"{SHOWN[measure]} is {percent(value)} on {name}"
+    if facts.get("best_update"):
+        text += f", with the weights of update {facts['best_update']:,} of {facts['updates']:,}"
+    if measure.endswith(("wer", "per", "cer")) and value >= HOPELESS:
+        return f"{text}. Next to nothing is recognised.", "bad"
     if measure == "uar" and classes:
-        is_better = value > 1.1 / classes
-        return f"{text} A constant answer earns {percent(1 / classes)}.", GOOD if is_better else BAD
-    return text, PLAIN
+        mood = "good" if value > 1.1 / classes else "bad"
+        return f"{text}. A constant answer earns {percent(1 / classes)}.", mood
+    return f"{text}.", "plain"
 
 
-def list_figures(run: RunFiles) -> list[tuple[str, str, str]]:
-    figures = []
-    for name, scores in list(scored_sets(run).items())[-4:]:
-        flat, measure = flatten(scores), main_measure(scores)
-        others = [f"{name_measure(key)} {percent(flat[key])}" for key in SHOWN if key in flat and key != measure]
-        size = f"{scores['utterances']:,} utterances" if "utterances" in scores else ""
-        figures.append(
-            (f"{name_measure(measure)}, {name}", percent(flat[measure]), ", ".join(filter(None, [*others, size])))
-        )
-    facts = run.results.get("run", {})
+def list_figures(run: RunFiles, sets: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    figures, facts = [], run.results.get("run", {})
+    for name, scores in list(sets.items())[-4:]:
+        main = main_measure(scores)
+        others = [f"{SHOWN[key]} {percent(scores[key])}" for key in SHOWN if key in scores and key != main]
+        others += [f"{scores['utterances']:,} utterances"] if "utterances" in scores else []
+        figures.append((f"{SHOWN[main]}, {name}", percent(scores[main]), ", ".join(others)))
     if facts.get("train_hours") is not None:
-        figures.append(
-            ("Labelled hours", show(facts["train_hours"]), f"{facts.get('train_utterances', 0):,} utterances")
-        )
-    if not figures:
-        figures.append(("Updates", show(run.metrics[-1]["step"] if run.metrics else 0), "logged so far"))
-    return figures
+        size = f"{facts.get('train_utterances', 0):,} utterances"
+        figures.append(("Labelled hours", show(facts["train_hours"]), size))
+    return figures or [("Updates", show(run.metrics[-1]["step"] if run.metrics else 0), "logged so far")]
 
 
-def list_scores(run: RunFiles) -> dict[str, str]:
-    """`WER, test` → its value, for every measure of every set."""
-    sets = {name: flatten(scores) for name, scores in scored_sets(run).items()}
-    keys = (*SHOWN, *(f"lm_{name}" for name in NAMES))
-    return {
-        f"{name_measure(key)}, {name}": percent(sets[name][key]) for name in sets for key in keys if key in sets[name]
-    }
+def list_scores(run: RunFiles) -> list[tuple[str, str]]:
+    """(`WER, test`, its value) for every measure of every set."""
+    sets = scored_sets(run)
+    return [(f"{SHOWN[key]}, {name}", percent(sets[name][key])) for name in sets for key in SHOWN if key in sets[name]]
 
 
-def tell_scores(run: RunFiles) -> Section:
+def tell_scores(run: RunFiles, sets: Mapping[str, Mapping[str, Any]]) -> Section:
     """Every measure of every set, and of every fold."""
-    section = Section("Scores")
-    sets = {name: flatten(scores) for name, scores in scored_sets(run).items()}
-    keys = [
-        key for key in (*SHOWN, *(f"lm_{name}" for name in NAMES)) if any(key in scores for scores in sets.values())
-    ]
+    section, keys = Section("Scores"), [key for key in SHOWN if any(key in scores for scores in sets.values())]
     if not sets:
-        section.notes.append(
-            "There is no results.json with scores: the run has not ended, or its sets had no references."
-        )
+        section.notes.append("The run has not ended, or its sets had no references: results.json has no scores.")
         return section
     rows = [
         (name, show(scores.get("utterances")), *(percent(scores.get(key)) for key in keys), show(scores.get("loss")))
         for name, scores in sets.items()
     ]
-    section.tables.append(Table("Scores by set", ["Set", "Utterances", *map(name_measure, keys), "Loss"], rows))
+    head = ["Set", "Utterances", *(SHOWN[key] for key in keys), "Loss"]
+    section.tables.append(Table("Scores by set", head, rows))
     if folds := run.results.get("folds"):
-        rows = [(fold.get("fold", ""), *(percent(fold.get(key)) for key in MEASURES)) for fold in folds]
-        for name, label in {"mean": "mean of the folds", "std": "standard deviation"}.items():
-            rows.append((label, *(percent(run.results.get(name, {}).get(key)) for key in MEASURES)))
-        section.tables.append(Table("Scores by fold", ["Fold", *(SHOWN[key] for key in MEASURES)], rows))
+        found = [(fold.get("fold", ""), fold) for fold in folds]
+        found += [("mean of the folds", run.results.get("mean", {}))]
+        found += [("standard deviation", run.results.get("std", {}))]
+        rows = [(name, *(percent(scores.get(key)) for key in LABEL_MEASURES)) for name, scores in found]
+        section.tables.append(Table("Scores by fold", ["Fold", *(SHOWN[key] for key in LABEL_MEASURES)], rows))
     return section
 
 
-def tell_curves(run: RunFiles) -> Section:
-    section = Section("Curves")
-    rates = {f"eval_{key}": name for key, name in NAMES.items()} | {"eval_empty_fraction": "empty transcripts"}
-    measures = {"eval_uar": "UAR", "eval_accuracy": "accuracy", "eval_macro_f1": "macro-F1"}
-    section.charts = keep(
-        draw_measures(run, "Error rates", rates, subtitle="of the validation set, as fractions", over=UPDATES),
-        draw_measures(run, "Scores", measures, subtitle="of the validation set, as fractions", over=UPDATES),
-        draw_measures(
-            run, "Loss", {"loss": "training", "eval_loss": "held out"}, subtitle="of an update", over=UPDATES
-        ),
-        draw_measures(run, "Learning rate", {"learning_rate": "learning rate"}, subtitle="of the update", over=UPDATES),
-        draw_measures(run, "Gradient norm", {"grad_norm": "norm"}, subtitle="before clipping", over=UPDATES),
-    )
-    if not run.metrics:
-        section.notes.append("There is no metrics.jsonl: nothing was trained in this folder.")
-    elif not run.validated:
-        section.notes.append("No validation was run.")
-    return section
+def labelled_lines(run: RunFiles) -> list[dict[str, Any]]:
+    return [line for line in run.predictions if line.get("reference") and "prediction" in line]
 
 
-def tell_confusions(run: RunFiles, num_audio: int) -> list[Section]:
-    """Confusion matrices of all sets, and the mistakes that the model was surest of."""
-    section, wrong = Section("Confusions"), Section("Surest mistakes")
-    lines = [line for line in run.predictions if line.get("reference") and "prediction" in line]
+def tell_confusions(run: RunFiles) -> Section:
+    """A confusion matrix of each set, or a table of the commonest confusions where there are many classes."""
+    section, lines = Section("Confusions"), labelled_lines(run)
     for name in dict.fromkeys(line["set"] for line in lines):
         pairs = [(line["reference"], line["prediction"]) for line in lines if line["set"] == name]
         classes = run.results.get("run", {}).get("labels") or sorted({label for pair in pairs for label in pair})
-        if chart := draw_confusion(confusion_counts(*zip(*pairs, strict=True), classes), classes):
-            chart.title = f"Confusions, {name}"
+        counts = confusion_counts(*zip(*pairs, strict=True), classes)
+        if chart := draw_confusion(f"Confusions, {name}", counts, classes):
             section.charts.append(chart)
         else:
             counted = Counter(pair for pair in pairs if pair[0] != pair[1]).most_common(3 * MOST_CONFUSED)
-            rows = [(true, predicted, count) for (true, predicted), count in counted]
+            rows = [(*pair, count) for pair, count in counted]
             section.tables.append(Table(f"Most confused, {name}", ["True", "Predicted", "Utterances"], rows))
-    if not lines:
-        section.notes.append("There are no predictions with labels (predictions.jsonl).")
-    mistakes = [line for line in lines if line["reference"] != line["prediction"]]
-    wrong.utterances = list_mistakes(mistakes, max(MOST_WORST, num_audio))
-    if not wrong.utterances:
-        wrong.notes.append("There are none.")
-    elif num_audio:
-        wrong.notes += embed_audio(run, wrong.utterances[:num_audio])
-    return [section, wrong]
+    section.notes += [] if lines else ["There are no predictions with labels (predictions.jsonl)."]
+    return section
 
 
-def list_mistakes(lines: Sequence[Mapping[str, Any]], most: int) -> list[Utterance]:
-    surest = sorted(lines, key=lambda line: (-(line.get("probability") or 0), str(line["id"])))[:most]
-    return [
-        Utterance(
-            str(line["set"]),
-            str(line["id"]),
-            f"{line['reference']} taken for {line['prediction']}, {percent(line.get('probability'))}",
-        )
-        for line in surest
-    ]
+def tell_mistakes(run: RunFiles, num_audio: int) -> Section:
+    """The mistakes that the model was surest of."""
+    wrong = [line for line in labelled_lines(run) if line["reference"] != line["prediction"]]
+    wrong.sort(key=lambda line: (-(line.get("probability") or 0), str(line["id"])))
+    section = Section("Most confident mistakes")
+    for line in wrong[: max(MOST_WORST, num_audio)]:
+        score = f"{line['reference']} taken for {line['prediction']}, {percent(line.get('probability'))}"
+        section.utterances.append(Utterance(str(line["set"]), str(line["id"]), score))
+    section.notes += embed_audio(run, section.utterances[:num_audio])
+    return section

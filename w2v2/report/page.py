@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import w2v2
 from w2v2.errors import UserError, hide_secrets, one_line
-from w2v2.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from w2v2.report.comparison import compare_runs
 from w2v2.report.finetuning import report_finetuning
-from w2v2.report.grids import BAR_HEIGHT, BAR_LEFT, LABELS, SIDE
 from w2v2.report.pretraining import report_pretraining
 from w2v2.report.probing import report_probe
-from w2v2.report.run_files import PRETRAINING, PROBE, RunFiles, name_runs, read_run
+from w2v2.report.run_files import PRETRAINING, PROBE, name_runs, read_run
 from w2v2.report.sections import Section, Summary
 from w2v2.train.durable import write_file
 from w2v2.train.events import EventLog
+from w2v2.train.log import STREAM_MAY_DIE
 
 REPORT_FILE = "report.html"
 MOST_BYTES = 1_900_000  # of a page of several runs
@@ -36,7 +36,8 @@ def write_report(
     """
     runs = [read_run(folder) for folder in folders]
     name_runs(runs)
-    summaries = [summarize(run, defaults, num_audio) for run in runs]
+    report = {PRETRAINING: partial(report_pretraining, defaults=defaults), PROBE: report_probe}
+    summaries = [report.get(run.kind, partial(report_finetuning, num_audio=num_audio))(run) for run in runs]
     comparison = compare_runs(runs, summaries)
     page = render(summaries, comparison)
     if len(page) > MOST_BYTES and len(runs) > 1:
@@ -51,12 +52,6 @@ def write_report(
         raise UserError(f"{output} cannot be written ({error.strerror}): name another file with --output") from None
 
 
-def summarize(run: RunFiles, defaults: Mapping[str, Any], num_audio: int) -> Summary:
-    if run.kind == PRETRAINING:
-        return report_pretraining(run, defaults)
-    return report_probe(run) if run.kind == PROBE else report_finetuning(run, num_audio)
-
-
 def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> bytes:
     """The page in UTF-8. Whatever was written by people is escaped, and has no secrets."""
     environment = Environment(
@@ -67,8 +62,6 @@ def render(summaries: Sequence[Summary], comparison: Sequence[Section] = ()) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sizes = dict(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP, BOTTOM=BOTTOM, SIDE=SIDE, LABELS=LABELS)
-    environment.globals |= sizes | dict(BAR_HEIGHT=BAR_HEIGHT, BAR_LEFT=BAR_LEFT)
     page = environment.get_template("page.html").render(
         summaries=summaries, comparison=comparison, is_comparison=len(summaries) > 1, version=w2v2.__version__
     )
@@ -95,11 +88,11 @@ def report_run(args) -> None:
 
     `args` are a dataclass of flags, those of pretrain.py among them.
     """
+    path = Path(args.output_dir, REPORT_FILE)
     try:
-        path = Path(args.output_dir, REPORT_FILE)
         write_report([args.output_dir], path, find_defaults(type(args)))
-        with contextlib.suppress(OSError, ValueError):
-            print(f"report        {path}", flush=True)
+        said = f"report        {path}"
     except Exception as error:
-        with contextlib.suppress(OSError, ValueError):
-            print(f"warning       {REPORT_FILE} was not written: {one_line(error)}", flush=True)
+        said = f"warning       {REPORT_FILE} was not written: {one_line(error)}"
+    with STREAM_MAY_DIE:
+        print(said, flush=True)

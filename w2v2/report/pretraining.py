@@ -1,7 +1,6 @@
 """The page of a pretraining: is it learning, what did it hear, how are the codes used, how fast was it."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -9,26 +8,53 @@ from typing import Any
 from transformers import Wav2Vec2Config
 
 from w2v2.hub.card import device_hours
+from w2v2.plan.description import describe
 from w2v2.plan.expectations import Reference, advise_stop, find_references, place_in_band
-from w2v2.report.charts import Band, show
-from w2v2.report.corpus import tell_audio
-from w2v2.report.grids import draw_codebook
+from w2v2.report.charts import Band, Chart, Series, draw_lines, show
+from w2v2.report.grids import draw_bars, draw_codebook
 from w2v2.report.run_files import RunFiles
-from w2v2.report.sections import (
-    BAD,
-    CAREFUL,
-    GOOD,
-    Section,
-    Summary,
-    draw_measures,
-    keep,
-    percent,
-    tell_environment,
-    tell_events,
-    tell_flags,
-    tell_skipped,
-)
+from w2v2.report.sections import NORM, RATE, Measure, Section, Summary, Table, draw_measure, percent, tell_folder
 from w2v2.train.collapse import TIMES_GUESS
+
+HARD = "codebook_perplexity_hard"
+LOSS = Measure("Contrastive loss", "nats a masked frame", {"contrastive_loss": ""})
+ACCURACY = Measure(
+    "Accuracy",
+    "masked frames whose code is told from all distractors; the constant guess always names an utterance's commonest codes",
+    {"accuracy": "", "constant_guess_accuracy": "constant guess"},
+)
+PERPLEXITY = Measure(
+    "Codebook perplexity",
+    "entries in use, over all codebooks; soft: by mean probabilities, hard: by each frame's likeliest entry",
+    {"codebook_perplexity": "soft", HARD: "hard"},
+)
+CODES = [
+    Measure("Entropy of one frame's code", "nats; at 0 every choice is certain", {"code_entropy": ""}),
+    Measure("Distractors that count", "a masked frame; those of its own code do not", {"distractors_left": ""}),
+]
+SCHEDULE = [
+    RATE,
+    Measure("Gumbel temperature", "how random the choice of entries is", {"gumbel_temperature": ""}),
+    NORM,
+    Measure("Diversity loss", "1 − perplexity / entries; 0 where all are used alike", {"diversity_loss": ""}),
+    Measure("Feature penalty", "mean square of the conv layers' output", {"feature_penalty": ""}),
+]
+SPEED = [
+    Measure("Throughput", "times real time, all devices", {"audio_seconds_per_second": ""}),
+    Measure("Waiting for data", "share of the time", {"data_wait_fraction": ""}),
+]
+
+FRAMES_PER_HOUR = 50 * 3600  # latent frames
+MOST_SOURCES = 30
+AUDIO = [
+    Measure("Masked", "share of the latent frames", {"masked_share": ""}),
+    Measure(
+        "Cropped and padded",
+        "share of the audio cropped away; share of the micro-batches that is no speech",
+        {"cropped_fraction": "cropped", "padded_fraction": "padding"},
+    ),
+    Measure("Effective batch", "hours of speech an update, after cropping", {"batch_hours": ""}),
+]
 
 
 def report_pretraining(run: RunFiles, defaults: Mapping[str, Any]) -> Summary:
@@ -38,13 +64,10 @@ def report_pretraining(run: RunFiles, defaults: Mapping[str, Any]) -> Summary:
     sections = [
         tell_learning(run, references),
         tell_codes(run),
-        tell_schedule(run),
+        tell_measures(run, "Schedule and gradient", SCHEDULE),
         tell_audio(run),
-        tell_speed(run),
-        tell_events(run),
-        tell_skipped(run),
-        tell_flags(run, defaults),
-        tell_environment(run),
+        tell_measures(run, "Speed", SPEED),
+        *tell_folder(run, defaults),
     ]
     return Summary("Pretraining", run.name, verdict, mood, list_figures(run), remarks, sections)
 
@@ -57,164 +80,131 @@ def find_expectations(run: RunFiles, defaults: Mapping[str, Any]) -> tuple[list[
     known = [{key: value for key, value in record.items() if value is not None} for record in run.metrics]
     references = find_references(model, flags)
     placing = place_in_band(known, references)
-    sentences = [*([placing.text] if placing else []), *advise_stop(known, flags, model)]
+    sentences = [*(placing or [])[1:], *advise_stop(known, flags, model)]
     return references, [f"{text[0].upper()}{text[1:]}.".replace(" %", "\u00a0%") for text in sentences]
-
-
-def draw_band(run: RunFiles, references: list[Reference], measure: str) -> Band | None:
-    """The band of the nearest reference that has this measure within the hours heard."""
-    heard = max((record.get("audio_hours") or 0 for record in run.metrics), default=0)
-    for reference in references:
-        if (rows := reference.points.get(measure)) is not None and rows[0][0] < heard:
-            return Band(f"{reference.name}, held out", [(hours, low, high) for hours, low, _, high in rows.tolist()])
-    return None
 
 
 def judge(run: RunFiles) -> tuple[str, str]:
     """One verdict on how far the run came and whether it learns, and its colour."""
     if not run.trained:
-        return "No update was logged yet: the folder holds a plan alone.", CAREFUL
+        return "No update was logged yet: the folder holds a plan alone.", "careful"
     begins = [n for n, event in enumerate(run.events) if event.get("event") in ("start", "resume")]
     events = {event.get("event"): event for event in run.events[begins[-1] :]} if begins else {}
     end = events.get("finish") or events.get("stop") or run.trained[-1]  # records are only of every so many updates
     done, planned = end["step"], run.config.get("max_steps")
     how_far = f"All {done:,} updates are done" if done == planned else f"{done:,} of {show(planned)} updates are done"
     if "collapse" in events and "finish" not in events:
-        return f"{how_far}. The run collapsed: {events['collapse'].get('message', 'see the events')}", BAD
+        return f"{how_far}. The run collapsed: {events['collapse'].get('message', 'see the events')}", "bad"
     if "collapse" in events:
         how_far += f"; a collapse was seen at update {show(events['collapse'].get('step'))}"
     if "stop" in events:
         how_far += f"; the run stopped: {events['stop'].get('message', '').rstrip('.')}"
-    where, record = ("held-out", run.validated[-1]) if run.validated else ("training", run.trained[-1])
-    prefix = "eval_" if run.validated else ""
-    accuracy, guess = record.get(f"{prefix}accuracy"), record.get(f"{prefix}constant_guess_accuracy")
-    if accuracy is None:
-        return f"{how_far}, and the last record of {where} speech has no finite figures.", BAD
-    found = f"{how_far}. On {where} speech the model tells the right code from the distractors in {percent(accuracy)} of the masked frames"
+    where, last = newest(run)
+    if last.get("accuracy") is None:
+        return f"{how_far}, and the last record of {where} has no finite figures.", "bad"
+    accuracy, guess = last["accuracy"], last.get("constant_guess_accuracy")
+    found = f"{how_far}. In {where} the model tells the right code from the distractors in {percent(accuracy)} of the masked frames"
     if guess is None:
-        return f"{found}; the constant guess was not measured.", CAREFUL
+        return f"{found}; the constant guess was not measured.", "careful"
     if accuracy < TIMES_GUESS * guess:
-        return f"{found}, no better than the constant guess with {percent(guess)}: nothing is learned.", BAD
-    return f"{found}, the constant guess in {percent(guess)}.", CAREFUL if "collapse" in events else GOOD
+        return f"{found}, no better than the constant guess with {percent(guess)}: nothing is learned.", "bad"
+    return f"{found}, the constant guess in {percent(guess)}.", "careful" if "collapse" in events else "good"
 
 
-def list_figures(run: RunFiles, is_held_out: bool = True) -> list[tuple[str, str, str]]:
-    """The headline: label, value, remark; of the last validation, where there is one and it `is_held_out`."""
-    figures = []
+def newest(run: RunFiles, is_validation: bool = True) -> tuple[str, dict[str, Any]]:
+    """The last validation (its keys without `eval_`), or the last record of training where there is none."""
+    if run.validated and is_validation:
+        return "validation", {key.removeprefix("eval_"): value for key, value in run.validated[-1].items()}
+    return "training", run.trained[-1] if run.trained else {}
+
+
+def list_figures(run: RunFiles, is_validation: bool = True) -> list[tuple[str, str, str]]:
+    """The headline: label, value, remark; of the last validation, where there is one and it `is_validation`."""
     heard = max((record.get("audio_hours") or 0 for record in run.metrics), default=None)
-    trained, validated = (records[-1] if records else {} for records in (run.trained, run.validated))
-    epochs = f"{trained['epoch']:,.1f} epochs" if trained.get("epoch") is not None else ""
-    figures.append(("Hours heard", show(heard), epochs))
-    where, record, prefix = ("held out", validated, "eval_") if validated and is_held_out else ("training", trained, "")
-    loss = record.get(f"{prefix}contrastive_loss", record.get(f"{prefix}loss"))
-    figures.append(("Contrastive loss", show(loss), where))
-    guess = record.get(f"{prefix}constant_guess_accuracy")
-    remark = f"{where}; constant guess {percent(guess)}" if guess is not None else where
-    figures.append(("Accuracy", percent(record.get(f"{prefix}accuracy")), remark))
+    epoch = run.trained[-1].get("epoch") if run.trained else None
+    where, last = newest(run, is_validation)
     model = run.model and Wav2Vec2Config.from_dict(run.model)  # the file leaves the library's defaults out
     of = f"of {model.num_codevector_groups * model.num_codevectors_per_group} entries, {where}" if model else where
-    figures.append(("Codebook perplexity", show(record.get(f"{prefix}codebook_perplexity")), of))
-    hours = device_hours(run.trained)
-    times = [time for event in run.events if (time := parse_time(event.get("time")))]
+    times = [datetime.fromisoformat(event["time"]) for event in run.events if event.get("time")]
     span = f"{(times[-1] - times[0]).total_seconds() / 3600:.3g} h from start to end" if len(times) > 1 else ""
     span += ", with its pauses" if span and any(event.get("event") == "resume" for event in run.events) else ""
-    figures.append(("Device-hours", show(hours), span))
-    return figures
-
-
-def parse_time(text: Any) -> datetime | None:
-    try:
-        return datetime.fromisoformat(str(text))
-    except ValueError:
-        return None
+    return [
+        ("Hours heard", show(heard), f"{epoch:,.1f} epochs" if epoch is not None else ""),
+        ("Contrastive loss", show(last.get("contrastive_loss", last.get("loss"))), where),
+        ("Accuracy", percent(last.get("accuracy")), where),
+        ("Constant guess", percent(last.get("constant_guess_accuracy")), f"its accuracy, {where}"),
+        ("Codebook perplexity", show(last.get("codebook_perplexity")), of),
+        ("Device-hours", show(device_hours(run.trained)), span),
+    ]
 
 
 def tell_learning(run: RunFiles, references: list[Reference]) -> Section:
-    """Loss, accuracy and perplexity, against hours heard."""
-    section = Section("Learning")
-    prefixes = {"": "training", "eval_": "held out"}
-    loss = {f"{prefix}contrastive_loss": name for prefix, name in prefixes.items()}
-    accuracy = {f"{prefix}accuracy": name for prefix, name in prefixes.items()}
-    guess = {f"{prefix}constant_guess_accuracy": f"{name}, constant guess" for prefix, name in prefixes.items()}
-    soft, hard = "codebook_perplexity", "codebook_perplexity_hard"
-    perplexity = {
-        soft: "training, soft",
-        hard: "training, hard",
-        f"eval_{soft}": "held out, soft",
-        f"eval_{hard}": "held out, hard",
-    }
-    accuracies, perplexities = (draw_band(run, references, f"eval_{measure}") for measure in ("accuracy", hard))
-    section.charts = keep(
-        draw_measures(run, "Contrastive loss", loss, subtitle="nats a masked frame"),
-        draw_measures(run, "Accuracy", accuracy | guess, subtitle="share of masked frames", band=accuracies),
-        draw_measures(
-            run, "Codebook perplexity", perplexity, subtitle="entries in use, over all groups", band=perplexities
-        ),
-    )
-    if not run.trained:
-        section.notes.append("There is no record of training.")
-    elif not run.validated:
+    """Loss, accuracy and perplexity, with the band of other runs."""
+    section = tell_measures(run, "Learning", [LOSS])
+    heard = max((record.get("audio_hours") or 0 for record in run.metrics), default=0)
+    for measure, key in ((ACCURACY, "eval_accuracy"), (PERPLEXITY, f"eval_{HARD}")):
+        bands = (
+            Band(f"{reference.name}, validation", [(x, low, high) for x, low, _, high in points.tolist()])
+            for reference in references
+            if (points := reference.points.get(key)) is not None and points[0][0] < heard
+        )
+        chart = draw_measure(run.metrics, measure, band=next(bands, None))
+        section.charts += [chart] if chart else []
+    if run.trained and not run.validated:
         section.notes.append("No validation was run: these curves are of training alone.")
     return section
 
 
 def tell_codes(run: RunFiles) -> Section:
     """Whether the codebooks are used, and how evenly."""
-    section = Section("Codebooks")
-    found = {key for record in run.metrics for key in record}
-    by_group = {
-        measure: {
-            key: _name_group(key) for key in sorted(found) if re.fullmatch(rf"(eval_)?codebook_{measure}_\d+", key)
-        }
-        for measure in ("coverage", "entropy")
-    }
-    section.charts = keep(
-        draw_measures(run, "Coverage", by_group["coverage"], subtitle="share of the entries that are in use"),
-        draw_measures(run, "Entropy of the codes", by_group["entropy"], subtitle="nats, of hard codes"),
-        draw_measures(run, "Entropy of one frame's code", {"code_entropy": "training", "eval_code_entropy": "held out"}, subtitle="nats"),
-        draw_measures(
-            run, "Distractors that count", {"distractors_left": "training", "eval_distractors_left": "held out"},
-            subtitle="of other codes than the positive, a frame",
-        ),
-    )  # fmt: skip
-    groups = max((len(record["counts"]) for record in run.codebook_use), default=0)
-    section.charts += keep(*(draw_codebook(run.codebook_use, group) for group in range(groups)))
-    if not any(by_group.values()):
-        section.notes.append("Coverage and entropy of each codebook were not logged.")
+    groups = max((len(record["counts"]) for record in run.codebook_use), default=2)
+    each = [("Coverage", "share of the entries that are some frame's likeliest", "codebook_coverage_{}")]
+    each += [("Entropy of the codes", "nats, of each frame's likeliest entry", "codebook_entropy_{}")]
+    by_group = [
+        Measure(title, subtitle, {key.format(n): f"codebook {n}" for n in range(1, groups + 1)})
+        for title, subtitle, key in each
+    ]
+    section = tell_measures(run, "Codebooks", [*by_group, *CODES])
+    maps = [draw_codebook(run.codebook_use, group) for group in range(groups)]
+    section.charts += [chart for chart in maps if chart]
     if not run.codebook_use:
         section.notes.append("Counts of each entry were not kept (no codebook_use.jsonl).")
     return section
 
 
-def _name_group(key: str) -> str:
-    where = "held out" if key.startswith("eval_") else "training"
-    return f"codebook {key.rpartition('_')[2]}, {where}"
-
-
-def tell_schedule(run: RunFiles) -> Section:
-    """What the optimizer was given, and the gradient that it saw."""
-    charts = keep(
-        draw_measures(run, "Learning rate", {"learning_rate": "learning rate"}, subtitle="of the update"),
-        draw_measures(run, "Gumbel temperature", {"gumbel_temperature": "temperature"}, subtitle="of the codes' draw"),
-        draw_measures(run, "Gradient norm", {"grad_norm": "norm"}, subtitle="before clipping"),
-        draw_measures(run, "Diversity loss", {"diversity_loss": "training", "eval_diversity_loss": "held out"}, subtitle="1 − perplexity / entries"),
-        draw_measures(run, "Feature penalty", {"feature_penalty": "training", "eval_feature_penalty": "held out"}, subtitle="mean square of the convs' output"),
-    )  # fmt: skip
-    notes = [] if charts else ["Learning rate and gradient were not logged."]
-    skipped = run.trained[-1].get("skipped_updates") if run.trained else None
-    notes += [f"{skipped:,} updates were skipped: their loss or gradient was not finite."] if skipped else []
-    return Section("Schedule and gradient", charts, notes=notes)
-
-
-def tell_speed(run: RunFiles) -> Section:
-    """Throughput and waiting."""
-    section = Section("Speed")
-    section.charts = keep(
-        draw_measures(run, "Throughput", {"audio_seconds_per_second": "all devices"}, subtitle="times real time"),
-        draw_measures(run, "Waiting for data", {"data_wait_fraction": "waiting"}, subtitle="share of the time"),
-        draw_measures(run, "Skipped audio", {"skipped_audio": "files"}, subtitle="unreadable files so far")
-        if any(record.get("skipped_audio") for record in run.trained) else None,
-    )  # fmt: skip
-    if not section.charts:
-        section.notes.append("Throughput was not logged.")
+def tell_measures(run: RunFiles, title: str, measures: list[Measure]) -> Section:
+    section = Section(title, (draw_measure(run.metrics, measure) for measure in measures))
+    section.notes += [] if section.charts else ["Nothing of this was logged."]
     return section
+
+
+def tell_audio(run: RunFiles) -> Section:
+    """What there was to hear, and how much of it was cropped and masked."""
+    sources = sorted(run.plan.get("sources", []), key=lambda source: -source["share"])[:MOST_SOURCES]
+    items = [(source["name"], source["share"], percent(source["share"])) for source in sources]
+    records = [
+        record | {"masked_share": record["masked_frames"] / (record["batch_hours"] * FRAMES_PER_HOUR)}
+        if record.get("masked_frames") and record.get("batch_hours")
+        else record
+        for record in run.trained
+    ]
+    measures = (draw_measure(records, measure) for measure in AUDIO)
+    charts = [draw_lengths(run.plan.get("lengths")), draw_bars("Sources", items, "share of what is heard"), *measures]
+    section = Section("Audio, crops and masks", charts)
+    try:
+        lines = describe({**run.plan, "warnings": []}).splitlines()
+        rows = [(line[:14].strip(), line[14:]) for line in lines]
+        section.tables.append(Table("What was planned", ["Part", "Plan"], rows))
+    except KeyError:
+        section.notes.append("There is no plan.json of this version: how much there was to hear is not known.")
+    return section
+
+
+def draw_lengths(lengths: Mapping[str, Sequence[float]] | None) -> Chart | None:
+    """The histogram of plan.json as the outline of its columns."""
+    if not lengths:
+        return None
+    edges, counts = lengths["seconds"], lengths["utterances"]
+    steps = [(edge, count) for n, count in enumerate(counts) for edge in (edges[n], edges[n + 1])]
+    outline = [(edges[0], 0), *steps, (edges[-1], 0)]
+    return draw_lines("Lengths", [Series("utterances", outline)], "seconds", subtitle="utterances of training")

@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class RunFiles:
 
     folder: Path
     name: str
-    kind: str
+    kind: str = PRETRAINING
     metrics: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)  # the flags as the run wrote them
     model: dict[str, Any] = field(default_factory=dict)  # config.json
@@ -52,20 +52,18 @@ def read_run(folder: str | os.PathLike) -> RunFiles:
     folder = Path(folder)
     if not any((folder / name).is_file() for name in _MARKS):
         raise UserError(f"{folder}: {_explain_folder(folder)}")
-    run = RunFiles(folder, folder.resolve().name, PRETRAINING)
+    run = RunFiles(folder, folder.resolve().name)
     if (folder / METRICS_FILE).is_file():
         run.metrics = read_metrics(folder / METRICS_FILE)
-    for name in ("plan", "results", "probe"):
-        setattr(run, name, _read_mapping(run, f"{name}.json"))
-    saved = sorted(folder.glob("checkpoint-[0-9]*/config.json"), key=lambda path: path.stat().st_mtime)
-    run.model = _read_mapping(run, "config.json") or _read_mapping(
-        run, str(Path(*saved[-1].parts[-2:])) if saved else ""
+    run.plan, run.results, run.probe = (_read_mapping(run, f"{name}.json") for name in ("plan", "results", "probe"))
+    saved = sorted(folder.glob("checkpoint-[0-9]*/config.json"), key=lambda path: path.stat().st_mtime)[-1:]
+    for path in [folder / "config.json", *saved]:
+        run.model = run.model or _read_mapping(run, str(path.relative_to(folder)))
+    run.events, run.predictions, run.non_finite = (
+        _read_lines(run, f"{name}.jsonl") for name in ("events", "predictions", "non_finite_updates")
     )
-    for name in ("events", "codebook_use", "predictions"):
-        setattr(run, name, _read_lines(run, f"{name}.jsonl"))
-    run.non_finite = _read_lines(run, "non_finite_updates.jsonl")
+    run.codebook_use = [line for line in _read_lines(run, "codebook_use.jsonl") if "counts" in line]
     run.skipped = {name: lines for name in SKIPPED_FILES if (lines := _read_lines(run, name))}
-    run.codebook_use = [line for line in run.codebook_use if {"audio_hours", "counts"} <= line.keys()]
     run.config = _read_mapping(run, "pretrain_config.yaml") or _read_mapping(run, "finetune_config.yaml")
     run.kind = _find_kind(run)
     return run
@@ -81,13 +79,12 @@ def name_runs(runs: Sequence[RunFiles]) -> None:
 
 
 def _explain_folder(folder: Path) -> str:
-    if not folder.exists():
-        there = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-        close = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
-        return "no such folder" + (
-            f": did you mean {folder.parent / close[0]}?" if close else ": give a run's output_dir"
-        )
-    return f"not a run's folder, as it holds none of {', '.join(_MARKS)}: give the output_dir of a run"
+    if folder.exists():
+        return f"not a run's folder, as it holds none of {', '.join(_MARKS)}: give the output_dir of a run"
+    there = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
+    hint = f"did you mean {folder.parent / close[0]}?" if close else "give a run's output_dir"
+    return f"no such folder: {hint}"
 
 
 def _find_kind(run: RunFiles) -> str:
@@ -97,15 +94,8 @@ def _find_kind(run: RunFiles) -> str:
     keys = {key.removeprefix("eval_") for record in [*run.metrics, scores, *run.predictions[:1]] for key in record}
     if (run.folder / "vocab.json").exists() or keys & {"wer", "cer", "per", "hypothesis"}:
         return RECOGNITION
-    return (
-        CLASSIFICATION
-        if run.results or keys & {"uar", "prediction"} or "finetune" in _config_name(run)
-        else PRETRAINING
-    )
-
-
-def _config_name(run: RunFiles) -> str:
-    return next((path.name for path in run.folder.glob("*_config.yaml")), "")
+    is_finetuning = run.results or keys & {"uar", "prediction"} or (run.folder / "finetune_config.yaml").exists()
+    return CLASSIFICATION if is_finetuning else PRETRAINING
 
 
 def _read_mapping(run: RunFiles, name: str) -> dict[str, Any]:
@@ -114,31 +104,21 @@ def _read_mapping(run: RunFiles, name: str) -> dict[str, Any]:
     if not path.is_file():  # a device would be read without end
         return {}
     try:
-        found = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text(encoding="utf-8"))
-        if not isinstance(found, Mapping):
-            raise ValueError(f"it holds a {type(found).__name__}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return dict((json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         run.notes.append(f"{name} cannot be read: {one_line(error)}")
         return {}
-    return dict(found)
 
 
 def _read_lines(run: RunFiles, name: str) -> list[dict[str, Any]]:
     """The mappings in a file of JSON lines; others are counted in a note, but for a last line that a kill tore."""
-    path = run.folder / name
-    if not path.is_file():
-        return []
-    found, torn = [], []
-    lines = path.read_bytes().splitlines()
+    path, found, torn = run.folder / name, [], []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            found.append(record)
-        elif line.strip() and number < len(lines):
-            torn.append(number)
+            found.append(dict(json.loads(line)))
+        except (TypeError, ValueError):
+            torn += [number] if line.strip() and number < len(lines) else []
     if torn:
         run.notes.append(f"{name}: {len(torn)} lines cannot be read, the first is line {torn[0]}")
     return found

@@ -2,22 +2,31 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from w2v2.evaluate.scores import NAMES
-from w2v2.report.charts import Band, LineChart, Series, draw_lines, show
-from w2v2.report.run_files import RunFiles
+from w2v2.report.charts import Band, Chart, Point, Series, draw_lines, show
+from w2v2.report.run_files import PROBE, RunFiles
 
 MOST_REASONS, MOST_EVENTS = 12, 200
-GOOD, PLAIN, CAREFUL, BAD = "good", "plain", "careful", "bad"
 SHOWN = NAMES | {"uar": "UAR", "accuracy": "accuracy", "macro_f1": "macro-F1"}  # measures, as they are written
-HOURS = "hours of audio heard"
-COLOURS = {"training": 0, "held out": 1} | {
-    f"codebook {group + 1}": group for group in range(6)
-}  # by a name's beginning
-DASHED = ("hard", "guess", ", training")  # ends of the names of lines
+SHOWN |= {f"lm_{key}": f"{name} with LM" for key, name in NAMES.items()}
+HOURS, UPDATES = ("audio_hours", "hours of audio heard"), ("step", "updates")  # x axes: key of a record, label
+WHERE = {"": "training", "eval_": "validation"}  # beginning of a key → where it was measured
+
+
+class Measure(NamedTuple):
+    """A chart of values from metrics.jsonl: `lines` are keys, and what a line is called beside where it was measured."""
+
+    title: str
+    subtitle: str
+    lines: Mapping[str, str]
+
+
+RATE = Measure("Learning rate", "of the update", {"learning_rate": ""})
+NORM = Measure("Gradient norm", "before clipping", {"grad_norm": ""})
 
 
 @dataclass
@@ -42,20 +51,25 @@ class Utterance:
 
 @dataclass
 class Section:
-    """A heading with what is below it; `is_folded` hides that until it is asked for."""
+    """A heading with what is below it; `is_folded` hides that until it is asked for. Charts that are None are dropped."""
 
     title: str
-    charts: list[Any] = field(default_factory=list)
+    charts: Iterable[Chart | None] = ()
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     utterances: list[Utterance] = field(default_factory=list)
     is_folded: bool = False
-    anchor: str = ""
+
+    def __post_init__(self):
+        self.charts = [chart for chart in self.charts if chart]
 
 
 @dataclass
 class Summary:
-    """What stands first of a run: a few figures as (label, value, remark), and one sentence with its colour."""
+    """What stands first of a run: a few figures as (label, value, remark), and one sentence with its colour.
+
+    The colours (`mood`) are good, plain, careful and bad.
+    """
 
     kind: str
     name: str
@@ -66,63 +80,51 @@ class Summary:
     sections: list[Section] = field(default_factory=list)
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{value:.{digits}%}".replace("%", "\u00a0%")
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}".replace("%", "\u00a0%")
 
 
-def gather(
-    records: Sequence[Mapping[str, Any]], key: str, over: str = "audio_hours"
-) -> list[tuple[float, float | None]]:
+def gather(records: Sequence[Mapping[str, Any]], key: str, over: str) -> list[Point]:
     """(x, value) of the records that have both; what was null in the file is None."""
     return [(record[over], record[key]) for record in records if key in record and record.get(over) is not None]
 
 
-def draw_measures(
-    run: RunFiles,
-    title: str,
-    keys: Mapping[str, str],
-    *,
-    subtitle: str = "",
-    over: tuple[str, str] = ("audio_hours", HOURS),
-    band: Band | None = None,
-) -> LineChart | None:
-    """A chart of some measures (key → name of its line), over hours heard or what `over` names.
-
-    What is held out has one colour, training another; what only helps to read a chart is dashed.
-    """
-    series = [
-        Series(name, gather(run.metrics, key, over[0]), COLOURS.get(name.partition(",")[0]), name.endswith(DASHED))
-        for key, name in keys.items()
-    ]
-    return draw_lines(title, series, over[1], subtitle=subtitle, band=band)
+def draw_measure(
+    records: Sequence[Mapping[str, Any]], measure: Measure, over: tuple[str, str] = HOURS, band: Band | None = None
+) -> Chart | None:
+    """A chart of a measure in training and validation, which have a colour each; every second line is dashed."""
+    series = []
+    for number, (key, name) in enumerate(measure.lines.items()):
+        for colour, (prefix, where) in enumerate(WHERE.items()):
+            points, said = gather(records, prefix + key, over[0]), f"{where}, {name}" if name else where
+            series += [Series(said, points, colour + number // 2 * 2, number % 2 == 1)] if points else []
+    return draw_lines(measure.title, series, over[1], subtitle=measure.subtitle, band=band)
 
 
-def keep(*charts: Any) -> list[Any]:
-    return [chart for chart in charts if chart is not None]
+def tell_folder(run: RunFiles, defaults: Mapping[str, Any]) -> list[Section]:
+    """The sections that any run has: what befell it, what it skipped, with which flags and where it ran."""
+    own = [tell_skipped(run), tell_flags(run, defaults)] if run.kind != PROBE else []
+    return [tell_events(run), *own, tell_environment(run)]
 
 
 def tell_events(run: RunFiles) -> Section:
-    """Warnings of the plan, and what happened in the run, in order."""
-    section = Section("Warnings and events", anchor="events")
-    warnings = [
-        (warning.get("code", ""), warning.get("message", ""), warning.get("remedy", ""))
-        for warning in run.plan.get("warnings", [])
-    ]
-    warnings += [("fine-tuning", message, "") for message in run.results.get("run", {}).get("warnings", [])]
+    """Warnings before the run, and what happened in it, in order."""
+    section = Section("Warnings and events")
+    warnings = [[found.get(key, "") for key in ("code", "message", "remedy")] for found in run.plan.get("warnings", [])]
+    warnings += [["fine-tuning", message, ""] for message in run.results.get("run", {}).get("warnings", [])]
     if warnings:
-        head = ["Code", "Warning", "Remedy"] if any(remedy for *_, remedy in warnings) else ["Code", "Warning"]
-        section.tables.append(Table("Warnings", head, [row[: len(head)] for row in warnings]))
+        most = 3 if any(remedy for *_, remedy in warnings) else 2
+        head = ["Name", "What was found", "What to do"][:most]
+        section.tables.append(Table("Warnings", head, [row[:most] for row in warnings]))
     else:
         section.notes.append("There are no warnings.")
     if run.events:
-        shown = run.events[-MOST_EVENTS:]
         rows = [
-            (event.get("event", ""), _tell_time(event.get("time")), show(event.get("step")), event.get("message", ""))
-            for event in shown
+            (event.get("event", ""), tell_time(event), show(event.get("step")), event.get("message", ""))
+            for event in run.events[-MOST_EVENTS:]
         ]
         section.tables.append(Table("Events", ["Event", "Time (UTC)", "Update", "Message"], rows))
-        if len(run.events) > len(shown):
-            section.notes.append(f"{len(run.events) - len(shown)} earlier events are in events.jsonl.")
+        section.notes += _count_more(len(run.events) - len(rows), "earlier events", "events.jsonl")
     if run.non_finite:
         section.notes.append(
             f"{len(run.non_finite)} updates had no finite loss or gradient and were not taken, the first at update "
@@ -132,13 +134,17 @@ def tell_events(run: RunFiles) -> Section:
     return section
 
 
-def _tell_time(text: Any) -> str:
-    return str(text or "–")[:19].replace("T", " ")
+def tell_time(event: Mapping[str, Any]) -> str:
+    return str(event.get("time") or "–")[:19].replace("T", " ")
+
+
+def _count_more(number: int, what: str, file: str) -> list[str]:
+    return [f"{number} {what} are in {file}."] if number > 0 else []
 
 
 def tell_skipped(run: RunFiles) -> Section:
     """Unreadable files by reason."""
-    section = Section("Skipped audio", anchor="skipped")
+    section = Section("Skipped audio")
     for name, lines in run.skipped.items():
         reasons = Counter(str(line.get("reason", "no reason given")) for line in lines)
         first = {str(line.get("reason", "no reason given")): line for line in reversed(lines)}
@@ -147,8 +153,7 @@ def tell_skipped(run: RunFiles) -> Section:
             for reason, count in reasons.most_common(MOST_REASONS)
         ]
         section.tables.append(Table(f"{name}: {len(lines):,} files", ["Reason", "Files", "For example"], rows))
-        if len(reasons) > len(rows):
-            section.notes.append(f"{len(reasons) - len(rows)} more reasons are in {name}.")
+        section.notes += _count_more(len(reasons) - len(rows), "more reasons", name)
     if not run.skipped:
         section.notes.append("No file was skipped.")
     return section
@@ -156,20 +161,19 @@ def tell_skipped(run: RunFiles) -> Section:
 
 def tell_flags(run: RunFiles, defaults: Mapping[str, Any]) -> Section:
     """The resolved flags: first those that are not the defaults, where these are known."""
-    section = Section("Configuration", is_folded=True, anchor="configuration")
     if not run.config:
-        section.notes.append("The folder has no file of flags.")
-        return section
-    changed = {name: value for name, value in run.config.items() if name not in defaults or defaults[name] != value}
+        return Section("Configuration", notes=["The folder has no file of flags."], is_folded=True)
+    told = {name: tell_value(value) for name, value in run.config.items()}
+    changed = {name for name, value in run.config.items() if name not in defaults or defaults[name] != value}
+    tables = [Table("Flags that are not the defaults", ["Flag", "Value"], list(told.items()))]
     if defaults:
-        rows = [(name, tell_value(value), tell_value(defaults.get(name))) for name, value in changed.items()]
-        section.tables.append(Table(f"{len(rows)} flags that are not the defaults", ["Flag", "Value", "Default"], rows))
-        rest = [(name, tell_value(value)) for name, value in run.config.items() if name not in changed]
-        section.tables.append(Table(f"{len(rest)} flags at their defaults", ["Flag", "Value"], rest))
-    else:
-        rows = [(name, tell_value(value)) for name, value in run.config.items()]
-        section.tables.append(Table("Flags that are not the defaults", ["Flag", "Value"], rows))
-    return section
+        rows = [(name, told[name], tell_value(defaults.get(name))) for name in told if name in changed]
+        rest = [(name, told[name]) for name in told if name not in changed]
+        tables = [
+            Table(f"{len(rows)} flags that are not the defaults", ["Flag", "Value", "Default"], rows),
+            Table(f"{len(rest)} flags at their defaults", ["Flag", "Value"], rest),
+        ]
+    return Section("Configuration", tables=tables, is_folded=True)
 
 
 def tell_value(value: Any) -> str:
@@ -180,20 +184,19 @@ def tell_value(value: Any) -> str:
 
 
 def tell_environment(run: RunFiles) -> Section:
-    """Of each start and resume: the command, the devices and the versions."""
-    section = Section("Environment and command", is_folded=True, anchor="environment")
+    """Of the last start or resume: the command, the devices and the versions."""
     starts = [event for event in run.events if event.get("event") in ("start", "resume")]
-    for event in starts[-5:]:
-        command = event.get("command")
-        rows = [("command", shlex.join(map(str, command)))] if command else []
-        rows += [
-            (key.replace("num_", ""), event[key]) for key in ("device", "num_processes", "precision") if key in event
-        ]
-        rows += [(name, version) for name, version in (event.get("versions") or {}).items()]
-        caption = f"{event['event']} at update {show(event.get('step'))}, {_tell_time(event.get('time'))} UTC"
-        section.tables.append(Table(caption, ["What", "Value"], rows))
     if not starts:
-        section.notes.append("The folder has no events.jsonl: command and versions are not known.")
-    elif len(starts) > 5:
-        section.notes.append(f"{len(starts) - 5} earlier starts are in events.jsonl.")
-    return section
+        notes = ["The folder has no events.jsonl: command and versions are not known."]
+        return Section("Environment and command", notes=notes, is_folded=True)
+    last = starts[-1]
+    facts = {"command": shlex.join(map(str, last.get("command") or [])), "device": last.get("device")}
+    facts |= {
+        "processes": last.get("num_processes"),
+        "precision": last.get("precision"),
+        **(last.get("versions") or {}),
+    }
+    rows = [(name, value) for name, value in facts.items() if value]
+    table = Table(f"{last['event']} at update {show(last.get('step'))}, {tell_time(last)} UTC", ["What", "Value"], rows)
+    notes = _count_more(len(starts) - 1, "earlier starts", "events.jsonl")
+    return Section("Environment and command", tables=[table], notes=notes, is_folded=True)
