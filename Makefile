@@ -12,7 +12,7 @@ demo: $(VENV)/ready  ## corpus, pretraining, fine-tuning, one table: 15 minutes 
 	$(RUN) demo.py
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -m "not slow" -n $(TESTS_AT_ONCE) --dist loadfile
+	$(RUN) -m pytest -m "not slow" -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 drill: $(VENV)/ready  ## what docs/training.md promises: slow tests, 20 kills in one run, other numbers of processes, 10,000 resumes
 	$(RUN) -m pytest -m slow

@@ -52,7 +52,12 @@ def make_batch(config, lengths, seed=0, epoch=0, first=0, weight=1.0, piece=0, d
     return replace(batch, original_samples=sum(lengths))
 
 
+# Files that take longest begin first, so that none keeps one worker busy when the others are done.
+LONGEST = "quickstart commands learning devices stop security pretrain sharding finetune_classification".split()
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

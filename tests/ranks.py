@@ -1,8 +1,15 @@
 """Processes of the real program: one run with its launcher, or ranks that meet by their environment alone, as `srun`
 starts them.
+
+Without a launcher they are forked from a server that has imported the scripts, for an import takes longer than what is
+tested.
 """
 
+import atexit
+import faulthandler
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -15,6 +22,50 @@ ACCELERATE = ["-m", "accelerate.commands.launch"]
 TWO_PROCESSES = [*ACCELERATE, "--config_file", "configs/accelerate/cpu_2_processes.yaml"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SECONDS = 240  # until a test gives up: far more than what is tested takes
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pretrain", "finetune_classification"])
+
+
+class Program(SERVER.Process):
+    """`python WORDS`, in a session of its own, with the methods of `Popen`; what it prints is appended to a log.
+
+    What libraries read of their environment when they are imported is the server's.
+    """
+
+    def __init__(self, words, log: Path, variables: dict[str, str]):
+        super().__init__()
+        self.words, self.log, self.variables = [str(word) for word in words], log, variables
+        self.start()
+
+    def run(self) -> None:
+        os.setsid()
+        os.chdir(REPOSITORY)
+        os.environ.clear()
+        os.environ.update(self.variables)
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        faulthandler.enable()
+        sys.argv = self.words
+        try:
+            runpy.run_path(self.words[0], run_name="__main__")
+        finally:
+            atexit._run_exitfuncs()
+
+    def wait(self, seconds: float | None = None) -> int:
+        self.join(seconds)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.words, seconds)
+        return self.exitcode
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.exitcode is None:
+            os.kill(self.pid, number)
 
 
 def free_port() -> int:
@@ -32,14 +83,14 @@ def environment(**changes) -> dict[str, str]:
     return kept | ours | {k: str(v) for k, v in changes.items()}
 
 
-def start_run(flags, output_dir, *more, launcher=(), **variables) -> subprocess.Popen:
-    """pretrain.py, by a launcher or alone, in a session of its own; what it prints is appended to a log beside its
-    folder.
-    """
-    words = [sys.executable, *launcher, "pretrain.py", flags, "--output_dir", output_dir, *more]
-    with open(f"{output_dir}.log", "a") as log:
-        own = dict(env=environment(**variables), stdout=log, stderr=log, start_new_session=True)
-        return subprocess.Popen(list(map(str, words)), cwd=REPOSITORY, **own)
+def start_run(flags, output_dir, *more, launcher=(), **variables) -> subprocess.Popen | Program:
+    """pretrain.py, by a launcher or alone; its log lies beside its folder. Libraries see `HF_…` at import."""
+    words, log = ["pretrain.py", flags, "--output_dir", output_dir, *more], Path(f"{output_dir}.log")
+    if not launcher and not any(name.startswith("HF_") for name in variables):
+        return Program(words, log, environment(**variables))
+    with open(log, "a") as file:
+        own = dict(env=environment(**variables), stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(list(map(str, [sys.executable, *launcher, *words])), cwd=REPOSITORY, **own)
 
 
 def log_of(output_dir) -> str:
@@ -73,12 +124,10 @@ class Ranks:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
         meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            own = environment(**(meeting | dict(RANK=rank, LOCAL_RANK=rank) | changes))
-            with open(log, "w") as file:
-                words = [sys.executable, *map(str, command)]
-                self.processes.append(subprocess.Popen(words, cwd=REPOSITORY, env=own, stdout=file, stderr=file))
+        own = [environment(**(meeting | dict(RANK=rank, LOCAL_RANK=rank) | changes)) for rank in range(size)]
+        for log in self.logs:
+            log.write_text("")
+        self.processes = [Program(command, *pair) for pair in zip(self.logs, own, strict=True)]
 
     def __enter__(self) -> "Ranks":
         return self

@@ -6,10 +6,7 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_batch, run_here, tiny_config, write_csv, write_tones
+from ranks import Program, environment, wait_for_records
 from test_batching import SECOND, START, make_batches, rows
 from torch.utils.data import Dataset
 from transformers import Wav2Vec2FeatureExtractor
@@ -167,18 +165,14 @@ def child_of(pid: int) -> int:
 def test_a_lost_worker_ends_the_run_with_one_line(tmp_path, number, cause):
     manifest = write_csv(tmp_path / "train.csv", write_tones(tmp_path / "audio", [2.0] * 12), [2.0] * 12)
     arguments = flags_for(tmp_path, manifest, tmp_path / "run", max_steps=100_000)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments]
-    log, errors = tmp_path / "run" / "metrics.jsonl", tmp_path / "errors.txt"
-    with open(errors, "w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as run:
-        try:
-            while not (log.exists() and log.stat().st_size):
-                assert run.poll() is None, errors.read_text()
-                time.sleep(0.1)
-            os.kill(child_of(run.pid), number)
-            status = run.wait(timeout=60)
-        finally:
-            run.kill()
+    errors = tmp_path / "errors.txt"
+    run = Program(["pretrain.py", *arguments], errors, environment())
+    try:
+        wait_for_records(run, tmp_path / "run", 1)
+        os.kill(child_of(run.pid), number)
+        status = run.wait(60)
+    finally:
+        run.kill()
     lines = [line for line in errors.read_text().splitlines() if "error:" in line]
     # A thread of multiprocessing's may print a traceback of the broken connection; the script prints none.
     assert status == 2 and len(lines) == 1 and "run_script" not in errors.read_text(), errors.read_text()

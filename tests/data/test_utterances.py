@@ -2,8 +2,6 @@
 
 import math
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +10,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 from conftest import write_csv
+from ranks import SECONDS, Program, environment
 from transformers import Wav2Vec2Config
 
 from w2v2.audio.crops import SAMPLING_RATE
@@ -70,16 +69,15 @@ def test_ids_and_paths_are_not_held_in_memory(tmp_path):
 
 def test_processes_that_start_together_agree(tmp_path):
     manifest = write_manifest(tmp_path / "a.csv")
-    program = (
+    script, logs = tmp_path / "load.py", [tmp_path / f"{n}.log" for n in range(3)]
+    script.write_text(
         "import sys; from w2v2.data.utterances import load_manifest\n"
         "print(load_manifest([sys.argv[1]], cache_dir=sys.argv[2])[0]._fingerprint)"
     )
-    command = [sys.executable, "-c", program, manifest, tmp_path / "cache"]
-    root = Path(__file__).parents[2]
-    processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    found = {process.communicate(timeout=120)[0] for process in processes}
+    processes = [Program([script, manifest, tmp_path / "cache"], log, environment()) for log in logs]
+    assert [process.wait(SECONDS) for process in processes] == [0, 0, 0], [log.read_text() for log in logs]
     [path] = (tmp_path / "cache").iterdir()
-    assert [path.name] == [f"utterances-{name.strip()}.arrow" for name in found]
+    assert {f"utterances-{log.read_text().split()[-1]}.arrow" for log in logs} == {path.name}
 
 
 def load(path, framing=None, **changes):

@@ -10,7 +10,7 @@ import webdataset
 import yaml
 from conftest import NOISY, ONE_UPDATE, assert_same_run, refusal, run_here, write_recipe
 from lhotse import CutSet, Recording
-from ranks import TWO_PROCESSES, finish, start_run
+from ranks import run_ranks
 
 import pretrain
 
@@ -55,7 +55,7 @@ def test_resumed_three_times_in_an_epoch_it_is_their_files_run(recipe, tmp_path,
 
 
 def test_two_processes_share_the_tars(recipe):
-    finish(start_run(recipe / "tars.yaml", recipe / "two", launcher=TWO_PROCESSES), recipe / "two")
+    run_ranks(recipe / "logs", "pretrain.py", recipe / "tars.yaml", "--output_dir", recipe / "two")
     assert_same_run(recipe / "two", recipe / "by_manifest", exactly=False)
 
 

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from conftest import tiny_config
+from ranks import SECONDS, Program, environment
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining, pipeline
 
 import finetune_ctc
@@ -202,10 +201,9 @@ def test_the_script_runs_from_yaml_and_ends_with_status_2(data):
     (data / "config.yaml").write_text("max_steps: 1\neval_steps: 1\nsave_steps: 1\nmask_feature_length: 8\n")
     flags = [f"--train_data={data}/train.csv", f"--validation_data={data}/dev.csv", f"--output_dir={data}/script",
              f"--model_name_or_path={data}/pretrained", "--per_device_train_batch_size=2", "--use_cpu"]  # fmt: skip
-    script = [sys.executable, "finetune_ctc.py", str(data / "config.yaml"), *flags]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "WER" in done.stdout and "vocabulary" in done.stdout
-    again = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert len(again.stderr.strip().splitlines()) == 1 and "already holds a run" in again.stderr
+    script = ["finetune_ctc.py", data / "config.yaml", *flags]
+    first, again = data / "first.log", data / "again.log"
+    assert Program(script, first, environment()).wait(SECONDS) == 0, first.read_text()
+    assert "WER" in first.read_text() and "vocabulary" in first.read_text()
+    assert Program(script, again, environment()).wait(SECONDS) == 2
+    assert len(again.read_text().strip().splitlines()) == 1 and "already holds a run" in again.read_text()

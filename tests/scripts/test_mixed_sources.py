@@ -16,7 +16,7 @@ from conftest import (
     write_recipe,
     write_tones,
 )
-from ranks import TWO_PROCESSES, finish, start_run
+from ranks import run_ranks
 
 import pretrain
 
@@ -118,8 +118,8 @@ def test_a_run_resumed_three_times_in_an_epoch_is_the_same(config, whole_run, tm
 
 def test_two_processes_hear_the_same_mixture(config, whole_run, tmp_path):
     """Dropout and Gumbel noise follow the cut, so what is heard and masked is compared, not the losses."""
-    flags = ("--train_data", config.with_name("mixed.yaml"))
-    finish(start_run(config, tmp_path / "two", *flags, launcher=TWO_PROCESSES), tmp_path / "two")
+    flags = ("--output_dir", tmp_path / "two", "--train_data", config.with_name("mixed.yaml"))
+    run_ranks(tmp_path / "logs", "pretrain.py", config, *flags)
     heard = ("step", "epoch", "audio_hours", "masked_frames", "cropped_fraction")
     ours, theirs = ([[r.get(name) for name in heard] for r in read_curve(run)] for run in (tmp_path / "two", whole_run))
     assert ours == theirs

@@ -6,7 +6,7 @@ import tarfile
 import pytest
 from conftest import NOISY, ONE_UPDATE, TRAINED, assert_same_run, refusal, run_here, write_recipe
 from hub_stand_in import HubStandIn
-from ranks import TORCHRUN, finish, start_run
+from ranks import run_ranks
 
 import pretrain
 from w2v2.data import shard_cache
@@ -60,19 +60,19 @@ def begun(whole_run, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two processes"])
-def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(recipe, hub, whole_run, begun, launcher):
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(recipe, hub, whole_run, begun, num_processes):
     """In the middle of a window, without its copies, from another place, on as many or more processes; stopped again
     and again where it is one.
     """
-    flags = ["--train_data", address(hub), "--resume_from_checkpoint", "auto"]
-    if launcher:
-        finish(start_run(recipe, begun, *flags, launcher=launcher), begun)
+    flags = ["--output_dir", begun, "--train_data", address(hub), "--resume_from_checkpoint", "auto"]
+    if num_processes == 2:
+        run_ranks(begun.with_name("logs"), "pretrain.py", recipe, *flags)
     else:
         for more, status in [(("--max_hours", ONE_UPDATE), 75)] * 2 + [((), 0)]:
             shutil.rmtree(begun / "cache", ignore_errors=True)
-            assert run_here(pretrain.main, recipe, "--output_dir", begun, *flags, *more) == status
-    assert_same_run(begun, whole_run, exactly=not launcher)
+            assert run_here(pretrain.main, recipe, *flags, *more) == status
+    assert_same_run(begun, whole_run, exactly=num_processes == 1)
     assert list((begun / "cache/shards").glob("shard-*.tar"))
 
 

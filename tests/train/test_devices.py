@@ -93,11 +93,14 @@ def test_killed_ranks_resume_to_the_bit(flags, two_processes, tmp_path):
 
 def test_one_rank_alone_looks_at_files(flags, tmp_path):
     """Another one, whose storage fails just then, would stop alone and leave the others waiting."""
-    spoil = "[dict(id=i, audio=i, reason='cannot be opened') for i in table['id']]"
-    words = ", ".join(repr(str(word)) for word in command(flags, tmp_path / "run", "--max_steps", 1)[1:])
-    lines = f"import os, pretrain; look = pretrain.inspect_some\npretrain.inspect_some = lambda table: {spoil} if "
-    lines += f"os.environ['RANK'] == '1' else look(table)\nimport sys; sys.argv[1:] = [{words}]; pretrain.main()"
-    run_ranks(tmp_path / "logs", "-c", lines)
+    script = tmp_path / "spoiled.py"
+    script.write_text(
+        "import os, pretrain; look = pretrain.inspect_some\n"
+        "spoil = lambda table: [dict(id=i, audio=i, reason='cannot be opened') for i in table['id']]\n"
+        "pretrain.inspect_some = spoil if os.environ['RANK'] == '1' else look\n"
+        "pretrain.main()"
+    )
+    run_ranks(tmp_path / "logs", script, *command(flags, tmp_path / "run", "--max_steps", 1)[1:])
 
 
 def test_a_second_run_is_kept_out_of_the_folder(flags, tmp_path, capsys):

@@ -4,10 +4,7 @@ batches to come.
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import make_batch, read_curve, run_here, tiny_config, write_csv, write_tones
 from datasets import Dataset
+from ranks import run_ranks
 from tiny_run import same, tensors
 from two_ranks import FIVE, NOISY, build_model, pieces, settings
 
@@ -237,11 +235,7 @@ def test_a_resumed_run_counts_and_lists_as_an_uninterrupted_one(corpus, whole_ru
 
 def test_two_processes_skip_the_same_updates_and_list_the_same(corpus, whole_run):
     output_dir = corpus / "two_processes"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2_processes.yaml"]
-    command = [sys.executable, *launcher, str(corpus / "unbounded.py"), *flags(corpus, output_dir)]
-    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
+    run_ranks(corpus / "logs", corpus / "unbounded.py", *flags(corpus, output_dir))
     assert (output_dir / NON_FINITE_FILE).read_bytes() == (whole_run / NON_FINITE_FILE).read_bytes()
     for ours, theirs in zip(read_curve(output_dir), read_curve(whole_run), strict=True):
         assert ours["skipped_updates"] == theirs["skipped_updates"]

@@ -4,14 +4,14 @@ happened.
 
 import errno
 import os
+import select
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import NOISY, assert_same_run, run_here, write_recipe
-from ranks import REPOSITORY, SECONDS, TWO_PROCESSES, environment, log_of, start_run, wait_for_records
+from ranks import SECONDS, TWO_PROCESSES, Program, environment, log_of, start_run, wait_for_records
 
 import pretrain
 from w2v2.cli import RESUMABLE
@@ -161,13 +161,14 @@ def test_one_asked_process_of_two_stops_both(flags, tmp_path):
 @pytest.mark.parametrize("dead", ["full disk", "closed pipe"])
 def test_a_run_outlives_its_console(flags, whole_run, tmp_path, dead):
     """Its log is on a full disk, or the reader of its output has died."""
-    if dead == "full disk":
-        stream = os.open("/dev/full", os.O_WRONLY)
-    else:
-        reading, stream = os.pipe()
+    log = Path("/dev/full")
+    if dead == "closed pipe":
+        log = tmp_path / "pipe"
+        os.mkfifo(log)
+        reading = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    process = Program(["pretrain.py", flags, "--output_dir", tmp_path / "run"], log, environment())
+    if dead == "closed pipe":
+        select.select([reading], [], [], SECONDS)  # its first line
         os.close(reading)
-    words = [sys.executable, "pretrain.py", flags, "--output_dir", tmp_path / "run"]
-    done = subprocess.run(list(map(str, words)), cwd=REPOSITORY, env=environment(), stdout=stream, stderr=stream)
-    os.close(stream)
-    assert done.returncode == 0
+    assert process.wait(SECONDS) == 0
     assert_same_run(tmp_path / "run", whole_run)

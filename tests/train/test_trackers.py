@@ -34,7 +34,7 @@ def test_trackio_and_tensorboard_hold_the_records(flags, tmp_path):
     pytest.importorskip("trackio")
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     output_dir, more = tmp_path / "run", ["--report_to", "trackio", "tensorboard", "--project", "speech"]
-    variables = dict(TRACKIO_DIR=tmp_path / "trackio", HF_HUB_OFFLINE=1)
+    variables = dict(TRACKIO_DIR=tmp_path / "trackio")
     stopped = start_run(flags, output_dir, *more, "--max_hours", ONE_UPDATE, **variables)
     assert stopped.wait() == 75
     finish(start_run(flags, output_dir, *more, "--resume_from_checkpoint", "auto", **variables), output_dir)
