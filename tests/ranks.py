@@ -39,6 +39,7 @@ class Program(SERVER.Process):
 
     def run(self) -> None:
         os.setsid()
+        multiprocessing.set_start_method(None, force=True)  # the platform's own, as in a process of its own
         os.chdir(REPOSITORY)
         os.environ.clear()
         os.environ.update(self.variables)

@@ -25,11 +25,11 @@ def run_script(main, capsys, *flags) -> tuple[int, dict, str]:
     return int(end.value.code), json.loads(lines[-1]), lines[-2]
 
 
-def test_two_kills_leave_the_undisturbed_bytes(capsys):
-    status, found, line = run_script(crash_drill.main, capsys, "--kills", 2, "--max_steps", 16)
-    assert line == "2 kills survived, 0 differing bytes"
-    assert (status, found["kills"], found["differing_bytes"], found["changed_batches"]) == (0, 2, 0, 0)
-    assert sum(found["phases"].values()) == 2 and found["compared_bytes"] > 100_000
+def test_a_kill_leaves_the_undisturbed_bytes(capsys):
+    status, found, line = run_script(crash_drill.main, capsys, "--kills", 1, "--max_steps", 16)
+    assert line == "1 kills survived, 0 differing bytes"
+    assert (status, found["kills"], found["differing_bytes"], found["changed_batches"]) == (0, 1, 0, 0)
+    assert sum(found["phases"].values()) == 1 and found["compared_bytes"] > 100_000
 
 
 @pytest.mark.slow

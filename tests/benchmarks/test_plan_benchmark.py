@@ -96,9 +96,8 @@ def test_the_last_line_is_json():
     assert all(0 < size["filler_fraction"] < 1 for size in found["sizes"].values())
 
 
-@pytest.mark.parametrize("format", ["parquet", "csv"])
-def test_the_start_with_many_rows_is_measured(format):
-    command = [sys.executable, "benchmarks/plan.py", "--rows", "70000", "--format", format, "--trials", "1"]
+def test_the_start_with_many_rows_is_measured():
+    command = [sys.executable, "benchmarks/plan.py", "--rows", "70000", "--format", "csv", "--trials", "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])

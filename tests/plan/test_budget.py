@@ -153,9 +153,3 @@ def test_a_proposal_of_too_many_passes_says_so():
     assert "heard 9,920 times, where 1,000 passes are the limit" in many.text  # 62 updates of 1.6 h
     assert "give more speech, or a budget of 0.1 device-hours" in many.text
     assert many.max_steps == few.max_steps
-
-
-@pytest.mark.parametrize("hours, batch_hours", [(2_000, 1.6), (20_000, 1.6), (540_000, 1.6), (20_000, 0.02)])
-def test_percentages_are_word_error_rates(hours, batch_hours):
-    text = describe_budget(hours, flags(batch_hours=batch_hours), BASE)["text"]
-    assert all("word error rate" in part for part in text.split("; ") if "%" in part)

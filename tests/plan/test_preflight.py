@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_config
 from datasets import Dataset
 
 from w2v2.arguments import PretrainArguments
@@ -173,12 +172,6 @@ def test_a_shorter_run_keeps_its_warm_up(sounds, epochs, warmup_steps, said):
     run = preflight(sounds, plan=dict(epochs=epochs), max_steps=400_000, warmup_steps=warmup_steps)
     (found,) = [one for one in find_warnings(run) if one["code"] == "many_epochs"]
     assert said in found["remedy"] and "1,000 passes are the limit" in found["message"]
-
-
-def test_a_tiny_model_is_small(sounds):
-    run = preflight(sounds)
-    run.config = tiny_config()
-    assert run.recipe.name == "small"
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,12 @@ def test_a_probed_run_is_the_same_to_the_bit(flags, whole_run, tmp_path):
     assert "probe_updates" not in (tmp_path / "run/pretrain_config.yaml").read_text()
 
 
-def test_a_dry_run_is_probed_and_adds_up(flags, whole_run, tmp_path, capsys):
-    assert run(flags, tmp_path / "run", "--probe_updates", 3, "--dry_run") == 0
+def test_a_dry_run_is_probed_and_becomes_a_run_of_so_many_device_hours(flags, whole_run, tmp_path, capsys):
+    refusal(capsys, pretrain.main, flags, "--output_dir", tmp_path / "run", "--gpu_hours", 1, named=["--dry_run"])
+    assert not (tmp_path / "run").exists()
+    assert run(flags, tmp_path / "run", "--probe_updates", 3, "--gpu_hours", 2, "--dry_run") == 0
     assert {path.name for path in (tmp_path / "run").iterdir()} - {"cache"} == {"plan.json"}
-    plan, probe = read_plan(tmp_path / "run"), read_plan(tmp_path / "run")["probe"]
+    plan, probe, said = read_plan(tmp_path / "run"), read_plan(tmp_path / "run")["probe"], capsys.readouterr().out
     assert probe["updates"] == 3 and probe["updates_left"] == STEPS
     assert 0 < probe["fastest_update"] <= probe["seconds_per_update"] <= probe["slowest_update"]
     assert probe["validations"] == sum("eval_loss" in record for record in read_metrics(whole_run / "metrics.jsonl"))
@@ -63,7 +65,12 @@ def test_a_dry_run_is_probed_and_adds_up(flags, whole_run, tmp_path, capsys):
     # Batches hold at least `batch_hours`, and the first three are not the mean of all.
     heard = probe["audio_seconds_per_second"] * probe["seconds_per_update"]
     assert heard == pytest.approx(3600 * plan["batch_hours"], rel=0.2)
-    assert f"for {STEPS} updates and 3 validation(s)" in capsys.readouterr().out
+    assert f"for {STEPS} updates and 3 validation(s)" in said
+    steps = plan["proposal"]["max_steps"]
+    hours = steps * plan["batch_hours"] / probe["audio_seconds_per_second"]
+    hours += steps / EVAL_STEPS * probe["validation_seconds"] / 3600
+    assert plan["proposal"]["batch_hours"] == 0.004 and hours == pytest.approx(2, rel=0.01)
+    assert f"--max_steps {steps} " in said and "how sure" in said
 
 
 class StopAfterTwo:
@@ -105,15 +112,3 @@ def test_unreadable_validation_does_not_end_a_run(flags, tmp_path, monkeypatch, 
     assert run(flags, tmp_path / "run", "--probe_updates", 1, "--dry_run") == 0
     assert read_plan(tmp_path / "run")["probe"]["validation_seconds"] == 0
     assert "any more" in capsys.readouterr().out
-
-
-def test_device_hours_become_a_run(flags, tmp_path, capsys):
-    refusal(capsys, pretrain.main, flags, "--output_dir", tmp_path / "run", "--gpu_hours", 1, named=["--dry_run"])
-    assert not (tmp_path / "run").exists()
-    assert run(flags, tmp_path / "run", "--gpu_hours", 2, "--dry_run") == 0
-    plan, said = read_plan(tmp_path / "run"), capsys.readouterr().out
-    steps, probe = plan["proposal"]["max_steps"], plan["probe"]
-    hours = steps * plan["batch_hours"] / probe["audio_seconds_per_second"]
-    hours += steps / EVAL_STEPS * probe["validation_seconds"] / 3600
-    assert plan["proposal"]["batch_hours"] == 0.004 and hours == pytest.approx(2, rel=0.01)
-    assert f"--max_steps {plan['proposal']['max_steps']} " in said and "how sure" in said

@@ -102,19 +102,17 @@ def check_threads(here: Machine) -> Iterator[Found]:
 
 
 def check_reading(run: Preflight) -> Iterator[Found]:
-    workers, waiting = max(1, run.args.dataloader_num_workers), run.plan.get("probe", {}).get("data_wait_fraction")
-    speed = run.plan.get("reading")
-    remedy = f"raise --dataloader_num_workers ({run.machine.cores} cores are here), or keep the data on a local disk, packed "
-    remedy += "(data_scripts/pack_audio.py)"
-    if waiting is not None:
-        found = f"the probe's updates waited for audio during {waiting:.0%} of their time"
-        is_slow = waiting > MOST_WAITING
-    else:
-        is_slow = speed and run.machine.device != "cpu" and speed * workers < GPU_SPEED
+    workers, plan = max(1, run.args.dataloader_num_workers), run.plan
+    found, speed = "", plan.get("reading")
+    if "probe" in plan:
+        if (waiting := plan["probe"]["data_wait_fraction"]) > MOST_WAITING:
+            found = f"the probe's updates waited for audio during {waiting:.0%} of their time"
+    elif speed and run.machine.device != "cpu" and speed * workers < GPU_SPEED:
         found = (
-            f"one process reads and decodes {speed or 0:,.0f} s of audio a second ({NUM_TIMED} crops, nothing else at work, perhaps "
-            f"from the system's cache): --dataloader_num_workers {workers} give {(speed or 0) * workers:,.0f}, and a GPU may hear "
-            f"{GPU_SPEED:,.0f} (BASE on an A100, by NVIDIA)"
+            f"one process reads and decodes {speed:,.0f} s of audio a second ({NUM_TIMED} crops, nothing else at work, perhaps from the "
+            f"system's cache): --dataloader_num_workers {workers} give {speed * workers:,.0f}, and a GPU may hear {GPU_SPEED:,.0f} "
+            "(BASE on an A100, by NVIDIA)"
         )
-    if is_slow:
-        yield "slow_disk", found, remedy
+    if found:
+        more = f"raise --dataloader_num_workers ({run.machine.cores} cores are here)"
+        yield "slow_disk", found, f"{more}, or keep the data on a local disk, packed (data_scripts/pack_audio.py)"

@@ -1,15 +1,15 @@
 """A sample of the audio of a run, opened before it begins: what is wrong with the files, and how fast they are read."""
 
+import contextlib
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from w2v2.audio.crops import MAX_SHIFT, SAMPLING_RATE, AudioError, read_pcm
 from w2v2.audio.files import split_address
-from w2v2.audio.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files, map_files
+from w2v2.audio.inspection import INSPECTED_SECONDS, AudioFacts, inspect_files
 from w2v2.data.utterances import Utterances, spread_rows
 
 UNUSABLE = ("missing", "unreadable", "ends_early")  # kinds of files that a run skips
@@ -68,18 +68,10 @@ def measure_reading(utterances: Utterances, crop_seconds: float) -> float | None
     The files that are looked at lie in the system's cache. So call it before them; a corpus that fits into memory may
     lie there all the same.
     """
-    rows = spread_rows(utterances.at_hand, NUM_TIMED)
-    read = partial(_time_crop, most_samples=round(crop_seconds * SAMPLING_RATE))
-    found = list(map_files(rows, read, "Timing audio files", num_workers=1, at_once=len(rows)))
-    heard, seconds = (sum(column) for column in zip(*found, strict=True))
-    return heard / seconds if heard else None
-
-
-def _time_crop(row: dict[str, Any], most_samples: int) -> tuple[float, float]:
-    """Seconds of audio in the row's crop, and how long it took; zeros where it cannot be read."""
-    started, start = time.perf_counter(), round(row["start"] * SAMPLING_RATE)
-    try:
-        samples = read_pcm(row["audio"], start, min(row["num_samples"], most_samples), channel=row.get("channel"))
-    except AudioError:
-        return 0.0, 0.0
-    return len(samples) / SAMPLING_RATE, time.perf_counter() - started
+    heard, seconds, most = 0, 0.0, round(crop_seconds * SAMPLING_RATE)
+    for row in spread_rows(utterances.at_hand, NUM_TIMED):
+        started, first = time.perf_counter(), round(row["start"] * SAMPLING_RATE)
+        with contextlib.suppress(AudioError):
+            heard += len(read_pcm(row["audio"], first, min(row["num_samples"], most), channel=row.get("channel")))
+            seconds += time.perf_counter() - started
+    return heard / SAMPLING_RATE / seconds if heard else None

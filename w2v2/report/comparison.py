@@ -38,11 +38,10 @@ def tell_finals(runs: Sequence[RunFiles], summaries: Sequence[Summary]) -> Secti
         is_validation = all(run.validated for run in runs)
         found = [list_figures(run, is_validation) for run in runs]
         caption += f", in {'validation' if is_validation else 'training'}"
+    elif runs[0].kind == PROBE:
+        found = [summary.figures for summary in summaries]
     else:
-        found = [
-            summary.figures if run.kind == PROBE else list_scores(run)
-            for run, summary in zip(runs, summaries, strict=True)
-        ]
+        found = [list_scores(run) for run in runs]
     values = [{label: value for label, value, *_ in figures} for figures in found]
     names = list(dict.fromkeys(name for one in values for name in one))
     rows = [(run.name, *(one.get(name, "–") for name in names)) for run, one in zip(runs, values, strict=True)]
@@ -50,27 +49,26 @@ def tell_finals(runs: Sequence[RunFiles], summaries: Sequence[Summary]) -> Secti
 
 
 def tell_curves(runs: Sequence[RunFiles]) -> Section:
-    """Each measure with a line for each run."""
+    """Each measure with a line for each run; of a pretraining's measures the first line alone."""
     if runs[0].kind == PROBE:
-        charts = [draw_layers(runs)]
-    elif runs[0].kind == PRETRAINING:
-        charts = [_draw_runs(runs, measure, HOURS) for measure in PRETRAINING_MEASURES]
+        return Section("Curves", [draw_layers(runs)])
+    if runs[0].kind == PRETRAINING:
+        drawn, over = [(measure, next(iter(measure.lines))) for measure in PRETRAINING_MEASURES], HOURS
     else:
-        charts = [_draw_runs(runs, measure, UPDATES) for measure in MEASURES]
-    section = Section("Curves", charts)
+        drawn, over = [(measure, key) for measure in MEASURES for key in measure.lines], UPDATES
+    section = Section("Curves", (_draw_runs(runs, measure, key, over) for measure, key in drawn))
     section.notes += [] if section.charts else ["None of these runs has logged a curve."]
     return section
 
 
-def _draw_runs(runs: Sequence[RunFiles], measure: Measure, over: tuple[str, str]) -> Chart | None:
-    """The first line of a measure: of the validations where all runs that have it validated, else of training."""
-    key, name = next(iter(measure.lines.items()))
+def _draw_runs(runs: Sequence[RunFiles], measure: Measure, key: str, over: tuple[str, str]) -> Chart | None:
+    """Of the validations where all runs that have the measure validated, else of training."""
     trained, validated = ([gather(run.metrics, prefix + key, over[0]) for run in runs] for prefix in ("", "eval_"))
     is_validation = any(validated) and all(ours or not theirs for ours, theirs in zip(validated, trained, strict=True))
     where = f"{'validation' if is_validation else 'training'}, " if any(validated) else ""
     points = validated if is_validation else trained
     series = [Series(run.name, found) for run, found in zip(runs, points, strict=True)]
-    title = f"{measure.title}, {name}" if name else measure.title
+    title = ", ".join(filter(None, (measure.title, measure.lines[key])))
     return draw_lines(title, series, over[1], subtitle=f"{where}{measure.subtitle}")
 
 

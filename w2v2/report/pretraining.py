@@ -132,7 +132,7 @@ def list_figures(run: RunFiles, is_validation: bool = True) -> list[tuple[str, s
         ("Hours heard", show(heard), f"{epoch:,.1f} epochs" if epoch is not None else ""),
         ("Contrastive loss", show(last.get("contrastive_loss", last.get("loss"))), where),
         ("Accuracy", percent(last.get("accuracy")), where),
-        ("Constant guess", percent(last.get("constant_guess_accuracy")), f"its accuracy, {where}"),
+        ("Constant guess", percent(last.get("constant_guess_accuracy")), f"always the commonest codes, {where}"),
         ("Codebook perplexity", show(last.get("codebook_perplexity")), of),
         ("Device-hours", show(device_hours(run.trained)), span),
     ]
