@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from w2v2.evaluate.scores import NAMES
+from w2v2.evaluate import scores
 from w2v2.report.charts import Band, Chart, Point, Series, draw_lines, show
 from w2v2.report.run_files import PROBE, RunFiles
 
 MOST_REASONS, MOST_EVENTS = 12, 200
-SHOWN = NAMES | {"uar": "UAR", "accuracy": "accuracy", "macro_f1": "macro-F1"}  # measures, as they are written
-SHOWN |= {f"lm_{key}": f"{name} with LM" for key, name in NAMES.items()}
+SHOWN = scores.SHOWN | {f"lm_{key}": f"{name} with LM" for key, name in scores.NAMES.items()}
 HOURS, UPDATES = ("audio_hours", "hours of audio heard"), ("step", "updates")  # x axes: key of a record, label
 WHERE = {"": "training", "eval_": "validation"}  # beginning of a key → where it was measured
 
