@@ -4,8 +4,11 @@ import base64
 import io
 import json
 import re
+import shutil
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 from conftest import write_csv, write_tones
@@ -103,6 +106,23 @@ def test_embedded_audio_is_the_files(heard):
     for said in ("No audio of 1 utterances", "do not have them", "the first 10 s can be heard"):
         assert said in page.text, said
     assert not any(name == "audio" for name, _ in read_page(folder).elements)
+
+
+def test_audio_of_a_data_set_is_embedded(tmp_path):
+    """Which holds its bytes, and loses the files."""
+    paths = write_tones(tmp_path / "audio", [1.0, 2.0])
+    sources = {path.name: soundfile.read(path)[0] for path in paths}
+    audio = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    table = datasets.Dataset(pa.table({"audio": pa.array(audio, datasets.Audio.pa_type)}))
+    splits = datasets.DatasetDict(dev=table.cast_column("audio", datasets.Audio(decode=False)))
+    splits.save_to_disk(tmp_path / "set")
+    shutil.rmtree(tmp_path / "audio")
+    flags = dict(dataset_name=str(tmp_path / "set"), eval_split_name="dev")
+    texts = dict.fromkeys(sources, ("one two", "one"))
+    page = read_page(write_recognition(tmp_path / "run", texts=texts, **flags), num_audio=2)
+    sounds = {a["aria-label"]: a["src"].partition("base64,")[2] for name, a in page.elements if name == "audio"}
+    for name, source in sources.items():
+        assert np.abs(soundfile.read(io.BytesIO(base64.b64decode(sounds[name])))[0] - source).max() < 1e-4
 
 
 def test_audio_that_would_make_the_page_large_is_left_out(heard, monkeypatch):

@@ -1,20 +1,23 @@
-"""Short pieces of audio inside the page, found again by the manifests that the run was given."""
+"""Short pieces of audio inside the page, found again by the manifests or the data set that the run was given."""
 
 import base64
 import io
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 
 import soundfile
 
 from w2v2.audio.crops import SAMPLING_RATE, AudioError, read_crop
 from w2v2.errors import UserError
 from w2v2.finetune.ctc_data import name_sets
+from w2v2.manifests.dataset_loading import LabelledDatasetArguments
 from w2v2.manifests.manifest import read_manifests
 from w2v2.report.run_files import RunFiles
 from w2v2.report.sections import Utterance
 
 SECONDS_PLAYED = 10.0  # of an utterance
+DATASET_FLAGS = fields(LabelledDatasetArguments)
 MOST_BYTES = 1_300_000  # of all data URIs together: the page stays below 2 MB
 
 
@@ -39,15 +42,15 @@ def embed_audio(run: RunFiles, utterances: Sequence[Utterance]) -> list[str]:
 
 
 def _find_rows(run: RunFiles, sets: set[str]) -> tuple[dict, str]:
-    """(set, id) → row of a manifest, and why a row may be missing."""
+    """(set, id) → row of a manifest or data set, and why a row may be missing."""
     config, rows = run.config, {}
-    if config.get("dataset_name"):
-        return {}, "it is in a data set of the Hub, which the page does not load"
-    manifests = {"validation": config["validation_data"]} if config.get("validation_data") else {}
-    manifests |= {name: [path] for name, path in name_sets(config.get("test_data") or []).items()}
-    for name in sorted(sets & manifests.keys()):
+    flags = LabelledDatasetArguments(**{f.name: config[f.name] for f in DATASET_FLAGS if f.name in config})
+    flags.validation_data, flags.test_data = (config.get(name) or [] for name in ("validation_data", "test_data"))
+    sources = {"validation": flags.list_sources("validation_data")}
+    sources |= {name: [source] for name, source in name_sets(flags.list_sources("test_data")).items()}
+    for name in sorted(name for name in sets if sources.get(name)):
         try:
-            table, *_ = read_manifests(manifests[name], data_root=config.get("data_root"), fill=False)
+            table, *_ = read_manifests(sources[name], data_root=config.get("data_root"), fill=False)
         except UserError as error:
             return rows, f"{error}; make the report where the run was started"
         rows |= {(name, row["id"]): row for row in table.to_pylist()}
