@@ -30,8 +30,11 @@ from w2v2.evaluate.scores import (
 from w2v2.finetune.labels import column_of
 from w2v2.probe.arguments import VerificationArguments
 from w2v2.probe.features import FrozenModel, read_table
+from w2v2.report.page import report_run
+from w2v2.train.events import EVENTS_FILE, note_finish, note_start
 
 RESULTS_FILE = "verification.json"
+NUM_BINS = 40  # of the histograms of scores
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     trials, table = listed_trials(args) if args.trials else drawn_trials(args)
     targets = [trial.target for trial in trials]
     print(f"{len(trials)} trials, {sum(targets)} of one speaker, {len(table)} utterances", flush=True)
+
+    (folder / EVENTS_FILE).unlink(missing_ok=True)  # of the results that are replaced
+    note_start(args)
 
     # Embeddings of every utterance; those of the cohort say what an average voice is.
     model = FrozenModel(args.model_name_or_path, args.config_name, seed=args.seed, device=args.device)
@@ -53,12 +59,17 @@ def main(argv: list[str] | None = None) -> None:
         if cohort is not None:
             vectors = (vectors - cohort[name].mean(0)) / np.maximum(cohort[name].std(0), 1e-6)
         scores = cosine_scores(trials, dict(zip(table["id"], vectors, strict=True)))
+        edges, kinds = np.histogram_bin_edges(scores, NUM_BINS), {"one speaker": 1, "two speakers": 0}
+        counts = {kind: np.histogram(scores[np.equal(targets, n)], edges)[0].tolist() for kind, n in kinds.items()}
         results[name] = {"eer": equal_error_rate(targets, scores),
-                         "min_dcf": min_detection_cost(targets, scores, args.p_target)}  # fmt: skip
+                         "min_dcf": min_detection_cost(targets, scores, args.p_target),
+                         "histogram": {"edges": edges.tolist(), "counts": counts}}  # fmt: skip
         print(f"{name:>10}: EER {results[name]['eer']:.2%}, minDCF {results[name]['min_dcf']:.3f}", flush=True)
     run = {"model": args.model_name_or_path, "config": args.config_name, "trials": len(trials), "targets": sum(targets),
            "p_target": args.p_target, "cohort": bool(args.cohort), "seed": args.seed}  # fmt: skip
     (folder / RESULTS_FILE).write_text(json.dumps(results | {"run": run}, indent=2) + "\n", encoding="utf-8")
+    note_finish(args)
+    report_run(args)
 
 
 def embed(model: FrozenModel, table: Dataset, layer: int | None) -> dict[str, np.ndarray]:

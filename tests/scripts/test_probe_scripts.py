@@ -107,6 +107,12 @@ def test_verification_by_drawn_trials_scores_every_layer(data):
     assert results["layer 1"]["eer"] < 0.35  # pitches are far apart; by chance a half
     trials = read_trials(data / "drawn" / "trials.txt")
     assert (len(trials), results["run"]["targets"]) == (200, 100)
+    counts = results["layer 1"]["histogram"]["counts"]
+    assert {kind: sum(found) for kind, found in counts.items()} == {"one speaker": 100, "two speakers": 100}
+    page = (data / "drawn" / "report.html").read_text()
+    best = min((name for name in results if name != "run"), key=lambda name: results[name]["eer"])
+    assert f"The equal error rate by {best} is {results[best]['eer']:.1%}".replace("%", "\u00a0%") in page
+    assert f"Scores by {best}" in page and "command and versions are not known" not in page
 
 
 def test_verification_by_a_list_and_a_models_projection(data):

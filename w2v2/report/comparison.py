@@ -38,7 +38,7 @@ def tell_finals(runs: Sequence[RunFiles], summaries: Sequence[Summary]) -> Secti
         is_validation = all(run.validated for run in runs)
         found = [list_figures(run, is_validation) for run in runs]
         caption += f", in {'validation' if is_validation else 'training'}"
-    elif runs[0].kind == PROBE:
+    elif runs[0].probe:
         found = [summary.figures for summary in summaries]
     else:
         found = [list_scores(run) for run in runs]

@@ -15,8 +15,8 @@ from w2v2.errors import UserError, hide_secrets, one_line
 from w2v2.report.comparison import compare_runs
 from w2v2.report.finetuning import report_finetuning
 from w2v2.report.pretraining import report_pretraining
-from w2v2.report.probing import report_probe
-from w2v2.report.run_files import PRETRAINING, PROBE, name_runs, read_run
+from w2v2.report.probing import report_probe, report_verification
+from w2v2.report.run_files import PRETRAINING, PROBE, VERIFICATION, name_runs, read_run
 from w2v2.report.sections import Section, Summary
 from w2v2.train.durable import write_file
 from w2v2.train.events import EventLog
@@ -36,7 +36,8 @@ def write_report(
     """
     runs = [read_run(folder) for folder in folders]
     name_runs(runs)
-    report = {PRETRAINING: partial(report_pretraining, defaults=defaults), PROBE: report_probe}
+    report = {PROBE: report_probe, VERIFICATION: report_verification}
+    report[PRETRAINING] = partial(report_pretraining, defaults=defaults)
     summaries = [report.get(run.kind, partial(report_finetuning, num_audio=num_audio))(run) for run in runs]
     comparison = compare_runs(runs, summaries)
     page = render(summaries, comparison)

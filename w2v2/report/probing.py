@@ -1,6 +1,7 @@
-"""The page of a probe: what each layer of which model knows."""
+"""The page of a probe: what each layer of which model knows, and how well it tells speakers apart."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from w2v2.report.charts import Chart, Series, draw_lines, show
 from w2v2.report.run_files import RunFiles
@@ -36,6 +37,25 @@ def report_probe(run: RunFiles) -> Summary:
     return Summary(f"Probe of {target}", run.name, verdict, mood, figures, sections=sections)
 
 
+def report_verification(run: RunFiles) -> Summary:
+    """Figures, verdict and sections of a verification.json: how far one speaker's pairs lie from two speakers'."""
+    found = {name: scores for name, scores in run.probe.items() if name != "run"}
+    best = min(found, key=lambda name: found[name]["eer"])
+    eer, series = found[best]["eer"], []
+    histogram = found[best].get("histogram") or {"edges": [], "counts": {}}  # of an earlier version
+    middles = [sum(pair) / 2 for pair in pairwise(histogram["edges"])]
+    for kind, counts in histogram["counts"].items():
+        series.append(Series(kind, [(x, count / sum(counts)) for x, count in zip(middles, counts, strict=True)]))
+    chart = draw_lines(f"Scores by {best}", series, "cosine", subtitle="share of the pairs of one speaker, and of two")
+    rows = [(name, percent(scores["eer"]), show(scores["min_dcf"])) for name, scores in found.items()]
+    figures = [(name, value, f"equal error rate, minDCF {cost}") for name, value, cost in rows[:6]]
+    table = Table("Error rates", ["Embedding", "EER", "minDCF"], rows)
+    sections = [Section("Scores", [chart], [table]), tell_facts(run), *tell_folder(run, {})]
+    verdict = f"The equal error rate by {best} is {percent(eer)}; a guess has 50 %."
+    mood = "good" if eer < 0.45 else "bad"
+    return Summary("Verification of speakers", run.name, verdict, mood, figures, sections=sections)
+
+
 def draw_layers(runs: Sequence[RunFiles]) -> Chart | None:
     """The layers of all runs' models, and chance; None where they were not measured alike."""
     if len({run.probe["measure"] for run in runs}) > 1:
@@ -66,6 +86,6 @@ def tell_layers(run: RunFiles) -> Section:
 
 def tell_facts(run: RunFiles) -> Section:
     facts = {name.replace("_", " "): value for name, value in run.probe.get("run", {}).items()}
-    facts |= {f"weights of {model['name']}": model["source"] for model in run.probe["models"]}
+    facts |= {f"weights of {model['name']}": model["source"] for model in run.probe.get("models", [])}
     rows = [(name, show(value)) for name, value in facts.items() if value is not None]
     return Section("How it was probed", tables=[Table("The probe", ["What", "Value"], rows)], is_folded=True)

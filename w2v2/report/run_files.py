@@ -14,7 +14,9 @@ from w2v2.errors import UserError, one_line
 from w2v2.train.log import METRICS_FILE, read_metrics
 
 PRETRAINING, RECOGNITION, CLASSIFICATION, PROBE = "pretraining", "recognition", "classification", "probe"
-_MARKS = (METRICS_FILE, "results.json", "probe.json", "plan.json")  # one of them makes a folder a run's
+VERIFICATION = "verification"
+# One of them makes a folder a run's.
+_MARKS = (METRICS_FILE, "results.json", "probe.json", "verification.json", "plan.json")
 SKIPPED_FILES = ("skipped_audio.jsonl", "skipped_validation.jsonl")
 
 
@@ -30,7 +32,7 @@ class RunFiles:
     model: dict[str, Any] = field(default_factory=dict)  # config.json
     plan: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
-    probe: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)  # or the verification of speakers
     events: list[dict[str, Any]] = field(default_factory=list)
     codebook_use: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
@@ -56,6 +58,7 @@ def read_run(folder: str | os.PathLike) -> RunFiles:
     if (folder / METRICS_FILE).is_file():
         run.metrics = read_metrics(folder / METRICS_FILE)
     run.plan, run.results, run.probe = (_read_mapping(run, f"{name}.json") for name in ("plan", "results", "probe"))
+    run.probe = run.probe or _read_mapping(run, "verification.json")
     saved = sorted(folder.glob("checkpoint-[0-9]*/config.json"), key=lambda path: path.stat().st_mtime)[-1:]
     for path in [folder / "config.json", *saved]:
         run.model = run.model or _read_mapping(run, str(path.relative_to(folder)))
@@ -89,7 +92,7 @@ def _explain_folder(folder: Path) -> str:
 
 def _find_kind(run: RunFiles) -> str:
     if run.probe:
-        return PROBE
+        return PROBE if "models" in run.probe else VERIFICATION
     scores = run.results.get("validation") or run.results.get("pooled") or {}
     keys = {key.removeprefix("eval_") for record in [*run.metrics, scores, *run.predictions[:1]] for key in record}
     if (run.folder / "vocab.json").exists() or keys & {"wer", "cer", "per", "hypothesis"}:

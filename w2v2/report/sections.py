@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from w2v2.evaluate import scores
 from w2v2.report.charts import Band, Chart, Point, Series, draw_lines, show
-from w2v2.report.run_files import PROBE, RunFiles
+from w2v2.report.run_files import RunFiles
 
 MOST_REASONS, MOST_EVENTS = 12, 200
 SHOWN = scores.SHOWN | {f"lm_{key}": f"{name} with LM" for key, name in scores.NAMES.items()}
@@ -102,7 +102,7 @@ def draw_measure(
 
 def tell_folder(run: RunFiles, defaults: Mapping[str, Any]) -> list[Section]:
     """The sections that any run has: what befell it, what it skipped, with which flags and where it ran."""
-    own = [tell_skipped(run), tell_flags(run, defaults)] if run.kind != PROBE else []
+    own = [tell_skipped(run), tell_flags(run, defaults)] if not run.probe else []
     return [tell_events(run), *own, tell_environment(run)]
 
 
