@@ -76,7 +76,10 @@ def make_rows(folder: Path, hours: float, manifests: str | Sequence[str] | None,
     if manifests is None:
         return synthesize(folder, hours)
     manifests = [manifests] if isinstance(manifests, str) else manifests
-    table = read_manifests(manifests, data_root=data_root)[0].select(["id", "audio", "start", "num_samples"])
+    table, left_out, _ = read_manifests(manifests, data_root=data_root)
+    if left_out:
+        print(f"{len(left_out)} files are left out, the first: {left_out[0]['audio']}: {left_out[0]['reason']}")
+    table = table.select(["id", "audio", "start", "num_samples"])
     share = hours * 3600 * SAMPLING_RATE / table["num_samples"].to_numpy().sum()
     count = max(1, min(len(table), int(len(table) * share)))
     return table.take(np.linspace(0, len(table) - 1, count).astype(int)).to_pylist()
