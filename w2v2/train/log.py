@@ -69,11 +69,11 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 class Pace:
     """How long a run takes yet."""
 
-    def __init__(self, total_steps: int, first_step: int, *cycles: int):
+    def __init__(self, total_steps: int, first_step: int, *cycles: float):
         """`cycles` are the updates between two validations, and between two saves."""
         self.total_steps, self._started = total_steps, (first_step, time.monotonic())
         # (updates done, when) of a window that holds as many validations and saves as are due within it.
-        self._marks = deque(maxlen=min(max(cycles), _LONGEST_WINDOW) + 1)
+        self._marks = deque(maxlen=min(int(max(cycles)), _LONGEST_WINDOW) + 1)
 
     def mark(self, step: int) -> None:
         """An update is done."""
