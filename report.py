@@ -3,8 +3,8 @@
     python report.py runs/small
     python report.py runs/small runs/larger --output comparison.html
 
-RUN is the output_dir of pretrain.py, finetune_ctc.py, finetune_classification.py or probe.py, finished or not. The page
-needs no network and runs no script. A run writes its own at its end, as report.html.
+RUN is the output_dir of pretrain.py, finetune_ctc.py, finetune_classification.py, probe.py or verify_speakers.py,
+finished or not. The page needs no network and runs no script. A run writes its own at its end, as report.html.
 """
 
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
