@@ -134,10 +134,11 @@ def missed_range(value: float, limits: Mapping[str, float]) -> str | None:
 def check_ranges(args: Any) -> None:
     """Raises `UserError` for the first flag of a dataclass instance whose value lies outside of its range."""
     for one in fields(args):
-        value, limits = getattr(args, one.name), one.metadata.get("limits") or INHERITED.get(one.name, {})
-        if isinstance(value, int | float) and (missed := missed_range(value, limits)):
-            others = "".join(f", or `{word}`" for word in one.metadata.get("words", ()))
-            raise UserError(f"--{one.name} is {value:g}: it has to be {missed}{others}")
+        values, limits = getattr(args, one.name), one.metadata.get("limits") or INHERITED.get(one.name, {})
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, int | float) and (missed := missed_range(value, limits)):
+                others = "".join(f", or `{word}`" for word in one.metadata.get("words", ()))
+                raise UserError(f"--{one.name} is {value:g}: it has to be {missed}{others}")
 
 
 def refuse(*slips: tuple[Any, str]) -> None:
