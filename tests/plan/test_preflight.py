@@ -131,6 +131,8 @@ def test_every_other_check_has_a_case(sounds):
     run = preflight(sounds)
     run.validation.sources = [Source("a", ["a.csv"], weight=2)]
     assert [warning["code"] for warning in find_warnings(run)] == ["validation_weights"]
+    run.validation.sources = [Source("a", ["a.csv"], weight=1)]
+    assert not find_warnings(run)
     others = {"micro_batch_auto", "no_validation", "validation_weights"}
     sources = "".join(Path(module.__file__).read_text() for module in (recipe_checks, data_checks, machine_checks))
     assert {code for code, *_ in CASES} | others == {*re.findall(r'(?:yield|code =) "(\w+)"', sources)}
