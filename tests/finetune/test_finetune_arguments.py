@@ -6,7 +6,8 @@ import yaml
 
 from w2v2.cli import parse_command_line
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir, write_config, write_results
+from w2v2.finetune.arguments import FineTuningArguments, prepare_output_dir, write_config
+from w2v2.finetune.evaluation import write_results
 from w2v2.finetune.text import CTCArguments, build_vocabulary, follow_text
 
 CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "config.json")

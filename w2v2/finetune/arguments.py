@@ -3,10 +3,9 @@
 They are `transformers.TrainingArguments`, with fairseq's fine-tuning recipe as defaults, and ours beside them.
 """
 
-import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -246,15 +245,3 @@ def follow_folder(arguments: Any, source: str, names: Iterable[str], **others: A
     defaults = {f.name: default_of(f) for f in fields(arguments)}
     follows = (name for name in names if name in trained and getattr(arguments, name) == defaults[name])
     return replace(arguments, **{name: trained[name] for name in follows})
-
-
-def write_results(output_dir: str, results: Mapping, lines: Iterable[Mapping]) -> None:
-    """`results.json`, and `predictions.jsonl` with a line an utterance; null stands for what is no finite number."""
-
-    def encode(value: Mapping, **options: Any) -> str:
-        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
-        return json.dumps(finite, ensure_ascii=False, allow_nan=False, **options) + "\n"
-
-    with open(Path(output_dir, PREDICTIONS_FILE), "w", encoding="utf-8") as file:
-        file.writelines(map(encode, lines))
-    Path(output_dir, RESULTS_FILE).write_text(encode(results, indent=2), encoding="utf-8")

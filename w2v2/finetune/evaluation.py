@@ -1,11 +1,13 @@
-"""Evaluation in `Trainer`: every utterance once, in batches by seconds, and which of the saved updates is the best.
+"""Evaluation in `Trainer`: every utterance once, in batches by seconds; the best of the saved updates; files of scores.
 
 Shapes: B utterances of a batch, N of the set.
 """
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
 from w2v2.evaluate.scores import MEASURES, SHOWN
+from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE
 from w2v2.finetune.batching import cut_evaluation
 from w2v2.finetune.ctc_data import SpeechDataset, check_skipped
 from w2v2.train.log import STREAM_MAY_DIE, Pace
@@ -158,3 +161,15 @@ def join(batches: Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:
     if len({batch.shape[1:] for batch in batches}) > 1:
         return [row for batch in batches for row in batch]
     return np.concatenate(batches)
+
+
+def write_results(output_dir: str, results: Mapping, lines: Iterable[Mapping]) -> None:
+    """`results.json`, and `predictions.jsonl` with a line an utterance; null stands for what is no finite number."""
+
+    def encode(value: Mapping, **options: Any) -> str:
+        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        return json.dumps(finite, ensure_ascii=False, allow_nan=False, **options) + "\n"
+
+    with open(Path(output_dir, PREDICTIONS_FILE), "w", encoding="utf-8") as file:
+        file.writelines(map(encode, lines))
+    Path(output_dir, RESULTS_FILE).write_text(encode(results, indent=2), encoding="utf-8")

@@ -11,8 +11,9 @@ from datasets import Dataset
 from w2v2.errors import UserError
 from w2v2.evaluate.plots import draw_confusion
 from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
-from w2v2.finetune.arguments import PREDICTIONS_FILE, write_results
+from w2v2.finetune.arguments import PREDICTIONS_FILE
 from w2v2.finetune.classifier import ClassificationArguments, ClassificationTrainer, folder_labels
+from w2v2.finetune.evaluation import write_results
 from w2v2.finetune.labels import Split, shared_groups
 
 FOLDS_FILE = "folds.json"

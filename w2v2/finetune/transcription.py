@@ -14,10 +14,11 @@ from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.audio.files import split_address
 from w2v2.evaluate import scores
 from w2v2.evaluate.scores import CHARACTERS, NAMES, RATES
-from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE, write_results
+from w2v2.finetune.arguments import PREDICTIONS_FILE, RESULTS_FILE
 from w2v2.finetune.beam_search import BeamDecoder, tune_decoder
 from w2v2.finetune.ctc import CTCTrainer
 from w2v2.finetune.ctc_data import SpeechDataset, num_hours
+from w2v2.finetune.evaluation import write_results
 from w2v2.finetune.normalisation import NO_SPACES, describe_counts, describe_unit
 from w2v2.finetune.text import SPECIAL, CTCArguments, align_words, count_units, frames_needed, split_units, unit_of
 from w2v2.model.feature_encoder import num_frames
