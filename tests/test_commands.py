@@ -108,7 +108,7 @@ def test_a_path_that_exists_wins(tmp_path, monkeypatch):
         return parse_command_line([PretrainArguments], [*argv, *given])[0].max_steps
 
     monkeypatch.chdir(tmp_path)
-    assert max_steps("small") == max_steps("configs/pretrain/small.yaml") == 4000
+    assert max_steps("small") == max_steps("configs/pretrain/small.yaml") == 3000
     Path("small").write_text("max_steps: 7\n")
     assert max_steps("small") == 7 and w2v2.ROOT == ROOT
     with pytest.raises(UserError, match="smal: no such configuration file"):

@@ -66,8 +66,8 @@ SMALL = GRID | dict(
     # Spans of ten frames are too long a gap for it. Codes sharpen before they are spread (docs/results.md).
     mask_time_length=5, max_gumbel_temperature=0.5, diversity_loss_weight=0.4, diversity_delay_steps=150,
     diversity_warmup_steps=2000,
-    # Short sentences, 16 s an update, for minutes on two cores.
-    min_seconds=1.0, crop_seconds=5.0, batch_hours=0.0045, learning_rate=1e-3, max_steps=4000, warmup=60,
+    # Short sentences, 65 s an update, for half an hour on two cores.
+    min_seconds=1.0, crop_seconds=5.0, batch_hours=0.018, learning_rate=1.5e-3, max_steps=3000, warmup=200,
 )  # fmt: skip
 RECIPES = {
     "base_librispeech": (BASE, GRID | dict(
@@ -88,7 +88,9 @@ RECIPES = {
         conv_dim=(256,) * 7, hidden_size=384, num_hidden_layers=9, num_attention_heads=6, intermediate_size=1536,
         crop_seconds=15.38, layerdrop=0.0, batch_hours=0.32, max_steps=20_000, warmup=2000, learning_rate=1e-3,
     )),
-    "demo": (BASE, SMALL | dict(max_steps=1000, diversity_warmup_steps=1200)),  # small, cut short
+    "demo": (BASE, SMALL | dict(  # small, cut short, in small updates
+        batch_hours=0.0045, learning_rate=1e-3, max_steps=1000, warmup=60, diversity_warmup_steps=1200,
+    )),
 }  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def configuration(hidden_size=768, **changes):
     ("flags", "window", "learning_after"),
     [
         (dict(), 2_000, 32_000),  # BASE
-        (dict(max_steps=4_000, warmup_steps=60), 500, 500),  # small.yaml
+        (dict(max_steps=3_000, warmup_steps=200), 500, 500),  # small.yaml
         (dict(max_steps=1_000, warmup_steps=60), 500, 500),  # the demo: at its end at the earliest
         (dict(max_steps=10_000, warmup_steps=0.08), 1_000, 1_000),
         (dict(collapse_window_steps=40, warmup_steps=50), 40, 50),
