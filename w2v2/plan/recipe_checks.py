@@ -14,8 +14,8 @@ from w2v2.train.schedule import PEAK_RATES, num_warmup_steps
 Found = tuple[str, str, str]  # code, what was found, and what to do; "" where a note is all
 
 LEAST_HOURS, CONTINUED_HOURS, LEAST_SMALL_HOURS = 1.6, 0.8, 0.004  # in an effective batch
-# Shares of a run: the paper warms up for 8 %, SpeechBrain advises 10 %, configs/pretrain/small.yaml and demo.yaml take 1.5
-# and 6 %. 32,000 updates are enough for a run of any length (XLS-R's of a million).
+# Shares of a run: the paper warms up for 8 %, SpeechBrain advises 10 %, configs/pretrain/small.yaml and demo.yaml take 7 and
+# 6 %. 32,000 updates are enough for a run of any length (XLS-R's of a million).
 WARMUP_SHARES = {"small": (0.005, 0.2), "BASE": (0.05, 0.15), "LARGE": (0.05, 0.15)}
 ENOUGH_WARMUP = 32_000
 SHORTEST_WARMUP = 10  # updates that would be usual: a run that is too short for them is a trial
@@ -41,7 +41,7 @@ def check_batch(run) -> Iterator[Found]:
     code = "small_effective_batch"
     found = f"an effective batch holds {hours:.3g} h of speech (--batch_hours {run.args.batch_hours:g})"
     if usual.name == "small" and LEAST_SMALL_HOURS <= hours < LEAST_HOURS:
-        judged = f"hidden_size {run.config.hidden_size}: judged by configs/pretrain/small.yaml, not by BASE's recipe"
+        judged = f"hidden_size {run.config.hidden_size}: judged by configs/pretrain/small.yaml (0.018 h), not by BASE's"
         yield code, f"{found}, enough for a small model ({judged}); BASE and larger ones need {LEAST_HOURS:g} h", ""
         return
     if usual.name == "small":

@@ -1,7 +1,8 @@
 """What is usual for a model of some size: batch, learning rate, warm-up and temperature of published recipes.
 
 BASE and LARGE are the paper's (Baevski et al., 2020) and fairseq's; for smaller batches the learning rates are those of
-arXiv 2402.13723. Small models are judged by configs/pretrain/small.yaml, for BASE's recipe teaches them nothing.
+arXiv 2402.13723. Small models are judged by configs/pretrain/small.yaml and demo.yaml, for BASE's recipe teaches
+them nothing.
 """
 
 from typing import NamedTuple
