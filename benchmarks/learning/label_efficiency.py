@@ -4,9 +4,10 @@
         --config_name small --train_data train.jsonl --validation_data valid.jsonl --test_data test.jsonl \
         --data_root SPEECH --output_dir runs/labels [--shares 1 0.3 0.1] [--learning_rates 7e-4 3e-4] [-- --seed 2 …]
 
-Both starts try the same learning rates; validation chooses. Random weights are drawn once for each pretrained model.
-Finished runs are kept, and a run that was cut short goes on: give the same command again. The output folder then holds
-results.json and labels.png. What follows `--` goes to finetune_ctc.py as it is.
+Both starts try the same learning rates with the largest share, of the first model; the one that validates best then
+serves that start's other runs. Random weights are drawn once for each pretrained model. Finished runs are kept, and a
+run that was cut short goes on: give the same command again. The output folder then holds results.json and labels.png.
+What follows `--` goes to finetune_ctc.py as it is.
 """
 
 import statistics
@@ -33,18 +34,19 @@ def learn(args, flags: list[str], start: str, number: int, share: float, rate: f
     return dict(start=start, number=number, share=share, rate=rate) | found
 
 
-def choose(runs: list[dict]) -> list[dict]:
-    """Of each model and share the learning rate that validated best."""
-    return [min(some, key=lambda run: run["validation"]) for some in group(runs, "start", "number", "share").values()]
+def choose_rates(searched: list[dict]) -> dict[str, float]:
+    """Of each start the learning rate that validated best."""
+    best = (min(some, key=lambda run: run["validation"]) for some in group(searched, "start").values())
+    return {run["start"]: run["rate"] for run in best}
 
 
-def draw_shares(chosen: list[dict], path: Path) -> None:
+def draw_shares(runs: list[dict], path: Path) -> None:
     figure = make_figure(6, 4)
     axes = figure.subplots()
-    for (start,), some in group(chosen, "start").items():
+    for (start,), some in group(runs, "start").items():
         shares = sorted(group(some, "share").items())
-        minutes = [60 * runs[0]["hours"] for _, runs in shares]
-        means = [100 * statistics.mean(run["wer"] for run in runs) for _, runs in shares]
+        minutes = [60 * equal[0]["hours"] for _, equal in shares]
+        means = [100 * statistics.mean(run["wer"] for run in equal) for _, equal in shares]
         axes.plot(minutes, means, marker="o", label=start)
     axes.set(xscale="log", xlabel="minutes of labelled speech", ylabel="test WER, %", ylim=(0, None))
     axes.legend()
@@ -61,13 +63,17 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.3, 0.1])
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[7e-4, 3e-4])
     args, (flags,) = parse_words(parser, num=1)
-    runs = []
-    for share in args.shares:
-        for number in range(1, len(args.pretrained) + 1):
-            runs += [learn(args, flags, start, number, share, rate) for start in STARTS for rate in args.learning_rates]
+    largest = max(args.shares)
+    runs = [learn(args, flags, start, 1, largest, rate) for start in STARTS for rate in args.learning_rates]
+    rates = choose_rates(runs)
+    for number in range(1, len(args.pretrained) + 1):
+        for share in args.shares:
+            if (number, share) != (1, largest):
+                runs += [learn(args, flags, start, number, share, rates[start]) for start in STARTS]
             keep(runs, args.output_dir)
-            draw_shares(choose(runs), args.output_dir / "labels.png")
-    rows = [run | {"labels": f"{run['share']:.0%}", "minutes": 60 * run["hours"]} for run in choose(runs)]
+            chosen = [run for run in runs if run["rate"] == rates[run["start"]]]
+            draw_shares(chosen, args.output_dir / "labels.png")
+    rows = [run | {"labels": f"{run['share']:.0%}", "minutes": 60 * run["hours"]} for run in chosen]
     show(rows, {"labels": "labels", "start": "start"}, {"minutes": "minutes"} | ERRORS)
 
 
