@@ -15,7 +15,6 @@ docs/interoperate.md says what is refused.
 import argparse
 import shutil
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -23,19 +22,12 @@ from transformers.utils.logging import disable_progress_bar
 from w2v2.cli import run_script
 from w2v2.convert.fairseq import convert_fairseq, export_fairseq
 from w2v2.convert.speechbrain import convert_speechbrain, convert_without_positions
-from w2v2.errors import UserError, number
+from w2v2.errors import Parser, UserError, number
 from w2v2.train.durable import publish, unfinished
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="fairseq's .pt file, SpeechBrain's CKPT+… folder or .ckpt file, or a folder")
     add("--to", choices=["fairseq"], help="turn a pretrained folder into OUTPUT_DIR/checkpoint.pt of fairseq")

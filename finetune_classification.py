@@ -38,6 +38,7 @@ from w2v2.finetune.classifier import (
     load_classifier,
 )
 from w2v2.finetune.ctc_data import longest_first, name_sets
+from w2v2.finetune.evaluation import write_results
 from w2v2.finetune.label_scores import (
     FOLDS_FILE,
     check_classes,
@@ -45,7 +46,6 @@ from w2v2.finetune.label_scores import (
     describe,
     score,
     write_pooled,
-    write_scores,
 )
 from w2v2.finetune.labels import (
     LABEL_FLAGS,
@@ -92,7 +92,7 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     results, lines = run(train, sets, classes, label_args, args, checkpoint=checkpoint, callbacks=[hub])
     results["run"]["dropped"] = dropped | results["run"]["dropped"]
     if args.process_index == 0:
-        write_scores(args.output_dir, results, lines, classes)
+        write_results(args.output_dir, results, lines)
     for name in sets:
         args.print_once(describe(name, results[name]))
     best = results["run"]["best_update"]
@@ -141,7 +141,7 @@ def label(label_args: LabelArguments, args: ClassificationArguments) -> None:
         note_start(args)
     results, lines = score(trainer, data, classes)
     if args.process_index == 0:
-        write_scores(args.output_dir, results | {"run": trainer.summary()}, lines, classes)
+        write_results(args.output_dir, results | {"run": trainer.summary()}, lines)
         note_finish(args)
         report_run(args)
     for name in data:
@@ -177,7 +177,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         sets, checkpoint = {"validation": validation, "test": test}, prepare_output_dir(fold_args)
         scores, found = run(train, sets, classes, label_args, fold_args, checkpoint=checkpoint)
         if args.process_index == 0:
-            write_scores(fold_args.output_dir, scores, found, classes)
+            write_results(fold_args.output_dir, scores, found)
             note_finish(fold_args, scores["run"]["updates"])
         args.print_once(describe("test", scores["test"]))
         best_update = scores["run"]["best_update"]

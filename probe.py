@@ -23,7 +23,6 @@ from datasets import Dataset, concatenate_datasets
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.cli import parse_command_line, run_script
 from w2v2.errors import UserError
-from w2v2.evaluate.plots import draw_scores
 from w2v2.evaluate.scores import CHARACTERS
 from w2v2.finetune import ctc_data, labels, text
 from w2v2.finetune.labels import Split, group_splits
@@ -82,15 +81,6 @@ def main(argv: list[str] | None = None) -> None:
            "tested": len(tested)}  # fmt: skip
     whole = {"measure": measure, "chance": chance, "models": models, "run": run}
     (folder / RESULTS_FILE).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    levels = {} if chance is None else {"chance": chance}
-    scores = {found["name"]: [(layer["layer"], layer[measure]) for layer in found["layers"]] for found in models}
-    draw_scores(folder / "plots/layers.png", scores, ("layer", measure), levels)
-    heard = [(found["hours"], found[measure]) for found in models if found["hours"] is not None]
-    levels |= {found["name"]: found[measure] for found in models if found["source"] is None}
-    if heard:
-        draw_scores(
-            folder / "plots/hours.png", {"pretrained": sorted(heard)}, ("hours of audio heard", measure), levels
-        )
     note_finish(args)
     report_run(args)
 

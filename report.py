@@ -9,23 +9,16 @@ finished or not. The page needs no network and runs no script. A run writes its 
 
 import w2v2  # noqa: F401  # isort: skip  # before torch: sets how OpenMP's threads wait
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from w2v2.arguments import PretrainArguments
 from w2v2.cli import run_script
-from w2v2.errors import UserError, number
+from w2v2.errors import Parser, number
 from w2v2.report.page import REPORT_FILE, find_defaults, write_report
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the output_dir of a run")
     parser.add_argument(
         "--output", help=f"the page (default: {REPORT_FILE} in the run's folder; of several runs, here)"

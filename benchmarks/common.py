@@ -26,6 +26,7 @@ import soundfile
 import torch
 
 from w2v2.audio.crops import SAMPLING_RATE, read_pcm
+from w2v2.errors import Parser
 from w2v2.manifests.manifest import read_manifests
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,13 +34,9 @@ LIBRISPEECH = 281_241  # utterances of its 960 hours
 PACKAGES = ("numpy", "torch", "transformers", "accelerate", "datasets", "pyarrow", "soundfile")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A module's docstring as it is written, and each flag's default."""
-
-
 def make_parser(description: str, reads_audio: bool = False) -> argparse.ArgumentParser:
     """The parser of a benchmark; `reads_audio`: with flags for a manifest."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    parser = argparse.ArgumentParser(description=description, formatter_class=Parser.Help)
     if reads_audio:
         parser.add_argument("--manifest", help="what pretrain.py takes as --train_data; None: synthesized audio")
         parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")

@@ -9,7 +9,6 @@ deviation is pooled over five validations in a row: a few seeds alone say little
 """
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from common import make_parser
 
 from w2v2.cli import run_script
 from w2v2.errors import UserError
-from w2v2.plan.expectations import FLAGS, MODEL_KEYS
+from w2v2.plan.expectations import FLAGS, MODEL_KEYS, has_finite
 from w2v2.train.log import METRICS_FILE, read_metrics
 from w2v2.train.state import SETTINGS
 
@@ -77,10 +76,6 @@ def check_alike(runs: Sequence[Path]) -> tuple[dict, dict]:
     return flags[0], {name: models[0][name] for name in MODEL_KEYS} | {name: flags[0][name] for name in FLAGS}
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def find_band(runs: Sequence[Sequence[dict]]) -> dict[str, list[list[float]]]:
     """Measure → (hours, low, mean, high) of the runs' validations, at the hours of the first run's that all have heard.
 
@@ -88,7 +83,7 @@ def find_band(runs: Sequence[Sequence[dict]]) -> dict[str, list[list[float]]]:
     """
     names = [f"eval_{name}" for name in MEASURES]
     found = [[record for record in records if "eval_accuracy" in record] for records in runs]
-    validations = [[record for record in records if all(_is_finite(record[n]) for n in names)] for records in found]
+    validations = [[record for record in records if has_finite(record, *names)] for records in found]
     if left_out := sum(map(len, found)) - sum(map(len, validations)):
         print(f"{left_out} validations are left out, as not all of their measures are finite")
     if not all(validations):

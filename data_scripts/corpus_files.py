@@ -14,11 +14,12 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
 
+from w2v2 import errors
 from w2v2.audio.crops import SAMPLING_RATE, AudioError, measure_length
 from w2v2.audio.inspection import measure_lengths
 from w2v2.errors import UserError, error_line, number, printable
@@ -28,21 +29,14 @@ COLUMNS = ("id", "audio", "duration", "text", "speaker")
 LENGTHS = ".lengths.jsonl"  # beside the manifests: what was measured before an interruption
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it is written, and each flag's default."""
-
-
-class Parser(argparse.ArgumentParser):
+class Parser(errors.Parser):
     """A script's command line. A slip is one line and status 2."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def add_corpus(self, folder: str, output: str = "--output") -> None:
         """What every script that makes manifests takes: a corpus, where to write, the number of processes."""
         self.add_argument("folder", type=Path, help=folder)
         if output == "--output":
-            self.add_argument(output, type=_csv_path, required=True, help="the manifest to write, a .csv")
+            self.add_argument(output, type=parse_path, required=True, help="the manifest to write, a .csv")
         else:
             self.add_argument(output, type=Path, required=True, help="folder for the manifests")
         workers = number(int, min=1, max=1000)
@@ -53,21 +47,17 @@ class Parser(argparse.ArgumentParser):
 
     def run(self, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
         """Run `action` with the parsed arguments. Returns 0, or 2 for a user's slip or an unusable path."""
-        args = self.parse_args(argv)
         try:
-            action(args)
+            action(self.parse_args(argv))
         except (UserError, OSError) as error:
             print(error_line(error), file=sys.stderr)
             return 2
         return 0
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, error_line(message) + "\n")
 
-
-def _csv_path(text: str) -> Path:
-    if not text.lower().endswith(".csv"):
-        raise argparse.ArgumentTypeError(f"{text}: the manifest is a CSV file, so let its name end in .csv")
+def parse_path(text: str, suffix: str = ".csv") -> Path:
+    if not text.lower().endswith(suffix):
+        raise argparse.ArgumentTypeError(f"{text}: the manifest has to end in {suffix}")
     return Path(text)
 
 

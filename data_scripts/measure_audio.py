@@ -8,14 +8,14 @@ these can be relied on, else by decoding. They are kept in OUTPUT.measuring, so 
 interruption. Files that cannot be read are left out, and listed in OUTPUT.skipped.jsonl.
 """
 
-import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from corpus_files import Parser, list_skipped, open_atomic
+from corpus_files import Parser, list_skipped, open_atomic, parse_path
 from slices import HELP, find_logs, parse_slice, read_records, remove_slices
 
 from w2v2.audio.crops import SAMPLING_RATE, measure_length
@@ -54,16 +54,12 @@ def measure(args) -> None:
     print(f"{args.output}: {len(table):,} utterances, {hours:.2f} hours; {len(skipped):,} left out")
 
 
-def _parquet_path(text: str) -> Path:
-    if not text.lower().endswith(".parquet"):
-        raise argparse.ArgumentTypeError(f"{text}: the manifest is a Parquet file, so let its name end in .parquet")
-    return Path(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("manifests", nargs="+", metavar="MANIFEST", help="what pretrain.py takes as --train_data")
-    parser.add_argument("--output", type=_parquet_path, required=True, help="the manifest to write, a .parquet")
+    parser.add_argument(
+        "--output", type=partial(parse_path, suffix=".parquet"), required=True, help="the manifest to write, a .parquet"
+    )
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
     workers = number(int, min=1, max=1000)
     parser.add_argument("--num_workers", type=workers, help="processes of a slice (None: as many as cores)")

@@ -45,6 +45,7 @@ from w2v2.audio.crops import (
 )
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError, number
+from w2v2.train.durable import hash_file
 
 FORMAT = 3  # raise it when the same audio and flags would give other files
 MAX_SHARD_HOURS = 18.0  # the file stays below 2 GiB, as its 32-bit sizes demand
@@ -213,11 +214,6 @@ def write_index(folder: Path, table, shards: dict[str, range], records: list[dic
     sums = {record["shard"]: record["sha256"] for record in records} | {MANIFEST: hash_file(folder / MANIFEST)}
     with open_atomic(folder / SUMS) as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path, num_workers: int) -> None:

@@ -14,24 +14,15 @@ import sys
 from pathlib import Path
 
 from corpus_files import Parser
-from corpus_parts import Part, write_parts
+from corpus_parts import Part, find_root, write_parts
 
 from w2v2.errors import UserError
 
 COLUMNS = ("id", "audio", "duration", "text", "speaker", "session", "label")
-NUM_SESSIONS = 5
+SESSIONS = [f"Session{number}" for number in range(1, 6)]
 KNOWN = 10_039  # utterances in the full release
 _EVALUATION = re.compile(r"^\[[\d.]+ - [\d.]+\]\t(?P<id>\S+)\t(?P<label>[a-z]{3})\t")
 _TRANSCRIPT = re.compile(r"^(?P<id>Ses\S+) \[[\d.]+-[\d.]+\]: (?P<text>.*)$")
-
-
-def find_sessions(folder: Path) -> list[Path]:
-    """Session1 … Session5 of the folder, or of IEMOCAP_full_release/ in it; UserError where one is missing."""
-    inner = folder / "IEMOCAP_full_release"
-    found = [(inner if inner.is_dir() else folder) / f"Session{number}" for number in range(1, NUM_SESSIONS + 1)]
-    if missing := [path.name for path in found if not path.is_dir()]:
-        raise UserError(f"{folder}: has no {', '.join(missing)}: give the folder that the archive unpacks to, whole")
-    return found
 
 
 def read_lines(folder: Path, pattern: re.Pattern) -> list[re.Match]:
@@ -60,9 +51,9 @@ def session_rows(session: Path) -> list[dict]:
 
 def prepare(args) -> None:
     """The whole job. UserError where a session or an utterance is missing."""
-    sessions = find_sessions(args.folder)
-    rows = [row for session in sessions for row in session_rows(session)]
-    write_parts([Part(args.output, sessions[0].parent, rows, COLUMNS, KNOWN)], args)
+    root = find_root(args.folder, SESSIONS, "IEMOCAP_full_release")
+    rows = [row for name in SESSIONS for row in session_rows(root / name)]
+    write_parts([Part(args.output, root, rows, COLUMNS, KNOWN)], args)
 
 
 def main(argv: list[str] | None = None) -> int:

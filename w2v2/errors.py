@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,19 @@ def flag(
     metadata |= ({"choices": list(choices)} if choices else {}) | ({"words": words} if words else {})
     start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**start, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's docstring as it is written, and each flag's default. A slip is a `UserError`."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=self.Help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def number(kind: type, **limits: float) -> Callable[[str], float]:

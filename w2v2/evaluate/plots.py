@@ -1,15 +1,10 @@
-"""Pictures: curves of a run, confusion matrices, and lines of a score.
-
-Curves of pretraining go over hours of audio heard, which tell more of a model than updates.
-"""
+"""Curves of a run as pictures. Those of pretraining go over hours of audio heard, which tell more than updates."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 Pictures = Mapping[str, tuple[str, list[tuple[str, list[str]]]]]
 
@@ -29,7 +24,6 @@ FINETUNING_PICTURES: Pictures = {
     "accuracy": ("Accuracy", [("accuracy", ["accuracy"]), ("unweighted average recall", ["uar"])]),
     "schedule": ("Schedule", [("learning rate", ["learning_rate"])]),
 }
-MOST_NAMES = 40  # classes whose names and counts can still be read
 
 
 def make_figure(width: float, height: float):
@@ -94,43 +88,3 @@ def model_config(output_dir: str | os.PathLike) -> dict[str, Any]:
     """The folder's `config.json`; empty where there is none."""
     path = Path(output_dir) / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def draw_confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> Path:
-    """Rows are true labels, coloured by the share of each that was predicted; cells show counts where there is room."""
-    counts = np.asarray(counts)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = 3.5 + 0.35 * min(len(labels), MOST_NAMES)
-    figure = make_figure(side + 0.8, side)
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true label", shrink=0.8)
-    axes.set(xlabel="predicted", ylabel="true")
-    if len(labels) <= MOST_NAMES:
-        axes.set_xticks(range(len(labels)), labels, rotation=90)
-        axes.set_yticks(range(len(labels)), labels)
-        for row, column in zip(*np.nonzero(counts), strict=True):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8)
-    return save_figure(figure, path)
-
-
-def draw_scores(
-    path: Path,
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    labels: tuple[str, str],
-    levels: Mapping[str, float],
-) -> Path:
-    """A line through the points (x, y) of each curve, and dashed levels to compare them with; `labels` are the axes'."""
-    figure = make_figure(7, 4)
-    axes = figure.subplots()
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    for name, level in levels.items():
-        axes.axhline(level, color="tab:orange" if "random" in name else "grey", linestyle="--", label=name)
-    is_whole = all(isinstance(x, int) for points in curves.values() for x, _ in points)  # layers have no halves
-    axes.locator_params(axis="x", integer=is_whole)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return save_figure(figure, path)

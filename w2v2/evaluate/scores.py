@@ -37,11 +37,6 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str], unit: str 
     return {name: (jiwer.cer if name == "cer" else jiwer.wer)(references, hypotheses) for name in RATES[unit]}
 
 
-def word_error_rate(reference: str, hypothesis: str) -> float:
-    """WER (PER, if the words are tokens) of a single utterance, whose reference is not empty."""
-    return jiwer.wer(reference, hypothesis)
-
-
 def count_edits(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, int]:
     """Words of the references, and how many of them were hit, substituted, deleted, and how many inserted."""
     found = jiwer.process_words(list(references), list(hypotheses))
@@ -71,13 +66,6 @@ def classification_scores(references: Sequence, predictions: Sequence) -> dict[s
 
 def describe_scores(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{SHOWN[name]} {scores[name]:.1%}" for name in MEASURES)
-
-
-def confusion_counts(references: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
-    """Utterances by true label (row) and predicted label (column), in the order of `labels`."""
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(references, predictions, labels=list(labels)).tolist()
 
 
 def mean_and_deviation(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -126,12 +126,8 @@ def load_decoder(text_args: CTCArguments, vocabulary: dict[str, int], args: Fine
     """The beam search that the flags ask for; made before any training, so that a wrong file shows up at once."""
     if text_args.lm is None:
         return None
-    refuse(
-        (
-            text_args.tune_lm and not args.list_sources("validation_data"),
-            "--tune_lm chooses on --validation_data: give it",
-        )
-    )
+    if text_args.tune_lm and not args.list_sources("validation_data"):
+        raise UserError("--tune_lm chooses on --validation_data: give it")
     settings = [Setting(text_args.lm_weight, text_args.word_score)]
     options = dict(beam_size=text_args.beam_size, lexicon=text_args.lexicon)
     decoder = BeamDecoder(text_args.lm, vocabulary, settings, **options)

@@ -9,8 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from w2v2.errors import UserError
-from w2v2.evaluate.plots import draw_confusion
-from w2v2.evaluate.scores import MEASURES, classification_scores, confusion_counts, describe_scores, mean_and_deviation
+from w2v2.evaluate.scores import MEASURES, classification_scores, describe_scores, mean_and_deviation
 from w2v2.finetune.arguments import PREDICTIONS_FILE
 from w2v2.finetune.classifier import ClassificationArguments, ClassificationTrainer, folder_labels
 from w2v2.finetune.evaluation import write_results
@@ -46,16 +45,6 @@ def describe(name: str, result: Mapping[str, Any]) -> str:
         return f"{name:>12}: {result['utterances']} utterances labelled in {PREDICTIONS_FILE}"
     number = result.get("scored", result["utterances"])
     return f"{name:>12}: {describe_scores(result)} over {number} utterances"
-
-
-def write_scores(output_dir: str, results: Mapping, lines: Sequence[Mapping], classes: Sequence[str]) -> None:
-    """`results.json`, `predictions.jsonl` and a picture of each set's confusions."""
-    write_results(output_dir, results, lines)
-    scored = [line for line in lines if line["reference"] is not None]
-    for name in dict.fromkeys(line["set"] for line in scored):
-        pairs = [(line["reference"], line["prediction"]) for line in scored if line["set"] == name]
-        counts = confusion_counts(*zip(*pairs, strict=True), classes)
-        draw_confusion(Path(output_dir, "plots", f"confusion_{name}.png"), counts, classes)
 
 
 def check_classes(classes: Sequence[str], checkpoint: str | None) -> None:
@@ -94,7 +83,7 @@ def write_pooled(
     spread = mean_and_deviation(results)
     run = dict(model=args.model_name_or_path, config=args.config_name, mode=args.mode, seed=args.seed)
     run |= {"labels": classes, "folds": args.folds, "dropped": dropped}
-    write_scores(args.output_dir, {"pooled": pooled, **spread, "folds": results, "run": run}, lines, classes)
+    write_results(args.output_dir, {"pooled": pooled, **spread, "folds": results, "run": run}, lines)
     print(f"\n      pooled: {describe_scores(pooled)} over {len(lines)} utterances", flush=True)
     listed = ", ".join(f"{name} {spread['mean'][name]:.1%} ± {spread['std'][name]:.1%}" for name in MEASURES)
     print(f"{len(results):>6} folds: {listed} (mean ± standard deviation)", flush=True)

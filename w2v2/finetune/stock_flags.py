@@ -30,7 +30,7 @@ NO_EFFECT = (  # the evaluation loop and the samplers are ours
 NO_EFFECT_BY_SECONDS = ("dataloader_drop_last",)
 TRAINING_ALONE = (  # without a training ignored
     "mode", "classifier_proj_size", "crop_seconds",
-    "min_seconds", "max_seconds", "freeze_feature_encoder", "freeze_encoder_steps", "mask_time_prob",
+    "min_seconds", "max_seconds", "speed_perturbation", "accept_changed_batches", "freeze_feature_encoder", "freeze_encoder_steps", "mask_time_prob",
     "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop", "activation_dropout",
     "hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout", "hold_fraction", "final_lr_scale",
     "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",

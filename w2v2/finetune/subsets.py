@@ -37,12 +37,10 @@ def select_training(
     kept = kept.select(np.flatnonzero(fits))
     dropped = {"by their length": num_others, "with a text longer than their audio": len(fits) - len(kept)}
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    refuse(
-        (
-            not len(kept),
-            f"--train_data: every utterance was dropped ({counts}): lower --min_seconds or raise --max_seconds",
+    if not len(kept):
+        raise UserError(
+            f"--train_data: every utterance was dropped ({counts}): lower --min_seconds or raise --max_seconds"
         )
-    )
     if len(kept) < len(train):
         args.print_once(f"     dropped: {counts} (training)")
     if text_args.train_hours is not None:
@@ -56,12 +54,10 @@ def select_lengths(table: Dataset, min_seconds: float, max_seconds: float | None
     """The utterances within these lengths, and how many are not."""
     seconds = np.array(table["num_samples"]) / SAMPLING_RATE
     kept = np.flatnonzero((seconds >= min_seconds) & (seconds <= (np.inf if max_seconds is None else max_seconds)))
-    refuse(
-        (
-            not len(kept),
-            "--train_data: every utterance was dropped by its length: lower --min_seconds or raise --max_seconds",
+    if not len(kept):
+        raise UserError(
+            "--train_data: every utterance was dropped by its length: lower --min_seconds or raise --max_seconds"
         )
-    )
     return table.select(kept), len(table) - len(kept)
 
 
@@ -71,9 +67,8 @@ def draw_hours(table: Dataset, hours: float, seed: int) -> Dataset:
     Raises UserError where the table holds less than `hours`.
     """
     there = num_hours(table)
-    refuse(
-        (hours > there, f"--train_hours {hours:g}: the training data hold {there:.2f} h that can be used: ask for less")
-    )
+    if hours > there:
+        raise UserError(f"--train_hours {hours:g}: the training data hold {there:.2f} h that can be used: ask for less")
     order = draw_order(table, seed)
     heard = np.cumsum(np.array(table["num_samples"])[order])
     num_drawn = int(np.searchsorted(heard, round(hours * 3600 * SAMPLING_RATE), side="right"))

@@ -7,6 +7,7 @@ from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
+import jiwer
 from datasets import Dataset
 from transformers import Wav2Vec2Config
 
@@ -101,7 +102,7 @@ def score_set(trainer: CTCTrainer, name: str, data: SpeechDataset) -> tuple[dict
         line = {"set": name, "id": row["id"], "reference": row["text"] if is_scored else None}
         for prefix, text in zip(hypotheses, texts, strict=True):
             line[f"{prefix}hypothesis"] = text
-            line |= {f"{prefix}{rate}": scores.word_error_rate(row["text"], text)} if is_scored else {}
+            line |= {f"{prefix}{rate}": jiwer.wer(row["text"], text)} if is_scored else {}
         lines.append(line)
         words.append({"words": time_words(units, unit, config, row["start"])})
     result: dict[str, Any] = {"utterances": len(lines), "hours": round(num_hours(data.table), 4)}

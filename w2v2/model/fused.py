@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from w2v2.errors import refuse
+from w2v2.errors import UserError
 from w2v2.model import transformer
 from w2v2.model.cpu import dropout
 from w2v2.model.kernels import Dropout, add_dropped, available, gelu
@@ -46,9 +46,8 @@ def fuse(model: PreTrainedModel) -> None:
     """Let a `PretrainingModel` compute with the kernels. Raises `UserError` where its activations are others."""
     for key in ("hidden_act", "feat_extract_activation"):
         found = getattr(model.config, key)
-        refuse(
-            (found != "gelu", f"--fused_kernels computes gelu, and the model's {key} is {found}: leave the flag out")
-        )
+        if found != "gelu":
+            raise UserError(f"--fused_kernels computes gelu, and the model's {key} is {found}: leave the flag out")
     model._after_attention = after_attention
     base = model.wav2vec2
     for layer in (*base.feature_extractor.conv_layers, base.encoder.pos_conv_embed):

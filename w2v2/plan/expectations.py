@@ -82,12 +82,12 @@ def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Ref
     the first reference judges that has its hours. None without validation or without a reference, and where the newest validation has no finite accuracy.
     """
     validations = [record for record in records if any(name.startswith("eval_") for name in record)]
-    if not validations or not references or not _has(validations[-1], MEASURE):
+    if not validations or not references or not has_finite(validations[-1], MEASURE):
         return None
     newest = validations[-1]
     hours, accuracy, (verdict, reference) = newest["audio_hours"], newest[MEASURE], _judge(newest, references)
     alike = takewhile(
-        lambda one: _judge(one, references)[0] == verdict, (r for r in reversed(validations) if _has(r, MEASURE))
+        lambda one: _judge(one, references)[0] == verdict, (r for r in reversed(validations) if has_finite(r, MEASURE))
     )
     since = [record["audio_hours"] for record in alike][-1]
     if verdict == "guess":
@@ -104,7 +104,7 @@ def place_in_band(records: Sequence[Mapping[str, Any]], references: Sequence[Ref
     return verdict, text
 
 
-def _has(record: Mapping[str, Any], *names: str) -> bool:
+def has_finite(record: Mapping[str, Any], *names: str) -> bool:
     """Whether a record has finite values under these names (metrics.jsonl has null for others)."""
     return all(record.get(name) is not None and math.isfinite(record[name]) for name in names)
 
@@ -151,7 +151,7 @@ def _describe_gain(records: Sequence[Mapping[str, Any]], hours: float) -> str | 
     """Means over the last tenth of the hours against those over the tenth before; of validations where both have some."""
     for prefix, where in (("eval_", "validation"), ("", "training")):
         names = (prefix + "accuracy", prefix + "contrastive_loss")
-        known = [record for record in records if _has(record, *names)]
+        known = [record for record in records if has_finite(record, *names)]
         before = [r for r in known if 0.8 * hours < r["audio_hours"] <= 0.9 * hours]
         last = [r for r in known if r["audio_hours"] > 0.9 * hours]
         if before and last:

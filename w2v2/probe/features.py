@@ -13,11 +13,11 @@ from datasets import Dataset
 from transformers import Wav2Vec2ForSequenceClassification
 
 from w2v2.audio.crops import SAMPLING_RATE, AudioError, read_crop
-from w2v2.data.masking import inside_rows
 from w2v2.data.utterances import inspect_some
 from w2v2.errors import UserError
+from w2v2.finetune.batching import cut_evaluation
 from w2v2.finetune.classifier import HEAD
-from w2v2.finetune.ctc_data import read_utterances
+from w2v2.finetune.ctc_data import collate_speech, read_utterances
 from w2v2.manifests.dataset_loading import Manifest, name_sources
 from w2v2.model.feature_encoder import hide_padding, min_samples
 from w2v2.model.loading import load_config, load_feature_extractor, load_with_head
@@ -50,17 +50,13 @@ class FrozenModel:
 
     def batches(self, table: Dataset) -> Iterator[tuple[list[int], dict[str, torch.Tensor], torch.Tensor]]:
         """Rows, inputs, and frames (B,) of each batch: utterances of like length, `BATCH_SECONDS` together, or one."""
-        lengths = table["num_samples"][:]
-        order = sorted(range(len(table)), key=lambda row: -lengths[row])
-        while order:
-            size = max(1, int(BATCH_SECONDS * SAMPLING_RATE / max(lengths[order[0]], 1)))
-            rows, order = order[:size], order[size:]
-            waveforms = [torch.from_numpy(self._read_waveform(table[row])) for row in rows]
-            num_samples_B = torch.tensor([len(waveform) for waveform in waveforms])
-            values = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)  # (B, S)
-            inputs = {"input_values": values.to(self.device)}
-            if int(num_samples_B.min()) < values.shape[1]:
-                inputs["attention_mask"] = inside_rows(num_samples_B, values.shape[1]).long().to(self.device)  # (B, S)
+        lengths = np.array(table["num_samples"])
+        order = np.argsort(-lengths, kind="stable")
+        for some in cut_evaluation(lengths[order], round(BATCH_SECONDS * SAMPLING_RATE), len(order)):
+            rows = order[list(some)].tolist()
+            items = [{"input_values": self._read_waveform(table[row]), "labels": []} for row in rows]
+            inputs = {name: x.to(self.device) for name, x in collate_speech(items).items() if name != "labels"}
+            num_samples_B = torch.tensor([len(item["input_values"]) for item in items])
             yield rows, inputs, self.model._get_feat_extract_output_lengths(num_samples_B)
 
     def _read_waveform(self, utterance: dict) -> np.ndarray:

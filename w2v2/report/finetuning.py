@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from w2v2.evaluate.scores import MEASURES as LABEL_MEASURES
-from w2v2.evaluate.scores import confusion_counts
 from w2v2.report.charts import show
 from w2v2.report.grids import draw_confusion
 from w2v2.report.playback import embed_audio
@@ -134,11 +133,13 @@ def labelled_lines(run: RunFiles) -> list[dict[str, Any]]:
 
 def tell_confusions(run: RunFiles) -> Section:
     """A confusion matrix of each set, or a table of the commonest confusions where there are many classes."""
+    from sklearn.metrics import confusion_matrix  # slow to import
+
     section, lines = Section("Confusions"), labelled_lines(run)
     for name in dict.fromkeys(line["set"] for line in lines):
         pairs = [(line["reference"], line["prediction"]) for line in lines if line["set"] == name]
         classes = run.results.get("run", {}).get("labels") or sorted({label for pair in pairs for label in pair})
-        counts = confusion_counts(*zip(*pairs, strict=True), classes)
+        counts = confusion_matrix(*zip(*pairs, strict=True), labels=classes).tolist()
         if chart := draw_confusion(f"Confusions, {name}", counts, classes):
             section.charts.append(chart)
         else:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import w2v2
 from w2v2.errors import UserError, hide_secrets, one_line
+from w2v2.finetune.stock_flags import default_of
 from w2v2.report.comparison import compare_runs
 from w2v2.report.finetuning import report_finetuning
 from w2v2.report.pretraining import report_pretraining
@@ -81,7 +82,7 @@ def report_at_end(args, events: EventLog) -> Iterator[None]:
 
 def find_defaults(flags: type) -> dict[str, Any]:
     """The defaults of a dataclass of flags."""
-    return {one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(flags)}
+    return {one.name: default_of(one) for one in fields(flags)}
 
 
 def report_run(args) -> None:

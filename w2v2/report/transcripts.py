@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jiwer
 
 from w2v2.evaluate.scores import worst_utterances
+from w2v2.finetune.normalisation import lacks_spaces
 from w2v2.report.grids import draw_bars
 from w2v2.report.playback import embed_audio
 from w2v2.report.run_files import RunFiles
@@ -14,7 +15,6 @@ from w2v2.report.sections import Section, Table, Utterance, percent
 
 MOST_CONFUSED, MOST_WORST = 12, 10
 EDITS = ("substitutions", "deletions", "insertions")  # as results.json names them
-FEW_WORDS = 1.5  # in a reference, on average: a script without spaces
 KINDS = {"substitute": "Substituted", "delete": "Deleted", "insert": "Inserted"}  # jiwer's names; a fourth is `equal`
 
 
@@ -30,11 +30,6 @@ def scored_lines(predictions: Sequence[Mapping[str, Any]]) -> tuple[list[dict[st
     """The predictions with a reference, and the key of their hypothesis: a language model's, where there is one."""
     lines = [dict(line) for line in predictions if line.get("reference") and line.get("hypothesis") is not None]
     return lines, "lm_hypothesis" if lines and "lm_hypothesis" in lines[0] else "hypothesis"
-
-
-def lacks_spaces(lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the references are of a script without spaces, so that letters say more than words."""
-    return sum(len(line["reference"].split()) for line in lines) <= FEW_WORDS * len(lines)
 
 
 def align(references: Sequence[str], hypotheses: Sequence[str], by_letters: bool = False) -> list[list[Pair]]:
@@ -82,7 +77,7 @@ def tell_commonest(run: RunFiles) -> Section:
         return Section("Commonest errors", notes=["There are no predictions with references (predictions.jsonl)."])
     texts = [line["reference"] for line in lines], [line[key] for line in lines]
     subtitle, charts = "over all sets" + (", with LM" if key.startswith("lm_") else ""), []
-    units = {"letters": True} if lacks_spaces(lines) else {"words": False, "letters": True}
+    units = {"letters": True} if lacks_spaces(texts[0]) else {"words": False, "letters": True}
     for unit, by_letters in ({"tokens": False} if "per" in lines[0] else units).items():
         for kind, counts in count_confusions(align(*texts, by_letters)).items():
             items = [(name, count, f"{count:,}") for name, count in counts.most_common(MOST_CONFUSED)]
@@ -99,7 +94,8 @@ def tell_worst(run: RunFiles, num_audio: int) -> Section:
     if not worst:
         section.notes.append("There are none.")
         return section
-    aligned = align(*([line[name] for line in worst] for name in ("reference", key)), lacks_spaces(lines))
+    by_letters = lacks_spaces(line["reference"] for line in lines)
+    aligned = align(*([line[name] for line in worst] for name in ("reference", key)), by_letters)
     for line, pairs in zip(worst, aligned, strict=True):
         score = f"{rate.removeprefix(prefix).upper()} {line[rate]:.0%}"
         section.utterances.append(Utterance(str(line.get("set", "")), str(line["id"]), score, pairs))

@@ -75,7 +75,7 @@ def write_checksums(folder: Path, name: str) -> None:
     """Make all files under `folder` durable, with their sizes and SHA-256 sums in its file `name`. Raises `OSError`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / name)
     with ThreadPoolExecutor() as pool:  # reading one file overlaps with waiting for the disk to take another
-        waits, sums = pool.map(sync, paths), list(pool.map(_sha256, paths))
+        waits, sums = pool.map(sync, paths), list(pool.map(hash_file, paths))
         list(waits)  # raises what the disk refused
     entries = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
@@ -104,12 +104,14 @@ def find_mismatch(folder: Path, name: str, required: Iterable[str] = (), content
         if (found := (folder / file).stat().st_size) != size:
             return f"{file} has {found} bytes, was saved with {size}"
     with ThreadPoolExecutor() as pool:
-        for file, found in zip(saved, pool.map(_sha256, map(folder.joinpath, saved)) if contents else (), strict=False):
+        for file, found in zip(
+            saved, pool.map(hash_file, map(folder.joinpath, saved)) if contents else (), strict=False
+        ):
             if found != saved[file][1]:
                 return f"{file} has changed since it was saved (its SHA-256 differs)"
     return None
 
 
-def _sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
