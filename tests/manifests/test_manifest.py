@@ -122,6 +122,12 @@ def test_fairseq_roots(corpus, root):
             '{"audio": "a", "duration": 1, "text": "2020-01-01", "start_year": 2020, "end_mark": "x"}\n',
             ["2020-01-01"],
         ),
+        (
+            "b.jsonl",
+            '{"audio": "a", "duration": 1, "text": NaN}\n{"audio": "b", "duration": 1, "text": "nan"}\n',
+            ["", "nan"],
+        ),
+        ("b.csv", "audio,duration,text\na,1,NaN\n", ["NaN"]),
     ],
 )
 def test_text_stays_text(corpus, name, content, texts):

@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from w2v2.audio.crops import AUDIO_SUFFIXES
 from w2v2.errors import UserError, one_line
+from w2v2.manifests.columns import read_name
 from w2v2.manifests.folders import find_audio, read_kaldi
 from w2v2.manifests.json_rows import read_rows
 from w2v2.manifests.tables import BATCH_ROWS, LINE, collect_rows, map_tables
@@ -85,7 +86,9 @@ def _build_table(rows: Iterable[tuple[int | None, dict]], wanted: Callable[[str]
 
     def columns(rows: tuple[dict, ...]) -> Iterator[tuple[str, list[str | None]]]:
         for name in filter(lambda name: wanted(name.lower()), dict.fromkeys(name for row in rows for name in row)):
-            yield name, [cell if (cell := row.get(name)) is None else str(cell) for row in rows]
+            is_time = read_name(name.lower())  # of which NaN is refused
+            cells = (row.get(name) for row in rows)
+            yield name, [None if x is None or x != x and not is_time else str(x) for x in cells]
 
     return collect_rows(rows, columns)
 
