@@ -222,9 +222,9 @@ READERS = {
 
 def _read_folder(folder: Path, wanted: Callable[[str], bool]) -> RawTable:
     """A Kaldi folder, one that pack_audio.py wrote, or any other: its audio files, all levels down."""
-    root, passed_over = os.path.abspath(folder), {}
+    root, passed_over, warnings = os.path.abspath(folder), {}, []
     if (folder / "wav.scp").exists():
-        rows, root = read_kaldi(folder), ""
+        (rows, warnings), root = read_kaldi(folder), ""
     elif (folder / PACKED_MANIFEST).exists():
         return _read_parquet(folder / PACKED_MANIFEST, wanted, root)
     elif next(folder.glob("shard-*.wav"), None):
@@ -235,4 +235,5 @@ def _read_folder(folder: Path, wanted: Callable[[str], bool]) -> RawTable:
     if not rows:
         tars = f"its tars as '{folder}/*.tar'" if ".tar" in passed_over else "a manifest"
         raise UserError(f"folder {folder} holds no audio files and no wav.scp: check the path, or name {tars}")
-    return RawTable(folder, _build_table(((None, row) for row in rows), wanted), list(rows[0]), root, passed_over)
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    return RawTable(folder, _build_table(((None, row) for row in rows), wanted), found, root, passed_over, warnings)
