@@ -37,7 +37,7 @@ from w2v2.finetune.classifier import (
     folder_labels,
     load_classifier,
 )
-from w2v2.finetune.ctc_data import longest_first, name_sets
+from w2v2.finetune.ctc_data import longest_first, name_sets, warn_shared
 from w2v2.finetune.evaluation import write_results
 from w2v2.finetune.label_scores import (
     FOLDS_FILE,
@@ -84,6 +84,8 @@ def train_once(label_args: LabelArguments, args: ClassificationArguments) -> Non
     train, paths = args.list_sources("train_data"), list_held(args)
     train, dropped = read_labelled("train", train, label_args, args)
     sets = {name: read_labelled(name, manifests, label_args, args)[0] for name, manifests in paths.items()}
+    for name, table in sets.items():
+        warn_shared(train, table, name, args.print_once)
     before = folder_labels(checkpoint or args.model_name_or_path)
     classes = known_labels(train["target"], label_args.labels, before)
     for name, table in sets.items():

@@ -26,7 +26,7 @@ from w2v2.errors import UserError
 from w2v2.evaluate.scores import CHARACTERS
 from w2v2.finetune import ctc_data, labels, text
 from w2v2.finetune.labels import Split, group_splits
-from w2v2.finetune.normalisation import TextRules
+from w2v2.finetune.normalisation import TextRules, find_case
 from w2v2.finetune.subsets import select_lengths
 from w2v2.manifests.dataset_loading import Manifest, name_sources
 from w2v2.model.feature_encoder import num_frames
@@ -37,7 +37,7 @@ from w2v2.report.page import report_run
 from w2v2.train.events import EVENTS_FILE, note_finish, note_start
 
 RESULTS_FILE = "probe.json"
-COLUMNS = ["id", "audio", "start", "num_samples", "target"]
+COLUMNS = {"id", "audio", "start", "num_samples", "channel", "target"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,12 +47,14 @@ def main(argv: list[str] | None = None) -> None:
     measure = "cer" if is_text else args.measure
 
     # 1. Data: one table, and the rows that train, validate and test.
-    table, splits = gather_texts(args) if is_text else gather_labels(args)
+    table, splits, dropped = gather_texts(args) if is_text else gather_labels(args)
     targets, tested = table["target"][:], [row for split in splits for row in split.test]
     hours, first = sum(table["num_samples"]) / SAMPLING_RATE / 3600, splits[0]
     counts = f"{len(first.train)}, {len(first.validation)}, {len(first.test)} (train, validation, test)"
     what = f"{len(splits)} folds by {args.folds}, the first of" if args.folds else "split into"
     print(f"{args.target}: {len(table)} utterances, {hours:.2f} h, {what} {counts}", flush=True)
+    if dropped := +dropped:
+        print(f"     dropped: {', '.join(f'{number} {reason}' for reason, number in dropped.items())}", flush=True)
 
     (folder / EVENTS_FILE).unlink(missing_ok=True)  # of the results that are replaced
     note_start(args)
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     print(format_table(models, measure))
     run = {"target": args.target, "folds": args.folds, "num_folds": len(splits) if args.folds else None,
            "seed": args.seed, "classifier": None if is_text else args.classifier, "utterances": len(table),
-           "tested": len(tested)}  # fmt: skip
+           "tested": len(tested), "dropped": dropped}  # fmt: skip
     whole = {"measure": measure, "chance": chance, "models": models, "run": run}
     (folder / RESULTS_FILE).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     note_finish(args)
@@ -97,46 +99,60 @@ def list_models(args: ProbingArguments) -> list[dict[str, Any]]:
     return models + [{"name": "random weights", "source": None, "hours": None}] * args.random_weights
 
 
-def gather_labels(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
-    """All utterances with their label in `target`, and the splits of their rows."""
+def gather_labels(args: ProbingArguments) -> tuple[Dataset, list[Split], Counter[str]]:
+    """All utterances with their label in `target`, the splits of their rows, and how many are left out, by reason."""
+    dropped = Counter()
 
     def read(paths: list[Manifest], further: list[str]) -> Dataset:
         table = read_table(paths, [args.target, *further], args)
-        return labels.with_targets(table, name_sources(paths), args.target, args.label_map, args.labels)[0]
+        if paths is training:
+            labels.warn_unmapped(table, name_sources(paths), args.target, args.label_map, print)
+        table, num_others = labels.with_targets(table, name_sources(paths), args.target, args.label_map, args.labels)
+        dropped["with other labels"] += num_others
+        return table
 
     training, *held_out = (args.list_sources(data) for data in args.split_flags)
     train = read(training, [args.folds] if args.folds else [])
-    train, _ = select_lengths(train, args.min_seconds, args.max_seconds)
+    train, dropped["by their length (training)"] = select_lengths(train, args.min_seconds, args.max_seconds)
     classes = labels.known_labels(train["target"], args.labels)
     if args.folds:
         groups = train[labels.column_of(train, args.folds, "folds", "--train_data")]
         splits = group_splits(groups, args.folds, args.num_folds)
-        for split in splits:
-            if len({train["target"][row] for row in split.train}) < 2:
-                raise UserError(f"--folds {args.folds}: {split.name} would train on a single class: lower --num_folds")
-        return train, splits
-    held = {name_sources(paths): read(paths, []) for paths in held_out if paths}
-    for source, table in held.items():
-        labels.check_known(classes, table["target"], source)
-    return join_tables([train, *held.values()], train["target"])
+        labels.check_trained(splits, train["target"][:], args.folds)
+        return train, splits, dropped
+    held = [read(paths, []) for paths in held_out if paths]
+    for paths, table in zip(filter(None, held_out), held, strict=True):
+        labels.check_known(classes, table["target"], name_sources(paths))
+    return *join_tables([train, *held], train["target"]), dropped
 
 
-def gather_texts(args: ProbingArguments) -> tuple[Dataset, list[Split]]:
-    """All transcribed utterances with their normalised text in `target`; those that train are long enough for it."""
+def gather_texts(args: ProbingArguments) -> tuple[Dataset, list[Split], Counter[str]]:
+    """All transcribed utterances with their normalised text in `target`, the splits, and how many are left out."""
+    dropped, rules = Counter(), None
 
     def read(paths: list[Manifest]) -> Dataset:
-        table, _ = ctc_data.prepare_texts(read_table(paths, [], args), name_sources(paths), TextRules())
+        nonlocal rules
+        table = read_table(paths, [], args)
+        written = table["text"][:] if "text" in table.column_names else []
+        rules = rules or TextRules(case=find_case(filter(None, written)))  # the training text is the first
+        table, num_dropped = ctc_data.prepare_texts(table, name_sources(paths), rules)
+        dropped["without text"] += num_dropped
         return table.add_column("target", table["text"])
 
     training, *held_out = (args.list_sources(data) for data in args.split_flags)
-    train, _ = select_lengths(read(training), args.min_seconds, args.max_seconds)
+    train = read(training)
+    train, dropped["by their length (training)"] = select_lengths(train, args.min_seconds, args.max_seconds)
     held = [read(paths) for paths in held_out if paths]
-    return join_tables([train, *held], [""] * len(train))
+    return *join_tables([train, *held], [""] * len(train)), dropped
 
 
 def join_tables(tables: list[Dataset], classes: list[str]) -> tuple[Dataset, list[Split]]:
     """Training, validation (else a fifth of each class in training) and test tables as one, and the rows of each."""
-    table = concatenate_datasets([table.select_columns(COLUMNS) for table in tables])
+    for name, held in zip(("test", "validation"), reversed(tables[1:])):  # noqa: B905
+        ctc_data.warn_shared(tables[0], held, name, print)
+    table = concatenate_datasets(
+        [table.select_columns(list(COLUMNS.intersection(table.column_names))) for table in tables]
+    )
     ends = np.cumsum([0, *map(len, tables)]).tolist()
     train, *held = (list(range(first, last)) for first, last in pairwise(ends))
     if len(held) == 1:
@@ -155,6 +171,10 @@ def probe_texts(model: FrozenModel, table: Dataset, split: Split, args: ProbingA
     vocabulary = text.build_vocabulary(texts[row] for row in split.train)
     needed = {row: text.frames_needed(text.encode(texts[row], vocabulary)) for row in split.train}
     train = [row for row in split.train if num_frames(model.config, lengths[row]) >= needed[row]]
+    if len(train) < len(split.train):
+        print(
+            f"     dropped: {len(split.train) - len(train)} with a text longer than their audio (training)", flush=True
+        )
     probe = CharacterProbe(texts, vocabulary, args.ctc_updates, args.seed)
     try:
         layers, starts = save_frames(model, table, cache)

@@ -98,6 +98,8 @@ def drawn_trials(args: VerificationArguments) -> tuple[list[Trial], Dataset]:
     """Trials among a manifest's utterances, noted in `trials.txt`, and the utterances that they name."""
     table = read_table(args.manifest, [args.speaker_column], args)
     speakers = table[column_of(table, args.speaker_column, "speaker_column", ", ".join(args.manifest))]
+    if without := speakers[:].count(""):
+        print(f"{', '.join(args.manifest)}: {without} utterances without {args.speaker_column} are in no trial")
     trials = draw_trials(dict(zip(table["id"], speakers, strict=True)), args.num_trials, args.seed)
     write_trials(Path(args.output_dir, "trials.txt"), trials)
     used = {name for trial in trials for name in (trial.first, trial.second)}

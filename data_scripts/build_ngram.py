@@ -17,16 +17,17 @@ from pathlib import Path
 from corpus_files import Parser, open_atomic
 from kneser_ney import BEGIN, END, UNKNOWN, estimate, write_arpa
 
-from w2v2.errors import UserError, number
+from w2v2.errors import UserError, number, refuse, tell
 from w2v2.evaluate.scores import TARGET_UNITS
 from w2v2.finetune.normalisation import CASES, TextRules, find_case
 from w2v2.manifests.manifest import COLUMNS
 from w2v2.manifests.readers import READERS, find_suffix, read_table
-from w2v2.manifests.segments import cast_text
+from w2v2.manifests.segments import cast_text, merge_aliases
 
 
 def read_lines(path: Path) -> Iterable[str]:
     """The sentences of a manifest or a text file, as they are written."""
+    refuse((path.suffix in (".yaml", ".yml"), f"{path}: is no text: name the manifests that it lists"))
     return _read_transcripts(path) if path.is_dir() or find_suffix(path) in READERS else _read_lines(path)
 
 
@@ -34,6 +35,8 @@ def _read_transcripts(path: Path) -> list[str]:
     """The text column alone: the audio is not looked at."""
     raw = read_table(path, lambda name: name in COLUMNS["text"])
     names = [name for name in COLUMNS["text"] if name in raw.table.column_names]
+    for line in merge_aliases(raw, names) if names else ():
+        tell(line)
     texts = cast_text(raw, names[0]).to_pylist() if names else []
     if not any(texts):
         raise UserError(f"{path}: no transcripts in this manifest: give one with a column `text`, or a text file")

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from corpus_files import Parser, list_skipped, open_atomic, parse_path
@@ -21,6 +22,7 @@ from slices import HELP, find_logs, parse_slice, read_records, remove_slices
 from w2v2.audio.crops import SAMPLING_RATE, measure_length
 from w2v2.audio.inspection import measure_lengths
 from w2v2.errors import number, refuse
+from w2v2.manifests.columns import LETTERS
 from w2v2.manifests.manifest import read_manifests
 
 LENGTHS = "lengths.jsonl"
@@ -47,6 +49,9 @@ def measure(args) -> None:
         remove_slices(folder / LENGTHS)
     table, skipped, _ = read_manifests(args.manifests, data_root=args.data_root, cache_dir=folder, further=["language"])
     list_skipped(args.output.with_suffix(".skipped.jsonl"), skipped)
+    if "channel" in table.column_names and (pc.max(table["channel"]).as_py() or 0) < len(LETTERS):
+        letters = pc.take(pa.array([*LETTERS]), table["channel"])
+        table = table.set_column(table.column_names.index("channel"), "channel", letters)
     with open_atomic(args.output, "wb") as file, pq.ParquetWriter(file, table.schema) as writer:
         for batch in table.to_batches(BATCH_ROWS):
             writer.write_batch(batch)

@@ -87,7 +87,7 @@ def pack(args) -> None:
     if len(skipped) > args.max_skipped_fraction * total or len(skipped) == total:
         limit = f"--max_skipped_fraction {args.max_skipped_fraction:g}"
         raise UserError(
-            f"{len(skipped)} of {total} utterances cannot be read, more than {limit} allows: mend them ({SKIPPED} lists them), or raise it"
+            f"{len(skipped)} of {total} utterances cannot be read, more than {limit} allows: mend them ({SKIPPED} lists them) and pack with --overwrite, or raise it"
         )
     lengths = np.concatenate([record["num_samples"] for record in records])  # (rows,)
     write_index(folder, table, shards, records, lengths)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.audio.inspection import identify_file
 from w2v2.errors import UserError, number, refuse
+from w2v2.manifests.columns import LETTERS
 from w2v2.manifests.manifest import read_manifests
 
 LOG = "utterances.jsonl"  # in a folder beside the output
@@ -42,7 +43,6 @@ FORMAT = 1  # raise it when the same recording and flags would give other uttera
 FLAGS = ("min_seconds", "max_seconds", "threshold", "min_silence_seconds", "pad_seconds")
 ROW = ("id", "audio", "start", "duration")
 CARRIED = ("channel", "speaker", "label", "language")  # what holds for a part as well
-LETTERS = "ABCDEFGH"  # channels: whether a lone 1 counts from 0, no reader could tell
 HOUR = 3600 * SAMPLING_RATE  # samples
 
 
@@ -214,6 +214,7 @@ def segment(args) -> None:
     write_manifest(args.output, build_rows(table, found, args.output.parent), columns)
     if args.output_dir:
         argv = [args.output, "--output_dir", args.output_dir, *["--overwrite"] * args.overwrite]
+        argv += ["--num_workers", max(1, args.num_workers)]
         if pack_audio.main(list(map(str, argv))):
             sys.exit(2)  # it said why
 

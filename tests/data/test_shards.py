@@ -29,6 +29,7 @@ from w2v2.data.shards import _name_shards, list_shards, read_shards
 from w2v2.data.streaming import FetchAhead, ShardOrder, StreamedCrops
 from w2v2.errors import LocalError, UserError
 from w2v2.manifests.dataset_loading import DatasetSource
+from w2v2.manifests.manifest import read_manifests
 
 NUM_SHARDS, PER_SHARD = 6, 4
 SECONDS = np.random.default_rng(1).uniform(0.6, 2.5, NUM_SHARDS * PER_SHARD).round(2).tolist()
@@ -150,6 +151,22 @@ def test_names_do_not_tell_the_place_and_their_order_is_that_of_the_names(tmp_pa
 )
 def test_names_are_without_signatures(urls, names):
     assert _name_shards(urls) == names
+
+
+def test_streamed_parquet_is_heard_as_the_data_set_is(corpus, tmp_path, caplog):
+    """Starts tell of the recording that a clip was cut from; a row without audio is left out, and counted."""
+    audio = [{"bytes": (corpus / f"audio/tone{n}.wav").read_bytes(), "path": f"tone{n}.wav"} for n in range(3)]
+    rows = dict(audio=[*audio, {"bytes": None, "path": None}], text=list("abcd"), start=[0.0, 0.25, 0.5, 1.0])
+    (tmp_path / "clips").mkdir()
+    table = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(decode=False))
+    table.to_parquet(tmp_path / "clips/train.parquet")
+    streamed, skipped, notes = read(make_args(tmp_path, DatasetSource(str(tmp_path / "clips"))))
+    whole, _, others = read_manifests([DatasetSource(str(tmp_path / "clips"))], cache_dir=tmp_path / "cache")
+    columns = ["start", "num_samples", "text"]
+    assert streamed.select(columns).to_pylist() == whole.select(columns).to_pylist() and not skipped
+    assert streamed["num_samples"].to_pylist() == [round(SECONDS[n] * 16_000) for n in range(3)]
+    for warnings in (notes["warnings"], others["warnings"]):
+        assert any("1 of 4 rows have no audio and are left out" in line for line in warnings)
 
 
 @pytest.mark.parametrize("column", [None, "audio"])

@@ -115,9 +115,17 @@ def test_text_and_manifests_are_counted_together(tmp_path, capsys):
     assert "ngram 2=6" in output.read_text()  # <s> one, one two, two </s>, <s> three, three four, four </s>
 
 
+def test_transcripts_under_two_names_are_one_text(tmp_path, caplog):
+    lines = ['{"audio": "a.wav", "text": "one"}', '{"audio": "b.wav", "transcript": "two three"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert list(build_ngram.read_lines(tmp_path / "a.jsonl")) == ["one", "two three"]
+    assert "1 rows have no text: their transcript is read for it" in caplog.text
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["{0}/sources.yaml"], "is no text: name the manifests"),
         (["{0}/absent.txt"], "absent.txt"),
         (["{0}/empty.txt"], "no words"),
         (["{0}/bare.csv"], "no transcripts"),

@@ -14,6 +14,8 @@ from conftest import error_line
 from slices import Slice, find_logs, read_records
 from test_pack_audio import contents, manifest, pack
 
+from w2v2.manifests.manifest import read_manifests
+
 __all__ = ["manifest"]  # a fixture
 
 
@@ -26,6 +28,17 @@ def test_slices_share_the_items_out(count):
     parts = [Slice(index, count).take(range(20)) for index in range(count)]
     assert sorted(item for part in parts for item in part) == list(range(20))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("channels", ["B", "BC", "AB", "C "])
+def test_measured_channels_are_those_of_the_manifest(tmp_path, channels):
+    soundfile.write(tmp_path / "a.wav", np.zeros((16_000, 4), np.float32), 16_000)
+    rows = [f"u{n},a.wav,{start},{letter}" for n, (start, letter) in enumerate(zip((0, 0.5), channels, strict=False))]
+    (tmp_path / "a.csv").write_text("\n".join(["id,audio,start,channel", *rows]) + "\n")
+    run(measure_audio, tmp_path / "a.csv", "--output", tmp_path / "a.parquet")
+    expected = read_manifests([tmp_path / "a.csv"])[0]["channel"].to_pylist()
+    assert read_manifests([tmp_path / "a.parquet"])[0]["channel"].to_pylist() == expected
+    assert expected[0] == "ABC".index(channels[0])
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "1/2/3", "a/b", "0/0"])

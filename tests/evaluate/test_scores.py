@@ -1,5 +1,6 @@
 """Scores against a textbook edit distance, brute force over every threshold, and closed forms."""
 
+from collections import Counter
 from fractions import Fraction
 from itertools import accumulate
 
@@ -133,6 +134,8 @@ def test_a_list_is_read_as_it_was_written(tmp_path):
     write_trials(tmp_path / "trials.txt", trials)
     assert (tmp_path / "trials.txt").read_text() == "1 a/1.wav a/2.wav\n0 a/1.wav b/1.wav\n"
     assert read_trials(tmp_path / "trials.txt") == trials
+    write_trials(tmp_path / "trials.txt", trials := [Trial(1, "my a.wav", "b.wav"), Trial(0, "my a.wav", "c.wav")])
+    assert read_trials(tmp_path / "trials.txt") == trials
 
 
 @pytest.mark.parametrize(("text", "message"), [("1 a b\n2 a c\n", "line 2"), ("1 a b\n\n0 a\n", "line 3"),
@@ -154,6 +157,17 @@ def test_drawn_trials_are_true_and_never_twice():
     assert draw_trials(SPEAKERS, 60, seed=1) == trials != draw_trials(SPEAKERS, 60, seed=2)
     every = draw_trials(SPEAKERS, 10_000)  # all pairs that there are
     assert [sum(trial.target == kind for trial in every) for kind in (1, 0)] == [4 * 10, 6 * 25]
+    assert len(set(every)) == len(every)
+
+
+def test_pairs_of_one_speaker_are_drawn_evenly_from_many_utterances():
+    speakers = {f"{take}{speaker}": f"s{speaker}" for speaker in range(5_000) for take in range(1 + speaker % 4)}
+    trials = draw_trials(speakers, 8_000)
+    assert [sum(trial.target == kind for trial in trials) for kind in (1, 0)] == [4_000, 4_000]
+    assert all(trial.target == (speakers[trial.first] == speakers[trial.second]) for trial in trials)
+    assert len({frozenset((trial.first, trial.second)) for trial in trials}) == 8_000
+    by_size = Counter(int(speakers[trial.first][1:]) % 4 for trial in trials if trial.target)
+    assert [by_size[n] / 4_000 for n in range(4)] == pytest.approx([0, 1 / 10, 3 / 10, 6 / 10], abs=0.03)
 
 
 @pytest.mark.parametrize("speakers", [{"a": "x", "b": "y"}, {"a": "x", "b": "x"}, {"a": "", "b": ""}])

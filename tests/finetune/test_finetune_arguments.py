@@ -72,6 +72,9 @@ def test_an_effective_batch_in_seconds_is_given_or_derived(tmp_path, flags, seco
     (dict(beam_size=0), "--beam_size"),
     (dict(tune_lm=True), "--tune_lm needs .* --lm"),
     (dict(target_unit="tokens", word_score=1.0), "--word_score is for words"),
+    (dict(target_unit="tokens", fold_accents=True), "--fold_accents is for words"),
+    (dict(drop_tokens=["um"]), "--drop_tokens is for tokens"),
+    (dict(lexicon="words.txt"), "--lexicon needs .* --lm"),
 ])  # fmt: skip
 def test_flags_of_recognition_that_do_not_fit_are_named(flags, message):
     with pytest.raises(UserError, match=message):
@@ -123,6 +126,9 @@ def test_normalisation_follows_the_folder(tmp_path):
     followed = follow_text(CTCArguments(beam_size=7, drop_characters="!"), str(tmp_path), vocabulary)
     assert (followed.text_case, followed.fold_accents) == ("lower", True)
     assert (followed.drop_characters, followed.beam_size) == ("!", 7)
+    (tmp_path / "fold-1" / "checkpoint-2").mkdir(parents=True)
+    for inside in ("fold-1", "fold-1/checkpoint-2"):  # of a cross-validation
+        assert follow_text(CTCArguments(), str(tmp_path / inside), vocabulary).text_case == "lower"
     (tmp_path / "finetune_config.yaml").unlink()
     assert follow_text(CTCArguments(), str(tmp_path), build_vocabulary(["ab"])).text_case == "lower"
     assert follow_text(CTCArguments(), str(tmp_path), build_vocabulary(["a b"], "tokens")).target_unit == "tokens"
@@ -173,7 +179,7 @@ def test_the_written_configuration_starts_the_same_run(tmp_path):
     (tmp_path / "first.yaml").write_text("max_seconds: null\nsave_total_limit: null\n")
     given = [str(tmp_path / "first.yaml"),
              "--output_dir", str(tmp_path), "--train_data", "a.csv", "b.csv", "--validation_data", "v", "--use_cpu",
-             "--eval_strategy", "epoch", "--save_strategy", "epoch", "--optim", "adafactor", "--model_name_or_path", "m", "--text_case", "lower", "--eval_steps", "7", "--save_steps", "7", "--bf16",
+             "--drop_characters", "", "--eval_strategy", "epoch", "--save_strategy", "epoch", "--optim", "adafactor", "--model_name_or_path", "m", "--text_case", "lower", "--eval_steps", "7", "--save_steps", "7", "--bf16",
              "--lr_scheduler_type", "cosine", "--report_to", "none", "--freeze_feature_encoder", "false"]  # fmt: skip
     before = parse_command_line((CTCArguments, FineTuningArguments), given)
     write_config(tmp_path / "c.yaml", *before)

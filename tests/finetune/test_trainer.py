@@ -92,6 +92,8 @@ def test_a_finished_run_is_resumed_to_no_effect(table, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert again.state.global_step == 3
     assert_equal(again, weights(whole))
+    with pytest.raises(UserError, match="seed 7"):
+        make_trainer(table, tmp_path / "other", **flags, seed=7).train(str(tmp_path / "whole" / "checkpoint-3"))
 
 
 def test_at_first_only_the_head_learns(table, tmp_path):

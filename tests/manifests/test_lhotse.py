@@ -1,5 +1,7 @@
 """`w2v2.manifests.lhotse_cuts`: what Lhotse writes is heard as Lhotse hears it, or refused."""
 
+import json
+
 import numpy as np
 import pytest
 import soundfile
@@ -124,6 +126,15 @@ def test_recordings_and_supervisions_are_manifests(tmp_path):
     (tmp_path / "x_recordings_train.jsonl.gz").unlink()
     with pytest.raises(UserError, match="have x_recordings_train.jsonl.gz beside it"):
         read_manifests([tmp_path / "x_supervisions_train.jsonl.gz"])
+
+
+def test_a_row_with_its_own_audio_is_no_supervision(tmp_path):
+    row = {"audio_filepath": "a.wav", "recording_id": "r", "start": 1.0, "duration": 2.0, "text": "x"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    table, _, _ = read_manifests([tmp_path / "a.jsonl"])
+    assert table.select(["start", "num_samples", "text"]).to_pylist() == [
+        {"start": 1.0, "num_samples": 32_000, "text": "x"}
+    ]
 
 
 def replace_source(recording, kind, source="x"):

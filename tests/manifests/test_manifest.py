@@ -122,6 +122,12 @@ def test_fairseq_roots(corpus, root):
             '{"audio": "a", "duration": 1, "text": "2020-01-01", "start_year": 2020, "end_mark": "x"}\n',
             ["2020-01-01"],
         ),
+        (
+            "b.jsonl",
+            '{"audio": "a", "duration": 1, "text": NaN}\n{"audio": "b", "duration": 1, "text": "nan"}\n',
+            ["", "nan"],
+        ),
+        ("b.csv", "audio,duration,text\na,1,NaN\n", ["NaN"]),
     ],
 )
 def test_text_stays_text(corpus, name, content, texts):
@@ -386,9 +392,28 @@ def test_arguments_that_name_nothing_are_slips(corpus):
             load(*paths, **options)
 
 
+def test_kaldi_segments_may_name_channels(corpus, caplog):
+    write(corpus / "wav.scp", "r1 a.wav\n")
+    write(corpus / "segments", "u1 r1 0.5 1.5\nu2 r1 1 2 1\nu3 r1 1 2 0\n")
+    write(corpus / "text", "u2 HI\nu8 LOST\nu9 LOST\n")
+    data = load(corpus)
+    assert data["channel"][:] == [None, 1, 0] and data["text"][:] == ["", "HI", ""]
+    assert "text: 2 lines are of no utterance here, the first: u8" in caplog.text
+    write(corpus / "segments", "u1 r1 0 1 1\n")  # alone
+    assert load(corpus)["channel"][:] == [1]
+
+
 def test_bad_kaldi_segments_are_slips(tmp_path):
     write(tmp_path / "wav.scp", "r1 a.wav\n")
-    for segments in ("u1 r9 0 1\n", "u1 r1 0\n", "u1 r1 0 x\n", "u1 r1 2 1\n", "u1 r1 0 1\nu1 r1 1 2\n"):
+    for segments in (
+        "u1 r1 0 1 A\n",
+        "u1 r1 0 1 8\n",
+        "u1 r9 0 1\n",
+        "u1 r1 0\n",
+        "u1 r1 0 x\n",
+        "u1 r1 2 1\n",
+        "u1 r1 0 1\nu1 r1 1 2\n",
+    ):
         write(tmp_path / "segments", segments)
         with pytest.raises(UserError, match="u1|row 1"):
             load(tmp_path)

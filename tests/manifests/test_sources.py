@@ -125,6 +125,13 @@ def test_the_table_is_the_sources_one_after_another(tmp_path):
     assert {name: len(rows) for name, rows in notes["samples"].items()} == {"english": 49, "swahili": 6}
 
 
+def test_audio_of_two_sources_is_told(tmp_path):
+    for name in "xy":
+        write_csv(tmp_path / f"{name}.csv", ["/a.wav"], [1.0])
+    notes = read_sources(str(write(tmp_path, "- data: x.csv\n- data: y.csv\n")))[2]
+    assert any("1 rows name audio that another manifest or source names too" in line for line in notes["warnings"])
+
+
 def test_what_is_left_of_each_source_is_counted(tmp_path):
     found = load(write_corpora(tmp_path), min_seconds=3.0, crop_seconds=8.0)
     first = 0

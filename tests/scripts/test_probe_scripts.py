@@ -131,12 +131,60 @@ def test_verification_by_a_list_and_a_models_projection(data):
         verify(data, "lost", *flags, model="tuned")
 
 
+def by_folds(*args):
+    return run_probe(*args, test=False)
+
+
+def test_what_a_probe_leaves_out_is_counted_and_shared_audio_told(data, capsys):
+    held = ["--validation_data", str(data / "test.csv")]  # the test set's
+    flags = [
+        "--labels",
+        "low",
+        "high",
+        "--label_map",
+        "middel=low",
+        "--min_seconds",
+        "0.35",
+        "--random_weights",
+        "false",
+    ]
+    results = run_probe(data, "counted", *held, *flags)
+    rows = pd.read_csv(data / "train.csv")
+    known = rows[rows["label"] != "middle"]
+    short = int((known["duration"] < 0.35).sum())
+    others = len(rows) - len(known) + 2 * int((pd.read_csv(data / "test.csv")["label"] == "middle").sum())
+    assert results["run"]["dropped"] == {"with other labels": others, "by their length (training)": short} and short
+    assert "dropped with other labels" in (data / "counted" / "report.html").read_text()
+    told = capsys.readouterr().out
+    assert f"{len(known) - short}, 8, 8 (train, validation, test)" in told
+    assert f"dropped: {others} with other labels, {short} by their length" in told
+    assert "no training utterance has the label middel" in told
+    run_probe(data, "shared", "--validation_data", str(data / "train.csv"), "--random_weights", "false")
+    assert "warning: 36 of 36 utterances of validation are training data too" in capsys.readouterr().out
+
+
+def test_a_probe_hears_the_channel_of_each_utterance(data, tmp_path):
+    pitches = {"low": 200, "high": 2_400}
+    rows, noise = [], np.random.default_rng(1)
+    for i in range(24):
+        sides = [np.sin(2 * np.pi * pitch * np.arange(8_000) / 16_000) for pitch in pitches.values()]
+        soundfile.write(tmp_path / f"{i}.wav", 0.3 * np.stack(sides, 1) + noise.normal(0, 0.02, (8_000, 2)), 16_000)
+        rows.append({"audio": f"{i}.wav", "duration": 0.5, "channel": i % 2, "label": [*pitches][i % 2]})
+    for name, chosen in (("train", rows[:16]), ("test", rows[16:])):
+        pd.DataFrame(chosen).to_csv(tmp_path / f"{name}.csv", index=False)
+    flags = ["--train_data", str(tmp_path / "train.csv"), "--test_data", str(tmp_path / "test.csv")]
+    flags += ["--checkpoints", str(data / "checkpoint-5"), "--random_weights", "false", "--use_cpu"]
+    probe.main([*flags, "--output_dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "probe.json").read_text())["models"][0]["uar"] > 0.9
+
+
 @pytest.mark.parametrize(
     ("run", "flags", "message"),
     [
         (run_probe, ["--folds", "speaker"], "on --test_data or on --folds"),
         (run_probe, ["--target", "mood"], "'mood'"),
         (run_probe, ["--labels", "low"], "single class"),
+        (by_folds, ["--target", "speaker", "--folds", "speaker"], "train without the label 's0'"),
         (run_probe, ["--config_nam", "x"], "config_name"),
         (run_probe, ["--checkpoints", "absent"], "absent: no such folder"),
         (run_probe, ["--checkpoints", "hubert"], "hubert model"),

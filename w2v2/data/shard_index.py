@@ -24,12 +24,12 @@ from w2v2.audio.inspection import map_files, measure_lengths
 from w2v2.data.shard_cache import Shard, ShardCache
 from w2v2.errors import UserError, one_line
 from w2v2.manifests.archives import read_tars
-from w2v2.manifests.columns import COLUMNS, EXTRAS, is_known
+from w2v2.manifests.columns import COLUMNS, EXTRAS, is_known, is_own_length
 from w2v2.manifests.manifest import interpret
 from w2v2.manifests.readers import RawTable
 from w2v2.manifests.tables import fill_lengths
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 MOST_WORKERS = 16  # that fetch and index shards; more than there are cores, for they wait for the network
 ROWS_AT_ONCE = 256  # of a Parquet file, in memory
 
@@ -116,14 +116,18 @@ def unpack_parquet(shard: Shard, source: str, part: str) -> RawTable:
     try:
         with pq.ParquetFile(source) as file, open(part, "r+b") as out:
             name, others = _choose_columns(file.schema_arrow, shard)
-            tables, offset, times = [], 0, Counter()
+            tables, offset, times, num_rows = [], 0, Counter(), 0
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name, *others]):
+                is_nested = pa.types.is_struct(batch.column(name).type)
+                num_rows += len(batch)
+                batch = batch.filter(
+                    pc.is_valid(pc.struct_field(batch.column(name), "bytes") if is_nested else batch.column(name))
+                )
                 column, addresses, ids = batch.column(name), [], []
-                given = column.field("path").to_pylist() if pa.types.is_struct(column.type) else [None] * len(column)
-                contents = column.field("bytes") if pa.types.is_struct(column.type) else column
+                given = column.field("path").to_pylist() if is_nested else [None] * len(column)
+                contents = column.field("bytes") if is_nested else column
                 for content, file_name in zip(contents, given, strict=True):
-                    content = content.as_buffer() or b""
-                    out.write(content)
+                    out.write(content := content.as_buffer())
                     addresses.append(f"{shard.path}:{offset}:{len(content)}")
                     file_name = os.path.basename(file_name or "") or f"{times.total():06d}"
                     times[file_name] += 1
@@ -140,7 +144,11 @@ def unpack_parquet(shard: Shard, source: str, part: str) -> RawTable:
     if not tables:
         raise UserError(f"shard {shard.url} is empty: leave it out of --train_data")
     table = pa.concat_tables(tables)
-    return RawTable(Path(shard.path), table, table.column_names)
+    num_silent = num_rows - len(table)
+    silent = [f"shard {shard.url}: {num_silent:,} of {num_rows:,} rows have no audio and are left out"] * bool(
+        num_silent
+    )
+    return RawTable(Path(shard.path), table, table.column_names, warnings=silent)
 
 
 def _choose_columns(schema: pa.Schema, shard: Shard) -> tuple[str, list[str]]:
@@ -162,4 +170,5 @@ def _choose_columns(schema: pa.Schema, shard: Shard) -> tuple[str, list[str]]:
         wanted = shard.audio_column or "audio"
         raise UserError(f"shard {shard.url} has no column `{wanted}` with the bytes of audio files: it has {found}")
     taken = {names[0].lower(), *COLUMNS["audio"]}
-    return names[0], [name for name in schema.names if is_known(name.lower()) and name.lower() not in taken]
+    aliases = {alias for known in COLUMNS.values() for alias in known} - taken
+    return names[0], [name for name in schema.names if name.lower() in aliases or is_own_length(name.lower())]

@@ -9,7 +9,6 @@ A list of trials has a pair a line, `1 a.wav b.wav` for one speaker and `0 a.wav
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ RATES = {CHARACTERS: ("wer", "cer"), TOKENS: ("per",)}  # the first says which c
 NAMES = {"wer": "WER", "cer": "CER", "per": "PER"}
 MEASURES = ("accuracy", "uar", "macro_f1")
 SHOWN = NAMES | {"uar": "UAR", "accuracy": "accuracy", "macro_f1": "macro-F1"}  # measures, as they are written
-MOST_PAIRS = 2_000_000  # that are listed, to draw from
 
 
 # -- transcripts
@@ -92,7 +90,7 @@ def read_trials(path: str | os.PathLike) -> list[Trial]:
         raise UserError(f"--trials {path}: cannot be read ({one_line(error)}): give `1 a.wav b.wav` lines") from None
     trials = []
     for number, line in enumerate(lines, start=1):
-        if not (fields := line.split()):
+        if not (fields := line.split("\t" if "\t" in line else None)):
             continue
         if len(fields) != 3 or fields[0] not in ("0", "1"):
             raise UserError(
@@ -109,25 +107,28 @@ def read_trials(path: str | os.PathLike) -> list[Trial]:
 def draw_trials(speakers: Mapping[str, str], num_trials: int, seed: int = 0) -> list[Trial]:
     """Trials among utterances (name → speaker): half of one speaker, half of two, or all pairs where there are fewer.
 
-    Raises UserError where a kind is missing.
+    Utterances without a speaker are in none. Raises UserError where a kind is missing.
     """
-    names = sorted(name for name, speaker in speakers.items() if speaker)
-    if len(names) * (len(names) - 1) // 2 > MOST_PAIRS:
-        names = sorted(np.random.default_rng([seed, 0]).permutation(names)[: int((2 * MOST_PAIRS) ** 0.5)].tolist())
-    pairs: dict[int, list[Trial]] = {1: [], 0: []}
-    for first, second in combinations(names, 2):
-        target = int(speakers[first] == speakers[second])
-        pairs[target].append(Trial(target, first, second))
-    if not pairs[0] or not pairs[1]:
-        kind = "two speakers" if pairs[1] else "one speaker"
-        raise UserError(f"--manifest: no pair of {kind} in it: give more speakers, with two utterances each")
-    random = np.random.default_rng([seed, 1])
-    chosen = [(found, random.permutation(len(found))[: max(1, num_trials // 2)]) for found in pairs.values()]
-    return [found[i] for found, drawn in chosen for i in sorted(drawn)]
+    names = sorted((name for name, speaker in speakers.items() if speaker), key=lambda name: (speakers[name], name))
+    at = np.arange(len(names))
+    ends = np.searchsorted(found := [speakers[name] for name in names], found, side="right")  # of each speaker's rows
+    random, trials = np.random.default_rng(seed), []
+    for target, first, last in ((1, at + 1, ends), (0, ends, np.full_like(ends, len(names)))):
+        pairs = np.cumsum(last - first)  # each utterance's partners are the rows from `first` to `last`
+        if not len(names) or not pairs[-1]:
+            kind = "one speaker" if target else "two speakers"
+            raise UserError(f"--manifest: no pair of {kind} in it: give more speakers, with two utterances each")
+        drawn = np.sort(random.choice(pairs[-1], min(pairs[-1], max(1, num_trials // 2)), replace=False))
+        rows = np.searchsorted(pairs, drawn, side="right")
+        partners = last[rows] - (pairs[rows] - drawn)
+        trials += [Trial(target, names[i], names[j]) for i, j in zip(rows, partners, strict=True)]
+    return trials
 
 
 def write_trials(path: str | os.PathLike, trials: Sequence[Trial]) -> None:
-    lines = (f"{trial.target} {trial.first} {trial.second}\n" for trial in trials)
+    """As VoxCeleb's lists; between tabs where a name holds a space."""
+    mark = "\t" if any(" " in name for trial in trials for name in trial[1:]) else " "
+    lines = (mark.join(map(str, trial)) + "\n" for trial in trials)
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 

@@ -226,7 +226,8 @@ def write_config(path: Path, *arguments: Any) -> None:
             value = ["none"] if f.name == "report_to" and not value else value  # an empty list is no flag
             value, default = (v.value if isinstance(v, Enum) else v for v in (value, default_of(f)))
             plain = isinstance(value, (bool, int, float, str, list, type(None)))
-            if f.init and plain and (value or 0) != (default or 0) and f.name not in _NOT_IN_CONFIG:
+            is_set = (value or 0) != (default or 0) or (f.name, value) == ("drop_characters", "")  # drops none
+            if f.init and plain and is_set and f.name not in _NOT_IN_CONFIG:
                 changed[f.name] = value
     path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -234,10 +235,12 @@ def write_config(path: Path, *arguments: Any) -> None:
 def follow_folder(arguments: Any, source: str, names: Iterable[str], **others: Any) -> Any:
     """Flags of these `names` as the fine-tuned folder or Hub id `source` was trained with; a flag that was given wins.
 
-    A checkpoint was trained as its run was. `others` are values that something else tells, where the folder does not.
+    A checkpoint was trained as its run was, and a fold as its cross-validation. `others` are values that something else tells, where the folder does not.
     """
     folder = Path(locate(source))
-    places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
+    places = [folder]
+    for prefix in ("checkpoint-", "fold-"):
+        places += [places[-1].parent] * places[-1].name.startswith(prefix)
     found = next(filter(Path.is_file, (place / CONFIG_FILE for place in places)), None)
     if not folder.is_dir():
         found = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)

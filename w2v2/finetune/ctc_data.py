@@ -10,7 +10,7 @@ Shapes: B utterances, S samples, U units of a transcript.
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def read_sets(
             followed = replace(text_args, text_case=case_of(known or {}))
             follows = known and count_units(map(followed.rules, written), text_args.target_unit).keys() <= known.keys()
             text_args = followed if follows else replace(text_args, text_case=find_case(written))
-            args.print_once(f"   text case: {text_args.text_case}")
+            if text_args.target_unit == CHARACTERS:
+                args.print_once(f"   text case: {text_args.text_case}")
         needed = name in ("train", "validation")
         tables[name], num_dropped = prepare_texts(table, name_sources(paths), text_args.rules, needed=needed)
         left_out[name] = {"unreadable": len(skipped), "without text": num_dropped}
@@ -102,11 +103,27 @@ def read_sets(
         args.print_once(f"{name:>12}: {describe_table(tables[name])}, {len(skipped)} unreadable, {without}")
         if dropped := text_args.rules.count_dropped(written):
             args.print_once(f"     dropped: from the text of {name}: {describe_counts(dropped)}")
+        if args.do_train and name != "train":
+            warn_shared(tables["train"], tables[name], name, args.print_once)
         if text_args.target_unit == CHARACTERS and (tags := count_tags(written)):
             args.print_once(
                 f"     warning: marks in the text of {name} are learnt as spoken letters: {describe_counts(tags, 10)}"
             )
     return tables, text_args, left_out
+
+
+def warn_shared(train: Dataset, held: Dataset, name: str, tell: Callable[[str], None]) -> None:
+    """Say how many utterances of a set to be scored are in training too."""
+    place = [
+        column
+        for column in ("audio", "start", "channel")
+        if column in train.column_names and column in held.column_names
+    ]
+    known = set(zip(*(train[column] for column in place), strict=True))
+    if count := sum(map(known.__contains__, zip(*(held[column] for column in place), strict=True))):
+        tell(
+            f"     warning: {count} of {len(held)} utterances of {name} are training data too: their scores flatter the model"
+        )
 
 
 def num_hours(table: Dataset) -> float:

@@ -7,7 +7,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ def read_labelled(
     """
     column = label_args.label_column
     table, skipped = read_once(paths, args, [column, *columns])
+    if args.do_train and name in ("train", "all"):
+        warn_unmapped(table, name_sources(paths), column, label_args.label_map, args.print_once)
     options = dict(label_map=label_args.label_map, labels=label_args.labels, needed=args.do_train)
     table, num_others = with_targets(table, name_sources(paths), column, **options)
     num_labels, num_without = len({*table["target"]} - {""}), table["target"][:].count("")
@@ -87,6 +89,15 @@ def parse_label_map(entries: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
+def warn_unmapped(
+    table: Dataset, source: str, column: str, label_map: Sequence[str], tell: Callable[[str], None]
+) -> None:
+    """Name the entries of the map that change no training utterance."""
+    written = set(map(nfc, table[column_of(table, column, "label_column", source)]))
+    if unused := ", ".join(old for old in parse_label_map(label_map) if old not in written):
+        tell(f"     warning: --label_map: no training utterance has the label {unused}")
+
+
 def with_targets(
     table: Dataset, source: str, column: str, label_map: Sequence[str] = (), labels: Sequence[str] = (), *, needed=True
 ) -> tuple[Dataset, int]:
@@ -110,6 +121,7 @@ def with_targets(
     refuse(
         (not kept, f"{source}: no utterance is left with one of --labels {' '.join(labels)}; {column} holds {found}")
     )
+    table = table.remove_columns("target") if "target" in table.column_names else table
     return table.add_column("target", values).select(kept), len(values) - len(kept)
 
 
@@ -220,6 +232,14 @@ def group_splits(groups: Sequence[str], column: str, num_folds: int | None = Non
         train = sorted(set(range(len(groups))) - {*test, *validation})
         splits.append(Split(f"fold-{k}", train, validation, test))
     return splits
+
+
+def check_trained(splits: Sequence[Split], targets: Sequence[str], column: str) -> None:
+    """Raises UserError where a fold would train without a label that occurs."""
+    for split in splits:
+        if absent := sort_labels(set(targets) - {targets[row] for row in split.train}):
+            raise UserError(f"--folds {column}: {split.name} would train without the label {absent[0]!r}: give a "
+                            "smaller --num_folds, leave the label out (--labels), or fold by another column")  # fmt: skip
 
 
 def shared_groups(splits: Sequence[Split], groups: Sequence[str]) -> list[str]:

@@ -85,8 +85,12 @@ class CTCArguments:
         self.train_hours = self.train_hours or None
         refuse(
             (self.tune_lm and not self.lm, "--tune_lm needs a language model: name it with --lm"),
-            (self.target_unit == TOKENS and self.word_score, "--word_score is for words, not tokens: leave it out"),
-        )
+            (self.lexicon and not self.lm, "--lexicon needs a language model: name it with --lm"),
+            (self.drop_tokens and self.target_unit != TOKENS,
+             "--drop_tokens is for tokens, not characters: give --target_unit tokens, or leave it out"),
+            *((self.target_unit == TOKENS and getattr(self, name), f"--{name} is for words, not tokens: leave it out")
+              for name in ("word_score", "lexicon", "drop_characters", "keep_characters", "fold_accents")),
+        )  # fmt: skip
 
     @property
     def rules(self) -> TextRules:

@@ -99,14 +99,15 @@ class FineTuner(Evaluator):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """The stock training, on the data of the checkpoint. A finished run is only loaded: `Trainer` would do an update more if it ended in an epoch."""
+        self._check_data(resume_from_checkpoint)
         if resume_from_checkpoint is None:
-            self._check_data(None)
             return super().train(**kwargs)
         folder = Path(resume_from_checkpoint)
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        is_finished = 0 < self.args.max_steps <= state.global_step
-        self._check_data(None if is_finished else resume_from_checkpoint)
-        if is_finished:
+        if 0 < self.args.max_steps <= state.global_step:
+            self.args.print_once(
+                f"    finished: {state.global_step} updates; nothing more is trained, so flags of training change nothing"
+            )
             best = folder.with_name(f"checkpoint-{state.best_global_step}")
             self.state = state
             return self._load_from_checkpoint(str(best if self.best_update and best.is_dir() else folder))

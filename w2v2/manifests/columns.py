@@ -13,6 +13,7 @@ COLUMNS = {
     "speaker": ("speaker", "spk_id", "speaker_id", "client_id"),
     "label": ("label", "emo", "emotion"),
 }
+LETTERS = "ABCDEFGH"  # of channels: whether a lone 1 counts from 0, no reader could tell
 EXTRAS = ("text", "speaker", "label")
 OURS = ("id", "audio", "start", "num_samples", "channel", *EXTRAS)
 ROLES = {"start": "start begin beg onset offset", "stop": "stop end", "duration": "duration dur length len"}
@@ -45,6 +46,11 @@ def may_be_segment(name: str) -> bool:
 def says_place(name: str) -> bool:
     """Whether a column tells which audio a row is, rather than something of it."""
     return may_be_segment(name) or any(name in COLUMNS[kind] for kind in ("audio", "id", "channel"))
+
+
+def is_own_length(name: str) -> bool:
+    """Whether a column beside the audio itself, not a path, tells its length: starts and stops tell of a recording."""
+    return name in RATE_NAMES or (read_name(name) or [""])[0] in ("duration", "frames")
 
 
 def is_known(name: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from w2v2.audio.crops import AUDIO_SUFFIXES
 from w2v2.errors import UserError, tell
+from w2v2.manifests.columns import LETTERS
 
 
 def find_audio(folder: Path) -> tuple[list[str], dict[str, int]]:
@@ -42,8 +43,11 @@ def say_passed_over(folder: Path, passed_over: dict[str, int]) -> None:
         tell(f"{folder}: skipped files, hidden or with a suffix that is not of audio: {counts}")
 
 
-def read_kaldi(folder: Path) -> list[dict]:
-    """A row for each line of `segments`, or else of `wav.scp`; `text`, `utt2spk` and `utt2dur` tell more of them."""
+def read_kaldi(folder: Path) -> tuple[list[dict], list[str]]:
+    """A row for each line of `segments`, or else of `wav.scp`; `text`, `utt2spk` and `utt2dur` tell more of them.
+
+    Also a line for each of these files that tells of others. A fifth field of `segments` is the channel, from 0.
+    """
     recordings = _read_pairs(folder / "wav.scp")
     for name, audio in recordings.items():
         if re.search(r"\|$|\.ark:\d+$", audio):
@@ -55,17 +59,24 @@ def read_kaldi(folder: Path) -> list[dict]:
         rows = []
         del further["utt2dur"]
         for name, fields in _read_pairs(segments).items():
-            recording, start, end, *_ = *fields.split(), "", "", ""
-            if recording not in recordings or not end:
-                needs = f"{name!r} needs a recording of wav.scp, a start and an end in seconds"
+            recording, start, end, channel, *_ = *fields.split(), "", "", "", ""
+            is_channel = not channel or channel.isdecimal() and int(channel) < len(LETTERS)
+            if recording not in recordings or not end or not is_channel:
+                needs = (
+                    f"{name!r} needs a recording of wav.scp, a start and an end in seconds, and no channel but 0 to 7"
+                )
                 raise UserError(f"{segments}: {needs}, not {fields!r}")
             end = None if end in ("-1", "-1.0") else end  # that of the recording
             rows.append({"id": name, "audio": recordings[recording], "start": start, "end": end})
+            rows[-1] |= {"channel": LETTERS[int(channel)]} if channel else {}
+    warnings, ids = [], {row["id"] for row in rows}
     for file, column in further.items():
         values = _read_pairs(folder / file) if (folder / file).exists() else {}
+        if others := [name for name in values if name not in ids]:
+            warnings.append(f"{folder / file}: {len(others):,} lines are of no utterance here, the first: {others[0]}")
         for row in rows if values else ():
             row[column] = values.get(row["id"])
-    return rows
+    return rows, warnings
 
 
 def _read_pairs(path: Path) -> dict[str, str]:

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.table import MemoryMappedTable, Table
 
-from w2v2.errors import UserError, one_line, refuse, tell
-from w2v2.manifests.columns import COLUMNS, RATE_NAMES, read_name
+from w2v2.errors import UserError, one_line, refuse
+from w2v2.manifests.columns import COLUMNS, is_own_length
 from w2v2.manifests.dataset_loading import DatasetSource, load_splits, say_names, say_near
 from w2v2.manifests.readers import RawTable
 
@@ -37,7 +37,7 @@ def read_dataset(source: DatasetSource, known: Collection[str], cache_dir: str |
     """
     splits = load_splits(source)
     parts = _pick_rows(source, splits)
-    given, tables = {}, []
+    given, tables, warnings = {}, [], []
     for split, first, part in parts:
         columns = _choose_columns(source, part.features, known)
         given |= dict.fromkeys(name for name in COLUMNS["id"] if name in columns)
@@ -48,7 +48,7 @@ def read_dataset(source: DatasetSource, known: Collection[str], cache_dir: str |
         tables.append(pa.table(rows))
     table = pa.concat_tables(tables, promote_options="default")
     if num_silent := table["audio"].null_count:
-        tell(f"{source}: {num_silent:,} of {len(table):,} rows have no audio and are left out")
+        warnings.append(f"{source}: {num_silent:,} of {len(table):,} rows have no audio and are left out")
         table = table.filter(pc.is_valid(table["audio"]))
     refuse((not len(table), f"{source}: no row has audio: name another split, or --audio_column_name"))
     names = [*(table[name].cast(pa.string()) for name in given), _shorten(table["path"]), table["row"]]
@@ -56,7 +56,9 @@ def read_dataset(source: DatasetSource, known: Collection[str], cache_dir: str |
     unique = next(found, None)
     refuse((unique is None, f"{source}: its splits share rows: name splits that do not overlap"))
     table = table.drop_columns(["path", "row", *given]).append_column("id", unique)
-    return RawTable(Path(source.name).expanduser() / "+".join(source.splits), table, list(parts[0][2].features))
+    return RawTable(
+        Path(source.name).expanduser() / "+".join(source.splits), table, list(parts[0][2].features), warnings=warnings
+    )
 
 
 # -- rows and columns
@@ -95,9 +97,13 @@ def _choose_columns(source: DatasetSource, features: datasets.Features, known: C
     taken = {alias for role in columns for alias in COLUMNS[role]}
     for name, feature in features.items():
         lower = name.lower()
-        is_length = lower in RATE_NAMES or (read_name(lower) or [""])[0] in ("duration", "frames")
         is_plain = isinstance(feature, datasets.Value | datasets.ClassLabel)
-        if is_plain and (is_length or lower in known) and lower not in taken and name not in columns.values():
+        if (
+            is_plain
+            and (is_own_length(lower) or lower in known)
+            and lower not in taken
+            and name not in columns.values()
+        ):
             columns.setdefault(lower, name)
     kind = features[columns["audio"]]
     stored = pa.schema({"audio": features.arrow_schema.field(columns["audio"]).type}).field(0).type

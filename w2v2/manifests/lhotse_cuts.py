@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from w2v2.errors import UserError
-from w2v2.manifests.columns import says_place
+from w2v2.manifests.columns import COLUMNS, LETTERS, says_place
 
 SUPERVISION = {"recording_id", "start", "duration"}
 REMEDY = "write the audio to files, by CutSet.save_audios(folder), and give the cuts that it returns"
@@ -22,7 +22,6 @@ REMEDIES = {
     "command": REMEDY,
     "memory": REMEDY,
 }
-LETTERS = "ABCDEFGH"  # of channels, which count from 0 in Lhotse
 ROUNDED = 0.05  # seconds by which a supervision may leave its cut
 
 
@@ -32,7 +31,12 @@ def open_text(path: Path) -> IO[str]:
 
 def is_lhotse(entry: dict) -> bool:
     is_cut = entry.get("type") in ("MonoCut", "Cut", "MultiCut", "MixedCut", "PaddingCut")
-    return is_cut or {"sources", "sampling_rate"} <= entry.keys() or SUPERVISION <= entry.keys()
+    return (
+        is_cut
+        or {"sources", "sampling_rate"} <= entry.keys()
+        or SUPERVISION <= entry.keys()
+        and not entry.keys() & {*COLUMNS["audio"]}
+    )
 
 
 def read_lhotse(

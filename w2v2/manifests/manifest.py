@@ -25,7 +25,7 @@ from w2v2.audio.crops import SAMPLING_RATE, measure_length
 from w2v2.audio.inspection import NUM_INSPECTED, measure_lengths
 from w2v2.errors import UserError, tell
 from w2v2.manifests.archives import gather_tars, read_tars
-from w2v2.manifests.columns import COLUMNS, EXTRAS, OURS, may_be_segment
+from w2v2.manifests.columns import COLUMNS, EXTRAS, LETTERS, OURS, may_be_segment
 from w2v2.manifests.dataset_loading import DatasetSource, Manifest
 from w2v2.manifests.folders import say_passed_over
 from w2v2.manifests.hub_datasets import read_dataset
@@ -34,7 +34,7 @@ from w2v2.manifests.segments import Measure, cast_text, find_extents, merge_alia
 from w2v2.manifests.tables import BATCH_ROWS, by_batch, fill_lengths, filter_rows, find_repeated, find_twice, take_rows
 
 ROOT_MARKER = r"^(\$?\{data_root\}|\$data_root)/+"  # at the head of SpeechBrain's paths
-LETTERS = {"L": 0, "R": 1, "LEFT": 0, "RIGHT": 1} | {letter: number for number, letter in enumerate("ABCDEFGH")}
+CHANNELS = {"L": 0, "R": 1, "LEFT": 0, "RIGHT": 1} | {letter: number for number, letter in enumerate(LETTERS)}
 
 
 def read_manifests(
@@ -91,7 +91,7 @@ def read_manifests(
         some = np.unique(np.linspace(0, len(table) - 1, min(len(table), NUM_INSPECTED)).astype(int))
         samples[name] = take_rows(table, some)
     table = _join(tables, extras)
-    lines += _count_shared(table) if len(tables) > 1 else []
+    lines += count_shared(table) if len(tables) > 1 else []
     for line in lines:
         tell(line)
     table, skipped = fill_lengths(table, measure, cache_dir) if fill else (table, [])
@@ -144,7 +144,7 @@ def _read_channels(raw: RawTable, name: str) -> pa.ChunkedArray:
     text = by_batch(lambda cells: pc.utf8_upper(pc.utf8_trim_whitespace(cells)), cast_text(raw, name))
     written = text.unique()  # a few
     cells = written.to_pandas().str.replace(r"^(?:CHANNEL|CHAN|CH)?[ _-]*([0-9]+)(?:\.0*)?$", r"\1", regex=True)
-    letters = {letter: -1 - number for letter, number in LETTERS.items()}
+    letters = {letter: -1 - number for letter, number in CHANNELS.items()}
     numbers = cells.map(lambda cell: letters.get(cell, int(cell) if cell.isdecimal() and len(cell) < 4 else None))
     wrong = written.filter(pa.array(numbers.isna() & (cells != "")))
     remedy = "write a number from 0 or a letter, leave it empty, or rename the column"
@@ -169,13 +169,13 @@ def count_channels(tables: dict[str, pa.Table]) -> list[str]:
     return [f"{where}: channel is read as counted from 1, because it is {spelled}, never 0"] if first else []
 
 
-def _count_shared(table: pa.Table) -> list[str]:
-    """A line where several manifests say the same audio: within one of them that is an error."""
+def count_shared(table: pa.Table) -> list[str]:
+    """A line where several manifests or sources say the same audio: within one of them that is an error."""
     rows = table.select([name for name in OURS[1:5] if name in table.column_names])
     again = filter_rows(rows, find_repeated(*rows.columns)).to_pandas().duplicated()
     if not again.any():
         return []
-    return [f"{again.sum():,} rows name audio that another manifest names too: it is heard once for each"]
+    return [f"{again.sum():,} rows name audio that another manifest or source names too: it is heard once for each"]
 
 
 def _refuse_equal(raw: RawTable, rows: pa.Table) -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from w2v2.audio.crops import AUDIO_SUFFIXES
 from w2v2.errors import UserError, one_line
+from w2v2.manifests.columns import read_name
 from w2v2.manifests.folders import find_audio, read_kaldi
 from w2v2.manifests.json_rows import read_rows
 from w2v2.manifests.tables import BATCH_ROWS, LINE, collect_rows, map_tables
@@ -85,7 +86,9 @@ def _build_table(rows: Iterable[tuple[int | None, dict]], wanted: Callable[[str]
 
     def columns(rows: tuple[dict, ...]) -> Iterator[tuple[str, list[str | None]]]:
         for name in filter(lambda name: wanted(name.lower()), dict.fromkeys(name for row in rows for name in row)):
-            yield name, [cell if (cell := row.get(name)) is None else str(cell) for row in rows]
+            is_time = read_name(name.lower())  # of which NaN is refused
+            cells = (row.get(name) for row in rows)
+            yield name, [None if x is None or x != x and not is_time else str(x) for x in cells]
 
     return collect_rows(rows, columns)
 
@@ -219,9 +222,9 @@ READERS = {
 
 def _read_folder(folder: Path, wanted: Callable[[str], bool]) -> RawTable:
     """A Kaldi folder, one that pack_audio.py wrote, or any other: its audio files, all levels down."""
-    root, passed_over = os.path.abspath(folder), {}
+    root, passed_over, warnings = os.path.abspath(folder), {}, []
     if (folder / "wav.scp").exists():
-        rows, root = read_kaldi(folder), ""
+        (rows, warnings), root = read_kaldi(folder), ""
     elif (folder / PACKED_MANIFEST).exists():
         return _read_parquet(folder / PACKED_MANIFEST, wanted, root)
     elif next(folder.glob("shard-*.wav"), None):
@@ -232,4 +235,5 @@ def _read_folder(folder: Path, wanted: Callable[[str], bool]) -> RawTable:
     if not rows:
         tars = f"its tars as '{folder}/*.tar'" if ".tar" in passed_over else "a manifest"
         raise UserError(f"folder {folder} holds no audio files and no wav.scp: check the path, or name {tars}")
-    return RawTable(folder, _build_table(((None, row) for row in rows), wanted), list(rows[0]), root, passed_over)
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    return RawTable(folder, _build_table(((None, row) for row in rows), wanted), found, root, passed_over, warnings)

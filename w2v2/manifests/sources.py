@@ -27,7 +27,7 @@ import yaml
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError, missed_range, tell
 from w2v2.manifests.dataset_loading import DatasetSource, Manifest
-from w2v2.manifests.manifest import EXTRAS, read_manifests
+from w2v2.manifests.manifest import EXTRAS, count_shared, read_manifests
 from w2v2.manifests.tables import by_batch
 
 SUFFIXES = (".yaml", ".yml")
@@ -95,6 +95,9 @@ def read_sources(
         passed_over.update(notes["passed_over"])
         samples[source.name] = [row for rows in notes["samples"].values() for row in rows]
     table = pa.concat_tables(tables, promote_options="default")
+    for line in count_shared(table) if len(tables) > 1 else ():
+        tell(line)
+        warnings.append(line)
     for name in filter(table.column_names.__contains__, EXTRAS):
         filled = by_batch(lambda texts: pc.fill_null(texts, ""), table[name])
         table = table.set_column(table.column_names.index(name), name, filled)

@@ -86,6 +86,8 @@ def tell_layers(run: RunFiles) -> Section:
 
 def tell_facts(run: RunFiles) -> Section:
     facts = {name.replace("_", " "): value for name, value in run.probe.get("run", {}).items()}
+    dropped = facts.pop("dropped", None) or {}
+    facts |= {f"dropped {reason}": number for reason, number in dropped.items()}
     facts |= {f"weights of {model['name']}": model["source"] for model in run.probe.get("models", [])}
     rows = [(name, show(value)) for name, value in facts.items() if value is not None]
     return Section("How it was probed", tables=[Table("The probe", ["What", "Value"], rows)], is_folded=True)
