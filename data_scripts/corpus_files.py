@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -47,12 +47,16 @@ class Parser(errors.Parser):
 
     def run(self, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
         """Run `action` with the parsed arguments. Returns 0, or 2 for a user's slip or an unusable path."""
+        args = self.parse_args(argv)
         try:
-            action(self.parse_args(argv))
+            action(args)
         except (UserError, OSError) as error:
             print(error_line(error), file=sys.stderr)
             return 2
         return 0
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, error_line(message) + "\n")
 
 
 def parse_path(text: str, suffix: str = ".csv") -> Path:

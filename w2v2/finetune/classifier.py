@@ -189,7 +189,7 @@ class ClassificationTrainer(FineTuner):
             scores["scored"] = num_known
         if num_known:
             scores |= classification_scores(labels[known].numpy(), logits[known].argmax(-1).numpy())
-            scores["loss"] = float(self._loss(logits, labels))
+            scores["loss"] = float(F.cross_entropy(logits[known], labels[known]))  # whatever weights training has
         return probabilities, scores
 
     def summary(self) -> dict[str, Any]:
