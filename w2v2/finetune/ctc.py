@@ -27,8 +27,9 @@ from w2v2.model.loading import load_config, load_with_head
 
 OVERLAP_SECONDS = 4.0  # of two neighbouring chunks: the frames of one half are taken from each
 BLANK_LOSS = 2.0  # a character's loss: a model that writes blanks alone cannot be far below it
-BLANK_CAUSES = ("a --learning_rate too low, or too high for a small model; many --freeze_encoder_steps, heavy masks "
-                "(--mask_time_prob, --mask_feature_prob), random weights, or transcripts of other audio")  # fmt: skip
+BLANK_CAUSES = ("a --learning_rate too low, or for a small model too high or too soon (--warmup_steps); many "
+                "--freeze_encoder_steps, heavy masks (--mask_time_prob, --mask_feature_prob), random weights, or "
+                "transcripts of other audio")  # fmt: skip
 
 
 def read_head(config: Wav2Vec2Config, args: FineTuningArguments) -> dict[str, int] | None:
