@@ -88,9 +88,7 @@ RECIPES = {
         conv_dim=(256,) * 7, hidden_size=384, num_hidden_layers=9, num_attention_heads=6, intermediate_size=1536,
         crop_seconds=15.38, layerdrop=0.0, batch_hours=0.32, max_steps=20_000, warmup=2000, learning_rate=1e-3,
     )),
-    "demo": (BASE, SMALL | dict(  # small, cut short, in small updates
-        batch_hours=0.0045, learning_rate=1e-3, max_steps=1000, warmup=60, diversity_warmup_steps=1200,
-    )),
+    "demo": (BASE, SMALL | dict(max_steps=700, warmup=100, diversity_warmup_steps=1200)),  # small, cut short
 }  # fmt: skip
 
 

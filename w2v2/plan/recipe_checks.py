@@ -15,7 +15,7 @@ Found = tuple[str, str, str]  # code, what was found, and what to do; "" where a
 
 LEAST_HOURS, CONTINUED_HOURS, LEAST_SMALL_HOURS = 1.6, 0.8, 0.004  # in an effective batch
 # Shares of a run: the paper warms up for 8 %, SpeechBrain advises 10 %, configs/pretrain/small.yaml and demo.yaml take 7 and
-# 6 %. 32,000 updates are enough for a run of any length (XLS-R's of a million).
+# 14 %. 32,000 updates are enough for a run of any length (XLS-R's of a million).
 WARMUP_SHARES = {"small": (0.005, 0.2), "BASE": (0.05, 0.15), "LARGE": (0.05, 0.15)}
 ENOUGH_WARMUP = 32_000
 SHORTEST_WARMUP = 10  # updates that would be usual: a run that is too short for them is a trial

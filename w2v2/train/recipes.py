@@ -29,7 +29,7 @@ class Recipe(NamedTuple):
         norms_first, is_large = config.do_stable_layer_norm, config.hidden_size >= LARGE_WIDTH
         mult, coldest = 1.0 if norms_first else 0.1, 0.1 if norms_first or is_large else 0.5
         if config.hidden_size < SMALL_WIDTH:
-            rate = 1e-3 if batch_hours < 0.009 else 1.5e-3  # demo.yaml has 0.0045 h, small.yaml 0.018
+            rate = 1e-3 if batch_hours < 0.009 else 1.5e-3  # updates of 16 s and 65 s: docs/results.md
             return cls("small", 0.0045, rate, min(round(0.015 * max_steps), 60), mult, coldest)
         rate = min(3e-4 if is_large else 5e-4, peak_rate(batch_hours))
         return cls("LARGE" if is_large else "BASE", 1.6, rate, min(round(0.08 * max_steps), 32_000), mult, coldest)
