@@ -165,6 +165,10 @@ def test_streamed_parquet_is_heard_as_the_data_set_is(corpus, tmp_path, caplog):
     columns = ["start", "num_samples", "text"]
     assert streamed.select(columns).to_pylist() == whole.select(columns).to_pylist() and not skipped
     assert streamed["num_samples"].to_pylist() == [round(SECONDS[n] * 16_000) for n in range(3)]
+    (tmp_path / "silent").mkdir()
+    table.select([3]).to_parquet(tmp_path / "silent/train.parquet")
+    with pytest.raises(UserError, match="has no row with audio: leave it out"):
+        read(make_args(tmp_path / "other", DatasetSource(str(tmp_path / "silent"))))
     for warnings in (notes["warnings"], others["warnings"]):
         assert any("1 of 4 rows have no audio and are left out" in line for line in warnings)
 

@@ -123,6 +123,8 @@ def unpack_parquet(shard: Shard, source: str, part: str) -> RawTable:
                 batch = batch.filter(
                     pc.is_valid(pc.struct_field(batch.column(name), "bytes") if is_nested else batch.column(name))
                 )
+                if not len(batch):
+                    continue
                 column, addresses, ids = batch.column(name), [], []
                 given = column.field("path").to_pylist() if is_nested else [None] * len(column)
                 contents = column.field("bytes") if is_nested else column
@@ -142,7 +144,7 @@ def unpack_parquet(shard: Shard, source: str, part: str) -> RawTable:
             f"shard {shard.url} cannot be read as a Parquet file ({one_line(error)}): fetch it again, or leave it out"
         ) from None
     if not tables:
-        raise UserError(f"shard {shard.url} is empty: leave it out of --train_data")
+        raise UserError(f"shard {shard.url} is empty, or has no row with audio: leave it out of --train_data")
     table = pa.concat_tables(tables)
     num_silent = num_rows - len(table)
     silent = [f"shard {shard.url}: {num_silent:,} of {num_rows:,} rows have no audio and are left out"] * bool(
