@@ -8,6 +8,7 @@ Interrupted, it goes on where it stopped. Everything it makes lies in data/demo 
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,51 +17,61 @@ from typing import Any
 
 import torch
 
-from w2v2.model.cpu import multiplies_bfloat16
 from w2v2.train.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent
 CORPUS, RUNS = Path("data/demo"), Path("runs/demo")
-TRIGRAM = RUNS / "trigram.arpa"
+PRETRAINED, TRIGRAM = RUNS / "pretrained", RUNS / "trigram.arpa"
+STARTS = {
+    RUNS / "ctc_pretrained": ["--model_name_or_path", str(PRETRAINED)],
+    RUNS / "ctc_random": ["--model_name_or_path=", "--config_name", str(PRETRAINED)],
+}
+CORES = os.cpu_count() or 1
 
 
-def run(title: str, *command: str, **environment: str) -> None:
-    settings = "".join(f"{name}={value} " for name, value in environment.items())
-    print(f"\n=== {title}\n$ {settings}python {' '.join(command)}", flush=True)
+def run(title: str, *commands: list[str]) -> None:
+    """Run scripts of this repository side by side; all but the first write to a file of RUNS, not to the screen."""
+    print(f"\n=== {title}", flush=True)
     started = time.monotonic()
-    finished = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | environment)
-    if finished.returncode:
-        sys.exit(f"{title} failed with status {finished.returncode}: see the lines above")
+    environment = os.environ | ({"OMP_NUM_THREADS": str(max(1, CORES // len(commands)))} if len(commands) > 1 else {})
+    (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
+    processes = []
+    for number, command in enumerate(commands):
+        log = RUNS / f"{Path(command[-1]).name}.log" if number else None
+        print(f"$ python {shlex.join(command)}" + (f" > {log}" if log else ""), flush=True)
+        out = open(ROOT / log, "w") if log else None
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=out, stderr=out)
+        processes.append((process, log or "the lines above"))
+    for process, log in processes:
+        if process.wait():
+            for other, _ in processes:
+                other.terminate()
+            sys.exit(f"{title} failed with status {process.returncode}: see {log}")
     print(f"=== {title}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
 
 
-def finetune(title: str, output_dir: Path, *weights: str) -> dict[str, Any]:
-    """Test scores of one fine-tuning run, greedy and with the trigram."""
-    if not (ROOT / output_dir / "results.json").exists():
-        command = ["finetune_ctc.py", "configs/finetune/demo.yaml", *weights, "--output_dir", str(output_dir)]
-        run(title, *command, "--lm", str(TRIGRAM), "--tune_lm", "true", "--resume_from_checkpoint", "auto")
-    return json.loads((ROOT / output_dir / "results.json").read_text())["test"]
-
-
 def main() -> None:
-    run("corpus", "data_scripts/make_demo_corpus.py", str(CORPUS))
-    is_told = "ACCELERATE_MIXED_PRECISION" in os.environ
-    is_fast = not is_told and not torch.accelerator.is_available() and multiplies_bfloat16()
-    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if is_fast else {}
-    run("pretraining", "pretrain.py", "configs/pretrain/demo.yaml", **precision)
+    run("corpus", ["data_scripts/make_demo_corpus.py", str(CORPUS)])
+    processes = min(CORES, 4) if not torch.accelerator.is_available() else 1  # an update has five micro-batches
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2_processes.yaml"]
+    launcher += ["--num_processes", str(processes)]
+    run("pretraining", [*(launcher if processes > 1 else []), "pretrain.py", "configs/pretrain/demo.yaml"])
     labels = str(CORPUS / "train_labelled.csv")
-    run("trigram", "data_scripts/build_ngram.py", labels, "--order", "3", "--output", str(TRIGRAM))
-    pretrained = RUNS / "pretrained"
-    weights = ["--model_name_or_path", str(pretrained)]
-    ours = finetune("fine-tuning the pretrained model", RUNS / "ctc_pretrained", *weights)
-    weights = ["--model_name_or_path=", "--config_name", str(pretrained)]
-    theirs = finetune("fine-tuning random weights", RUNS / "ctc_random", *weights)
-    report(ours, theirs, ROOT / pretrained)
+    run("trigram", ["data_scripts/build_ngram.py", labels, "--order", "3", "--output", str(TRIGRAM)])
+    command = ["finetune_ctc.py", "configs/finetune/demo.yaml", "--lm", str(TRIGRAM), "--tune_lm", "true"]
+    command += ["--resume_from_checkpoint", "auto"]
+    commands = [
+        [*command, *weights, "--output_dir", str(folder)]
+        for folder, weights in STARTS.items()
+        if not (ROOT / folder / "results.json").exists()
+    ]
+    run("fine-tuning from pretrained and from random weights", *commands)
+    report(*(json.loads((ROOT / folder / "results.json").read_text())["test"] for folder in STARTS))
 
 
-def report(ours: dict, theirs: dict, pretrained: Path) -> None:
+def report(ours: dict, theirs: dict) -> None:
     """The table, and a sentence that says what its figures mean."""
-    last = [record for record in read_metrics(pretrained / "metrics.jsonl") if "eval_loss" in record][-1]
+    last = [record for record in read_metrics(ROOT / PRETRAINED / "metrics.jsonl") if "eval_loss" in record][-1]
     accuracy, guess = last["eval_accuracy"], last.get("eval_constant_guess_accuracy", math.nan)
     perplexity = last["eval_codebook_perplexity"]
     searched = ours["lm"]["wer"], theirs["lm"]["wer"]
@@ -87,7 +98,7 @@ Half of the test sentences are written better than this one, half worse:
 One run of minutes on synthesized speech shows that the machinery works, not how good wav2vec 2.0 can be: docs/results.md has longer runs, \
 several seeds and real speech.
 
-Curves: {(pretrained / "plots").relative_to(ROOT)}; model card: {(pretrained / "README.md").relative_to(ROOT)}
+Curves: {PRETRAINED / "plots"}; model card: {PRETRAINED / "README.md"}
 """
     (ROOT / RUNS / "results.md").write_text(text, encoding="utf-8")
     print(f"\n{text}", end="")

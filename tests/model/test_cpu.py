@@ -1,14 +1,11 @@
 """Products and dropout of the CPU's own form against the stock functions and the definition."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import assert_same_function
 
-from w2v2.model.cpu import dropout, linear, multiplies_bfloat16, product
+from w2v2.model.cpu import dropout, linear, product
 
 pytestmark = pytest.mark.usefixtures("large_model_kernels")
 
@@ -43,10 +40,3 @@ def test_dropout_and_its_gradient_are_those_of_the_definition(p):
     assert float(torch.corrcoef(columns.T[:40]).fill_diagonal_(0.0).abs().max()) < 0.25  # neighbours decide apart
     assert dropout(x, p, training=False) is x and dropout(x, 0.0, training=True) is x
     assert not dropout(x, 1.0, training=True).any()
-
-
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the oracle is Linux's")
-def test_bfloat16_products_are_those_that_the_system_names():
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    named = set(flags[1].split()) if flags else set()  # other architectures have no such line
-    assert multiplies_bfloat16() == bool(named & {"avx512_bf16", "amx_bf16"})

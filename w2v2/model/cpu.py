@@ -157,12 +157,6 @@ def _blocks(query: torch.Tensor, key: torch.Tensor, number: int):
         yield slice(first, first + together), [x[: len(query) - first] for x in buffers]
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16: with them autocast is faster, without slower."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has no such function
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
 def keep_freed() -> None:
     """Let the C library (glibc) keep what a micro-batch freed for the next one, as a GPU's allocator does.
 
