@@ -34,19 +34,21 @@ def measure(args) -> None:
     is_source = args.output.resolve() in [Path(name).expanduser().resolve() for name in args.manifests]
     refuse((is_source, f"--output {args.output} is one of the manifests: name another file"))
     folder = args.output.with_suffix(".measuring")
-    if args.slice:
-        table, *_ = read_manifests(args.manifests, data_root=args.data_root, fill=False)
-        paths = table["audio"].filter(pc.is_null(table["num_samples"])).unique().to_pylist()
-        mine = args.slice.take(paths)
-        log = args.slice.find_log(folder / LENGTHS).name
-        found = measure_lengths(mine, measure_length, folder, log, args.num_workers)
-        print(f"slice {args.slice.index}/{args.slice.count}: {len(found):,} of {len(paths):,} files measured")
-        return
-    if logs := find_logs(folder / LENGTHS):
+    if not args.slice and (logs := find_logs(folder / LENGTHS)):
         lengths = dict.fromkeys(tuple(record) for record in read_records(logs))  # path, size, time of change, length
         with open_atomic(folder / LENGTHS) as file:
             file.writelines(json.dumps(record) + "\n" for record in lengths)
         remove_slices(folder / LENGTHS)
+    if args.slice or args.num_workers:
+        table, *_ = read_manifests(args.manifests, data_root=args.data_root, fill=False)
+        paths = table["audio"].filter(pc.is_null(table["num_samples"])).unique().to_pylist()
+        mine, log = (
+            (args.slice.take(paths), args.slice.find_log(folder / LENGTHS).name) if args.slice else (paths, LENGTHS)
+        )
+        found = measure_lengths(mine, measure_length, folder, log, args.num_workers)
+    if args.slice:
+        print(f"slice {args.slice.index}/{args.slice.count}: {len(found):,} of {len(paths):,} files measured")
+        return
     table, skipped, _ = read_manifests(args.manifests, data_root=args.data_root, cache_dir=folder, further=["language"])
     list_skipped(args.output.with_suffix(".skipped.jsonl"), skipped)
     if "channel" in table.column_names and (pc.max(table["channel"]).as_py() or 0) < len(LETTERS):
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--data_root", help="folder that relative audio paths and $data_root stand for")
     workers = number(int, min=1, max=1000)
-    parser.add_argument("--num_workers", type=workers, help="processes of a slice (None: as many as cores)")
+    parser.add_argument("--num_workers", type=workers, help="processes that measure (None: as many as cores)")
     parser.add_argument("--slice", type=parse_slice, metavar="I/N", help=HELP)
     return parser.run(measure, argv)
 

@@ -5,8 +5,6 @@ logs of all slices, does what is missing, and joins them to the bytes that one p
 """
 
 import argparse
-import contextlib
-import json
 import os
 import re
 import signal
@@ -20,6 +18,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from w2v2.errors import UserError
+from w2v2.train.durable import read_lines
 
 USERS_SLIP = 2  # a script's status where trying again changes nothing
 HELP = "do one part of many, as 0/64 … 63/64; the same command without this flag joins them (None: all)"
@@ -55,13 +54,8 @@ def find_logs(path: Path) -> list[Path]:
 
 
 def read_records(logs: Iterable[Path]) -> list:
-    """What the lines of these logs say in JSON; lines that a kill cut short are left out."""
-    records = []
-    for log in logs:
-        for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-    return records
+    """What the whole lines of these logs say in JSON."""
+    return [record for log in logs for record in read_lines(log)]
 
 
 def remove_slices(path: Path) -> None:

@@ -92,6 +92,21 @@ def corpus(tmp_path):
     return tmp_path
 
 
+def test_measuring_takes_as_many_processes_as_it_is_told(corpus, monkeypatch):
+    told, measure_lengths = [], measure_audio.measure_lengths
+
+    def measure(*args):
+        told.append(args[-1])
+        return measure_lengths(*args)
+
+    monkeypatch.setattr(measure_audio, "measure_lengths", measure)
+    run(measure_audio, corpus / "m.jsonl", "--output", corpus / "whole.parquet")
+    run(measure_audio, corpus / "m.jsonl", "--output", corpus / "parts.parquet", "--num_workers", "1")
+    assert told == [1]
+    assert len(read_records([corpus / "parts.measuring" / "lengths.jsonl"])) == 6  # each once, the broken one apart
+    assert (corpus / "parts.parquet").read_bytes() == (corpus / "whole.parquet").read_bytes()
+
+
 def test_measured_slices_join_to_the_same_manifest(corpus):
     run(measure_audio, corpus / "m.jsonl", "--output", corpus / "whole.parquet")
     for part in ("2/3", "0/3", "1/3"):

@@ -204,6 +204,8 @@ def test_a_runs_list_of_skipped_files_survives_a_resumption(tmp_path):
 
 def test_fine_tunings_list_of_skipped_files(tmp_path):
     log_skipped(tmp_path / "skipped_audio.jsonl", ENTRIES)
+    with open(tmp_path / "skipped_audio.jsonl", "a") as file:
+        file.write('{"id": "cut short by a full di\n')
     log_skipped(tmp_path / "skipped_audio.jsonl", ENTRIES)
     assert list(read_skipped(tmp_path / "skipped_audio.jsonl").values()) == ENTRIES
 

@@ -32,6 +32,7 @@ from w2v2.finetune.arguments import CACHE_FOLDER, SKIPPED_FILE, FineTuningArgume
 from w2v2.finetune.normalisation import TextRules, count_tags, describe_counts, find_case
 from w2v2.finetune.text import SPECIAL, UNKNOWN, CTCArguments, case_of, count_units, encode
 from w2v2.manifests.dataset_loading import DatasetSource, Manifest, name_sources
+from w2v2.train.durable import read_lines
 
 _IGNORED = -100  # what `Wav2Vec2ForCTC` takes for padding in labels
 
@@ -233,10 +234,7 @@ def log_skipped(path: str | os.PathLike, entries: Iterable[dict[str, str]]) -> N
 
 def read_skipped(path: str | os.PathLike) -> dict[tuple[str, str], dict[str, str]]:
     """Unreadable utterances met so far, by id and path; several workers may have met the same one."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return {(entry["id"], entry["audio"]): entry for entry in map(json.loads, file)}
+    return {(entry["id"], entry["audio"]): entry for entry in read_lines(path)}
 
 
 def check_skipped(data: SpeechDataset, max_fraction: float) -> None:

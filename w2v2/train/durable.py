@@ -115,3 +115,13 @@ def find_mismatch(folder: Path, name: str, required: Iterable[str] = (), content
 def hash_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_lines(path: str | os.PathLike) -> list:
+    """What the lines of a file say in JSON, without those that a kill or a full disk cut short; none of a missing file."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found

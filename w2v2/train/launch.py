@@ -49,7 +49,7 @@ def start_accelerator(args) -> Accelerator:
     # Gradients live in DDP's buckets and are sent once an update, beside the last backward pass. With `bf16` each
     # rank's part is rounded once, before the sum.
     hook = DDPCommunicationHookType.BF16 if args.gradient_compression == "bf16" else DDPCommunicationHookType.NO
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)
     folder = str(Path(args.output_dir) / "runs")
     accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=folder, kwargs_handlers=[ddp])
     check_processes(accelerator, args)
