@@ -4,7 +4,7 @@ On x86 PyTorch sends float32 products to MKL. oneDNN, which it brings along, was
 on an AMD processor, in the forward pass and for the input's gradient. oneDNN keeps what it compiles for each shape, so
 small models, which gain nothing, stay with MKL. On other devices these functions fall back to the stock ones.
 
-Shapes: P frames that ask, M of an utterance; N frames that are attended to, T of an utterance;, H heads, d width of a head.
+Shapes: P frames that ask, M of an utterance; N frames that are attended to, T of an utterance; H heads, d width of a head.
 """
 
 import ctypes
