@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate import DistributedType
 from conftest import tiny_config
 
 from w2v2.audio.crops import SAMPLING_RATE
@@ -102,6 +103,18 @@ def test_the_plan_says_what_the_ranks_will_do(lengths, num_ranks, grid):
 def test_lengths_in_four_bytes_are_not_copied():
     lengths = np.full(10, 3 * SAMPLING_RATE, np.int32)
     assert build_batches(Utterances(None, lengths, {}), make_args()).num_samples is lengths
+
+
+def test_sharding_spreads_the_moments_alone(tmp_path):
+    args = make_args(output_dir=str(tmp_path), freeze_feature_encoder=False, save_steps=5, save_total_limit=0)
+
+    def find(num_processes, kind):
+        found = find_resources(
+            args, tiny_config(), {}, SimpleNamespace(num_processes=num_processes, distributed_type=kind)
+        )
+        return found["memory_gb"] * 1e9 / found["parameters"]
+
+    assert (find(8, DistributedType.MULTI_GPU), find(8, DistributedType.FSDP)) == pytest.approx((16, 9))
 
 
 def test_copies_of_shards_count_on_the_runs_disk_alone(tmp_path, monkeypatch):

@@ -127,6 +127,7 @@ def test_a_second_run_in_the_folder_is_refused_and_auto_goes_on(data):
     expected = [("start", 0), ("finish", 4), ("resume", 4), ("finish", 4)]
     assert [(event["event"], event["step"]) for event in events] == expected
     assert all({"command", "versions", "device", "num_processes", "precision"} <= event.keys() for event in events[::2])
+    assert [event["precision"] for event in events[::2]] == ["fp32", "fp32"]
     page = (data / "run" / "report.html").read_text()
     assert "command and versions are not known" not in page and "resume at update 4" in page
 

@@ -183,7 +183,7 @@ def find_resources(args, config, plan: dict[str, Any], accelerator: Accelerator)
         "checkpoints": kept,
         "disk_gb": kept * checkpoint + 4 * number / GIGABYTE + copies,
         "free_disk_gb": free,
-        "memory_gb": (4 * number + 12 * trained) / GIGABYTE / shards,
+        "memory_gb": (4 * number + 4 * trained + 8 * trained / shards) / GIGABYTE,  # FSDP2 spreads the moments alone
     }
 
 

@@ -71,8 +71,9 @@ class EventLog(logging.Handler):
             self._lines.waiting = b"" if file.read(1) == b"\n" else b"\n"  # a kill cut the last line short
         for entry in self._early:
             self._lines.append(entry | {"step": state.step})
-        precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
-        where, details = describe_process(self.accelerator.device, self.accelerator.num_processes, precision)
+        where, details = describe_process(
+            self.accelerator.device, self.accelerator.num_processes, self.accelerator.mixed_precision
+        )
         done, ending = "from the first update", ""
         if checkpoint:
             done, ending = f"from {checkpoint}, update {state.step:,}", _tell_kill(self.path, state.step)
@@ -121,7 +122,8 @@ def make_event(event: str, message: str, step: int) -> dict[str, Any]:
 
 
 def describe_process(device: torch.device, num_processes: int, precision: str) -> tuple[str, dict[str, Any]]:
-    """The devices in words, and what a start or resume tells beside its message."""
+    """The devices in words, and what a start or resume tells beside its message; `precision` as accelerate names it."""
+    precision = "fp32" if precision == "no" else precision
     details = {
         "command": [printable(hide_secrets(word)) for word in sys.argv],
         "versions": {"python": platform.python_version(), "w2v2": w2v2.__version__}
@@ -138,7 +140,7 @@ def note_start(args, checkpoint: str | None = None) -> None:
     path, step = Path(args.output_dir, EVENTS_FILE), 0
     if checkpoint:
         step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    precision = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "fp32")
+    precision = getattr(args, "mixed_precision", "no")  # of Trainer's arguments: of --bf16, or the launcher's
     where, details = describe_process(torch.device(args.device), getattr(args, "world_size", 1), precision)
     event, since = ("resume", f"from {checkpoint}, ") if checkpoint else ("resume" if path.exists() else "start", "")
     Lines(path).append(make_event(event, f"{since}{where}", step) | details)
