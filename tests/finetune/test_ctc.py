@@ -11,7 +11,8 @@ from ranks import run_ranks
 from two_ranks_ctc import ARPA, CASES, VOCABULARY, make_trainer, one_update, transcribe, write_speech
 
 from w2v2.finetune.beam_search import BeamDecoder, Setting
-from w2v2.finetune.ctc import read_head
+from w2v2.finetune.ctc import build_recogniser, read_head
+from w2v2.finetune.text import CTCArguments
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,22 @@ def test_a_head_of_another_size_is_new_and_said(tmp_path, capsys):
     for size, found in ((len(VOCABULARY), VOCABULARY), (99, None)):
         assert read_head(tiny_config(vocab_size=size, architectures=["Wav2Vec2ForCTC"]), args) == found
     assert capsys.readouterr().out.strip().endswith(f"has 99 outputs, and vocab.json {len(VOCABULARY)} entries")
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_a_new_head_begins_with_the_blank_that_is_asked_for(tmp_path, probability):
+    text_args = CTCArguments(initial_blank_probability=probability)
+
+    def build(source, **changes):
+        model = build_recogniser(tiny_config(), VOCABULARY, source, text_args, **changes)
+        return model, model.lm_head(torch.zeros(model.config.hidden_size)).softmax(-1)
+
+    model, found = build(None)
+    assert float(found.detach()[VOCABULARY["<pad>"]]) == pytest.approx(probability or 1 / len(VOCABULARY))
+    model.lm_head.bias.data.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(build(tmp_path)[1], found)
+    assert build(tmp_path, is_new=False)[0].lm_head.bias.unique().tolist() == [0.5]
 
 
 @pytest.mark.parametrize("is_blank", [True, False])

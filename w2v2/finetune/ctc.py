@@ -63,10 +63,18 @@ def build_recogniser(
     config: Wav2Vec2Config, vocabulary: dict[str, int], model_name_or_path: str | None, text_args: CTCArguments,
     is_new: bool = True,
 ) -> Wav2Vec2ForCTC:  # fmt: skip
-    """Pretrained (or random) weights under a layer that is new or kept; padding does not move an utterance's output."""
+    """Pretrained (or random) weights under a layer that is new or kept; padding does not move an utterance's output.
+
+    Without `initial_blank_probability` some seeds of a small model take the word boundary for silence. Utterances of one
+    word then cost a hundred nats a character, and hold all learning up.
+    """
     ids = dict(vocab_size=len(vocabulary), pad_token_id=vocabulary[BLANK], bos_token_id=None, eos_token_id=None)
     config.update(ids | {name: getattr(text_args, name) for name in ("ctc_zero_infinity", "ctc_loss_reduction")})
-    return hide_padding(load_with_head(Wav2Vec2ForCTC, model_name_or_path, config, head=("lm_head",) if is_new else ()))
+    model = load_with_head(Wav2Vec2ForCTC, model_name_or_path, config, head=("lm_head",) if is_new else ())
+    if is_new and (p := text_args.initial_blank_probability):
+        with torch.no_grad():
+            model.lm_head.bias[vocabulary[BLANK]] = math.log(p / (1 - p) * (len(vocabulary) - 1))
+    return hide_padding(model)
 
 
 def load_recogniser(source: str, vocabulary: dict[str, int]) -> Wav2Vec2ForCTC:

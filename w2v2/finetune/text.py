@@ -64,6 +64,9 @@ class CTCArguments:
         "mean", "`mean` over utterances of the loss a character; `sum` over the characters of an update with "
         "--batch_seconds, of a micro-batch without.", choices=["mean", "sum"]
     )  # fmt: skip
+    initial_blank_probability: float = flag(
+        0.0, "The blank's probability under a new head; 0: that of any other unit.", min=0, below=1
+    )
     blank_warning_steps: int = flag(
         1_000, "Warn of nothing but blanks so long after the encoder began to learn; 0: not.", min=0
     )
