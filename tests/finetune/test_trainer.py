@@ -96,6 +96,21 @@ def test_a_finished_run_is_resumed_to_no_effect(table, tmp_path):
         make_trainer(table, tmp_path / "other", **flags, seed=7).train(str(tmp_path / "whole" / "checkpoint-3"))
 
 
+def test_a_resumed_run_takes_the_flags_of_its_optimizer(table, tmp_path, capsys):
+    flags = dict(max_steps=4, eval_steps=1, save_steps=1, save_total_limit=9, load_best_model_at_end=False)
+    make_trainer(table, tmp_path / "run", **flags).train()
+    more = dict(learning_rate=1e-4, weight_decay=0.3, adam_beta2=0.5)
+    again = make_trainer(table, tmp_path / "again", **flags, **more)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    rates = [record["learning_rate"] for record in again.state.log_history if "loss" in record][-2:]
+    expected = [1e-4 * lr_factor(step, 4, 0.1, "tri_stage", 0.4, 0.05) for step in (2, 3)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert [(g["betas"][1], g["weight_decay"]) for g in again.optimizer.param_groups] == [(0.5, 0.3), (0.5, 0.0)]
+    said = capsys.readouterr().out
+    for text in ("learning_rate 0.0001 (was 0.001)", "weight_decay 0.3 (was 0.0)", "betas (0.9, 0.5) (was (0.9, "):
+        assert f"resuming: {text}" in said
+
+
 def test_at_first_only_the_head_learns(table, tmp_path):
     changed = []
     for steps in (2, 3):
@@ -173,6 +188,10 @@ def test_other_data_are_refused_unless_accepted(table, tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             make_trainer(table, tmp_path / "again", **flags, **more).train(resume_from_checkpoint=checkpoint)
+    trainer = make_trainer(table, tmp_path / "again", **flags)
+    trainer.eval_dataset = make_trainer(table.select(range(3)), tmp_path / "again", **flags).eval_dataset
+    with pytest.raises(UserError, match=r"validation_ids_sha256 \w+ \(was"):
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer = make_trainer(other, tmp_path / "again", **flags, accept_changed_batches=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     assert (

@@ -23,9 +23,10 @@ REFUSED = {  # flag → why, and what to do instead
     "dataloader_in_order": "the order would follow the workers' speed, and no run could be repeated: leave it out",
     "dataloader_persistent_workers": "workers would repeat the first epoch's crops: leave it out",
 }
-NO_EFFECT = (  # the evaluation loop and the samplers are ours
+NO_EFFECT = (  # the evaluation loop, the samplers and the schedules are ours
     "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "train_sampling_strategy",
     "length_column_name", "data_seed", "remove_unused_columns", "use_cache", "do_predict",
+    "lr_scheduler_kwargs",
 )  # fmt: skip
 NO_EFFECT_BY_SECONDS = ("dataloader_drop_last",)
 TRAINING_ALONE = (  # without a training ignored
@@ -33,7 +34,7 @@ TRAINING_ALONE = (  # without a training ignored
     "min_seconds", "max_seconds", "speed_perturbation", "accept_changed_batches", "freeze_feature_encoder", "freeze_encoder_steps", "mask_time_prob",
     "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop", "activation_dropout",
     "hidden_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout", "hold_fraction", "final_lr_scale",
-    "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps",
     "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "micro_batch_seconds", "batch_seconds", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_grad_norm", "label_smoothing_factor", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",

@@ -120,8 +120,11 @@ class FineTuner(Evaluator):
 
     def _check_data(self, checkpoint: str | None) -> None:
         """Raises UserError where a rank, or the checkpoint's run, has other utterances, labels or batches."""
-        args, self.identity = self.args, identify_labelled(self.args, self.train_dataset)
-        check_agreement([self.identity, identify_labelled(args, self.eval_dataset)])
+        args, held_out = self.args, identify_labelled(self.args, self.eval_dataset)
+        self.identity = identify_labelled(args, self.train_dataset)
+        check_agreement([self.identity, held_out])
+        # By it the best update is chosen, among those before a resume too.
+        self.identity |= {f"validation_{name}": value for name, value in held_out.items() if name.endswith("_sha256")}
         if checkpoint and not (saved := Path(checkpoint, DATA_FILE)).is_file():
             args.print_once("     warning: the checkpoint is of an earlier version, whose data cannot be compared")
         elif checkpoint:
@@ -165,6 +168,22 @@ class FineTuner(Evaluator):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The checkpoint's moments, under the learning rate, decay and betas of this run's flags, as in pretraining."""
+        groups = self.optimizer.param_groups
+        flags = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        changed = {}
+        for group, mine in zip(self.optimizer.param_groups, flags, strict=True):
+            changed |= {name: f"{mine[name]} (was {group.get(name)})" for name in mine if group.get(name) != mine[name]}
+            if group["initial_lr"] != mine["initial_lr"]:
+                group["lr"] *= mine["initial_lr"] / group["initial_lr"]
+            group.update(mine)
+        self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        for name, values in changed.items():
+            self.args.print_once(f"    resuming: {'learning_rate' if name == 'initial_lr' else name} {values}")
 
     def end(self) -> None:
         leave_group()
