@@ -42,9 +42,8 @@ def measure(args) -> None:
     if args.slice or args.num_workers:
         table, *_ = read_manifests(args.manifests, data_root=args.data_root, fill=False)
         paths = table["audio"].filter(pc.is_null(table["num_samples"])).unique().to_pylist()
-        mine, log = (
-            (args.slice.take(paths), args.slice.find_log(folder / LENGTHS).name) if args.slice else (paths, LENGTHS)
-        )
+        mine = args.slice.take(paths) if args.slice else paths
+        log = args.slice.find_log(folder / LENGTHS).name if args.slice else LENGTHS
         found = measure_lengths(mine, measure_length, folder, log, args.num_workers)
     if args.slice:
         print(f"slice {args.slice.index}/{args.slice.count}: {len(found):,} of {len(paths):,} files measured")
