@@ -34,15 +34,7 @@ from corpus_files import Parser, list_skipped, open_atomic, write_lines
 from slices import HELP, find_logs, parse_slice, read_records, refuse_unknown, remove_slices
 from tqdm import tqdm
 
-from w2v2.audio.crops import (
-    MAX_PADDING,
-    MAX_SHIFT,
-    SAMPLING_RATE,
-    AudioError,
-    is_compressed,
-    read_pcm,
-    write_seekable,
-)
+from w2v2.audio.crops import SAMPLING_RATE, AudioError, is_compressed, read_pcm, write_seekable
 from w2v2.data.utterances import load_manifest
 from w2v2.errors import UserError, number
 from w2v2.train.durable import hash_file
@@ -189,12 +181,7 @@ def pack_shard(path: Path, table, rows: range) -> dict:
 
 def read_utterance(path: str, start: int, num_samples: int, channel: int | None) -> tuple[np.ndarray, int]:
     """An utterance as int16 of shape (S,), and how many of its samples lie beyond full scale. Raises AudioError."""
-    try:
-        samples = read_pcm(path, start, num_samples, channel=channel)
-    except AudioError:
-        samples = read_pcm(path, start, channel=channel)  # all that there is
-        if start or num_samples - len(samples) > MAX_SHIFT + MAX_PADDING:  # else the manifest's duration is rounded
-            raise
+    samples = read_pcm(path, start, num_samples, channel=channel)
     if samples.dtype == np.int16:
         return samples, 0
     scaled = np.rint(samples * np.float32(32_768))

@@ -62,15 +62,27 @@ def test_channels_are_averaged(tmp_path, num_channels):
 def test_a_rounded_duration_shifts_or_pads_the_crop(tmp_path, subtype):
     path = write(tmp_path / "a.wav", noise(15_950), subtype=subtype)
     whole, _ = soundfile.read(path, dtype="int16" if subtype == "PCM_16" else "float32")
-    padded, shifted = read_pcm(path, 0, 16_000), read_pcm(path, 15_000, 1_100)
+    padded, shifted = read_pcm(path, 0, 16_000, 16_000), read_pcm(path, 15_000, 1_100, 16_100)
     assert padded.dtype == shifted.dtype == whole.dtype
     np.testing.assert_array_equal(padded, np.pad(whole, (0, 50)))
     np.testing.assert_array_equal(shifted, whole[-1_100:])
 
 
 @pytest.mark.parametrize(
-    "window", [(0, 16_200), (15_000, 12_000), (50_000, 1_000), (16_000, None), (0, 8_000, 24_200), (0, 8_000, 10**12)]
+    "window, zeros", [((0, 16_000), 50), ((15_000, 1_100), 150), ((15_000, 1_200), 0), ((15_000, 8_950), 0)]
 )
+def test_a_whole_utterance_ends_with_its_file(tmp_path, window, zeros):
+    """A labelled segment must not hear what was said before it, which its text lacks."""
+    path = write(tmp_path / "a.wav", noise(15_950))
+    whole, _ = soundfile.read(path, dtype="int16")
+    np.testing.assert_array_equal(read_pcm(path, *window), np.pad(whole[window[0] :], (0, zeros)))
+
+
+@pytest.mark.parametrize(
+    "window",
+    [(0, 16_200, 16_200), (0, 24_200), (15_000, 12_000), (16_000, 1_000), (50_000, 1_000), (16_000, None),
+     (0, 8_000, 24_200), (0, 8_000, 10**12)],
+)  # fmt: skip
 def test_a_file_shorter_than_its_manifest_says_is_an_error(tmp_path, window):
     path = write(tmp_path / "a.wav", noise(16_000))
     with pytest.raises(AudioError, match="shorter than its manifest says"):

@@ -64,6 +64,14 @@ def test_accents_are_folded_where_a_script_has_them(text, expected):
     assert rules(text) == rules(unicodedata.normalize("NFD", text)) == unicodedata.normalize("NFC", expected)
 
 
+@pytest.mark.parametrize(
+    ("case", "expected"), [("turkish_upper", "ISPARTA IZMIR KOY"), ("turkish_lower", "ısparta izmir koy")]
+)
+def test_a_folded_turkish_word_has_one_spelling(case, expected):
+    rules = TextRules(case=case, fold_accents=True)
+    assert rules("ISPARTA İZMİR KÖY") == rules("ısparta izmir köy") == expected
+
+
 @pytest.mark.parametrize("texts, case", [
     (["Hello you"], "upper"), (["HELLO"], "upper"), (["hello"], "lower"), (["漢字 ქართული"], "keep"),
     (["ქართული ᲥᲐᲠᲗᲣᲚᲘ"], "upper"), (["ısı isi kış"], "turkish_lower"), (["KIŞ KİŞ"], "turkish_upper"),

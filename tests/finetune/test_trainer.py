@@ -85,6 +85,30 @@ def test_each_record_is_a_line_on_the_console(table, tmp_path, capsys):
     assert "{" not in captured.out + captured.err
 
 
+@pytest.mark.parametrize("by_seconds", [False, True])
+def test_a_loss_of_nan_ends_the_run(table, tmp_path, by_seconds):
+    flags = dict(batch_seconds=4.0, micro_batch_seconds=2.5) if by_seconds else {}
+    trainer = make_trainer(table, tmp_path, max_steps=4, eval_steps=1, save_steps=1, **flags)
+    with torch.no_grad():
+        trainer.model.lm_head.bias[3] = torch.nan
+    with pytest.raises(UserError, match="update 1: the loss is NaN or infinite"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "expected"),
+    [(64, 1, "3 of 8 s (all 8 utterances), 3.0 epochs"), (3, 2, "6 of 4 s (6 utterances), 3.0 epochs")],
+)
+def test_the_plan_counts_updates_as_trainer_does(table, tmp_path, capsys, batch, accumulation, expected):
+    sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    trainer = make_trainer(table, tmp_path, max_steps=-1, num_train_epochs=3, eval_steps=99, save_steps=99, **sizes)
+    trainer.describe(None)
+    trainer.train()
+    assert f"updates: {expected}" in capsys.readouterr().out
+    assert (trainer.state.global_step, trainer.state.epoch) == (int(expected.split()[0]), 3.0)
+
+
 def test_a_finished_run_is_resumed_to_no_effect(table, tmp_path):
     flags = dict(max_steps=3, eval_steps=1, save_steps=1, load_best_model_at_end=False)  # an epoch has four updates
     whole, again = (make_trainer(table, tmp_path / name, **flags) for name in ("whole", "again"))
@@ -99,14 +123,15 @@ def test_a_finished_run_is_resumed_to_no_effect(table, tmp_path):
 def test_a_resumed_run_takes_the_flags_of_its_optimizer(table, tmp_path, capsys):
     flags = dict(max_steps=4, eval_steps=1, save_steps=1, save_total_limit=9, load_best_model_at_end=False)
     make_trainer(table, tmp_path / "run", **flags).train()
-    more = dict(learning_rate=1e-4, weight_decay=0.3, adam_beta2=0.5)
-    again = make_trainer(table, tmp_path / "again", **flags, **more)
+    more = dict(learning_rate=1e-4, weight_decay=0.3, adam_beta2=0.5, eval_steps=2, save_steps=2)
+    again = make_trainer(table, tmp_path / "again", **(flags | more))
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     rates = [record["learning_rate"] for record in again.state.log_history if "loss" in record][-2:]
     expected = [1e-4 * lr_factor(step, 4, 0.1, "tri_stage", 0.4, 0.05) for step in (2, 3)]
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert [(g["betas"][1], g["weight_decay"]) for g in again.optimizer.param_groups] == [(0.5, 0.3), (0.5, 0.0)]
     said = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "again").glob("checkpoint-*")] == ["checkpoint-4"]
     for text in ("learning_rate 0.0001 (was 0.001)", "weight_decay 0.3 (was 0.0)", "betas (0.9, 0.5) (was (0.9, "):
         assert f"resuming: {text}" in said
 

@@ -144,7 +144,7 @@ def test_a_recognisers_card_has_scores_recipe_and_code(tmp_path, capsys):
     Wav2Vec2CTCTokenizer(tmp_path / "vocab.json").save_pretrained(tmp_path)
     draw_plots(tmp_path, [{"step": 1, "loss": 2.0}], FINETUNING_PICTURES, over=("step", "update"))
     rates = {"wer": 0.5, "cer": 0.25, "utterances": 9, "lm": {"wer": 0.125, "worst_utterances": []}}
-    run = {"lm": {"path": "/home/me/x.arpa"}, "updates": 4, "train_utterances": 4, "train_hours": 0.5,
+    run = {"lm": {"path": "/home/me/x.arpa"}, "updates": 4, "best_update": 3, "train_utterances": 4, "train_hours": 0.5,
            "dropped": {"by their length": 3, "with a text longer than their audio": 0}}  # fmt: skip
     flags = dict(train_data=["/home/me/train.csv"], test_data=["test.csv"], max_steps=4, batch_seconds=1600.0)
     results = {"validation": {"wer": 0.4}, "test": rates, "run": run}
@@ -166,6 +166,11 @@ def test_a_recognisers_card_has_scores_recipe_and_code(tmp_path, capsys):
         assert line in card.text
     assert "| Validation |" not in card.text
     assert not any(left in card.content for left in ("{{", "{%", "None", "/home"))
+    results["run"] = run | {"best_update": None}  # --load_best_model_at_end false
+    write_finetuned_card(tmp_path, config=flags | {"max_steps": -1, "mask_time_prob": 0.5}, results=results)
+    other = ModelCard.load(tmp_path / "README.md").text
+    assert "The best update" not in other and "| Updates | 4 |" in other
+    assert f"| Time masks | probability {config.mask_time_prob}, " in other  # the model's, as of a probe
     assert card.data.pipeline_tag == "automatic-speech-recognition"
     assert {(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results} == {
         ("validation", "wer", 0.4), ("test", "wer", 0.5), ("test", "cer", 0.25), ("test", "wer", 0.125)

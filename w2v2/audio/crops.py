@@ -1,6 +1,6 @@
 """Audio files → exactly the crop that is asked for: 16 kHz, mono, int16 where the source holds 16 bits, else float32.
 
-A file gives exactly the samples that were asked for, or an `AudioError`. libsndfile decodes only the crop. soxr
+A file gives the samples that were asked for, or an `AudioError`. libsndfile decodes only the crop. soxr
 resamples other rates: the crop and a margin, cut where both rates have a sample at the same instant. The result equals
 that part of the whole resampled file, but for the filter's far tails.
 """
@@ -67,9 +67,10 @@ def read_pcm(
     """`num_samples` from `start` (both in samples at 16 kHz; None: to the end), one channel or their mean, (S,).
 
     int16 where the source is at 16 kHz and no sample needs more than 16 bits, else float32. Manifests often round
-    durations: a window that overshoots the file's end by up to half a second moves back, and up to 10 ms that the whole
-    file lacks are filled with zeros. `stop` is the end of the whole utterance by its manifest. A file that ends more
-    than half a second before it is refused, so whether a file is used does not depend on the crop that is drawn.
+    durations: a window may overshoot the file's end by 10 ms, which are filled with zeros, or by up to half a second,
+    and is then shorter. For crops of a fixed length give `stop`, the end of the whole utterance by its manifest: such a
+    window moves back, but for up to 10 ms that the whole file lacks. A file that ends more than half a second before
+    `stop` is refused, so whether a file is used does not depend on the crop that is drawn.
 
     Raises AudioError where more is missing, where decoding fails or ends early, and for samples that no recording has.
     """
@@ -127,9 +128,11 @@ def _fit_window(path: str, start: int, num_samples: int | None, length: int, sto
             raise AudioError(path, f"{has}, so nothing at {start}: {short}")
         return start, length - start, 0
     missing = max(0, start + num_samples - length)
-    padding = max(0, num_samples - length)
-    if padding > MAX_PADDING or missing > MAX_SHIFT + MAX_PADDING:
+    padding = max(0, num_samples - length) if stop else 0
+    if padding > MAX_PADDING or missing > MAX_SHIFT + MAX_PADDING or start >= length and not stop:
         raise AudioError(path, f"{has}, of which {start} to {start + num_samples} were asked for: {short}")
+    if not stop:
+        return start, num_samples - missing, missing if missing <= MAX_PADDING else 0
     return max(0, start - missing), num_samples - padding, padding
 
 

@@ -38,6 +38,7 @@ class _Console(TrainerCallback):
     """A line a record, as pretraining prints it, in place of the library's dictionaries."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # of the flags; a resumed run has its checkpoint's
         self.pace = Pace(state.max_steps, state.global_step, state.eval_steps, state.save_steps)
 
     def on_step_end(self, args, state, control, **kwargs):

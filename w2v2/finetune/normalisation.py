@@ -147,7 +147,7 @@ class TextRules:
         if self.unit == TOKENS:
             return " ".join(t for t in text.translate(self._table).split() if not self._drops(t))
         if self.fold_accents:
-            text = _fold_accents(text)
+            text = _fold_accents(text.translate(_BEFORE.get(self.case, {})))  # a Turkish dot is no accent in lower case
         if "\u200d" not in self.keep_characters:
             text = _JOINER.sub("", text)
         text = _IN_NUMBERS.sub(lambda found: self._table[ord(found[0])].strip(), _DOT.sub(" ", text))

@@ -6,6 +6,7 @@ effective batches in seconds with a gradient that no cut changes, and `metrics.j
 
 import contextlib
 import json
+import math
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -79,13 +80,24 @@ class FineTuner(Evaluator):
         frozen = f", the encoder after {args.freeze_encoder_steps} updates" if args.freeze_encoder_steps else ""
         args.print_once(f"       model: {start}, {num_all:.2f} M parameters, {num_learning:.2f} M learn{frozen}")
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        pieces, updates_per_epoch = f"{size} utterances", len(self.train_dataset) / size
+        pieces, updates_per_epoch = f"{size} utterances", self.updates_per_epoch
         if args.batch_seconds:
-            pieces, updates_per_epoch = f"micro-batches of at most {args.micro_batch_seconds:g} s", len(self.sampler)
+            pieces = f"micro-batches of at most {args.micro_batch_seconds:g} s"
+        elif size > len(self.train_dataset):
+            pieces = f"all {len(self.train_dataset)} utterances"
         batch = f"{sum(self.train_dataset.lengths) / SAMPLING_RATE / updates_per_epoch:.0f} s ({pieces})"
-        updates = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * updates_per_epoch)
+        updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
         resumed = f", resumed from {checkpoint}" if checkpoint else ""
         args.print_once(f"     updates: {updates} of {batch}, {updates / updates_per_epoch:.1f} epochs{resumed}")
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """As `Trainer` counts them: the last batch of an epoch, and the last update, may be smaller."""
+        args = self.args
+        if args.batch_seconds:
+            return len(self.sampler)
+        batches = math.ceil(len(self.train_dataset) / args.per_device_train_batch_size)
+        return math.ceil(math.ceil(batches / args.world_size) / args.gradient_accumulation_steps)
 
     def summary(self) -> dict[str, Any]:
         """What `results.json` says of the run."""
@@ -133,12 +145,21 @@ class FineTuner(Evaluator):
                 args.print_once(f"     resuming: {note}")
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """By seconds: this rank's micro-batches of one update, accumulated and divided once, by the effective batch.
+        """Raises UserError for a loss that is no number: its gradient spoils all weights, and `Trainer` would log 0."""
+        train = self._train_effective_batch if "micro_batches" in inputs else super().training_step
+        loss = train(model, inputs, num_items_in_batch)
+        if self.accelerator.scaler is None and not torch.isfinite(loss):  # a loss scaler skips such updates
+            raise UserError(
+                f"update {self.state.global_step + 1}: the loss is NaN or infinite, so training ends; lower --learning_rate, "
+                "raise --warmup_steps, and go on from a checkpoint with --resume_from_checkpoint auto, or anew"
+            )
+        return loss
+
+    def _train_effective_batch(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """This rank's micro-batches of one update, accumulated and divided once, by the effective batch.
 
         Returns this rank's part of the loss times the ranks, whose mean is the effective batch's loss.
         """
-        if "micro_batches" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         micro_batches = self._prepare_inputs(inputs)["micro_batches"]
         # 1. Weigh each micro-batch's loss: a dummy counts for nothing; the total is over all ranks.

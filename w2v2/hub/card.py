@@ -56,7 +56,7 @@ def write_finetuned_card(output_dir: str | os.PathLike, *, config: Facts, result
     is_recogniser = model["architectures"][0].endswith("ForCTC")
     task = "automatic-speech-recognition" if is_recogniser else "audio-classification"
     shown = {key: measure for key, measure in MEASURES.items() if any(key in found for found in scores.values())}
-    facts = _merge(model, config, results.get("run") or {}) | {"task": task, "scores": scores, "measures": shown}
+    facts = _merge(config, model, results.get("run") or {}) | {"task": task, "scores": scores, "measures": shown}
     evaluated = [
         EvalResult(
             task_type=task,
