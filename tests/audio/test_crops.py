@@ -101,6 +101,23 @@ def test_a_truncated_file_never_gives_a_short_array(tmp_path, suffix):
     assert len(read_crop(str(path), 0, 16_000)) == 16_000  # the part that is whole serves
 
 
+@pytest.mark.parametrize(
+    ("claimed", "held", "length"),
+    [(32_000, 16_000, None), (32_000, 31_999, 15_999), (2**32 - 1, 16_000, 8_000), (2**31 - 4_096, 16_000, 8_000)],
+)
+def test_a_wav_that_was_cut_short_has_no_length(tmp_path, claimed, held, length):
+    """Streams do not know their size beforehand, and claim the largest."""
+    path = tmp_path / "a.wav"
+    write(path, noise(16_000))
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + claimed.to_bytes(4, "little") + content[44 : 44 + held])
+    if length is None:
+        with pytest.raises(AudioError, match="is cut short: 16,000 of the 32,000 bytes"):
+            measure_length(str(path))
+    else:
+        assert measure_length(str(path)) == length
+
+
 def test_a_flac_damaged_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "a.flac"
     write(path, noise(320_000))

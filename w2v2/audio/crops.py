@@ -39,7 +39,11 @@ def measure_length(path: str) -> int:
     """
     path = os.fsdecode(path)
     with open_sound(path) as file:
-        num_frames = file.num_frames or sum(frame.samples for frame in file.frames())
+        if file.num_frames is None:
+            num_frames = sum(frame.samples for frame in file.frames())
+        else:
+            file.check_whole()
+            num_frames = file.num_frames
         if num_frames * SAMPLING_RATE < file.rate:
             raise AudioError(path, "holds no audio")
         return num_frames * SAMPLING_RATE // file.rate

@@ -34,6 +34,8 @@ MAX_DAMAGED = 0.01  # share of a file's packets that may fail to decode
 MOST_REMEMBERED = 100_000  # FLAC files
 _JOINED: dict[tuple[str, int, int], bool] = {}  # path, size and time of change → more than one FLAC stream
 STREAM = re.compile(rb"fLaC[\x00\x80]")  # how one begins
+CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # in libsndfile's log: claimed, held
+UNKNOWN_SIZE = 2**31 - 2**16  # bytes: what streams claim is no less
 MAX_FRAMES_PER_BYTE = 1_000  # a header that claims more is not believed
 SAMPLING_RATES = range(1_000, 768_001)  # of recordings; margins and filters follow from the rate
 BLOCK = 1 << 18  # frames of a block
@@ -66,6 +68,13 @@ class SeekableFile:
     def blocks(self) -> Iterator[np.ndarray]:
         """All frames, (S, C) each, as float32."""
         return (self.read(at, min(at + BLOCK, self.num_frames)) for at in range(0, self.num_frames, BLOCK))
+
+    def check_whole(self) -> None:
+        """Raises AudioError for a WAV that was cut short. libsndfile hears what is left as if it were all."""
+        found = CUT_WAV.search(self.file.extra_info)
+        claimed, held = map(int, found.groups()) if found else (0, 0)
+        if held + 1 < claimed < UNKNOWN_SIZE:
+            raise AudioError(self.path, f"is cut short: {held:,} of the {claimed:,} bytes of audio are there")
 
     def is_joined(self) -> bool:
         """Whether further FLAC streams follow: libsndfile hears the first, and seeks to frames of the others."""
