@@ -79,6 +79,14 @@ def as_user_error(error: OSError) -> UserError | None:
     )
 
 
+def make_output_dir(folder: Path) -> None:
+    """Raises UserError where there can be none: a file in its way, no permission, a full disk."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made ({error.strerror}): give another folder") from None
+
+
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks and error numbers; its type's name where it has none."""
     if isinstance(error, OSError) and error.strerror:

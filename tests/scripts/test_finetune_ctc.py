@@ -177,6 +177,7 @@ BAD_FLAGS = {
     "--train_data=absent.csv": "absent.csv",
     "--mask_feature_length=64": "--mask_feature_length 64",
     "--warmup_ratio=0.1": "warmup",
+    "--output_dir={data}/train.csv/run": "train.csv/run cannot be made (Not a directory)",
 }
 
 

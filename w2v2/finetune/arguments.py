@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import cached_file
 
-from w2v2.errors import UserError, check_ranges, flag, refuse, take_back
+from w2v2.errors import UserError, check_ranges, flag, make_output_dir, refuse, take_back
 from w2v2.finetune.stock_flags import check_stock_flags, default_of
 from w2v2.manifests.dataset_loading import LabelledDatasetArguments
 from w2v2.model.loading import locate
@@ -174,12 +174,11 @@ def prepare_output_dir(args: FineTuningArguments) -> str | None:
     """
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     with args.main_process_first(local=False):  # the others then find the folder ready
-        refuse((folder.exists() and not folder.is_dir(), f"--output_dir {folder}: is a file; give a folder"))
         starts_anew = wanted is None or (wanted == "auto" and args.overwrite_output_dir)
         checkpoint = None if starts_anew else _find_checkpoint(wanted, folder)
         if checkpoint is None:
             _clear_run(folder, args)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_dir(folder)
     return checkpoint
 
 

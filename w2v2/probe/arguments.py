@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from w2v2.errors import SEEDS, check_ranges, flag, refuse
+from w2v2.errors import SEEDS, check_ranges, flag, make_output_dir, refuse
 from w2v2.evaluate.scores import CHARACTERS
 from w2v2.manifests.dataset_loading import LabelledDatasetArguments
 
@@ -35,7 +35,7 @@ class FrozenArguments:
         folder = Path(self.output_dir)
         slip = f"--output_dir {folder} already holds {results}: choose another, or give --overwrite_output_dir"
         refuse(((folder / results).exists() and not self.overwrite_output_dir, slip))
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_dir(folder)
         return folder
 
 
