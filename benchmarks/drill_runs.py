@@ -74,7 +74,7 @@ class Life:
         self, recipe: Path, deadline: float, output_dir: Path, *flags, drilled: Sequence = (), num_processes: int = 1
     ):
         launcher = [*LAUNCHER, "--num_processes", num_processes] if num_processes > 1 else []
-        command = [sys.executable, *launcher, ROOT / "benchmarks/drilled.py", *drilled, "--", recipe]
+        command = [sys.executable, *launcher, ROOT / "benchmarks/drilled.py", *drilled, "AND", recipe]
         command = list(map(str, [*command, "--output_dir", output_dir, *flags]))
         environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         self.watch, self.log = Watch(output_dir), Path(f"{output_dir}.log")

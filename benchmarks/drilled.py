@@ -29,7 +29,7 @@ NUM_NEGATIVES = 20
 
 
 def main() -> None:
-    split = sys.argv.index("--")
+    split = sys.argv.index("AND")  # accelerate takes a "--" away
     parser = make_parser(__doc__)
     parser.add_argument("--slow_disk_ms", type=float, default=0.0)
     parser.add_argument("--record", type=Path)
