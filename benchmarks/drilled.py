@@ -1,6 +1,6 @@
 """pretrain.py as the drills run it: on a slow disk, with all that it hears written down, or without Gumbel noise.
 
-    python benchmarks/drilled.py [--slow_disk_ms 20] [--record FOLDER] [--no_gumbel] -- arguments of pretrain.py …
+    python benchmarks/drilled.py [--slow_disk_ms 20] [--record FOLDER] [--no_gumbel] AND arguments of pretrain.py …
 
 Nothing of the program is replaced. With `--slow_disk_ms` each fsync, renaming and removal of a file waits before it
 is done, so that a kill can fall between two of them. With `--record` each rank appends a line for each micro-batch
