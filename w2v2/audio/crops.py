@@ -1,8 +1,8 @@
-"""Audio files → exactly the crop that is asked for: 16 kHz, mono, int16 where the source holds 16 bits, else float32.
+"""Audio files → the crop that is asked for: 16 kHz, mono, int16 where the source holds 16 bits, else float32.
 
-A file gives the samples that were asked for, or an `AudioError`. libsndfile decodes only the crop. soxr
-resamples other rates: the crop and a margin, cut where both rates have a sample at the same instant. The result equals
-that part of the whole resampled file, but for the filter's far tails.
+A file gives the samples that were asked for (near its end as `read_pcm` says), or an `AudioError`. libsndfile decodes
+only the crop. soxr resamples other rates: the crop and a margin, cut where both rates have a sample at the same
+instant. The result equals that part of the whole resampled file, but for the filter's far tails.
 """
 
 import os
