@@ -4,12 +4,12 @@ w2v2-pretrain CONFIG.yaml --flag value …
 accelerate launch -m w2v2 pretrain CONFIG.yaml --flag value …        (what a launcher starts is a module)
 """
 
-import difflib
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import w2v2
+from w2v2.errors import did_you_mean
 
 SCRIPTS = "pretrain finetune_ctc finetune_classification probe verify_speakers report convert_checkpoint".split()
 DATA_SCRIPTS = (
@@ -32,8 +32,7 @@ def main() -> None:
     if name in ("__help", "_h"):
         return print(USAGE)
     if name not in SCRIPTS + DATA_SCRIPTS:
-        close = difflib.get_close_matches(name, SCRIPTS + DATA_SCRIPTS, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see the list above"
+        hint = did_you_mean(name, SCRIPTS + DATA_SCRIPTS, "see the list above")
         print(USAGE + (f"\nerror: no script {name!r}: {hint}" if name else ""), file=sys.stderr)
         sys.exit(2)
     sys.path.insert(

@@ -4,13 +4,14 @@ An error names the file, row or flag, says what was found and what to do.
 """
 
 import argparse
+import difflib
 import errno
 import logging
 import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,6 +53,12 @@ class UserError(ValueError):
 
 class LocalError(UserError):
     """A `UserError` that one process of several may meet alone, so that it prints the line whichever rank it is."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.5) -> str:
+    """The nearest of what there is, as a question, or `otherwise` where nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def printable(text: object) -> str:

@@ -1,7 +1,6 @@
 """Data sets of Hugging Face: which one a user means, its splits loaded, and why one does not load."""
 
 import contextlib
-import difflib
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -14,7 +13,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from w2v2.errors import UserError, as_user_error, flag, one_line, refuse, take_back
+from w2v2.errors import UserError, as_user_error, did_you_mean, flag, one_line, refuse, take_back
 
 LOGIN = "`hf auth login` (or set the environment variable HF_TOKEN)"
 
@@ -225,8 +224,8 @@ def _list_hub(name: str) -> list[str]:
 
 
 def say_near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]}? " if close else ""
+    hint = did_you_mean(name, known, otherwise="")
+    return hint and f"{hint} "
 
 
 def say_names(names: Collection[str]) -> str:

@@ -11,7 +11,6 @@ the configuration, are the default name), `dataset_config_name`, `dataset_split_
 paths start beside the file. How often each source is heard: `sampling`.
 """
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import pyarrow.compute as pc
 import yaml
 
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.errors import UserError, missed_range, tell
+from w2v2.errors import UserError, did_you_mean, missed_range, tell
 from w2v2.manifests.dataset_loading import DatasetSource, Manifest
 from w2v2.manifests.manifest import EXTRAS, count_shared, read_manifests
 from w2v2.manifests.tables import by_batch
@@ -160,8 +159,7 @@ def _parse_source(node: yaml.Node, path: Path) -> Source:
     for key, value in node.value:
         name, where = str(key.value), f"{path}: line {key.start_mark.line + 1}"
         if name not in KEYS:
-            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"a source has {', '.join(KEYS)}"
+            hint = did_you_mean(name, KEYS, f"a source has {', '.join(KEYS)}")
             raise UserError(f"{where}: unknown key {name!r}: {hint}")
         if name in found:
             raise UserError(f"{where}: {name} comes twice in one source: begin each source with `- `")

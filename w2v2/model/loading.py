@@ -3,7 +3,6 @@
 Stock weights go in and out. Whatever a user or a stranger's folder can get wrong raises a `UserError` of one line.
 """
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import w2v2
 from w2v2.audio.crops import SAMPLING_RATE
-from w2v2.errors import UserError
+from w2v2.errors import UserError, did_you_mean
 
 # Without it transformers may load, in place of a Hub repository's weights, those of a stranger's pull request to it.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -79,9 +78,8 @@ def load_config(model_name_or_path: str | None, config_name: str | None, **chang
     # Configurations accept any key. Refuse one that is nearly a known one; others may be another program's.
     path, known = Path(locate(source), "config.json"), Wav2Vec2Config().to_dict()
     for key in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
-        if key not in known and near:
-            raise UserError(f"{path}: unknown key {key!r}: did you mean {near[0]}?")
+        if key not in known and (hint := did_you_mean(key, known, otherwise="", cutoff=0.85)):
+            raise UserError(f"{path}: unknown key {key!r}: {hint}")
     _check_sizes(config, where)
     config.update(changes)
     if config.mask_feature_prob > 0 and config.mask_feature_length > config.hidden_size:

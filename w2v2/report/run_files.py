@@ -1,6 +1,5 @@
 """What a run left in its folder, read with patience: whatever is missing or torn is noted, not fatal."""
 
-import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from w2v2.errors import UserError, one_line
+from w2v2.errors import UserError, did_you_mean, one_line
 from w2v2.train.log import METRICS_FILE, read_metrics
 
 PRETRAINING, RECOGNITION, CLASSIFICATION, PROBE = "pretraining", "recognition", "classification", "probe"
@@ -85,8 +84,7 @@ def _explain_folder(folder: Path) -> str:
     if folder.exists():
         return f"not a run's folder, as it holds none of {', '.join(_MARKS)}: give the output_dir of a run"
     there = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    close = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
-    hint = f"did you mean {folder.parent / close[0]}?" if close else "give a run's output_dir"
+    hint = did_you_mean(folder.name, there, "give a run's output_dir")
     return f"no such folder: {hint}"
 
 

@@ -4,14 +4,13 @@ Every record holds `audio_hours`. wandb draws all curves against it. Trackio's d
 with `?x_axis=audio_hours`). TensorBoard knows steps alone, so there it is a curve among the others.
 """
 
-import difflib
 from collections.abc import Collection
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, get_available_trackers
 
-from w2v2.errors import UserError, hide_secrets, one_line
+from w2v2.errors import UserError, did_you_mean, hide_secrets, one_line
 from w2v2.train.launch import on_main_process
 from w2v2.train.log import announce
 
@@ -26,8 +25,7 @@ RUN_NAME = {
 def check_trackers(names: Collection[str], known: Collection[str] = tuple(LOGGER_TYPE_TO_CLASS)) -> None:
     """Raises `UserError` for a tracker that is not among the `known`, or whose package is missing."""
     for name in set(names) - {*known, "all", "none"}:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}, all and none"
+        hint = did_you_mean(name, known, f"there are {', '.join(sorted(known))}, all and none")
         raise UserError(f"--report_to {name}: no such tracker: {hint}")
     if missing := sorted(
         set(names) & set(LOGGER_TYPE_TO_CLASS) - {str(tracker) for tracker in get_available_trackers()}
