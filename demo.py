@@ -67,11 +67,12 @@ def main() -> None:
         if not (ROOT / folder / "results.json").exists()
     ]
     run("fine-tuning from pretrained and from random weights", *commands)
-    report(*(json.loads((ROOT / folder / "results.json").read_text())["test"] for folder in STARTS))
+    report(*(json.loads((ROOT / folder / "results.json").read_text()) for folder in STARTS))
 
 
-def report(ours: dict, theirs: dict) -> None:
+def report(pretrained: dict, random: dict) -> None:
     """The table, and a sentence that says what its figures mean."""
+    ours, theirs, minutes = pretrained["test"], random["test"], 60 * pretrained["run"]["train_hours"]
     last = [record for record in read_metrics(ROOT / PRETRAINED / "metrics.jsonl") if "eval_loss" in record][-1]
     accuracy, guess = last["eval_accuracy"], last.get("eval_constant_guess_accuracy", math.nan)
     perplexity = last["eval_codebook_perplexity"]
@@ -80,7 +81,7 @@ def report(ours: dict, theirs: dict) -> None:
     said = middle(ROOT / RUNS / "ctc_pretrained" / "predictions.jsonl")
     text = f"""| | pretrained | random weights |
 |---|---|---|
-| test WER, with a trigram | {searched[0]:.1%} | {searched[1]:.1%} |
+| test WER, with a trigram of all transcripts | {searched[0]:.1%} | {searched[1]:.1%} |
 | test WER, greedy | {ours["wer"]:.1%} | {theirs["wer"]:.1%} |
 | test CER, greedy | {ours["cer"]:.1%} | {theirs["cer"]:.1%} |
 | validation accuracy (a constant guess: {guess:.1%}) | {accuracy:.1%} | |
@@ -89,7 +90,7 @@ def report(ours: dict, theirs: dict) -> None:
 
 On voices it never heard, the model tells {accuracy:.0%} of the true frames from their distractors, where always \
 guessing the utterance's commonest codes would earn {guess:.0%}, with the equivalent of {perplexity:.0f} codes in even \
-use. Fine-tuned and searched like random weights, on the same {60 * LABELLED_HOURS:.0f} transcribed minutes, it makes \
+use. Fine-tuned and searched like random weights, on the same {minutes:.0f} transcribed minutes, it makes \
 {compare(saved)}. Half of the test sentences are written better than this one, half worse:
 
     said:     {said["reference"]}
