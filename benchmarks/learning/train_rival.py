@@ -22,10 +22,9 @@ from stock_loop import Stock
 from transformers import set_seed
 
 from w2v2.arguments import PretrainArguments
-from w2v2.audio.crops import SAMPLING_RATE, read_crop
 from w2v2.cli import parse_command_line, run_script
 from w2v2.data.batching import Crops, Cursor
-from w2v2.data.collate import Framing
+from w2v2.data.collate import CropDataset, Framing
 from w2v2.data.sampling import build_batches
 from w2v2.data.utterances import load_utterances
 from w2v2.errors import UserError
@@ -94,21 +93,19 @@ def load_side(name: str, args: PretrainArguments):
     return {"mended": Mended, "shipped": Shipped}[name](args, FLAGS)
 
 
-def read_waveforms(table, crops: Crops) -> list[np.ndarray]:
+def read_waveforms(dataset: CropDataset, crops: Crops) -> list[np.ndarray]:
     """The crops' samples, (S,) float32 each."""
-    columns = table[crops.utterance]
+    columns = dataset.table[crops.utterance]
     entries = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [
-        read_crop(entry["audio"], round(entry["start"] * SAMPLING_RATE) + int(start), int(length), entry.get("channel"))
-        for entry, start, length in zip(entries, crops.start, crops.num_samples, strict=True)
-    ]
+    parts = map(dataset.read, entries, crops.start.tolist(), crops.num_samples.tolist())
+    return [x / np.float32(32_768) if x.dtype == np.int16 else x for x in parts]
 
 
 def train(name: str, accumulation: int, args: PretrainArguments) -> None:
     folder, config = Path(args.output_dir), build_config(args)
     framing, weight = Framing(config, normalize=False), config.diversity_loss_weight
     table = load_utterances(args.list_sources("train_data"), args, framing)[0]
-    batches = build_batches(table, args)
+    batches, dataset = build_batches(table, args), CropDataset(table.table, framing, args.seed)
     side = load_side(name, args)
     side.optimizer = build_optimizer(side.model, args)
     first, cursor, cut = 0, Cursor(), folder / CUT
@@ -122,7 +119,7 @@ def train(name: str, accumulation: int, args: PretrainArguments) -> None:
         order = np.argsort(-crops.num_samples, kind="stable") if side.by_length else np.arange(len(crops.num_samples))
         if len(order) < accumulation:
             raise UserError(f"an effective batch of {len(order)} utterances is no {accumulation} micro-batches")
-        waveforms = read_waveforms(table.table, crops)
+        waveforms = read_waveforms(dataset, crops)
         settings = UpdateSettings.at(step, args, weight)
         side.optimizer.param_groups[0]["lr"] = settings.learning_rate
         side.config.diversity_loss_weight = settings.diversity_weight
