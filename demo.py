@@ -5,6 +5,7 @@
 Interrupted, it goes on where it stopped. Everything it makes lies in data/demo and runs/demo.
 """
 
+import argparse
 import json
 import math
 import os
@@ -52,6 +53,9 @@ def run(title: str, *commands: list[str]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # there are no flags
     run("corpus", ["data_scripts/make_demo_corpus.py", str(CORPUS)])
     processes = min(CORES, 4) if not torch.accelerator.is_available() else 1  # an update has five micro-batches
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2_processes.yaml"]

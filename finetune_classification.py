@@ -53,10 +53,10 @@ from w2v2.finetune.labels import (
     LabelledDataset,
     check_known,
     collate_labelled,
-    column_of,
     group_splits,
     known_labels,
     read_labelled,
+    values_of,
 )
 from w2v2.finetune.subsets import select_lengths
 from w2v2.hub.push import HubCallback
@@ -161,7 +161,7 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
         prepare_output_dir(args)
     table, dropped = read_labelled("all", args.list_sources("train_data"), label_args, args, [args.folds])
     classes = known_labels(table["target"], label_args.labels, folder_labels(args.model_name_or_path))
-    groups = table[column_of(table, args.folds, "folds", "--train_data")]
+    groups = values_of(table, args.folds, "folds", "--train_data")
     splits = group_splits(groups, args.folds, args.num_folds)
     check_folds(splits, table, groups, args)
     if args.process_index == 0:
@@ -235,6 +235,7 @@ def run(
     )  # fmt: skip
     trainer.dropped = {"by their length": num_dropped}
     trainer.describe(checkpoint)
+    trainer.check_resume(checkpoint)
     if args.process_index == 0:
         note_start(args, checkpoint)
         if not args.folds:

@@ -88,6 +88,7 @@ def train(text_args: CTCArguments, args: FineTuningArguments) -> None:
     trainer.dropped = left_out["train"] | dropped
     trainer.describe(checkpoint)
     describe_units(sets, trainer)
+    trainer.check_resume(checkpoint)
     if args.process_index == 0:
         write_config(Path(args.output_dir, CONFIG_FILE), text_args, args)
         note_start(args, checkpoint)

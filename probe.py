@@ -112,14 +112,15 @@ def gather_labels(args: ProbingArguments) -> tuple[Dataset, list[Split], Counter
         return table
 
     training, *held_out = (args.list_sources(data) for data in args.split_flags)
-    train = read(training, [args.folds] if args.folds else [])
-    train, dropped["by their length (training)"] = select_lengths(train, args.min_seconds, args.max_seconds)
+    whole = read(training, [args.folds] if args.folds else [])
+    train, dropped["by their length (training)"] = select_lengths(whole, args.min_seconds, args.max_seconds)
     classes = labels.known_labels(train["target"], args.labels)
     if args.folds:
-        groups = train[labels.column_of(train, args.folds, "folds", "--train_data")]
+        groups, ids, fit = labels.values_of(whole, args.folds, "folds", "--train_data"), whole["id"][:], {*train["id"]}
         splits = group_splits(groups, args.folds, args.num_folds)
-        labels.check_trained(splits, train["target"][:], args.folds)
-        return train, splits, dropped
+        splits = [replace(split, train=[row for row in split.train if ids[row] in fit]) for split in splits]
+        labels.check_trained(splits, whole["target"][:], args.folds)
+        return whole, splits, dropped
     held = [read(paths, []) for paths in held_out if paths]
     for paths, table in zip(filter(None, held_out), held, strict=True):
         labels.check_known(classes, table["target"], name_sources(paths))

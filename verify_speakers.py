@@ -27,7 +27,7 @@ from w2v2.evaluate.scores import (
     read_trials,
     write_trials,
 )
-from w2v2.finetune.labels import column_of
+from w2v2.finetune.labels import values_of
 from w2v2.probe.arguments import VerificationArguments
 from w2v2.probe.features import FrozenModel, read_table
 from w2v2.report.page import report_run
@@ -97,8 +97,8 @@ def listed_trials(args: VerificationArguments) -> tuple[list[Trial], Dataset]:
 def drawn_trials(args: VerificationArguments) -> tuple[list[Trial], Dataset]:
     """Trials among a manifest's utterances, noted in `trials.txt`, and the utterances that they name."""
     table = read_table(args.manifest, [args.speaker_column], args)
-    speakers = table[column_of(table, args.speaker_column, "speaker_column", ", ".join(args.manifest))]
-    if without := speakers[:].count(""):
+    speakers = values_of(table, args.speaker_column, "speaker_column", ", ".join(args.manifest))
+    if without := speakers.count(""):
         print(f"{', '.join(args.manifest)}: {without} utterances without {args.speaker_column} are in no trial")
     trials = draw_trials(dict(zip(table["id"], speakers, strict=True)), args.num_trials, args.seed)
     write_trials(Path(args.output_dir, "trials.txt"), trials)

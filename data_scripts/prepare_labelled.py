@@ -22,11 +22,11 @@ from w2v2.manifests.folders import find_audio, say_passed_over
 
 CORPORA = {
     "emodb": (
-        r"(^|/)(?P<speaker>\d\d)(?P<sentence>[ab]\d\d)(?P<label>[WLEAFTN])[a-z]?$",
+        r"(^|/)(?P<speaker>\d\d)(?P<sentence_code>[ab]\d\d)(?P<label>[WLEAFTN])[a-z]?$",
         ["W=anger", "L=boredom", "E=disgust", "A=fear", "F=happiness", "T=sadness", "N=neutral"],
     ),
     "ravdess": (
-        r"(^|/)0[13]-01-(?P<label>\d\d)-(?P<intensity>\d\d)-(?P<sentence>\d\d)-\d\d-(?P<speaker>\d\d)$",
+        r"(^|/)0[13]-01-(?P<label>\d\d)-(?P<intensity>\d\d)-(?P<sentence_code>\d\d)-\d\d-(?P<speaker>\d\d)$",
         ["01=neutral", "02=calm", "03=happy", "04=sad", "05=angry", "06=fearful", "07=disgust", "08=surprised"],
     ),
 }
@@ -44,19 +44,22 @@ def compile_pattern(args) -> tuple[re.Pattern, dict[str, str]]:
         raise UserError(f"--pattern {text}: names neither a label nor a speaker: write (?P<label>…) around one")
     if taken := RESERVED & pattern.groupindex.keys():
         raise UserError(f"--pattern {text}: the column {min(taken)} exists already: rename that group")
+    if args.label_map and "label" not in pattern.groupindex:
+        raise UserError(f"--label_map: --pattern {text} names no label: write (?P<label>…) around it")
     return pattern, parse_label_map([*names, *args.label_map])
 
 
 def prepare(args) -> None:
     """The whole job. UserError where nothing usable is found, or a name does not match."""
     pattern, names = compile_pattern(args)
-    rows, unmatched = [], []
+    rows, unmatched, written = [], [], set()
     found, passed_over = find_audio(args.folder)
     say_passed_over(args.folder, passed_over)
     for file in sorted(map(Path, found)):
         if match := pattern.search(file.with_suffix("").as_posix()):
             groups = {name: value or "" for name, value in match.groupdict().items()}
             if "label" in groups:
+                written.add(groups["label"])
                 groups["label"] = names.get(groups["label"], groups["label"])
             rows.append({"id": file.as_posix(), "audio": file.as_posix()} | groups)
         else:
@@ -66,6 +69,8 @@ def prepare(args) -> None:
         example = f", such as {unmatched[0]}" if unmatched else ""
         raise UserError(f"{args.folder}: {found}{example}: mend --pattern, or give --skip_unmatched")
     write_manifest(args.output, measure_usable(rows, args), ["id", "audio", "duration", *pattern.groupindex])
+    if unused := parse_label_map(args.label_map).keys() - written:
+        print(f"warning: --label_map: no file has the label {', '.join(sorted(unused))}", file=sys.stderr)
     if unmatched:
         print(f"{len(unmatched)} files whose names do not match are left out, such as {unmatched[0]}", file=sys.stderr)
 

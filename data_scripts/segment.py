@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pack_audio
 import pyarrow as pa
+import pyarrow.compute as pc
 from corpus_files import Parser, list_skipped, map_finished, open_atomic, write_manifest
 from slices import HELP, Slice, find_logs, parse_slice, read_records, refuse_unknown, remove_slices
 from tqdm import tqdm
@@ -137,6 +138,7 @@ def build_rows(table: pa.Table, found: dict, folder: Path) -> Iterator[dict]:
     def relate(parent: str) -> str:
         return os.path.relpath(os.path.realpath(parent), folder.resolve())
 
+    most_channels = 1 + (pc.max(table["channel"]).as_py() or 0) if "channel" in table.column_names else 0
     for row in iterate(table):
         key = row["audio"], row.get("channel"), *find_extent(row)
         if isinstance(found[key], str):
@@ -144,7 +146,7 @@ def build_rows(table: pa.Table, found: dict, folder: Path) -> Iterator[dict]:
         path = os.path.normpath(os.path.join(relate(os.path.dirname(row["audio"])), os.path.basename(row["audio"])))
         shared = {"audio": f"./{path}" if path[0].isspace() else path}  # readers of CSV drop a space after a comma
         shared |= {name: row[name] for name in CARRIED if name in row}
-        if row.get("channel") in range(len(LETTERS)):
+        if most_channels <= len(LETTERS) and row.get("channel") is not None:  # else numbers wherever there is one
             shared["channel"] = LETTERS[row["channel"]]
         for start, stop in found[key][0].tolist():
             times = {"start": start / SAMPLING_RATE, "duration": (stop - start) / SAMPLING_RATE}

@@ -71,9 +71,13 @@ def run(folder: Path, product: str, *words) -> None:
     """
     command = [*map(str, words), "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
     note = folder.with_name(folder.name + ".json")
-    if note.exists() and json.loads(note.read_text()) != command:
-        raise UserError(f"{folder}: another command made it ({note}): delete both, or give another --output_dir")
-    note.write_text(json.dumps(command))
+    recipes = {word: Path(word).read_text(encoding="utf-8") for word in command if word.endswith((".yaml", ".yml"))}
+    made_by = {"command": command, "recipes": recipes}
+    if note.exists() and json.loads(note.read_text()) != made_by:
+        raise UserError(
+            f"{folder}: another command or recipe made it ({note}): delete both, or give another --output_dir"
+        )
+    note.write_text(json.dumps(made_by))
     if (folder / product).exists():
         return
     print("$ python", shlex.join(command), flush=True)

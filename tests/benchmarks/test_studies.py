@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 import sys
 from importlib.util import find_spec
 
@@ -90,8 +91,13 @@ def test_all_loops_are_compared_once(corpus, study, tmp_path, capsys, monkeypatc
     assert all(f"{run['loss']:.3f}" in table for run in found)
     study(rivals, *words)
     assert read_runs(tmp_path) == found and "$ python" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="another command made it"):
+    with pytest.raises(UserError, match="another command or recipe made it"):
         study(rivals, *words, "--", "--learning_rate", 0.002)
+    shutil.copy(corpus / "config.yaml", tmp_path / "edited.yaml")
+    studies.run(tmp_path / "mine", "gone", "pretrain.py", tmp_path / "edited.yaml", "--dry_run")
+    (tmp_path / "edited.yaml").write_text((corpus / "config.yaml").read_text() + "weight_decay: 0.5\n")
+    with pytest.raises(UserError, match="another command or recipe made it"):
+        studies.run(tmp_path / "mine", "gone", "pretrain.py", tmp_path / "edited.yaml", "--dry_run")
 
 
 def test_labels_are_saved_at_the_rate_that_validates_best(corpus, study, tmp_path, capsys):

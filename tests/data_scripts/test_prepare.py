@@ -15,6 +15,8 @@ import soundfile
 from conftest import error_line
 from encoding import encode
 
+from w2v2.data.utterances import load_manifest
+
 
 def rows_of(path: Path) -> list[dict]:
     """Rows of a manifest, each of whose files is where its path, relative to the manifest, says."""
@@ -89,8 +91,8 @@ def test_folder_takes_transcripts_beside_the_audio(tmp_path):
 @pytest.mark.parametrize(
     ("corpus", "name", "columns"),
     [
-        ("emodb", "wav/03a01Fa.wav", dict(speaker="03", sentence="a01", label="happiness")),
-        ("emodb", "wav/16b10Wb.wav", dict(speaker="16", sentence="b10", label="anger")),
+        ("emodb", "wav/03a01Fa.wav", dict(speaker="03", sentence_code="a01", label="happiness")),
+        ("emodb", "wav/16b10Wb.wav", dict(speaker="16", sentence_code="b10", label="anger")),
         ("ravdess", "Actor_12/03-01-06-01-02-01-12.wav", dict(speaker="12", intensity="01", label="fearful")),
     ],
 )
@@ -99,17 +101,25 @@ def test_names_say_speaker_and_emotion(tmp_path, corpus, name, columns):
     assert run(prepare_labelled, tmp_path, "--output", tmp_path / "m.csv", "--corpus", corpus) == 0
     (row,) = rows_of(tmp_path / "m.csv")
     assert row == row | columns | {"id": name, "duration": "0.25"}
+    assert "text" not in load_manifest([tmp_path / "m.csv"])[0].column_names  # a sentence's number is no transcript
+
+
+PATTERN = ["--pattern", r"(?P<label>[^/]+)/(?P<speaker>[^_/]+)_"]
 
 
 def test_any_pattern_over_the_path_makes_columns(tmp_path, capsys):
     for name in ("yes/anna_1", "no/bob_2", "no/unnamed"):
         write_audio(tmp_path / "a" / f"{name}.wav")
     flags = [tmp_path / "a", "--output", tmp_path / "a.csv", "--label_map", "yes=1"]
-    flags += ["--pattern", r"(?P<label>[^/]+)/(?P<speaker>[^_/]+)_"]
-    assert run(prepare_labelled, *flags) == 2
+    assert run(prepare_labelled, *flags, *PATTERN) == 2
     assert "1 of 3 names do not match the pattern, such as no/unnamed.wav" in error_line(capsys.readouterr().err)
-    assert run(prepare_labelled, *flags, "--skip_unmatched") == 0
+    assert run(prepare_labelled, *flags, *PATTERN, "--skip_unmatched") == 0
     assert {(row["label"], row["speaker"]) for row in rows_of(tmp_path / "a.csv")} == {("1", "anna"), ("no", "bob")}
+    assert "--label_map" not in capsys.readouterr().err
+    assert run(prepare_labelled, *flags, "maybe=2", *PATTERN, "--skip_unmatched") == 0
+    assert "--label_map: no file has the label maybe" in capsys.readouterr().err
+    assert run(prepare_labelled, *flags, "--pattern", r"(?P<speaker>[^_/]+)_", "--skip_unmatched") == 2
+    assert "names no label" in error_line(capsys.readouterr().err)
 
 
 # -- IEMOCAP, VoxCeleb

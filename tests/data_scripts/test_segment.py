@@ -208,6 +208,13 @@ def test_rows_keep_what_holds_for_a_part(tmp_path, speech, capsys):
     assert np.sqrt(np.mean(heard**2)) > 0.01
 
 
+def test_channels_beyond_the_letters_are_numbers(tmp_path, speech):
+    soundfile.write(tmp_path / "array.wav", np.stack([join(0.5, speech[: 4 * RATE], 0.5)] * 9, axis=1), RATE)
+    (tmp_path / "array.csv").write_text("id,audio,duration,channel\na,array.wav,5,0\nb,array.wav,5,8\n")
+    cut(tmp_path / "array.csv", "--output", tmp_path / "s.csv")
+    assert read_manifests([str(tmp_path / "s.csv")])[0]["channel"].to_pylist() == [0, 8]
+
+
 def test_members_of_a_tar_are_cut_in_place(corpus, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for path in sorted(corpus.iterdir()):

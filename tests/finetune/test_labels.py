@@ -44,11 +44,13 @@ def test_labels_are_merged_and_others_left_out(tmp_path):
     assert table["target"] == ["hap", "hap", "ang"] and dropped == 2
     assert labels.known_labels(table["target"], ["hap", "ang"]) == ["hap", "ang"]
     assert labels.known_labels(table["target"]) == ["ang", "hap"]
+    assert labels.known_labels(table["target"], ["hap", "ang", "hap"]) == ["hap", "ang"]
 
 
 @pytest.mark.parametrize("header, rows, rules, message", [
     ("audio,label", ["0.wav,a", "1.wav,"], {}, "m.csv: utterance 1.wav has an empty label"),
     ("audio,text", ["0.wav,a"], {}, "m.csv: has no column 'label', which --label_column asks for .it has text."),
+    ("audio,label,channel", ["0.wav,a,0"], dict(column="channel"), "no column 'channel', .*it has label."),
     ("audio,label", ["0.wav,a"], dict(labels=["b"]), "--labels b; label holds a"),
     ("audio,label", ["0.wav,a"], dict(label_map=["a="]), "--label_map 'a='"),
 ])  # fmt: skip
@@ -161,6 +163,13 @@ def test_a_speaker_in_two_sessions_is_found():
     sessions, speakers = list("112233"), ["a", "b", "c", "d", "e", "a"]
     assert shared_groups(group_splits(sessions, "session"), speakers) == ["a"]
     assert shared_groups(group_splits(sessions, "session"), ["a", "b", "c", "d", "", ""]) == []
+
+
+def test_a_name_is_one_group_whether_composed_or_not(tmp_path):
+    names = ["Jos\u00e9", "Ann", "Bo", "Jose\u0301"]
+    table, _ = targets(tmp_path, "audio,label,speaker", [f"{i}.wav,a,{name}" for i, name in enumerate(names)])
+    groups = labels.values_of(table, "speaker", "folds", "m.csv")
+    assert [split.test for split in group_splits(groups, "speaker")] == [[1], [2], [0, 3]]
 
 
 @pytest.mark.parametrize("groups, num_folds, message", [

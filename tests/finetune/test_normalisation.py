@@ -75,7 +75,8 @@ def test_a_folded_turkish_word_has_one_spelling(case, expected):
 @pytest.mark.parametrize("texts, case", [
     (["Hello you"], "upper"), (["HELLO"], "upper"), (["hello"], "lower"), (["漢字 ქართული"], "keep"),
     (["ქართული ᲥᲐᲠᲗᲣᲚᲘ"], "upper"), (["ısı isi kış"], "turkish_lower"), (["KIŞ KİŞ"], "turkish_upper"),
-    (["Yıldız", *["this is his visit"] * 9], "upper"), ([], "keep"),
+    (["Yıldız", *["this is his visit"] * 9], "upper"), (["SHE LIVES IN İSTANBUL", *["THIS IS HIS VISIT"] * 9], "upper"),
+    ([], "keep"),
 ])  # fmt: skip
 def test_case_is_folded_only_where_the_text_has_both(texts, case):
     assert find_case(texts) == case

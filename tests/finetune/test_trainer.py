@@ -3,6 +3,7 @@ import re
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from datasets import Dataset
 from two_ranks_ctc import make_trainer, write_speech
@@ -172,6 +173,14 @@ def test_too_many_undecodable_files_stop_the_run(broken, tmp_path):
     for act in (trainer.train, lambda: trainer.predict(trainer.eval_dataset)):
         with pytest.raises(UserError, match="1 of 8 .*broken.wav.*--max_skipped_fraction"):
             act()
+
+
+def test_an_undecodable_segment_is_one_utterance_of_its_recording(table, tmp_path):
+    samples, rate = soundfile.read(table[0]["audio"])
+    rows = [row | {"audio": table[0]["audio"], "start": 0.0, "num_samples": len(samples)} for row in table.to_list()]
+    rows[3]["num_samples"] += 2 * rate  # it ends long after the recording
+    trainer = make_trainer(Dataset.from_list(rows), tmp_path / "run", max_skipped_fraction=0.2)
+    assert trainer.predict(trainer.eval_dataset).metrics["test_utterances"] == 7
 
 
 # Updates of an epoch: 4. A run is cut in the middle of the first epoch and of the second, and at an epoch's end.

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from w2v2.evaluate.plots import FINETUNING_PICTURES, draw_plots, gather_curves
-from w2v2.hub.card import device_hours, write_finetuned_card, write_model_card
+from w2v2.hub.card import device_hours, publishable, write_finetuned_card, write_model_card
 
 TOKEN = "hf_" + "SecretOfTheTest" * 2
 CONFIG = {
@@ -99,6 +99,12 @@ def test_a_card_tells_recipe_data_and_results(tmp_path):
     assert "| Accuracy | not measured | not measured |" in nothing.text
     assert "counting repetitions: not measured" in nothing.text
     assert not any(left in nothing.content for left in ("{{", "{%", "None"))
+
+
+def test_texts_that_look_like_paths_are_published_as_they_are():
+    texts = {"drop_characters": "/.,?!", "keep_characters": "/", "labels": ["/p/", "..", "~"], "label_map": ["/p/=/b/"],
+             "train_labels": {"token": 5, "/p/": 3}, "id2label": {"0": "/p/"}}  # fmt: skip
+    assert publishable(texts | {"hub_token": TOKEN, "data_root": "/home/somebody"}) == texts | {"data_root": "somebody"}
 
 
 def test_device_hours_are_those_of_all_devices(tmp_path):

@@ -148,6 +148,22 @@ def test_relative_paths_start_at_data_root_or_the_manifest(corpus, tmp_path):
         assert data["id"][:] == ["x/a.wav", "/abs/b.wav", "/abs/b.wav#2"]
 
 
+def test_a_file_has_one_name_however_a_manifest_leads_to_it(corpus):
+    plain = load(write(corpus / "plain.csv", "audio,duration\na.wav,1\n"))["audio"][:]
+    (corpus / "sub").mkdir()
+    around = load(write(corpus / "sub" / "around.csv", "audio,duration\n.././a.wav,1\n"))
+    assert around["audio"][:] == plain and around["id"][:] == [".././a.wav"]
+    with pytest.raises(UserError, match="1 rows repeat the audio"):
+        load(write(corpus / "twice.csv", "id,audio,duration\nu1,a.wav,1\nu2,./a.wav,1\n"))
+
+    # Behind a link `..` leads elsewhere.
+    (corpus / "deep" / "er").mkdir()
+    (corpus / "deep" / "b.wav").write_bytes((corpus / "a b.wav").read_bytes())
+    (corpus / "link").symlink_to(corpus / "deep" / "er")
+    (path,) = load(write(corpus / "linked.csv", "audio,duration\nlink/../b.wav,1\n"))["audio"][:]
+    assert os.path.samefile(path, corpus / "deep" / "b.wav")
+
+
 def test_speechbrains_wav_may_be_an_object_with_samples(corpus):
     rows = {"u": {"wav": {"file": "/a.wav", "start": 16_000, "stop": 24_000}, "words": "X"}}
     data = load(write(corpus / "a.json", json.dumps(rows)))

@@ -251,6 +251,15 @@ def test_the_same_command_gives_the_same_run_and_auto_goes_on(data):
         )
 
 
+@pytest.mark.parametrize("flags", [["--mode", "probe"], ["--freeze_feature_encoder", "false"]])
+@pytest.mark.parametrize("steps", [[], ["--max_steps", "9"]])  # a finished run, and one that would go on
+def test_resuming_with_other_parameters_to_learn_is_refused(data, flags, steps):
+    before = {path: path.read_bytes() for path in (data / "run").iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="run trains .* parameters, this one"):
+        finetune_classification.main(command(data, "--resume_from_checkpoint", "auto", *flags, *steps))
+    assert {path: path.read_bytes() for path in before} == before
+
+
 BAD_ROWS = {  # what is done to the rows of the training manifest, and what the message names
     "empty_label": (lambda row: row | {"label": row["label"].replace("low", "")}, "empty_label.csv"),
     "absent_audio": (lambda row: row | {"audio": "absent_" + row["audio"]}, "absent_audio.csv"),

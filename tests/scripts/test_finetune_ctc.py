@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+import yaml
 from conftest import tiny_config
 from ranks import SECONDS, Program, environment
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining, pipeline
@@ -121,8 +122,12 @@ def test_a_second_run_in_the_folder_is_refused_and_auto_goes_on(data):
     lines = [json.loads(line) for line in before.splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval_wer" in line] == [2, 4]
-    finetune_ctc.main(command(data, "--resume_from_checkpoint", "auto", "--test_data", str(data / "test.csv")))
+    rate = yaml.safe_load((data / "run" / "finetune_config.yaml").read_text())["learning_rate"]
+    more = ["--test_data", str(data / "test.csv"), "--learning_rate", "0.5"]  # it is finished: the rate acts on nothing
+    finetune_ctc.main(command(data, "--resume_from_checkpoint", "auto", *more))
     assert (data / "run" / "metrics.jsonl").read_text() == before
+    assert yaml.safe_load((data / "run" / "finetune_config.yaml").read_text())["learning_rate"] == rate
+    assert f"| Peak learning rate | {rate} |" in (data / "run" / "README.md").read_text()
     events = read_lines(data / "run" / "events.jsonl")
     expected = [("start", 0), ("finish", 4), ("resume", 4), ("finish", 4)]
     assert [(event["event"], event["step"]) for event in events] == expected

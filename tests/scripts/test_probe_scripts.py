@@ -80,6 +80,8 @@ def test_probes_by_folds_test_every_utterance(data):
     results = run_probe(data, "folds", *flags, test=False)
     assert results["run"]["num_folds"] == 4 and results["run"]["tested"] == 48
     assert [model["name"] for model in results["models"]] == ["checkpoint-5", "checkpoint-10"]
+    shorter = run_probe(data, "short", *flags, "--max_seconds", "0.5", test=False)  # these are tested all the same
+    assert 0 < shorter["run"]["dropped"]["by their length (training)"] < shorter["run"]["tested"] == 48
     assert set(results["models"][0]["layers"][0]) >= {"mean", "std", "uar", "accuracy", "macro_f1", "validation"}
 
 

@@ -37,6 +37,8 @@ _NOT_IN_CONFIG = {"overwrite_output_dir", "resume_from_checkpoint", "do_eval", "
                   "gradient_checkpointing", "dataloader_pin_memory", "accept_changed_batches"}  # fmt: skip
 _MODEL_FLAGS = ("mask_time_prob mask_time_length mask_feature_prob mask_feature_length layerdrop final_dropout "
                 "activation_dropout hidden_dropout attention_dropout feat_proj_dropout").split()  # fmt: skip
+_TRAINED_FLAGS = (*_MODEL_FLAGS, *("learning_rate lr_scheduler_type warmup_steps hold_fraction final_lr_scale adam_beta1 adam_beta2 "
+                  "adam_epsilon weight_decay max_grad_norm freeze_encoder_steps").split())  # fmt: skip
 
 
 @dataclass
@@ -229,6 +231,16 @@ def write_config(path: Path, *arguments: Any) -> None:
             if f.init and plain and is_set and f.name not in _NOT_IN_CONFIG:
                 changed[f.name] = value
     path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def keep_trained_flags(args: FineTuningArguments, folder: Path) -> None:
+    """Set the flags that only training heeds as the finished run in `folder` had them, for its records."""
+    if not (folder / CONFIG_FILE).is_file():  # a checkpoint that was moved
+        return
+    trained = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")) or {}
+    for f in fields(args):
+        if f.name in _TRAINED_FLAGS:
+            setattr(args, f.name, trained.get(f.name, default_of(f)))
 
 
 def follow_folder(arguments: Any, source: str, names: Iterable[str], **others: Any) -> Any:

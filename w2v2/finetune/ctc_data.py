@@ -238,12 +238,12 @@ def read_skipped(path: str | os.PathLike) -> dict[tuple[str, str], dict[str, str
 
 
 def check_skipped(data: SpeechDataset, max_fraction: float) -> None:
-    """Raises UserError where more of a set's audio files than allowed could not be decoded, or all of them."""
-    audio = set(data.table["audio"])
-    skipped = [entry for entry in read_skipped(data.skip_log).values() if entry["audio"] in audio]
-    if len(skipped) > max_fraction * len(audio) or len(skipped) == len(audio):
+    """Raises UserError where more of a set's utterances than allowed could not be decoded, or all of them."""
+    known = set(zip(data.table["id"], data.table["audio"], strict=True))
+    skipped = [entry for key, entry in read_skipped(data.skip_log).items() if key in known]
+    if len(skipped) > max_fraction * len(known) or len(skipped) == len(known):
         raise UserError(
-            f"{len(skipped)} of {len(audio)} audio files cannot be decoded, such as {skipped[0]['audio']}: "
+            f"{len(skipped)} of {len(known)} utterances cannot be decoded, such as {skipped[0]['audio']}: "
             f"{skipped[0]['reason']}; mend or leave out what skipped_audio.jsonl lists, or raise --max_skipped_fraction"
         )
 

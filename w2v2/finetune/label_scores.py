@@ -13,7 +13,7 @@ from w2v2.evaluate.scores import MEASURES, classification_scores, describe_score
 from w2v2.finetune.arguments import PREDICTIONS_FILE
 from w2v2.finetune.classifier import ClassificationArguments, ClassificationTrainer, folder_labels
 from w2v2.finetune.evaluation import write_results
-from w2v2.finetune.labels import Split, check_trained, shared_groups
+from w2v2.finetune.labels import Split, check_trained, nfc, shared_groups
 
 FOLDS_FILE = "folds.json"
 MOST_LISTED = 10  # probabilities of an utterance in predictions.jsonl
@@ -59,7 +59,7 @@ def check_folds(splits: list[Split], table: Dataset, groups: list[str], args: Cl
     Raises UserError where a fold would train without a label, or the run to resume had other folds.
     """
     check_trained(splits, table["target"][:], args.folds)
-    if "speaker" in table.column_names and (shared := shared_groups(splits, table["speaker"])):
+    if "speaker" in table.column_names and (shared := shared_groups(splits, list(map(nfc, table["speaker"])))):
         args.print_once(f"     warning: {len(shared)} speakers, such as {shared[0]}, are in training and in the test of "
                         "a fold")  # fmt: skip
     path = Path(args.output_dir, FOLDS_FILE)

@@ -69,12 +69,16 @@ def read_labelled(
     return table, dropped
 
 
-def column_of(table: Dataset, name: str, flag: str, source: str) -> str:
-    """The table's name of a column that a flag asks for: the manifest's reader renames `emotion` to `label`."""
+def values_of(table: Dataset, name: str, flag: str, source: str) -> list[str]:
+    """The column of texts that a flag asks for, in Unicode's NFC; the manifest's reader renames `emotion` to `label`.
+
+    Raises UserError where there is none.
+    """
+    numbers_and_ids = ("id", "audio", "start", "num_samples", "channel", "target")
+    there = [column for column in table.column_names if column not in numbers_and_ids]
     for known in (name, name.lower(), *(extra for extra in EXTRAS if name.lower() in COLUMNS[extra])):
-        if known in table.column_names:
-            return known
-    there = [column for column in table.column_names if column not in ("id", "audio", "start", "num_samples", "target")]
+        if known in there:
+            return list(map(nfc, table[known]))
     raise UserError(f"{source}: has no column {name!r}, which --{flag} asks for (it has {', '.join(there) or 'none'}): "
                     f"add it, or set --{flag}")  # fmt: skip
 
@@ -93,7 +97,7 @@ def warn_unmapped(
     table: Dataset, source: str, column: str, label_map: Sequence[str], tell: Callable[[str], None]
 ) -> None:
     """Name the entries of the map that change no training utterance."""
-    written = set(map(nfc, table[column_of(table, column, "label_column", source)]))
+    written = values_of(table, column, "label_column", source)
     if unused := ", ".join(old for old in parse_label_map(label_map) if old not in written):
         tell(f"     warning: --label_map: no training utterance has the label {unused}")
 
@@ -107,7 +111,7 @@ def with_targets(
     """
     mapping, wanted = parse_label_map(label_map), list(map(nfc, labels))
     try:
-        written = map(nfc, table[column_of(table, column, "label_column", source)])
+        written = values_of(table, column, "label_column", source)
     except UserError:
         if needed:
             raise
@@ -143,7 +147,7 @@ def known_labels(train: Sequence[str], wanted: Sequence[str] = (), folder: Seque
 
     Raises UserError for fewer than two, and for absent ones.
     """
-    found, wanted = sort_labels(set(train)), list(map(nfc, wanted))
+    found, wanted = sort_labels(set(train)), list(dict.fromkeys(map(nfc, wanted)))
     absent = ", ".join(label for label in wanted if label not in found)
     refuse(
         (absent, f"--labels {absent}: no utterance of --train_data has this label: leave it out, or mend --label_map"),

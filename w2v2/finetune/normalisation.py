@@ -78,7 +78,8 @@ def fold_case(text: str, case: str) -> str:
 def find_case(texts: Iterable[str]) -> str:
     """What `auto` stands for: capitals where the texts have both cases, else the case that they have.
 
-    Text of which every tenth i has no dot, or a dot on its capital, is taken for Turkish (Azerbaijani, Tatar).
+    Text of which every tenth i, large or small, is a dotless small or a dotted capital one is taken for Turkish
+    (Azerbaijani, Tatar).
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -86,7 +87,7 @@ def find_case(texts: Iterable[str]) -> str:
     has_upper = any(c != c.lower() for c in counts)
     has_lower = any(c != to_upper(c) and c == c.lower() for c in counts)
     special = counts["ı"] + counts["İ"]
-    is_turkish = special * 10 > special + counts["i"]
+    is_turkish = special * 10 > special + counts["i"] + counts["I"]
     case = "upper" if has_upper else "lower" if has_lower else "keep"
     return f"turkish_{case}" if is_turkish and case != "keep" else case
 

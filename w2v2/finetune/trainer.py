@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from w2v2.audio.crops import SAMPLING_RATE
 from w2v2.errors import UserError
-from w2v2.finetune.arguments import METRICS_FILE, SKIPPED_FILE
+from w2v2.finetune.arguments import METRICS_FILE, SKIPPED_FILE, keep_trained_flags
 from w2v2.finetune.batching import LengthSampler, MicroBatches, UpdateSampler, collate_update
 from w2v2.finetune.ctc_data import check_skipped, num_hours, read_skipped
 from w2v2.finetune.evaluation import Evaluator
@@ -43,6 +43,7 @@ class FineTuner(Evaluator):
     """
 
     dropped: dict[str, int] = {}  # how many utterances are left out of training, by reason
+    identity: dict[str, Any] | None = None  # what the batches depend on, once `check_resume` has compared it
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -111,12 +112,12 @@ class FineTuner(Evaluator):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """The stock training, on the data of the checkpoint. A finished run is only loaded: `Trainer` would do an update more if it ended in an epoch."""
-        self._check_data(resume_from_checkpoint)
+        if self.identity is None:
+            self.check_resume(resume_from_checkpoint)
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
         folder = Path(resume_from_checkpoint)
-        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        if 0 < self.args.max_steps <= state.global_step:
+        if state := self._read_finished(folder):
             self.args.print_once(
                 f"    finished: {state.global_step} updates; nothing more is trained, so flags of training change nothing"
             )
@@ -130,19 +131,33 @@ class FineTuner(Evaluator):
             raise UserError(f"{folder}: its training state is not one that Trainer wrote ({reason}), so it is not loaded: "
                             "start from its weights with --model_name_or_path") from None  # fmt: skip
 
-    def _check_data(self, checkpoint: str | None) -> None:
-        """Raises UserError where a rank, or the checkpoint's run, has other utterances, labels or batches."""
+    def _read_finished(self, checkpoint: Path) -> TrainerState | None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return state if 0 < self.args.max_steps <= state.global_step else None
+
+    def check_resume(self, checkpoint: str | None) -> None:
+        """Compare this run with the checkpoint's, before a file of it is written. A finished run keeps its flags of training.
+
+        Raises UserError where a rank, or the checkpoint's run, has other utterances, labels or batches, or trains
+        other parameters.
+        """
         args, held_out = self.args, identify_labelled(self.args, self.eval_dataset)
         self.identity = identify_labelled(args, self.train_dataset)
         check_agreement([self.identity, held_out])
+        self.identity["learning_parameters"] = self.get_num_trainable_parameters()
         # By it the best update is chosen, among those before a resume too.
         self.identity |= {f"validation_{name}": value for name, value in held_out.items() if name.endswith("_sha256")}
         if checkpoint and not (saved := Path(checkpoint, DATA_FILE)).is_file():
             args.print_once("     warning: the checkpoint is of an earlier version, whose data cannot be compared")
         elif checkpoint:
-            before = json.loads(saved.read_text(encoding="utf-8"))
+            before, learning = json.loads(saved.read_text(encoding="utf-8")), self.identity["learning_parameters"]
+            if before.get("learning_parameters", learning) != learning:
+                raise UserError(f"{checkpoint}: its run trains {before['learning_parameters']:,} parameters, this one {learning:,}: "
+                                "give the flags that say what learns (--freeze_feature_encoder, --mode …) as they were")  # fmt: skip
             for note in compare(before, self.identity, args.accept_changed_batches):
                 args.print_once(f"     resuming: {note}")
+        if checkpoint and self._read_finished(Path(checkpoint)):
+            keep_trained_flags(args, Path(checkpoint).parent)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Raises UserError for a loss that is no number: its gradient spoils all weights, and `Trainer` would log 0."""

@@ -17,6 +17,10 @@ from w2v2.errors import hide_secrets, printable
 from w2v2.evaluate.plots import FINETUNING_PICTURES, PICTURES, Pictures, model_config
 
 Facts = Mapping[str, Any]
+# Texts that may look like paths, or like names of secrets, and are none.
+VERBATIM = set(
+    "data_description drop_characters keep_characters drop_tokens labels label_map train_labels id2label label2id".split()
+)
 
 # Key in results.json (`lm_…`: of a beam search with a language model) → name on a card, name on the Hub, form.
 MEASURES = {rate: (rate.upper(), rate, "{:.2%}") for rate in ("wer", "cer", "per")}
@@ -123,7 +127,7 @@ def publishable(value: Any) -> Any:
     """Resolved flags without secrets and without paths of this machine but their last part, at any depth."""
     if isinstance(value, Mapping):
         kept = {name: item for name, item in value.items() if not str(name).endswith("token")}
-        return {name: item if name == "data_description" else publishable(item) for name, item in kept.items()}
+        return {name: item if name in VERBATIM else publishable(item) for name, item in kept.items()}
     if isinstance(value, list):
         return [publishable(item) for item in value]
     if isinstance(value, str) and (value.startswith(("/", "~", "..")) or PureWindowsPath(value).is_absolute()):

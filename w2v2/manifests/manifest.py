@@ -13,7 +13,7 @@ Columns are understood by name, upper or lower case, whichever toolkit wrote the
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +221,19 @@ def _resolve(raw: RawTable, written: pa.ChunkedArray, data_root: str | None) -> 
     beside = raw.path if raw.path.is_dir() else raw.path.parent
     base = os.path.join(os.path.abspath(beside if data_root is None else data_root), raw.root, "")
 
+    @lru_cache
+    def simplify(folder: str) -> str:
+        """Without `.`, `..` and `//`, unless a link lies before the `..`: a file then has one name in all manifests."""
+        plain = os.path.normpath(folder)
+        return plain if os.path.realpath(plain) == os.path.realpath(folder) else folder
+
     def complete(paths: pa.Array) -> pa.Array:
-        return pc.if_else(pc.starts_with(paths, os.sep), paths, pc.binary_join_element_wise(base, paths, ""))
+        paths = pc.if_else(pc.starts_with(paths, os.sep), paths, pc.binary_join_element_wise(base, paths, ""))
+        if not pc.any(is_roundabout := pc.match_substring_regex(paths, r"/\.{0,2}/")).as_py():
+            return paths
+        parts = map(os.path.split, paths.filter(is_roundabout).to_pylist())
+        plain = pa.array([os.path.join(simplify(folder), name) for folder, name in parts], paths.type)
+        return pc.replace_with_mask(paths, is_roundabout, plain)
 
     return by_batch(complete, written)
 
