@@ -87,7 +87,7 @@ class VerificationArguments(FrozenArguments):
     )
     trials: str | None = flag(None, "`1 a.wav b.wav` lines (0: two speakers); paths under --data_root or beside it.")
     manifest: list[str] = flag([], "Instead of --trials: utterances with speakers, among which trials are drawn.")
-    speaker_column: str = flag("speaker", "The manifest's column that tells speakers apart.")
+    speaker_column: str = flag("speaker", "The manifest's column that tells speakers apart, in all of them together.")
     num_trials: int = flag(20_000, "Trials drawn from --manifest, half of them of one speaker.", min=2)
     layer: int | None = flag(
         None, "Average this layer's frames (default: a classifier's projection, or every layer).", min=0
