@@ -156,7 +156,7 @@ class FineTuner(Evaluator):
                                 "give the flags that say what learns (--freeze_feature_encoder, --mode …) as they were")  # fmt: skip
             for note in compare(before, self.identity, args.accept_changed_batches):
                 args.print_once(f"     resuming: {note}")
-        if checkpoint and self._read_finished(Path(checkpoint)):
+        if checkpoint and args.process_index == 0 and self._read_finished(Path(checkpoint)):  # it alone writes them
             keep_trained_flags(args, Path(checkpoint).parent)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
