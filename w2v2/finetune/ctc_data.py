@@ -239,9 +239,11 @@ def read_skipped(path: str | os.PathLike) -> dict[tuple[str, str], dict[str, str
 
 def check_skipped(data: SpeechDataset, max_fraction: float) -> None:
     """Raises UserError where more of a set's utterances than allowed could not be decoded, or all of them."""
+    if not (listed := read_skipped(data.skip_log)):  # this is looked at after every logged update
+        return
     known = set(zip(data.table["id"], data.table["audio"], strict=True))
-    skipped = [entry for key, entry in read_skipped(data.skip_log).items() if key in known]
-    if len(skipped) > max_fraction * len(known) or len(skipped) == len(known):
+    skipped = [entry for key, entry in listed.items() if key in known]
+    if skipped and (len(skipped) > max_fraction * len(known) or len(skipped) == len(known)):
         raise UserError(
             f"{len(skipped)} of {len(known)} utterances cannot be decoded, such as {skipped[0]['audio']}: "
             f"{skipped[0]['reason']}; mend or leave out what skipped_audio.jsonl lists, or raise --max_skipped_fraction"

@@ -97,7 +97,7 @@ def warn_unmapped(
     table: Dataset, source: str, column: str, label_map: Sequence[str], tell: Callable[[str], None]
 ) -> None:
     """Name the entries of the map that change no training utterance."""
-    written = values_of(table, column, "label_column", source)
+    written = set(values_of(table, column, "label_column", source))
     if unused := ", ".join(old for old in parse_label_map(label_map) if old not in written):
         tell(f"     warning: --label_map: no training utterance has the label {unused}")
 
