@@ -157,7 +157,8 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
     if args.overwrite_output_dir and args.process_index == 0:
         for folder in Path(args.output_dir).glob("fold-*"):
             shutil.rmtree(folder)
-    if args.overwrite_output_dir or not (args.resume_from_checkpoint and Path(args.output_dir, FOLDS_FILE).exists()):
+    is_new = args.overwrite_output_dir or not (args.resume_from_checkpoint and Path(args.output_dir, FOLDS_FILE).exists())
+    if is_new:
         prepare_output_dir(args)
     table, dropped = read_labelled("all", args.list_sources("train_data"), label_args, args, [args.folds])
     classes = known_labels(table["target"], label_args.labels, folder_labels(args.model_name_or_path))
@@ -165,7 +166,8 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
     splits = group_splits(groups, args.folds, args.num_folds)
     check_folds(splits, table, groups, args)
     if args.process_index == 0:
-        write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
+        if is_new:  # each fold has a file of its own, with what a resume changed
+            write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
         note_start(args)
 
     results, lines = [], []
@@ -237,9 +239,8 @@ def run(
     trainer.describe(checkpoint)
     trainer.check_resume(checkpoint)
     if args.process_index == 0:
+        write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
         note_start(args, checkpoint)
-        if not args.folds:
-            write_config(Path(args.output_dir, CONFIG_FILE), label_args, args)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 

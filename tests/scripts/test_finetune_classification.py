@@ -223,13 +223,15 @@ def test_folds_on_two_processes_are_those_of_one(data, capsys):
 
 def test_folds_go_on_where_they_were(data):
     histories = {*(data / "folds").rglob("events.jsonl")}
-    before = {path: path.read_bytes() for path in {*(data / "folds").rglob("*.jsonl")} - histories}
+    configs = {*(data / "folds").rglob("finetune_config.yaml")}
+    kept = {*(data / "folds").rglob("*.jsonl")} - histories | configs
+    before = {path: path.read_bytes() for path in kept}
     again = command(data, "--folds", "speaker", output="folds", validation=False)
     with pytest.raises(UserError, match="already holds a run"):
         finetune_classification.main(again)
-    finetune_classification.main([*again, "--resume_from_checkpoint", "auto"])
-    assert {path: path.read_bytes() for path in {*(data / "folds").rglob("*.jsonl")} - histories} == before
-    assert len(histories) == 5  # of the whole and of each fold
+    finetune_classification.main([*again, "--resume_from_checkpoint", "auto", "--learning_rate", "5e-3"])  # trains nothing
+    assert {path: path.read_bytes() for path in kept} == before
+    assert len(histories) == len(configs) == 5  # of the whole and of each fold
     for events in map(read_lines, histories):
         assert [event["event"] for event in events] == ["start", "finish", "resume", "finish"] and events[0]["command"]
     with pytest.raises(UserError, match="other folds"):
