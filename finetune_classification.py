@@ -157,7 +157,9 @@ def cross_validate(label_args: LabelArguments, args: ClassificationArguments) ->
     if args.overwrite_output_dir and args.process_index == 0:
         for folder in Path(args.output_dir).glob("fold-*"):
             shutil.rmtree(folder)
-    is_new = args.overwrite_output_dir or not (args.resume_from_checkpoint and Path(args.output_dir, FOLDS_FILE).exists())
+    is_new = args.overwrite_output_dir or not (
+        args.resume_from_checkpoint and Path(args.output_dir, FOLDS_FILE).exists()
+    )
     if is_new:
         prepare_output_dir(args)
     table, dropped = read_labelled("all", args.list_sources("train_data"), label_args, args, [args.folds])

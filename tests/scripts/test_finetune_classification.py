@@ -229,7 +229,9 @@ def test_folds_go_on_where_they_were(data):
     again = command(data, "--folds", "speaker", output="folds", validation=False)
     with pytest.raises(UserError, match="already holds a run"):
         finetune_classification.main(again)
-    finetune_classification.main([*again, "--resume_from_checkpoint", "auto", "--learning_rate", "5e-3"])  # trains nothing
+    finetune_classification.main(
+        [*again, "--resume_from_checkpoint", "auto", "--learning_rate", "5e-3"]
+    )  # trains nothing
     assert {path: path.read_bytes() for path in kept} == before
     assert len(histories) == len(configs) == 5  # of the whole and of each fold
     for events in map(read_lines, histories):
