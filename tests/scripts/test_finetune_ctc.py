@@ -123,8 +123,12 @@ def test_a_second_run_in_the_folder_is_refused_and_auto_goes_on(data):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval_wer" in line] == [2, 4]
     rate = yaml.safe_load((data / "run" / "finetune_config.yaml").read_text())["learning_rate"]
-    more = ["--test_data", str(data / "test.csv"), "--learning_rate", "0.5"]  # it is finished: the rate acts on nothing
-    finetune_ctc.main(command(data, "--resume_from_checkpoint", "auto", *more))
+    config = read_json(data / "run" / "config.json")
+    more = ["--test_data", str(data / "test.csv"), "--learning_rate", "0.5", "--hidden_dropout", "0.7"]
+    finetune_ctc.main(
+        command(data, "--resume_from_checkpoint", "auto", *more)
+    )  # it is finished: neither acts on anything
+    assert read_json(data / "run" / "config.json") == config
     assert (data / "run" / "metrics.jsonl").read_text() == before
     assert yaml.safe_load((data / "run" / "finetune_config.yaml").read_text())["learning_rate"] == rate
     assert f"| Peak learning rate | {rate} |" in (data / "run" / "README.md").read_text()

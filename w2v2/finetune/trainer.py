@@ -158,6 +158,7 @@ class FineTuner(Evaluator):
                 args.print_once(f"     resuming: {note}")
         if checkpoint and args.process_index == 0 and self._read_finished(Path(checkpoint)):  # it alone writes them
             keep_trained_flags(args, Path(checkpoint).parent)
+            vars(self.model.config).update(args.model_changes())
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Raises UserError for a loss that is no number: its gradient spoils all weights, and `Trainer` would log 0."""
