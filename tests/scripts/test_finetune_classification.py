@@ -229,15 +229,14 @@ def test_folds_go_on_where_they_were(data):
     again = command(data, "--folds", "speaker", output="folds", validation=False)
     with pytest.raises(UserError, match="already holds a run"):
         finetune_classification.main(again)
-    finetune_classification.main(
-        [*again, "--resume_from_checkpoint", "auto", "--learning_rate", "5e-3"]
-    )  # trains nothing
+    resumed = [*again, "--resume_from_checkpoint", "auto"]
+    finetune_classification.main([*resumed, "--learning_rate", "5e-3"])  # all is trained: the rate acts on nothing
     assert {path: path.read_bytes() for path in kept} == before
     assert len(histories) == len(configs) == 5  # of the whole and of each fold
     for events in map(read_lines, histories):
         assert [event["event"] for event in events] == ["start", "finish", "resume", "finish"] and events[0]["command"]
     with pytest.raises(UserError, match="other folds"):
-        finetune_classification.main([*again, "--num_folds", "3", "--resume_from_checkpoint", "auto"])
+        finetune_classification.main([*resumed, "--num_folds", "3"])
 
 
 def test_the_same_command_gives_the_same_run_and_auto_goes_on(data):

@@ -125,9 +125,7 @@ def test_a_second_run_in_the_folder_is_refused_and_auto_goes_on(data):
     rate = yaml.safe_load((data / "run" / "finetune_config.yaml").read_text())["learning_rate"]
     config = read_json(data / "run" / "config.json")
     more = ["--test_data", str(data / "test.csv"), "--learning_rate", "0.5", "--hidden_dropout", "0.7"]
-    finetune_ctc.main(
-        command(data, "--resume_from_checkpoint", "auto", *more)
-    )  # it is finished: neither acts on anything
+    finetune_ctc.main(command(data, "--resume_from_checkpoint", "auto", *more))  # finished: neither acts on anything
     assert read_json(data / "run" / "config.json") == config
     assert (data / "run" / "metrics.jsonl").read_text() == before
     assert yaml.safe_load((data / "run" / "finetune_config.yaml").read_text())["learning_rate"] == rate
